@@ -1,0 +1,105 @@
+# The commands of this repository. `make` alone explains them.
+#
+# Given on the command line of make (never read from the environment variables around it):
+#   ARGS="..."                what follows `pretrain train`, e.g. make train ARGS="story.txt --train.minutes 2"
+#   TORCH=2.12.0              another release of torch than the one in constraints.txt, or
+#   TORCH=path/to/torch.whl   a file; remembered in the environment until `make clean` or another TORCH
+#   PIP_FLAGS="..."           passed on to `pip install`, e.g. another package index for a CPU build
+#   VENV=DIR                  where the environment lies (default .venv)
+#   SETUP_PYTHON=python3.12   the interpreter that makes the environment (default python3)
+#   PYTHON=path/to/python     a prepared environment, used as it is: nothing is made or installed
+#   TESTS=tests/test_x.py     what `make test` runs (default: the whole suite)
+#   WORKERS=8                 how many tests run side by side (default 2)
+
+ARGS =
+TORCH =
+PIP_FLAGS =
+VENV = .venv
+SETUP_PYTHON = python3
+PYTHON =
+TESTS = tests
+WORKERS = 2
+
+# One thread for each of the WORKERS: the wall clock is then the machine's, not the scheduler's, and
+# tests that compare bits do not depend on how many cores happen to be free. No network, ever.
+TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAYON_NUM_THREADS=1 \
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONHASHSEED=0
+
+ifeq ($(PYTHON),)
+run = $(VENV)/bin/python
+train_ready = $(VENV)/.train-stamp
+dev_ready = $(VENV)/.dev-stamp
+else
+run = PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+train_ready =
+dev_ready =
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-long check format clean FORCE
+
+help:
+	@echo 'make train       train the default model on the bundled corpus (ARGS="..." changes that)'
+	@echo 'make test        the whole suite, under 10 minutes on 2 cores'
+	@echo 'make test-long   the tests that take minutes each'
+	@echo 'make check       ruff, format, strict types, spelling'
+	@echo 'make format      lets ruff correct what it can'
+	@echo 'make clean       removes the environment and all caches; runs/ stays'
+	@echo
+	@sed -n 's/^#   / /p' Makefile
+
+train: $(train_ready)
+	$(run) -m pretrain train $(ARGS)
+
+test: $(dev_ready)
+	$(TEST_ENV) $(run) -m pytest -n $(WORKERS) --dist loadfile --durations 10 -m "not slow" $(TESTS)
+
+test-long: $(dev_ready)
+	$(TEST_ENV) $(run) -m pytest --durations 0 -m slow --timeout 3600 $(TESTS)
+
+check: $(dev_ready)
+	$(run) -m ruff check .
+	$(run) -m ruff format --check .
+	$(run) -m mypy
+	$(run) -m codespell_lib
+
+format: $(dev_ready)
+	$(run) -m ruff check --fix .
+	$(run) -m ruff format .
+
+clean:
+	[ ! -e $(VENV)/.venv-stamp ] || rm -rf $(VENV)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# Two stamps in one environment: who wants to train does not download mypy and transformers.
+# Each is touched last, so an installation that was interrupted is repeated.
+
+$(VENV)/.venv-stamp:
+	@$(SETUP_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'pretrain needs Python 3.11 or newer; name one: make SETUP_PYTHON=/path/to/python3.11' >&2; \
+		exit 2; }
+	[ -x $(VENV)/bin/pip ] || $(SETUP_PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Rewritten only when TORCH changes, so that an unchanged one installs nothing anew.
+$(VENV)/.torch: FORCE | $(VENV)/.venv-stamp
+	@[ -e $@ ] || : > $@
+	@if [ -n "$(TORCH)" ] && [ "$(TORCH)" != "$$(cat $@)" ]; then echo "$(TORCH)" > $@; fi
+
+$(VENV)/constraints.txt: constraints.txt $(VENV)/.torch
+	@torch=$$(cat $(VENV)/.torch); case "$$torch" in \
+		'') cat constraints.txt > $@ ;; \
+		*.whl) $(VENV)/bin/python -m pip install $(PIP_FLAGS) --force-reinstall --no-deps "$$torch" && \
+			sed '/^torch==/d' constraints.txt > $@ ;; \
+		*) sed "s/^torch==.*/torch==$$torch/" constraints.txt > $@ ;; \
+	esac
+
+$(VENV)/.train-stamp: pyproject.toml $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(VENV)/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev-stamp: pyproject.toml $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.train-stamp
