@@ -1,0 +1,43 @@
+"""Files -> documents, without torch.
+
+`files` finds what there is to read under a path and names what it passes over, `streams` turns one
+file into bytes (decompressing, and noticing a cut-off end), `reading` turns bytes into `Document`s
+and writes down every line it had to skip, `documents` holds the plain classes that travel:
+`Document`, `Problem`, `ReadingReport`. The corpus that ships with the package lies in `bundled/`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.corpus.documents import Document, Problem, ReadingReport
+    from pretrain.corpus.files import SourceFile, bundled_corpus, list_files
+    from pretrain.corpus.reading import read_documents
+
+__all__ = [
+    "Document",
+    "Problem",
+    "ReadingReport",
+    "SourceFile",
+    "bundled_corpus",
+    "list_files",
+    "read_documents",
+]
+
+_FILES = {
+    "Document": "documents",
+    "Problem": "documents",
+    "ReadingReport": "documents",
+    "SourceFile": "files",
+    "bundled_corpus": "files",
+    "list_files": "files",
+    "read_documents": "reading",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -1,0 +1,104 @@
+"""The plain classes that travel from files to tokens: a document, a problem, and the report of a
+reading.
+
+Readers make them and `data.preparation` counts them. Nothing here opens a file; a report refuses
+nothing, it only writes down, unless it is strict: then the first problem is a ValueError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_DETAILED_PROBLEMS = 100
+"""Problems kept with their place; further ones are only counted, so a hopeless file cannot fill the
+memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and where it comes from."""
+
+    id: str
+    """The record's own `id` if it has one, else the relative path, with `:line` for a record of a
+    jsonl file."""
+    text: str
+    """Newlines are `\\n`; holds no lone surrogate, so it can always be written as UTF-8."""
+    title: str = ""
+    source: str = ""
+    """Path of the file, relative to the source that was read."""
+    offset: int = 0
+    """Where the document starts in its (decompressed) file, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that was skipped, or repaired, or cut off, and where."""
+
+    file: str
+    reason: str
+    line: int | None = None
+    """Line from 1, of a jsonl file."""
+    offset: int | None = None
+    """Byte offset from 0 in the decompressed file."""
+
+    def __str__(self) -> str:
+        place = self.file
+        if self.line is not None:
+            place += f", line {self.line}"
+        if self.offset is not None:
+            place += f", byte {self.offset}"
+        return f"{place}: {self.reason}"
+
+
+@dataclass(slots=True)
+class ReadingReport:
+    """What a reading found: counts of everything, and the first problems in detail."""
+
+    n_files: int = 0
+    n_documents: int = 0
+    n_text_bytes: int = 0
+    """Bytes of the documents' text in UTF-8."""
+    n_read_bytes: int = 0
+    """Bytes taken from disk, before decompression; for progress."""
+    n_skipped_files: int = 0
+    n_skipped_records: int = 0
+    n_repaired: int = 0
+    """Documents of which bytes or characters were replaced by U+FFFD."""
+    n_partial_files: int = 0
+    """Compressed files that end too early; what could be read was kept."""
+    n_problems: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    text_fields: dict[str, str] = field(default_factory=dict)
+    """For each of the first jsonl files: the field that was read as text."""
+
+    def add(self, problem: Problem, *, strict: bool) -> None:
+        """Write a problem down; ValueError with its place if `strict`."""
+        if strict:
+            raise ValueError(f"{problem} (--strict refuses to skip or repair anything)")
+        self.n_problems += 1
+        if len(self.problems) < MAX_DETAILED_PROBLEMS:
+            self.problems.append(problem)
+
+    def summary(self) -> str:
+        """One line for people: the counts, and the first problem if there is one."""
+        text = (
+            f"{self.n_documents:,} documents, {self.n_text_bytes:,} bytes of text from "
+            f"{self.n_files:,} files; "
+            f"skipped {self.n_skipped_records:,} records and {self.n_skipped_files:,} files, "
+            f"repaired {self.n_repaired:,} documents"
+        )
+        if self.problems:
+            text += f"; first problem: {self.problems[0]}"
+        return text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain values for JSON."""
+        plain: dict[str, Any] = {
+            name: getattr(self, name) for name in self.__slots__ if name != "problems"
+        }
+        plain["problems"] = [
+            {"file": p.file, "line": p.line, "offset": p.offset, "reason": p.reason}
+            for p in self.problems
+        ]
+        return plain

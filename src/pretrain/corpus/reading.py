@@ -1,0 +1,128 @@
+"""Bytes -> documents: a text file is one document, a jsonl file is one document a line.
+
+Files of a source come in, `Document`s go out in a fixed order, one at a time, so that memory does
+not grow with the corpus. What cannot be read is skipped and written into the report with its line
+and byte; in strict mode, and for a source that is one binary file, it is a ValueError.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.corpus.documents import Document, Problem, ReadingReport
+from pretrain.corpus.files import SourceFile, list_files
+from pretrain.corpus.records import read_records
+from pretrain.corpus.streams import DamagedStreamError, read_chunks
+
+MAX_TEXT_BYTES = 1 << 30
+"""A text file is held in memory as one document; a larger one (or a decompression bomb) is
+refused."""
+_BINARY_PROBE_BYTES = 1 << 16
+_MAX_BAD_FRACTION = 0.01
+
+_UTF_BOMS = (
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_documents(
+    source: str | Path,
+    *,
+    text_field: str | None = None,
+    report: ReadingReport | None = None,
+    strict: bool = False,
+) -> Iterator[Document]:
+    """The documents of a file, a folder or the source "bundled", in the order of relative paths and
+    lines.
+
+    `text_field` names the field of jsonl records that holds the text; None finds it in each file's
+    first records. `report` is filled while the documents are drawn. With `strict` the first problem
+    is a ValueError.
+    """
+    report = report if report is not None else ReadingReport()
+    files = list_files(source, report=report, strict=strict)
+    # Given by name rather than found in a folder: then an unreadable file is the user's mistake.
+    is_named = len(files) == 1 and files[0].path.name == files[0].name and not Path(source).is_dir()
+    for file in files:
+        report.n_files += 1
+        if file.is_records:
+            documents = read_records(file, text_field=text_field, report=report, strict=strict)
+        else:
+            documents = _read_text(file, is_named=is_named, report=report, strict=strict)
+        for document in documents:
+            report.n_documents += 1
+            report.n_text_bytes += len(document.text.encode())
+            yield document
+
+
+def _read_text(
+    file: SourceFile, *, is_named: bool, report: ReadingReport, strict: bool
+) -> Iterator[Document]:
+    data = bytearray()
+    try:
+        for chunk in read_chunks(file, report=report):
+            data += chunk
+            if len(data) > MAX_TEXT_BYTES:
+                raise ValueError(
+                    f"{file.name}: one text of more than {MAX_TEXT_BYTES:,} bytes; "
+                    "split it into several files, or make it a jsonl file of documents"
+                )
+    except DamagedStreamError as damage:
+        report.n_partial_files += 1
+        note = f"{damage}; kept the {len(data):,} bytes before that"
+        report.add(Problem(file.name, note, offset=len(data)), strict=strict)
+
+    decoded = _decode(bytes(data), file.name)
+    if isinstance(decoded, Problem):
+        if is_named:
+            raise ValueError(str(decoded))
+        report.n_skipped_files += 1
+        report.add(decoded, strict=strict)
+        return
+    text, repair = decoded
+    if repair is not None:
+        report.add(repair, strict=strict)
+        report.n_repaired += 1
+    text = text.replace("\r\n", "\n")
+    if not text.strip():
+        report.n_skipped_files += 1
+        report.add(Problem(file.name, "skipped: empty text"), strict=strict)
+        return
+    yield Document(id=file.name, text=text, source=file.name)
+
+
+def _decode(data: bytes, name: str) -> tuple[str, Problem | None] | Problem:
+    """The text and what was repaired in it, or, of something that is no text, the problem."""
+    for mark, encoding in _UTF_BOMS:
+        if data.startswith(mark):
+            try:
+                return data.decode(encoding), None
+            except UnicodeDecodeError as error:
+                reason = f"has the mark of {encoding} but is not: {error.reason}"
+                return Problem(name, reason, offset=error.start)
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    nul = data.find(b"\0", 0, _BINARY_PROBE_BYTES)
+    if nul >= 0:
+        return Problem(name, "binary, not text: a NUL byte", offset=nul)
+    try:
+        return data[start:].decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        first = start + error.start
+
+    text = data[start:].decode("utf-8", "replace")
+    n_bad = text.count("\ufffd") - data.count("\ufffd".encode())
+    if n_bad > _MAX_BAD_FRACTION * len(data):
+        reason = (
+            f"not UTF-8 text: {n_bad:,} invalid sequences in {len(data):,} bytes, the first "
+            "here; if it is text "
+            "in another encoding, convert it first (iconv -f latin1 -t utf-8 FILE)"
+        )
+        return Problem(name, reason, offset=first)
+    reason = f"{n_bad:,} invalid UTF-8 sequences, the first here, were replaced by U+FFFD"
+    return text, Problem(name, reason, offset=first)

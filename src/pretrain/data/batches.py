@@ -1,0 +1,80 @@
+"""Windows as tensors: the micro-batches of training, and the plain walk over a split for
+evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.data.order import Order
+
+# A target that is not counted: the padding of the last row of an evaluation.
+NOT_COUNTED = -100
+
+
+class Stream(Protocol):
+    """Ids in a row, on disk (`TokenStream`) or in memory."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]: ...
+
+
+class MicroBatch(NamedTuple):
+    """Rows that go through the model at once."""
+
+    inputs: Tensor
+    """ids (B, T), int64"""
+    targets: Tensor
+    """the id after each input (B, T), int64; NOT_COUNTED where there is none"""
+    samples: Tensor
+    """the global number of each row's window (B), int64"""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(*(part.to(device, non_blocking=True) for part in self))
+
+
+def micro_batch_at(
+    stream: Stream, *, context_length: int, seed: int, sample: int, rows: int
+) -> MicroBatch:
+    """Samples [sample, sample + rows) of a run: a pure function of its arguments.
+
+    Raises ValueError when the context does not fit the stream.
+    """
+    order = Order(stream.n_tokens, context_length, seed)
+    samples = np.arange(sample, sample + rows, dtype=np.int64)
+    windows = np.stack([stream.read(s, s + context_length + 1) for s in order.starts(samples)])
+    ids = torch.from_numpy(windows)
+    return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.from_numpy(samples))
+
+
+def evaluation_batches(
+    stream: Stream, *, context_length: int, rows: int, limit_tokens: int | None = None
+) -> Iterator[MicroBatch]:
+    """The whole stream in order, in windows that do not overlap: every id but the first is a target
+    once.
+
+    With `limit_tokens` only every n-th window is taken, evenly spread, always the same ones, so
+    that about that many targets are counted. The last window is padded with targets that are not
+    counted.
+    """
+    n_targets = stream.n_tokens - 1
+    n_windows = -(-n_targets // context_length)
+    stride = 1 if limit_tokens is None else max(1, -(-n_targets // limit_tokens))
+    chosen = range(0, n_windows, stride)
+    for first in range(0, len(chosen), rows):
+        windows = chosen[first : first + rows]
+        inputs = torch.zeros(len(windows), context_length, dtype=torch.int64)
+        targets = torch.full_like(inputs, NOT_COUNTED)
+        for row, window in enumerate(windows):
+            start = window * context_length
+            stop = min(start + context_length, n_targets)
+            ids = torch.from_numpy(stream.read(start, stop + 1))
+            inputs[row, : stop - start], targets[row, : stop - start] = ids[:-1], ids[1:]
+        yield MicroBatch(inputs, targets, torch.tensor(list(windows)))

@@ -1,0 +1,124 @@
+"""The order of the data: which window is sample number s, and the reverse, as pure functions.
+
+A sample is one window of T + 1 ids. Sample s of a run is window `bijection(s mod W)` of epoch `s
+div W`, and each epoch starts its windows at an offset of its own. Nothing is stored and nothing is
+shuffled in memory: a corpus of any size costs the same, any process may ask for any sample, and the
+map can be inverted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 6
+
+
+def _integer(seed: int, *purpose: object) -> int:
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    # The finaliser of SplitMix64: "Fast Splittable Pseudorandom Number Generators" (Steele et al.,
+    # 2014).
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class Bijection:
+    """A keyed one-to-one map of range(size) onto itself, in constant memory.
+
+    A balanced Feistel network ("How to Construct Pseudorandom Permutations", Luby and Rackoff,
+    1988) on the next even number of bits; results outside the range are sent through again until
+    they fall inside ("Ciphers with Arbitrary Finite Domains", Black and Rogaway, 2002), fewer than
+    four times on average.
+    """
+
+    size: int
+    seed: int
+    purpose: str
+
+    def _half_bits(self) -> int:
+        return max(1, (max(1, self.size - 1).bit_length() + 1) // 2)
+
+    def _keys(self) -> list[np.uint64]:
+        return [np.uint64(_integer(self.seed, self.purpose, r)) for r in range(_ROUNDS)]
+
+    def _once(self, x: NDArray[np.uint64], *, backward: bool) -> NDArray[np.uint64]:
+        bits = np.uint64(self._half_bits())
+        mask = np.uint64((1 << self._half_bits()) - 1)
+        left, right = x >> bits, x & mask
+        keys = self._keys()
+        for key in reversed(keys) if backward else keys:
+            if backward:
+                left, right = right ^ (_mix(left ^ key) & mask), left
+            else:
+                left, right = right, left ^ (_mix(right ^ key) & mask)
+        return (left << bits) | right
+
+    def _walk(self, index: NDArray[np.int64], *, backward: bool) -> NDArray[np.int64]:
+        assert index.size == 0 or (index.min() >= 0 and index.max() < self.size), "out of range"
+        x = self._once(index.astype(np.uint64), backward=backward)
+        while (outside := x >= np.uint64(self.size)).any():
+            x[outside] = self._once(x[outside], backward=backward)
+        return x.astype(np.int64)
+
+    def forward(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._walk(index, backward=False)
+
+    def inverse(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._walk(index, backward=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Where the windows of a stream of `n_tokens` ids lie, and in which order a run visits them."""
+
+    n_tokens: int
+    context_length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.n_windows < 1:
+            raise ValueError(
+                f"a context of {self.context_length} ids does not fit a training text of "
+                f"{self.n_tokens} ids; the longest that fits is {self.n_tokens // 2}"
+            )
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in an epoch: the same number for every shift, so up to 2 T ids sit an epoch
+        out."""
+        return (self.n_tokens - self.context_length) // self.context_length
+
+    def shift(self, epoch: int) -> int:
+        """Where the first window of an epoch starts, in [0, T): windows are cut anew each time."""
+        return _integer(self.seed, "shift", epoch) % self.context_length
+
+    def _bijection(self, epoch: int) -> Bijection:
+        return Bijection(self.n_windows, self.seed, f"order/{epoch}")
+
+    def starts(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Position in the stream of the first id of each sample's window."""
+        starts = np.empty_like(samples)
+        epochs = samples // self.n_windows
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            windows = self._bijection(int(epoch)).forward(samples[rows] % self.n_windows)
+            starts[rows] = windows * self.context_length + self.shift(int(epoch))
+        return starts
+
+    def sample_of(self, token: int, *, epoch: int) -> int | None:
+        """The sample that has the stream's id number `token` among its inputs in `epoch`, if any
+        has."""
+        window = (token - self.shift(epoch)) // self.context_length
+        if not 0 <= window < self.n_windows:
+            return None
+        place = self._bijection(epoch).inverse(np.array([window], dtype=np.int64))
+        return epoch * self.n_windows + int(place[0])

@@ -1,0 +1,318 @@
+"""Prepared text on disk: a folder of two streams of ids, which says about itself all that a reader
+must know.
+
+Ids go in through `ShardWriter`, and come out of `open_prepared(folder).split("train").read(start,
+stop)`. A stream is EOT document EOT document EOT ...: it begins with one end-of-text token, so that
+every token of text is a target once. Refused are ids outside the vocabulary, files of the wrong
+size or kind, and a tokenizer that is not the one that wrote the ids; `verify` reads everything and
+names the block that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from array import array
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.data.durable import sync_and_close, write_file
+from pretrain.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    SplitName,
+    StreamInfo,
+    is_prepared,
+    read_manifest,
+    size_of,
+)
+from pretrain.tokenizer.loading import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["PreparedData", "ShardWriter", "TokenStream", "is_prepared", "open_prepared"]
+
+BLOCK_BYTES = 1 << 20
+"""Ids in a block that has a checksum of its own, in bytes."""
+
+# magic, format version, bytes per id, number of ids; then zeros up to 64 bytes, so that ids are
+# aligned.
+_HEADER = struct.Struct("<8sIIQ40x")
+_MAGIC = b"PTSHARD\0"
+
+
+class ShardWriter:
+    """Writes one stream: `add` ids of a document in one or more calls, then `end_document`; at last
+    `close`."""
+
+    def __init__(self, folder: Path, *, name: SplitName, vocab_size: int, end_of_text: int) -> None:
+        self._name = name
+        self._vocab_size = vocab_size
+        self._end_of_text = np.array([end_of_text], dtype=np.int64)
+        self._dtype = np.dtype(f"<u{id_bytes(vocab_size)}")
+        self._folder = folder
+        self._file: BinaryIO = open(folder / f"{name}.bin", "xb")  # noqa: SIM115 closed by `close`
+        self._file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION, self._dtype.itemsize, 0))
+        self._sha256 = hashlib.sha256()
+        self._block = bytearray()
+        self._checksums: list[int] = []
+        self._offsets = array("q")
+        self._max_id = 0
+        self._n_bytes = 0
+        self.n_tokens = 0
+        self.n_documents = 0
+        self.add(self._end_of_text, n_bytes=0)
+        self._offsets.append(self.n_tokens)
+
+    def add(self, ids: NDArray[np.int64], *, n_bytes: int) -> None:
+        """Append ids, shape (n,), that stand for `n_bytes` bytes of text. ValueError for an id out
+        of range."""
+        if ids.size == 0:
+            return
+        # Checked before the cast: numpy would wrap 65537 to 1 without a word.
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self._vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"token id {bad} cannot be stored; legal: 0 to {self._vocab_size - 1}")
+        self._max_id = max(self._max_id, high)
+        self._n_bytes += n_bytes
+        self.n_tokens += ids.size
+        self._block += ids.astype(self._dtype).tobytes()
+        while len(self._block) >= BLOCK_BYTES:
+            self._flush_block(BLOCK_BYTES)
+
+    def end_document(self) -> None:
+        """Close a document with the end-of-text token."""
+        self.add(self._end_of_text, n_bytes=0)
+        self._offsets.append(self.n_tokens)
+        self.n_documents += 1
+
+    def close(self) -> StreamInfo:
+        """Write the rest and the header to the disk itself; returns what the manifest has to
+        say."""
+        if self._block:
+            self._flush_block(len(self._block))
+        self._file.seek(0)
+        header = _HEADER.pack(_MAGIC, FORMAT_VERSION, self._dtype.itemsize, self.n_tokens)
+        self._file.write(header)
+        sync_and_close(self._file)
+
+        offsets = np.asarray(self._offsets, dtype="<i8").tobytes()
+        write_file(self._folder / f"{self._name}.offsets", offsets)
+        return StreamInfo(
+            file=f"{self._name}.bin",
+            offsets_file=f"{self._name}.offsets",
+            n_tokens=self.n_tokens,
+            n_documents=self.n_documents,
+            n_bytes=self._n_bytes,
+            max_id=self._max_id,
+            sha256=self._sha256.hexdigest(),
+            offsets_sha256=hashlib.sha256(offsets).hexdigest(),
+            block_bytes=BLOCK_BYTES,
+            block_checksums=self._checksums,
+        )
+
+    def abandon(self) -> None:
+        """Close the file without finishing it."""
+        self._file.close()
+
+    def _flush_block(self, size: int) -> None:
+        block = bytes(self._block[:size])
+        del self._block[:size]
+        self._file.write(block)
+        self._sha256.update(block)
+        self._checksums.append(zlib.crc32(block))
+
+
+class TokenStream:
+    """One opened stream of ids. Reads are copies from a memory map; nothing of it is held in
+    memory."""
+
+    def __init__(self, folder: Path, info: StreamInfo, *, vocab_size: int) -> None:
+        """Open and check kind, size and range; ValueError with the file's name where something is
+        off."""
+        self._path = folder / info.file
+        self._info = info
+        self._vocab_size = vocab_size
+        self._dtype = np.dtype(f"<u{id_bytes(vocab_size)}")
+        self._check_file()
+        self._check_offsets_size(folder / info.offsets_file)
+        self._offsets_path = folder / info.offsets_file
+        # The size was compared: reading past the end of a map would kill the process with SIGBUS.
+        self._ids = np.memmap(
+            self._path, dtype=self._dtype, mode="r", offset=_HEADER.size, shape=(info.n_tokens,)
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of ids, end-of-text tokens included."""
+        return self._info.n_tokens
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents."""
+        return self._info.n_documents
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of text (UTF-8) behind the stream; end-of-text tokens count 0."""
+        return self._info.n_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the ids as they lie in the file."""
+        return self._info.sha256
+
+    @property
+    def document_offsets(self) -> NDArray[np.int64]:
+        """Shape (n_documents + 1,): document d is ids [o[d], o[d + 1]), its closing end-of-text
+        included."""
+        return np.fromfile(self._offsets_path, dtype="<i8").astype(np.int64)
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Ids [start, stop), shape (stop - start,), int64. ValueError for a range outside the
+        stream."""
+        if not 0 <= start <= stop <= self._info.n_tokens:
+            raise ValueError(
+                f"{self._path}: cannot read ids {start} to {stop}; legal: 0 to "
+                f"{self._info.n_tokens}"
+            )
+        ids = np.asarray(self._ids[start:stop]).astype(np.int64)
+        if ids.size and ids.max() >= self._vocab_size:
+            place = start + int(ids.argmax())
+            raise ValueError(
+                f"{self._path}: id {int(ids.max())} at {place} is outside the vocabulary of "
+                f"{self._vocab_size}: the "
+                "file is damaged; prepare the data again"
+            )
+        return ids
+
+    def verify(self) -> None:
+        """Read the whole stream and compare every checksum; ValueError names the file and the
+        block."""
+        whole = hashlib.sha256()
+        with open(self._path, "rb") as file:
+            file.seek(_HEADER.size)
+            for number, expected in enumerate(self._info.block_checksums):
+                block = file.read(self._info.block_bytes)
+                whole.update(block)
+                if zlib.crc32(block) != expected:
+                    start = _HEADER.size + number * self._info.block_bytes
+                    raise ValueError(
+                        f"{self._path}: block {number} (bytes {start} to {start + len(block)}) "
+                        "is damaged: CRC-32 "
+                        f"{zlib.crc32(block):08x}, expected {expected:08x}; prepare the data again"
+                    )
+        if whole.hexdigest() != self._info.sha256:
+            raise ValueError(
+                f"{self._path}: the ids are not those of the manifest (sha256 differs)"
+            )
+        with open(self._offsets_path, "rb") as file:
+            offsets = file.read()
+        if hashlib.sha256(offsets).hexdigest() != self._info.offsets_sha256:
+            raise ValueError(
+                f"{self._offsets_path}: damaged (sha256 differs); prepare the data again"
+            )
+
+    def _check_file(self) -> None:
+        n_bytes = size_of(self._path)
+        expected = _HEADER.size + self._info.n_tokens * self._dtype.itemsize
+        if n_bytes != expected:
+            raise ValueError(
+                f"{self._path}: has {n_bytes:,} bytes, expected {expected:,}: the file is "
+                f"{'cut off' if n_bytes < expected else 'too long'}; prepare the data again"
+            )
+        with open(self._path, "rb") as file:
+            magic, version, width, count = _HEADER.unpack(file.read(_HEADER.size))
+        if magic != _MAGIC:
+            raise ValueError(f"{self._path}: no shard of pretrain (it begins with {magic!r})")
+        found = {"format version": version, "bytes per id": width, "number of ids": count}
+        wanted = {
+            "format version": FORMAT_VERSION,
+            "bytes per id": self._dtype.itemsize,
+            "number of ids": self._info.n_tokens,
+        }
+        for name, value in found.items():
+            if value != wanted[name]:
+                raise ValueError(f"{self._path}: {name} is {value}, expected {wanted[name]}")
+        n_blocks = -(-(expected - _HEADER.size) // self._info.block_bytes)
+        if len(self._info.block_checksums) != n_blocks:
+            raise ValueError(
+                f"{self._path}: manifest has {len(self._info.block_checksums)} checksums, "
+                f"expected {n_blocks}"
+            )
+        if self._info.max_id >= self._vocab_size:
+            raise ValueError(
+                f"{self._path}: holds id {self._info.max_id}, but the vocabulary has only "
+                f"{self._vocab_size} entries"
+            )
+
+    def _check_offsets_size(self, path: Path) -> None:
+        n_bytes, expected = size_of(path), 8 * (self._info.n_documents + 1)
+        if n_bytes != expected:
+            raise ValueError(f"{path}: has {n_bytes:,} bytes, expected {expected:,}")
+
+
+class PreparedData:
+    """An opened prepared folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._streams = {
+            name: TokenStream(folder, info, vocab_size=manifest.vocab_size)
+            for name, info in manifest.streams.items()
+        }
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that wrote the ids."""
+        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        if tokenizer.vocab_size != self.manifest.vocab_size:
+            raise ValueError(
+                f"{self.folder}: the tokenizer has {tokenizer.vocab_size} entries, the manifest "
+                "says "
+                f"{self.manifest.vocab_size}"
+            )
+        return tokenizer
+
+    def split(self, name: SplitName) -> TokenStream:
+        """The stream "train" or "val"."""
+        if name not in self._streams:
+            raise ValueError(f"there is no split {name!r}; legal: {', '.join(self._streams)}")
+        return self._streams[name]
+
+    def verify(self) -> None:
+        """Read everything and compare every checksum; ValueError names what differs."""
+        for stream in self._streams.values():
+            stream.verify()
+
+
+def open_prepared(folder: str | Path) -> PreparedData:
+    """Open a prepared folder and check everything that can be checked without reading the ids.
+
+    Raises ValueError naming the file where it is missing, cut off, of another kind, or contradicts
+    the manifest.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    file = folder / "tokenizer" / "tokenizer.json"
+    try:
+        with open(file, "rb") as opened:
+            found = hashlib.sha256(opened.read()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    if found != manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{file}: is not the tokenizer that wrote these ids (sha256 {found[:12]}, expected "
+            f"{manifest.tokenizer_sha256[:12]}); prepare the data again"
+        )
+    return PreparedData(folder, manifest)
+
+
+def id_bytes(vocab_size: int) -> int:
+    """Bytes that an id takes on disk: 2 up to 65,536 entries, else 4."""
+    return 2 if vocab_size <= 1 << 16 else 4

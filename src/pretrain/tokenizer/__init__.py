@@ -1,0 +1,41 @@
+"""Text -> ids and back, without torch.
+
+`tokenizer` holds the one class `Tokenizer` over a `tokenizer.json` of the library `tokenizers`,
+whether it is bpe, characters or bytes; `training` makes one from text, `loading` from a file;
+`pieces` cuts text where no token can reach across, which is what makes long texts cheap; `alphabet`
+is the byte alphabet of GPT-2. The end-of-text token is `<|endoftext|>`; the same letters in a text
+are ordinary text.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.tokenizer.config import TokenizerConfig
+    from pretrain.tokenizer.loading import load_tokenizer
+    from pretrain.tokenizer.tokenizer import Tokenizer
+    from pretrain.tokenizer.training import default_vocab_size, train_tokenizer
+
+__all__ = [
+    "Tokenizer",
+    "TokenizerConfig",
+    "default_vocab_size",
+    "load_tokenizer",
+    "train_tokenizer",
+]
+
+_FILES = {
+    "Tokenizer": "tokenizer",
+    "TokenizerConfig": "config",
+    "default_vocab_size": "training",
+    "load_tokenizer": "loading",
+    "train_tokenizer": "training",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

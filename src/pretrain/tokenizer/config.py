@@ -1,0 +1,57 @@
+"""How text becomes ids: the fields of the section `tokenizer` of a config, and their ranges.
+
+Plain values come in from a file or the command line; a value that no corpus could satisfy is a
+ValueError at once, one that this corpus cannot satisfy is a ValueError when the tokenizer is
+trained, before anything is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRAINED_NAMES = ("bpe", "characters", "bytes")
+"""Names that are made from the corpus; anything else is a path."""
+
+N_BYTES_VOCABULARY = 257
+"""256 bytes and the end-of-text token: what `bytes` has, and the least that `bpe` can have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """The section `tokenizer`."""
+
+    name: str = "bpe"
+    """bpe, characters or bytes, trained on the data; or a folder with a tokenizer.json, or such a
+    file."""
+    vocab_size: int | None = None
+    """Entries of a bpe vocabulary, end-of-text token included, at least 257; by default chosen from
+    the amount of text."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(
+                f"tokenizer.name is {self.name!r}; legal: bpe, characters, bytes, or a path"
+            )
+        check_vocab_size(self.vocab_size, name=self.name)
+
+
+def check_vocab_size(vocab_size: int | None, *, name: str) -> None:
+    """ValueError for a vocabulary size that the tokenizer `name` cannot have, whatever the
+    corpus."""
+    if vocab_size is None:
+        return
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise ValueError(f"tokenizer.vocab_size is {vocab_size!r}; legal: a whole number from 257")
+    if name == "bpe" and vocab_size < N_BYTES_VOCABULARY:
+        raise ValueError(
+            f"tokenizer.vocab_size is {vocab_size}; legal: {N_BYTES_VOCABULARY} (every byte and "
+            "the end-of-text "
+            "token) or more"
+        )
+    if name == "bytes" and vocab_size != N_BYTES_VOCABULARY:
+        raise ValueError(
+            f"tokenizer.vocab_size is {vocab_size}, but the tokenizer 'bytes' always has "
+            f"{N_BYTES_VOCABULARY} entries; leave it out, or take --tokenizer.name bpe"
+        )
+    if vocab_size < 2:
+        raise ValueError(f"tokenizer.vocab_size is {vocab_size}; legal: 2 or more")

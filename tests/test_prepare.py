@@ -1,0 +1,220 @@
+"""Preparing: every byte of text arrives on exactly one side, and impossible wishes are refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.data.config import DataConfig
+from pretrain.data.manifest import SplitName
+from pretrain.data.preparation import prepare, prepared_key
+from pretrain.data.shards import PreparedData
+from pretrain.data.splitting import Census, Split, choose_split, default_val_fraction
+
+
+def sentence(draw: random.Random, n_words: int) -> str:
+    vowels, others = "aeiou", "bcdfghlmnprst"
+    return " ".join(
+        "".join(draw.choice(others) + draw.choice(vowels) for _ in range(draw.randint(1, 4)))
+        for _ in range(n_words)
+    )
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def texts_of(data: PreparedData, name: SplitName) -> list[str]:
+    stream, tokenizer = data.split(name), data.tokenizer()
+    offsets = stream.document_offsets
+    assert stream.read(0, 1).tolist() == [data.manifest.end_of_text]
+    found = []
+    for start, stop in pairwise(offsets):
+        ids = stream.read(int(start), int(stop))
+        assert ids[-1] == data.manifest.end_of_text
+        assert data.manifest.end_of_text not in ids[:-1]
+        found.append(tokenizer.decode(ids))
+    assert sum(len(text.encode()) for text in found) == stream.n_bytes
+    return found
+
+
+@pytest.fixture(scope="module")
+def many() -> list[str]:
+    draw = random.Random(1)
+    return [sentence(draw, draw.randint(5, 80)) + f" {n}\n<|endoftext|>" for n in range(300)]
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
+def test_every_document_is_on_one_side_in_order(
+    tmp_path: Path, many: list[str], tokenizer: str
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    data = prepare(source, tmp_path / "out", tokenizer=tokenizer, val_fraction=0.2)
+    data.verify()
+    train, val = texts_of(data, "train"), texts_of(data, "val")
+    assert train == [text for text in many if text in set(train)]
+    assert val == [text for text in many if text in set(val)]
+    assert sorted(train + val) == sorted(many)
+    assert 30 < len(val) < 90
+    assert data.manifest.split_policy == "documents"
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["n_documents"] == 300
+    assert report["n_tokens"]["val"] == data.split("val").n_tokens
+    left_over = {path.name for path in tmp_path.iterdir()}
+    assert left_over == {"a.jsonl", "out"}
+
+
+def test_same_text_same_folder(tmp_path: Path, many: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    for name in ("one", "two"):
+        prepare(source, tmp_path / name)
+    names = ["manifest.json", "train.bin", "val.bin", "val.offsets", "tokenizer/tokenizer.json"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_split_depends_on_the_document_alone(tmp_path: Path, many: list[str]) -> None:
+    val = []
+    for number, texts in enumerate((many, many[::-1] + many[:50] + ["new " * 30])):
+        source = write_jsonl(tmp_path / f"{number}.jsonl", texts)
+        data = prepare(source, tmp_path / f"out{number}", tokenizer="bytes", val_fraction=0.1)
+        val.append(set(texts_of(data, "val")))
+        assert not val[-1] & set(texts_of(data, "train"))
+    assert val[0] <= val[1] <= val[0] | {"new " * 30}
+
+
+def test_tokenizer_does_not_see_validation_text(tmp_path: Path, many: list[str]) -> None:
+    data = prepare(write_jsonl(tmp_path / "a.jsonl", many), tmp_path / "a", val_fraction=0.2)
+    held_out = set(texts_of(data, "val"))
+    changed = [text if text not in held_out else text + " zzzz" * 20 for text in many]
+    train_only = [text for text in many if text not in held_out]
+    from pretrain.tokenizer import train_tokenizer
+
+    assert train_tokenizer(train_only).sha256 == data.manifest.tokenizer_sha256
+    assert train_tokenizer(changed).sha256 != data.manifest.tokenizer_sha256
+
+
+def test_few_documents_give_their_ends(tmp_path: Path) -> None:
+    draw = random.Random(2)
+    texts = [sentence(draw, 400), "tiny", sentence(draw, 900)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    data = prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", val_fraction=0.25)
+    train, val = texts_of(data, "train"), texts_of(data, "val")
+    assert data.manifest.split_policy == "tails"
+    assert [train[0] + val[0], train[1], train[2] + val[1]] == texts
+    assert all(text.startswith(" ") for text in val)
+    assert abs(len(val[1]) / len(texts[2]) - 0.25) < 0.02
+
+
+def test_equal_documents_are_cut_alike(tmp_path: Path) -> None:
+    text = sentence(random.Random(3), 200)
+    data = prepare(write_jsonl(tmp_path / "a.jsonl", [text] * 50), tmp_path / "out")
+    assert data.manifest.split_policy == "tails"
+    assert len(set(texts_of(data, "train"))) == len(set(texts_of(data, "val"))) == 1
+
+
+def test_one_document_that_is_nearly_everything() -> None:
+    census = Census()
+    for number in range(40):
+        census.add(f"small {number}")
+    # Whatever its hash, a fraction this close to its own value would put it on the validation side.
+    giant = "giant " * 100_000
+    census.add(giant)
+    key = int(census.keys_and_sizes()[0][-1]) / 2**64
+    split = choose_split(census, val_fraction=min(0.5, key + 1e-6))
+    assert split.policy == ("tails" if key < 0.5 else "documents")
+    assert dict(split.parts(giant))["train"]
+
+
+def test_a_long_text_is_one_document(tmp_path: Path) -> None:
+    text = (sentence(random.Random(4), 3000) + "\n") * 60
+    assert len(text) > 1 << 20
+    (tmp_path / "a.txt").write_text(text)
+    data = prepare(tmp_path / "a.txt", tmp_path / "out")
+    train, val = texts_of(data, "train"), texts_of(data, "val")
+    assert (len(train), len(val)) == (1, 1)
+    assert train[0] + val[0] == text
+    tokenizer = data.tokenizer()
+    stream = data.split("train")
+    assert np.array_equal(tokenizer.encode(train[0]), stream.read(1, stream.n_tokens - 1))
+
+
+def test_a_given_tokenizer_is_used(tmp_path: Path, many: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    first = prepare(source, tmp_path / "one", vocab_size=400)
+    second = prepare(source, tmp_path / "two", tokenizer=tmp_path / "one")
+    assert second.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
+    assert second.split("train").sha256 == first.split("train").sha256
+    with pytest.raises(ValueError, match="has 400 entries"):
+        prepare(source, tmp_path / "three", tokenizer=tmp_path / "one", vocab_size=500)
+
+
+def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    (tmp_path / "out").mkdir()
+    prepare(source, tmp_path / "out", tokenizer="bytes")
+    with pytest.raises(FileExistsError, match="holds 7 files"):
+        prepare(source, tmp_path / "out", tokenizer="bytes")
+    with pytest.raises(FileExistsError):
+        prepare(source, source, tokenizer="bytes")
+
+
+def test_nothing_is_left_after_a_refusal(tmp_path: Path, many: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    with pytest.raises(ValueError, match="this corpus yields only"):
+        prepare(source, tmp_path / "out", vocab_size=60_000)
+    tiny = write_jsonl(tmp_path / "tiny.jsonl", ["hello world"])
+    with pytest.raises(ValueError, match=r"corpus too small.*'val'"):
+        prepare(tiny, tmp_path / "out", tokenizer="bytes")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"other": 5}\n')
+    with pytest.raises(ValueError, match=r"gave no document: 0 documents.*skipped 1 records"):
+        prepare(empty, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "tiny.jsonl", "empty.jsonl"}
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, 0.6, float("nan"), float("inf")])
+def test_val_fraction_out_of_range(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="legal: above 0 and at most"):
+        prepare("bundled", tmp_path / "out", val_fraction=value)
+    with pytest.raises(ValueError, match=r"data\.val_fraction"):
+        DataConfig(val_fraction=value)
+
+
+def test_default_val_fraction() -> None:
+    assert default_val_fraction(5_000) == 0.1
+    assert default_val_fraction(12_000_000) == pytest.approx(1 / 30)
+    assert default_val_fraction(10**10) == 0.002
+
+
+def test_no_split_loses_text() -> None:
+    split = Split(val_fraction=0.1, policy="tails", bound=0)
+    for text in ("x", "word " * 50, "字" * 500, "a" * 31, " " * 500):
+        assert "".join(part for _, part in split.parts(text)) == text
+
+
+def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    seen: list[tuple[str, float]] = []
+    prepare(source, tmp_path / "out", progress=lambda stage, part: seen.append((stage, part)))
+    assert list(dict.fromkeys(stage for stage, _ in seen)) == [
+        "reading",
+        "training the tokenizer",
+        "encoding",
+    ]
+    assert all(0 <= part <= 1 for _, part in seen)
+    assert seen[-1] == ("encoding", 1.0)
+
+    key = prepared_key(source)
+    assert key == prepared_key(str(source))
+    assert key != prepared_key(source, val_fraction=0.1)
+    assert key != prepared_key(source, tokenizer="bytes")
+    write_jsonl(source, many[:-1])
+    assert key != prepared_key(source)

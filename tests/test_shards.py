@@ -1,0 +1,199 @@
+"""Prepared folders: what was written is read, and what was changed since is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.data.durable import new_folder
+from pretrain.data.preparation import prepare
+from pretrain.data.shards import ShardWriter, TokenStream, is_prepared, open_prepared
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    records = [{"text": f"document {n} " + "word " * (9000 + n)} for n in range(30)]
+    source = folder / "a.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare(source, folder / "out", tokenizer="bytes")
+    return folder / "out"
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(300, 2), (65536, 2), (65537, 4)])
+def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
+    writer = ShardWriter(tmp_path, name="train", vocab_size=vocab_size, end_of_text=7)
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(8, vocab_size, size) for size in (1, 5, 700_000, 3)]
+    for document in documents:
+        half = len(document) // 2
+        writer.add(document[:half], n_bytes=half)
+        writer.add(document[half:], n_bytes=len(document) - half)
+        writer.end_document()
+    info = writer.close()
+    stream = TokenStream(tmp_path, info, vocab_size=vocab_size)
+    expected = np.concatenate([[7], *[np.append(document, 7) for document in documents]])
+    assert stream.read(0, stream.n_tokens).tolist() == expected.tolist()
+    assert stream.read(3, 9).tolist() == expected[3:9].tolist()
+    assert stream.read(3, 9).dtype == np.int64
+    assert (stream.n_documents, stream.n_bytes) == (4, 700_009)
+    offsets = stream.document_offsets
+    for number, document in enumerate(documents):
+        found = stream.read(int(offsets[number]), int(offsets[number + 1]))
+        assert found.tolist() == [*document.tolist(), 7]
+    assert (tmp_path / "train.bin").stat().st_size == 64 + width * len(expected)
+    stream.verify()
+    for start, stop in ((-1, 2), (5, 4), (0, stream.n_tokens + 1)):
+        with pytest.raises(ValueError, match="legal: 0 to"):
+            stream.read(start, stop)
+
+
+def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
+    # 65836 would become 300 - 0 in 16 bits, silently.
+    for bad in (300, -1, 65536 + 5):
+        with pytest.raises(ValueError, match=f"{bad} cannot be stored; legal: 0 to 299"):
+            writer.add(np.array([1, bad]), n_bytes=2)
+    writer.abandon()
+
+
+def test_whole_folder_opens(folder: Path) -> None:
+    data = open_prepared(folder)
+    data.verify()
+    assert is_prepared(folder)
+    assert not is_prepared(folder.parent)
+    assert data.tokenizer().vocab_size == data.manifest.vocab_size == 257
+    with pytest.raises(ValueError, match="legal: train, val"):
+        data.split("test")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [-1, 1, -500_000])
+def test_wrong_size_names_both_sizes(folder: Path, change: int) -> None:
+    path = folder / "train.bin"
+    n_bytes = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(n_bytes + change)
+    with pytest.raises(
+        ValueError, match=rf"train\.bin: has {n_bytes + change:,} bytes, expected {n_bytes:,}"
+    ):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_one_flipped_bit_is_found_in_its_block(folder: Path, block: int) -> None:
+    with open(folder / "train.bin", "r+b") as file:
+        file.seek(64 + block * (1 << 20) + 1000)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    data = open_prepared(folder)
+    with pytest.raises(ValueError, match=rf"train\.bin: block {block} "):
+        data.verify()
+
+
+def test_damaged_ids_are_not_read(folder: Path) -> None:
+    with open(folder / "val.bin", "r+b") as file:
+        file.seek(64 + 2 * 10)
+        file.write(b"\xff\xff")
+    with pytest.raises(ValueError, match=r"id 65535 at 10 is outside the vocabulary of 257"):
+        open_prepared(folder).split("val").read(5, 20)
+
+
+def test_header_is_checked(folder: Path) -> None:
+    for place, value, reason in (
+        (0, b"NUMPY", "no shard"),
+        (8, b"\x09", "format version is 9"),
+        (12, b"\x04", "bytes per id is 4"),
+        (16, b"\x00\x00", "number of ids"),
+    ):
+        content = (folder / "val.bin").read_bytes()
+        with open(folder / "val.bin", "r+b") as file:
+            file.seek(place)
+            file.write(value)
+        with pytest.raises(ValueError, match=reason):
+            open_prepared(folder)
+        (folder / "val.bin").write_bytes(content)
+
+
+def test_damaged_offsets(folder: Path) -> None:
+    path = folder / "train.offsets"
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.offsets: damaged"):
+        open_prepared(folder).verify()
+    path.write_bytes(content[:-8])
+    with pytest.raises(ValueError, match=r"train\.offsets: has"):
+        open_prepared(folder)
+
+
+def test_another_tokenizer_is_refused(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="is not the tokenizer that wrote these ids"):
+        open_prepared(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.update(format="x"), "is not a folder that"),
+        (lambda m: m.update(format_version=2), "format version 2"),
+        (lambda m: m.pop("vocab_size"), "is damaged: 'vocab_size'"),
+        (lambda m: m.update(vocab_size="many"), "is damaged: vocab_size"),
+        (lambda m: m["streams"].pop("val"), "streams are"),
+        (lambda m: m["streams"]["val"].update(file="../../x"), "is damaged: file"),
+        (lambda m: m["streams"]["val"].update(n_tokens=-1), "is damaged: n_tokens"),
+        (lambda m: m["streams"]["val"].update(max_id=257), "holds id 257"),
+        (lambda m: m["streams"]["val"].update(block_checksums=[]), "0 checksums"),
+        (lambda m: m.update(streams=[]), "is damaged"),
+    ],
+)
+def test_changed_manifests(
+    folder: Path, change: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    change_manifest(folder, change)
+    with pytest.raises(ValueError, match=reason):
+        open_prepared(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_manifest_that_is_none(folder: Path, content: bytes) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    assert not is_prepared(folder)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        open_prepared(folder)
+
+
+def test_a_crash_leaves_nothing(tmp_path: Path) -> None:
+    def crash(error: type[BaseException]) -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("half")
+            raise error
+
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error):
+            partial(crash, error)()
+    assert list(tmp_path.iterdir()) == []

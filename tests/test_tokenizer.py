@@ -1,0 +1,244 @@
+"""Tokenizers: text survives, ids equal the library's on whole texts, wrong files are refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.corpus import read_documents
+from pretrain.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    default_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
+from pretrain.tokenizer.pieces import pieces, words
+
+NASTY = [
+    "",
+    " ",
+    "\n\n  \n",
+    "don't we'll I'M",
+    "<|endoftext|> in the text<|endoftext|>",
+    "\x00\x1c\x85\u2028\u180e\u3000",
+    "naïve 数学 🤷🏽‍♀️ שלום",
+    "a  b   c \t d\r\n",
+]
+
+
+@cache
+def english() -> tuple[str, ...]:
+    return tuple(document.text for document in list(read_documents("bundled"))[:12])
+
+
+@cache
+def bpe() -> Tokenizer:
+    return train_tokenizer(english(), name="bpe", vocab_size=700)
+
+
+def library_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The library's own answer for the whole text at once."""
+    ids: list[int] = tokenizer._library.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+# Letters, digits, punctuation and every kind of space, so that each rule of the split is met.
+TEXT = st.text(
+    st.one_of(
+        st.sampled_from(
+            list("ab'stdrelvm19.,!-<|>  \n\n\t\r") + list("\x1c\x1f\x85\xa0\u2028\u180e\u200b")
+        ),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=80,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXT)
+def test_encode_equals_library_and_decodes_back(text: str) -> None:
+    tokenizer = bpe()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64
+    assert ids.tolist() == library_ids(tokenizer, text)
+    assert tokenizer.encode_batch([text, text])[1].tolist() == ids.tolist()
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode())
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXT, st.integers(12, 40))
+def test_pieces_encode_like_the_whole(text: str, limit: int) -> None:
+    cut = list(pieces(text, limit=limit))
+    assert "".join(cut) == text
+    assert all(0 < len(piece) <= limit for piece in cut)
+    # Blind cuts aside: the limit is tiny here, so a long run of one kind may have no safe place.
+    if all(not left[-1].isspace() and right[0] == " " for left, right in pairwise(cut)):
+        tokenizer = bpe()
+        joined = [id_ for piece in cut for id_ in library_ids(tokenizer, piece)]
+        assert joined == library_ids(tokenizer, text)
+
+
+@given(TEXT)
+def test_words_join_to_the_text(text: str) -> None:
+    assert "".join(words(text)) == text
+
+
+def test_a_normal_text_is_cut_at_spaces_only() -> None:
+    text = english()[0]
+    cut = list(pieces(text, limit=500))
+    assert len(cut) > 10
+    assert all(piece.startswith(" ") for piece in cut[1:])
+    tokenizer = bpe()
+    assert [i for piece in cut for i in library_ids(tokenizer, piece)] == library_ids(
+        tokenizer, text
+    )
+
+
+@pytest.mark.parametrize("name", ["bpe", "characters", "bytes"])
+def test_every_kind_on_nasty_strings(name: str, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([*english()[:2], *NASTY], name=name)
+    assert tokenizer.kind == name
+    assert tokenizer.end_of_text == 0
+    assert tokenizer.token_bytes(0) == b""
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.kind, loaded.sha256) == (name, tokenizer.sha256)
+    assert (tmp_path / "tokenizer.json").read_bytes() == loaded._canonical
+    for text in NASTY:
+        ids = loaded.encode(text)
+        assert ids.tolist() == library_ids(tokenizer, text)
+        assert 0 not in ids
+        assert loaded.decode(ids) == text
+        assert int(loaded.byte_lengths()[ids].sum()) == len(text.encode())
+
+
+def test_training_is_deterministic_and_blind_to_order() -> None:
+    first = train_tokenizer(english(), vocab_size=600)
+    assert train_tokenizer(list(english()), vocab_size=600).sha256 == first.sha256
+    assert train_tokenizer(reversed(english()), vocab_size=600).sha256 == first.sha256
+    assert train_tokenizer(english()[1:], vocab_size=600).sha256 != first.sha256
+
+
+def test_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain.tokenizer import training
+
+    monkeypatch.setattr(training, "SAMPLE_BYTES", 60_000)
+    texts = english()
+    sample, n_bytes = training._sample(texts)
+    assert n_bytes == sum(len(text.encode()) for text in texts)
+    assert 0 < sum(map(len, sample)) <= 60_000
+    assert training._sample(reversed(texts))[0] == sample
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "size"),
+    [
+        (0, 512),
+        (5_000, 512),
+        (1_000_000, 1024),
+        (1_115_394, 1024),
+        (11_972_889, 4096),
+        (50_000_000, 8192),
+        (10**12, 8192),
+    ],
+)
+def test_default_vocab_size(n_bytes: int, size: int) -> None:
+    assert default_vocab_size(n_bytes) == size
+
+
+def test_vocab_sizes_that_cannot_be_had() -> None:
+    with pytest.raises(ValueError, match=r"is 256; legal: 257"):
+        train_tokenizer(["abc"], vocab_size=256)
+    with pytest.raises(ValueError, match=r"asked for 400, .* only 262 entries; legal: 257\.\.262"):
+        train_tokenizer(["abcdef"], vocab_size=400)
+    assert train_tokenizer(["abcdef"], vocab_size=262).vocab_size == 262
+    assert train_tokenizer(["abcdef"]).vocab_size == 257
+    with pytest.raises(ValueError, match="always has 257"):
+        train_tokenizer(["abc"], name="bytes", vocab_size=300)
+    with pytest.raises(ValueError, match="3 characters"):
+        train_tokenizer(["abc"], name="characters", vocab_size=5)
+    with pytest.raises(ValueError, match="legal: bpe, characters, bytes"):
+        train_tokenizer(["abc"], name="wordpiece")
+    with pytest.raises(ValueError, match="no text"):
+        train_tokenizer([""])
+    with pytest.raises(ValueError, match="legal: 257"):
+        TokenizerConfig(vocab_size=10)
+
+
+def test_unknown_character_is_named() -> None:
+    tokenizer = train_tokenizer(["abc\n"], name="characters")
+    assert tokenizer.vocab_size == 5
+    for character, code in (("é", "U+00E9"), ("\U0001f600", "U+1F600")):
+        with pytest.raises(ValueError, match=code.replace("+", r"\+")):
+            tokenizer.encode("ab" + character)
+
+
+def test_lone_surrogates_become_the_replacement_character() -> None:
+    for name in ("bpe", "bytes", "characters"):
+        tokenizer = train_tokenizer(["a\ud800b"], name=name)
+        assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+        assert tokenizer.decode(tokenizer.encode_batch(["a\udfffb"])[0]) == "a\ufffdb"
+
+
+def test_decode_refuses_unknown_ids() -> None:
+    for id_ in (-1, bpe().vocab_size):
+        with pytest.raises(ValueError, match=f"{id_} does not exist; legal: 0 to 699"):
+            bpe().decode([5, id_])
+
+
+def test_long_texts_take_linear_time() -> None:
+    start = time.process_time()
+    for text in ("a" * 1_000_000, " " * 1_000_000, "ab" * 500_000, "字" * 300_000):
+        assert bpe().decode(bpe().encode(text)) == text
+    assert time.process_time() - start < 60
+
+
+def damaged(change: Callable[[dict[str, Any]], object]) -> str:
+    content = json.loads(bpe()._canonical)
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "is no tokenizer.json"),
+        ("{}", "is no tokenizer.json"),
+        ("[1, 2", "is no tokenizer.json"),
+        (lambda c: c["model"]["vocab"].pop("A"), "holes|no tokenizer.json"),
+        (lambda c: c["model"]["vocab"].update({"zzz": 5000}), "id 700 is missing"),
+        (lambda c: c.update(added_tokens=[]), "no special token"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "byte-level BPE"),
+        (lambda c: c["model"]["merges"].append(["q", "@@@"]), "no tokenizer.json"),
+    ],
+)
+def test_wrong_files_are_refused(
+    tmp_path: Path, content: str | Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    text = content if isinstance(content, str) else damaged(content)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_tokenizer(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="does not exist; legal: bpe, characters, bytes"):
+        load_tokenizer(tmp_path / "gpt3")
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_tokenizer(tmp_path)
