@@ -1,0 +1,47 @@
+"""State <-> files, in a format of slices that does not depend on how many processes wrote it.
+
+`format` holds the layout, `save` writes so that a crash leaves the old or the new checkpoint and
+never neither, `load` finds the newest good one and hands out verified tensors.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.load import (
+        Checkpoint,
+        DamagedCheckpoint,
+        list_checkpoints,
+        newest_good,
+        open_checkpoint,
+    )
+    from pretrain.checkpoint.save import checkpoint_name, prune, save_checkpoint
+
+_HOMES = {
+    "Checkpoint": "load",
+    "DamagedCheckpoint": "load",
+    "checkpoint_name": "save",
+    "list_checkpoints": "load",
+    "newest_good": "load",
+    "open_checkpoint": "load",
+    "prune": "save",
+    "save_checkpoint": "save",
+}
+__all__ = [
+    "Checkpoint",
+    "DamagedCheckpoint",
+    "checkpoint_name",
+    "list_checkpoints",
+    "newest_good",
+    "open_checkpoint",
+    "prune",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

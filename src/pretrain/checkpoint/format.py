@@ -1,0 +1,139 @@
+"""The bytes of a checkpoint: a manifest in JSON, and tensors in files of the safetensors layout.
+
+The manifest lists every tensor by its global name with its shape, its dtype and its slices: which
+file, at which byte, and which box of the whole tensor the slice covers. One process writes one
+slice of each tensor, many write many, and a reader need not know how many there were. Every 4 MiB
+block of a file has its SHA-256 in the manifest, so that a reader verifies exactly what it reads. No
+pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT, VERSION = "pretrain checkpoint", 1
+MANIFEST = "manifest.json"
+BLOCK_BYTES = 4 << 20
+
+# Names as in the safetensors format.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of a tensor, row-major and without gaps, from byte `offset` of `file`."""
+
+    file: str
+    offset: int
+    box: Box
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    return tuple((0, n) for n in shape)
+
+
+def manifest_hash(content: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _HashingFile:
+    """Writes a file and hashes its blocks on the way; nothing is read back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb")  # noqa: SIM115 - closed by close(), which must be told
+        self._block, self._filled, self.bytes = hashlib.sha256(), 0, 0
+        self.hashes: list[str] = []
+
+    def write(self, data: memoryview) -> None:
+        start = 0
+        while start < len(data):
+            part = data[start : start + BLOCK_BYTES - self._filled]
+            written = self._file.write(part)
+            if written != len(part):
+                raise OSError(f"only {written} of {len(part)} bytes written")
+            self._block.update(part)
+            self._filled += len(part)
+            start += len(part)
+            if self._filled == BLOCK_BYTES:
+                self._end_block()
+        self.bytes += len(data)
+
+    def _end_block(self) -> None:
+        self.hashes.append(self._block.hexdigest())
+        self._block, self._filled = hashlib.sha256(), 0
+
+    def close(self) -> None:
+        """Push everything to the disk itself; an error here means that the file is worthless."""
+        if self._filled:
+            self._end_block()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[Slice]]:
+    """Write one safetensors file; returns its entry for the manifest and each tensor's slice, in
+    order."""
+    header: dict[str, dict[str, Any]] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    base = 8 + len(text)
+    file = _HashingFile(path)
+    file.write(memoryview(len(text).to_bytes(8, "little") + text))
+    slices = []
+    for name, tensor in tensors.items():
+        slices.append(
+            Slice(path.name, base + header[name]["data_offsets"][0], whole(tuple(tensor.shape)))
+        )
+        file.write(_raw_bytes(tensor))
+    file.close()
+    entry = {"bytes": file.bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}
+    return entry, slices
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename or a new name in a folder survive a power loss (POSIX; elsewhere there is no
+    such call)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""The command line: one verb a file, each thin. `main` finds the verb, runs it, and turns errors
+into exit codes.
+
+0 done; 2 the user's mistake, in a sentence; 1 ours, with a traceback; 130 and 143 stopped by a
+signal with everything saved; 75 stopped by a full disk. Only the chosen verb's file is imported, so
+`--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import TracebackType
+
+from pretrain import __version__
+from pretrain.cli.output import Output
+
+VERBS = {
+    "train": "train a model on a recipe, a config file, or any text",
+    "prepare": "turn text into a prepared folder of token ids",
+    "tokenizer": "train a tokenizer, encode, decode, or look inside one",
+    "evaluate": "nats, perplexity and bits per byte of a model on text",
+    "generate": "continue a prompt",
+    "next": "the distribution over the next token",
+    "report": "write a run's report.html",
+}
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_USERS_ERRNO = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"pretrain {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        print(
+            f"pretrain: there is no verb {verb!r}; there are: {', '.join(VERBS)}", file=sys.stderr
+        )
+        return 2
+    module = import_module(f"pretrain.cli.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"pretrain {verb}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; text for people goes to stderr"
+    )
+    settings, rest = take_settings(rest) if hasattr(module, "TAKES_SETTINGS") else ([], rest)
+    try:
+        arguments = parser.parse_args(rest)
+    except SystemExit as stop:  # argparse has already said what was wrong
+        return int(stop.code or 0)
+    output = Output(json=arguments.json)
+    try:
+        arguments.settings = settings
+        return int(module.run(arguments, output))
+    except KeyboardInterrupt:
+        output.fail("stopped", 130)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        code = exit_code(error)
+        if code == 1:
+            traceback.print_exc()
+        output.fail(explain(error), code)
+        return code
+
+
+def take_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate `--section.key value` and `--section.key=value` from the verb's own arguments."""
+    settings: list[str] = []
+    rest = list(words)
+    kept: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            kept.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and rest:
+            settings.append(rest.pop(0))
+    return settings, kept
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    return (
+        "usage: pretrain VERB ...\n\nPre-train decoder-only language models on any text, by "
+        f"next-token prediction.\n\n{rows}\n\nEvery verb takes --help and --json. "
+        "`pretrain train` alone trains on the bundled corpus."
+    )
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for what the user can mend, 75 for a full disk, 1 for our own mistakes.
+
+    A ValueError that our own code raised is a sentence for the user; one from inside a library is a
+    bug of ours.
+    """
+    if isinstance(error, OSError):
+        if error.errno in _DISK_FULL:
+            return 75
+        return 2 if error.errno in _USERS_ERRNO else 1
+    return 2 if isinstance(error, ValueError) and _is_ours(error.__traceback__) else 1
+
+
+def _is_ours(trace: TracebackType | None) -> bool:
+    name = ""
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return name == "pretrain" or name.startswith("pretrain.")
+
+
+def explain(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return str(error) or type(error).__name__

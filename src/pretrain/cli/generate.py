@@ -1,0 +1,58 @@
+"""Continue a prompt with a trained model.
+
+pretrain generate runs/english-1 --prompt "The people of the United States" --n 3
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from pretrain.cli.output import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run directory, or one checkpoint in it")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue [none]")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="[200]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 is greedy [0.8]"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest that reach P"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="[1]")
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="completions [1]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    if arguments.max_tokens < 1 or arguments.n < 1:
+        raise ValueError(
+            f"--max-tokens is {arguments.max_tokens} and --n is {arguments.n}; "
+            "both must be at least 1"
+        )
+    from pretrain.cli.places import open_model
+
+    model = open_model(arguments.model, device=arguments.device)
+
+    from pretrain.generate import Sampling, generate
+
+    sampling = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    completions = generate(
+        model.decoder,
+        model.tokenizer,
+        arguments.prompt,
+        max_tokens=arguments.max_tokens,
+        n=arguments.n,
+        sampling=sampling,
+    )
+    for number, text in enumerate(completions):
+        output.say(f"{'' if number == 0 else chr(10)}{arguments.prompt}{text}")
+    output.result({"completions": completions})
+    return 0

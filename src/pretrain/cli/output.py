@@ -1,0 +1,41 @@
+"""What a verb says: text for people on one stream, one JSON object on the other."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+class Output:
+    """With `json`, standard output holds exactly one JSON object and people read standard error."""
+
+    def __init__(self, *, json: bool) -> None:
+        self.json = json
+
+    @property
+    def people(self) -> TextIO:
+        return sys.stderr if self.json else sys.stdout
+
+    def say(self, text: str = "") -> None:
+        print(text, file=self.people, flush=True)
+
+    def result(self, content: Mapping[str, Any]) -> None:
+        """The machine-readable answer; without --json it is not printed."""
+        if self.json:
+            print(json.dumps(_plain(content), ensure_ascii=False), flush=True)
+
+    def fail(self, reason: str, code: int) -> None:
+        print(f"pretrain: {reason}", file=sys.stderr, flush=True)
+        self.result({"error": reason, "exit_code": code})

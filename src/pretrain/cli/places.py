@@ -1,0 +1,184 @@
+"""Where things lie: recipes, run directories, the cache of prepared text, and what MODEL may
+name."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.data.preparation import prepare, prepared_key
+from pretrain.data.shards import PreparedData, is_prepared, open_prepared
+
+if TYPE_CHECKING:
+    from pretrain.model import Decoder
+    from pretrain.tokenizer import Tokenizer
+    from pretrain.world import World
+
+RUNS = Path("runs")
+DEFAULT_RECIPE = "english"
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name."""
+    folder = Path(str(importlib.resources.files("pretrain") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_target(target: str | None) -> tuple[str, list[Layer]]:
+    """What `pretrain train TARGET` means: a run's name, and the config layers under the command
+    line's.
+
+    A recipe's name, else a YAML file, else a source of text, which gets the default recipe's
+    settings.
+    """
+    known = recipes()
+    if target is None or target in known:
+        name = target or DEFAULT_RECIPE
+        return name, [read_file(known[name])]
+    path = Path(target)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"there is no config file {target}")
+        return path.stem, [read_file(path)]
+    if not path.exists():
+        raise ValueError(
+            f"{target!r} is neither a recipe ({', '.join(known)}) nor a file or folder that exists"
+        )
+    name = path.resolve().name.split(".")[0] or "text"
+    return name, [read_file(known[DEFAULT_RECIPE]), {"data": {"source": str(path.resolve())}}]
+
+
+def new_run_folder(name: str, asked: str | None) -> Path:
+    """The folder of a new run, checked to be empty and writable; it is made when the run begins."""
+    if asked is not None:
+        folder = Path(asked)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"{folder} is not an empty folder; choose another --run, or go on with --resume"
+            )
+    else:
+        number = 1
+        while (RUNS / f"{name}-{number}").exists():
+            number += 1
+        folder = RUNS / f"{name}-{number}"
+    _check_writable(folder)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write a run to {folder}: {error.strerror}") from None
+
+
+def newest_run() -> Path:
+    """The run under runs/ that was begun last."""
+    begun = [p.parent for p in RUNS.glob("*/config.yaml")]
+    if not begun:
+        raise ValueError(f"there is no run in {RUNS}/ to resume; name one with --run DIR")
+    return max(begun, key=lambda p: (p / "config.yaml").stat().st_mtime_ns)
+
+
+def cache_folder() -> Path:
+    """Where prepared text is kept between runs: PRETRAIN_CACHE, or the user's cache folder."""
+    given = os.environ.get("PRETRAIN_CACHE")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pretrain"
+
+
+def prepared(
+    config: RunConfig, *, progress: Callable[[str, float], None] | None = None
+) -> PreparedData:
+    """The run's text as token ids: a prepared folder that was given, one from the cache, or one
+    made now."""
+    data, tokenizer = config.data, config.tokenizer
+    if is_prepared(data.source):
+        return open_prepared(data.source)
+    settings: dict[str, Any] = {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "text_field": data.text_field,
+        "val_fraction": data.val_fraction,
+    }
+    folder = cache_folder() / "prepared" / prepared_key(data.source, **settings)
+    if not is_prepared(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return prepare(data.source, folder, progress=progress, **settings)
+        except FileExistsError:
+            pass  # another process was quicker and has made the same
+    return open_prepared(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that is ready to be used, and the run that it came from."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    config: RunConfig
+    run: Path
+    checkpoint: Path
+    world: World
+
+    @property
+    def precision(self) -> str:
+        """The run's own arithmetic where it was trained; elsewhere float32, which every device
+        has."""
+        same_device = self.config.train.device == self.world.device.type
+        return self.config.train.precision if same_device else "fp32"
+
+
+def open_model(name: str, *, device: str = "auto") -> OpenModel:
+    """Open MODEL: a run directory (its best checkpoint once finished, else its newest), or one
+    checkpoint in it."""
+    run, path = find_checkpoint(Path(name))
+
+    from pretrain.checkpoint import open_checkpoint
+    from pretrain.model import Objective, build
+    from pretrain.tokenizer import load_tokenizer
+    from pretrain.train.loop import load_weights
+    from pretrain.world import open_world
+
+    world = open_world(device)
+    checkpoint = open_checkpoint(path)
+    config = compose([read_file(run / "config.yaml")])
+    tokenizer = load_tokenizer(run / "tokenizer")
+    decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
+    load_weights(Objective(decoder), checkpoint)
+    return OpenModel(decoder.eval(), tokenizer, config, run, path, world)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The run directory and the checkpoint that a MODEL argument means."""
+    if not path.exists():
+        raise ValueError(f"there is no model at {path}: neither a run directory nor a checkpoint")
+    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent, path
+    if not (path / "config.yaml").is_file():
+        raise ValueError(
+            f"{path} is neither a run directory (it has no config.yaml) nor a checkpoint in one"
+        )
+    summary = path / "summary.json"
+    if summary.is_file():
+        return path, path / json.loads(summary.read_text(encoding="utf-8"))["checkpoint"]
+    from pretrain.checkpoint import list_checkpoints
+
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise ValueError(f"the run {path} has no checkpoint yet")
+    return path, found[-1]

@@ -1,0 +1,71 @@
+"""Turn text into a prepared folder: token ids, the tokenizer, and a report of what was read and
+skipped.
+
+  pretrain prepare books/ --out prepared/books
+  pretrain train prepared/books
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pretrain.cli.output import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="file or folder of txt, md or jsonl")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--tokenizer",
+        default="bpe",
+        metavar="NAME|DIR",
+        help="bpe, characters, bytes, or a folder with tokenizer.json [bpe]",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="entries of a new BPE vocabulary"
+    )
+    parser.add_argument(
+        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, metavar="F", help="share of the documents to hold out"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first bad record instead of skipping it"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    from pretrain.data.preparation import prepare
+
+    said: set[str] = set()
+
+    def progress(stage: str, fraction: float) -> None:
+        if stage not in said:
+            said.add(stage)
+            output.say(f"{stage} ...")
+
+    data = prepare(
+        arguments.source,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        text_field=arguments.text_field,
+        val_fraction=arguments.val_fraction,
+        strict=arguments.strict,
+        progress=progress,
+    )
+    report = json.loads((Path(arguments.out) / "report.json").read_text(encoding="utf-8"))
+    splits = {name: data.split(name) for name in ("train", "val")}
+    for name, stream in splits.items():
+        output.say(
+            f"{name:<6} {stream.n_documents:,} documents, {stream.n_tokens:,} tokens, "
+            f"{stream.n_bytes:,} bytes of text"
+        )
+    output.say(
+        f"vocabulary {data.manifest.vocab_size:,}; the report is {arguments.out}/report.json"
+    )
+    output.result({"out": str(arguments.out), "vocab_size": data.manifest.vocab_size, **report})
+    return 0

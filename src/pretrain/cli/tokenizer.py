@@ -1,0 +1,131 @@
+"""Train a tokenizer, encode and decode with one, look inside it.
+
+pretrain tokenizer train books/ --vocab-size 4096 --out my-tokenizer
+pretrain tokenizer encode FILE --tokenizer my-tokenizer
+pretrain tokenizer decode FILE --tokenizer my-tokenizer     ids, separated by spaces, commas or
+lines pretrain tokenizer inspect --tokenizer my-tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli.output import Output
+
+if TYPE_CHECKING:
+    from pretrain.tokenizer import Tokenizer
+
+# Longer ids belong to no vocabulary, and Python refuses to read numbers of thousands of digits.
+_ID = re.compile(r"\d{1,10}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("train", "encode", "decode", "inspect"))
+    parser.add_argument(
+        "source", nargs="?", metavar="FILE", help="text (train: file or folder); - for stdin"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME|DIR", help="a folder with tokenizer.json, or a run's"
+    )
+    parser.add_argument(
+        "--kind", default="bpe", choices=("bpe", "characters", "bytes"), help="what to train [bpe]"
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="entries, bpe only")
+    parser.add_argument(
+        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the new tokenizer.json")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    actions = {"train": _train, "encode": _encode, "decode": _decode, "inspect": _inspect}
+    return actions[arguments.action](arguments, output)
+
+
+def _train(arguments: argparse.Namespace, output: Output) -> int:
+    from pretrain.corpus import read_documents
+    from pretrain.tokenizer import train_tokenizer
+
+    if arguments.source is None or arguments.out is None:
+        raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; choose another --out")
+    documents = read_documents(arguments.source, text_field=arguments.text_field)
+    texts = (document.text for document in documents)
+    made = train_tokenizer(texts, name=arguments.kind, vocab_size=arguments.vocab_size)
+    made.save(out)
+    output.say(f"{made.vocab_size:,} entries, written to {out}/tokenizer.json")
+    output.result({"out": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256})
+    return 0
+
+
+def _open(arguments: argparse.Namespace) -> Tokenizer:
+    from pretrain.tokenizer import load_tokenizer
+
+    if arguments.tokenizer is None:
+        raise ValueError(f"tokenizer {arguments.action} needs --tokenizer DIR")
+    path = Path(arguments.tokenizer)
+    inside = path / "tokenizer" / "tokenizer.json"  # a run directory carries its tokenizer
+    return load_tokenizer(inside if inside.is_file() else path)
+
+
+def _read(arguments: argparse.Namespace) -> str:
+    if arguments.source is None:
+        raise ValueError(f"tokenizer {arguments.action} needs a FILE, or - for standard input")
+    if arguments.source == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = Path(arguments.source)
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{arguments.source} is not UTF-8 text: byte {error.start}") from None
+
+
+def _encode(arguments: argparse.Namespace, output: Output) -> int:
+    tokenizer = _open(arguments)
+    ids = tokenizer.encode(_read(arguments)).tolist()
+    if not output.json:
+        print(" ".join(map(str, ids)))
+    output.result({"ids": ids})
+    return 0
+
+
+def _decode(arguments: argparse.Namespace, output: Output) -> int:
+    tokenizer = _open(arguments)
+    words = [word for word in re.split(r"[\s,\[\]]+", _read(arguments)) if word]
+    wrong = next((word for word in words if not _ID.fullmatch(word)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong[:40]!r} is not a token id")
+    text = tokenizer.decode([int(word) for word in words])
+    if not output.json:
+        print(text)
+    output.result({"text": text})
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace, output: Output) -> int:
+    tokenizer = _open(arguments)
+    longest = sorted(range(tokenizer.vocab_size), key=lambda i: -len(tokenizer.token_bytes(i)))[:20]
+    rows = [
+        {"id": i, "bytes": len(tokenizer.token_bytes(i)), "text": tokenizer.decode([i])}
+        for i in longest
+    ]
+    output.say(f"{tokenizer.vocab_size:,} entries; end of text is {tokenizer.end_of_text}")
+    output.say("longest entries: " + " ".join(repr(row["text"]) for row in rows))
+    result = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+    if arguments.source is not None:
+        text = _read(arguments)
+        n_tokens, n_bytes = len(tokenizer.encode(text)), len(text.encode())
+        result |= {"tokens": n_tokens, "bytes": n_bytes}
+        output.say(f"{arguments.source}: {n_bytes / max(1, n_tokens):.2f} bytes a token")
+    output.result({**result, "sha256": tokenizer.sha256, "longest": rows})
+    return 0

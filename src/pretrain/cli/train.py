@@ -1,0 +1,267 @@
+"""Train a model: on the bundled corpus, a recipe, a config file, or any text.
+
+pretrain train                        the recipe `english`: a GPT learns English in a few minutes
+pretrain train my.txt                 the same settings on your own file or folder
+pretrain train --resume               go on with the run that was begun last
+pretrain train --train.steps 200 --model.d_model 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli.output import Output
+from pretrain.cli.places import new_run_folder, newest_run, prepared, read_target
+from pretrain.cli.settings import settings_help
+from pretrain.config import Layer, RunConfig, compose, parse_overrides, read_file, to_dict, to_yaml
+from pretrain.corpus import list_files
+from pretrain.data.shards import PreparedData
+from pretrain.train.windows import check_windows
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.train.screen import Screen
+    from pretrain.world import World
+
+TAKES_SETTINGS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "pretrain train [RECIPE | FILE.yaml | TEXT FILE or FOLDER] [--SECTION.KEY VALUE ...] "
+        "[options]"
+    )
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="recipe, .yaml file, or text")
+    parser.add_argument("--run", metavar="DIR", help="run directory; default runs/<recipe>-<n>")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with --run, or with the newest run"
+    )
+    parser.epilog = settings_help()
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    began = time.perf_counter()
+    overrides = parse_overrides(arguments.settings)
+    if arguments.resume:
+        folder = Path(arguments.run) if arguments.run else newest_run()
+        return _resume(folder, arguments.target, overrides, output, began)
+    name, layers = read_target(arguments.target)
+    config = compose([*layers, overrides])
+    config = _with_whole_path(config)
+    folder = new_run_folder(name, arguments.run)
+    data = _prepare(config, output)
+    check_windows(config.model, config.train, n_tokens=data.split("train").n_tokens)
+    return _begin(config, folder, data, output, began)
+
+
+def _with_whole_path(config: RunConfig) -> RunConfig:
+    """The source as an absolute path, so that a resume from another folder finds it; checked to be
+    readable."""
+    list_files(config.data.source)
+    if config.data.source == "bundled":
+        return config
+    source = str(Path(config.data.source).resolve())
+    return replace(config, data=replace(config.data, source=source))
+
+
+def _prepare(config: RunConfig, output: Output) -> PreparedData:
+    began = time.perf_counter()
+    said: set[str] = set()
+
+    def progress(stage: str, fraction: float) -> None:
+        if stage not in said:
+            said.add(stage)
+            output.say(f"{stage} {config.data.source} ...")
+
+    data = prepared(config, progress=progress)
+    if said:
+        output.say(f"prepared in {time.perf_counter() - began:.1f} s")
+    return data
+
+
+def _begin(
+    config: RunConfig, folder: Path, data: PreparedData, output: Output, began: float
+) -> int:
+    from pretrain.train.decide import decide
+    from pretrain.train.screen import Screen
+    from pretrain.world import open_world
+
+    world = open_world(
+        config.train.device,
+        threads=config.train.threads,
+        deterministic=config.train.deterministic,
+    )
+    screen = Screen(output.people)
+    if config.train.steps is None and config.train.minutes is not None:
+        screen.line(f"measuring how many steps fit into {config.train.minutes:g} min ...")
+    decided = decide(
+        data=data,
+        model=config.model,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        train=config.train,
+        world=world,
+    )
+    config = replace(config, model=decided.model, schedule=decided.schedule, train=decided.train)
+    folder.mkdir(parents=True, exist_ok=True)
+    data.tokenizer().save(folder / "tokenizer")
+    _write_environment(folder, world)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return _train(config, folder, data, world, screen, output, began, resume_from=None)
+
+
+def _resume(
+    folder: Path, target: str | None, overrides: Layer, output: Output, began: float
+) -> int:
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
+    config = compose([read_file(folder / "config.yaml")])
+    _refuse_other_settings(config, target, overrides)
+    if (folder / "summary.json").is_file():
+        output.say(f"{folder} is finished: there is nothing left to train")
+        output.result({"run": str(folder), **_read_summary(folder)})
+        return 0
+    data = _prepare(config, output)
+
+    from pretrain.checkpoint import newest_good
+    from pretrain.train.fingerprint import fingerprint, refuse_changes
+    from pretrain.train.screen import Screen
+    from pretrain.world import open_world
+
+    world = open_world(
+        config.train.device,
+        threads=config.train.threads,
+        deterministic=config.train.deterministic,
+    )
+    screen = Screen(output.people)
+    checkpoint, complaints = newest_good(folder / "checkpoints")
+    for complaint in complaints:
+        screen.line(complaint, style="bold red")
+    if checkpoint is None and complaints:
+        raise ValueError(f"no checkpoint of {folder} is whole; nothing can be resumed")
+    if checkpoint is None:
+        screen.line(f"{folder} has no checkpoint yet: it starts anew, as it was decided")
+    else:
+        refuse_changes(checkpoint.state["fingerprint"], fingerprint(data, world))
+        screen.line(f"resuming {folder} after step {checkpoint.step:,}")
+    return _train(config, folder, data, world, screen, output, began, resume_from=checkpoint)
+
+
+def _refuse_other_settings(config: RunConfig, target: str | None, overrides: Layer) -> None:
+    """A resume repeats the run's own settings or none: anything else would be another run."""
+    layers = [] if target is None else read_target(target)[1]
+    asked = compose([*layers, overrides])
+    stored, wanted = to_dict(config), to_dict(asked)
+    changes = []
+    for layer in (*layers, overrides):
+        for section, keys in layer.items():
+            for key in keys:
+                old, new = stored[section][key], wanted[section][key]
+                if new is not None and new != old:
+                    changes.append(f"{section}.{key}: {old} -> {new}")
+    if changes:
+        raise ValueError(
+            "a resume goes on with the run's own settings, but these differ: "
+            + "; ".join(dict.fromkeys(changes))
+        )
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    data: PreparedData,
+    world: World,
+    screen: Screen,
+    output: Output,
+    began: float,
+    *,
+    resume_from: Checkpoint | None,
+) -> int:
+    from pretrain.report import write_report
+    from pretrain.train.fingerprint import fingerprint
+    from pretrain.train.loop import train
+    from pretrain.train.overview import show_plan, show_summary
+
+    show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
+    _follow(config, folder)
+    code = train(
+        folder,
+        data=data,
+        model=config.model,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        settings=config.train,
+        world=world,
+        screen=screen,
+        fingerprint=fingerprint(data, world),
+        began=began,
+        resume_from=resume_from,
+    )
+    report = write_report(folder)
+    if code != 0:
+        go_on = f"pretrain train --resume --run {shlex.quote(str(folder))}"
+        screen.line(f"stopped and saved; go on with: {go_on}")
+        output.result({"run": str(folder), "stopped": True, "exit_code": code})
+        return code
+    summary = _read_summary(folder)
+    show_summary(screen, summary, folder=folder, report=report)
+    output.result({"run": str(folder), "report": str(report), **summary})
+    return 0
+
+
+def _follow(config: RunConfig, folder: Path) -> None:
+    """Start the trackers of report.to as a process of their own that reads metrics.jsonl."""
+    if not config.report.to:
+        return
+    from pretrain.report.trackers import require_packages
+
+    require_packages(config.report.to)
+    words = [sys.executable, "-m", "pretrain.report.trackers", str(folder)]
+    for name in config.report.to:
+        words += ["--to", name]
+    subprocess.Popen([*words, "--parent", str(os.getpid())], stdin=subprocess.DEVNULL)
+
+
+def _read_summary(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _write_environment(folder: Path, world: World) -> None:
+    from pretrain import __version__
+    from pretrain.train.records import write_json
+    from pretrain.world import describe_machine
+
+    write_json(
+        folder / "environment.json",
+        {
+            "pretrain": __version__,
+            **describe_machine(),
+            "device": world.device.type,
+            "threads": world.threads,
+            "git": _git_revision(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": shlex.join(["pretrain", *sys.argv[1:]]),
+        },
+    )
+
+
+def _git_revision() -> str | None:
+    """The revision of the code that runs, when it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,21 @@
+"""Weights -> text: draw tokens, or look at the distribution of the next one.
+
+`sampling` holds it all: how a distribution is shaped, how ids are drawn, and the two calls on text.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.generate.sampling import Sampling, generate, generate_ids, next_distribution
+
+_HOMES = dict.fromkeys(("Sampling", "generate", "generate_ids", "next_distribution"), "sampling")
+__all__ = ["Sampling", "generate", "generate_ids", "next_distribution"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

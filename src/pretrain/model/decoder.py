@@ -1,0 +1,124 @@
+"""The decoder: ids in, hidden states out, and logits where somebody asks for them.
+
+One class is GPT-2 and Llama by its config. It is pure and lives on one device: loss, optimizer,
+sampling and parallelism are other people's rooms. It refuses ids that are not (B, T) and windows
+beyond its context length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model.config import ModelConfig
+from pretrain.model.layers import (
+    EMBEDDING_SITE,
+    Block,
+    KeyValueCache,
+    build_norm,
+    drop,
+    rotation_at,
+)
+from pretrain.model.ngrams import NgramEmbedding
+from pretrain.model.random import Noise, normal
+
+# GPT-2's code draws every matrix from N(0, 0.02).
+INITIAL_STD = 0.02
+
+
+class Decoder(nn.Module):
+    """A stack of causal blocks between a token embedding and an output head."""
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
+        self.position_embedding = (
+            nn.Embedding(config.window_tokens, config.d_model)
+            if config.position == "learned"
+            else None
+        )
+        self.ngrams = (
+            NgramEmbedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
+        )
+        # Keyed by number, so that a name stays what it is when a pipeline keeps only some blocks.
+        self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
+        self.final_norm = build_norm(config)
+        self.head = None if config.tied_head else nn.Linear(config.d_model, vocab_size, bias=False)
+
+    def forward(
+        self, ids_BT: Tensor, *, cache: KeyValueCache | None = None, noise: Noise | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, D) after the final norm.
+
+        With a `cache` the ids continue what it holds. With `noise` dropout is applied, without it
+        never is.
+        """
+        assert ids_BT.ndim == 2, "ids are (rows, time)"
+        start = 0 if cache is None else cache.length
+        stop = start + ids_BT.shape[1]
+        if stop > self.config.window_tokens:
+            raise ValueError(f"{stop} ids do not fit the context of {self.config.window_tokens}")
+        positions_T = torch.arange(start, stop, device=ids_BT.device)
+        x_BTD = self.token_embedding(ids_BT)
+        if self.ngrams is not None:
+            before_BP = ids_BT[:, :0] if cache is None else cache.remember(ids_BT)
+            x_BTD = x_BTD + self.ngrams(ids_BT, before_BP)
+        rotation = None
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions_T)
+        else:
+            rotation = rotation_at(positions_T, self.config)
+        x_BTD = drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
+        for block in self.blocks.values():
+            x_BTD = block(x_BTD, rotation, cache, noise)
+        return self.final_norm(x_BTD)  # type: ignore[no-any-return]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V, D) that turns hidden states into logits."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (..., V) of the next token, for generation and for
+        tests."""
+        return hidden @ self.head_weight.T
+
+
+def initial_value(
+    config: ModelConfig, name: str, start: int, stop: int, *, seed: int, device: torch.device
+) -> Tensor:
+    """Elements [start, stop) of a parameter at the start of training, a pure function of seed and
+    name.
+
+    Matrices are N(0, 0.02); the two that write to the residual stream are divided by sqrt(2
+    n_layers), as the GPT-2 paper says; norm weights are 1, biases 0.
+    """
+    if name.endswith("bias") or name.startswith("ngrams."):
+        return torch.zeros(stop - start, device=device)
+    if "norm" in name:
+        return torch.ones(stop - start, device=device)
+    writes_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+    if writes_residual and config.zero_branches:
+        return torch.zeros(stop - start, device=device)
+    std = INITIAL_STD / (math.sqrt(2 * config.n_layers) if writes_residual else 1.0)
+    return normal(seed, name, start, stop, device=device) * std
+
+
+def build(
+    config: ModelConfig, *, vocab_size: int, seed: int | None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """A decoder on `device`, with its initial weights, or with empty ones (to be loaded) for seed
+    None."""
+    device = torch.device(device)
+    with torch.device("meta"):
+        decoder = Decoder(config, vocab_size=vocab_size)
+    decoder.to_empty(device=device)
+    if seed is not None:
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                values = initial_value(config, name, 0, parameter.numel(), seed=seed, device=device)
+                parameter.copy_(values.view_as(parameter))
+    return decoder

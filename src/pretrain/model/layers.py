@@ -1,0 +1,199 @@
+"""The parts of a block: norm, attention, feed-forward, and the cache of keys and values.
+
+Hidden states (B, T, D) go in and come out. Nothing here knows of losses, optimizers, files or
+processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.model.config import ModelConfig
+from pretrain.model.random import Noise
+
+ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range(4)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.bias)
+    return nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+
+
+def rotation_at(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, E) of the rotary angles at some positions.
+
+    "RoFormer: Enhanced Transformer with Rotary Position Embedding" (Su et al., 2021). Pair i of a
+    head is its elements i and i + E/2, as in the published Llama weights in Hugging Face's layout.
+    Angles are made anew in float32 at each call: it costs microseconds, and a table would be a
+    buffer to shard, save and move.
+    """
+    half = torch.arange(0, config.d_head, 2, device=positions_T.device).float() / config.d_head
+    angles = positions_T.float()[:, None] / config.rope_theta**half
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cos_TE, sin_TE = (r.to(x_BHTE.dtype) for r in rotation)
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the positions seen so far, a pair (B, K, S, E) for each layer, and their
+    ids."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    ids_BS: Tensor | None = None
+
+    def remember(self, ids_BT: Tensor) -> Tensor:
+        """Note ids that are about to be read; returns those before them (B, S)."""
+        before_BS = ids_BT[:, :0] if self.ids_BS is None else self.ids_BS
+        self.ids_BS = torch.cat([before_BS, ids_BT], dim=1)
+        return before_BS
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this layer's new keys and values (B, K, T, E); returns all of them (B, K, S,
+        E)."""
+        if layer in self.keys:
+            key = torch.cat([self.keys[layer], key], dim=2)
+            value = torch.cat([self.values[layer], value], dim=2)
+        self.keys[layer], self.values[layer] = key, value
+        return key, value
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, with fewer key/value heads than heads where the config says so.
+
+    "Attention Is All You Need" (Vaswani et al., 2017); "GQA" (Ainslie et al., 2023).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        d, d_kv = config.d_model, config.kv_heads * config.d_head
+        self.query = nn.Linear(d, d, bias=config.bias)
+        self.key = nn.Linear(d, d_kv, bias=config.bias)
+        self.value = nn.Linear(d, d_kv, bias=config.bias)
+        self.output = nn.Linear(d, d, bias=config.bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache | None,
+        noise: Noise | None,
+    ) -> Tensor:
+        query = self.query(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+        key = self.key(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+        value = self.value(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+        if self.config.query_key_norm:
+            query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        mixed_BHTE = self._attend(query, key, value, noise)
+        return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise | None) -> Tensor:
+        T, S, grouped = query.shape[2], key.shape[2], key.shape[1] != query.shape[1]
+        if noise is not None:
+            return self._attend_plainly(query, key, value, noise)
+        if T == S or T == 1:
+            # A single new query sees every cached key, so it needs no mask at all.
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=T == S and T > 1, enable_gqa=grouped
+            )
+        mask_TS = causal_mask(T, S, query.device)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask_TS, enable_gqa=grouped
+        )
+
+    def _attend_plainly(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise) -> Tensor:
+        """Attention written out, for dropout on its weights with a mask that no kernel can draw."""
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scores_BHTS = query @ key.transpose(2, 3) / math.sqrt(self.config.d_head)
+        mask_TS = causal_mask(query.shape[2], key.shape[2], query.device)
+        weights = scores_BHTS.masked_fill(~mask_TS, float("-inf")).softmax(-1)
+        rate = self.config.dropout
+        keep = noise.keep(weights.shape, rate, layer=self.layer, site=ATTENTION_SITE)
+        return (weights * keep.to(weights.dtype)) @ value
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """True where a query may look: the last `n_queries` of `n_keys` positions, each up to
+    itself."""
+    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return ones.tril(n_keys - n_queries)
+
+
+class FeedForward(nn.Module):
+    """GELU in its tanh form (Hendrycks and Gimpel, 2016), or SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, f = config.d_model, config.feed_forward_width
+        self.squared = config.feed_forward == "relu2"
+        self.gate = nn.Linear(d, f, bias=config.bias) if config.feed_forward == "swiglu" else None
+        self.up = nn.Linear(d, f, bias=config.bias)
+        self.down = nn.Linear(f, d, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        if self.gate is not None:
+            hidden_BTF = F.silu(self.gate(x_BTD)) * up_BTF
+        elif self.squared:
+            hidden_BTF = F.relu(up_BTF).square()
+        else:
+            hidden_BTF = F.gelu(up_BTF, approximate="tanh")
+        return self.down(hidden_BTF)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Norm, attention, add; norm, feed-forward, add (pre-norm, as in GPT-2 and Llama)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = build_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache | None,
+        noise: Noise | None,
+    ) -> Tensor:
+        branch = self.attention(self.attention_norm(x_BTD), rotation, cache, noise)
+        x_BTD = x_BTD + self._drop(branch, noise, ATTENTION_OUTPUT_SITE)
+        branch = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + self._drop(branch, noise, FEED_FORWARD_SITE)
+
+    def _drop(self, branch_BTD: Tensor, noise: Noise | None, site: int) -> Tensor:
+        return drop(branch_BTD, self.config.dropout, noise, layer=self.layer, site=site)
+
+
+def drop(x: Tensor, rate: float, noise: Noise | None, *, layer: int, site: int) -> Tensor:
+    """Dropout (Srivastava et al., 2014) from counter-based noise; without noise nothing is
+    dropped."""
+    if noise is None:
+        return x
+    return x * noise.keep(x.shape, rate, layer=layer, site=site).to(x.dtype)

@@ -1,0 +1,121 @@
+"""The objective: maximise L(X) = sum_i log p(x_{i+1} | x_{i-k}, ..., x_i), as a sum of nats and a
+count.
+
+A micro-batch goes in; the sum of -log p over its targets and the number of those targets come out.
+The division happens once, over everything that a step saw, and not here. Whole logits are never
+kept: the loss walks over the rows in chunks and makes both gradients on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.model.decoder import Decoder
+from pretrain.model.random import Noise
+
+# A target of -100 is not counted: padding at the end of an evaluation.
+NOT_COUNTED = -100
+# Logits of one chunk: 2^20 numbers are 4 MB in float32, about what stays in a CPU core's share of
+# cache.
+CHUNK_LOGITS = 1 << 20
+
+
+class Batch(Protocol):
+    """What the objective reads of a micro-batch."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """Ids (B, T)."""
+
+    @property
+    def targets(self) -> Tensor:
+        """The id that follows each input (B, T), or NOT_COUNTED."""
+
+    @property
+    def samples(self) -> Tensor:
+        """The global number of each row's window (B)."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target], chunk by chunk, with gradients made in
+    forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        # The sum is kept in float64 where there is one, so that it hardly depends on how rows are
+        # grouped.
+        total_type = torch.float32 if hidden_ND.device.type == "mps" else torch.float64
+        nats = torch.zeros((), dtype=total_type, device=hidden_ND.device)
+        with_gradients = any(ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden_ND) if with_gradients else None
+        d_weight = torch.zeros_like(weight_VD) if with_gradients else None
+        weight = weight_VD.to(hidden_ND.dtype)
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, hidden_ND.shape[0], rows):
+            hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
+            counted = targets != NOT_COUNTED
+            logits_NV = (hidden @ weight.T).to(weight_VD.dtype)
+            picked = targets.clamp(min=0)[:, None]
+            log_total_N = logits_NV.logsumexp(-1)
+            losses_N = log_total_N - logits_NV.gather(1, picked)[:, 0]
+            nats += torch.where(counted, losses_N, 0).sum(dtype=total_type)
+            if d_hidden is None or d_weight is None:
+                continue
+            # d nats / d logits = softmax - one_hot, in the logits' own memory.
+            slope_NV = logits_NV.sub_(log_total_N[:, None]).exp_()
+            slope_NV.scatter_add_(1, picked, torch.full_like(slope_NV[:, :1], -1.0))
+            slope_NV.mul_(counted[:, None])
+            slope_NV = slope_NV.to(hidden.dtype)
+            torch.mm(slope_NV, weight, out=d_hidden[start : start + rows])
+            d_weight.addmm_(slope_NV.T.to(d_weight.dtype), hidden.to(d_weight.dtype))
+        ctx.save_for_backward(d_hidden, d_weight)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            d_hidden * slopes[0].to(d_hidden.dtype),
+            d_weight * slopes[0].to(d_weight.dtype),
+            None,
+        )
+
+
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Nats (a scalar, summed) of the targets (N) under the logits hidden @ weight.T, without those
+    logits."""
+    nats: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
+    return nats
+
+
+def plain_linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """The same by torch's own operators, with whole logits: the twin that the fast path must
+    equal."""
+    logits_NV = hidden_ND @ weight_VD.T
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=NOT_COUNTED, reduction="sum")
+
+
+class Objective(nn.Module):
+    """The decoder and its loss: what is compiled, sharded and wrapped.
+
+    The context of a prediction is the window's ids up to and including x_i, so k + 1 in the formula
+    is at most the context length T. `seed` keys the dropout masks; they are drawn only in training
+    mode and for a rate above 0.
+    """
+
+    def __init__(self, decoder: Decoder, *, seed: int = 0) -> None:
+        super().__init__()
+        self.decoder, self.seed = decoder, seed
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(nats, count): the sum of -log p(target | context), and how many targets were counted."""
+        drops = self.training and self.decoder.config.dropout > 0
+        noise = Noise(self.seed, batch.samples) if drops else None
+        hidden_BTD = self.decoder(batch.inputs, noise=noise)
+        targets_N = batch.targets.flatten()
+        nats = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.decoder.head_weight, targets_N)
+        return nats, (targets_N != NOT_COUNTED).sum()

@@ -1,0 +1,36 @@
+"""Gradients -> updates: AdamW (`adamw`), the learning rate as a function of the step (`schedule`).
+
+Parameters come in by name and the state goes out by name, so a checkpoint never depends on an order
+of tensors.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.optimizer.adamw import build_optimizer, clip_gradients
+    from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
+    from pretrain.optimizer.schedule import schedule_at
+
+_HOMES = {
+    "OptimizerConfig": "config",
+    "ScheduleConfig": "config",
+    "build_optimizer": "adamw",
+    "clip_gradients": "adamw",
+    "schedule_at": "schedule",
+}
+__all__ = [
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "build_optimizer",
+    "clip_gradients",
+    "schedule_at",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

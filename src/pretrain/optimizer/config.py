@@ -1,0 +1,61 @@
+"""The optimizer's and the schedule's settings, checked before torch is imported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """the update rule: adamw, or muon for hidden matrices and adamw for the rest"""
+    learning_rate: float = 3e-3
+    """peak learning rate"""
+    table_rate: float = 1.0
+    """rate of embedding and head beside muon's matrices, as a multiple of learning_rate"""
+    weight_decay: float = 0.1
+    """decoupled decay of matrices; norms and biases are never decayed"""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient"""
+    beta2: float = 0.95
+    """AdamW's memory of the squared gradient"""
+    epsilon: float = 1e-8
+    """AdamW's guard against division by zero"""
+    clip: float = 1.0
+    """largest norm of the whole gradient; 0 switches clipping off"""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(
+                f"optimizer.learning_rate is {self.learning_rate}; it must be a number above 0"
+            )
+        for name in ("weight_decay", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or above")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"optimizer.epsilon is {self.epsilon}; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    name: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "wsd"
+    """shape after the warm-up; wsd stays at the peak and falls in a straight line at the end"""
+    warmup_steps: int | None = None
+    """steps in which the rate rises from 0; empty: 2 percent of the steps, at least 10"""
+    decay_fraction: float = 0.6
+    """share of all steps in which wsd falls"""
+    final_fraction: float = 0.0
+    """what is left of the peak rate after the last step (cosine, linear, wsd)"""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ValueError(f"schedule.warmup_steps is {self.warmup_steps}; it must be 0 or above")
+        for name in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"schedule.{name} is {getattr(self, name)}; it must be in [0, 1]")

@@ -1,0 +1,68 @@
+"""Settings of the training loop, checked before torch is imported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    steps: int | None = None
+    """updates to make; empty: as many as fit into train.minutes"""
+    minutes: float | None = None
+    """wall-clock time to train for, turned into a number of steps once, by a timed calibration at
+    the start"""
+    batch_tokens: int | None = None
+    """targets in one update, over all processes; empty: 8,192, rounded to whole windows"""
+    micro_batch_rows: int | None = None
+    """windows that go through the model at once; empty: chosen for the device; never changes a
+    result"""
+    evaluate_every: int | None = None
+    """steps between evaluations on held-out text; empty: a tenth of the run"""
+    evaluate_tokens: int = 32_768
+    """held-out targets of an evaluation during training, always the same; the last one takes the
+    whole split"""
+    save_every: int | None = None
+    """steps between checkpoints; empty: at every evaluation"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept, besides the best by validation"""
+    patience: int | None = None
+    """stop after this many evaluations in a row without a new best; empty: never"""
+    seed: int = 1
+    """where initial weights, the order of the data and dropout come from"""
+    device: Device = "auto"
+    """where to compute; auto takes cuda, then mps, then cpu"""
+    precision: Precision = "auto"
+    """arithmetic of matrix products; auto takes bf16 where a GPU has it, else fp32"""
+    compile: Compile = "auto"
+    """compile the decoder with torch.compile; auto does on cuda, where the warm-up pays"""
+    deterministic: bool = False
+    """refuse GPU kernels whose result varies from run to run (CPU runs never use any)"""
+    threads: int | None = None
+    """CPU threads of each process; empty: one for each core"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_tokens",
+            "micro_batch_rows",
+            "evaluate_every",
+            "evaluate_tokens",
+            "save_every",
+            "keep_checkpoints",
+            "patience",
+            "threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} is {value}; it must be at least 1")
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise ValueError(f"train.minutes is {self.minutes}; it must be above 0")
+        if self.seed < 0:
+            raise ValueError(f"train.seed is {self.seed}; it must be 0 or above")

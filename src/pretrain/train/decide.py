@@ -1,0 +1,155 @@
+"""What is chosen automatically, chosen once: every empty field of a config gets its value here,
+before the start.
+
+The filled config is written to the run's config.yaml and read back on a resume, so nothing is ever
+decided twice. Refuses what does not fit together: a context that the text is too short for, a batch
+that is not whole windows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import cast
+
+from pretrain.data import PreparedData
+from pretrain.evaluate import byte_lengths
+from pretrain.model import ModelConfig, Objective, build
+from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
+from pretrain.train.batches import TrainingBatches
+from pretrain.train.config import Compile, Device, Precision, TrainConfig
+from pretrain.train.steps import training_steps
+from pretrain.train.windows import check_windows
+from pretrain.world import World
+
+# Rows that go through the model at once: on a CPU the activations of about 2,048 tokens still fit
+# its caches.
+MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}
+EVALUATIONS = 10
+# Seconds of the budget that a timed calibration may take, and its steps at most.
+CALIBRATION_SECONDS, CALIBRATION_STEPS = 8.0, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The sections of a config that had empty fields, filled."""
+
+    model: ModelConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+
+
+def decide(
+    *,
+    data: PreparedData,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    train: TrainConfig,
+    world: World,
+) -> Decided:
+    """Fill every empty field. Takes seconds when `train.minutes` must be turned into steps, else
+    none."""
+    context, batch_tokens = check_windows(model, train, n_tokens=data.split("train").n_tokens)
+    model = replace(model, context_length=context)
+    rows = batch_tokens // context
+    train = replace(
+        train,
+        batch_tokens=batch_tokens,
+        micro_batch_rows=train.micro_batch_rows
+        or _micro_batch_rows(rows, context, world.device.type),
+        device=cast(Device, world.device.type),
+        threads=world.threads,
+        precision=_precision(train.precision, world),
+        compile=_compile(train.compile, world),
+    )
+    if train.steps is None:
+        train = replace(train, steps=_steps_that_fit(data, model, optimizer, train, world))
+    steps = train.steps
+    assert steps is not None
+    every = train.evaluate_every or max(1, -(-steps // EVALUATIONS))
+    train = replace(train, evaluate_every=every, save_every=train.save_every or every)
+    if schedule.warmup_steps is None:
+        schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
+    return Decided(model, schedule, train)
+
+
+def _micro_batch_rows(rows: int, context: int, device_type: str) -> int:
+    """The largest divisor of a batch's rows that the device takes at once."""
+    most = max(1, MICRO_BATCH_TOKENS[device_type] // context)
+    return next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
+
+
+def _precision(precision: Precision, world: World) -> Precision:
+    import torch
+
+    if precision != "auto":
+        return precision
+    # On a CPU without bf16 units it would be emulated, up to a hundred times slower.
+    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _compile(choice: Compile, world: World) -> Compile:
+    if choice != "auto":
+        return choice
+    return "on" if world.device.type == "cuda" else "off"
+
+
+def _steps_that_fit(
+    data: PreparedData,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    world: World,
+) -> int:
+    """Updates that fit into `train.minutes`, from timed steps of a copy that is thrown away."""
+    if train.minutes is None:
+        raise ValueError("nothing says how long to train: give train.steps or train.minutes")
+    decoder = build(
+        model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
+    )
+    if train.compile == "on":
+        decoder.compile(dynamic=False)
+    objective = Objective(decoder, seed=train.seed)
+    batches = training_batches(data, model, train)
+    updates = build_optimizer(objective.named_parameters(), config=optimizer)
+    seconds, began = [], time.perf_counter()
+    last = began
+    for report in training_steps(
+        objective,
+        updates,
+        batches.at,
+        rate_at=lambda step: optimizer.learning_rate * 1e-3,
+        steps=CALIBRATION_STEPS + 2,
+        clip=optimizer.clip,
+        world=world,
+        precision=train.precision,
+    ):
+        world.synchronize()
+        now = time.perf_counter()
+        # The first two steps warm up caches, memory and (on a GPU) the compiler.
+        if report.step >= 2 or now - began > CALIBRATION_SECONDS:
+            seconds.append(now - last)
+        last = now
+        if seconds and now - began > CALIBRATION_SECONDS:
+            break
+    step_seconds = sorted(seconds)[len(seconds) // 2]
+    assert train.batch_tokens is not None
+    # An evaluation has no backward pass, which is two thirds of a step.
+    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
+    evaluating = EVALUATIONS * val_tokens / train.batch_tokens * step_seconds / 3
+    return max(1, int((60 * train.minutes - evaluating) / step_seconds))
+
+
+def training_batches(data: PreparedData, model: ModelConfig, train: TrainConfig) -> TrainingBatches:
+    """The run's batches, from a config whose empty fields are filled."""
+    assert train.batch_tokens is not None
+    assert train.micro_batch_rows is not None
+    return TrainingBatches(
+        stream=data.split("train"),
+        context_length=model.window_tokens,
+        seed=train.seed,
+        batch_rows=train.batch_tokens // model.window_tokens,
+        micro_batch_rows=train.micro_batch_rows,
+        byte_lengths_V=byte_lengths(data.tokenizer()),
+    )

@@ -1,0 +1,61 @@
+"""What a run's numbers hang on besides its config: data, tokenizer, computing code, versions,
+threads.
+
+It is written into every checkpoint. A resume under another one would silently be another run, so it
+is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import __version__
+from pretrain.data import PreparedData
+from pretrain.world import World
+
+# The rooms whose code decides what a step computes.
+_COMPUTING_ROOMS = ("data", "model", "optimizer", "train")
+
+
+@cache
+def code_hash() -> str:
+    """One hash over the source of the rooms that compute."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for room in _COMPUTING_ROOMS:
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(f"{room}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(data: PreparedData, world: World) -> dict[str, Any]:
+    return {
+        "training text": data.split("train").sha256,
+        "held-out text": data.split("val").sha256,
+        "tokenizer": data.manifest.tokenizer_sha256,
+        "pretrain": __version__,
+        "code": code_hash(),
+        "torch": torch.__version__,
+        "device": world.device.type,
+        "threads": world.threads,
+    }
+
+
+def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ValueError with every difference between what the run was trained with and what is
+    here."""
+    changes = [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            "a resume would not be the same run, because these have changed: " + "; ".join(changes)
+        )

@@ -1,0 +1,96 @@
+"""The first lines and the last lines of a run, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.data import PreparedData
+from pretrain.model import ModelConfig, n_parameters
+from pretrain.train.config import TrainConfig
+from pretrain.train.screen import Screen, duration
+from pretrain.world import World
+
+# Beyond about four passes repeated text teaches less and less: "Scaling Data-Constrained Language
+# Models" (Muennighoff et al., 2023).
+MANY_EPOCHS = 4
+
+
+def show_plan(
+    screen: Screen, *, data: PreparedData, model: ModelConfig, settings: TrainConfig, world: World
+) -> None:
+    """What is about to happen, in five lines, and a warning where the text will be read many
+    times."""
+    text, held_out = data.split("train"), data.split("val")
+    context, vocab_size = model.window_tokens, data.manifest.vocab_size
+    steps, micro_rows, batch = settings.steps, settings.micro_batch_rows, settings.batch_tokens
+    assert steps is not None
+    assert micro_rows is not None
+    assert batch is not None
+    tokens = steps * batch
+    epochs = tokens / text.n_tokens
+    micro = micro_rows * context
+    accumulation = batch // (micro * world.size)
+    minutes = "" if settings.minutes is None else f", about {settings.minutes:g} min"
+    screen.facts(
+        [
+            (
+                "text",
+                f"{text.n_documents:,} documents, {text.n_tokens:,} tokens to train on; "
+                f"{held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens held out",
+            ),
+            (
+                "model",
+                f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters "
+                f"({model.n_layers} layers, width {model.d_model}, context {context}, "
+                f"vocabulary {vocab_size:,})",
+            ),
+            (
+                "batch",
+                f"{batch:,} tokens = micro-batch {micro:,} x accumulation {accumulation} x "
+                f"processes {world.size}",
+            ),
+            ("run", f"{steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs{minutes}"),
+            (
+                "on",
+                f"{world.device.type}, {world.threads} threads, {settings.precision}, "
+                f"compile {settings.compile}",
+            ),
+        ]
+    )
+    if epochs > MANY_EPOCHS:
+        screen.line(
+            f"note: the text will be read {epochs:.0f} times; past {MANY_EPOCHS} times a model "
+            "learns it by heart rather than from it. The best checkpoint by held-out text is kept; "
+            "--train.patience 3 stops early.",
+            style="yellow",
+        )
+
+
+def show_summary(screen: Screen, summary: Mapping[str, Any], *, folder: Path, report: Path) -> None:
+    """How good it became, what it cost, where it lies."""
+    beside = ", ".join(
+        f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary.get("baselines", [])
+    )
+    seconds = summary["total_seconds"]
+    screen.line()
+    screen.line("done", style="bold green")
+    screen.facts(
+        [
+            (
+                "held-out text",
+                f"{summary['val_bits_per_byte']:.3f} bits/byte, perplexity "
+                f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
+            ),
+            ("beside it", f"{beside} bits/byte"),
+            (
+                "cost",
+                f"{duration(seconds)}, {summary['tokens_per_second']:,.0f} tokens/s in training, "
+                f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at most",
+            ),
+            ("checkpoint", str(folder / summary["checkpoint"])),
+            ("report", str(report)),
+            ("try it", f'pretrain generate {folder} --prompt "The people"'),
+        ]
+    )

@@ -1,0 +1,113 @@
+"""A run's own record: metrics.jsonl and samples.jsonl, a line a fact, cut back when a run is
+resumed.
+
+After a resume the files are those of an uninterrupted run, times aside; what was cut off is kept
+beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN; a reader that is not Python would refuse the whole line.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a whole JSON file so that a reader sees the old one or the new one, never half of
+    it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    text = json.dumps({k: _plain(v) for k, v in content.items()}, indent=2) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The growing files of one run directory."""
+
+    folder: Path
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        self._append(METRICS, record)
+
+    def add_sample(self, record: Mapping[str, Any]) -> None:
+        self._append(SAMPLES, record)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        line = json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False)
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [record for record, _ in _lines(self.folder / METRICS)]
+
+    def cut_back(self, step: int) -> None:
+        """Drop the records of later steps than `step`; they are kept in NAME.cut-1, NAME.cut-2,
+        ..."""
+        for name in (METRICS, SAMPLES):
+            path = self.folder / name
+            lines = _lines(path)
+            kept = [text for record, text in lines if record["step"] <= step]
+            if not path.exists() or "".join(kept) == path.read_text(encoding="utf-8"):
+                continue
+            numbers = (n for n in range(1, 10**6))
+            aside = next(
+                p for n in numbers if not (p := path.with_name(f"{name}.cut-{n}")).exists()
+            )
+            temporary = path.with_name(f".{name}.tmp-{os.getpid()}")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            path.rename(aside)
+            os.replace(temporary, path)
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Records with their text; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    found = []
+    # Lines end at "\n" alone: samples may hold any other character that Unicode calls a line end.
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for text in file:
+            try:
+                record = json.loads(text)
+            except ValueError:
+                continue
+            if text.endswith("\n"):
+                found.append((record, text))
+    return found
+
+
+@dataclass(slots=True)
+class Best:
+    """The best evaluation so far, and how many came after it: a pure function of the records."""
+
+    step: int | None = None
+    nats_per_token: float = math.inf
+    since: int = 0
+
+    def note(self, step: int, nats_per_token: float) -> bool:
+        """Take in an evaluation; True if it is a new best."""
+        if nats_per_token < self.nats_per_token:
+            self.step, self.nats_per_token, self.since = step, nats_per_token, 0
+            return True
+        self.since += 1
+        return False
+
+    @staticmethod
+    def of(records: list[dict[str, Any]]) -> Best:
+        best = Best()
+        for record in records:
+            if record["kind"] == "evaluate" and record["val_nats_per_token"] is not None:
+                best.note(record["step"], record["val_nats_per_token"])
+        return best

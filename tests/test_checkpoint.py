@@ -1,0 +1,251 @@
+"""Checkpoints: what is written is read, any box of it; every kind of damage is found; a crash
+leaves the old one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.checkpoint import (
+    DamagedCheckpoint,
+    list_checkpoints,
+    newest_good,
+    open_checkpoint,
+    prune,
+    save_checkpoint,
+)
+from pretrain.checkpoint import format as layout
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model/a": torch.randn(7, 5, generator=generator),
+        "model/b": torch.randn(3, generator=generator).bfloat16(),
+        "optimizer/a/step": torch.tensor(4.0),
+        "optimizer/a/exp_avg": torch.randn(7, 5, 2, generator=generator, dtype=torch.float64),
+        "optimizer/n": torch.tensor([2**60], dtype=torch.int64),
+    }
+
+
+def save(folder: Path, step: int = 3) -> Path:
+    return save_checkpoint(folder, step=step, tensors=tensors(), state={"note": "x"})
+
+
+def read_all(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify()
+    for name in tensors():
+        checkpoint.read(name)
+
+
+def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save(tmp_path))
+    assert (checkpoint.step, checkpoint.state) == (3, {"note": "x"})
+    assert checkpoint.names("model") == ["a", "b"]
+    for name, tensor in tensors().items():
+        found = checkpoint.read(name)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+
+
+def test_the_files_are_safetensors(tmp_path: Path) -> None:
+    found = load_file(save(tmp_path) / "optimizer-00000.safetensors")
+    assert torch.equal(found["a/exp_avg"], tensors()["optimizer/a/exp_avg"])
+
+
+def test_any_box_of_a_tensor_can_be_read(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save(tmp_path))
+    whole = tensors()["optimizer/a/exp_avg"]
+    box = ((2, 6), (1, 4), (1, 2))
+    assert torch.equal(checkpoint.read("optimizer/a/exp_avg", box), whole[2:6, 1:4, 1:2])
+
+
+def test_a_tensor_may_lie_in_slices_of_several_files(tmp_path: Path) -> None:
+    """As two processes would write it: rows 0-3 in one file, 4-6 in another."""
+    path = save(tmp_path)
+    whole = tensors()["model/a"]
+    manifest = json.loads((path / layout.MANIFEST).read_text())
+    slices = []
+    for number, (start, stop) in enumerate(((0, 4), (4, 7))):
+        file = path / f"half-{number}.safetensors"
+        entry, (piece,) = layout.write_tensors(file, {"a": whole[start:stop].clone()})
+        manifest["files"][file.name] = entry
+        box = [[start, stop], [0, 5]]
+        slices.append({"file": file.name, "offset": piece.offset, "box": box})
+    manifest["tensors"]["model/a"]["slices"] = slices
+    manifest["sha256"] = layout.manifest_hash(manifest)
+    (path / layout.MANIFEST).write_text(json.dumps(manifest))
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.read("model/a"), whole)
+    assert torch.equal(checkpoint.read("model/a", ((3, 6), (1, 3))), whole[3:6, 1:3])
+    manifest["tensors"]["model/a"]["slices"] = slices[:1]
+    manifest["sha256"] = layout.manifest_hash(manifest)
+    (path / layout.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match="do not cover"):
+        open_checkpoint(path).read("model/a")
+
+
+def test_a_reader_checks_only_the_blocks_it_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 64)
+    big = torch.arange(100, dtype=torch.float64)
+    path = save_checkpoint(tmp_path, step=1, tensors={"model/x": big}, state={})
+    file = path / "model-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    checkpoint = open_checkpoint(path)
+    assert torch.equal(checkpoint.read("model/x", ((0, 50),)), big[:50])
+    with pytest.raises(DamagedCheckpoint, match="were changed"):
+        checkpoint.read("model/x", ((50, 100),))
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """One bit in each of some hundred places of every file, always including the first and the last
+    byte."""
+    path = save(tmp_path)
+    chosen = random.Random(0)
+    for file in sorted(path.iterdir()):
+        good = file.read_bytes()
+        places = {0, len(good) - 1, *(chosen.randrange(len(good)) for _ in range(120))}
+        for place in places:
+            bad = bytearray(good)
+            bad[place] ^= 1 << chosen.randrange(8)
+            file.write_bytes(bad)
+            if file.name == layout.MANIFEST and _same_json(good, bytes(bad)):
+                continue  # white space: nothing was changed
+            with pytest.raises(DamagedCheckpoint):
+                read_all(path)
+        file.write_bytes(good)
+    read_all(path)
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "gone"])
+def test_a_cut_longer_or_missing_file_is_found_at_open(tmp_path: Path, change: str) -> None:
+    path = save(tmp_path)
+    for file in sorted(path.iterdir()):
+        good = file.read_bytes()
+        if change == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(good[:-3] if change == "cut" else good + b"}")
+        with pytest.raises(DamagedCheckpoint):
+            open_checkpoint(path)
+        file.write_bytes(good)
+
+
+def test_files_swapped_between_two_checkpoints_are_found(tmp_path: Path) -> None:
+    one = save(tmp_path, 1)
+    other = save_checkpoint(
+        tmp_path, step=2, tensors={k: v + 1 for k, v in tensors().items()}, state={}
+    )
+    name = "model-00000.safetensors"
+    (other / name).write_bytes((one / name).read_bytes())
+    with pytest.raises(DamagedCheckpoint, match="were changed"):
+        read_all(other)
+
+
+def test_the_newest_good_one_is_found_and_a_damaged_one_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, 9)
+    save(tmp_path, 10)
+    newest = save(tmp_path, 100)
+    # A time stamp must not matter.
+    os.utime(tmp_path / "step-00000009", (2**31, 2**31))
+    (newest / "model-00000.safetensors").write_bytes(b"short")
+    checkpoint, complaints = newest_good(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 10
+    assert len(complaints) == 1
+    assert "model-00000.safetensors has 5 bytes" in complaints[0]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
+    assert list(tmp_path.glob("damaged-step-00000100-*"))
+
+
+def test_a_failed_save_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save(tmp_path, 1)
+    real = os.fsync
+
+    for failing_call in range(1, 6):
+        calls = 0
+
+        def fsync(descriptor: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == failing_call:  # noqa: B023 - called within this turn of the loop
+                raise OSError(errno.EIO, "input/output error")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        if failing_call < 5:
+            with pytest.raises(OSError, match="input/output"):
+                save(tmp_path, 2)
+            assert [p.name for p in tmp_path.iterdir()] == [old.name]
+        monkeypatch.setattr(os, "fsync", real)
+    read_all(old)
+
+
+def test_what_a_killed_save_left_is_never_read_and_removed_later(tmp_path: Path) -> None:
+    half = tmp_path / ".step-00000007.tmp-1-abc"
+    half.mkdir()
+    (half / "model-00000.safetensors").write_bytes(b"half")
+    assert list_checkpoints(tmp_path) == []
+    save(tmp_path, 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000008"]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 10
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(OSError, match="needs more than the 10 that are free") as caught:
+        save(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    changed: dict[str, Any] = {"model/a": torch.zeros(2)}
+    path = save_checkpoint(tmp_path, step=5, tensors=changed, state={})
+    assert open_checkpoint(path).shape("model/a") == (2,)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    gone = prune(tmp_path, keep=2, protect=[tmp_path / "step-00000002"])
+    assert [p.name[-1] for p in gone] == ["1", "3"]
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    manifest = json.loads((path / layout.MANIFEST).read_text())
+    manifest["version"] = 2
+    manifest["sha256"] = layout.manifest_hash(manifest)
+    (path / layout.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="a newer pretrain can open it"):
+        open_checkpoint(path)

@@ -1,0 +1,138 @@
+"""Sampling: the distribution is shaped as asked, drawn from fairly, and a pure function of seed and
+place."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.cli.places import open_model
+from pretrain.generate import Sampling, generate, generate_ids, next_distribution
+from pretrain.generate.sampling import shape_probabilities
+from pretrain.model import Decoder, ModelConfig, build
+
+V = 40
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    config = ModelConfig(d_model=32, n_heads=4, n_kv_heads=2, context_length=16, n_layers=2)
+    decoder = build(config, vocab_size=V, seed=2)
+    with torch.no_grad():
+        decoder.token_embedding.weight.mul_(20)  # far from uniform
+        for p in decoder.blocks.parameters():
+            p.mul_(3)
+    return decoder
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]])
+
+
+def test_the_shapes_are_what_their_papers_say() -> None:
+    plain = LOGITS.double().softmax(-1)
+    assert torch.allclose(shape_probabilities(LOGITS, Sampling(temperature=1.0)), plain)
+    cold = shape_probabilities(LOGITS, Sampling(temperature=0.5))
+    assert torch.allclose(cold, (2 * LOGITS.double()).softmax(-1))
+    assert shape_probabilities(LOGITS, Sampling(temperature=0.0)).tolist() == [[1, 0, 0, 0, 0]]
+    top_1 = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_k=1))
+    assert top_1.tolist() == [[1, 0, 0, 0, 0]]
+    first, second = math.exp(2), math.exp(1)
+    p = first / float(LOGITS.exp().sum())
+    just_first = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p - 1e-6))
+    assert just_first.tolist() == [[1, 0, 0, 0, 0]]
+    one_more = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p + 1e-6))
+    assert one_more[0].tolist() == pytest.approx(
+        [first / (first + second), second / (first + second), 0, 0, 0]
+    )
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable(decoder: Decoder) -> None:
+    sampling = Sampling(temperature=1.0, top_k=6, seed=4)
+    drawn = generate_ids(decoder, [1, 2], max_tokens=1, n=4000, sampling=sampling)
+    counts = torch.bincount(torch.tensor([row[0] for row in drawn]), minlength=V)
+    logits = decoder.logits(decoder(torch.tensor([[1, 2]]))[:, -1])
+    expected = 4000 * shape_probabilities(logits, sampling)[0]
+    assert bool((counts[expected == 0] == 0).all())
+    chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+    assert float(chi_square) < 25  # 5 degrees of freedom: once in ten thousand by chance
+
+
+def test_a_completion_hangs_on_its_number_and_not_on_how_many_there_are(decoder: Decoder) -> None:
+    sampling = Sampling(seed=3)
+    many = generate_ids(decoder, [1, 2, 3], max_tokens=12, n=5, sampling=sampling)
+    few = generate_ids(decoder, [1, 2, 3], max_tokens=12, n=2, sampling=sampling)
+    assert many[:2] == few
+    assert len({tuple(row) for row in many}) > 1
+    other = generate_ids(decoder, [1, 2, 3], max_tokens=12, n=2, sampling=Sampling(seed=4))
+    assert other != few
+
+
+def test_greedy_with_cache_equals_greedy_without(decoder: Decoder) -> None:
+    ids = [5, 6]
+    for _ in range(14):
+        ids.append(int(decoder.logits(decoder(torch.tensor([ids]))[0, -1]).argmax()))
+    greedy = Sampling(temperature=0.0)
+    assert generate_ids(decoder, [5, 6], max_tokens=14, sampling=greedy) == [ids[2:]]
+
+
+def test_text_longer_than_the_context_goes_on(decoder: Decoder) -> None:
+    """Past the 16 ids of the context the last 8 are read anew: the same as by hand."""
+    greedy = Sampling(temperature=0.0)
+    found = generate_ids(decoder, list(range(15)), max_tokens=40, sampling=greedy)[0]
+    assert len(found) == 40
+    seen = list(range(15))
+    window = seen[:]
+    for _ in range(40):
+        if len(window) > 16:
+            window = seen[-8:]
+        token = int(decoder.logits(decoder(torch.tensor([window]))[0, -1]).argmax())
+        seen.append(token)
+        window.append(token)
+    assert found == seen[15:]
+    long = generate_ids(decoder, list(range(30)), max_tokens=3, sampling=greedy)
+    assert long == generate_ids(decoder, list(range(22, 30)), max_tokens=3, sampling=greedy)
+
+
+def test_text_ends_before_the_end_of_text(decoder: Decoder) -> None:
+    free = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1))
+    end = free[0][4]
+    cut = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1), end_of_text=end)
+    for row, whole in zip(cut, free, strict=True):
+        assert row == (whole[: whole.index(end)] if end in whole else whole)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
+)
+def test_wrong_shapes_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="it must be"):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_counts_below_one_and_empty_prompts_are_refused(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="at least one id"):
+        generate_ids(decoder, [], max_tokens=1, sampling=Sampling())
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        generate_ids(decoder, [1], max_tokens=0, sampling=Sampling())
+
+
+def test_text_goes_in_and_out(finished_run: Path) -> None:
+    model = open_model(str(finished_run), device="cpu")
+    texts = generate(model.decoder, model.tokenizer, "The people", max_tokens=20, n=2)
+    assert len(texts) == 2
+    assert all(isinstance(text, str) for text in texts)
+    probabilities = next_distribution(model.decoder, model.tokenizer, "The people")
+    assert probabilities.shape == (model.tokenizer.vocab_size,)
+    assert float(probabilities.sum()) == pytest.approx(1.0)
+    # A prompt beyond the context is read from its end.
+    assert next_distribution(model.decoder, model.tokenizer, "The people " * 99).shape == (400,)

@@ -1,0 +1,251 @@
+"""The decoder and its objective: causality, the formula itself, the fast loss against the plain
+one, randomness."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.data.batches import MicroBatch
+from pretrain.model import Decoder, KeyValueCache, ModelConfig, Objective, build, n_parameters
+from pretrain.model.config import FAMILIES, PRESETS, model_defaults
+from pretrain.model.decoder import initial_value
+from pretrain.model.objective import (
+    NOT_COUNTED,
+    linear_cross_entropy,
+    plain_linear_cross_entropy,
+)
+from pretrain.model.random import Noise, normal, philox, uniform
+
+V, T = 61, 12
+
+
+def config(family: str, **changes: Any) -> ModelConfig:
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": T}
+    return ModelConfig(**{**model_defaults({"family": family}), **sizes, **changes})
+
+
+def batch_of(ids: torch.Tensor, first_sample: int = 0) -> MicroBatch:
+    samples = torch.arange(first_sample, first_sample + len(ids))
+    return MicroBatch(ids[:, :-1], ids[:, 1:], samples)
+
+
+@pytest.fixture(params=["gpt2", "llama", "llama-grouped"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    family, _, grouped = request.param.partition("-")
+    return build(config(family, n_kv_heads=2 if grouped else None), vocab_size=V, seed=3)
+
+
+def test_no_logit_before_a_token_hangs_on_it(decoder: Decoder) -> None:
+    ids = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(0))
+    before = decoder.logits(decoder(ids))
+    for j in range(T):
+        changed = ids.clone()
+        changed[:, j] = (changed[:, j] + 1) % V
+        after = decoder.logits(decoder(changed))
+        assert torch.equal(before[:, :j], after[:, :j])
+        assert not torch.allclose(before[:, j:], after[:, j:])
+
+
+def test_the_loss_is_the_sum_of_log_probabilities_of_the_formula(decoder: Decoder) -> None:
+    """L(X) = sum_i log p(x_{i+1} | x_{i-k}, ..., x_i), by brute force over explicit contexts.
+
+    k + 1 is the number of ids that a prediction looks back on: all ids of the window up to x_i, so
+    1 for the first target of a window and T, the context length, for its last. k is thus at most T
+    - 1.
+    """
+    decoder.double()
+    ids = torch.randint(0, V, (3, T + 1), generator=torch.Generator().manual_seed(1))
+    total = 0.0
+    for row in ids.tolist():
+        for i in range(T):
+            context = torch.tensor([row[: i + 1]])
+            logits = decoder.logits(decoder(context))[0, -1]
+            total += float(logits.log_softmax(-1)[row[i + 1]])
+    nats, count = Objective(decoder)(batch_of(ids))
+    assert count == 3 * T
+    assert float(nats) == pytest.approx(-total, rel=1e-10)
+
+
+def test_targets_that_are_not_counted_add_nothing(decoder: Decoder) -> None:
+    ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(2))
+    batch = batch_of(ids)
+    targets = batch.targets.clone()
+    targets[:, T // 2 :] = NOT_COUNTED
+    nats, count = Objective(decoder)(batch._replace(targets=targets))
+    shorter, shorter_count = Objective(decoder)(batch_of(ids[:, : T // 2 + 1]))
+    assert count == shorter_count == 2 * (T // 2)
+    assert float(nats) == pytest.approx(float(shorter), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_the_chunked_loss_equals_the_plain_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.model.objective.CHUNK_LOGITS", rows * V)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, V, (40,), generator=generator)
+    targets[5], targets[39] = NOT_COUNTED, NOT_COUNTED
+    results = []
+    for function in (linear_cross_entropy, plain_linear_cross_entropy):
+        nats = function(hidden, weight, targets)
+        results.append((nats, *torch.autograd.grad(3 * nats, (hidden, weight))))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_chunked_loss_never_keeps_whole_logits() -> None:
+    """In one chunk of 2^20 logits there are 16 rows of this vocabulary: whole logits would be 128
+    MB more."""
+    hidden = torch.randn(512, 8, requires_grad=True)
+    weight = torch.randn(65_536, 8, requires_grad=True)
+    nats = linear_cross_entropy(hidden, weight, torch.zeros(512, dtype=torch.int64))
+    node: Any = nats.grad_fn
+    assert max(t.numel() for t in node.saved_tensors) <= weight.numel()
+
+
+def test_a_cache_changes_nothing(decoder: Decoder) -> None:
+    decoder.double()
+    ids = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(3))
+    whole = decoder(ids)
+    for cuts in ([5, 1, 1, 5], [1] * T, [3, 4, 5]):
+        cache, parts, start = KeyValueCache(), [], 0
+        for length in cuts:
+            parts.append(decoder(ids[:, start : start + length], cache=cache))
+            start += length
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
+
+
+def test_more_ids_than_the_context_are_refused(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="13 ids do not fit the context of 12"):
+        decoder(torch.zeros(1, T + 1, dtype=torch.int64))
+
+
+# Published: GPT-2's four sizes as counted in its released weights, Llama's as in its model cards.
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "parameters"),
+    [
+        ("gpt2-124m", 50_257, 124_439_808),
+        ("gpt2-355m", 50_257, 354_823_168),
+        ("gpt2-774m", 50_257, 774_030_080),
+        ("gpt2-1558m", 50_257, 1_557_611_200),
+        ("llama-7b", 32_000, 6_738_415_616),
+        ("llama2-7b", 32_000, 6_738_415_616),
+        ("llama3-8b", 128_256, 8_030_261_248),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(
+    preset: str, vocab_size: int, parameters: int
+) -> None:
+    chosen = ModelConfig(**{**model_defaults({"preset": preset}), "preset": preset})
+    with torch.device("meta"):
+        decoder = Decoder(chosen, vocab_size=vocab_size)
+    assert sum(p.numel() for p in decoder.parameters()) == parameters
+    assert n_parameters(chosen, vocab_size=vocab_size) == parameters
+
+
+def test_every_preset_is_in_the_table_above() -> None:
+    assert len(PRESETS) == 7
+    assert set(FAMILIES) == {"gpt2", "llama"}
+
+
+def test_a_preset_of_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gpt2-124m is of the family gpt2, but .* llama"):
+        model_defaults({"preset": "gpt2-124m", "family": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 5}, "d_model 32 is not a multiple of model.n_heads 5"),
+        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of model.n_kv_heads 3"),
+        ({"n_layers": 0}, "n_layers is 0; it must be at least 1"),
+        ({"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
+        ({"d_model": 36}, "even head width"),
+    ],
+)
+def test_impossible_architectures_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config("llama", **changes)
+
+
+def test_philox_gives_the_published_answers() -> None:
+    """The known answers that Random123 ships for philox4x32-10."""
+
+    def words(counter: int, key: int) -> list[int]:
+        c = torch.tensor([counter])
+        return [int(w) for w in philox([c, c, c, c], (key, key))]
+
+    assert words(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    assert words(ones, ones) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_any_slice_of_a_normal_sequence_is_the_same_slice() -> None:
+    cpu = torch.device("cpu")
+    whole = normal(5, "name", 0, 1003, device=cpu)
+    for start, stop in ((0, 1003), (1, 2), (517, 530), (4, 8), (1000, 1003)):
+        assert torch.equal(normal(5, "name", start, stop, device=cpu), whole[start:stop])
+    long = normal(5, "name", 0, 200_000, device=cpu)
+    assert abs(float(long.mean())) < 0.01
+    assert float(long.std()) == pytest.approx(1.0, abs=0.01)
+    assert float((long.abs() > 3).float().mean()) == pytest.approx(0.0027, abs=0.0006)
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    u = uniform(1, "test", torch.arange(100_000))
+    assert float(u.min()) > 0
+    assert float(u.max()) < 1
+    assert torch.histc(u, 10, 0, 1).sub(10_000).abs().max() < 400
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_initial_weights_are_a_function_of_seed_and_name(family: str) -> None:
+    chosen = config(family, n_layers=8)
+    one, same, other = (build(chosen, vocab_size=V, seed=s) for s in (1, 1, 2))
+    for (name, a), (_, b), (_, c) in zip(
+        *(d.named_parameters() for d in (one, same, other)), strict=True
+    ):
+        assert torch.equal(a, b)
+        if a.ndim == 2:
+            assert not torch.equal(a, c)
+            expected = 0.02
+            if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+                expected /= math.sqrt(2 * 8)
+            assert float(a.detach().std()) == pytest.approx(expected, rel=0.15)
+            part = initial_value(chosen, name, 7, 19, seed=1, device=torch.device("cpu"))
+            assert torch.equal(part, a.detach().flatten()[7:19])
+        else:
+            assert bool((a == (0.0 if name.endswith("bias") else 1.0)).all())
+
+
+def test_dropout_hangs_on_the_sample_and_not_on_its_neighbours() -> None:
+    decoder = build(config("gpt2", dropout=0.3), vocab_size=V, seed=1)
+    objective = Objective(decoder, seed=9).train()
+    ids = torch.randint(0, V, (4, T + 1), generator=torch.Generator().manual_seed(4))
+    together = float(objective(batch_of(ids, 10))[0])
+    apart = sum(float(objective(batch_of(ids[i : i + 1], 10 + i))[0]) for i in range(4))
+    assert together == pytest.approx(apart, rel=1e-6)
+    assert together == float(objective(batch_of(ids, 10))[0])
+    assert together != pytest.approx(float(objective(batch_of(ids, 11))[0]), rel=1e-6)
+    quiet = float(objective.eval()(batch_of(ids, 10))[0])
+    assert quiet == float(objective(batch_of(ids, 11))[0])
+
+
+def test_a_dropout_mask_keeps_its_share_and_its_scale() -> None:
+    keep = Noise(1, torch.arange(50)).keep((50, 8, 64), 0.25, layer=1, site=2)
+    assert float((keep == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(keep.max()) == pytest.approx(1 / 0.75)
+    other = Noise(1, torch.arange(50)).keep((50, 8, 64), 0.25, layer=2, site=2)
+    assert float((keep == other).float().mean()) == pytest.approx(0.625, abs=0.02)
+
+
+def test_attention_with_and_without_noise_agrees_when_nothing_is_dropped(decoder: Decoder) -> None:
+    decoder.double()
+    ids = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(
+        decoder(ids, noise=Noise(1, torch.arange(2))), decoder(ids), rtol=1e-6, atol=1e-7
+    )

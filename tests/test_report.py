@@ -1,0 +1,399 @@
+"""The report and the trackers, on run directories that are whole, unfinished, broken or hostile."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pretrain.report import ReportConfig, follow, read_run, require_packages, write_report
+from pretrain.report.chart import Level, Series, downsample, line_chart
+from pretrain.report.run import Record
+from pretrain.report.units import axis_number, count, decimal, duration, short_count, size
+
+SUMMARY: Record = {
+    "parameters": 4_212_992,
+    "steps": 40,
+    "tokens": 81_920,
+    "val_nats_per_token": 3.5361,
+    "val_perplexity": 34.3333,
+    "val_bits_per_byte": 1.4171,
+    "tokens_per_second": 11_640.2,
+    "train_seconds": 182.4,
+    "total_seconds": 240.0,
+    "peak_memory_bytes": 812_400_000,
+    "checkpoint": "checkpoints/step-00000040",
+}
+BASELINES = [
+    {"name": "trigram", "nats_per_token": 4.57, "perplexity": 96.5, "bits_per_byte": 1.83},
+    {"name": "bigram", "nats_per_token": 4.94, "perplexity": 139.8, "bits_per_byte": 1.98},
+    {"name": "xz", "nats_per_token": None, "perplexity": None, "bits_per_byte": 2.16, "note": "-9"},
+]
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def train_line(step: int, loss: object = None) -> str:
+    nats = 3 + 5 / step if loss is None else loss
+    record = {"kind": "train", "step": step, "tokens": step * 2048, "loss": nats, "grad_norm": 1.2}
+    speed = {"tokens_per_second": 12_000.0, "seconds": step * 0.17, "epoch": step / 1000}
+    return json.dumps(record | {"learning_rate": 0.003} | speed) + "\n"
+
+
+def evaluate_line(step: int, nats: float) -> str:
+    record = {"kind": "evaluate", "step": step, "val_nats_per_token": nats, "seconds": step * 0.17}
+    return json.dumps(record | {"val_bits_per_byte": nats / 2.4953, "val_perplexity": 30.0}) + "\n"
+
+
+def make_run(folder: Path, *, metrics: str | None = None, is_finished: bool = True) -> Path:
+    folder.mkdir()
+    if metrics is None:
+        metrics = "".join(train_line(step) for step in range(1, 41)) + evaluate_line(40, 3.5361)
+    (folder / "metrics.jsonl").write_text(metrics)
+    (folder / "config.yaml").write_text("train:\n  steps: 40\n  batch_tokens: 2048\n")
+    (folder / "baselines.json").write_text(
+        json.dumps({"val_tokens": 9, "val_bytes": 412_331, "baselines": BASELINES})
+    )
+    (folder / "environment.json").write_text(
+        json.dumps({"started": "2026-11-22T23:00:00Z", "command": "pretrain train english --a 'b'"})
+    )
+    if is_finished:
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    return folder
+
+
+class Page(HTMLParser):
+    """Parses strictly: every tag is closed in order; collects tags, attributes and visible text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+        self.flat = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def assert_harmless(page: Page) -> None:
+    assert not {"script", "img", "iframe", "object", "embed", "link", "form"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {name for name in names if name.startswith("on") or name in ("src", "href")}
+    assert not [value for name, value in page.attributes if "://" in value and name != "aria-label"]
+    style = page.source.partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in page.source
+
+
+def test_a_finished_run_is_told_in_one_offline_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "english-1")
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert sorted(p.name for p in run.iterdir() if "report" in p.name) == ["report.html"]
+
+    page = Page(path)
+    assert_harmless(page)
+    assert (
+        "1.42 bits per byte on 412,331 bytes of held-out text, after 40 steps and 3 min 2 s: "
+        "better than trigram counts (1.83) and xz (2.16)."
+    ) in page.flat
+    for figure in ("1.42", "34.3", "3.536", "4.21 M", "4,212,992", "81,920", "11,640", "3 min 2 s"):
+        assert figure in page.text
+    for figure in ("4 min in all", "812 MB", "finished", "40", "0.04 epochs", "of 2,048 tokens"):
+        assert figure in page.text
+    assert "pretrain train english --a 'b'" in page.text
+    assert f"pretrain generate {run.as_posix()}" in page.text
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert len(labels) == 5
+    assert "held-out 3.536 to 3.536" in labels[0]
+    assert write_report(run).read_text(encoding="utf-8") == page.source  # a function of the files
+
+
+def test_an_unfinished_run_says_how_far_it_came(tmp_path: Path) -> None:
+    lines = "".join(train_line(step) for step in range(1, 26))
+    run = make_run(tmp_path / "run", metrics=lines + train_line(26)[:-30], is_finished=False)
+    page = Page(write_report(run))
+    assert "still running or stopped at step 25 of 40" in page.text
+    assert "Training loss 3.20 nats per token after 25 steps" in page.flat
+    assert f"pretrain train --run {run.as_posix()} --resume" in page.text
+    assert "could be read" not in page.text  # a half-written last line is no accident
+
+
+def test_bad_news_is_told_as_well(tmp_path: Path) -> None:
+    lines = train_line(1) + evaluate_line(1, 4.9) + train_line(2) + evaluate_line(2, 5.1)
+    page = Page(write_report(make_run(tmp_path / "run", metrics=lines, is_finished=False)))
+    assert (
+        "2.04 bits per byte on 412,331 bytes of held-out text, after 2 steps and 0.3 s: "
+        "not yet as good as bigram counts (1.98) and trigram counts (1.83), "
+        "though better than xz (2.16)."
+    ) in page.flat
+    assert "held-out loss was lowest at step 1 (4.90) and has risen since" in page.flat
+
+
+def test_a_run_that_went_on_after_its_summary_is_unfinished(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(train_line(50) + evaluate_line(50, 3.0))
+    read = read_run(run)
+    assert (read.is_finished, read.last_step) == (False, 50)
+    assert read.figure("val_nats_per_token") == 3.0
+    assert read.figure("parameters") == 4_212_992
+
+
+def test_almost_nothing_is_enough_and_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    assert "No numbers yet" in Page(write_report(tmp_path)).text
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"neither config.yaml nor metrics.jsonl"):
+        write_report(tmp_path / "empty")
+    with pytest.raises(ValueError, match="is not a folder"):
+        read_run(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["baselines.json", "environment.json", "summary.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "\x00\xff", "9" * 5000, '{"baselines": [3, {}]}'])
+def test_a_broken_file_is_named_and_the_rest_told(tmp_path: Path, name: str, content: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(content)
+    page = Page(write_report(run))
+    assert (f"{name} (not a JSON object)" in page.text) == (not content.startswith('{"'))
+    assert "1.42 bits per byte" in page.flat
+
+
+def test_broken_lines_and_settings_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_bytes(b'{"kind"\n\xff\xfe\n[1]\n' + train_line(1).encode())
+    (run / "config.yaml").write_text("a: [")
+    page = Page(write_report(run))
+    assert "metrics.jsonl (3 broken lines); config.yaml (not YAML sections)" in page.text
+
+
+@pytest.mark.parametrize("loss", [math.nan, "NaN", None, math.inf, 10**400, True, [1]])
+def test_a_loss_that_is_no_number_is_a_warning_not_a_crash(tmp_path: Path, loss: object) -> None:
+    lines = "".join(train_line(step) for step in range(1, 20))
+    lines += "".join(
+        train_line(step).replace(f'"loss": {3 + 5 / step}', f'"loss": {json.dumps(loss)}')
+        for step in range(20, 30)
+    )
+    page = Page(write_report(make_run(tmp_path / "run", metrics=lines, is_finished=False)))
+    assert "not a finite number from step 20 on" in page.flat
+    assert "nan" not in page.source.partition("<body>")[2].lower().replace("nance", "")
+
+
+def test_every_loss_is_lost(tmp_path: Path) -> None:
+    lines = "".join(train_line(step, "NaN") for step in range(1, 4))
+    page = Page(write_report(make_run(tmp_path / "run", metrics=lines, is_finished=False)))
+    assert "No values yet." in page.text
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    hostile = "</p><script>alert(1)</script><img src=http://x onerror='a'>\"&\x00\x1b\ud800</style>"
+    run = make_run(tmp_path / "a&b <i>")
+    sample = {"step": 40, "prompt": hostile, "text": hostile + "x" * 5000, hostile: hostile}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (run / "config.yaml").write_text(json.dumps({"<b>": {hostile[:30]: "<b>"}, "x": "</style>"}))
+    (run / "environment.json").write_text(json.dumps({"command": hostile, "<u>": hostile}))
+    evil = {"baselines": [{"name": hostile, "bits_per_byte": 2.0, "nats_per_token": 4.0}]}
+    (run / "baselines.json").write_text(json.dumps(evil))
+    page = Page(write_report(run))
+    assert_harmless(page)
+    assert "<script>alert(1)</script>" in page.text
+    assert "… and 3,500 more characters" in page.text
+    assert not {"i", "u"} & set(page.tags)
+
+
+def test_settings_of_every_shape_are_told_in_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(
+        "data:\n  source: [{path: a.txt, weight: 2}, b.txt]\n  many: [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
+        "  none: null\n  empty: []\n  deep: [[[[1]]]]\n  strict: false\n  rate: 3e-4\nseed: 1\n"
+        f"  # {'x' * 400}\nlong: {'y' * 400}\n"
+    )
+    shown = Page(write_report(run)).text
+    assert "path a.txt, weight 2, b.txt" in shown
+    assert "1, 2, 3, 4, 5, 6, 7, 8, …" in shown
+    assert "none–empty–deep…strictfalse" in shown
+    assert "y" * 299 + "…" in shown
+
+
+def test_samples_are_told_from_the_latest_back(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    records = [{"step": s, "prompt": "Once", "text": f"Once text {s}"} for s in range(0, 400, 10)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (run / "samples.jsonl").write_text(lines + '{"step": 400, "text": ""}\n{"text": "lost"}\n')
+    page = Page(write_report(run))
+    assert page.tags.count("li") == 12
+    assert page.text.index("it ended at once") < page.text.index(" text 360")
+    assert page.text.index(" text 360") < page.text.index(" text 0")
+
+
+def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
+    lines = [train_line(step) + "" for step in range(1, 100_001)]
+    lines += [evaluate_line(step, 3.5 + 1 / step) for step in range(100, 100_001, 100)]
+    run = make_run(tmp_path / "run", metrics="".join(lines), is_finished=False)
+    began = time.perf_counter()
+    path = write_report(run)
+    assert time.perf_counter() - began < 20  # about 2 s; the limit is for a busy machine
+    assert path.stat().st_size < 300_000
+
+
+def test_downsampling_keeps_the_extremes_and_the_mean() -> None:
+    points = [(float(i), float(i % 7)) for i in range(10_000)]
+    points[5000] = (5000.0, 99.0)
+    buckets = downsample(points, 600)
+    assert len(buckets) <= 600
+    assert max(bucket.high for bucket in buckets) == 99.0
+    assert min(bucket.low for bucket in buckets) == 0.0
+    assert [bucket.x for bucket in buckets] == sorted(bucket.x for bucket in buckets)
+
+
+def test_one_spike_does_not_flatten_the_curve() -> None:
+    points = [(float(i), 3.0 + 0.001 * (i % 9)) for i in range(500)] + [(500.0, 1e300)]
+    chart = line_chart(
+        [Series("loss", points, "noisy")], title="Loss", unit="", levels=[Level("far", 9.0)]
+    )
+    assert ">3.004<" in chart
+    assert "e+" not in "".join(re.findall('points="[^"]*"', chart))
+    assert "far" not in chart  # a level far from the curve would flatten it as well
+
+
+@pytest.mark.parametrize("points", [[(1.0, 0.0)], [(5.0, 2.0), (9.0, 2.0)], [(0.0, -1e-9)]])
+def test_flat_and_lonely_curves_are_drawn(points: list[tuple[float, float]]) -> None:
+    for is_small in (False, True):
+        chart = line_chart([Series("a", points)], title="A", unit="", is_small=is_small)
+        assert "nan" not in chart
+        assert ("<circle" in chart) == (len(points) == 1)
+
+
+def test_numbers_are_written_for_people() -> None:
+    times = [duration(s) for s in (0.44, 42, 59.6, 182, 180, 3601, 7260, 187_000)]
+    assert "|".join(times) == "0.4 s|42 s|1 min|3 min 2 s|3 min|1 h|2 h 1 min|2 d 3 h"
+    sizes = [size(n) for n in (12, 1500, 812_400_000, 1.25e9)]
+    assert "|".join(sizes) == "12 B|1.50 kB|812 MB|1.25 GB"
+    counts = [short_count(n) for n in (999, 9_999, 11_640, 999_960, 4_212_992, 1.5e9)]
+    assert "|".join(counts) == "999|9,999|11,640|1.00 M|4.21 M|1.50 B"
+    ticks = [axis_number(v) for v in (0, 2e-5, 0.003, 2.5, 1000, 12_000, 1.5e6)]
+    assert "|".join(ticks) == "0|2e-5|0.003|2.5|1,000|12k|1.5M"
+    assert {f(None) for f in (count, decimal, short_count, size, duration)} == {"–"}
+
+
+def test_the_page_needs_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    code = (
+        "import sys; from pretrain.report import write_report, follow, ReportConfig; "
+        f"write_report({str(run)!r}); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_unknown_trackers_are_refused() -> None:
+    assert ReportConfig(to=("tensorboard", "wandb")).to == ("tensorboard", "wandb")
+    with pytest.raises(ValueError, match=r"'mlflow'.*tensorboard, wandb"):
+        ReportConfig(to=("mlflow",))
+
+
+def test_a_missing_package_is_named_with_its_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.report.trackers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'pretrain\[tensorboard\]'"):
+        follow(make_run(tmp_path / "run"), ["tensorboard"])
+    require_packages([])
+
+
+def read_events(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of RUN/tensorboard, by its tag; more than one event file is an error."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    (path,) = (run / "tensorboard").iterdir()
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    for raw in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(raw)
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
+
+
+def test_tensorboard_gets_every_record_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = make_run(tmp_path / "run")
+    for _ in range(2):  # a second follower replaces the first one's file
+        assert follow(run, ["tensorboard"]) == 41
+        scalars = read_events(run)
+        assert [step for step, _ in scalars["train/loss"]] == list(range(1, 41))
+        assert scalars["train/loss"][-1][1] == pytest.approx(3.125)
+        assert [step for step, _ in scalars["evaluate/val_nats_per_token"]] == [40]
+
+
+def test_a_follower_notices_a_file_that_was_cut_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = make_run(tmp_path / "run", metrics="", is_finished=False)
+    metrics = run / "metrics.jsonl"
+    counted: list[int] = []
+    follower = threading.Thread(
+        target=lambda: counted.append(follow(run, ["tensorboard"], poll_seconds=0.02))
+    )
+    follower.start()
+    metrics.write_text("".join(train_line(s) for s in range(1, 11)) + train_line(11)[:20])
+    time.sleep(0.3)
+    metrics.write_text("".join(train_line(s) for s in range(1, 6)))  # cut back to step 5 ...
+    time.sleep(0.3)
+    replaced = metrics.with_suffix(".new")  # ... then replaced, and on to step 12
+    replaced.write_text("".join(train_line(s) for s in range(1, 13)))
+    os.replace(replaced, metrics)
+    (run / "summary.json").write_text("{}")
+    follower.join(timeout=30)
+    assert counted == [12]
+    assert [step for step, _ in read_events(run)["train/loss"]] == list(range(1, 13))
+
+
+def test_a_follower_ends_with_its_parent(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = make_run(tmp_path / "run", is_finished=False)
+    code = (
+        "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-m', "
+        f"'pretrain.report.trackers', {str(run)!r}, '--to', 'tensorboard', '--parent', "
+        "str(os.getpid())], start_new_session=True); time.sleep(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if (run / "tensorboard").is_dir() and "train/loss" in read_events(run):
+            break
+        time.sleep(0.2)
+    assert len(read_events(run)["train/loss"]) == 40
+
+
+def test_wandb_runs_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    run = make_run(tmp_path / "run")
+    command = [sys.executable, "-m", "pretrain.report.trackers", str(run), "--to", "wandb"]
+    subprocess.run(command, check=True, timeout=120)
+    files = list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert b"train/loss" in files[0].read_bytes()
