@@ -101,8 +101,7 @@ def prepare(
         progress=progress,
         n_disk_bytes=sum(file.n_bytes for file in list_files(source)),
     )
-    report = ReadingReport()
-    census = _count(reader, report)
+    census = _count(reader, report := ReadingReport())
     split = choose_split(census, val_fraction=val_fraction)
     made = given if given is not None else _train(reader, split, str(tokenizer), vocab_size)
     with new_folder(out) as folder:
