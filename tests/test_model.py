@@ -13,6 +13,7 @@ from pretrain.data.batches import MicroBatch
 from pretrain.model import Decoder, KeyValueCache, ModelConfig, Objective, build, n_parameters
 from pretrain.model.config import FAMILIES, PRESETS, model_defaults
 from pretrain.model.decoder import initial_value
+from pretrain.model.ngrams import NgramEmbedding
 from pretrain.model.objective import (
     NOT_COUNTED,
     linear_cross_entropy,
@@ -33,10 +34,23 @@ def batch_of(ids: torch.Tensor, first_sample: int = 0) -> MicroBatch:
     return MicroBatch(ids[:, :-1], ids[:, 1:], samples)
 
 
-@pytest.fixture(params=["gpt2", "llama", "llama-grouped"])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt2"},
+    "llama": {"family": "llama"},
+    "llama-grouped": {"family": "llama", "n_kv_heads": 2},
+    "fast": {"family": "fast", "ngram_rows": 97},
+}
+
+
+@pytest.fixture(params=VARIANTS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    family, _, grouped = request.param.partition("-")
-    return build(config(family, n_kv_heads=2 if grouped else None), vocab_size=V, seed=3)
+    """A small decoder whose every parameter matters: those that start at zero are moved."""
+    decoder = build(config(**VARIANTS[request.param]), vocab_size=V, seed=3)
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            if p.ndim == 2 and not p.any():
+                p.copy_(normal(1, name, 0, p.numel(), device=p.device).view_as(p) * 0.05)
+    return decoder
 
 
 def test_no_logit_before_a_token_hangs_on_it(decoder: Decoder) -> None:
@@ -119,6 +133,25 @@ def test_a_cache_changes_nothing(decoder: Decoder) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
 
 
+def test_an_ngram_embedding_hangs_on_the_last_three_ids_alone() -> None:
+    embedding = NgramEmbedding(1009, 4)
+    with torch.no_grad():
+        for name, p in embedding.named_parameters():
+            p.copy_(normal(2, name, 0, p.numel(), device=p.device).view_as(p))
+    ids = torch.randint(0, V, (1, 30), generator=torch.Generator().manual_seed(6))
+    nothing = ids[:, :0]
+    whole = embedding(ids, nothing)
+    for t in range(2, 30):
+        torch.testing.assert_close(embedding(ids[:, t : t + 1], ids[:, :t])[0, 0], whole[0, t])
+        for back, matters in ((1, True), (2, True), (3, False)):
+            changed = ids.clone()
+            changed[0, t - back] = (changed[0, t - back] + 1) % V
+            if t >= back:
+                assert torch.equal(embedding(changed, nothing)[0, t], whole[0, t]) is not matters
+    rows = {int(embedding._row(torch.tensor(i * 7919))) for i in range(5000)}
+    assert len(rows) > 980  # nearly every row is used
+
+
 def test_more_ids_than_the_context_are_refused(decoder: Decoder) -> None:
     with pytest.raises(ValueError, match="13 ids do not fit the context of 12"):
         decoder(torch.zeros(1, T + 1, dtype=torch.int64))
@@ -149,7 +182,7 @@ def test_presets_have_the_published_number_of_parameters(
 
 def test_every_preset_is_in_the_table_above() -> None:
     assert len(PRESETS) == 7
-    assert set(FAMILIES) == {"gpt2", "llama"}
+    assert set(FAMILIES) == {"gpt2", "llama", "fast"}
 
 
 def test_a_preset_of_another_family_is_refused() -> None:

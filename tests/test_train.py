@@ -179,7 +179,7 @@ def test_resume_refuses_other_settings_other_text_and_other_threads(
     said = capsys.readouterr().err
     assert "train.steps: 9 -> 11" in said
     assert "optimizer.clip: 1.0 -> 2.0" in said
-    text.write_bytes(corpus.read_bytes().replace(b"the", b"teh"))
+    text.write_bytes(corpus.read_bytes().replace(b"the", b"then"))
     assert train(*resume) == 2
     assert "training text:" in capsys.readouterr().err
     text.write_bytes(corpus.read_bytes())

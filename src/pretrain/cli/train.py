@@ -25,6 +25,7 @@ from pretrain.cli.settings import settings_help
 from pretrain.config import Layer, RunConfig, compose, parse_overrides, read_file, to_dict, to_yaml
 from pretrain.corpus import list_files
 from pretrain.data.shards import PreparedData
+from pretrain.report import require_packages
 from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     name, layers = read_target(arguments.target)
     config = compose([*layers, overrides])
     config = _with_whole_path(config)
+    require_packages(config.report.to)
     folder = new_run_folder(name, arguments.run)
     data = _prepare(config, output)
     check_windows(config.model, config.train, n_tokens=data.split("train").n_tokens)
@@ -222,13 +224,10 @@ def _follow(config: RunConfig, folder: Path) -> None:
     """Start the trackers of report.to as a process of their own that reads metrics.jsonl."""
     if not config.report.to:
         return
-    from pretrain.report.trackers import require_packages
-
-    require_packages(config.report.to)
     words = [sys.executable, "-m", "pretrain.report.trackers", str(folder)]
-    for name in config.report.to:
-        words += ["--to", name]
-    subprocess.Popen([*words, "--parent", str(os.getpid())], stdin=subprocess.DEVNULL)
+    words += ["--to", *config.report.to, "--parent", str(os.getpid())]
+    # A session of its own: Ctrl-C is for the training, and the last lines must still be sent.
+    subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _read_summary(folder: Path) -> dict[str, object]:

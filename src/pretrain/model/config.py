@@ -37,13 +37,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied_head": False,
     },
     # The project's own: what trains fastest on little hardware. Squared ReLU: "Primer" (So et al.,
-    # 2021); norms on queries and keys: "Query-Key Normalization for Transformers" (Henry et al.,
+    # 2021); norm of the embedding: "8-bit Optimizers via Block-wise Quantization" (Dettmers et al.,
+    # 2022); norms of queries and keys: "Query-Key Normalization for Transformers" (Henry et al.,
     # 2020); residual branches that start at zero: "Fixup Initialization" (Zhang et al., 2019).
     "fast": {
         "norm": "rms",
         "norm_epsilon": 1e-6,
         "position": "rotary",
         "feed_forward": "relu2",
+        "embedding_norm": True,
         "query_key_norm": True,
         "zero_branches": True,
         "bias": False,
@@ -136,6 +138,8 @@ class ModelConfig:
     """whether queries and keys are normalised before they meet"""
     zero_branches: bool = False
     """whether the matrices that write to the residual stream start at zero"""
+    embedding_norm: bool = False
+    """whether the embedded ids are normalised before the first block"""
     ngram_rows: int = 0
     """rows of each hashed table of bigram and trigram embeddings; 0: none"""
     bias: bool = False

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pretrain.model.config import ModelConfig
 from pretrain.model.layers import (
@@ -71,6 +72,8 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.position_embedding(positions_T)
         else:
             rotation = rotation_at(positions_T, self.config)
+        if self.config.embedding_norm:
+            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
         x_BTD = drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
         for block in self.blocks.values():
             x_BTD = block(x_BTD, rotation, cache, noise)

@@ -57,21 +57,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
-            counted = targets != NOT_COUNTED
+            counted_N1 = (targets != NOT_COUNTED)[:, None]
+            picked_N1 = targets.clamp(min=0)[:, None]
             logits_NV = (hidden @ weight.T).to(weight_VD.dtype)
-            picked = targets.clamp(min=0)[:, None]
-            log_total_N = logits_NV.logsumexp(-1)
-            losses_N = log_total_N - logits_NV.gather(1, picked)[:, 0]
-            nats += torch.where(counted, losses_N, 0).sum(dtype=total_type)
+            chosen_N1, largest_N1 = logits_NV.gather(1, picked_N1), logits_NV.amax(1, keepdim=True)
+            slope_NV = logits_NV.softmax(1)
+            # log sum exp from the largest probability, which never underflows as others may.
+            likeliest_N1 = slope_NV.amax(1, keepdim=True)
+            losses_N1 = largest_N1 - likeliest_N1.log() - chosen_N1
+            nats += torch.where(counted_N1, losses_N1, 0).sum(dtype=total_type)
             if d_hidden is None or d_weight is None:
                 continue
-            # d nats / d logits = softmax - one_hot, in the logits' own memory.
-            slope_NV = logits_NV.sub_(log_total_N[:, None]).exp_()
-            slope_NV.scatter_add_(1, picked, torch.full_like(slope_NV[:, :1], -1.0))
-            slope_NV.mul_(counted[:, None])
+            # d nats / d logits = softmax - one_hot; rows that do not count are struck out where
+            # they are narrow, not over the whole vocabulary.
+            slope_NV.scatter_add_(1, picked_N1, torch.full_like(chosen_N1, -1.0))
             slope_NV = slope_NV.to(hidden.dtype)
-            torch.mm(slope_NV, weight, out=d_hidden[start : start + rows])
-            d_weight.addmm_(slope_NV.T.to(d_weight.dtype), hidden.to(d_weight.dtype))
+            torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
+            counted_hidden = (hidden * counted_N1).to(d_weight.dtype)
+            d_weight.addmm_(slope_NV.T.to(d_weight.dtype), counted_hidden)
         ctx.save_for_backward(d_hidden, d_weight)
         return nats
 

@@ -25,7 +25,7 @@ class TrainConfig:
     result"""
     evaluate_every: int | None = None
     """steps between evaluations on held-out text; empty: a tenth of the run"""
-    evaluate_tokens: int = 32_768
+    evaluate_tokens: int = 16_384
     """held-out targets of an evaluation during training, always the same; the last one takes the
     whole split"""
     save_every: int | None = None

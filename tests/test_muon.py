@@ -1,0 +1,80 @@
+"""Muon: updates are nearly orthogonal, of AdamW's size, the same in a stack, and for hidden
+matrices alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.model import ModelConfig, build
+from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.optimizer.adamw import set_learning_rate
+from pretrain.optimizer.muon import MOMENTUM, is_hidden_matrix, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
+def test_orthogonalize_comes_near_the_polar_factor(shape: tuple[int, int]) -> None:
+    stack = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalize(stack)
+    left, _, right = torch.linalg.svd(stack, full_matrices=False)
+    polar = left @ right
+    # Same directions, singular values within a band around 1: enough for an update.
+    cosine = (found * polar).sum((1, 2)) / (found.norm(dim=(1, 2)) * polar.norm(dim=(1, 2)))
+    assert float(cosine.min()) > 0.98
+    values = torch.linalg.svdvals(found)
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+
+
+def test_a_stack_is_its_members_and_scale_does_not_matter() -> None:
+    stack = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(1))
+    whole = orthogonalize(stack)
+    for i in range(3):
+        torch.testing.assert_close(orthogonalize(stack[i : i + 1])[0], whole[i])
+    torch.testing.assert_close(orthogonalize(1000 * stack), whole, rtol=1e-4, atol=1e-5)
+    assert bool(torch.isfinite(orthogonalize(torch.zeros(1, 4, 4))).all())
+
+
+def test_embeddings_and_head_are_left_to_adamw() -> None:
+    config = ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8, ngram_rows=16)
+    names = [
+        name
+        for name, p in build(config, vocab_size=50, seed=1).named_parameters()
+        if is_hidden_matrix(name, p)
+    ]
+    kinds = "attention.query attention.key attention.value attention.output"
+    expected = [*kinds.split(), "feed_forward.gate", "feed_forward.up", "feed_forward.down"]
+    assert sorted(names) == sorted(f"blocks.0.{kind}.weight" for kind in expected)
+
+
+def test_an_update_is_the_formula_and_tables_take_their_own_rate() -> None:
+    config = OptimizerConfig(
+        name="muon", learning_rate=0.02, table_rate=4.0, weight_decay=0.5, epsilon=1e-12
+    )
+    decoder = build(
+        ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8), vocab_size=50, seed=1
+    )
+    optimizer = build_optimizer(decoder.named_parameters(), config=config)
+    set_learning_rate(optimizer, 0.01)
+    matrix = decoder.get_parameter("blocks.0.feed_forward.up.weight")
+    table, norm = decoder.token_embedding.weight, decoder.get_parameter("final_norm.weight")
+    before = [p.detach().clone() for p in (matrix, table, norm)]
+    generator = torch.Generator().manual_seed(2)
+    gradient = torch.randn(matrix.shape, generator=generator)
+    for p in decoder.parameters():
+        p.grad = torch.ones_like(p)
+    matrix.grad = gradient.clone()
+    optimizer.step()
+    memory = (1 - MOMENTUM) * gradient
+    ahead = (1 - MOMENTUM) * gradient + MOMENTUM * memory
+    size = 0.2 * math.sqrt(max(matrix.shape))
+    expected = before[0] * (1 - 0.01 * 0.5) - 0.01 * size * orthogonalize(ahead[None])[0]
+    torch.testing.assert_close(matrix.detach(), expected)
+    # Root mean square of the step: that of AdamW's, 0.2 of the rate.
+    step = before[0] * (1 - 0.01 * 0.5) - matrix.detach()
+    assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.2)
+    # AdamW's first step is the rate times the sign of the gradient.
+    torch.testing.assert_close(table.detach(), before[1] * (1 - 0.04 * 0.5) - 0.04)
+    torch.testing.assert_close(norm.detach(), before[2] - 0.01)
