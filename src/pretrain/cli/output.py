@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 
@@ -16,6 +17,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# Between two lines about one stage of a long preparation.
+_STAGE_SECONDS = 10.0
 
 
 class Output:
@@ -30,6 +35,23 @@ class Output:
 
     def say(self, text: str = "") -> None:
         print(text, file=self.people, flush=True)
+
+    def stages(self) -> Callable[[str, float], None]:
+        """A callback for long work: says when a stage begins, then every ten seconds how far."""
+        current, said = "", 0.0
+
+        def show(stage: str, fraction: float) -> None:
+            nonlocal current, said
+            now = time.monotonic()
+            if stage != current:
+                self.say(f"{stage} ...")
+            elif now - said > _STAGE_SECONDS:
+                self.say(f"{stage}: {fraction:.0%}")
+            else:
+                return
+            current, said = stage, now
+
+        return show
 
     def result(self, content: Mapping[str, Any]) -> None:
         """The machine-readable answer; without --json it is not printed."""

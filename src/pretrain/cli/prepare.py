@@ -40,13 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     from pretrain.data.preparation import prepare
 
-    said: set[str] = set()
-
-    def progress(stage: str, fraction: float) -> None:
-        if stage not in said:
-            said.add(stage)
-            output.say(f"{stage} ...")
-
     data = prepare(
         arguments.source,
         arguments.out,
@@ -55,7 +48,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         text_field=arguments.text_field,
         val_fraction=arguments.val_fraction,
         strict=arguments.strict,
-        progress=progress,
+        progress=output.stages(),
     )
     report = json.loads((Path(arguments.out) / "report.json").read_text(encoding="utf-8"))
     splits = {name: data.split(name) for name in ("train", "val")}

@@ -24,7 +24,7 @@ from pretrain.cli.places import new_run_folder, newest_run, prepared, read_targe
 from pretrain.cli.settings import settings_help
 from pretrain.config import Layer, RunConfig, compose, parse_overrides, read_file, to_dict, to_yaml
 from pretrain.corpus import list_files
-from pretrain.data.shards import PreparedData
+from pretrain.data.shards import PreparedData, is_prepared
 from pretrain.report import require_packages
 from pretrain.train.windows import check_windows
 
@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _with_whole_path(config: RunConfig) -> RunConfig:
     """The source as an absolute path, so that a resume from another folder finds it; checked to be
     readable."""
-    list_files(config.data.source)
+    if not is_prepared(config.data.source):
+        list_files(config.data.source)
     if config.data.source == "bundled":
         return config
     source = str(Path(config.data.source).resolve())
@@ -76,18 +77,8 @@ def _with_whole_path(config: RunConfig) -> RunConfig:
 
 
 def _prepare(config: RunConfig, output: Output) -> PreparedData:
-    began = time.perf_counter()
-    said: set[str] = set()
-
-    def progress(stage: str, fraction: float) -> None:
-        if stage not in said:
-            said.add(stage)
-            output.say(f"{stage} {config.data.source} ...")
-
-    data = prepared(config, progress=progress)
-    if said:
-        output.say(f"prepared in {time.perf_counter() - began:.1f} s")
-    return data
+    output.say(f"text: {config.data.source}")
+    return prepared(config, progress=output.stages())
 
 
 def _begin(

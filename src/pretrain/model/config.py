@@ -48,8 +48,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embedding_norm": True,
         "query_key_norm": True,
         "zero_branches": True,
+        "ngram_rows": 16_384,
         "bias": False,
-        "tied_head": True,
+        "tied_head": False,
     },
 }
 
@@ -119,7 +120,7 @@ class ModelConfig:
     """width of the feed-forward layer; empty: 4 d_model (gelu, relu2) or 8/3 d_model to the next 32
     (swiglu)"""
     context_length: int | None = None
-    """how many ids a prediction may look back on (T); empty: 256, less for a tiny text"""
+    """how many ids a prediction may look back on (T); empty: 128, less for a tiny text"""
     dropout: float = 0.0
     """share of activations set to zero in training, on embeddings, attention and residual
     branches"""

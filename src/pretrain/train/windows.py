@@ -6,7 +6,7 @@ from pretrain.data.order import Order
 from pretrain.model.config import ModelConfig
 from pretrain.train.config import TrainConfig
 
-DEFAULT_CONTEXT = 256
+DEFAULT_CONTEXT = 128
 DEFAULT_BATCH_TOKENS = 8192
 
 

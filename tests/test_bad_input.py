@@ -1,0 +1,170 @@
+"""Mistakes: exit code 2, a sentence that says what to do, no traceback, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint import list_checkpoints
+from pretrain.cli import main
+from tiny import TINY
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(capsys: Capture, *words: str, code: int = 2) -> str:
+    """What is said when a command is refused."""
+    capsys.readouterr()
+    assert main(list(words)) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> Path:
+    """A working directory with good and bad files in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(corpus, "good.jsonl")
+    Path("binary.txt").write_bytes(bytes(range(256)) * 50)
+    Path("empty.txt").write_bytes(b"")
+    Path("blank.txt").write_text(" \n" * 10)
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/x").write_text("x")
+    Path("bad.yaml").write_text("train: [1")
+    Path("twice.yaml").write_text("train: {steps: 1, steps: 2}")
+    Path("wrong.yaml").write_text("train: {step: 1}")
+    Path("endless.yaml").write_text("data: {source: good.jsonl}")
+    return tmp_path
+
+
+STEPS = ["--train.steps", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing.txt"], "neither a recipe (english"),
+        (["missing.yaml"], "there is no config file missing.yaml"),
+        (["empty"], "holds no readable file"),
+        (["binary.txt"], "binary"),
+        (["empty.txt", *STEPS], "empty.txt"),
+        (["blank.txt", *STEPS], "blank.txt"),
+        (["bad.yaml"], "not the YAML that is meant here"),
+        (["twice.yaml"], "the key 'steps' stands twice"),
+        (["wrong.yaml"], "did you mean 'train.steps'"),
+        (["endless.yaml"], "give train.steps or train.minutes"),
+        (["good.jsonl", "--train.stepz", "1"], "did you mean 'train.steps'"),
+        (["good.jsonl", "--optimizer.learning_rate", "-1"], "must be a number above 0"),
+        (["good.jsonl", "--optimizer.learning_rate", "1e400"], "must be a finite number"),
+        (["good.jsonl", "--train.steps", "0"], "must be at least 1"),
+        (["good.jsonl", "--tokenizer.vocab_size", "90000", *STEPS], "yields only"),
+        (["good.jsonl", "--tokenizer.vocab_size", "100", *STEPS], "100"),
+        (["good.jsonl", "--tokenizer.name", "wordpiece", *STEPS], "wordpiece"),
+        (["good.jsonl", "--model.context_length", "999999", *STEPS], "the longest that fits"),
+        (["good.jsonl", "--train.batch_tokens", "1000", *STEPS], "the nearest that are"),
+        (["good.jsonl", "--train.micro_batch_rows", "3", *STEPS], "does not divide"),
+        (["good.jsonl", "--train.device", "cuda", *STEPS], "not available here; there is: cpu"),
+        (["good.jsonl", "--data.text_field", "nothing", *STEPS], "nothing"),
+        (["good.jsonl", "--run", "full", *STEPS], "not an empty folder"),
+        (["good.jsonl", "--run", "binary.txt", *STEPS], "not an empty folder"),
+        (["good.jsonl", "--run", "binary.txt/run", *STEPS], "cannot write a run to"),
+        (["good.jsonl", "--nonsense", *STEPS], ""),
+        (["good.jsonl", "--train.steps"], "needs a value"),
+    ],
+)
+def test_train_refuses(here: Path, capsys: Capture, words: list[str], message: str) -> None:
+    before = sorted(here.rglob("*"))
+    assert message in refused(capsys, "train", *words)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_prepare_and_tokenizer_refuse(here: Path, capsys: Capture) -> None:
+    before = sorted(here.rglob("*"))
+    assert "full" in refused(capsys, "prepare", "good.jsonl", "--out", "full")
+    assert "0.5" in refused(capsys, "prepare", "good.jsonl", "--out", "o", "--val-fraction", "2")
+    assert "missing" in refused(capsys, "prepare", "missing", "--out", "o")
+    assert "--out" in refused(capsys, "tokenizer", "train", "good.jsonl")
+    assert "--tokenizer DIR" in refused(capsys, "tokenizer", "encode", "good.jsonl")
+    garbage = ["--tokenizer", "twice.yaml"]
+    assert "twice.yaml" in refused(capsys, "tokenizer", "encode", "good.jsonl", *garbage)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_strict_stops_at_the_first_bad_record(here: Path, capsys: Capture) -> None:
+    Path("bad.jsonl").write_bytes(Path("good.jsonl").read_bytes() + b'{"text": 5}\nnot json\n')
+    assert "bad.jsonl" in refused(capsys, "prepare", "bad.jsonl", "--out", "o", "--strict")
+    assert not Path("o").exists()
+    assert main(["prepare", "bad.jsonl", "--out", "o"]) == 0
+    report = json.loads(Path("o/report.json").read_text())
+    assert "not json" not in json.dumps(report["n_tokens"])
+    assert (
+        sum(report["n_problems"].values() if isinstance(report.get("n_problems"), dict) else [2])
+        == 2
+    )
+
+
+def test_models_that_are_none_are_refused(here: Path, capsys: Capture, finished_run: Path) -> None:
+    run = str(finished_run)
+    assert "no model at" in refused(capsys, "generate", "missing")
+    assert "neither a run directory" in refused(capsys, "generate", "empty")
+    assert "neither a run directory" in refused(capsys, "next", "binary.txt")
+    assert "missing.txt" in refused(capsys, "evaluate", run, "--text", "missing.txt")
+    assert "top-p is 3.0" in refused(capsys, "generate", run, "--top-p", "3")
+    assert "at least 1" in refused(capsys, "generate", run, "--max-tokens", "0")
+    assert "temperature is -1.0" in refused(capsys, "generate", run, "--temperature", "-1")
+    assert "at least 1" in refused(capsys, "next", run, "--top", "0")
+    shutil.copytree(finished_run, "run")
+    shutil.rmtree("run/checkpoints")
+    Path("run/summary.json").unlink()
+    assert "no checkpoint yet" in refused(capsys, "generate", "run")
+
+
+def test_a_flipped_bit_in_the_weights_is_found_before_they_are_used(
+    here: Path, capsys: Capture, finished_run: Path
+) -> None:
+    shutil.copytree(finished_run, "run")
+    for checkpoint in list_checkpoints(Path("run/checkpoints")):
+        file = checkpoint / "model-00000.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 16
+        file.write_bytes(data)
+    assert "were changed after they were written" in refused(capsys, "generate", "run")
+    Path("run/summary.json").unlink()
+    assert "nothing can be resumed" in refused(capsys, "train", "--resume", "--run", "run")
+
+
+def test_characters_that_the_vocabulary_lacks_are_named(here: Path, capsys: Capture) -> None:
+    words = ["good.jsonl", "--tokenizer.name", "characters", *STEPS, "--run", "run"]
+    tiny = [w for w in TINY if w not in ("--tokenizer.vocab_size", "400")]
+    assert main(["train", *words, *tiny]) == 0
+    assert "U+1F600" in refused(capsys, "generate", "run", "--prompt", "a 😀")
+
+
+def test_a_full_disk_is_exit_code_75(
+    here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pretrain.checkpoint.save.write_tensors", full)
+    said = refused(capsys, "train", "good.jsonl", *TINY, *STEPS, "--run", "run", code=75)
+    assert "No space left" in said
+    assert list_checkpoints(Path("run/checkpoints")) == []
+
+
+def test_our_own_mistakes_are_exit_code_1(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def broken(*args: Any, **keywords: Any) -> None:
+        json.loads("{")  # a ValueError from inside a library is not the user's
+
+    monkeypatch.setattr("pretrain.train.loop.training_steps", broken)
+    assert main(["train", "good.jsonl", *TINY, *STEPS, "--run", "run"]) == 1
+    assert "Traceback" in capsys.readouterr().err

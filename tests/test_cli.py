@@ -1,0 +1,206 @@
+"""The command line: what each verb prints, JSON apart from people's text, exit codes, names of
+runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.cli import VERBS, main
+from pretrain.cli.places import recipes
+from tiny import TINY
+
+Capture = pytest.CaptureFixture[str]
+
+
+def ask(capsys: Capture, *words: str) -> dict[str, Any]:
+    """Run a verb with --json; its one object, after checking that nothing else is on that
+    stream."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1
+    content: dict[str, Any] = json.loads(said.out)
+    return content
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pretrain.cli import main; main(['--help']);"
+        "print(sorted({'torch', 'numpy', 'rich', 'yaml', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
+    assert main([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"usage: pretrain {verb}" in said
+    assert "--json" in said
+    if verb == "train":
+        assert "--optimizer.learning_rate" in said
+        assert "peak learning rate" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "missing.txt"],
+        ["train", "--train.steps", "-1"],
+        ["train", "--resume", "--run", "missing"],
+        ["evaluate", "missing"],
+        ["generate", "missing", "--prompt", "x"],
+        ["report", "missing"],
+    ],
+)
+def test_mistakes_are_found_before_torch_is_imported(words: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from pretrain.cli import main; code = main(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("pretrain: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_get_numbered_names_and_resume_takes_the_newest(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume"]) == 2
+    assert "there is no run in runs/" in capsys.readouterr().err
+    found = ask(capsys, "train", str(corpus), *TINY, "--train.steps", "2")
+    assert found["run"] == "runs/small-1"
+    assert found["steps"] == 2
+    assert {"val_bits_per_byte", "checkpoint", "report"} <= set(found)
+    assert ask(capsys, "train", str(corpus), *TINY, "--train.steps", "3")["run"] == "runs/small-2"
+    assert ask(capsys, "train", "--resume")["run"] == "runs/small-2"
+
+
+def test_a_name_is_a_recipe_then_a_config_file_then_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, corpus: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "english" in recipes()
+    (tmp_path / "english").mkdir()  # named like the recipe
+    shutil.copy(corpus, tmp_path / "english" / "small.jsonl")
+    found = ask(capsys, "train", "./english", *TINY, "--train.steps", "1", "--run", "text")
+    assert found["val_bytes"] < 100_000
+    (tmp_path / "mine.yaml").write_text(
+        f"data: {{source: '{corpus}'}}\nmodel: {{family: gpt2, n_layers: 1}}\ntrain: {{steps: 1}}\n"
+    )
+    found = ask(capsys, "train", "mine.yaml", *TINY)
+    assert found["run"] == "runs/mine-1"
+    config = (tmp_path / "runs" / "mine-1" / "config.yaml").read_text()
+    assert "family: gpt2" in config
+    assert "n_layers: 2" in config  # the command line wins
+
+
+def test_own_text_of_five_kilobytes_needs_only_its_path(
+    tmp_path: Path, corpus: Path, capsys: Capture
+) -> None:
+    text = " ".join(json.loads(line)["text"] for line in corpus.read_text().splitlines()[:3])
+    (tmp_path / "own.txt").write_text(text[:5000])
+    run = tmp_path / "run"
+    found = ask(capsys, "train", str(tmp_path / "own.txt"), "--run", str(run), "--train.steps", "3")
+    assert found["steps"] == 3
+    assert 0 < found["val_bits_per_byte"] < 9
+    assert ask(capsys, "generate", str(run), "--max-tokens", "5")["completions"]
+
+
+def test_a_prepared_folder_is_trained_on_as_it_is(
+    tmp_path: Path, corpus: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "prepared"
+    made = ask(capsys, "prepare", str(corpus), "--out", str(out), "--vocab-size", "300")
+    assert made["vocab_size"] == 300
+    words = [w for w in TINY if w not in ("--tokenizer.vocab_size", "400")]
+    run = str(tmp_path / "run")
+    assert ask(capsys, "train", str(out), *words, "--train.steps", "1", "--run", run)["steps"] == 1
+    assert ask(capsys, "evaluate", run)["text"]["held-out split"]["tokens"] > 0
+
+
+def test_evaluate_scores_files(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = "The people of the United States.\n"
+    (tmp_path / "a.txt").write_text(text)
+    name = str(tmp_path / "a.txt")
+    row = ask(capsys, "evaluate", str(finished_run), "--text", name)["text"][name]
+    keys = "nats tokens bytes words perplexity word_perplexity bits_per_byte"
+    assert set(row) == set(keys.split())
+    assert row["bytes"] == len(text)
+    assert row["words"] == 6
+
+
+def test_generate_repeats_itself_by_seed(finished_run: Path, capsys: Capture) -> None:
+    words = ["generate", str(finished_run), "--prompt", "The", "--max-tokens", "8", "--n", "3"]
+    first = ask(capsys, *words)["completions"]
+    assert len(first) == 3
+    assert ask(capsys, *words)["completions"] == first
+    assert ask(capsys, *words, "--seed", "2")["completions"] != first
+    greedy = ask(capsys, *words, "--temperature", "0")["completions"]
+    assert greedy[0] == greedy[1] == ask(capsys, *words, "--top-k", "1")["completions"][0]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("The" + first[0])
+
+
+def test_a_checkpoint_is_a_model_too(finished_run: Path, capsys: Capture) -> None:
+    checkpoint = next((finished_run / "checkpoints").iterdir())
+    rows = ask(capsys, "next", str(checkpoint), "--prompt", "The", "--top", "400")["tokens"]
+    assert set(rows[0]) == {"id", "text", "probability"}
+    values = [row["probability"] for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert sum(values) == pytest.approx(1.0)
+
+
+def test_tokenizer_verbs_round_trip(
+    tmp_path: Path, corpus: Path, capsys: Capture, finished_run: Path
+) -> None:
+    out = str(tmp_path / "tok")
+    made = ask(capsys, "tokenizer", "train", str(corpus), "--vocab-size", "300", "--out", out)
+    assert made["vocab_size"] == 300
+    text = "naïve <|endoftext|> text\n"
+    (tmp_path / "t.txt").write_text(text)
+    ids = ask(capsys, "tokenizer", "encode", str(tmp_path / "t.txt"), "--tokenizer", out)["ids"]
+    (tmp_path / "ids").write_text(" ".join(map(str, ids)))
+    found = ask(capsys, "tokenizer", "decode", str(tmp_path / "ids"), "--tokenizer", out)
+    assert found["text"] == text
+    found = ask(capsys, "tokenizer", "inspect", "--tokenizer", str(finished_run))
+    assert found["vocab_size"] == 400
+    assert main(["tokenizer", "train", str(corpus), "--out", out]) == 2
+
+
+def test_report_is_written_for_finished_and_unfinished_runs(
+    finished_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert Path(ask(capsys, "report", str(finished_run))["report"]).is_file()
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(finished_run, unfinished)
+    (unfinished / "summary.json").unlink()
+    assert "still running or stopped at step 12" in Path(
+        ask(capsys, "report", str(unfinished))["report"]
+    ).read_text(encoding="utf-8")
+
+
+def test_trackers_read_the_metrics_of_a_run(tmp_path: Path, corpus: Path, capsys: Capture) -> None:
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    words = [str(corpus), *TINY, "--train.steps", "2", "--report.to", "tensorboard"]
+    assert main(["train", *words, "--run", str(run)]) == 0
+    for _ in range(600):
+        if list(run.glob("tensorboard/*")):
+            break
+        subprocess.run(["sleep", "0.1"], check=True)
+    assert list(run.glob("tensorboard/*"))
