@@ -1,4 +1,5 @@
-"""The documentation runs: its Python is executed, its commands are typed, its links lead somewhere."""
+"""The documentation runs: its Python is executed, its commands are typed, its links lead
+somewhere."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TINY
 
 from pretrain.cli import VERBS, main
+from tiny import TINY
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
@@ -30,7 +31,8 @@ def name_of(page: Path) -> str:
 def test_python_in_the_docs_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The blocks of a page in order, in one namespace, in an empty folder; their asserts must hold."""
+    """The blocks of a page in order, in one namespace, in an empty folder; their asserts must
+    hold."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "docs"}
     for number, code in enumerate(blocks(page, "python")):
@@ -38,7 +40,8 @@ def test_python_in_the_docs_runs(
 
 
 def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `pretrain ...` line, in order, in one folder; training is cut down to 20 steps of a tiny model."""
+    """Every `pretrain ...` line, in order, in one folder; training is cut down to 20 steps of a
+    tiny model."""
     monkeypatch.chdir(tmp_path)
     Path("my.txt").write_text("It was the best of times, it was the worst of times. " * 100)
     Path("books").mkdir()

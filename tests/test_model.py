@@ -78,7 +78,7 @@ def test_the_loss_is_the_sum_of_log_probabilities_of_the_formula(decoder: Decode
         for i in range(T):
             context = torch.tensor([row[: i + 1]])
             logits = decoder.logits(decoder(context))[0, -1]
-            total += float(logits.log_softmax(-1)[row[i + 1]])
+            total += float(logits.log_softmax(-1)[row[i + 1]].detach())
     nats, count = Objective(decoder)(batch_of(ids))
     assert count == 3 * T
     assert float(nats) == pytest.approx(-total, rel=1e-10)
@@ -178,6 +178,14 @@ def test_presets_have_the_published_number_of_parameters(
         decoder = Decoder(chosen, vocab_size=vocab_size)
     assert sum(p.numel() for p in decoder.parameters()) == parameters
     assert n_parameters(chosen, vocab_size=vocab_size) == parameters
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_parameters_are_counted_without_building(changes: dict[str, Any]) -> None:
+    chosen = config(**changes)
+    with torch.device("meta"):
+        decoder = Decoder(chosen, vocab_size=V)
+    assert n_parameters(chosen, vocab_size=V) == sum(p.numel() for p in decoder.parameters())
 
 
 def test_every_preset_is_in_the_table_above() -> None:
