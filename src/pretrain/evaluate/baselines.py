@@ -25,7 +25,7 @@ Array = NDArray[np.int64]
 
 # Tables of more tokens than this would not fit a small machine's memory; the note says when it was
 # cut.
-COUNTED_TOKENS = 20_000_000
+COUNTED_TOKENS = 10_000_000
 # xz at its default strength looks back 8 MiB, so more text before the validation text cannot help
 # it.
 XZ_BYTES = 8 << 20
