@@ -2,8 +2,10 @@
 
 pretrain tokenizer train books/ --vocab-size 4096 --out my-tokenizer
 pretrain tokenizer encode FILE --tokenizer my-tokenizer
-pretrain tokenizer decode FILE --tokenizer my-tokenizer     ids, separated by spaces, commas or
-lines pretrain tokenizer inspect --tokenizer my-tokenizer
+pretrain tokenizer decode FILE --tokenizer my-tokenizer
+pretrain tokenizer inspect --tokenizer my-tokenizer
+
+The ids to decode are separated by spaces, commas or lines.
 """
 
 from __future__ import annotations
