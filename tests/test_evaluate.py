@@ -21,6 +21,7 @@ from pretrain.evaluate import Score, score_texts
 from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
 from pretrain.evaluate.scorer import Ids
 from pretrain.model import Objective
+from tiny import TINY
 
 
 @pytest.mark.parametrize("n_tokens", [2, 9, 10, 33, 100])
@@ -141,3 +142,17 @@ def test_xz_is_given_the_training_text() -> None:
     alone = 8 * len(lzma.compress(val)) / len(val)
     assert _xz_bits_per_byte(val, val) < 0.3  # it has seen it before
     assert _xz_bits_per_byte(other, val) == pytest.approx(alone, rel=0.1)
+
+
+def test_a_changed_text_is_not_scored_as_the_run_s_own(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, run = tmp_path / "t.jsonl", str(tmp_path / "run")
+    text.write_bytes(corpus.read_bytes())
+    # Raw bytes: the tokenizer is the same whatever the text.
+    words = [*TINY[: TINY.index("--tokenizer.vocab_size")], "--tokenizer.name", "bytes"]
+    assert main(["train", str(text), "--run", run, *words, "--train.steps", "1"]) == 0
+    assert main(["evaluate", run]) == 0
+    text.write_bytes(corpus.read_bytes().replace(b"the", b"then"))
+    assert main(["evaluate", run]) == 2
+    assert "has changed since the run" in capsys.readouterr().err

@@ -77,16 +77,19 @@ def _score_file(model: Any, objective: Any, name: str, text_field: str | None) -
 
 
 def _score_split(model: Any, objective: Any) -> dict[str, Any]:
+    from pretrain.checkpoint import open_checkpoint
     from pretrain.cli.places import prepared
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.scorer import EVALUATION_TOKENS
 
     data = prepared(model.config)
-    if data.manifest.tokenizer_sha256 != model.tokenizer.sha256:
+    seen = open_checkpoint(model.checkpoint).state["fingerprint"]
+    same_ids = data.manifest.tokenizer_sha256 == model.tokenizer.sha256
+    if not same_ids or data.split("val").sha256 != seen["held-out text"]:
         raise ValueError(
-            f"the text at {model.config.data.source} has changed since the run: it gives another "
-            "tokenizer; score files with --text instead"
+            f"the text at {model.config.data.source} has changed since the run; "
+            "score files with --text instead"
         )
     context = model.decoder.config.window_tokens
     stream = data.split("val")
