@@ -193,6 +193,26 @@ def test_resume_refuses_other_settings_other_text_and_other_threads(
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    text, run = tmp_path / "text.jsonl", tmp_path / "run"
+    text.write_bytes(corpus.read_bytes())
+
+    def dying(*args: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.train.steps.train_step", dying)
+        assert train(str(text), *TINY, "--train.steps", "2", "--run", str(run)) == 130
+    text.write_bytes(corpus.read_bytes().replace(b"the", b"then"))
+    assert train("--resume", "--run", str(run)) == 2
+    assert "training text:" in capsys.readouterr().err
+    text.write_bytes(corpus.read_bytes())
+    assert train("--resume", "--run", str(run)) == 0
+    assert "it starts anew" in capsys.readouterr().out
+
+
 def test_ctrl_c_in_a_real_process_saves_and_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [sys.executable, "-m", "pretrain", "train", str(corpus), "--run", str(run), *TINY]

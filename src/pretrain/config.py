@@ -235,17 +235,6 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """`section.key: old -> new` for every field that is not the same."""
-    before, after = to_dict(old), to_dict(new)
-    return [
-        f"{name}.{key}: {before[name][key]} -> {after[name][key]}"
-        for name in before
-        for key in before[name]
-        if before[name][key] != after[name][key]
-    ]
-
-
 def default_of(entry: Field[Any]) -> Any:
     """A field's default for help texts; None where it has none."""
     return None if entry.default is MISSING else entry.default

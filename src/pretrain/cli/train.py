@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
 from pretrain.cli.places import new_run_folder, newest_run, prepared, read_target
@@ -85,6 +85,7 @@ def _begin(
     config: RunConfig, folder: Path, data: PreparedData, output: Output, began: float
 ) -> int:
     from pretrain.train.decide import decide
+    from pretrain.train.fingerprint import fingerprint
     from pretrain.train.screen import Screen
     from pretrain.world import open_world
 
@@ -107,7 +108,7 @@ def _begin(
     config = replace(config, model=decided.model, schedule=decided.schedule, train=decided.train)
     folder.mkdir(parents=True, exist_ok=True)
     data.tokenizer().save(folder / "tokenizer")
-    _write_environment(folder, world)
+    _write_environment(folder, world, fingerprint(data, world))
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return _train(config, folder, data, world, screen, output, began, resume_from=None)
 
@@ -119,6 +120,7 @@ def _resume(
         raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
     config = compose([read_file(folder / "config.yaml")])
     _refuse_other_settings(config, target, overrides)
+    require_packages(config.report.to)
     if (folder / "summary.json").is_file():
         output.say(f"{folder} is finished: there is nothing left to train")
         output.result({"run": str(folder), **_read_summary(folder)})
@@ -141,10 +143,15 @@ def _resume(
         screen.line(complaint, style="bold red")
     if checkpoint is None and complaints:
         raise ValueError(f"no checkpoint of {folder} is whole; nothing can be resumed")
+    begun_with = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[
+        "fingerprint"
+    ]
+    if checkpoint is not None:
+        begun_with = checkpoint.state["fingerprint"]
+    refuse_changes(begun_with, fingerprint(data, world))
     if checkpoint is None:
         screen.line(f"{folder} has no checkpoint yet: it starts anew, as it was decided")
     else:
-        refuse_changes(checkpoint.state["fingerprint"], fingerprint(data, world))
         screen.line(f"resuming {folder} after step {checkpoint.step:,}")
     return _train(config, folder, data, world, screen, output, began, resume_from=checkpoint)
 
@@ -226,7 +233,7 @@ def _read_summary(folder: Path) -> dict[str, object]:
     return content
 
 
-def _write_environment(folder: Path, world: World) -> None:
+def _write_environment(folder: Path, world: World, fingerprint: dict[str, Any]) -> None:
     from pretrain import __version__
     from pretrain.train.records import write_json
     from pretrain.world import describe_machine
@@ -241,6 +248,7 @@ def _write_environment(folder: Path, world: World) -> None:
             "git": _git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": shlex.join(["pretrain", *sys.argv[1:]]),
+            "fingerprint": fingerprint,
         },
     )
 

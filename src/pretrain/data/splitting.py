@@ -34,7 +34,6 @@ class Census:
         self._sizes = array("Q")
         self._order = hashlib.sha256()
         self.n_bytes = 0
-        self.longest_tail_bytes = 0
 
     def add(self, text: str) -> None:
         """Count one document."""

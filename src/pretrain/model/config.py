@@ -105,7 +105,7 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     family: Family = "llama"
-    """the architecture's family: gpt2 or llama"""
+    """the architecture's family: gpt2, llama or fast"""
     preset: str | None = None
     """published sizes by name (gpt2-124m, llama3-8b, ...); your own values win over them"""
     n_layers: int = 4
