@@ -78,3 +78,27 @@ def test_an_update_is_the_formula_and_tables_take_their_own_rate() -> None:
     # AdamW's first step is the rate times the sign of the gradient.
     torch.testing.assert_close(table.detach(), before[1] * (1 - 0.04 * 0.5) - 0.04)
     torch.testing.assert_close(norm.detach(), before[2] - 0.01)
+
+
+def test_momentum_looks_ahead() -> None:
+    """On the second step: after the first, memory and gradient still point the same way."""
+    config = OptimizerConfig(name="muon", weight_decay=0.0)
+    shape = ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8)
+    decoder = build(shape, vocab_size=50, seed=1)
+    optimizer = build_optimizer(decoder.named_parameters(), config=config)
+    set_learning_rate(optimizer, 0.01)
+    matrix = decoder.get_parameter("blocks.0.feed_forward.up.weight")
+    generator = torch.Generator().manual_seed(3)
+    memory = torch.zeros(matrix.shape)
+    for _ in range(2):
+        before = matrix.detach().clone()
+        for p in decoder.parameters():
+            p.grad = torch.zeros_like(p)
+        gradient = torch.randn(matrix.shape, generator=generator)
+        matrix.grad = gradient.clone()
+        optimizer.step()
+        memory = MOMENTUM * memory + (1 - MOMENTUM) * gradient
+        ahead = MOMENTUM * memory + (1 - MOMENTUM) * gradient
+        size = 0.01 * 0.2 * math.sqrt(max(matrix.shape))
+        expected = before - size * orthogonalize(ahead[None])[0]
+        torch.testing.assert_close(matrix.detach(), expected)

@@ -59,7 +59,9 @@ def test_epochs_are_cut_and_ordered_anew_and_the_same_every_time() -> None:
     order = Order(10_000, 16, seed=3)
     first = order.starts(np.arange(order.n_windows, dtype=np.int64))
     second = order.starts(np.arange(order.n_windows, 2 * order.n_windows, dtype=np.int64))
-    assert not np.array_equal(first, second)
+    # Not only shifted: the windows themselves come in another order.
+    windows = [(starts - order.shift(e)) // 16 for e, starts in enumerate((first, second))]
+    assert (windows[0] == windows[1]).mean() < 0.05
     assert {order.shift(e) for e in range(40)} != {order.shift(0)}
     again = Order(10_000, 16, seed=3).starts(np.arange(order.n_windows, dtype=np.int64))
     assert np.array_equal(first, again)

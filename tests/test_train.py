@@ -276,6 +276,20 @@ def test_the_micro_batch_changes_no_number(
     assert curves[0][-1] < curves[0][0] - 0.5
 
 
+def test_the_gradient_is_that_of_nats_per_target() -> None:
+    """Divided once by all targets of the step; AdamW would hide another scale, the norm does not."""
+    objective = small_objective()
+    optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
+    nats, count = objective(batches(6, 6)[0])
+    gradients = torch.autograd.grad(nats / count, list(objective.parameters()))
+    expected = float(torch.nn.utils.get_total_norm(gradients))
+    world = open_world("cpu", threads=1)
+    found = train_step(objective, optimizer, batches(6, 2), clip=0.0, world=world)
+    assert found[1] == 6 * 8
+    assert found[0] == pytest.approx(float(nats.detach()), rel=1e-6)
+    assert found[2] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "fast"])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_one_batch_can_be_learnt_by_heart(family: str, name: str) -> None:
