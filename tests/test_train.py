@@ -277,7 +277,7 @@ def test_the_micro_batch_changes_no_number(
 
 
 def test_the_gradient_is_that_of_nats_per_target() -> None:
-    """Divided once by all targets of the step; AdamW would hide another scale, the norm does not."""
+    """Divided once by all targets of the step; AdamW would hide another scale, not the norm."""
     objective = small_objective()
     optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
     nats, count = objective(batches(6, 6)[0])
