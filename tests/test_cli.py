@@ -169,7 +169,7 @@ def test_tokenizer_verbs_round_trip(
     tmp_path: Path, corpus: Path, capsys: Capture, finished_run: Path
 ) -> None:
     out = str(tmp_path / "tok")
-    made = ask(capsys, "tokenizer", "train", str(corpus), "--vocab-size", "300", "--out", out)
+    made = ask(capsys, "tokenizer", "train", str(corpus), "--vocab-size", "270", "--out", out)
     assert made["vocab_size"] == 300
     text = "naïve <|endoftext|> text\n"
     (tmp_path / "t.txt").write_text(text)
@@ -204,3 +204,19 @@ def test_trackers_read_the_metrics_of_a_run(tmp_path: Path, corpus: Path, capsys
             break
         subprocess.run(["sleep", "0.1"], check=True)
     assert list(run.glob("tensorboard/*"))
+
+
+def test_several_sources_make_one_prepared_folder_and_one_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"the text {name} is short. " * 400, encoding="utf-8")
+    sources = [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
+    assert main(["prepare", *sources, "--out", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["n_files"], report["n_documents"]) == (2, 2)
+    words = ["tokenizer", "train", *sources, "--vocab-size", "270", "--out", str(tmp_path / "t")]
+    assert main(words) == 0
+    assert main(["prepare", sources[0], sources[0], "--out", str(tmp_path / "twice")]) == 2
+    assert "would be read twice" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()

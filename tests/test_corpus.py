@@ -15,9 +15,10 @@ import pytest
 
 from pretrain.corpus import Document, ReadingReport, bundled_corpus, list_files, read_documents
 from pretrain.corpus import records as records_file
+from pretrain.corpus.files import Source
 
 
-def texts(source: Path, **options: object) -> list[str]:
+def texts(source: Source, **options: object) -> list[str]:
     return [document.text for document in read_documents(source, **options)]  # type: ignore[arg-type]
 
 
@@ -256,3 +257,27 @@ def test_a_bomb_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(gzip.compress(b"x" * (1 << 24)))
     with pytest.raises(ValueError, match="split it into several files"):
         texts(path)
+
+
+def test_several_sources_are_read_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("third", encoding="utf-8")
+    (tmp_path / "z.jsonl").write_text('{"text": "first"}\n', encoding="utf-8")
+    sources = [tmp_path / "z.jsonl", tmp_path / "books", tmp_path / "a.txt"]
+    assert texts(sources) == ["first", "second", "third"]
+    names = [file.name for file in list_files(sources)]
+    places = [tmp_path / "z.jsonl", tmp_path / "books" / "b.txt", tmp_path / "a.txt"]
+    assert names == [place.as_posix() for place in places]
+    # One source in a list is that source.
+    assert list_files([tmp_path / "books"]) == list_files(tmp_path / "books")
+
+
+@pytest.mark.parametrize("second", ["books", "books/b.txt"])
+def test_a_file_is_never_read_twice(tmp_path: Path, second: str) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(ValueError, match="would be read twice"):
+        list_files([tmp_path / "books", tmp_path / second])
+    with pytest.raises(ValueError, match="no source"):
+        list_files([])

@@ -10,8 +10,8 @@ import torch
 
 from pretrain.model import ModelConfig, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
-from pretrain.optimizer.adamw import set_learning_rate
-from pretrain.optimizer.muon import MOMENTUM, is_hidden_matrix, orthogonalize
+from pretrain.optimizer.grouped import role_of, set_learning_rate
+from pretrain.optimizer.muon import orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
@@ -39,19 +39,19 @@ def test_a_stack_is_its_members_and_scale_does_not_matter() -> None:
 
 def test_embeddings_and_head_are_left_to_adamw() -> None:
     config = ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8, ngram_rows=16)
-    names = [
-        name
-        for name, p in build(config, vocab_size=50, seed=1).named_parameters()
-        if is_hidden_matrix(name, p)
-    ]
+    decoder = build(config, vocab_size=50, seed=1)
+    names = [name for name, p in decoder.named_parameters() if role_of(name, p) == "hidden"]
     kinds = "attention.query attention.key attention.value attention.output"
     expected = [*kinds.split(), "feed_forward.gate", "feed_forward.up", "feed_forward.down"]
     assert sorted(names) == sorted(f"blocks.0.{kind}.weight" for kind in expected)
+    for name, p in decoder.named_parameters():
+        # An objective's names have a prefix; the role is the same.
+        assert role_of(f"decoder.{name}", p) == role_of(name, p)
 
 
-def test_an_update_is_the_formula_and_tables_take_their_own_rate() -> None:
+def test_an_update_is_the_formula_and_embeddings_take_their_own_rate() -> None:
     config = OptimizerConfig(
-        name="muon", learning_rate=0.02, table_rate=4.0, weight_decay=0.5, epsilon=1e-12
+        name="muon", learning_rate=0.02, embedding_rate=4.0, weight_decay=0.5, epsilon=1e-12
     )
     decoder = build(
         ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8), vocab_size=50, seed=1
@@ -67,8 +67,8 @@ def test_an_update_is_the_formula_and_tables_take_their_own_rate() -> None:
         p.grad = torch.ones_like(p)
     matrix.grad = gradient.clone()
     optimizer.step()
-    memory = (1 - MOMENTUM) * gradient
-    ahead = (1 - MOMENTUM) * gradient + MOMENTUM * memory
+    memory = (1 - config.momentum) * gradient
+    ahead = (1 - config.momentum) * gradient + config.momentum * memory
     size = 0.2 * math.sqrt(max(matrix.shape))
     expected = before[0] * (1 - 0.01 * 0.5) - 0.01 * size * orthogonalize(ahead[None])[0]
     torch.testing.assert_close(matrix.detach(), expected)
@@ -97,8 +97,8 @@ def test_momentum_looks_ahead() -> None:
         gradient = torch.randn(matrix.shape, generator=generator)
         matrix.grad = gradient.clone()
         optimizer.step()
-        memory = MOMENTUM * memory + (1 - MOMENTUM) * gradient
-        ahead = MOMENTUM * memory + (1 - MOMENTUM) * gradient
+        memory = config.momentum * memory + (1 - config.momentum) * gradient
+        ahead = config.momentum * memory + (1 - config.momentum) * gradient
         size = 0.01 * 0.2 * math.sqrt(max(matrix.shape))
         expected = before - size * orthogonalize(ahead[None])[0]
         torch.testing.assert_close(matrix.detach(), expected)

@@ -17,7 +17,7 @@ from pretrain.optimizer import (
     clip_gradients,
     schedule_at,
 )
-from pretrain.optimizer.adamw import optimizer_state, restore_optimizer_state, set_learning_rate
+from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state, set_learning_rate
 
 
 def curve(name: str, steps: int = 100, warmup: int = 10, **changes: float) -> list[float]:

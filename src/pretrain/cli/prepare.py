@@ -1,7 +1,7 @@
 """Turn text into a prepared folder: token ids, the tokenizer, and a report of what was read and
 skipped.
 
-  pretrain prepare books/ --out prepared/books
+  pretrain prepare books/ letters.jsonl --out prepared/books
   pretrain train prepared/books
 """
 
@@ -15,7 +15,9 @@ from pretrain.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="file or folder of txt, md or jsonl")
+    parser.add_argument(
+        "source", nargs="+", metavar="SOURCE", help="files or folders of txt, md or jsonl"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--tokenizer",

@@ -1,6 +1,6 @@
 """Train a tokenizer, encode and decode with one, look inside it.
 
-pretrain tokenizer train books/ --vocab-size 4096 --out my-tokenizer
+pretrain tokenizer train books/ letters.jsonl --vocab-size 4096 --out my-tokenizer
 pretrain tokenizer encode FILE --tokenizer my-tokenizer
 pretrain tokenizer decode FILE --tokenizer my-tokenizer
 pretrain tokenizer inspect --tokenizer my-tokenizer
@@ -28,7 +28,10 @@ _ID = re.compile(r"\d{1,10}")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("train", "encode", "decode", "inspect"))
     parser.add_argument(
-        "source", nargs="?", metavar="FILE", help="text (train: file or folder); - for stdin"
+        "source",
+        nargs="*",
+        metavar="SOURCE",
+        help="text: files or folders to train on; one file, or - for stdin, for the rest",
     )
     parser.add_argument(
         "--tokenizer", metavar="NAME|DIR", help="a folder with tokenizer.json, or a run's"
@@ -52,7 +55,7 @@ def _train(arguments: argparse.Namespace, output: Output) -> int:
     from pretrain.corpus import read_documents
     from pretrain.tokenizer import train_tokenizer
 
-    if arguments.source is None or arguments.out is None:
+    if not arguments.source or arguments.out is None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
     out = Path(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -77,19 +80,20 @@ def _open(arguments: argparse.Namespace) -> Tokenizer:
 
 
 def _read(arguments: argparse.Namespace) -> str:
-    if arguments.source is None:
-        raise ValueError(f"tokenizer {arguments.action} needs a FILE, or - for standard input")
-    if arguments.source == "-":
+    if len(arguments.source) != 1:
+        raise ValueError(f"tokenizer {arguments.action} needs one FILE, or - for standard input")
+    (source,) = arguments.source
+    if source == "-":
         data = sys.stdin.buffer.read()
     else:
-        path = Path(arguments.source)
+        path = Path(source)
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
         data = path.read_bytes()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{arguments.source} is not UTF-8 text: byte {error.start}") from None
+        raise ValueError(f"{source} is not UTF-8 text: byte {error.start}") from None
 
 
 def _encode(arguments: argparse.Namespace, output: Output) -> int:
@@ -124,10 +128,10 @@ def _inspect(arguments: argparse.Namespace, output: Output) -> int:
     output.say(f"{tokenizer.vocab_size:,} entries; end of text is {tokenizer.end_of_text}")
     output.say("longest entries: " + " ".join(repr(row["text"]) for row in rows))
     result = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
-    if arguments.source is not None:
+    if arguments.source:
         text = _read(arguments)
         n_tokens, n_bytes = len(tokenizer.encode(text)), len(text.encode())
         result |= {"tokens": n_tokens, "bytes": n_bytes}
-        output.say(f"{arguments.source}: {n_bytes / max(1, n_tokens):.2f} bytes a token")
+        output.say(f"{arguments.source[0]}: {n_bytes / max(1, n_tokens):.2f} bytes a token")
     output.result({**result, "sha256": tokenizer.sha256, "longest": rows})
     return 0

@@ -1,4 +1,4 @@
-"""Which files a source holds: a path comes in, a sorted list of readable files goes out.
+"""Which files sources hold: paths come in, a list of readable files goes out.
 
 A folder is walked in the order of relative paths, so the order is the same on every machine; hidden
 names are passed over silently. Links, pipes and devices inside a folder and files of other kinds
@@ -13,7 +13,8 @@ import importlib.resources
 import os
 import stat
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.corpus.documents import Problem, ReadingReport
@@ -24,6 +25,9 @@ BUNDLED = "bundled"
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl",)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
+Source = str | Path | Sequence[str | Path]
+"""A file, a folder, "bundled", or several of them."""
+
 LEGAL = "legal are .txt, .md and .jsonl, plain or followed by .gz, .bz2, .xz or .zst"
 
 
@@ -33,13 +37,16 @@ class SourceFile:
 
     path: Path
     name: str
-    """Path relative to the source, with `/`; for a source that is one file, its name."""
+    """Path relative to the source, with `/`, or its name for a source that is one file; behind the
+    source itself where there are several."""
     is_records: bool
     """True for jsonl (a document a line), False for text (a document a file)."""
     compression: str
     """One of "", "gzip", "bzip2", "xz", "zstandard"."""
     n_bytes: int
     """Size on disk."""
+    is_named: bool = False
+    """Given by name rather than found in a folder: if it cannot be read, that is a mistake."""
 
 
 def bundled_corpus() -> Path:
@@ -49,13 +56,38 @@ def bundled_corpus() -> Path:
 
 
 def list_files(
-    source: str | Path, *, report: ReadingReport | None = None, strict: bool = False
+    source: Source, *, report: ReadingReport | None = None, strict: bool = False
 ) -> list[SourceFile]:
-    """The files of `source` (a file, a folder, or "bundled"), sorted by relative path.
+    """The files of a source, sorted by relative path, or of several sources one after the other.
 
     What is passed over in a folder goes into `report`. Raises ValueError where there is nothing to
-    read.
+    read, and for a file that would be read twice.
     """
+    if isinstance(source, str | Path):
+        return _list_one(source, report=report, strict=strict)
+    if not source:
+        raise ValueError("no source of text is given")
+    files: list[SourceFile] = []
+    read_as: dict[str, str | Path] = {}
+    for one in source:
+        for file in _list_one(one, report=report, strict=strict):
+            real = os.path.realpath(file.path)
+            if real in read_as:
+                raise ValueError(
+                    f"{str(file.path)!r} would be read twice: as part of {str(read_as[real])!r} "
+                    f"and of {str(one)!r}"
+                )
+            read_as[real] = one
+            if len(source) > 1:
+                place = Path(one).as_posix()
+                file = replace(file, name=place if file.is_named else f"{place}/{file.name}")
+            files.append(file)
+    return files
+
+
+def _list_one(
+    source: str | Path, *, report: ReadingReport | None, strict: bool
+) -> list[SourceFile]:
     path = bundled_corpus() if source == BUNDLED else Path(source)
     try:
         mode = os.stat(path).st_mode
@@ -88,7 +120,7 @@ def _single_file(path: Path) -> SourceFile:
         raise ValueError(
             f"source {str(path)!r}: cannot tell how to read a file with {ending}; {LEGAL}"
         )
-    return file
+    return replace(file, is_named=True)
 
 
 def _source_file(path: Path, name: str) -> SourceFile | None:

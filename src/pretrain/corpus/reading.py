@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from pathlib import Path
 
 from pretrain.corpus.documents import Document, Problem, ReadingReport
-from pretrain.corpus.files import SourceFile, list_files
+from pretrain.corpus.files import Source, SourceFile, list_files
 from pretrain.corpus.records import read_records
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 
@@ -32,14 +31,13 @@ _UTF_BOMS = (
 
 
 def read_documents(
-    source: str | Path,
+    source: Source,
     *,
     text_field: str | None = None,
     report: ReadingReport | None = None,
     strict: bool = False,
 ) -> Iterator[Document]:
-    """The documents of a file, a folder or the source "bundled", in the order of relative paths and
-    lines.
+    """The documents of a source, or of several, in the order of sources, relative paths and lines.
 
     `text_field` names the field of jsonl records that holds the text; None finds it in each file's
     first records. `report` is filled while the documents are drawn. With `strict` the first problem
@@ -47,23 +45,19 @@ def read_documents(
     """
     report = report if report is not None else ReadingReport()
     files = list_files(source, report=report, strict=strict)
-    # Given by name rather than found in a folder: then an unreadable file is the user's mistake.
-    is_named = len(files) == 1 and files[0].path.name == files[0].name and not Path(source).is_dir()
     for file in files:
         report.n_files += 1
         if file.is_records:
             documents = read_records(file, text_field=text_field, report=report, strict=strict)
         else:
-            documents = _read_text(file, is_named=is_named, report=report, strict=strict)
+            documents = _read_text(file, report=report, strict=strict)
         for document in documents:
             report.n_documents += 1
             report.n_text_bytes += len(document.text.encode())
             yield document
 
 
-def _read_text(
-    file: SourceFile, *, is_named: bool, report: ReadingReport, strict: bool
-) -> Iterator[Document]:
+def _read_text(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Document]:
     data = bytearray()
     try:
         for chunk in read_chunks(file, report=report):
@@ -80,7 +74,7 @@ def _read_text(
 
     decoded = _decode(bytes(data), file.name)
     if isinstance(decoded, Problem):
-        if is_named:
+        if file.is_named:
             raise ValueError(str(decoded))
         report.n_skipped_files += 1
         report.add(decoded, strict=strict)

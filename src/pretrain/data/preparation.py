@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.corpus.documents import Document, ReadingReport
-from pretrain.corpus.files import list_files
+from pretrain.corpus.files import Source, list_files
 from pretrain.corpus.reading import read_documents
 from pretrain.data.config import check_val_fraction
 from pretrain.data.durable import new_folder, refuse_full, write_json
@@ -47,14 +47,18 @@ _BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
+class _Reader:
     """How to read the documents, any number of times."""
 
-    path: str | Path
+    path: Source
     text_field: str | None
     strict: bool
     progress: Progress | None
     n_disk_bytes: int
+
+    def __str__(self) -> str:
+        paths = [self.path] if isinstance(self.path, str | Path) else self.path
+        return ", ".join(repr(str(path)) for path in paths)
 
     def documents(self, *, stage: str, report: ReadingReport | None = None) -> Iterator[Document]:
         # Only the first reading is strict and reported: the others would find the same.
@@ -73,7 +77,7 @@ class _Source:
 
 
 def prepare(
-    source: str | Path,
+    source: Source,
     out: str | Path,
     *,
     tokenizer: str | Path = "bpe",
@@ -83,7 +87,8 @@ def prepare(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Turn a file, a folder or "bundled" into the prepared folder `out`, and open it.
+    """Turn a file, a folder, "bundled" or several of them into the prepared folder `out`, and open
+    it.
 
     `tokenizer` is bpe, characters or bytes, trained here on the training split (characters: on all
     text), or the path of a tokenizer.json. `splitting.choose_split` says how validation is chosen.
@@ -94,7 +99,7 @@ def prepare(
     given = _given_tokenizer(tokenizer, vocab_size)
     refuse_full(out)
 
-    reader = _Source(
+    reader = _Reader(
         path=source,
         text_field=text_field,
         strict=strict,
@@ -133,18 +138,18 @@ def prepare(
     return open_prepared(out)
 
 
-def _count(reader: _Source, report: ReadingReport) -> Census:
+def _count(reader: _Reader, report: ReadingReport) -> Census:
     """The first reading: how many documents and bytes there are, and what is wrong with others."""
     census = Census()
     for document in reader.documents(stage="reading", report=report):
         census.add(document.text)
     if census.n_documents == 0:
-        raise ValueError(f"source {str(reader.path)!r} gave no document: {report.summary()}")
+        raise ValueError(f"source {reader} gave no document: {report.summary()}")
     return census
 
 
 def prepared_key(
-    source: str | Path,
+    source: Source,
     *,
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
@@ -189,7 +194,7 @@ def _given_tokenizer(tokenizer: str | Path, vocab_size: int | None) -> Tokenizer
     return given
 
 
-def _train(reader: _Source, split: Split, name: str, vocab_size: int | None) -> Tokenizer:
+def _train(reader: _Reader, split: Split, name: str, vocab_size: int | None) -> Tokenizer:
     """A tokenizer that has not seen validation text, except `characters`, which must be able to
     write it."""
     documents = reader.documents(stage="training the tokenizer") if name != "bytes" else iter(())
@@ -203,7 +208,7 @@ def _train(reader: _Source, split: Split, name: str, vocab_size: int | None) -> 
 
 
 def _encode(
-    reader: _Source, split: Split, tokenizer: Tokenizer, census: Census, folder: Path
+    reader: _Reader, split: Split, tokenizer: Tokenizer, census: Census, folder: Path
 ) -> dict[str, StreamInfo]:
     """Write both streams; ValueError if one of them stays empty or the source changed meanwhile."""
     with ExitStack() as opened:
@@ -230,7 +235,7 @@ def _encode(
                     batch, n_characters = [], 0
         _write(batch, tokenizer, writers)
         if again.sha256 != census.sha256:
-            raise ValueError(f"source {str(reader.path)!r} changed while it was read; start again")
+            raise ValueError(f"source {reader} changed while it was read; start again")
         for name in SPLITS:
             if writers[name].n_documents == 0:
                 raise ValueError(

@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embedding_norm": True,
         "query_key_norm": True,
         "zero_branches": True,
-        "ngram_rows": 16_384,
+        "ngram_rows": 65_536,
         "bias": False,
         "tied_head": False,
     },

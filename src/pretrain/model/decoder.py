@@ -1,8 +1,8 @@
 """The decoder: ids in, hidden states out, and logits where somebody asks for them.
 
-One class is GPT-2 and Llama by its config. It is pure and lives on one device: loss, optimizer,
-sampling and parallelism are other people's rooms. It refuses ids that are not (B, T) and windows
-beyond its context length.
+One class is GPT-2, Llama and `fast` by its config. It is pure and lives on one device: loss,
+optimizer, sampling and parallelism are other people's rooms. It refuses ids that are not (B, T) and
+windows beyond its context length.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ def build(
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size=vocab_size)
     decoder.to_empty(device=device)
+    if decoder.ngrams is not None:
+        # A dense gradient costs a pass over whole tables, which only a GPU does not notice.
+        decoder.ngrams.sparse_gradients = device.type == "cpu"
     if seed is not None:
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():

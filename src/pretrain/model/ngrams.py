@@ -19,7 +19,13 @@ _LONGEST = 3
 
 class NgramEmbedding(nn.Module):
     """A table of `rows` rows for bigrams and one for trigrams; both start at zero, so they start as
-    nothing."""
+    nothing.
+
+    With `sparse_gradients` the backward pass names the rows that were read instead of filling whole
+    tables.
+    """
+
+    sparse_gradients = False
 
     def __init__(self, rows: int, d_model: int) -> None:
         super().__init__()
@@ -38,10 +44,13 @@ class NgramEmbedding(nn.Module):
         # places[i] holds the id i places before each position.
         places = [padded[:, _LONGEST - 1 - i : _LONGEST - 1 - i + T] for i in range(_LONGEST)]
         mixed = [place * factor for place, factor in zip(places, _MULTIPLIERS, strict=True)]
-        bigram = self._row(mixed[0] ^ mixed[1])
-        trigram = self._row(mixed[0] ^ mixed[1] ^ mixed[2])
-        summed: Tensor = self.bigram_embedding(bigram) + self.trigram_embedding(trigram)
-        return summed
+        bigram, trigram = mixed[0] ^ mixed[1], mixed[0] ^ mixed[1] ^ mixed[2]
+        return self._look_up(self.bigram_embedding, bigram) + self._look_up(
+            self.trigram_embedding, trigram
+        )
+
+    def _look_up(self, table: nn.Embedding, mixed: Tensor) -> Tensor:
+        return F.embedding(self._row(mixed), table.weight, sparse=self.sparse_gradients)
 
     def _row(self, mixed: Tensor) -> Tensor:
         mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF

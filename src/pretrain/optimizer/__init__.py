@@ -1,4 +1,5 @@
-"""Gradients -> updates: AdamW (`adamw`), the learning rate as a function of the step (`schedule`).
+"""Gradients -> updates: AdamW, Muon and Adagrad, a rule for each group of parameters (`grouped`),
+and the learning rate as a function of the step (`schedule`).
 
 Parameters come in by name and the state goes out by name, so a checkpoint never depends on an order
 of tensors.
@@ -10,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.optimizer.adamw import build_optimizer, clip_gradients
     from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
+    from pretrain.optimizer.grouped import build_optimizer, clip_gradients
     from pretrain.optimizer.schedule import schedule_at
 
 _HOMES = {
     "OptimizerConfig": "config",
     "ScheduleConfig": "config",
-    "build_optimizer": "adamw",
-    "clip_gradients": "adamw",
+    "build_optimizer": "grouped",
+    "clip_gradients": "grouped",
     "schedule_at": "schedule",
 }
 __all__ = [

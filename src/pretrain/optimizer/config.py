@@ -13,8 +13,13 @@ class OptimizerConfig:
     """the update rule: adamw, or muon for hidden matrices and adamw for the rest"""
     learning_rate: float = 3e-3
     """peak learning rate"""
-    table_rate: float = 1.0
-    """rate of embedding and head beside muon's matrices, as a multiple of learning_rate"""
+    embedding_rate: float = 1.0
+    """rate of the token embedding beside muon's matrices, as a multiple of learning_rate; n-gram
+    tables take twice that"""
+    head_rate: float = 1.0
+    """rate of the head beside muon's matrices, as a multiple of learning_rate"""
+    momentum: float = 0.95
+    """muon's memory of the gradient"""
     weight_decay: float = 0.1
     """decoupled decay of matrices; norms and biases are never decayed"""
     beta1: float = 0.9
@@ -31,11 +36,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.learning_rate is {self.learning_rate}; it must be a number above 0"
             )
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "embedding_rate", "head_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optimizer.{name} is {value}; it must be 0 or above")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):

@@ -248,13 +248,13 @@ def _level(level: Level, frame: _Frame) -> str:
 
 
 def _level_labels(levels: Sequence[Level], frame: _Frame, *, room: float) -> str:
-    """Right-aligned above their lines; pushed down where two would overlap (`room` in percent)."""
+    """At the left, where a falling curve is far above; pushed down where two overlap (by `room`)."""
     placed: list[tuple[float, Level]] = []
     for level in sorted(levels, key=lambda one: -one.value):
         y = frame.y(level.value) / 10
         placed.append((max(y, placed[-1][0] + room) if placed else y, level))
     return "".join(
-        f'<text class="level" x="100%" y="{y:.2f}%" dy="-.4em" text-anchor="end">'
+        f'<text class="level" x="0" dx=".4em" y="{y:.2f}%" dy="-.4em">'
         f"{text(level.name)} {_short(level.value)}</text>"
         for y, level in placed
     )

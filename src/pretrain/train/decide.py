@@ -18,6 +18,7 @@ from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
+from pretrain.train.lanes import MOST_LANES
 from pretrain.train.steps import training_steps
 from pretrain.train.windows import check_windows
 from pretrain.world import World
@@ -56,8 +57,7 @@ def decide(
     train = replace(
         train,
         batch_tokens=batch_tokens,
-        micro_batch_rows=train.micro_batch_rows
-        or _micro_batch_rows(rows, context, world.device.type),
+        micro_batch_rows=train.micro_batch_rows or _micro_batch_rows(rows, context, world),
         device=cast(Device, world.device.type),
         threads=world.threads,
         precision=_precision(train.precision, world),
@@ -74,10 +74,13 @@ def decide(
     return Decided(model, schedule, train)
 
 
-def _micro_batch_rows(rows: int, context: int, device_type: str) -> int:
-    """The largest divisor of a batch's rows that the device takes at once."""
-    most = max(1, MICRO_BATCH_TOKENS[device_type] // context)
-    return next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
+def _micro_batch_rows(rows: int, context: int, world: World) -> int:
+    """The largest divisor of a batch's rows that the device takes at once and that keeps its lanes
+    equally busy."""
+    most = max(1, MICRO_BATCH_TOKENS[world.device.type] // context)
+    divisors = [m for m in range(min(most, rows), 0, -1) if rows % m == 0]
+    lanes = min(world.threads, MOST_LANES) if world.device.type == "cpu" else 1
+    return next((m for m in divisors if rows // m % lanes == 0), divisors[0])
 
 
 def _precision(precision: Precision, world: World) -> Precision:
@@ -112,7 +115,7 @@ def _steps_that_fit(
         decoder.compile(dynamic=False)
     objective = Objective(decoder, seed=train.seed)
     batches = training_batches(data, model, train)
-    updates = build_optimizer(objective.named_parameters(), config=optimizer)
+    updates = build_optimizer(decoder.named_parameters(), config=optimizer)
     seconds, began = [], time.perf_counter()
     last = began
     for report in training_steps(
@@ -124,6 +127,7 @@ def _steps_that_fit(
         clip=optimizer.clip,
         world=world,
         precision=train.precision,
+        side_by_side=train.compile == "off",
     ):
         world.synchronize()
         now = time.perf_counter()

@@ -23,7 +23,7 @@ from pretrain.evaluate.scorer import EVALUATION_TOKENS
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, schedule_at
-from pretrain.optimizer.adamw import optimizer_state, restore_optimizer_state
+from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import training_batches
 from pretrain.train.records import SUMMARY, Best, Records, write_json
@@ -118,6 +118,7 @@ def train(
         clip=optimizer.clip,
         world=world,
         precision=settings.precision,
+        side_by_side=settings.compile == "off",
     )
     with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
         clock = time.perf_counter()

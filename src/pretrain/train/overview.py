@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,6 @@ def show_summary(screen: Screen, summary: Mapping[str, Any], *, folder: Path, re
             ),
             ("checkpoint", str(folder / summary["checkpoint"])),
             ("report", str(report)),
-            ("try it", f'pretrain generate {folder} --prompt "The people"'),
+            ("try it", f"pretrain generate {shlex.quote(str(folder))} --n 3"),
         ]
     )
