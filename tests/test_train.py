@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from pretrain.config import compose
 from pretrain.data import MicroBatch
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
-from pretrain.train.lanes import Lanes
 from pretrain.train.records import Best, Records
 from pretrain.train.signals import StopSignals
 from pretrain.train.steps import train_step, training_steps
@@ -276,51 +274,6 @@ def test_the_micro_batch_changes_no_number(
     assert curves[1] == pytest.approx(curves[0], rel=tolerance)
     assert curves[2] == pytest.approx(curves[0], rel=tolerance)
     assert curves[0][-1] < curves[0][0] - 0.5
-
-
-@pytest.mark.parametrize(("micro", "threads"), [(2, 2), (2, 5), (1, 8)])
-def test_lanes_change_no_number(micro: int, threads: int) -> None:
-    """Micro-batches side by side, an uneven share of them too: the sequential result, every time
-    the same bits."""
-    curves = []
-    # One lane first, then the same lanes twice.
-    for n_threads in (1, threads, threads):
-        objective = small_objective(dropout=0.1)
-        reports = training_steps(
-            objective,
-            build_optimizer(objective.named_parameters(), config=OptimizerConfig()),
-            lambda step: batches(6, micro, seed=step % 3),
-            rate_at=lambda step: 1e-2,
-            steps=20,
-            clip=1.0,
-            world=open_world("cpu", threads=n_threads),
-        )
-        curves.append([(r.nats, r.count, r.grad_norm) for r in reports])
-    assert curves[1] == curves[2]
-    assert torch.tensor(curves[1]) == pytest.approx(torch.tensor(curves[0]), rel=1e-5)
-    assert threading.active_count() == 1
-
-
-def test_lanes_take_their_share_of_the_cores_and_hand_on_errors() -> None:
-    """A thread's number of cores is its own; what breaks in a lane breaks the step."""
-    seen = []
-
-    class Watching(Objective):
-        def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            seen.append((threading.current_thread().name, torch.get_num_threads()))
-            if len(seen) > 4:
-                raise FloatingPointError("a lane broke")
-            return super().forward(batch)
-
-    objective = Watching(small_objective().decoder)
-    with Lanes(objective, world=open_world("cpu", threads=4)) as lanes:
-        lanes.accumulate(batches(4, 2), precision="fp32")
-        lanes.accumulate(batches(4, 2), precision="fp32")
-        assert {cores for _, cores in seen} == {2}
-        assert len({name for name, _ in seen}) == 2
-        assert torch.get_num_threads() == 4
-        with pytest.raises(FloatingPointError, match="a lane broke"):
-            lanes.accumulate(batches(4, 2), precision="fp32")
 
 
 def test_the_gradient_is_that_of_nats_per_target() -> None:

@@ -87,8 +87,7 @@ def prepare(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Turn a file, a folder, "bundled" or several of them into the prepared folder `out`, and open
-    it.
+    """Turn a file, a folder, "bundled" or several of them into a prepared folder, and open it.
 
     `tokenizer` is bpe, characters or bytes, trained here on the training split (characters: on all
     text), or the path of a tokenizer.json. `splitting.choose_split` says how validation is chosen.

@@ -248,7 +248,7 @@ def _level(level: Level, frame: _Frame) -> str:
 
 
 def _level_labels(levels: Sequence[Level], frame: _Frame, *, room: float) -> str:
-    """At the left, where a falling curve is far above; pushed down where two overlap (by `room`)."""
+    """At the left, where a falling curve is far above; `room` apart, where two would overlap."""
     placed: list[tuple[float, Level]] = []
     for level in sorted(levels, key=lambda one: -one.value):
         y = frame.y(level.value) / 10

@@ -18,14 +18,13 @@ from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
-from pretrain.train.lanes import MOST_LANES
 from pretrain.train.steps import training_steps
 from pretrain.train.windows import check_windows
 from pretrain.world import World
 
-# Rows that go through the model at once: on a CPU the activations of about 2,048 tokens still fit
+# Rows that go through the model at once: on a CPU the activations of about 1,024 tokens still fit
 # its caches.
-MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}
+MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32_768}
 EVALUATIONS = 10
 # Seconds of the budget that a timed calibration may take, and its steps at most.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 8.0, 20
@@ -57,7 +56,8 @@ def decide(
     train = replace(
         train,
         batch_tokens=batch_tokens,
-        micro_batch_rows=train.micro_batch_rows or _micro_batch_rows(rows, context, world),
+        micro_batch_rows=train.micro_batch_rows
+        or _micro_batch_rows(rows, context, world.device.type),
         device=cast(Device, world.device.type),
         threads=world.threads,
         precision=_precision(train.precision, world),
@@ -74,13 +74,10 @@ def decide(
     return Decided(model, schedule, train)
 
 
-def _micro_batch_rows(rows: int, context: int, world: World) -> int:
-    """The largest divisor of a batch's rows that the device takes at once and that keeps its lanes
-    equally busy."""
-    most = max(1, MICRO_BATCH_TOKENS[world.device.type] // context)
-    divisors = [m for m in range(min(most, rows), 0, -1) if rows % m == 0]
-    lanes = min(world.threads, MOST_LANES) if world.device.type == "cpu" else 1
-    return next((m for m in divisors if rows // m % lanes == 0), divisors[0])
+def _micro_batch_rows(rows: int, context: int, device_type: str) -> int:
+    """The largest divisor of a batch's rows that the device takes at once."""
+    most = max(1, MICRO_BATCH_TOKENS[device_type] // context)
+    return next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
 
 
 def _precision(precision: Precision, world: World) -> Precision:
@@ -127,7 +124,6 @@ def _steps_that_fit(
         clip=optimizer.clip,
         world=world,
         precision=train.precision,
-        side_by_side=train.compile == "off",
     ):
         world.synchronize()
         now = time.perf_counter()

@@ -118,7 +118,6 @@ def train(
         clip=optimizer.clip,
         world=world,
         precision=settings.precision,
-        side_by_side=settings.compile == "off",
     )
     with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
         clock = time.perf_counter()

@@ -33,6 +33,9 @@ def show_plan(
     epochs = tokens / text.n_tokens
     micro = micro_rows * context
     accumulation = batch // (micro * world.size)
+    # Most parameters of `fast` are rows that a step looks up; they take memory but no products.
+    tables = 2 * model.ngram_rows * model.d_model
+    in_tables = f", {tables:,} of them in n-gram tables" if tables else ""
     minutes = "" if settings.minutes is None else f", about {settings.minutes:g} min"
     screen.facts(
         [
@@ -43,8 +46,8 @@ def show_plan(
             ),
             (
                 "model",
-                f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters "
-                f"({model.n_layers} layers, width {model.d_model}, context {context}, "
+                f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters"
+                f"{in_tables} ({model.n_layers} layers, width {model.d_model}, context {context}, "
                 f"vocabulary {vocab_size:,})",
             ),
             (

@@ -18,7 +18,6 @@ import torch
 from pretrain.data.batches import MicroBatch
 from pretrain.model import Objective
 from pretrain.optimizer.grouped import clip_gradients, gradient_values, set_learning_rate
-from pretrain.train.lanes import Lanes
 from pretrain.world import World
 
 
@@ -49,21 +48,22 @@ def train_step(
     clip: float,
     world: World,
     precision: str = "fp32",
-    lanes: Lanes | None = None,
 ) -> tuple[float, int, float]:
     """One update from some micro-batches; returns (nats, count, gradient norm).
-
-    With `lanes` of this objective the micro-batches are worked through side by side.
 
     A gradient that is not finite makes no update: weights and optimizer stay as they were, and the
     norm tells.
     """
     optimizer.zero_grad(set_to_none=True)
-    lanes = lanes or Lanes(objective, world=world, side_by_side=False)
-    sums = lanes.accumulate(list(micro_batches), precision=precision)
+    all_nats, all_counts = [], []
+    for batch in micro_batches:
+        with world.autocast(precision):
+            batch_nats, batch_count = objective(batch.to(world.device))
+        batch_nats.backward()
+        all_nats.append(batch_nats.detach())
+        all_counts.append(batch_count)
     # Read once a step: a look at each micro-batch would make a GPU wait.
-    nats = float(torch.stack([nats for nats, _ in sums]).sum())
-    count = int(torch.stack([count for _, count in sums]).sum())
+    nats, count = float(torch.stack(all_nats).sum()), int(torch.stack(all_counts).sum())
     parameters = list(objective.parameters())
     torch._foreach_div_(gradient_values(parameters), count)
     norm = clip_gradients(parameters, limit=clip)
@@ -83,25 +83,16 @@ def training_steps(
     clip: float = 0.0,
     world: World,
     precision: str = "fp32",
-    side_by_side: bool = True,
 ) -> Iterator[StepReport]:
     """Updates `first_step` to `steps` - 1, each yielded once it is made.
 
-    `batch_at(step)` gives the micro-batches of a step, `rate_at(step)` its learning rate. On a CPU
-    they share the cores and are worked through side by side, unless `side_by_side` is False.
+    `batch_at(step)` gives the micro-batches of a step, `rate_at(step)` its learning rate.
     """
     objective.train()
-    with Lanes(objective, world=world, side_by_side=side_by_side) as lanes:
-        for step in range(first_step, steps):
-            rate = rate_at(step)
-            set_learning_rate(optimizer, rate)
-            nats, count, norm = train_step(
-                objective,
-                optimizer,
-                batch_at(step),
-                clip=clip,
-                world=world,
-                precision=precision,
-                lanes=lanes,
-            )
-            yield StepReport(step, nats, count, rate, norm)
+    for step in range(first_step, steps):
+        rate = rate_at(step)
+        set_learning_rate(optimizer, rate)
+        nats, count, norm = train_step(
+            objective, optimizer, batch_at(step), clip=clip, world=world, precision=precision
+        )
+        yield StepReport(step, nats, count, rate, norm)
