@@ -52,7 +52,7 @@ STEPS = ["--train.steps", "1"]
     [
         (["missing.txt"], "neither a recipe (english"),
         (["missing.yaml"], "there is no config file missing.yaml"),
-        (["empty"], "holds no readable file"),
+        (["empty"], "holds no file"),
         (["binary.txt"], "binary"),
         (["empty.txt", *STEPS], "empty.txt"),
         (["blank.txt", *STEPS], "blank.txt"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -13,8 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.corpus import Document, ReadingReport, bundled_corpus, list_files, read_documents
-from pretrain.corpus import records as records_file
+from pretrain.corpus import (
+    Document,
+    ReadingReport,
+    bundled_corpus,
+    jsonl,
+    list_files,
+    read_documents,
+    tables,
+)
 from pretrain.corpus.files import Source
 
 
@@ -55,9 +64,9 @@ def test_folder_passes_over_links_and_pipes(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("1,2")
     os.mkfifo(tmp_path / "pipe.txt")
     report = ReadingReport()
-    assert [file.name for file in list_files(tmp_path, report=report)] == ["a.txt"]
+    assert [file.name for file in list_files(tmp_path, report=report)] == ["a.txt", "table.csv"]
     reasons = {problem.file: problem.reason for problem in report.problems}
-    assert set(reasons) == {"loop", "again.txt", "table.csv", "pipe.txt"}
+    assert set(reasons) == {"loop", "again.txt", "pipe.txt"}
     assert "symbolic link" in reasons["loop"]
     assert "pipe" in reasons["pipe.txt"]
     with pytest.raises(ValueError, match="a pipe, not a regular file"):
@@ -65,11 +74,14 @@ def test_folder_passes_over_links_and_pipes(tmp_path: Path) -> None:
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(ValueError, match=r"no readable file \(found: 1 x \.pdf\).*\.jsonl"):
+    with pytest.raises(ValueError, match=r"holds no file; what can be read is text"):
         list_files(tmp_path)
-    with pytest.raises(ValueError, match=r"legal are \.txt"):
-        list_files(tmp_path / "a.pdf")
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\0\x01")
+    report = ReadingReport()
+    assert texts(tmp_path, report=report, strict=True) == []
+    assert (report.n_skipped_files, report.problems[0].offset) == (1, 9)
+    with pytest.raises(ValueError, match=r"a\.pdf, byte 9: binary.*what can be read is text"):
+        texts(tmp_path / "a.pdf")
 
 
 def test_missing_path_suggests_near_names(tmp_path: Path) -> None:
@@ -151,7 +163,7 @@ def test_lone_surrogate_is_replaced(tmp_path: Path) -> None:
 
 
 def test_too_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records_file, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "MAX_RECORD_BYTES", 1000)
     path = write_records(
         tmp_path / "a.jsonl", {"text": "a"}, {"text": "b" * 2_000_000}, {"text": "c"}
     )
@@ -281,3 +293,196 @@ def test_a_file_is_never_read_twice(tmp_path: Path, second: str) -> None:
         list_files([tmp_path / "books", tmp_path / second])
     with pytest.raises(ValueError, match="no source"):
         list_files([])
+
+
+ROWS: list[dict[str, object]] = [
+    {"id": "a", "title": "A", "text": "First, with a comma;\nand a line."},
+    {"id": "b", "title": "B", "text": 'Zweiter "Text" — mit Ümlaut\tund Tab.'},
+]
+PAGE = (
+    "<!DOCTYPE html><html><head><meta charset='utf-8'><title>A page</title></head><body><nav>"
+    "<a href='x'>Home</a></nav><main><h1>Whales</h1><p>Of the <b>whale</b> much is told, \u00e4nd "
+    "this paragraph is long enough to be what the page is about.</p></main></body></html>"
+)
+
+
+def as_csv(delimiter: str) -> bytes:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["id", "title", "text"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return out.getvalue().encode()
+
+
+def as_parquet() -> bytes:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    out = io.BytesIO()
+    table = pyarrow.Table.from_pylist([{**row, "n": 1, "tags": ["x"]} for row in ROWS])
+    parquet.write_table(table, out)
+    return out.getvalue()
+
+
+def as_warc() -> bytes:
+    def record(kind: str, address: str, content_type: str, body: bytes) -> bytes:
+        http = b"HTTP/1.1 200 OK\r\nContent-Type: " + content_type.encode() + b"\r\n\r\n"
+        block = http + body if kind == "response" else body
+        head = (
+            f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {address}\r\n"
+            f"WARC-Record-ID: <urn:uuid:0>\r\nContent-Type: "
+            f"{'application/http; msgtype=response' if kind == 'response' else content_type}\r\n"
+            f"Content-Length: {len(block)}\r\n\r\n"
+        )
+        return head.encode() + block + b"\r\n\r\n"
+
+    return b"".join(
+        [
+            record("warcinfo", "", "application/warc-fields", b"software: test\r\n"),
+            record("response", "http://a/", "text/html; charset=utf-8", PAGE.encode()),
+            record("response", "http://a/p.png", "image/png", b"\x89PNG\0\0"),
+            record("conversion", "http://b/", "text/plain", "Plain tëxt.".encode()),
+        ]
+    )
+
+
+FORMATS: dict[str, Callable[[], bytes]] = {
+    "rows.jsonl": lambda: b"".join(json.dumps(row).encode() + b"\n" for row in ROWS),
+    "rows.json": lambda: json.dumps(ROWS, indent=2).encode(),
+    "rows.csv": lambda: as_csv(","),
+    "semicolons.csv": lambda: as_csv(";"),
+    "rows.tsv": lambda: as_csv("\t"),
+    "rows.parquet": as_parquet,
+}
+PACKING: list[tuple[str, Callable[[bytes], bytes]]] = [("", bytes), *COMPRESSORS]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("suffix", "compress"), PACKING)
+def test_every_format_of_records_gives_the_same_documents(
+    tmp_path: Path, name: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / (name + suffix)
+    path.write_bytes(compress(FORMATS[name]()))
+    found = list(read_documents(path, strict=True))
+    assert [(d.id, d.title, d.text) for d in found] == [tuple(row.values()) for row in ROWS]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), PACKING)
+def test_pages_give_their_main_text(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    pytest.importorskip("resiliparse")
+    (tmp_path / f"page.html{suffix}").write_bytes(compress(PAGE.encode()))
+    (tmp_path / f"pages.warc{suffix}").write_bytes(compress(as_warc()))
+    report = ReadingReport()
+    page, answer, plain = read_documents(tmp_path, report=report, strict=True)
+    assert page.title == "A page"
+    assert page.text.startswith("Whales\n")
+    assert "whale much is told, änd" in page.text
+    assert "Home" not in page.text
+    assert (answer.id, answer.text, answer.title) == ("http://a/", page.text, "A page")
+    assert (plain.id, plain.text) == ("http://b/", "Plain tëxt.")
+    assert as_warc()[answer.offset :].startswith(b"WARC/1.0\r\nWARC-Type: response")
+    assert (report.n_other_records, report.n_problems) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("lies.txt", FORMATS["rows.jsonl"]),
+        ("data", FORMATS["rows.jsonl"]),
+        ("download.bin", as_parquet),
+        ("no-suffix", lambda: gzip.compress(FORMATS["rows.jsonl"]())),
+        ("page.txt", PAGE.encode),
+        ("crawl", lambda: gzip.compress(as_warc())),
+    ],
+)
+def test_the_content_tells_the_format(tmp_path: Path, name: str, made: Callable[[], bytes]) -> None:
+    pytest.importorskip("resiliparse")
+    (tmp_path / name).write_bytes(made())
+    first = texts(tmp_path / name, strict=True)[0]
+    assert first.startswith(("First, with a comma", "Whales\n"))
+
+
+def test_what_looks_like_a_format_and_is_text(tmp_path: Path) -> None:
+    for text in ("{not json}\n{at all}\n", "[1, 2]\n", "a,b,c\n1,2,3\n", "PAR0", "<p>html?</p>"):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        assert texts(tmp_path / "a.txt") == [text]
+    (tmp_path / "program.py").write_text("print(1)\n", encoding="utf-8")
+    assert texts(tmp_path / "program.py") == ["print(1)\n"]
+
+
+def test_a_gzip_name_without_gzip_inside_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_text("never compressed", encoding="utf-8")
+    report = ReadingReport()
+    assert texts(tmp_path, report=report) == []
+    assert "no gzip file, as its name says" in report.problems[0].reason
+
+
+def test_bad_rows_of_a_table_are_placed(tmp_path: Path) -> None:
+    lines = [b"id,text", b"1,good", b"2,too,many", b'3,"two', b'lines"', b"4,\xff", b"5,", b"6,end"]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    report = ReadingReport()
+    assert texts(path, report=report) == ["good", "two\nlines", "end"]
+    assert [(p.line, p.offset) for p in report.problems] == [(3, 15), (6, 40), (7, 44)]
+    reasons = [p.reason for p in report.problems]
+    assert "3 cells, but the first line names 2" in reasons[0]
+    assert "invalid UTF-8" in reasons[1]
+    assert "is empty" in reasons[2]
+
+
+def test_a_quote_that_never_ends_costs_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text\ngood\n"never closed\n' + b"x" * 99 + b"\n" * 1200 + b"end\n")
+    report = ReadingReport()
+    assert texts(path, report=report) == ["good", "end"]
+    assert [p.line for p in report.problems] == [3]
+    assert "invalid CSV" in report.problems[0].reason
+
+
+@pytest.mark.parametrize("cut", [8, 100, -1, -30])
+def test_broken_parquet_is_reported(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "a.parquet").write_bytes(as_parquet()[:cut])
+    (tmp_path / "b.txt").write_text("good", encoding="utf-8")
+    report = ReadingReport()
+    assert texts(tmp_path, report=report) == ["good"]
+    assert report.n_partial_files == 1
+    assert "Parquet file is broken" in report.problems[0].reason
+
+
+@pytest.mark.parametrize("cut", [20, 300, -40])
+def test_a_cut_archive_keeps_what_came_before(tmp_path: Path, cut: int) -> None:
+    pytest.importorskip("fastwarc")
+    (tmp_path / "a.warc.gz").write_bytes(gzip.compress(as_warc())[:cut])
+    report = ReadingReport()
+    found = texts(tmp_path, report=report)
+    assert report.n_partial_files == 1
+    assert all(text.startswith(("Whales", "Plain")) for text in found)
+
+
+def test_json_that_is_no_list_of_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for value, wanted in (
+        ({"data": [{"text": "a"}, 5, {"text": "b"}]}, ["a", "b"]),
+        ({"text": "alone"}, ["alone"]),
+        ([], []),
+        ("text", []),
+    ):
+        path.write_text(json.dumps(value), encoding="utf-8")
+        assert texts(path) == wanted
+    path.write_text('[{"text": "a"}, ', encoding="utf-8")
+    report = ReadingReport()
+    assert texts(path, report=report) == []
+    assert "invalid JSON" in report.problems[0].reason
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md", "[1].txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert texts(str(tmp_path / "[ab].txt")) == ["a.txt", "b.txt"]
+    assert texts(str(tmp_path / "[1].txt")) == ["[1].txt"]
+    with pytest.raises(ValueError, match="no file matches the pattern"):
+        texts(str(tmp_path / "*.pdf"))

@@ -15,7 +15,9 @@ from pretrain.cli.output import Output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run directory, or one checkpoint in it")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="texts to score (txt, md, jsonl)")
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="texts to score, in any format that prepare reads"
+    )
     parser.add_argument(
         "--text-field", metavar="F", help="field of a jsonl record that holds the text"
     )

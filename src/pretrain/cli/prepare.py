@@ -1,5 +1,5 @@
 """Turn text into a prepared folder: token ids, the tokenizer, and a report of what was read and
-skipped.
+skipped. What a file holds is told by its content; .gz, .bz2, .xz and .zst are unpacked.
 
   pretrain prepare books/ letters.jsonl --out prepared/books
   pretrain train prepared/books
@@ -16,7 +16,10 @@ from pretrain.cli.output import Output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", nargs="+", metavar="SOURCE", help="files or folders of txt, md or jsonl"
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(

@@ -1,9 +1,10 @@
 """Files -> documents, without torch.
 
-`files` finds what there is to read under a path and names what it passes over, `streams` turns one
-file into bytes (decompressing, and noticing a cut-off end), `reading` turns bytes into `Document`s
-and writes down every line it had to skip, `documents` holds the plain classes that travel:
-`Document`, `Problem`, `ReadingReport`. The corpus that ships with the package lies in `bundled/`.
+`files` finds what there is to read under a path, `streams` turns one file into bytes
+(decompressing, and noticing a cut-off end), `formats` tells what they hold, and `reading` picks the
+reader: `jsonl` and `tables` give rows that `records` makes into documents, `pages` reads HTML and
+archives of it. `documents` holds the plain classes that travel: `Document`, `Problem`,
+`ReadingReport`. The corpus that ships with the package lies in `bundled/`.
 """
 
 from __future__ import annotations

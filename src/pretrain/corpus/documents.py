@@ -20,8 +20,8 @@ class Document:
     """One text and where it comes from."""
 
     id: str
-    """The record's own `id` if it has one, else the relative path, with `:line` for a record of a
-    jsonl file."""
+    """The record's own `id` or the page's address if it has one, else the relative path, with
+    `:number` for a record."""
     text: str
     """Newlines are `\\n`; holds no lone surrogate, so it can always be written as UTF-8."""
     title: str = ""
@@ -38,7 +38,7 @@ class Problem:
     file: str
     reason: str
     line: int | None = None
-    """Line from 1, of a jsonl file."""
+    """Line of a jsonl or csv file, or number of a record, from 1."""
     offset: int | None = None
     """Byte offset from 0 in the decompressed file."""
 
@@ -63,6 +63,8 @@ class ReadingReport:
     """Bytes taken from disk, before decompression; for progress."""
     n_skipped_files: int = 0
     n_skipped_records: int = 0
+    n_other_records: int = 0
+    """Records of archives that hold no page, such as images."""
     n_repaired: int = 0
     """Documents of which bytes or characters were replaced by U+FFFD."""
     n_partial_files: int = 0
@@ -70,7 +72,7 @@ class ReadingReport:
     n_problems: int = 0
     problems: list[Problem] = field(default_factory=list)
     text_fields: dict[str, str] = field(default_factory=dict)
-    """For each of the first jsonl files: the field that was read as text."""
+    """For each of the first files of records: the field that was read as text."""
 
     def add(self, problem: Problem, *, strict: bool) -> None:
         """Write a problem down; ValueError with its place if `strict`."""

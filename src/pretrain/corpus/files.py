@@ -1,34 +1,30 @@
 """Which files sources hold: paths come in, a list of readable files goes out.
 
 A folder is walked in the order of relative paths, so the order is the same on every machine; hidden
-names are passed over silently. Links, pipes and devices inside a folder and files of other kinds
-are written into the report; a source that does not exist, is not a regular file or holds nothing
-readable is a ValueError.
+names are passed over silently, links, pipes and devices inside a folder are written into the
+report. Names with * ? or [ are patterns unless a file is called so. A source that does not exist,
+is not a regular file or holds no file is a ValueError. What a file holds is told when it is read.
 """
 
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib.resources
 import os
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.corpus.documents import Problem, ReadingReport
+from pretrain.corpus.formats import LEGAL
 
 BUNDLED = "bundled"
 """The source of this name is the corpus that ships with the package; `./bundled` forces a path."""
 
-TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (".jsonl",)
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
 Source = str | Path | Sequence[str | Path]
-"""A file, a folder, "bundled", or several of them."""
-
-LEGAL = "legal are .txt, .md and .jsonl, plain or followed by .gz, .bz2, .xz or .zst"
+"""A file, a folder, a pattern of them, "bundled", or several of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +35,6 @@ class SourceFile:
     name: str
     """Path relative to the source, with `/`, or its name for a source that is one file; behind the
     source itself where there are several."""
-    is_records: bool
-    """True for jsonl (a document a line), False for text (a document a file)."""
-    compression: str
-    """One of "", "gzip", "bzip2", "xz", "zstandard"."""
     n_bytes: int
     """Size on disk."""
     is_named: bool = False
@@ -63,13 +55,13 @@ def list_files(
     What is passed over in a folder goes into `report`. Raises ValueError where there is nothing to
     read, and for a file that would be read twice.
     """
-    if isinstance(source, str | Path):
-        return _list_one(source, report=report, strict=strict)
-    if not source:
+    given = [source] if isinstance(source, str | Path) else source
+    sources = [path for one in given for path in _matches(one)]
+    if not sources:
         raise ValueError("no source of text is given")
     files: list[SourceFile] = []
     read_as: dict[str, str | Path] = {}
-    for one in source:
+    for one in sources:
         for file in _list_one(one, report=report, strict=strict):
             real = os.path.realpath(file.path)
             if real in read_as:
@@ -78,7 +70,7 @@ def list_files(
                     f"and of {str(one)!r}"
                 )
             read_as[real] = one
-            if len(source) > 1:
+            if len(sources) > 1:
                 place = Path(one).as_posix()
                 file = replace(file, name=place if file.is_named else f"{place}/{file.name}")
             files.append(file)
@@ -97,56 +89,32 @@ def _list_one(
         raise ValueError(f"source {str(source)!r} is not a path: {error}") from error
 
     if stat.S_ISREG(mode):
-        return [_single_file(path)]
+        return [SourceFile(path, path.name, os.stat(path).st_size, is_named=True)]
     if not stat.S_ISDIR(mode):
         raise ValueError(
             f"source {str(path)!r} is a {_kind(mode)}, not a regular file; copy it to a file first"
         )
 
     report = report if report is not None else ReadingReport()
-    passed_over: Counter[str] = Counter()
     files: list[SourceFile] = []
-    _walk(path, "", files, passed_over, report, strict)
+    _walk(path, "", files, report, strict)
     if not files:
-        found = ", ".join(f"{n} x {kind}" for kind, n in sorted(passed_over.items())) or "nothing"
-        raise ValueError(f"folder {str(path)!r} holds no readable file (found: {found}); {LEGAL}")
+        raise ValueError(f"folder {str(path)!r} holds no file; {LEGAL}")
     return sorted(files, key=lambda file: file.name)
 
 
-def _single_file(path: Path) -> SourceFile:
-    file = _source_file(path, path.name)
-    if file is None:
-        ending = "".join(path.suffixes[-2:]) or "no suffix"
-        raise ValueError(
-            f"source {str(path)!r}: cannot tell how to read a file with {ending}; {LEGAL}"
-        )
-    return replace(file, is_named=True)
-
-
-def _source_file(path: Path, name: str) -> SourceFile | None:
-    stem = path.name.lower()
-    compression = COMPRESSIONS.get(os.path.splitext(stem)[1], "")
-    if compression:
-        stem = os.path.splitext(stem)[0]
-    suffix = os.path.splitext(stem)[1]
-    if suffix not in TEXT_SUFFIXES + RECORD_SUFFIXES:
-        return None
-    return SourceFile(
-        path=path,
-        name=name,
-        is_records=suffix in RECORD_SUFFIXES,
-        compression=compression,
-        n_bytes=os.stat(path).st_size,
-    )
+def _matches(source: str | Path) -> list[str | Path]:
+    """The paths that a pattern stands for, sorted; the source itself if it is none."""
+    if source == BUNDLED or not glob.has_magic(str(source)) or os.path.lexists(source):
+        return [source]
+    found = sorted(glob.glob(str(source), recursive=True))
+    if not found:
+        raise ValueError(f"no file matches the pattern {str(source)!r}")
+    return list(found)
 
 
 def _walk(
-    folder: Path,
-    prefix: str,
-    files: list[SourceFile],
-    passed_over: Counter[str],
-    report: ReadingReport,
-    strict: bool,
+    folder: Path, prefix: str, files: list[SourceFile], report: ReadingReport, strict: bool
 ) -> None:
     # lstat, never stat: a link is not followed (it may lead into a loop, out of the source, or to a
     # text that is read already), and a pipe is not opened (it would block for ever).
@@ -156,22 +124,14 @@ def _walk(
         if entry.name.startswith("."):
             continue
         name = prefix + entry.name
-        mode = entry.stat(follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
-            _walk(Path(entry.path), name + "/", files, passed_over, report, strict)
-            continue
-
-        file = _source_file(Path(entry.path), name) if stat.S_ISREG(mode) else None
-        if file is not None:
-            files.append(file)
-            continue
-        kind = os.path.splitext(entry.name)[1] or "no suffix" if stat.S_ISREG(mode) else _kind(mode)
-        passed_over[kind] += 1
-        report.n_skipped_files += 1
-        reason = f"skipped: {LEGAL}" if stat.S_ISREG(mode) else f"skipped: a {_kind(mode)}"
-        # A stray README.pdf beside the texts is no fault of the texts: strict is about what was
-        # meant to be read.
-        report.add(Problem(name, reason), strict=strict and not stat.S_ISREG(mode))
+        found = entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            _walk(Path(entry.path), name + "/", files, report, strict)
+        elif stat.S_ISREG(found.st_mode):
+            files.append(SourceFile(Path(entry.path), name, found.st_size))
+        else:
+            report.n_skipped_files += 1
+            report.add(Problem(name, f"skipped: a {_kind(found.st_mode)}"), strict=strict)
 
 
 def _kind(mode: int) -> str:

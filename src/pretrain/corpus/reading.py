@@ -1,8 +1,8 @@
-"""Bytes -> documents: a text file is one document, a jsonl file is one document a line.
+"""Files -> documents: each file by the reader of its format.
 
 Files of a source come in, `Document`s go out in a fixed order, one at a time, so that memory does
-not grow with the corpus. What cannot be read is skipped and written into the report with its line
-and byte; in strict mode, and for a source that is one binary file, it is a ValueError.
+not grow with the corpus. What cannot be read is skipped and written into the report with its place;
+in strict mode, and for a file given by name that is no text, it is a ValueError.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from collections.abc import Iterator
 
 from pretrain.corpus.documents import Document, Problem, ReadingReport
 from pretrain.corpus.files import Source, SourceFile, list_files
-from pretrain.corpus.records import read_records
-from pretrain.corpus.streams import DamagedStreamError, read_chunks
+from pretrain.corpus.formats import LEGAL, format_of
+from pretrain.corpus.jsonl import json_rows, jsonl_rows
+from pretrain.corpus.pages import read_html, read_warc
+from pretrain.corpus.records import Row, read_records
+from pretrain.corpus.streams import DamagedStreamError, read_chunks, read_head
+from pretrain.corpus.tables import csv_rows, parquet_rows
 
 MAX_TEXT_BYTES = 1 << 30
 """A text file is held in memory as one document; a larger one (or a decompression bomb) is
 refused."""
-_BINARY_PROBE_BYTES = 1 << 16
 _MAX_BAD_FRACTION = 0.01
 
 _UTF_BOMS = (
@@ -47,14 +50,47 @@ def read_documents(
     files = list_files(source, report=report, strict=strict)
     for file in files:
         report.n_files += 1
-        if file.is_records:
-            documents = read_records(file, text_field=text_field, report=report, strict=strict)
-        else:
-            documents = _read_text(file, report=report, strict=strict)
+        documents = _documents(file, text_field=text_field, report=report, strict=strict)
         for document in documents:
             report.n_documents += 1
             report.n_text_bytes += len(document.text.encode())
             yield document
+
+
+def _documents(
+    file: SourceFile, *, text_field: str | None, report: ReadingReport, strict: bool
+) -> Iterator[Document]:
+    rows: Iterator[Row]
+    head = read_head(file)
+    match format_of(head, file.path.name):
+        case "html":
+            return read_html(file, report=report, strict=strict)
+        case "warc":
+            return read_warc(file, report=report, strict=strict)
+        case "text":
+            return _read_text(file, report=report, strict=strict)
+        case None:
+            reason = "binary, not text: a NUL byte"
+            _pass_over(file, Problem(file.name, reason, offset=head.index(0)), report)
+            return iter(())
+        case "jsonl":
+            rows = jsonl_rows(file, report=report, strict=strict)
+        case "json":
+            rows = json_rows(file, report=report, strict=strict)
+        case "csv":
+            rows = csv_rows(file, report=report, strict=strict)
+        case "parquet":
+            rows = parquet_rows(file, text_field=text_field, report=report, strict=strict)
+    return read_records(rows, file, text_field=text_field, report=report, strict=strict)
+
+
+def _pass_over(file: SourceFile, problem: Problem, report: ReadingReport) -> None:
+    """Leave out a file that is no text; ValueError if it was given by name."""
+    if file.is_named:
+        raise ValueError(f"{problem}; {LEGAL}")
+    report.n_skipped_files += 1
+    # A stray picture beside the texts is no fault of the texts, so strict lets it pass.
+    report.add(problem, strict=False)
 
 
 def _read_text(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Document]:
@@ -74,10 +110,7 @@ def _read_text(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iter
 
     decoded = _decode(bytes(data), file.name)
     if isinstance(decoded, Problem):
-        if file.is_named:
-            raise ValueError(str(decoded))
-        report.n_skipped_files += 1
-        report.add(decoded, strict=strict)
+        _pass_over(file, decoded, report)
         return
     text, repair = decoded
     if repair is not None:
@@ -101,9 +134,6 @@ def _decode(data: bytes, name: str) -> tuple[str, Problem | None] | Problem:
                 reason = f"has the mark of {encoding} but is not: {error.reason}"
                 return Problem(name, reason, offset=error.start)
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    nul = data.find(b"\0", 0, _BINARY_PROBE_BYTES)
-    if nul >= 0:
-        return Problem(name, "binary, not text: a NUL byte", offset=nul)
     try:
         return data[start:].decode("utf-8"), None
     except UnicodeDecodeError as error:

@@ -1,21 +1,26 @@
 """One file -> its bytes in chunks, decompressed, with every cut-off or broken end noticed.
 
 A `SourceFile` comes in, chunks of bytes go out; memory stays at a few MiB whatever the compression
-ratio. Damage is raised as `DamagedStreamError` after the good bytes were handed out, and a missing
-decompressor is a ValueError with the command that installs it.
+ratio. Compression is told by the first bytes, not by the name. Damage is raised as
+`DamagedStreamError` after the good bytes were handed out, and a missing decompressor is a
+ValueError with the command that installs it.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import BinaryIO, Protocol, cast
 
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.files import SourceFile
+from pretrain.corpus.formats import COMPRESSIONS, HEAD_BYTES, compression_of, missing_package
 
 CHUNK_BYTES = 1 << 18
 # zstd can grow 32,000-fold and its streaming object has no limit on output: feed it little at a
@@ -34,26 +39,77 @@ class _Reads(Protocol):
 def read_chunks(file: SourceFile, *, report: ReadingReport) -> Iterator[bytes]:
     """The (decompressed) bytes of a file, in order. Counts the bytes on disk into
     `report.n_read_bytes`."""
-    try:
-        raw: BinaryIO = open(file.path, "rb")  # noqa: SIM115 closed below
-    except OSError as error:
-        raise ValueError(f"cannot read {str(file.path)!r}: {error.strerror}") from error
-    with raw:
+    with _open(file) as raw:
         counted = 0
-        chunks = _chunks(raw, file.compression, file.n_bytes)
-        for chunk in chunks:
+        for chunk in _chunks(raw, file):
             position = raw.tell()
             report.n_read_bytes += position - counted
             counted = position
             yield chunk
 
 
-def _chunks(raw: BinaryIO, compression: str, n_bytes: int) -> Iterator[bytes]:
+def read_head(file: SourceFile) -> bytes:
+    """The first (decompressed) bytes of a file, HEAD_BYTES of them if there are as many."""
+    head = b""
+    with _open(file) as raw, suppress(DamagedStreamError):
+        for chunk in _chunks(raw, file):
+            head += chunk
+            if len(head) >= HEAD_BYTES:
+                break
+    return head[:HEAD_BYTES]
+
+
+class ChunkFile(io.RawIOBase):
+    """The chunks of a file as something to `read` from, for libraries that want a file.
+
+    Where the stream is damaged it ends, and `damage` tells what happened.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        super().__init__()
+        self.damage: DamagedStreamError | None = None
+        self._chunks, self._rest, self._position = chunks, b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        while not self._rest:
+            try:
+                chunk = next(self._chunks, None)
+            except DamagedStreamError as damage:
+                self.damage = damage
+                return 0
+            if chunk is None:
+                return 0
+            self._rest = chunk
+        n = min(len(buffer), len(self._rest))
+        buffer[:n] = self._rest[:n]
+        self._rest = self._rest[n:]
+        self._position += n
+        return n
+
+
+def _open(file: SourceFile) -> BinaryIO:
+    try:
+        return open(file.path, "rb")
+    except OSError as error:
+        raise ValueError(f"cannot read {str(file.path)!r}: {error.strerror}") from error
+
+
+def _chunks(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
+    compression = compression_of(raw.read(8))
+    raw.seek(0)
+    expected = COMPRESSIONS.get(os.path.splitext(file.path.name.lower())[1])
+    if expected and not compression:
+        kind = "an empty file" if file.n_bytes == 0 else "by its first bytes it"
+        raise DamagedStreamError(f"{kind} is no {expected} file, as its name says")
     if compression == "zstandard":
         yield from _zstandard_chunks(raw)
         return
-    if compression and n_bytes == 0:
-        raise DamagedStreamError(f"an empty file is no {compression} file")
     stream: _Reads
     if compression == "gzip":
         stream = gzip.GzipFile(fileobj=raw, mode="rb")
@@ -81,9 +137,7 @@ def _zstandard_chunks(raw: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(
-            "reading .zst needs the package zstandard: python -m pip install zstandard"
-        ) from error
+        raise missing_package("a zstandard file", "zstandard") from error
 
     # Its stream reader is silent about a missing end, therefore frame by frame, each with its own
     # `eof`.

@@ -14,10 +14,10 @@ class DataConfig:
     """The section `data`."""
 
     source: str = "bundled"
-    """A file or folder of txt, md or jsonl (plain or .gz .bz2 .xz .zst), a prepared folder, or
-    "bundled"."""
+    """A file, folder or pattern of text, HTML, JSON, CSV, Parquet or WARC, plain or compressed; a
+    prepared folder; or "bundled"."""
     text_field: str | None = None
-    """The field of jsonl records that holds the text; by default it is found in the first
+    """The field of records that holds the text; by default it is found in the first
     records."""
     val_fraction: float | None = None
     """Share of the documents kept for validation, above 0 and at most 0.5; by default about 400 kB

@@ -1,0 +1,94 @@
+"""Web pages -> documents: HTML files and WARC archives, their main text by resiliparse.
+
+Of an archive the answers that hold HTML or plain text are read, and the extracted texts of a WET
+file; images and the like are no documents and only counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pretrain.corpus.documents import Document, Problem, ReadingReport
+from pretrain.corpus.files import SourceFile
+from pretrain.corpus.formats import missing_package
+from pretrain.corpus.records import MAX_RECORD_BYTES, Row, skip_record, without_surrogates
+from pretrain.corpus.streams import ChunkFile, DamagedStreamError, read_chunks
+
+_HTML_TYPES = ("text/html", "application/xhtml+xml")
+
+
+def page_text(data: bytes) -> tuple[str, str]:
+    """Title and main text of an HTML page, in whatever encoding it declares or seems to have."""
+    try:
+        from resiliparse.extract.html2text import extract_plain_text
+        from resiliparse.parse.encoding import detect_encoding
+        from resiliparse.parse.html import HTMLTree
+    except ImportError as error:
+        raise missing_package("HTML", "resiliparse") from error
+
+    tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
+    text = extract_plain_text(tree, main_content=True, alt_texts=False, preserve_formatting=True)
+    return (tree.title or "").strip(), without_surrogates(text)
+
+
+def read_html(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Document]:
+    """The page as one document."""
+    data = bytearray()
+    try:
+        for chunk in read_chunks(file, report=report):
+            data += chunk
+            if len(data) > MAX_RECORD_BYTES:
+                break
+    except DamagedStreamError as damage:
+        report.n_partial_files += 1
+        note = f"{damage}; kept the {len(data):,} bytes before that"
+        report.add(Problem(file.name, note, offset=len(data)), strict=strict)
+    if len(data) > MAX_RECORD_BYTES:
+        reason = f"skipped: a page of more than {MAX_RECORD_BYTES:,} bytes"
+    else:
+        title, text = page_text(bytes(data))
+        if text.strip():
+            yield Document(id=file.name, text=text, title=title, source=file.name)
+            return
+        reason = "skipped: a page without text"
+    report.n_skipped_files += 1
+    report.add(Problem(file.name, reason), strict=strict)
+
+
+def read_warc(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Document]:
+    """A document for each page of an archive, with the page's address as its id."""
+    try:
+        from fastwarc.warc import ArchiveIterator, WarcRecordType
+    except ImportError as error:
+        raise missing_package("a WARC file", "fastwarc") from error
+
+    chunks = ChunkFile(read_chunks(file, report=report))
+    kinds = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+    number = 0
+    try:
+        for record in ArchiveIterator(chunks, record_types=kinds, parse_http=True):
+            number += 1
+            row = Row(number, record.stream_pos, "")
+            kind = (record.http_content_type or record.headers.get("Content-Type") or "").lower()
+            is_html = kind.startswith(_HTML_TYPES)
+            if not is_html and not kind.startswith("text/plain"):
+                report.n_other_records += 1
+                continue
+            data = record.reader.read(MAX_RECORD_BYTES + 1)
+            if len(data) > MAX_RECORD_BYTES:
+                skip_record(file, row, f"more than {MAX_RECORD_BYTES:,} bytes", report, strict)
+                continue
+            title, text = page_text(data) if is_html else ("", data.decode("utf-8", "replace"))
+            if not text.strip():
+                skip_record(file, row, "a page without text", report, strict)
+                continue
+            address = record.headers.get("WARC-Target-URI") or f"{file.name}:{number}"
+            yield Document(address, text, title, file.name, record.stream_pos)
+    except (OSError, ValueError, RuntimeError) as error:
+        chunks.damage = chunks.damage or DamagedStreamError(f"the WARC file is broken: {error}")
+    if chunks.damage is not None:
+        report.n_partial_files += 1
+        note = f"{chunks.damage}; kept what came before"
+        report.add(Problem(file.name, note, offset=chunks.tell()), strict=strict)
+    elif number == 0:
+        report.add(Problem(file.name, "holds no record of a page"), strict=strict)
