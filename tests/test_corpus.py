@@ -54,7 +54,8 @@ def test_folder_in_order_of_relative_paths(tmp_path: Path) -> None:
     found = list(read_documents(tmp_path))
     names = ["a.txt", "a/b/c.txt", "a/z.md", "b.txt", "c.jsonl:1", "c.jsonl:2"]
     assert [document.id for document in found] == names
-    assert found[1] == Document(id="a/b/c.txt", text="a/b/c.txt", source="a/b/c.txt")
+    name = "a/b/c.txt"
+    assert found[1] == Document(id=name, text=name, source=name, given=str(tmp_path))
 
 
 def test_folder_passes_over_links_and_pipes(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
     (tmp_path / "out").mkdir()
     prepare(source, tmp_path / "out", tokenizer="bytes")
-    with pytest.raises(FileExistsError, match="holds 7 files"):
+    with pytest.raises(FileExistsError, match="holds 10 files"):
         prepare(source, tmp_path / "out", tokenizer="bytes")
     with pytest.raises(FileExistsError):
         prepare(source, source, tokenizer="bytes")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain.corpus import Document
 from pretrain.data.durable import new_folder
 from pretrain.data.preparation import prepare
 from pretrain.data.shards import ShardWriter, TokenStream, is_prepared, open_prepared
@@ -48,7 +49,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
         half = len(document) // 2
         writer.add(document[:half], n_bytes=half)
         writer.add(document[half:], n_bytes=len(document) - half)
-        writer.end_document()
+        writer.end_document(Document(id="one", text=""))
     info = writer.close()
     stream = TokenStream(tmp_path, info, vocab_size=vocab_size)
     expected = np.concatenate([[7], *[np.append(document, 7) for document in documents]])
@@ -160,7 +161,7 @@ def test_another_tokenizer_is_refused(folder: Path) -> None:
     ("change", "reason"),
     [
         (lambda m: m.update(format="x"), "is not a folder that"),
-        (lambda m: m.update(format_version=2), "format version 2"),
+        (lambda m: m.update(format_version=3), "format version 3"),
         (lambda m: m.pop("vocab_size"), "is damaged: 'vocab_size'"),
         (lambda m: m.update(vocab_size="many"), "is damaged: vocab_size"),
         (lambda m: m["streams"].pop("val"), "streams are"),

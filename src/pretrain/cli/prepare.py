@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
+    from pretrain.corpus import Problem
     from pretrain.data.preparation import prepare
 
     data = prepare(
@@ -61,6 +62,20 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.say(
             f"{name:<6} {stream.n_documents:,} documents, {stream.n_tokens:,} tokens, "
             f"{stream.n_bytes:,} bytes of text"
+        )
+    for name, counts in report["sources"].items():
+        output.say(
+            f"from {name}: {counts['n_files']:,} files, {counts['n_documents']:,} documents, "
+            f"{counts['n_text_bytes']:,} bytes, {counts['n_tokens']:,} tokens"
+        )
+    if report["n_problems"]:
+        output.say(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
+        for problem in report["problems"][:5]:
+            output.say(f"  {Problem(**problem)}")
+    output.say("strangest, by bytes a token:")
+    for document in report["strangest"][:3]:
+        output.say(
+            f"  {document['bytes_per_token']:6.2f}  {document['id']}: {document['begins'][:60]!r}"
         )
     output.say(
         f"vocabulary {data.manifest.vocab_size:,}; the report is {arguments.out}/report.json"

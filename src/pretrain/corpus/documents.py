@@ -7,7 +7,8 @@ nothing, it only writes down, unless it is strict: then the first problem is a V
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_DETAILED_PROBLEMS = 100
@@ -29,6 +30,8 @@ class Document:
     """Path of the file, relative to the source that was read."""
     offset: int = 0
     """Where the document starts in its (decompressed) file, in bytes."""
+    given: str = ""
+    """The source, as it was given, of which the file is a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,15 @@ class Problem:
         if self.offset is not None:
             place += f", byte {self.offset}"
         return f"{place}: {self.reason}"
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What one of the given sources held."""
+
+    n_files: int = 0
+    n_documents: int = 0
+    n_text_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -73,12 +85,18 @@ class ReadingReport:
     problems: list[Problem] = field(default_factory=list)
     text_fields: dict[str, str] = field(default_factory=dict)
     """For each of the first files of records: the field that was read as text."""
+    sources: dict[str, SourceCounts] = field(default_factory=dict)
+    """For each source, as it was given."""
+    on_problem: Callable[[Problem], None] | None = None
+    """Called with every problem, also those beyond MAX_DETAILED_PROBLEMS."""
 
     def add(self, problem: Problem, *, strict: bool) -> None:
         """Write a problem down; ValueError with its place if `strict`."""
         if strict:
             raise ValueError(f"{problem} (--strict refuses to skip or repair anything)")
         self.n_problems += 1
+        if self.on_problem is not None:
+            self.on_problem(problem)
         if len(self.problems) < MAX_DETAILED_PROBLEMS:
             self.problems.append(problem)
 
@@ -97,10 +115,10 @@ class ReadingReport:
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain values for JSON."""
         plain: dict[str, Any] = {
-            name: getattr(self, name) for name in self.__slots__ if name != "problems"
+            name: getattr(self, name)
+            for name in self.__slots__
+            if name not in ("problems", "sources", "on_problem")
         }
-        plain["problems"] = [
-            {"file": p.file, "line": p.line, "offset": p.offset, "reason": p.reason}
-            for p in self.problems
-        ]
+        plain["sources"] = {name: asdict(counts) for name, counts in self.sources.items()}
+        plain["problems"] = [asdict(problem) for problem in self.problems]
         return plain

@@ -37,6 +37,8 @@ class SourceFile:
     source itself where there are several."""
     n_bytes: int
     """Size on disk."""
+    given: str = ""
+    """The source of which it is a part, as it was given."""
     is_named: bool = False
     """Given by name rather than found in a folder: if it cannot be read, that is a mistake."""
 
@@ -56,12 +58,12 @@ def list_files(
     read, and for a file that would be read twice.
     """
     given = [source] if isinstance(source, str | Path) else source
-    sources = [path for one in given for path in _matches(one)]
+    sources = [(str(one), path) for one in given for path in _matches(one)]
     if not sources:
         raise ValueError("no source of text is given")
     files: list[SourceFile] = []
     read_as: dict[str, str | Path] = {}
-    for one in sources:
+    for name, one in sources:
         for file in _list_one(one, report=report, strict=strict):
             real = os.path.realpath(file.path)
             if real in read_as:
@@ -70,6 +72,7 @@ def list_files(
                     f"and of {str(one)!r}"
                 )
             read_as[real] = one
+            file = replace(file, given=name)
             if len(sources) > 1:
                 place = Path(one).as_posix()
                 file = replace(file, name=place if file.is_named else f"{place}/{file.name}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from dataclasses import replace
 
-from pretrain.corpus.documents import Document, Problem, ReadingReport
+from pretrain.corpus.documents import Document, Problem, ReadingReport, SourceCounts
 from pretrain.corpus.files import Source, SourceFile, list_files
 from pretrain.corpus.formats import LEGAL, format_of
 from pretrain.corpus.jsonl import json_rows, jsonl_rows
@@ -50,11 +51,16 @@ def read_documents(
     files = list_files(source, report=report, strict=strict)
     for file in files:
         report.n_files += 1
+        counts = report.sources.setdefault(file.given, SourceCounts())
+        counts.n_files += 1
         documents = _documents(file, text_field=text_field, report=report, strict=strict)
         for document in documents:
+            n_bytes = len(document.text.encode())
             report.n_documents += 1
-            report.n_text_bytes += len(document.text.encode())
-            yield document
+            report.n_text_bytes += n_bytes
+            counts.n_documents += 1
+            counts.n_text_bytes += n_bytes
+            yield replace(document, given=file.given)
 
 
 def _documents(

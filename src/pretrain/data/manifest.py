@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pretrain.data.durable import write_json
 
 FORMAT = "pretrain-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 SplitName = Literal["train", "val"]
@@ -33,6 +33,8 @@ class StreamInfo:
 
     file: str
     offsets_file: str
+    documents_file: str
+    """A line of JSON for each document: where it came from."""
     n_tokens: int
     n_documents: int
     n_bytes: int
@@ -41,6 +43,7 @@ class StreamInfo:
     sha256: str
     """Of the ids as they lie in the file, header aside."""
     offsets_sha256: str
+    documents_sha256: str
     block_bytes: int
     block_checksums: list[int]
     """CRC-32 of each `block_bytes` of ids."""
@@ -139,7 +142,7 @@ def _typed(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
             is_possible = value >= (1 if each.name == "block_bytes" else 0)
         if is_possible and expected is list:
             is_possible = all(type(item) is int for item in value)
-        if is_possible and each.name in ("file", "offsets_file"):
+        if is_possible and each.name in ("file", "offsets_file", "documents_file"):
             # A plain name: a manifest must not lead out of its folder.
             is_possible = os.path.basename(value) == value
         if not is_possible:

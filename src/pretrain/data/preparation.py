@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.files import Source, list_files
@@ -31,6 +33,7 @@ from pretrain.data.manifest import (
     StreamInfo,
     write_manifest,
 )
+from pretrain.data.origins import Strangest
 from pretrain.data.shards import PreparedData, ShardWriter, id_bytes, open_prepared
 from pretrain.data.splitting import Census, Split, choose_split
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
@@ -105,12 +108,13 @@ def prepare(
         progress=progress,
         n_disk_bytes=sum(file.n_bytes for file in list_files(source)),
     )
-    census = _count(reader, report := ReadingReport())
-    split = choose_split(census, val_fraction=val_fraction)
-    made = given if given is not None else _train(reader, split, str(tokenizer), vocab_size)
     with new_folder(out) as folder:
+        report, found = ReadingReport(), _Found()
+        census = _count(reader, report, folder / "problems.jsonl")
+        split = choose_split(census, val_fraction=val_fraction)
+        made = given if given is not None else _train(reader, split, str(tokenizer), vocab_size)
         made.save(folder / "tokenizer")
-        streams = _encode(reader, split, made, census, folder)
+        streams = _encode(reader, split, made, census, folder, found)
         manifest = Manifest(
             format=FORMAT,
             format_version=FORMAT_VERSION,
@@ -131,17 +135,30 @@ def prepare(
             },
             streams=streams,
         )
-        n_tokens = {"n_tokens": {name: info.n_tokens for name, info in streams.items()}}
-        write_json(folder / "report.json", report.as_dict() | n_tokens)
+        write_json(folder / "report.json", _whole_report(report, found, streams))
         write_manifest(folder, manifest)
     return open_prepared(out)
 
 
-def _count(reader: _Reader, report: ReadingReport) -> Census:
-    """The first reading: how many documents and bytes there are, and what is wrong with others."""
+def _whole_report(
+    report: ReadingReport, found: _Found, streams: Mapping[str, StreamInfo]
+) -> dict[str, Any]:
+    """report.json: what reading found, and what encoding added to it."""
+    content = report.as_dict()
+    for name, counts in content["sources"].items():
+        counts["n_tokens"] = found.n_tokens[name]
+    content["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
+    return {**content, "strangest": found.strangest.found()}
+
+
+def _count(reader: _Reader, report: ReadingReport, problems: Path) -> Census:
+    """The first reading: how many documents and bytes there are, and all that is wrong with
+    others."""
     census = Census()
-    for document in reader.documents(stage="reading", report=report):
-        census.add(document.text)
+    with open(problems, "x", encoding="utf-8") as file:
+        report.on_problem = lambda problem: print(json.dumps(asdict(problem)), file=file)
+        for document in reader.documents(stage="reading", report=report):
+            census.add(document.text)
     if census.n_documents == 0:
         raise ValueError(f"source {reader} gave no document: {report.summary()}")
     return census
@@ -207,7 +224,12 @@ def _train(reader: _Reader, split: Split, name: str, vocab_size: int | None) -> 
 
 
 def _encode(
-    reader: _Reader, split: Split, tokenizer: Tokenizer, census: Census, folder: Path
+    reader: _Reader,
+    split: Split,
+    tokenizer: Tokenizer,
+    census: Census,
+    folder: Path,
+    found: _Found,
 ) -> dict[str, StreamInfo]:
     """Write both streams; ValueError if one of them stays empty or the source changed meanwhile."""
     with ExitStack() as opened:
@@ -230,9 +252,9 @@ def _encode(
                 batch.append(piece)
                 n_characters += len(piece.text)
                 if n_characters >= _BATCH_CHARACTERS:
-                    _write(batch, tokenizer, writers)
+                    _write(batch, tokenizer, writers, found)
                     batch, n_characters = [], 0
-        _write(batch, tokenizer, writers)
+        _write(batch, tokenizer, writers, found)
         if again.sha256 != census.sha256:
             raise ValueError(f"source {reader} changed while it was read; start again")
         for name in SPLITS:
@@ -246,9 +268,19 @@ def _encode(
 
 
 @dataclass(frozen=True, slots=True)
+class _Found:
+    """What encoding tells about the documents."""
+
+    n_tokens: Counter[str] = field(default_factory=Counter)
+    """For each given source, end-of-text tokens aside."""
+    strangest: Strangest = field(default_factory=Strangest)
+
+
+@dataclass(frozen=True, slots=True)
 class _Piece:
     split: SplitName
     text: str
+    document: Document
     is_last: bool
 
 
@@ -259,18 +291,23 @@ def _pieces(document: Document, split: Split) -> Iterator[_Piece]:
         waiting = next(parts, None)
         while waiting is not None:
             following = next(parts, None)
-            yield _Piece(name, waiting, is_last=following is None)
+            yield _Piece(name, waiting, document, is_last=following is None)
             waiting = following
 
 
 def _write(
-    batch: list[_Piece], tokenizer: Tokenizer, writers: Mapping[SplitName, ShardWriter]
+    batch: list[_Piece],
+    tokenizer: Tokenizer,
+    writers: Mapping[SplitName, ShardWriter],
+    found: _Found,
 ) -> None:
     encoded = tokenizer.encode_batch([piece.text for piece in batch])
     for piece, ids in zip(batch, encoded, strict=True):
         writers[piece.split].add(ids, n_bytes=len(piece.text.encode()))
         if piece.is_last:
-            writers[piece.split].end_document()
+            n_tokens, n_bytes = writers[piece.split].end_document(piece.document)
+            found.n_tokens[piece.document.given] += n_tokens
+            found.strangest.add(piece.document, n_tokens=n_tokens, n_bytes=n_bytes)
 
 
 def _package_version() -> str:

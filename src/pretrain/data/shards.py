@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.corpus.documents import Document
 from pretrain.data.durable import sync_and_close, write_file
 from pretrain.data.manifest import (
     FORMAT_VERSION,
@@ -31,6 +32,7 @@ from pretrain.data.manifest import (
     read_manifest,
     size_of,
 )
+from pretrain.data.origins import OriginsWriter
 from pretrain.tokenizer.loading import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -57,12 +59,13 @@ class ShardWriter:
         self._folder = folder
         self._file: BinaryIO = open(folder / f"{name}.bin", "xb")  # noqa: SIM115 closed by `close`
         self._file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION, self._dtype.itemsize, 0))
+        self._origins = OriginsWriter(folder / f"{name}.documents.jsonl")
         self._sha256 = hashlib.sha256()
         self._block = bytearray()
         self._checksums: list[int] = []
         self._offsets = array("q")
         self._max_id = 0
-        self._n_bytes = 0
+        self._n_bytes = self._n_open_bytes = 0
         self.n_tokens = 0
         self.n_documents = 0
         self.add(self._end_of_text, n_bytes=0)
@@ -80,16 +83,22 @@ class ShardWriter:
             raise ValueError(f"token id {bad} cannot be stored; legal: 0 to {self._vocab_size - 1}")
         self._max_id = max(self._max_id, high)
         self._n_bytes += n_bytes
+        self._n_open_bytes += n_bytes
         self.n_tokens += ids.size
         self._block += ids.astype(self._dtype).tobytes()
         while len(self._block) >= BLOCK_BYTES:
             self._flush_block(BLOCK_BYTES)
 
-    def end_document(self) -> None:
-        """Close a document with the end-of-text token."""
+    def end_document(self, document: Document) -> tuple[int, int]:
+        """Close a document with the end-of-text token; returns its tokens without that, and its
+        bytes."""
+        n_tokens = self.n_tokens - self._offsets[-1]
+        n_bytes, self._n_open_bytes = self._n_open_bytes, 0
         self.add(self._end_of_text, n_bytes=0)
         self._offsets.append(self.n_tokens)
+        self._origins.add(document)
         self.n_documents += 1
+        return n_tokens, n_bytes
 
     def close(self) -> StreamInfo:
         """Write the rest and the header to the disk itself; returns what the manifest has to
@@ -106,19 +115,22 @@ class ShardWriter:
         return StreamInfo(
             file=f"{self._name}.bin",
             offsets_file=f"{self._name}.offsets",
+            documents_file=f"{self._name}.documents.jsonl",
             n_tokens=self.n_tokens,
             n_documents=self.n_documents,
             n_bytes=self._n_bytes,
             max_id=self._max_id,
             sha256=self._sha256.hexdigest(),
             offsets_sha256=hashlib.sha256(offsets).hexdigest(),
+            documents_sha256=self._origins.close(),
             block_bytes=BLOCK_BYTES,
             block_checksums=self._checksums,
         )
 
     def abandon(self) -> None:
-        """Close the file without finishing it."""
+        """Close the files without finishing them."""
         self._file.close()
+        self._origins.abandon()
 
     def _flush_block(self, size: int) -> None:
         block = bytes(self._block[:size])
@@ -142,6 +154,8 @@ class TokenStream:
         self._check_file()
         self._check_offsets_size(folder / info.offsets_file)
         self._offsets_path = folder / info.offsets_file
+        self.documents_path = folder / info.documents_file
+        """The origins of the documents: `origins.find_origins` reads them."""
         # The size was compared: reading past the end of a map would kill the process with SIGBUS.
         self._ids = np.memmap(
             self._path, dtype=self._dtype, mode="r", offset=_HEADER.size, shape=(info.n_tokens,)
@@ -217,6 +231,11 @@ class TokenStream:
             raise ValueError(
                 f"{self._offsets_path}: damaged (sha256 differs); prepare the data again"
             )
+        with open(self.documents_path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self._info.documents_sha256:
+                raise ValueError(
+                    f"{self.documents_path}: damaged (sha256 differs); prepare the data again"
+                )
 
     def _check_file(self) -> None:
         n_bytes = size_of(self._path)
