@@ -28,6 +28,7 @@ VERBS = {
     "generate": "continue a prompt",
     "next": "the distribution over the next token",
     "report": "write a run's report.html",
+    "trace": "which documents a step saw, and which steps saw a document",
 }
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _USERS_ERRNO = {

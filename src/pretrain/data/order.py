@@ -120,5 +120,8 @@ class Order:
         window = (token - self.shift(epoch)) // self.context_length
         if not 0 <= window < self.n_windows:
             return None
-        place = self._bijection(epoch).inverse(np.array([window], dtype=np.int64))
-        return epoch * self.n_windows + int(place[0])
+        return int(self.samples_at(np.array([window], dtype=np.int64), epoch=epoch)[0])
+
+    def samples_at(self, windows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int64]:
+        """The sample that each window of an epoch is: the inverse of what `starts` does."""
+        return epoch * self.n_windows + self._bijection(epoch).inverse(windows)

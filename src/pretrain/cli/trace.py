@@ -1,0 +1,140 @@
+"""Which documents a step of a run saw, or which steps saw a document: exactly, and without a log.
+
+  pretrain trace runs/english-1 --step 100
+  pretrain trace runs/english-1 --document moby-dick-chapter-1
+
+Steps count from 0. A step saw a document if a token of it was an input or a target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.cli.output import Output
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+    from pretrain.data import PreparedData
+    from pretrain.data.trace import Sight, Tracer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--step", type=int, metavar="N", help="the step, made or still to come")
+    question.add_argument(
+        "--document", metavar="ID", help="the id of a document, or the file that it came from"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    from pretrain.cli.places import prepared
+    from pretrain.config import compose, read_file
+    from pretrain.data.order import Order
+    from pretrain.data.trace import Tracer
+
+    folder = Path(arguments.run)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is no run directory: it has no config.yaml")
+    config = compose([read_file(folder / "config.yaml")])
+    data = prepared(config)
+    _refuse_other_text(folder, config, data)
+    train, model, stream = config.train, config.model, data.split("train")
+    assert train.batch_tokens is not None
+    tracer = Tracer(
+        Order(stream.n_tokens, model.window_tokens, train.seed),
+        stream.document_offsets,
+        train.batch_tokens // model.window_tokens,
+    )
+    if arguments.step is not None:
+        return _show_step(tracer, data, arguments.step, output)
+    return _show_document(tracer, data, arguments.document, _steps_made(folder), output)
+
+
+def _refuse_other_text(folder: Path, config: RunConfig, data: PreparedData) -> None:
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    seen = environment["fingerprint"]["training text"]
+    if data.split("train").sha256 != seen:
+        raise ValueError(
+            f"the text at {config.data.source} has changed since the run, so its order tells "
+            "nothing about what the run saw"
+        )
+
+
+def _steps_made(folder: Path) -> int:
+    from pretrain.train.records import Records
+
+    return max((record["step"] for record in Records(folder).metrics()), default=0)
+
+
+def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> int:
+    from pretrain.data.origins import find_origins
+
+    if step < 0:
+        raise ValueError(f"--step is {step}; steps count from 0")
+    sights = tracer.documents_of(step)
+    numbers = {sight.document for sight in sights}
+    path = data.split("train").documents_path
+    origins = dict(find_origins(path, lambda number, _: number in numbers))
+    read, rows = _reader(tracer, data), []
+    for sight in sights:
+        row = read(sight) | asdict(origins[sight.document])
+        rows.append(row)
+        output.say(
+            f"sample {sight.sample}  {row['id']}  {row['file']} at byte {row['offset']}, tokens "
+            f"{sight.first_token} to {sight.stop_token}\n    {_shortened(row['text'])}"
+        )
+    output.result({"step": step, "seen": rows})
+    return 0
+
+
+def _show_document(
+    tracer: Tracer, data: PreparedData, name: str, steps: int, output: Output
+) -> int:
+    from pretrain.data.origins import find_origins
+
+    path = data.split("train").documents_path
+    found = list(find_origins(path, lambda _, origin: name in (origin.id, origin.file)))
+    if not found:
+        held_out = find_origins(data.split("val").documents_path, lambda _, o: o.id == name)
+        if next(held_out, None):
+            raise ValueError(f"{name!r} is held out: no step of any run on this text sees it")
+        (_, first), *_ = find_origins(path, lambda number, _: number == 0)
+        raise ValueError(f"there is no document {name!r} here; ids are like {first.id!r}")
+    read, documents = _reader(tracer, data), []
+    for number, origin in found:
+        sights = [read(sight) for sight in tracer.steps_of(number, steps=steps)]
+        documents.append({**asdict(origin), "seen": sights})
+        n_tokens = int(tracer.offsets[number + 1] - tracer.offsets[number])
+        output.say(
+            f"{origin.id}  {origin.file} at byte {origin.offset}, {n_tokens:,} tokens: seen in "
+            f"{len({row['step'] for row in sights})} of {steps} steps"
+        )
+        for row in sights:
+            output.say(
+                f"  step {row['step']}  tokens {row['first_token']} to {row['stop_token']}  "
+                f"{_shortened(row['text'])}"
+            )
+    output.result({"steps": steps, "documents": documents})
+    return 0
+
+
+def _reader(tracer: Tracer, data: PreparedData) -> Callable[[Sight], dict[str, Any]]:
+    """What makes a row of a sight: its places, and its text."""
+    stream, tokenizer = data.split("train"), data.tokenizer()
+
+    def row(sight: Sight) -> dict[str, Any]:
+        begin = int(tracer.offsets[sight.document])
+        ids = stream.read(begin + sight.first_token, begin + sight.stop_token)
+        return {**asdict(sight), "text": tokenizer.decode(ids.tolist())}
+
+    return row
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}")

@@ -1,0 +1,130 @@
+"""Tracing: both directions against a walk over every window, and the verb on a real run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.cli import main
+from pretrain.data import Order
+from pretrain.data.trace import Sight, Tracer
+from tiny import TINY
+
+Capture = pytest.CaptureFixture[str]
+
+
+def tracer(seed: int, *, longest: int, context: int, rows: int) -> Tracer:
+    """A stream of documents of 1 to `longest` ids, their end-of-text included."""
+    draw = random.Random(seed)
+    sizes = [draw.randint(1, longest) for _ in range(draw.randint(8, 60))]
+    offsets = np.cumsum([1, *sizes])
+    return Tracer(Order(int(offsets[-1]), context, seed), offsets, rows)
+
+
+def by_walking(tracer: Tracer, step: int) -> set[tuple[int, int, int, int]]:
+    """(sample, document, first, stop) of a step, id by id."""
+    samples = np.arange(step * tracer.batch_rows, (step + 1) * tracer.batch_rows)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for sample, start in zip(samples.tolist(), tracer.order.starts(samples).tolist(), strict=True):
+        for token in range(start, start + tracer.order.context_length + 1):
+            document = int(np.searchsorted(tracer.offsets, token, side="right")) - 1
+            if document >= 0:
+                seen.setdefault((sample, document), []).append(
+                    token - int(tracer.offsets[document])
+                )
+    return {(*key, tokens[0], tokens[-1] + 1) for key, tokens in seen.items()}
+
+
+def places(sights: list[Sight]) -> set[tuple[int, int, int, int]]:
+    return {(s.sample, s.document, s.first_token, s.stop_token) for s in sights}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("longest", "context"), [(3, 4), (40, 16), (400, 8)])
+def test_both_directions_are_what_a_walk_over_every_id_finds(
+    seed: int, longest: int, context: int
+) -> None:
+    traced = tracer(seed, longest=longest, context=context, rows=3)
+    # Two epochs and a half, so that shifts differ and the last epoch is cut off.
+    steps = max(1, int(2.5 * traced.order.n_windows / traced.batch_rows))
+    walked = {step: by_walking(traced, step) for step in range(steps)}
+    for step in range(steps):
+        sights = traced.documents_of(step)
+        assert places(sights) == walked[step]
+        assert len(sights) == len(walked[step])
+        assert {s.step for s in sights} <= {step}
+    for document in range(len(traced.offsets) - 1):
+        sights = list(traced.steps_of(document, steps=steps))
+        expected = {seen for found in walked.values() for seen in found if seen[1] == document}
+        assert places(sights) == expected
+        assert len(sights) == len(expected)
+        assert all(s.sample // traced.batch_rows == s.step < steps for s in sights)
+
+
+@pytest.fixture(scope="module")
+def traced_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trace")
+    draw = random.Random(1)
+    words = "sea ship whale captain wind sail harpoon deck night water".split()
+    lines = [
+        {"id": f"d{n}", "text": " ".join(draw.choice(words) for _ in range(80))} for n in range(60)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    tiny = [*TINY[:-1], "280"]
+    words = [str(folder / "log.jsonl"), *tiny, "--train.steps", "5", "--run", str(folder / "run")]
+    assert main(["train", *words]) == 0
+    return folder / "run"
+
+
+def ask(capsys: Capture, *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_the_verb_answers_both_ways_with_the_same_text(traced_run: Path, capsys: Capture) -> None:
+    source = (traced_run.parent / "log.jsonl").read_text(encoding="utf-8")
+    texts = {record["id"]: record["text"] for record in map(json.loads, source.splitlines())}
+    seen = [
+        row
+        for step in range(5)
+        for row in ask(capsys, "trace", str(traced_run), "--step", str(step))["seen"]
+    ]
+    assert {row["step"] for row in seen} == set(range(5))
+    chosen = seen[0]["id"]
+    assert all(row["text"].replace("<|endoftext|>", "") in texts[row["id"]] for row in seen)
+    answer = ask(capsys, "trace", str(traced_run), "--document", chosen)
+    (document,) = answer["documents"]
+    assert answer["steps"] == 5
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (row["step"], row["sample"], row["first_token"], row["stop_token"], row["text"])
+
+    assert sorted(map(key, document["seen"])) == sorted(
+        key(row) for row in seen if row["id"] == chosen
+    )
+
+
+def test_what_cannot_be_traced_is_said(traced_run: Path, capsys: Capture, tmp_path: Path) -> None:
+    run = str(traced_run)
+    for words, message in (
+        ([run, "--document", "nope"], "there is no document 'nope' here; ids are like 'd"),
+        ([run, "--step", "-1"], "steps count from 0"),
+        ([str(tmp_path), "--step", "1"], "is no run directory"),
+    ):
+        assert main(["trace", *words]) == 2
+        assert message in capsys.readouterr().err
+    log = traced_run.parent / "log.jsonl"
+    before = log.read_text(encoding="utf-8")
+    try:
+        log.write_text(before.replace("whale", "shark"), encoding="utf-8")
+        assert main(["trace", run, "--step", "1"]) == 2
+        assert "has changed since the run" in capsys.readouterr().err
+    finally:
+        log.write_text(before, encoding="utf-8")
