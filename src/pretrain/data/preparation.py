@@ -37,7 +37,7 @@ from pretrain.data.origins import Strangest
 from pretrain.data.shards import PreparedData, ShardWriter, id_bytes, open_prepared
 from pretrain.data.splitting import Census, Split, choose_split
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
-from pretrain.tokenizer.loading import load_tokenizer, tokenizer_file
+from pretrain.tokenizer.loading import load_tokenizer, tokenizer_files
 from pretrain.tokenizer.pieces import pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.training import train_tokenizer
@@ -180,7 +180,8 @@ def prepared_key(
     """
     given: str | None = None
     if str(tokenizer) not in TRAINED_NAMES:
-        given = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
+        parts = [file.read_bytes() for file in tokenizer_files(tokenizer)]
+        given = hashlib.sha256(b"".join(parts)).hexdigest()
     content = {
         "format": [FORMAT, FORMAT_VERSION, _package_version()],
         "files": [

@@ -21,8 +21,8 @@ class TokenizerConfig:
     """The section `tokenizer`."""
 
     name: str = "bpe"
-    """bpe, characters or bytes, trained on the data; or a folder with a tokenizer.json, or such a
-    file."""
+    """bpe, characters or bytes, trained on the data; gpt2; or a folder or file of a tokenizer:
+    tokenizer.json, encoder.json with vocab.bpe, or tiktoken's ranks."""
     vocab_size: int | None = None
     """Entries of a bpe vocabulary, end-of-text token included, at least 257; by default chosen from
     the amount of text."""
@@ -30,7 +30,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(
-                f"tokenizer.name is {self.name!r}; legal: bpe, characters, bytes, or a path"
+                f"tokenizer.name is {self.name!r}; legal: bpe, characters, bytes, gpt2, or a path"
             )
         check_vocab_size(self.vocab_size, name=self.name)
 

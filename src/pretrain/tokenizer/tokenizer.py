@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 
 END_OF_TEXT = "<|endoftext|>"
+_OTHER_ENDS = ("<|end_of_text|>",)  # Llama 3
 FILE_NAME = "tokenizer.json"
 
 # About 50 MB; in text without spaces a "word" is long, hence the second bound.
@@ -65,12 +66,8 @@ class Tokenizer:
         special = {
             token["id"] for token in description.get("added_tokens", ()) if token.get("special")
         }
-        if END_OF_TEXT not in entries or entries.index(END_OF_TEXT) not in special:
-            raise ValueError(
-                f"tokenizer has no special token {END_OF_TEXT!r} to end a document with"
-            )
         self.vocab_size = len(entries)
-        self.end_of_text = entries.index(END_OF_TEXT)
+        self.end_of_text = _end_of_text(entries, special)
         self.kind = _kind(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
@@ -208,6 +205,13 @@ def _entries(library: tokenizers.Tokenizer) -> list[str]:
         what = "two entries share an id" if missing is None else f"id {missing} is missing"
         raise ValueError(f"tokenizer vocabulary of {len(vocabulary)} entries has holes: {what}")
     return [by_id[id_] for id_ in range(len(by_id))]
+
+
+def _end_of_text(entries: list[str], special: set[int]) -> int:
+    for name in (END_OF_TEXT, *_OTHER_ENDS):
+        if name in entries and entries.index(name) in special:
+            return entries.index(name)
+    raise ValueError(f"tokenizer has no special token {END_OF_TEXT!r} to end a document with")
 
 
 def _kind(
