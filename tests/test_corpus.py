@@ -22,6 +22,8 @@ from pretrain.corpus import (
     jsonl,
     list_files,
     read_documents,
+    reading,
+    streams,
     tables,
 )
 from pretrain.corpus.files import Source
@@ -163,6 +165,14 @@ def test_lone_surrogate_is_replaced(tmp_path: Path) -> None:
     assert report.n_repaired == 1
 
 
+def test_nothing_of_a_document_keeps_a_lone_surrogate(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "title": "\\ud800", "id": "\\udfff"}')
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("y")
+    first, second = read_documents(tmp_path)
+    assert (first.id, first.title) == ("\ufffd", "\ufffd")
+    assert second.id == second.source == "caf\\xe9.txt"
+
+
 def test_too_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "MAX_RECORD_BYTES", 1000)
     path = write_records(
@@ -262,14 +272,45 @@ def test_garbage_under_a_compressed_name(
             assert report.n_partial_files == 1
 
 
-def test_a_bomb_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain.corpus import reading
+def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "BOMB_BYTES", 1 << 20)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * (1 << 24)))
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "' + b" " * (1 << 24)))
+    (tmp_path / "c.csv.bz2").write_bytes(bz2.compress(b"text\n" + b"a\n" * (1 << 23)))
+    (tmp_path / "d.html.gz").write_bytes(gzip.compress(b"<html>" + b"a" * (1 << 24)))
+    report = ReadingReport()
+    found = {document.source for document in read_documents(tmp_path, report=report)}
+    assert report.n_partial_files == 4
+    assert sum("a bomb" in problem.reason for problem in report.problems) == 4
+    assert {"a.txt.gz", "c.csv.bz2"} <= found
 
-    monkeypatch.setattr(reading, "MAX_TEXT_BYTES", 1 << 20)
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b"x" * (1 << 24)))
-    with pytest.raises(ValueError, match="split it into several files"):
-        texts(path)
+
+@pytest.mark.parametrize("mark", ["\n\n", "\n", " ", ""])
+def test_a_long_text_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    monkeypatch.setattr(reading, "PART_BYTES", 1000)
+    draw = random.Random(0)
+    text = "".join(draw.choice("aéß中🙂") * draw.randint(1, 20) + mark for _ in range(500))
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    found = list(read_documents(path))
+    assert "".join(document.text for document in found) == text
+    assert len(found) > 10
+    assert [d.id for d in found] == ["a.txt", *(f"a.txt#{n}" for n in range(2, len(found) + 1))]
+    for document in found[1:]:
+        size = len(document.text.encode())
+        assert path.read_bytes()[document.offset :][:size].decode() == document.text
+        assert size <= 1000
+        assert not mark or document.text.endswith(mark)
+
+
+def test_ten_million_empty_lines_pass(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.csv"):
+        (tmp_path / name).write_bytes(b"\n" * (10_000_000 if name == "a.txt" else 1_000_000))
+    report = ReadingReport()
+    assert texts(tmp_path, report=report) == []
+    assert [problem.file for problem in report.problems] == ["a.txt", "b.jsonl", "c.csv"]
 
 
 def test_several_sources_are_read_one_after_the_other(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def list_files(
                     f"and of {str(one)!r}"
                 )
             read_as[real] = one
-            file = replace(file, given=name)
+            file = replace(file, given=_written(name), name=_written(file.name))
             if len(sources) > 1:
-                place = Path(one).as_posix()
+                place = _written(Path(one).as_posix())
                 file = replace(file, name=place if file.is_named else f"{place}/{file.name}")
             files.append(file)
     return files
@@ -106,6 +106,11 @@ def _list_one(
     return sorted(files, key=lambda file: file.name)
 
 
+def _written(name: str) -> str:
+    """A name as it can be written as UTF-8; a name on disk may hold any bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _matches(source: str | Path) -> list[str | Path]:
     """The paths that a pattern stands for, sorted; the source itself if it is none."""
     if source == BUNDLED or not glob.has_magic(str(source)) or os.path.lexists(source):
@@ -134,7 +139,7 @@ def _walk(
             files.append(SourceFile(Path(entry.path), name, found.st_size))
         else:
             report.n_skipped_files += 1
-            report.add(Problem(name, f"skipped: a {_kind(found.st_mode)}"), strict=strict)
+            report.add(Problem(_written(name), f"skipped: a {_kind(found.st_mode)}"), strict=strict)
 
 
 def _kind(mode: int) -> str:

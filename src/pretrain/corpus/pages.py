@@ -90,5 +90,3 @@ def read_warc(file: SourceFile, *, report: ReadingReport, strict: bool) -> Itera
         report.n_partial_files += 1
         note = f"{chunks.damage}; kept what came before"
         report.add(Problem(file.name, note, offset=chunks.tell()), strict=strict)
-    elif number == 0:
-        report.add(Problem(file.name, "holds no record of a page"), strict=strict)

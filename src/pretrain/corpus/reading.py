@@ -16,13 +16,15 @@ from pretrain.corpus.files import Source, SourceFile, list_files
 from pretrain.corpus.formats import LEGAL, format_of
 from pretrain.corpus.jsonl import json_rows, jsonl_rows
 from pretrain.corpus.pages import read_html, read_warc
-from pretrain.corpus.records import Row, read_records
+from pretrain.corpus.records import Row, read_records, without_surrogates
 from pretrain.corpus.streams import DamagedStreamError, read_chunks, read_head
 from pretrain.corpus.tables import csv_rows, parquet_rows
 
-MAX_TEXT_BYTES = 1 << 30
-"""A text file is held in memory as one document; a larger one (or a decompression bomb) is
-refused."""
+PART_BYTES = 1 << 24
+"""A longer text is read in parts of about this size, each a document, so that memory stays
+bounded."""
+MAX_WIDE_BYTES = 1 << 28
+"""A text in UTF-16 or UTF-32 is held in memory whole, so there is a limit to it."""
 _MAX_BAD_FRACTION = 0.01
 
 _UTF_BOMS = (
@@ -32,6 +34,7 @@ _UTF_BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_WIDE_MARKS = tuple(mark for mark, _ in _UTF_BOMS)
 
 
 def read_documents(
@@ -53,6 +56,7 @@ def read_documents(
         report.n_files += 1
         counts = report.sources.setdefault(file.given, SourceCounts())
         counts.n_files += 1
+        before = report.n_documents + report.n_problems
         documents = _documents(file, text_field=text_field, report=report, strict=strict)
         for document in documents:
             n_bytes = len(document.text.encode())
@@ -60,7 +64,14 @@ def read_documents(
             report.n_text_bytes += n_bytes
             counts.n_documents += 1
             counts.n_text_bytes += n_bytes
-            yield replace(document, given=file.given)
+            yield replace(
+                document,
+                id=without_surrogates(document.id),
+                title=without_surrogates(document.title),
+                given=file.given,
+            )
+        if report.n_documents + report.n_problems == before:
+            report.add(Problem(file.name, "holds no document"), strict=strict)
 
 
 def _documents(
@@ -90,60 +101,95 @@ def _documents(
     return read_records(rows, file, text_field=text_field, report=report, strict=strict)
 
 
-def _pass_over(file: SourceFile, problem: Problem, report: ReadingReport) -> None:
-    """Leave out a file that is no text; ValueError if it was given by name."""
-    if file.is_named:
-        raise ValueError(f"{problem}; {LEGAL}")
-    report.n_skipped_files += 1
-    # A stray picture beside the texts is no fault of the texts, so strict lets it pass.
-    report.add(problem, strict=False)
-
-
 def _read_text(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Document]:
-    data = bytearray()
+    data, offset, number = bytearray(), 0, 1
     try:
         for chunk in read_chunks(file, report=report):
             data += chunk
-            if len(data) > MAX_TEXT_BYTES:
-                raise ValueError(
-                    f"{file.name}: one text of more than {MAX_TEXT_BYTES:,} bytes; "
-                    "split it into several files, or make it a jsonl file of documents"
-                )
+            if offset == 0 and data.startswith(_WIDE_MARKS):
+                if len(data) > MAX_WIDE_BYTES:
+                    reason = (
+                        f"UTF-16 or UTF-32 of more than {MAX_WIDE_BYTES:,} bytes; make it UTF-8"
+                    )
+                    _pass_over(file, Problem(file.name, reason), report)
+                    return
+                continue
+            while len(data) > PART_BYTES:
+                stop = _place_to_cut(data)
+                part = bytes(data[:stop])
+                del data[:stop]
+                yield from _part(file, part, offset, number, report, strict)
+                offset, number = offset + stop, number + 1
     except DamagedStreamError as damage:
         report.n_partial_files += 1
-        note = f"{damage}; kept the {len(data):,} bytes before that"
-        report.add(Problem(file.name, note, offset=len(data)), strict=strict)
+        stop = offset + len(data)
+        note = f"{damage}; kept the {stop:,} bytes before that"
+        report.add(Problem(file.name, note, offset=stop), strict=strict)
+    if data or number == 1:
+        yield from _part(file, bytes(data), offset, number, report, strict)
 
-    decoded = _decode(bytes(data), file.name)
+
+def _place_to_cut(data: bytearray) -> int:
+    """Where a part ends: behind the last empty line, line or word in its second half, else between
+    two characters."""
+    for mark in (b"\n\n", b"\n", b" "):
+        place = data.rfind(mark, PART_BYTES // 2, PART_BYTES)
+        if place >= 0:
+            return place + len(mark)
+    stop = PART_BYTES
+    while stop > PART_BYTES - 3 and data[stop] & 0xC0 == 0x80:
+        stop -= 1
+    return stop
+
+
+def _part(
+    file: SourceFile, data: bytes, offset: int, number: int, report: ReadingReport, strict: bool
+) -> Iterator[Document]:
+    """A text, or a part of a long one, as a document."""
+    decoded = _decode(data, file.name, offset)
     if isinstance(decoded, Problem):
-        _pass_over(file, decoded, report)
+        _pass_over(file, decoded, report, is_start=number == 1)
         return
     text, repair = decoded
     if repair is not None:
         report.add(repair, strict=strict)
         report.n_repaired += 1
     text = text.replace("\r\n", "\n")
-    if not text.strip():
+    if text.strip():
+        name = file.name if number == 1 else f"{file.name}#{number}"
+        yield Document(id=name, text=text, source=file.name, offset=offset)
+    elif number == 1:
         report.n_skipped_files += 1
-        report.add(Problem(file.name, "skipped: empty text"), strict=strict)
-        return
-    yield Document(id=file.name, text=text, source=file.name)
+        report.add(Problem(file.name, "skipped: empty text", offset=0), strict=strict)
 
 
-def _decode(data: bytes, name: str) -> tuple[str, Problem | None] | Problem:
-    """The text and what was repaired in it, or, of something that is no text, the problem."""
+def _pass_over(
+    file: SourceFile, problem: Problem, report: ReadingReport, *, is_start: bool = True
+) -> None:
+    """Leave out what is no text; ValueError if it is the beginning of a file given by name."""
+    if file.is_named and is_start:
+        raise ValueError(f"{problem}; {LEGAL}")
+    report.n_skipped_files += 1
+    # A stray picture beside the texts is no fault of the texts, so strict lets it pass.
+    report.add(problem, strict=False)
+
+
+def _decode(data: bytes, name: str, offset: int) -> tuple[str, Problem | None] | Problem:
+    """The text and what was repaired in it, or, of something that is no text, the problem. `offset`
+    is where it begins in its file."""
     for mark, encoding in _UTF_BOMS:
-        if data.startswith(mark):
+        if offset == 0 and data.startswith(mark):
             try:
                 return data.decode(encoding), None
             except UnicodeDecodeError as error:
                 reason = f"has the mark of {encoding} but is not: {error.reason}"
                 return Problem(name, reason, offset=error.start)
-    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    has_mark = offset == 0 and data.startswith(codecs.BOM_UTF8)
+    start = len(codecs.BOM_UTF8) if has_mark else 0
     try:
         return data[start:].decode("utf-8"), None
     except UnicodeDecodeError as error:
-        first = start + error.start
+        first = offset + start + error.start
 
     text = data[start:].decode("utf-8", "replace")
     n_bad = text.count("\ufffd") - data.count("\ufffd".encode())

@@ -23,6 +23,9 @@ from pretrain.corpus.files import SourceFile
 from pretrain.corpus.formats import COMPRESSIONS, HEAD_BYTES, compression_of, missing_package
 
 CHUNK_BYTES = 1 << 18
+# Text shrinks five to ten times, logs a hundred times: what grows more than this is a bomb.
+BOMB_RATIO = 256
+BOMB_BYTES = 1 << 26
 # zstd can grow 32,000-fold and its streaming object has no limit on output: feed it little at a
 # time.
 _ZSTD_CHUNK_BYTES = 1 << 12
@@ -40,8 +43,13 @@ def read_chunks(file: SourceFile, *, report: ReadingReport) -> Iterator[bytes]:
     """The (decompressed) bytes of a file, in order. Counts the bytes on disk into
     `report.n_read_bytes`."""
     with _open(file) as raw:
-        counted = 0
+        counted = n_unpacked = 0
         for chunk in _chunks(raw, file):
+            n_unpacked += len(chunk)
+            if n_unpacked > max(BOMB_BYTES, BOMB_RATIO * file.n_bytes):
+                raise DamagedStreamError(
+                    f"a bomb: it unpacks to more than {BOMB_RATIO} times its size"
+                )
             position = raw.tell()
             report.n_read_bytes += position - counted
             counted = position
