@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.data import preparation
 from pretrain.data.config import DataConfig
 from pretrain.data.manifest import SplitName
 from pretrain.data.preparation import prepare, prepared_key
@@ -218,3 +219,20 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
     assert key != prepared_key(source, tokenizer="bytes")
     write_jsonl(source, many[:-1])
     assert key != prepared_key(source)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_any_number_of_workers_writes_the_same_bytes(
+    tmp_path: Path, many: list[str], tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 3000)  # many batches, so that some wait
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    for workers in (1, 2, 3):
+        prepare(source, tmp_path / f"{workers}", tokenizer=tokenizer, workers=workers)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "1").glob("*.*")}
+    assert len(first) >= 9
+    for workers in (2, 3):
+        for name, content in first.items():
+            assert (tmp_path / f"{workers}" / name).read_bytes() == content
+    with pytest.raises(ValueError, match="workers is 0"):
+        prepare(source, tmp_path / "0", workers=0)

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=float, metavar="F", help="share of the documents to hold out"
     )
     parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that encode [1]"
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad record instead of skipping it"
     )
 
@@ -54,6 +57,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         text_field=arguments.text_field,
         val_fraction=arguments.val_fraction,
         strict=arguments.strict,
+        workers=arguments.workers,
         progress=output.stages(),
     )
     report = json.loads((Path(arguments.out) / "report.json").read_text(encoding="utf-8"))

@@ -19,11 +19,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.files import Source, list_files
 from pretrain.corpus.reading import read_documents
 from pretrain.data.config import check_val_fraction
 from pretrain.data.durable import new_folder, refuse_full, write_json
+from pretrain.data.encoding import encode_batches
 from pretrain.data.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -88,16 +92,20 @@ def prepare(
     text_field: str | None = None,
     val_fraction: float | None = None,
     strict: bool = False,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> PreparedData:
     """Turn a file, a folder, "bundled" or several of them into a prepared folder, and open it.
 
     `tokenizer` is bpe, characters or bytes, trained here on the training split (characters: on all
-    text), or the path of a tokenizer.json. `splitting.choose_split` says how validation is chosen.
+    text), gpt2, or the path of one. `workers` processes encode; the bytes do not depend on them.
+    `splitting.choose_split` says how validation is chosen.
     Raises ValueError for what cannot be read or asked for, FileExistsError for an `out` in use.
     """
     out = Path(out)
     check_val_fraction(val_fraction)
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
     given = _given_tokenizer(tokenizer, vocab_size)
     refuse_full(out)
 
@@ -114,30 +122,40 @@ def prepare(
         split = choose_split(census, val_fraction=val_fraction)
         made = given if given is not None else _train(reader, split, str(tokenizer), vocab_size)
         made.save(folder / "tokenizer")
-        streams = _encode(reader, split, made, census, folder, found)
-        manifest = Manifest(
-            format=FORMAT,
-            format_version=FORMAT_VERSION,
-            package_version=_package_version(),
-            vocab_size=made.vocab_size,
-            id_bytes=id_bytes(made.vocab_size),
-            end_of_text=made.end_of_text,
-            tokenizer_sha256=made.sha256,
-            source_sha256=census.sha256,
-            split_policy=split.policy,
-            settings={
-                "tokenizer": made.kind,
-                "tokenizer_is_given": given is not None,
-                "vocab_size": vocab_size,
-                "text_field": text_field,
-                "val_fraction": split.val_fraction,
-                "strict": strict,
-            },
-            streams=streams,
-        )
+        streams = _encode(reader, split, made, census, folder, found, workers)
+        settings = {
+            "tokenizer": made.kind,
+            "tokenizer_is_given": given is not None,
+            "vocab_size": vocab_size,
+            "text_field": text_field,
+            "val_fraction": split.val_fraction,
+            "strict": strict,
+        }
         write_json(folder / "report.json", _whole_report(report, found, streams))
-        write_manifest(folder, manifest)
+        write_manifest(folder, _manifest(made, census, split, settings, streams))
     return open_prepared(out)
+
+
+def _manifest(
+    tokenizer: Tokenizer,
+    census: Census,
+    split: Split,
+    settings: dict[str, Any],
+    streams: dict[str, StreamInfo],
+) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        package_version=_package_version(),
+        vocab_size=tokenizer.vocab_size,
+        id_bytes=id_bytes(tokenizer.vocab_size),
+        end_of_text=tokenizer.end_of_text,
+        tokenizer_sha256=tokenizer.sha256,
+        source_sha256=census.sha256,
+        split_policy=split.policy,
+        settings=settings,
+        streams=streams,
+    )
 
 
 def _whole_report(
@@ -231,6 +249,7 @@ def _encode(
     census: Census,
     folder: Path,
     found: _Found,
+    workers: int,
 ) -> dict[str, StreamInfo]:
     """Write both streams; ValueError if one of them stays empty or the source changed meanwhile."""
     with ExitStack() as opened:
@@ -245,17 +264,14 @@ def _encode(
             opened.callback(writers[name].abandon)
 
         again = Census()
-        batch: list[_Piece] = []
-        n_characters = 0
-        for document in reader.documents(stage="encoding"):
-            again.add(document.text)
-            for piece in _pieces(document, split):
-                batch.append(piece)
-                n_characters += len(piece.text)
-                if n_characters >= _BATCH_CHARACTERS:
-                    _write(batch, tokenizer, writers, found)
-                    batch, n_characters = [], 0
-        _write(batch, tokenizer, writers, found)
+        for batch, ids in encode_batches(
+            _batches(reader, split, again),
+            lambda batch: [piece.text for piece in batch],
+            tokenizer=tokenizer,
+            folder=folder / "tokenizer",
+            workers=workers,
+        ):
+            _write(batch, ids, writers, found)
         if again.sha256 != census.sha256:
             raise ValueError(f"source {reader} changed while it was read; start again")
         for name in SPLITS:
@@ -296,13 +312,27 @@ def _pieces(document: Document, split: Split) -> Iterator[_Piece]:
             waiting = following
 
 
+def _batches(reader: _Reader, split: Split, census: Census) -> Iterator[list[_Piece]]:
+    """The pieces of all documents, about _BATCH_CHARACTERS together; counts the documents again."""
+    batch: list[_Piece] = []
+    n_characters = 0
+    for document in reader.documents(stage="encoding"):
+        census.add(document.text)
+        for piece in _pieces(document, split):
+            batch.append(piece)
+            n_characters += len(piece.text)
+            if n_characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, n_characters = [], 0
+    yield batch
+
+
 def _write(
     batch: list[_Piece],
-    tokenizer: Tokenizer,
+    encoded: list[NDArray[np.int64]],
     writers: Mapping[SplitName, ShardWriter],
     found: _Found,
 ) -> None:
-    encoded = tokenizer.encode_batch([piece.text for piece in batch])
     for piece, ids in zip(batch, encoded, strict=True):
         writers[piece.split].add(ids, n_bytes=len(piece.text.encode()))
         if piece.is_last:
