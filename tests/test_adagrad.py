@@ -33,7 +33,7 @@ def test_a_row_moves_by_the_rate_over_the_root_of_its_summed_squares() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
-    """The sparse path is a twin of the dense one, bit for bit, clipping included."""
+    """The sparse path is a twin of the dense one, clipping included."""
     section = {"family": "fast", "d_model": 32, "context_length": 8, "n_layers": 1}
     chosen = compose([{"model": {**section, "ngram_rows": 61}}])
     config = OptimizerConfig(name=name, embedding_rate=2.0)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from pretrain.corpus import (
     streams,
     tables,
 )
-from pretrain.corpus.files import Source
+from pretrain.corpus.files import Source, SourceFile
 
 
 def texts(source: Source, **options: object) -> list[str]:
@@ -528,3 +528,23 @@ def test_patterns(tmp_path: Path) -> None:
     assert texts(str(tmp_path / "[1].txt")) == ["[1].txt"]
     with pytest.raises(ValueError, match="no file matches the pattern"):
         texts(str(tmp_path / "*.pdf"))
+
+
+def test_a_file_that_cannot_be_opened_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unreadable, or gone since it was listed; root may read everything, hence the patch."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+
+    def refusing(file: SourceFile) -> bytes:
+        if file.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return b"text"
+
+    monkeypatch.setattr(reading, "read_head", refusing)
+    report = ReadingReport()
+    assert texts(tmp_path, report=report) == ["b.txt"]
+    assert "cannot be read: Permission denied" in report.problems[0].reason
+    with pytest.raises(ValueError, match="cannot be read: Permission denied"):
+        texts(tmp_path / "a.txt")

@@ -202,3 +202,14 @@ def test_training_text_can_be_prepared_with_gpt2(
     words = ["encode", str(tmp_path / "hello.txt"), "--tokenizer", "gpt2", "--json"]
     assert main(["tokenizer", *words]) == 0
     assert json.loads(capsys.readouterr().out) == {"ids": [15496, 995]}
+
+
+def test_gpt2_as_ranks_is_gpt2_as_two_files(tmp_path: Path) -> None:
+    lines = (base64.b64encode(t) + f" {rank}".encode() for t, rank in ranks_of_gpt2().items())
+    (tmp_path / "r50k.tiktoken").write_bytes(b"\n".join(lines))
+    ours, theirs = load_tokenizer(tmp_path), load_tokenizer("gpt2")
+    assert (ours.vocab_size, ours.end_of_text) == (theirs.vocab_size, theirs.end_of_text)
+    draw = random.Random(2)
+    for _ in range(300):
+        text = some_text(draw)
+        assert ours.encode(text).tolist() == theirs.encode(text).tolist()

@@ -94,13 +94,13 @@ def test_damage_to_the_origins_is_noticed(tmp_path: Path, two_sources: list[Path
         list(find_origins(path, lambda *_: True))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(30))
 def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
     draw = random.Random(seed)
     strangest = Strangest()
     ratios = {}
     n_tokens = n_bytes = 0
-    for number in range(200):
+    for number in range(draw.randint(11, 200)):
         size = draw.randrange(64, 5000)
         tokens = max(1, int(size / draw.lognormvariate(1.2, 0.8)))
         ratios[str(number)] = size / tokens
@@ -113,3 +113,11 @@ def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
 
     expected = sorted(ratios, key=distance, reverse=True)[:10]
     assert [entry["id"] for entry in strangest.found()] == expected
+
+
+def test_nothing_is_strange_where_every_byte_is_a_token(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the sea was calm. " * 200, encoding="utf-8")
+    prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes")
+    assert json.loads((tmp_path / "out/report.json").read_text())["strangest"] == []
+    with pytest.raises(ValueError, match="is prepared already"):
+        prepare([tmp_path / "a.txt", tmp_path / "out"], tmp_path / "again")

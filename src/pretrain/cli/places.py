@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import glob
 import importlib.resources
 import json
 import os
@@ -47,11 +48,13 @@ def read_target(target: str | None) -> tuple[str, list[Layer]]:
         if not path.is_file():
             raise ValueError(f"there is no config file {target}")
         return path.stem, [read_file(path)]
-    if not path.exists():
+    is_pattern = glob.has_magic(target)
+    if not path.exists() and not is_pattern:
         raise ValueError(
             f"{target!r} is neither a recipe ({', '.join(known)}) nor a file or folder that exists"
         )
-    name = path.resolve().name.split(".")[0] or "text"
+    named = path.resolve().parent if is_pattern and not path.exists() else path.resolve()
+    name = named.name.split(".")[0] or "text"
     return name, [read_file(known[DEFAULT_RECIPE]), {"data": {"source": str(path.resolve())}}]
 
 

@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.say(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
         for problem in report["problems"][:5]:
             output.say(f"  {Problem(**problem)}")
-    output.say("strangest, by bytes a token:")
+    if report["strangest"]:
+        output.say("strangest, by bytes a token:")
     for document in report["strangest"][:3]:
         output.say(
             f"  {document['bytes_per_token']:6.2f}  {document['id']}: {document['begins'][:60]!r}"

@@ -57,7 +57,11 @@ def read_documents(
         counts = report.sources.setdefault(file.given, SourceCounts())
         counts.n_files += 1
         before = report.n_documents + report.n_problems
-        documents = _documents(file, text_field=text_field, report=report, strict=strict)
+        try:
+            documents = _documents(file, text_field=text_field, report=report, strict=strict)
+        except OSError as error:
+            _pass_over(file, Problem(file.name, f"cannot be read: {error.strerror}"), report)
+            continue
         for document in documents:
             n_bytes = len(document.text.encode())
             report.n_documents += 1

@@ -42,7 +42,7 @@ class _Reads(Protocol):
 def read_chunks(file: SourceFile, *, report: ReadingReport) -> Iterator[bytes]:
     """The (decompressed) bytes of a file, in order. Counts the bytes on disk into
     `report.n_read_bytes`."""
-    with _open(file) as raw:
+    with open(file.path, "rb") as raw:
         counted = n_unpacked = 0
         for chunk in _chunks(raw, file):
             n_unpacked += len(chunk)
@@ -59,7 +59,7 @@ def read_chunks(file: SourceFile, *, report: ReadingReport) -> Iterator[bytes]:
 def read_head(file: SourceFile) -> bytes:
     """The first (decompressed) bytes of a file, HEAD_BYTES of them if there are as many."""
     head = b""
-    with _open(file) as raw, suppress(DamagedStreamError):
+    with open(file.path, "rb") as raw, suppress(DamagedStreamError):
         for chunk in _chunks(raw, file):
             head += chunk
             if len(head) >= HEAD_BYTES:
@@ -99,13 +99,6 @@ class ChunkFile(io.RawIOBase):
         self._rest = self._rest[n:]
         self._position += n
         return n
-
-
-def _open(file: SourceFile) -> BinaryIO:
-    try:
-        return open(file.path, "rb")
-    except OSError as error:
-        raise ValueError(f"cannot read {str(file.path)!r}: {error.strerror}") from error
 
 
 def _chunks(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:

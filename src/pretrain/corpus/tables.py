@@ -20,7 +20,6 @@ from pretrain.corpus.records import MAX_RECORD_BYTES, Row
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 
 _PARQUET_ROWS = 256
-_MAX_UNPACKED_BYTES = 1 << 34
 
 
 def csv_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Row]:
@@ -106,7 +105,7 @@ def _delimiter(line: str) -> str:
 def parquet_rows(
     file: SourceFile, *, text_field: str | None, report: ReadingReport, strict: bool
 ) -> Iterator[Row]:
-    """A row for each record, with its strings, numbers and dates; `number` counts from 1."""
+    """A row for each record, with what may be its text, title or id; `number` counts from 1."""
     try:
         from pyarrow import ArrowException, parquet, types
     except ImportError as error:
@@ -114,8 +113,8 @@ def parquet_rows(
 
     number = 0
     try:
-        with _seekable(file, report=report) as stream, parquet.ParquetFile(stream) as table:
-            # Only what may be text, a title or an id: the other columns stay on the disk.
+        with _seekable(file) as stream, parquet.ParquetFile(stream) as table:
+            # The other columns stay on the disk.
             wanted = [
                 column.name
                 for column in table.schema_arrow
@@ -123,6 +122,7 @@ def parquet_rows(
                 or column.name == "id"
                 or types.is_string(column.type)
                 or types.is_large_string(column.type)
+                or (types.is_dictionary(column.type) and types.is_string(column.type.value_type))
             ]
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
                 for record in batch.to_pylist():
@@ -145,7 +145,7 @@ def _size(value: Any) -> int:
 
 
 @contextmanager
-def _seekable(file: SourceFile, *, report: ReadingReport) -> Iterator[Path | IO[bytes]]:
+def _seekable(file: SourceFile) -> Iterator[Path | IO[bytes]]:
     """The file itself, or a temporary copy of a compressed one: Parquet is read from its end."""
     with open(file.path, "rb") as raw:
         is_plain = not compression_of(raw.read(8))
@@ -153,11 +153,7 @@ def _seekable(file: SourceFile, *, report: ReadingReport) -> Iterator[Path | IO[
         yield file.path
         return
     with tempfile.TemporaryFile() as copy:
-        n_bytes = 0
         for chunk in read_chunks(file, report=ReadingReport()):
-            n_bytes += len(chunk)
-            if n_bytes > _MAX_UNPACKED_BYTES:
-                raise DamagedStreamError(f"more than {_MAX_UNPACKED_BYTES:,} bytes unpacked")
             copy.write(chunk)
         copy.seek(0)
         yield copy

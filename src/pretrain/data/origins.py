@@ -91,7 +91,8 @@ class Strangest:
         if n_bytes < _MIN_BYTES:
             return
         ratio = math.log(n_bytes / n_tokens)
-        if len(self._most) == STRANGEST and self._fewest[0][0] <= -ratio <= -self._most[0][0]:
+        is_full = len(self._most) == STRANGEST
+        if is_full and ratio <= self._most[0][0] and -ratio <= self._fewest[0][0]:
             return
         entry = {
             "id": document.id,
@@ -117,4 +118,5 @@ class Strangest:
             for key, seen, entry in kept
         }
         ordered = sorted(candidates.items(), key=lambda item: (-item[1][0], item[0]))
-        return [entry for _, (_, entry) in ordered[:STRANGEST]]
+        # With bytes as tokens nothing is strange.
+        return [entry for _, (distance, entry) in ordered[:STRANGEST] if distance > 0]

@@ -38,7 +38,13 @@ from pretrain.data.manifest import (
     write_manifest,
 )
 from pretrain.data.origins import Strangest
-from pretrain.data.shards import PreparedData, ShardWriter, id_bytes, open_prepared
+from pretrain.data.shards import (
+    PreparedData,
+    ShardWriter,
+    id_bytes,
+    is_prepared,
+    open_prepared,
+)
 from pretrain.data.splitting import Census, Split, choose_split
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.loading import load_tokenizer, tokenizer_files
@@ -106,6 +112,7 @@ def prepare(
     check_val_fraction(val_fraction)
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
+    _refuse_prepared(source)
     given = _given_tokenizer(tokenizer, vocab_size)
     refuse_full(out)
 
@@ -134,6 +141,13 @@ def prepare(
         write_json(folder / "report.json", _whole_report(report, found, streams))
         write_manifest(folder, _manifest(made, census, split, settings, streams))
     return open_prepared(out)
+
+
+def _refuse_prepared(source: Source) -> None:
+    """Its files would be read as if they were texts."""
+    for path in [source] if isinstance(source, str | Path) else source:
+        if is_prepared(path):
+            raise ValueError(f"{str(path)!r} is prepared already: train on it, or name its texts")
 
 
 def _manifest(

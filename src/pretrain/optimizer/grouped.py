@@ -33,7 +33,9 @@ class GroupedOptimizer(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """One update; gradients that another rule than AdamW's has used are gone afterwards."""
         for group in self.param_groups:
-            used = [p for p in group["params"] if p.grad is not None and group["rule"] != "adamw"]
+            if group["rule"] == "adamw":
+                continue
+            used = [p for p in group["params"] if p.grad is not None]
             if group["rule"] == "muon":
                 self._update_matrices(used, group)
             else:

@@ -80,7 +80,8 @@ def read_gpt2(vocabulary_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
                     f"is not in {vocabulary_file.name}"
                 )
         merges.append((left, right))
-    return _library(vocabulary, merges, pattern=None, special={})
+    special = {name: vocabulary[name] for name in ("<|endoftext|>",) if name in vocabulary}
+    return _library(vocabulary, merges, pattern=None, special=special, whole_words=False)
 
 
 def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
@@ -116,9 +117,9 @@ def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
         if id_ not in taken and id_ not in names:
             names[id_] = f"<|reserved_{id_}|>"
     vocabulary = {written[token]: rank for token, rank in ranks.items()}
-    return _library(
-        vocabulary, merges, pattern=pattern, special={name: id_ for id_, name in names.items()}
-    )
+    special = {name: id_ for id_, name in names.items()}
+    # tiktoken takes a word that is a token as it is, whether or not merges lead there.
+    return _library(vocabulary, merges, pattern=pattern, special=special, whole_words=True)
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
@@ -150,14 +151,14 @@ def _library(
     *,
     pattern: str | None,
     special: dict[str, int],
+    whole_words: bool,
 ) -> tokenizers.Tokenizer:
     """Byte-level BPE; without a pattern the pre-split is GPT-2's."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
     whole = vocabulary | special
-    # tiktoken takes a word that is a token as it is, whether or not merges lead there.
-    library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=bool(special)))
+    library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=whole_words))
     if pattern is None:
         split: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
@@ -169,8 +170,10 @@ def _library(
         )
     library.pre_tokenizer = split
     library.decoder = decoders.ByteLevel()
-    names = special or {name: 0 for name in ("<|endoftext|>",) if name in vocabulary}
     library.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in sorted(names, key=whole.get)]  # type: ignore[arg-type]
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name in sorted(special, key=special.__getitem__)
+        ]
     )
     return library
