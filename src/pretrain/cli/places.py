@@ -116,6 +116,7 @@ def prepared(
         "vocab_size": tokenizer.vocab_size,
         "text_field": data.text_field,
         "val_fraction": data.val_fraction,
+        "corpus": config.corpus,
     }
     folder = cache_folder() / "prepared" / prepared_key(data.source, **settings)
     if not is_prepared(folder):

@@ -10,8 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
+
+if TYPE_CHECKING:
+    from pretrain.data import PreparedData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,16 +42,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=float, metavar="F", help="share of the documents to hold out"
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that encode [1]"
+        "--deduplicate",
+        choices=("none", "exact", "near"),
+        default="exact",
+        help="of equal documents, or of nearly equal ones too, keep only the first [exact]",
     )
+    parser.add_argument(
+        "--filters", metavar="NAME,...", help="rules that documents must pass: gopher,c4,fineweb"
+    )
+    parser.add_argument(
+        "--languages", metavar="CODE,...", help="remove documents in other languages, as in en,de"
+    )
+    parser.add_argument(
+        "--evaluation-text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text that will judge the model: how much of it the corpus holds is reported; "
+        "may be given several times",
+    )
+    parser.add_argument(
+        "--remove-overlap",
+        action="store_true",
+        help="remove documents that share 13 words in a row with an --evaluation-text",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes [1]")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad record instead of skipping it"
     )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    from pretrain.corpus import Problem
+    from pretrain.corpus.config import CorpusConfig
     from pretrain.data.preparation import prepare
+
+    corpus = CorpusConfig(
+        deduplicate=arguments.deduplicate,
+        filters=_names(arguments.filters),
+        languages=_names(arguments.languages),
+        evaluation_texts=tuple(arguments.evaluation_text),
+        remove_overlap=arguments.remove_overlap,
+    )
 
     data = prepare(
         arguments.source,
@@ -57,10 +92,22 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         text_field=arguments.text_field,
         val_fraction=arguments.val_fraction,
         strict=arguments.strict,
+        corpus=corpus,
         workers=arguments.workers,
         progress=output.stages(),
     )
     report = json.loads((Path(arguments.out) / "report.json").read_text(encoding="utf-8"))
+    _show(data, report, output)
+    output.say(
+        f"vocabulary {data.manifest.vocab_size:,}; the report is {arguments.out}/report.json"
+    )
+    output.result({"out": str(arguments.out), "vocab_size": data.manifest.vocab_size, **report})
+    return 0
+
+
+def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:
+    from pretrain.corpus import Problem
+
     splits = {name: data.split(name) for name in ("train", "val")}
     for name, stream in splits.items():
         output.say(
@@ -72,6 +119,16 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"from {name}: {counts['n_files']:,} files, {counts['n_documents']:,} documents, "
             f"{counts['n_text_bytes']:,} bytes, {counts['n_tokens']:,} tokens"
         )
+    n_removed = sum(report["removed"].values())
+    if n_removed:
+        output.say(f"removed {n_removed:,} documents, all of them in removed.jsonl:")
+    for reason, count in report["removed"].items():
+        output.say(f"  {count:>9,}  {reason}")
+    for name, found in report.get("overlap", {}).items():
+        output.say(
+            f"{found['percent']:.2f} % of {name} is in this text: {found['in_corpus']:,} of its "
+            f"{found['ngrams']:,} different 8 words in a row"
+        )
     if report["n_problems"]:
         output.say(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
         for problem in report["problems"][:5]:
@@ -82,8 +139,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.say(
             f"  {document['bytes_per_token']:6.2f}  {document['id']}: {document['begins'][:60]!r}"
         )
-    output.say(
-        f"vocabulary {data.manifest.vocab_size:,}; the report is {arguments.out}/report.json"
-    )
-    output.result({"out": str(arguments.out), "vocab_size": data.manifest.vocab_size, **report})
-    return 0
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())

@@ -70,6 +70,8 @@ def _with_whole_path(config: RunConfig) -> RunConfig:
     readable."""
     if not is_prepared(config.data.source):
         list_files(config.data.source)
+    texts = tuple(str(Path(path).resolve()) for path in config.corpus.evaluation_texts)
+    config = replace(config, corpus=replace(config.corpus, evaluation_texts=texts))
     if config.data.source == "bundled":
         return config
     source = str(Path(config.data.source).resolve())

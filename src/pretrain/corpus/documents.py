@@ -8,7 +8,7 @@ nothing, it only writes down, unless it is strict: then the first problem is a V
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 MAX_DETAILED_PROBLEMS = 100
@@ -99,6 +99,28 @@ class ReadingReport:
             self.on_problem(problem)
         if len(self.problems) < MAX_DETAILED_PROBLEMS:
             self.problems.append(problem)
+
+    def merge(self, other: ReadingReport) -> None:
+        """Add what another reading found, as if its files had come after these."""
+        for each in fields(self):
+            value = getattr(other, each.name)
+            if isinstance(value, int):
+                setattr(self, each.name, getattr(self, each.name) + value)
+        self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
+        self.text_fields |= other.text_fields
+        for name, counts in other.sources.items():
+            mine = self.sources.setdefault(name, SourceCounts())
+            for each in fields(counts):
+                setattr(mine, each.name, getattr(mine, each.name) + getattr(counts, each.name))
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> ReadingReport:
+        """The report of which `as_dict` made `content`."""
+        return ReadingReport(
+            **content
+            | {"problems": [Problem(**problem) for problem in content["problems"]]}
+            | {"sources": {name: SourceCounts(**n) for name, n in content["sources"].items()}}
+        )
 
     def summary(self) -> str:
         """One line for people: the counts, and the first problem if there is one."""

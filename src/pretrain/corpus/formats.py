@@ -71,10 +71,10 @@ def format_of(head: bytes, name: str) -> Format | None:
     return named or "text"
 
 
-def missing_package(what: str, package: str) -> ValueError:
-    """What to say where a reader's package is not installed."""
+def missing_package(what: str, package: str, *, extra: str = "formats") -> ValueError:
+    """What to say where an optional package is not installed."""
     return ValueError(
-        f"reading {what} needs the package {package}: python -m pip install 'pretrain[formats]'"
+        f"{what} needs the package {package}: python -m pip install 'pretrain[{extra}]'"
     )
 
 

@@ -8,7 +8,7 @@ in strict mode, and for a file given by name that is no text, it is a ValueError
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from pretrain.corpus.documents import Document, Problem, ReadingReport, SourceCounts
@@ -52,6 +52,13 @@ def read_documents(
     """
     report = report if report is not None else ReadingReport()
     files = list_files(source, report=report, strict=strict)
+    return read_files(files, text_field=text_field, report=report, strict=strict)
+
+
+def read_files(
+    files: Iterable[SourceFile], *, text_field: str | None, report: ReadingReport, strict: bool
+) -> Iterator[Document]:
+    """The documents of files that `list_files` found, in their order."""
     for file in files:
         report.n_files += 1
         counts = report.sources.setdefault(file.given, SourceCounts())

@@ -10,10 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,27 +30,29 @@ def refuse_full(folder: Path) -> None:
         raise FileExistsError(errno.EEXIST, text, str(folder))
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name when the block ends well and is
-    removed otherwise."""
+def put_in_place(whole: Path, folder: Path) -> None:
+    """Bring a folder to the disk and give it its final name, under which there may be an empty
+    one; FileExistsError if that holds anything."""
+    sync_tree(whole)
     refuse_full(folder)
-    parent = Path(os.path.abspath(folder)).parent
-    os.makedirs(parent, exist_ok=True)
-    temporary = parent / f".{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    os.mkdir(temporary)
-    try:
-        yield temporary
-        for path, _, _ in os.walk(temporary):
-            sync_folder(Path(path))
-        refuse_full(folder)
-        if folder.is_dir():
-            os.rmdir(folder)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(parent)
+    if folder.is_dir():
+        os.rmdir(folder)
+    os.rename(whole, folder)
+    sync_folder(folder.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring all files of a folder to the disk, so that a rename never names half of them."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,9 +67,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a new JSON file to the disk itself."""
-    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, content: Mapping[str, Any], *, escaped: bool = False) -> None:
+    """Write a new JSON file to the disk itself; `escaped` can hold names that are no Unicode."""
+    write_file(path, (json.dumps(content, indent=1, ensure_ascii=escaped) + "\n").encode())
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -11,20 +11,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.data.durable import write_json
 
 FORMAT = "pretrain-shards"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 _MAX_MANIFEST_BYTES = 1 << 28
+
+
+@dataclass(slots=True, kw_only=True)
+class SourceShare:
+    """What one source gave to a stream: documents that lie one after the other."""
+
+    source: str
+    n_documents: int = 0
+    n_tokens: int = 0
+    """End-of-text tokens included; the stream has one more, before the first source."""
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +55,8 @@ class StreamInfo:
     """Of the ids as they lie in the file, header aside."""
     offsets_sha256: str
     documents_sha256: str
+    sources: list[SourceShare]
+    """In the order of the stream."""
     block_bytes: int
     block_checksums: list[int]
     """CRC-32 of each `block_bytes` of ids."""
@@ -62,7 +75,8 @@ class Manifest:
     end_of_text: int
     tokenizer_sha256: str
     source_sha256: str
-    """Hash of the documents in their order: equal texts give equal hashes, wherever they lie."""
+    """Hash of the documents' texts in their order: equal texts give equal hashes, wherever they
+    lie."""
     split_policy: str
     """"documents": whole documents are validation; "tails": the end of each document is."""
     settings: dict[str, Any]
@@ -85,16 +99,21 @@ def read_manifest(path: Path) -> Manifest:
             "prepare the data again"
         )
     try:
-        streams = {
-            name: StreamInfo(**_typed(StreamInfo, value))
-            for name, value in content["streams"].items()
-        }
+        streams = {name: _stream_info(value) for name, value in content["streams"].items()}
         if set(streams) != set(SPLITS):
             raise ValueError(f"streams are {sorted(streams)}")
         manifest = Manifest(**{**_typed(Manifest, content), "streams": streams})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: is damaged: {error}") from error
     return manifest
+
+
+def _stream_info(content: Mapping[str, Any]) -> StreamInfo:
+    info = StreamInfo(**_typed(StreamInfo, content))
+    shares = [SourceShare(**_typed(SourceShare, share)) for share in content["sources"]]
+    if 1 + sum(share.n_tokens for share in shares) != info.n_tokens:
+        raise ValueError("the tokens of the sources are not those of the stream")
+    return replace(info, sources=shares)
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -133,6 +152,7 @@ def _typed(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass out of JSON, checked. A manifest may have been changed by
     anybody."""
     types: dict[str, Any] = {"int": int, "str": str, "list[int]": list, "dict[str, Any]": dict}
+    types["list[SourceShare]"] = list
     found: dict[str, Any] = {}
     for each in fields(kind):
         value: Any = content[each.name]
@@ -140,7 +160,7 @@ def _typed(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
         is_possible = isinstance(value, expected) and not isinstance(value, bool)
         if is_possible and expected is int:
             is_possible = value >= (1 if each.name == "block_bytes" else 0)
-        if is_possible and expected is list:
+        if is_possible and each.type == "list[int]":
             is_possible = all(type(item) is int for item in value)
         if is_possible and each.name in ("file", "offsets_file", "documents_file"):
             # A plain name: a manifest must not lead out of its folder.

@@ -1,23 +1,21 @@
 """Where each document of a stream came from, in a file beside its ids, and the strangest of all.
 
-A line a document goes out, in the order of the stream; `find_origins` reads it back by number or by
-id, without holding it in memory. With the inverse of the order that is enough to tell which
+It holds a line a document, in the order of the stream; `find_origins` reads it by number or by id,
+without holding it in memory. With the inverse of the order that is enough to tell which
 documents a step saw and which steps saw a document, without a log of the run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain.corpus.documents import Document
-from pretrain.data.durable import sync_and_close
 
 STRANGEST = 10
 # Of a shorter document the bytes a token say nothing.
@@ -34,28 +32,6 @@ class Origin:
     offset: int
     """Where the document starts in its (decompressed) file, in bytes."""
     title: str
-
-
-class OriginsWriter:
-    """Writes a line for each document of one stream; `close` gives the hash of the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115 closed by `close`
-        self._sha256 = hashlib.sha256()
-
-    def add(self, document: Document) -> None:
-        origin = Origin(document.id, document.source, document.offset, document.title)
-        line = json.dumps(asdict(origin), ensure_ascii=False).encode() + b"\n"
-        self._file.write(line)
-        self._sha256.update(line)
-
-    def close(self) -> str:
-        sync_and_close(self._file)
-        return self._sha256.hexdigest()
-
-    def abandon(self) -> None:
-        """Close the file without finishing it."""
-        self._file.close()
 
 
 def find_origins(path: Path, wanted: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
@@ -102,9 +78,22 @@ class Strangest:
             "bytes_per_token": round(n_bytes / n_tokens, 3),
             "begins": document.text[:80],
         }
-        for kept, key in ((self._most, ratio), (self._fewest, -ratio)):
-            push = heapq.heappush if len(kept) < STRANGEST else heapq.heappushpop
-            push(kept, (key, -self._n_seen, entry))
+        _keep(self._most, ratio, -self._n_seen, entry)
+        _keep(self._fewest, -ratio, -self._n_seen, entry)
+
+    def state(self) -> dict[str, Any]:
+        """What was seen, as plain values for JSON."""
+        names = ("_n_tokens", "_n_bytes", "_n_seen", "_most", "_fewest")
+        return {name: getattr(self, name) for name in names}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add the `state` of another one, as if its documents had come after these."""
+        for kept, entries in ((self._most, state["_most"]), (self._fewest, state["_fewest"])):
+            for key, seen, entry in sorted(entries, key=lambda each: -each[1]):
+                _keep(kept, key, seen - self._n_seen, entry)
+        self._n_tokens += state["_n_tokens"]
+        self._n_bytes += state["_n_bytes"]
+        self._n_seen += state["_n_seen"]
 
     def found(self) -> list[dict[str, Any]]:
         """The strangest first."""
@@ -120,3 +109,8 @@ class Strangest:
         ordered = sorted(candidates.items(), key=lambda item: (-item[1][0], item[0]))
         # With bytes as tokens nothing is strange.
         return [entry for _, (distance, entry) in ordered[:STRANGEST] if distance > 0]
+
+
+def _keep(kept: list[tuple[float, int, dict[str, Any]]], key: float, seen: int, entry: Any) -> None:
+    push = heapq.heappush if len(kept) < STRANGEST else heapq.heappushpop
+    push(kept, (key, seen, entry))

@@ -1,143 +1,36 @@
 """Prepared text on disk: a folder of two streams of ids, which says about itself all that a reader
 must know.
 
-Ids go in through `ShardWriter`, and come out of `open_prepared(folder).split("train").read(start,
-stop)`. A stream is EOT document EOT document EOT ...: it begins with one end-of-text token, so that
-every token of text is a target once. Refused are ids outside the vocabulary, files of the wrong
-size or kind, and a tokenizer that is not the one that wrote the ids; `verify` reads everything and
-names the block that differs.
+`writing` makes it, and ids come out of `open_prepared(folder).split("train").read(start, stop)`.
+Refused are ids outside the vocabulary, files of the wrong size or kind, and a tokenizer that is not
+the one that wrote the ids; `verify` reads everything and names the block that differs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 import zlib
-from array import array
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.documents import Document
-from pretrain.data.durable import sync_and_close, write_file
 from pretrain.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
+    SourceShare,
     SplitName,
     StreamInfo,
     is_prepared,
     read_manifest,
     size_of,
 )
-from pretrain.data.origins import OriginsWriter
+from pretrain.data.writing import HEADER, MAGIC, id_bytes
 from pretrain.tokenizer.loading import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["PreparedData", "ShardWriter", "TokenStream", "is_prepared", "open_prepared"]
-
-BLOCK_BYTES = 1 << 20
-"""Ids in a block that has a checksum of its own, in bytes."""
-
-# magic, format version, bytes per id, number of ids; then zeros up to 64 bytes, so that ids are
-# aligned.
-_HEADER = struct.Struct("<8sIIQ40x")
-_MAGIC = b"PTSHARD\0"
-
-
-class ShardWriter:
-    """Writes one stream: `add` ids of a document in one or more calls, then `end_document`; at last
-    `close`."""
-
-    def __init__(self, folder: Path, *, name: SplitName, vocab_size: int, end_of_text: int) -> None:
-        self._name = name
-        self._vocab_size = vocab_size
-        self._end_of_text = np.array([end_of_text], dtype=np.int64)
-        self._dtype = np.dtype(f"<u{id_bytes(vocab_size)}")
-        self._folder = folder
-        self._file: BinaryIO = open(folder / f"{name}.bin", "xb")  # noqa: SIM115 closed by `close`
-        self._file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION, self._dtype.itemsize, 0))
-        self._origins = OriginsWriter(folder / f"{name}.documents.jsonl")
-        self._sha256 = hashlib.sha256()
-        self._block = bytearray()
-        self._checksums: list[int] = []
-        self._offsets = array("q")
-        self._max_id = 0
-        self._n_bytes = self._n_open_bytes = 0
-        self.n_tokens = 0
-        self.n_documents = 0
-        self.add(self._end_of_text, n_bytes=0)
-        self._offsets.append(self.n_tokens)
-
-    def add(self, ids: NDArray[np.int64], *, n_bytes: int) -> None:
-        """Append ids, shape (n,), that stand for `n_bytes` bytes of text. ValueError for an id out
-        of range."""
-        if ids.size == 0:
-            return
-        # Checked before the cast: numpy would wrap 65537 to 1 without a word.
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} cannot be stored; legal: 0 to {self._vocab_size - 1}")
-        self._max_id = max(self._max_id, high)
-        self._n_bytes += n_bytes
-        self._n_open_bytes += n_bytes
-        self.n_tokens += ids.size
-        self._block += ids.astype(self._dtype).tobytes()
-        while len(self._block) >= BLOCK_BYTES:
-            self._flush_block(BLOCK_BYTES)
-
-    def end_document(self, document: Document) -> tuple[int, int]:
-        """Close a document with the end-of-text token; returns its tokens without that, and its
-        bytes."""
-        n_tokens = self.n_tokens - self._offsets[-1]
-        n_bytes, self._n_open_bytes = self._n_open_bytes, 0
-        self.add(self._end_of_text, n_bytes=0)
-        self._offsets.append(self.n_tokens)
-        self._origins.add(document)
-        self.n_documents += 1
-        return n_tokens, n_bytes
-
-    def close(self) -> StreamInfo:
-        """Write the rest and the header to the disk itself; returns what the manifest has to
-        say."""
-        if self._block:
-            self._flush_block(len(self._block))
-        self._file.seek(0)
-        header = _HEADER.pack(_MAGIC, FORMAT_VERSION, self._dtype.itemsize, self.n_tokens)
-        self._file.write(header)
-        sync_and_close(self._file)
-
-        offsets = np.asarray(self._offsets, dtype="<i8").tobytes()
-        write_file(self._folder / f"{self._name}.offsets", offsets)
-        return StreamInfo(
-            file=f"{self._name}.bin",
-            offsets_file=f"{self._name}.offsets",
-            documents_file=f"{self._name}.documents.jsonl",
-            n_tokens=self.n_tokens,
-            n_documents=self.n_documents,
-            n_bytes=self._n_bytes,
-            max_id=self._max_id,
-            sha256=self._sha256.hexdigest(),
-            offsets_sha256=hashlib.sha256(offsets).hexdigest(),
-            documents_sha256=self._origins.close(),
-            block_bytes=BLOCK_BYTES,
-            block_checksums=self._checksums,
-        )
-
-    def abandon(self) -> None:
-        """Close the files without finishing them."""
-        self._file.close()
-        self._origins.abandon()
-
-    def _flush_block(self, size: int) -> None:
-        block = bytes(self._block[:size])
-        del self._block[:size]
-        self._file.write(block)
-        self._sha256.update(block)
-        self._checksums.append(zlib.crc32(block))
+__all__ = ["PreparedData", "TokenStream", "is_prepared", "open_prepared"]
 
 
 class TokenStream:
@@ -158,7 +51,7 @@ class TokenStream:
         """The origins of the documents: `origins.find_origins` reads them."""
         # The size was compared: reading past the end of a map would kill the process with SIGBUS.
         self._ids = np.memmap(
-            self._path, dtype=self._dtype, mode="r", offset=_HEADER.size, shape=(info.n_tokens,)
+            self._path, dtype=self._dtype, mode="r", offset=HEADER.size, shape=(info.n_tokens,)
         )
 
     @property
@@ -175,6 +68,11 @@ class TokenStream:
     def n_bytes(self) -> int:
         """Bytes of text (UTF-8) behind the stream; end-of-text tokens count 0."""
         return self._info.n_bytes
+
+    @property
+    def sources(self) -> list[SourceShare]:
+        """What each source gave, one after the other in the order of the stream."""
+        return self._info.sources
 
     @property
     def sha256(self) -> str:
@@ -210,12 +108,12 @@ class TokenStream:
         block."""
         whole = hashlib.sha256()
         with open(self._path, "rb") as file:
-            file.seek(_HEADER.size)
+            file.seek(HEADER.size)
             for number, expected in enumerate(self._info.block_checksums):
                 block = file.read(self._info.block_bytes)
                 whole.update(block)
                 if zlib.crc32(block) != expected:
-                    start = _HEADER.size + number * self._info.block_bytes
+                    start = HEADER.size + number * self._info.block_bytes
                     raise ValueError(
                         f"{self._path}: block {number} (bytes {start} to {start + len(block)}) "
                         "is damaged: CRC-32 "
@@ -239,15 +137,15 @@ class TokenStream:
 
     def _check_file(self) -> None:
         n_bytes = size_of(self._path)
-        expected = _HEADER.size + self._info.n_tokens * self._dtype.itemsize
+        expected = HEADER.size + self._info.n_tokens * self._dtype.itemsize
         if n_bytes != expected:
             raise ValueError(
                 f"{self._path}: has {n_bytes:,} bytes, expected {expected:,}: the file is "
                 f"{'cut off' if n_bytes < expected else 'too long'}; prepare the data again"
             )
         with open(self._path, "rb") as file:
-            magic, version, width, count = _HEADER.unpack(file.read(_HEADER.size))
-        if magic != _MAGIC:
+            magic, version, width, count = HEADER.unpack(file.read(HEADER.size))
+        if magic != MAGIC:
             raise ValueError(f"{self._path}: no shard of pretrain (it begins with {magic!r})")
         found = {"format version": version, "bytes per id": width, "number of ids": count}
         wanted = {
@@ -258,7 +156,7 @@ class TokenStream:
         for name, value in found.items():
             if value != wanted[name]:
                 raise ValueError(f"{self._path}: {name} is {value}, expected {wanted[name]}")
-        n_blocks = -(-(expected - _HEADER.size) // self._info.block_bytes)
+        n_blocks = -(-(expected - HEADER.size) // self._info.block_bytes)
         if len(self._info.block_checksums) != n_blocks:
             raise ValueError(
                 f"{self._path}: manifest has {len(self._info.block_checksums)} checksums, "
@@ -330,8 +228,3 @@ def open_prepared(folder: str | Path) -> PreparedData:
             f"{manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
     return PreparedData(folder, manifest)
-
-
-def id_bytes(vocab_size: int) -> int:
-    """Bytes that an id takes on disk: 2 up to 65,536 entries, else 4."""
-    return 2 if vocab_size <= 1 << 16 else 4

@@ -1,19 +1,19 @@
 """Which text is for training and which is for validation: a pure function of the text and the
 fraction.
 
-A `Census` of all documents comes in, a `Split` goes out that tells for each document which parts go
-where. Refused is a corpus too small to have both.
+The hashes and sizes of all documents come in, a `Split` goes out that tells for each document which
+parts go where.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pretrain.corpus.duplicates import text_hash
 from pretrain.data.manifest import SplitName
 
 VAL_BYTES = 400_000
@@ -24,39 +24,6 @@ validation instead."""
 MIN_TAIL_BYTES = 32
 """A shorter end would hardly be scored; such a document stays in training whole."""
 _CUT_SEARCH_CHARACTERS = 1000
-
-
-class Census:
-    """Counts documents: 16 bytes of memory each, whatever their length."""
-
-    def __init__(self) -> None:
-        self._keys = array("Q")
-        self._sizes = array("Q")
-        self._order = hashlib.sha256()
-        self.n_bytes = 0
-
-    def add(self, text: str) -> None:
-        """Count one document."""
-        data = text.encode()
-        digest = hashlib.blake2b(data, digest_size=8).digest()
-        self._keys.append(int.from_bytes(digest, "big"))
-        self._sizes.append(len(data))
-        self._order.update(digest)
-        self.n_bytes += len(data)
-
-    @property
-    def n_documents(self) -> int:
-        """Number of documents."""
-        return len(self._keys)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the documents' texts in their order."""
-        return self._order.hexdigest()
-
-    def keys_and_sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The hash and the bytes of each document, two arrays of shape (n_documents,), uint64."""
-        return np.array(self._keys, dtype=np.uint64), np.array(self._sizes, dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +39,7 @@ class Split:
     def parts(self, text: str) -> Iterator[tuple[SplitName, str]]:
         """The parts of one document, in order, whose texts joined are the document's."""
         if self.policy == "documents":
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            yield ("val" if int.from_bytes(digest, "big") < self.bound else "train"), text
+            yield ("val" if text_hash(text.encode())[0] < self.bound else "train"), text
             return
         cut = _cut(text, self.val_fraction)
         if cut:
@@ -88,22 +54,31 @@ def default_val_fraction(n_bytes: int) -> float:
     return min(max(VAL_BYTES / max(n_bytes, 1), 0.002), 0.1)
 
 
-def choose_split(census: Census, *, val_fraction: float | None) -> Split:
+def choose_split(
+    keys: Callable[[], Iterable[NDArray[np.void]]], *, val_fraction: float | None
+) -> Split:
     """Divide by whole documents where there are at least MIN_DOCUMENTS different ones, else by the
     end of each.
 
     A document is validation if the 64-bit BLAKE2b of its text, as a fraction of 2^64, is below
     `val_fraction`, or if it has the smallest hash; so equal documents are never on both sides, and
     a document added later moves no other one. Where that would give validation most of the text
-    (one document is nearly everything), the ends are taken too.
+    (one document is nearly everything), the ends are taken too. `keys` gives the documents'
+    `corpus.parts.KEY`s, in arrays, each time it is called.
     """
-    fraction = val_fraction if val_fraction is not None else default_val_fraction(census.n_bytes)
-    keys, sizes = census.keys_and_sizes()
-    if len(np.unique(keys)) >= MIN_DOCUMENTS:
-        bound = max(int(fraction * 2**64), int(keys.min()) + 1)
-        n_val_bytes = int(sizes[keys < np.uint64(bound)].sum())
-        most = max(0.5, 1.5 * fraction) * census.n_bytes
-        if n_val_bytes <= most:
+    n_bytes = 0
+    smallest: set[int] = set()
+    for chunk in keys():
+        n_bytes += int(chunk["n_bytes"].sum())
+        smallest.update(np.unique(chunk["hash"])[:MIN_DOCUMENTS].tolist())
+        smallest = set(sorted(smallest)[:MIN_DOCUMENTS])
+    fraction = val_fraction if val_fraction is not None else default_val_fraction(n_bytes)
+    if len(smallest) == MIN_DOCUMENTS:
+        bound = max(int(fraction * 2**64), min(smallest) + 1)
+        n_val_bytes = sum(
+            int(chunk["n_bytes"][chunk["hash"] < np.uint64(bound)].sum()) for chunk in keys()
+        )
+        if n_val_bytes <= max(0.5, 1.5 * fraction) * n_bytes:
             return Split(val_fraction=fraction, policy="documents", bound=bound)
     return Split(val_fraction=fraction, policy="tails", bound=0)
 

@@ -19,16 +19,9 @@ time beyond measure in the trainer, and the cut changes at most the tokens that 
 # Python's \s has U+001C..U+001F, Unicode's White_Space (which the library asks) has not.
 _SPACE = r"[^\S\x1c-\x1f]"
 _OTHER = r"[\S\x1c-\x1f]"
-_WORDS = re.compile(f"{_SPACE}*{_OTHER}+|{_SPACE}+")
 # A plain space behind a non-space is a safe place for every pre-split in use (GPT-4's pulls
 # newlines to the left).
 _SAFE_PLACE = re.compile(f"{_OTHER}(?= )")
-
-
-def words(text: str) -> list[str]:
-    """The smallest pieces that GPT-2's pre-split keeps apart: space, then everything up to the next
-    space."""
-    return _WORDS.findall(text)
 
 
 def pieces(text: str, *, limit: int = PIECE_CHARACTERS) -> Iterator[str]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.tokenizer.alphabet import byte_symbols, symbol_bytes
-from pretrain.tokenizer.pieces import PIECE_CHARACTERS, pieces, words
+from pretrain.tokenizer.pieces import pieces
 
 if TYPE_CHECKING:
+    import fastokens
     import tokenizers
 
 Ids = NDArray[np.int64]
@@ -30,11 +30,13 @@ END_OF_TEXT = "<|endoftext|>"
 _OTHER_ENDS = ("<|end_of_text|>",)  # Llama 3
 FILE_NAME = "tokenizer.json"
 
-# About 50 MB; in text without spaces a "word" is long, hence the second bound.
-_MAX_REMEMBERED_WORDS = 1 << 18
-_MAX_REMEMBERED_CHARACTERS = 1 << 23
-_MISSES_AT_ONCE = 1 << 15
-_PIECES_AT_ONCE = 64
+_FAST_CHARACTERS = 1 << 20
+# Something of everything that pre-splits and merges treat differently.
+_PROBE = (
+    "The whale's 1234567 don't\tEND\n\n I'LL he'd a/b// -+=<|endoftext|> for(i=0;i<10;i++){}\r\n  "
+    "\u200b\u00a0a\u0301\u2028\x85 \U0001f3f3\ufe0f\u200d\U0001f308 \U00010400 "
+    "été ÉTÉ Straße 中文字 ﷽ नमस्ते กับ שלום أهل Ǆǅǆ ²½Ⅷ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa   "
+)
 
 
 class Tokenizer:
@@ -71,10 +73,7 @@ class Tokenizer:
         self.kind = _kind(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
-        # GPT-2's own pre-split: words can be encoded one by one, and each only once.
-        self._splits_at_words = self.kind == "bpe" and _is_gpt2_split(description)
-        self._remembered: dict[str, bytes] = {}
-        self._n_remembered_characters = 0
+        self._fast = _fast_twin(library, self._canonical) if self.kind == "bpe" else None
         self._table = self._build_table(entries) if self.kind != "bpe" else np.empty(0, np.int64)
 
     def encode(self, text: str) -> Ids:
@@ -88,17 +87,12 @@ class Tokenizer:
             return self._table[np.frombuffer(text.encode(), dtype=np.uint8)]
         if self.kind == "characters":
             return self._encode_characters(text)
-        if self._splits_at_words:
-            return self._encode_words(text)
-        return self._encode_pieces(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text; the same as `encode` of each, and quicker for many short texts."""
-        if not self._splits_at_words:
-            return [self.encode(text) for text in texts]
-        split = [self._split(_without_surrogates(text)) for text in texts]
-        self._remember(word for parts in split for word in parts)
-        return [self._look_up(parts) for parts in split]
+        found: list[Ids] = [np.empty(0, np.int64)]
+        if self._fast is None:
+            found += [_plainly(self._library, piece) for piece in pieces(text)]
+        else:
+            found += [_fastly(self._fast, piece) for piece in pieces(text, limit=_FAST_CHARACTERS)]
+        return np.concatenate(found)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text is nothing, and bytes that are no UTF-8 become U+FFFD.
@@ -153,47 +147,32 @@ class Tokenizer:
             )
         return ids
 
-    def _encode_pieces(self, text: str) -> Ids:
-        found: list[Ids] = [np.empty(0, np.int64)]
-        cut = pieces(text)
-        while batch := list(islice(cut, _PIECES_AT_ONCE)):
-            for each in self._library.encode_batch_fast(batch, add_special_tokens=False):
-                found.append(np.asarray(each.ids, dtype=np.int64))
-        return np.concatenate(found)
 
-    def _encode_words(self, text: str) -> Ids:
-        found: list[Ids] = [np.empty(0, np.int64)]
-        for piece in pieces(text, limit=1 << 20):
-            split = self._split(piece)
-            self._remember(split)
-            found.append(self._look_up(split))
-        return np.concatenate(found)
+def _plainly(library: tokenizers.Tokenizer, text: str) -> Ids:
+    return np.asarray(library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    def _split(self, text: str) -> list[str]:
-        split = words(text)
-        if max(map(len, split), default=0) > PIECE_CHARACTERS:
-            split = [piece for word in split for piece in pieces(word)]
-        return split
 
-    def _remember(self, split: Iterable[str]) -> None:
-        """Make sure that the ids of all these words are remembered, the library encoding those that
-        are not."""
-        if (
-            len(self._remembered) > _MAX_REMEMBERED_WORDS
-            or self._n_remembered_characters > _MAX_REMEMBERED_CHARACTERS
-        ):
-            self._remembered.clear()
-            self._n_remembered_characters = 0
-        misses = iter(set(split).difference(self._remembered))
-        while batch := list(islice(misses, _MISSES_AT_ONCE)):
-            encodings = self._library.encode_batch_fast(batch, add_special_tokens=False)
-            for word, each in zip(batch, encodings, strict=True):
-                self._remembered[word] = np.asarray(each.ids, dtype=np.uint32).tobytes()
-                self._n_remembered_characters += len(word)
+def _fastly(fast: fastokens.Tokenizer, text: str) -> Ids:
+    """What `_plainly` gives, some thirty times as fast."""
+    # Flat, so that no Python object is made for a token; special tokens in the text are text.
+    ids, _ = fast.encode_batch_flat([text], split_special_tokens=True)
+    return np.frombuffer(ids, dtype="<u4").astype(np.int64)
 
-    def _look_up(self, split: list[str]) -> Ids:
-        found = b"".join(map(self._remembered.__getitem__, split))
-        return np.frombuffer(found, dtype=np.uint32).astype(np.int64)
+
+def _fast_twin(library: tokenizers.Tokenizer, canonical: bytes) -> fastokens.Tokenizer | None:
+    """The same tokenizer in the library fastokens; None where that cannot read it, or gives other
+    ids for a text of all kinds of characters."""
+    import fastokens
+
+    try:
+        fast = fastokens.Tokenizer.from_json_str(canonical.decode())
+        same = np.array_equal(_fastly(fast, _PROBE), _plainly(library, _PROBE))
+    except BaseException as error:
+        # Libraries in Rust panic with what is no Exception.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        return None
+    return fast if same else None
 
 
 def _entries(library: tokenizers.Tokenizer) -> list[str]:

@@ -1,0 +1,193 @@
+"""The published rules for what is good text: Gopher's, C4's and FineWeb's.
+
+A text comes in; out goes the rule that it breaks, or none, and the text, from which C4's rules take
+whole lines. A word is what stands between spaces, so that the thresholds mean what the papers say;
+the rules are for languages written so, and most of them for English.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+ELLIPSES = ("...", "\u2026")
+
+
+class Judged(NamedTuple):
+    """A text after the rules, and the rule that it breaks, "" for none."""
+
+    text: str
+    broken: str
+
+
+def judge(text: str, filters: Sequence[str]) -> Judged:
+    """Hold a text to sets of rules, in the order of `filters`: "gopher", "c4", "fineweb"."""
+    for name in filters:
+        text, broken = _SETS[name](text)
+        if broken:
+            return Judged(text, f"{name}: {broken}")
+    return Judged(text, "")
+
+
+def _gopher(text: str) -> Judged:
+    """Rae et al., "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
+    2021, appendix A1.1."""
+    words = text.split()
+    return Judged(text, _gopher_quality(text, words) or _gopher_repetition(text, words))
+
+
+def _gopher_quality(text: str, words: list[str]) -> str:
+    spoken = [word for word in words if any(c.isalnum() for c in word)]
+    if not 50 <= len(spoken) <= 100_000:
+        return "fewer than 50 or more than 100,000 words"
+    if not 3 <= sum(map(len, spoken)) / len(spoken) <= 10:
+        return "words of fewer than 3 or more than 10 letters on average"
+    n_ellipses = sum(map(text.count, ELLIPSES))
+    if max(text.count("#"), n_ellipses) > 0.1 * len(words):
+        return "a # or ... for every tenth word"
+    lines = text.splitlines()
+    if sum(line.lstrip().startswith(("\u2022", "-")) for line in lines) > 0.9 * len(lines):
+        return "nine in ten lines are list entries"
+    if sum(line.rstrip().endswith(ELLIPSES) for line in lines) > 0.3 * len(lines):
+        return "three in ten lines end in ..."
+    if sum(any(c.isalpha() for c in word) for word in words) < 0.8 * len(words):
+        return "a fifth of the words has no letter"
+    if len({"the", "be", "to", "of", "and", "that", "have", "with"}.intersection(words)) < 2:
+        return "fewer than two common English words"
+    return ""
+
+
+def _gopher_repetition(text: str, words: list[str]) -> str:
+    for what, items in (
+        ("paragraphs", re.split(r"\n{2,}", text.strip())),
+        ("lines", re.split(r"\n+", text)),
+    ):
+        n_double, n_characters = _repeated(items)
+        if n_double > 0.3 * len(items) or n_characters > 0.2 * len(text):
+            return f"repeated {what}"
+    numbers: dict[str, int] = {}
+    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)
+    lengths = np.array([len(word) for word in words], np.int64)
+    pairs = ids
+    for n in range(2, 11):
+        # The number of n words in a row, from those of n - 1 words and of the last one.
+        _, pairs = np.unique(
+            pairs[: len(ids) - n + 1] * len(numbers) + ids[n - 1 :], return_inverse=True
+        )
+        if not pairs.size:
+            break
+        if n <= 4 and _commonest(pairs, lengths, n) > {2: 0.2, 3: 0.18, 4: 0.16}[n] * len(text):
+            return f"one phrase of {n} words is much of the text"
+        if n >= 5 and _repeated_phrases(pairs, lengths, n, (0.2 - n / 100) * len(text)):
+            return f"repeated phrases of {n} words"
+    return ""
+
+
+def _repeated(items: Sequence[str]) -> tuple[int, int]:
+    """How many of the items occurred before, and their characters."""
+    counts = Counter(items)
+    return (
+        sum(count - 1 for count in counts.values()),
+        sum((count - 1) * len(item) for item, count in counts.items() if count > 1),
+    )
+
+
+def _commonest(phrases: NDArray[np.int64], lengths: NDArray[np.int64], n: int) -> int:
+    """Characters, spaces between the words included, of all occurrences of the commonest phrase of
+    `n` words, the first of equals."""
+    counts = np.bincount(phrases)
+    first = int(np.argmax(counts[phrases] == counts.max()))
+    return int(counts.max()) * (int(lengths[first : first + n].sum()) + n - 1)
+
+
+def _repeated_phrases(
+    phrases: NDArray[np.int64], lengths: NDArray[np.int64], n: int, limit: float
+) -> bool:
+    """Whether phrases of `n` words that came before make up more than `limit` characters, no
+    character counted twice."""
+    is_first = np.zeros(len(phrases), bool)
+    is_first[np.unique(phrases, return_index=True)[1]] = True
+    # At most what all repeated phrases cover together: usually that is little, and all there is to
+    # do.
+    covered = np.zeros(len(lengths) + 1, np.int64)
+    repeated = np.flatnonzero(~is_first)
+    np.add.at(covered, repeated, 1)
+    np.add.at(covered, repeated + n, -1)
+    if lengths[np.cumsum(covered[:-1]) > 0].sum() <= limit:
+        return False
+    seen: set[int] = set()
+    total = place = 0
+    ends = np.concatenate(([0], np.cumsum(lengths)))
+    while place < len(phrases):
+        phrase = int(phrases[place])
+        if phrase in seen:
+            total += int(ends[place + n] - ends[place])
+            place += n
+        else:
+            seen.add(phrase)
+            place += 1
+    return total > limit
+
+
+_C4_ENDS = (".", "?", "!", '"', "'")
+_C4_POLICIES = re.compile("terms of use|privacy policy|cookie policy|uses? cookies|use of cookies")
+_C4_CITATIONS = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]\u201d\u2019]*(?=\s|$)")
+
+
+def _c4(text: str) -> Judged:
+    """Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+    Transformer", 2020, section 2.2, without its list of bad words."""
+    kept = []
+    for line in map(str.strip, text.splitlines()):
+        words = line.split()
+        if len(words) < 3 or max(map(len, words)) > 1000:
+            continue
+        line = _C4_CITATIONS.sub("", line)
+        if not line.endswith(_C4_ENDS) or line.endswith("..."):
+            continue
+        lower = line.lower()
+        if "lorem ipsum" in lower:
+            return Judged(text, "lorem ipsum")
+        if "javascript" in lower:
+            continue
+        if "{" in line:
+            return Judged(text, "a curly bracket")
+        if not _C4_POLICIES.search(lower):
+            kept.append(line)
+    if sum(n_sentences(line) for line in kept) < 5:
+        return Judged(text, "fewer than 5 sentences")
+    return Judged("\n".join(kept), "")
+
+
+def n_sentences(line: str) -> int:
+    """How many sentences a line holds, one at least."""
+    return max(1, len(_SENTENCE_END.findall(line)))
+
+
+_FINEWEB_ENDS = tuple(".?!\u3002\uff0e\uff1f\uff01\uff61\u061f\u06d4\u0589\u0964\u1362")
+
+
+def _fineweb(text: str) -> Judged:
+    """Penedo et al., "The FineWeb Datasets: Decanting the Web for the Finest Text Data at Scale",
+    2024, section 3.5."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        return Judged(text, "empty")
+    if sum(line.endswith(_FINEWEB_ENDS) for line in lines) < 0.12 * len(lines):
+        return Judged(text, "under 12 % of the lines end like sentences")
+    if sum(len(line) <= 30 for line in lines) > 0.67 * len(lines):
+        return Judged(text, "over 67 % of the lines have at most 30 characters")
+    if _repeated(lines)[1] > 0.01 * len(text.replace("\n", "")):
+        return Judged(text, "over 1 % of the characters are in repeated lines")
+    if text.count("\n") > 0.3 * len(text.split()):
+        return Judged(text, "a new line for every third word")
+    return Judged(text, "")
+
+
+_SETS: dict[str, Callable[[str], Judged]] = {"gopher": _gopher, "c4": _c4, "fineweb": _fineweb}

@@ -1,0 +1,69 @@
+"""What all units of a job found, added up: for report.json, problems.jsonl and removed.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.overlap import Overlaps
+from pretrain.data.job import Job
+from pretrain.data.origins import Strangest
+
+
+def reading_of(job: Job) -> tuple[ReadingReport, list[Path]]:
+    """What reading found in all, and the files with all the problems."""
+    places = [job.place("list"), *(job.place("read", n) for n in range(job.n_groups))]
+    whole = ReadingReport()
+    for place in places:
+        content = json.loads((place / "report.json").read_text(encoding="utf-8"))
+        whole.merge(ReadingReport.from_dict(content["reading"]))
+    return whole, [place / "problems.jsonl" for place in places]
+
+
+def whole_report(job: Job) -> dict[str, Any]:
+    """What all units found, added up: report.json but for the streams."""
+    reading, _ = reading_of(job)
+    removed: Counter[str] = Counter()
+    asked, strangest = job.settings.corpus, Strangest()
+    shared = [np.empty(0, np.uint64)]
+    if asked.looks_at_text:
+        for number in range(len(job.read_parts)):
+            removed.update(job.report_of("select", number)["removed"])
+            shared.append(np.load(job.place("select", number) / "shared.npy"))
+            shared = [np.unique(np.concatenate(shared))]
+    if asked.deduplicate != "none":
+        doubles = job.report_of("join").items()
+        removed.update({f"duplicate: {how} to an earlier document": n for how, n in doubles if n})
+    content = reading.as_dict()
+    for counts in content["sources"].values():
+        counts["n_tokens"] = 0
+    for number, part in enumerate(job.parts):
+        found = job.report_of("encode", number)
+        content["sources"][part.source]["n_tokens"] += found["n_tokens"]
+        strangest.merge(found["strangest"])
+    content["removed"] = dict(removed.most_common())
+    if asked.evaluation_texts:
+        overlaps = Overlaps.open(job.place("list") / "overlaps.npz")
+        content["overlap"] = overlaps.rates(shared[0])
+    decided = job.report_of("decide")
+    content |= {name: decided[name] for name in ("n_kept_documents", "n_kept_text_bytes")}
+    return {**content, "strangest": strangest.found()}
+
+
+def all_lines(job: Job, name: str) -> Iterator[bytes]:
+    """The lines of all "problems.jsonl" or "removed.jsonl", in the order of the corpus."""
+    if name == "problems.jsonl":
+        places = reading_of(job)[1]
+    else:
+        n_select = len(job.read_parts) if job.settings.corpus.looks_at_text else 0
+        places = [job.place("select", n) / name for n in range(n_select)]
+        places += [job.place("encode", n) / name for n in range(len(job.parts))]
+    for place in places:
+        with open(place, "rb") as file:
+            yield from file

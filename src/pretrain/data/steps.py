@@ -1,0 +1,341 @@
+"""The steps of a preparation, in order: from files to a folder of ids.
+
+    list -> read -> select -> compare -> join -> decide -> encode -> write
+
+Each takes what earlier steps left in the job's folder, and leaves its own there; see `job`. What a
+unit found goes into its report.json, and the last step adds them up. Refused are sources without
+text, text that is too small to be divided, and settings that contradict it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.corpus.documents import Document, ReadingReport
+from pretrain.corpus.duplicates import (
+    PAIR,
+    RECORD,
+    band_hashes,
+    first_of_each,
+    like_pairs,
+    n_ranges,
+    write_records,
+)
+from pretrain.corpus.files import SourceFile, list_files
+from pretrain.corpus.overlap import Overlaps
+from pretrain.corpus.parts import read_part, write_parts
+from pretrain.corpus.reading import read_documents, read_files
+from pretrain.corpus.selection import Selection, write_removed
+from pretrain.data.durable import write_json
+from pretrain.data.findings import reading_of
+from pretrain.data.job import Job, Part, Step
+from pretrain.data.manifest import SPLITS
+from pretrain.data.origins import Strangest
+from pretrain.data.splitting import Split, choose_split
+from pretrain.data.writing import PartWriter
+from pretrain.tokenizer.config import TRAINED_NAMES
+from pretrain.tokenizer.loading import load_tokenizer
+from pretrain.tokenizer.pieces import pieces
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.training import train_tokenizer
+
+GROUP_BYTES = 1 << 23
+GROUP_FILES = 1 << 12
+"""Files are read in groups of about so many bytes on disk, and at most so many files."""
+EQUAL, NEARLY_EQUAL = 1, 2
+_BATCH_CHARACTERS = 1 << 20
+
+
+def _list(job: Job, unit: int, out: Path) -> None:
+    """The files of all sources in groups, each group of one source."""
+    settings, report = job.settings, ReadingReport()
+    groups: list[list[SourceFile]] = []
+    n_bytes = 0
+    with _Problems(out, report):
+        for file in list_files(settings.sources, report=report, strict=settings.strict):
+            is_full = n_bytes >= GROUP_BYTES or (groups and len(groups[-1]) >= GROUP_FILES)
+            if not groups or is_full or groups[-1][0].given != file.given:
+                groups.append([])
+                n_bytes = 0
+            groups[-1].append(file)
+            n_bytes += file.n_bytes
+    for number, group in enumerate(groups):
+        files = [asdict(file) | {"path": str(file.path)} for file in group]
+        write_json(out / f"{number}.json", {"files": files}, escaped=True)
+    texts = settings.corpus.evaluation_texts
+    if texts:
+        found = ((name, d.text) for name in texts for d in read_documents(name))
+        Overlaps.of(found).save(out / "overlaps.npz")
+    write_json(out / "report.json", {"n_groups": len(groups), "reading": report.as_dict()})
+
+
+def _read(job: Job, unit: int, out: Path) -> None:
+    """The documents of a group of files, in parts."""
+    content = json.loads((job.place("list") / f"{unit}.json").read_text(encoding="utf-8"))
+    files = [SourceFile(**file | {"path": Path(file["path"])}) for file in content["files"]]
+    report, settings = ReadingReport(), job.settings
+    n_bytes = max(1, sum(file.n_bytes for file in files))
+
+    def told(documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            if job.on_fraction is not None:
+                job.on_fraction(report.n_read_bytes / n_bytes)
+            yield document
+
+    with _Problems(out, report):
+        found = read_files(
+            files, text_field=settings.text_field, report=report, strict=settings.strict
+        )
+        counts = write_parts(told(found), out)
+    write_json(
+        out / "report.json",
+        {"source": files[0].given, "parts": counts, "reading": report.as_dict()},
+    )
+
+
+class _Problems:
+    """While it is open, all problems of a report are written to problems.jsonl."""
+
+    def __init__(self, folder: Path, report: ReadingReport) -> None:
+        self._file = open(folder / "problems.jsonl", "x", encoding="utf-8")  # noqa: SIM115
+        report.on_problem = lambda problem: print(json.dumps(asdict(problem)), file=self._file)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _n_select(job: Job) -> int:
+    asked = job.settings.corpus
+    if not job.read_parts:
+        report = reading_of(job)[0]
+        named = ", ".join(repr(source) for source in job.settings.sources)
+        raise ValueError(f"source {named} gave no document: {report.summary()}")
+    return len(job.read_parts) if asked.looks_at_text or asked.deduplicate != "none" else 0
+
+
+def _select(job: Job, unit: int, out: Path) -> None:
+    """The documents of a part that pass the filters, and what duplicates among them are told by."""
+    part, asked = job.read_parts[unit], job.settings.corpus
+    report: dict[str, Any] = {"source": part.source}
+    if asked.looks_at_text:
+        with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
+            path = job.place("list") / "overlaps.npz"
+            overlaps = Overlaps.open(path) if path.exists() else None
+            selection = Selection(asked, overlaps, removed)
+            report["parts"] = write_parts(selection.kept(read_part(part.documents)), out)
+        report["removed"] = selection.reasons
+        np.save(out / "shared.npy", selection.shared())
+        files = [(out / f"{n}.part", out / f"{n}.keys.npy") for n in range(len(report["parts"]))]
+    else:
+        files = [(part.documents, part.keys)]
+    if asked.deduplicate != "none":
+        exact, near = _records(files, near=asked.deduplicate == "near")
+        write_records(out / "exact.npy", exact)
+        write_records(out / "near.npy", near)
+        report["n_records"] = len(exact) + len(near)
+    write_json(out / "report.json", report)
+
+
+def _records(
+    files: list[tuple[Path, Path]], *, near: bool
+) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """RECORDs of whole texts and, if asked, of bands, of documents numbered from 0."""
+    keys = np.concatenate([np.load(path) for _, path in files]) if files else np.empty(0, RECORD)
+    exact = np.zeros(len(keys), RECORD)
+    exact["hash"], exact["check"] = keys["hash"], keys["check"]
+    exact["document"] = np.arange(len(keys), dtype=np.uint64)
+    if not near:
+        return exact, np.empty(0, RECORD)
+    bands = [band_hashes(d.text) for path, _ in files for d in read_part(path)]
+    lengths = [len(each) for each in bands]
+    records = np.zeros(sum(lengths), RECORD)
+    records["hash"] = np.concatenate([np.empty(0, np.uint64), *bands])
+    records["document"] = np.repeat(np.arange(len(bands), dtype=np.uint64), lengths)
+    return exact, records
+
+
+def _n_compare(job: Job) -> int:
+    if job.settings.corpus.deduplicate == "none":
+        return 0
+    return n_ranges(sum(job.report_of("select", n)["n_records"] for n in range(_n_select(job))))
+
+
+def _compare(job: Job, unit: int, out: Path) -> None:
+    """Pairs of like documents from one range of the hashes."""
+    n_units, firsts = _n_compare(job), _first_documents(job)
+    for name in ("exact", "near"):
+        files = [(job.place("select", n) / f"{name}.npy", first) for n, first in firsts]
+        with open(out / name, "xb") as file:
+            for pairs in like_pairs(files, part=unit, n_parts=n_units):
+                file.write(pairs.tobytes())
+    write_json(out / "report.json", {})
+
+
+def _first_documents(job: Job) -> list[tuple[int, int]]:
+    """For each unit of `select`, the number of the first document that it left."""
+    if not job.settings.corpus.looks_at_text:
+        return [(number, part.first_document) for number, part in enumerate(job.parts)]
+    found, first = [], 0
+    for number in range(len(job.read_parts)):
+        found.append((number, first))
+        first += sum(job.report_of("select", number)["parts"])
+    return found
+
+
+def _n_join(job: Job) -> int:
+    return int(job.settings.corpus.deduplicate != "none")
+
+
+def _join(job: Job, unit: int, out: Path) -> None:
+    """For each document whether an earlier one is equal or nearly equal: `Job.doubles_of`."""
+    n_documents = job.n_documents
+    doubles = np.lib.format.open_memmap(
+        out / "doubles.npy", mode="w+", dtype=np.uint8, shape=(n_documents,)
+    )
+    n_units, counts = _n_compare(job), Counter[int]()
+    for name, mark in (("near", NEARLY_EQUAL), ("exact", EQUAL)):
+        files = [job.place("compare", number) / name for number in range(n_units)]
+        scratch = out / "roots.npy"
+        roots = first_of_each(_pairs(files), n_documents=n_documents, scratch=scratch)
+        for start in range(0, n_documents, 1 << 20):
+            part = roots[start : start + (1 << 20)]
+            mine = np.arange(start, start + len(part), dtype=np.uint64)
+            doubles[start : start + len(part)][part != mine] = mark
+        scratch.unlink()
+    for start in range(0, n_documents, 1 << 20):
+        found = np.bincount(doubles[start : start + (1 << 20)], minlength=3)
+        counts.update({n: int(found[n]) for n in (EQUAL, NEARLY_EQUAL)})
+    doubles.flush()
+    write_json(out / "report.json", {"equal": counts[EQUAL], "nearly equal": counts[NEARLY_EQUAL]})
+
+
+def _pairs(files: Iterable[Path]) -> Iterator[NDArray[np.void]]:
+    for path in files:
+        with open(path, "rb") as file:
+            while data := file.read(PAIR.itemsize << 20):
+                yield np.frombuffer(data, PAIR)
+
+
+def _decide(job: Job, unit: int, out: Path) -> None:
+    """Which documents are held out, and the tokenizer."""
+    settings = job.settings
+
+    def keys() -> Iterator[NDArray[np.void]]:
+        for part in job.parts:
+            yield np.load(part.keys)[job.doubles_of(part) == 0]
+
+    whole = hashlib.sha256()
+    n_documents = n_bytes = 0
+    for chunk in keys():
+        whole.update(chunk["hash"].astype(">u8").tobytes())
+        n_documents += len(chunk)
+        n_bytes += int(chunk["n_bytes"].sum())
+    if n_documents == 0:
+        raise ValueError("the filters removed every document; ask for fewer of them")
+    split = choose_split(keys, val_fraction=settings.val_fraction)
+    _tokenizer(job, split).save(out / "tokenizer")
+    write_json(
+        out / "report.json",
+        {
+            "split": asdict(split),
+            "source_sha256": whole.hexdigest(),
+            "n_kept_documents": n_documents,
+            "n_kept_text_bytes": n_bytes,
+        },
+    )
+
+
+def _tokenizer(job: Job, split: Split) -> Tokenizer:
+    """The given tokenizer, or a new one that has not seen validation text, except `characters`,
+    which must be able to write it."""
+    name = job.settings.tokenizer
+    if name not in TRAINED_NAMES:
+        return load_tokenizer(name)
+    parts = job.parts if name != "bytes" else []
+
+    def texts() -> Iterator[str]:
+        for number, part in enumerate(parts):
+            for document in _kept(job, part):
+                for side, text in split.parts(document.text):
+                    if side == "train" or name == "characters":
+                        yield text
+            if job.on_fraction is not None:
+                job.on_fraction((number + 1) / len(parts))
+
+    return train_tokenizer(texts(), name=name, vocab_size=job.settings.vocab_size)
+
+
+def _kept(job: Job, part: Part, removed: TextIO | None = None) -> Iterator[Document]:
+    """The documents of a part that are no duplicates; those go to the file `removed`."""
+    doubles = job.doubles_of(part)
+    for double, document in zip(doubles.tolist(), read_part(part.documents), strict=True):
+        if not double:
+            yield document
+        elif removed is not None:
+            how = "equal" if double == EQUAL else "nearly equal"
+            write_removed(removed, document, f"duplicate: {how} to an earlier document")
+
+
+def split_of(job: Job) -> Split:
+    """How documents are divided."""
+    return Split(**job.report_of("decide")["split"])
+
+
+def _encode(job: Job, unit: int, out: Path) -> None:
+    """The ids of a part, a file for each side of the split."""
+    part, split = job.parts[unit], split_of(job)
+    tokenizer = _opened_tokenizer(job)
+    writers = {
+        name: PartWriter(
+            out, name=name, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text
+        )
+        for name in SPLITS
+    }
+    strangest, total = Strangest(), 0
+    with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
+        for document in _kept(job, part, removed):
+            for name, text in split.parts(document.text):
+                for piece in pieces(text, limit=_BATCH_CHARACTERS):
+                    writers[name].add(tokenizer.encode(piece), n_bytes=len(piece.encode()))
+                n_tokens, n_bytes = writers[name].end_document(document)
+                strangest.add(document, n_tokens=n_tokens, n_bytes=n_bytes)
+                total += n_tokens
+    for writer in writers.values():
+        writer.close()
+    write_json(out / "report.json", {"n_tokens": total, "strangest": strangest.state()})
+
+
+_tokenizers: dict[Path, Tokenizer] = {}
+
+
+def _opened_tokenizer(job: Job) -> Tokenizer:
+    """The job's tokenizer, opened once a process."""
+    folder = job.place("decide") / "tokenizer"
+    if folder not in _tokenizers:
+        _tokenizers.clear()
+        _tokenizers[folder] = load_tokenizer(folder)
+    return _tokenizers[folder]
+
+
+STEPS = (
+    Step("list", "looking for files", lambda job: 1, _list),
+    Step("read", "reading", lambda job: job.n_groups, _read),
+    Step("select", "selecting", _n_select, _select),
+    Step("compare", "comparing", _n_compare, _compare),
+    Step("join", "comparing", _n_join, _join),
+    Step("decide", "training the tokenizer", lambda job: 1, _decide),
+    Step("encode", "encoding", lambda job: len(job.parts), _encode),
+)
+"""All but the last, which writes the folder that was asked for: `preparation.finish`."""

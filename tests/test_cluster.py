@@ -1,0 +1,112 @@
+"""Preparation by datatrove's executors gives the bytes of `prepare`, also when a worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.corpus.config import CorpusConfig
+from pretrain.data import prepare
+from pretrain.data.cluster import shares
+from pretrain.data.preparation import begin, finish
+from test_resumed_preparation import corpus, hashes
+
+__all__ = ["corpus"]
+
+ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path) -> dict[str, str]:
+    prepare(sorted(corpus.iterdir()), corpus.parent / "expected", corpus=ASKED)
+    return hashes(corpus.parent / "expected")
+
+
+def test_any_number_of_tasks_does_the_same(
+    corpus: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    with pytest.raises(RuntimeError, match=r"1 of 1 units of the step 'list' are not done"):
+        finish(job, tmp_path / "out")
+    for share in shares(job):
+        for rank in (2, 0, 1):
+            share(None, rank, 3)
+    finish(job, tmp_path / "out")
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_the_local_executor(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    executors = pytest.importorskip("datatrove.executor")
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    executor = None
+    for number, share in enumerate(shares(job)):
+        executor = executors.LocalPipelineExecutor(
+            pipeline=[share],
+            tasks=2,
+            logging_dir=str(tmp_path / f"logs{number}"),
+            depends=executor,
+        )
+    assert executor is not None
+    executor.run()
+    finish(job, tmp_path / "out")
+    assert hashes(tmp_path / "out") == expected
+
+
+def kill_one_at_work(folder: Path, killed: list[int]) -> None:
+    """Kill the first process that is seen in the middle of a unit, and the Ray worker above it.
+
+    Not a worker that is still starting: for that the executor waits without end.
+    """
+    while not killed:
+        for path in folder.glob("[rse]*/*.*-*"):
+            process = int(path.name.partition(".")[2].partition("-")[0])
+            try:
+                above = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+                is_ray = b"ray::RankWorker" in Path(f"/proc/{above}/cmdline").read_bytes()
+            except OSError:
+                continue  # it has ended
+            if is_ray:
+                for each in (above, process):
+                    os.kill(each, signal.SIGKILL)
+                killed.append(above)
+                return
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="looks at /proc")
+def test_ray_with_a_worker_killed(
+    corpus: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    executors = pytest.importorskip("datatrove.executor.ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    killed: list[int] = []
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
+    try:
+        killer = threading.Thread(target=kill_one_at_work, args=(job.folder, killed), daemon=True)
+        killer.start()
+        executor: Any = None
+        for number, share in enumerate(shares(job)):
+            executor = executors.RayPipelineExecutor(
+                pipeline=[share],
+                tasks=2,
+                workers=2,
+                mem_per_cpu_gb=0.1,
+                logging_dir=str(tmp_path / f"logs{number}"),
+                depends=executor,
+            )
+        executor.run()
+    finally:
+        ray.shutdown()
+    killer.join(timeout=5)
+    assert len(killed) == 1
+    finish(job, tmp_path / "out")
+    assert hashes(tmp_path / "out") == expected

@@ -1,0 +1,218 @@
+"""A preparation that was killed at any moment is finished to the same bytes by the same command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.corpus import parts
+from pretrain.corpus.config import CorpusConfig
+from pretrain.data import durable, job, prepare, steps
+from pretrain.data.job import Job, Step
+from pretrain.data.preparation import work_folder
+from test_selection import changed, prose
+
+ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of two formats with duplicates, records that are none, and texts that are no good."""
+    folder = tmp_path_factory.mktemp("kill") / "texts"
+    folder.mkdir()
+    draw = random.Random(0)
+    originals = [prose(draw, draw.randint(60, 400)) for _ in range(150)]
+    for number in range(4):
+        texts = [" ".join(changed(draw, draw.choice(originals), 0.01)) for _ in range(60)]
+        texts += [" ".join(prose(draw, 10))] * 5
+        lines = [json.dumps({"id": f"{number}-{n}", "text": t}) for n, t in enumerate(texts)]
+        lines.insert(draw.randrange(60), "no json")
+        (folder / f"{number}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (folder / f"{number}.txt").write_text(" ".join(originals[number]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_TEXT_BYTES", 40_000)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path) -> dict[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART_TEXT_BYTES", 40_000)
+        prepare(corpus, corpus.parent / "whole", corpus=ASKED)
+    found = hashes(corpus.parent / "whole")
+    assert len(found) == 11
+    return found
+
+
+class Killed(BaseException):
+    """What no `except` of ours catches."""
+
+
+def test_every_unit_may_be_the_last(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do = Job.do
+    n_done = n_left = 0
+
+    def counted(job: Job, step: Step, unit: int) -> None:
+        nonlocal n_done, n_left
+        if n_left == 0:
+            raise Killed
+        n_left -= 1
+        n_done += 1
+        do(job, step, unit)
+
+    n_stops = 0
+    draw = random.Random(1)
+    monkeypatch.setattr(Job, "do", counted)
+    while not (tmp_path / "out").exists():
+        n_left = draw.randint(0, 3)
+        try:
+            prepare(corpus, tmp_path / "out", corpus=ASKED)
+        except Killed:
+            n_stops += 1
+            assert work_folder(tmp_path / "out").is_dir()
+    assert hashes(tmp_path / "out") == whole
+    assert n_stops > 10
+    # Nothing was done twice, and nothing is left.
+    first = n_done
+    n_left = 10**6
+    prepare(corpus, tmp_path / "again", corpus=ASKED)
+    assert n_done == 2 * first
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
+
+
+def test_death_inside_a_unit(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With files half written, while the whole is put in place, and while the rest is removed."""
+    draw = random.Random(2)
+    n_calls = 0
+    stopped_in: set[str] = set()
+
+    def mortal(name: str, real: Any) -> Any:
+        def dies(*given: Any, **named: Any) -> Any:
+            nonlocal n_calls
+            n_calls -= 1
+            if n_calls < 0:
+                if n_calls == -1:
+                    stopped_in.add(name)
+                raise Killed
+            # What is written last may be cut off.
+            if n_calls == 0 and name == "write_json":
+                given[0].write_text("{")
+                raise Killed
+            return real(*given, **named)
+
+        return dies
+
+    for module, name in (
+        (steps, "write_json"),
+        (job, "sync_tree"),
+        (durable, "sync_folder"),
+        (shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(module, name, mortal(name, getattr(module, name)))
+    for number in range(6):
+        out = tmp_path / str(number)
+        while not out.exists() or work_folder(out).exists():
+            n_calls = draw.choice([draw.randint(1, 12), draw.randint(1, 200)])
+            try:
+                prepare(corpus, out, corpus=ASKED)
+            except Killed:
+                pass
+        assert hashes(out) == whole
+    assert len(stopped_in) >= 3, stopped_in
+    assert {path.name for path in tmp_path.iterdir()} == {str(number) for number in range(6)}
+
+
+def test_other_settings_begin_anew(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "choose_split", dies)
+        with pytest.raises(Killed):
+            prepare(corpus, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
+    assert (work_folder(tmp_path / "out") / "read").is_dir()
+    prepare(corpus, tmp_path / "out", corpus=ASKED)
+    assert hashes(tmp_path / "out") == whole
+
+
+def kill_at_random(corpus: Path, folder: Path, n_kills: int, seed: int) -> None:
+    """Kill a preparation by two workers `n_kills` times in all, over as many runs as that takes."""
+    code = (
+        "import sys; from pretrain.corpus import parts; parts.PART_TEXT_BYTES = 40_000;"
+        "from pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    draw = random.Random(seed)
+    expected: dict[str, str] | None = None
+    n_killed = n_finished = 0
+    seconds = 5.0
+    while n_killed < n_kills:
+        out = folder / f"out{n_finished}"
+        words = ["prepare", str(corpus), "--out", str(out), "--workers", "2"]
+        words += ["--deduplicate", "near", "--filters", "gopher", "--vocab-size", "600"]
+        if expected is None:
+            began = time.monotonic()
+            subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+            seconds = time.monotonic() - began
+            expected = hashes(out)
+            n_finished += 1
+            continue
+        run = subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            error = run.communicate(timeout=draw.uniform(0.2, 1.0) * seconds)[1]
+            assert run.returncode == 0, error
+            assert hashes(out) == expected
+            n_finished += 1
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+            n_killed += 1
+            if out.exists():
+                assert hashes(out) == expected
+                n_finished += 1
+    if n_finished == 1:
+        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+        assert hashes(out) == expected
+    left = {path.name for path in folder.iterdir()}
+    assert left <= {*(f"out{n}" for n in range(n_finished + 1)), *(n for n in left if n[0] == ".")}
+
+
+def test_kill_9_at_a_few_moments(corpus: Path, tmp_path: Path) -> None:
+    kill_at_random(corpus, tmp_path, 4, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_9_at_200_moments(corpus: Path, tmp_path: Path) -> None:
+    kill_at_random(corpus, tmp_path, 200, seed=1)
