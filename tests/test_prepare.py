@@ -213,7 +213,7 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
         "reading",
         "selecting",
         "comparing",
-        "training the tokenizer",
+        "choosing held-out text and tokenizer",
         "encoding",
         "writing",
     ]

@@ -42,7 +42,7 @@ def _gopher(text: str) -> Judged:
 
 
 def _gopher_quality(text: str, words: list[str]) -> str:
-    spoken = [word for word in words if any(c.isalnum() for c in word)]
+    spoken = [word for word in words if word.isalnum() or any(map(str.isalnum, word))]
     if not 50 <= len(spoken) <= 100_000:
         return "fewer than 50 or more than 100,000 words"
     if not 3 <= sum(map(len, spoken)) / len(spoken) <= 10:
@@ -55,7 +55,7 @@ def _gopher_quality(text: str, words: list[str]) -> str:
         return "nine in ten lines are list entries"
     if sum(line.rstrip().endswith(ELLIPSES) for line in lines) > 0.3 * len(lines):
         return "three in ten lines end in ..."
-    if sum(any(c.isalpha() for c in word) for word in words) < 0.8 * len(words):
+    if sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) < 0.8 * len(words):
         return "a fifth of the words has no letter"
     if len({"the", "be", "to", "of", "and", "that", "have", "with"}.intersection(words)) < 2:
         return "fewer than two common English words"
@@ -73,19 +73,44 @@ def _gopher_repetition(text: str, words: list[str]) -> str:
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)
     lengths = np.array([len(word) for word in words], np.int64)
-    pairs = ids
-    for n in range(2, 11):
-        # The number of n words in a row, from those of n - 1 words and of the last one.
-        _, pairs = np.unique(
-            pairs[: len(ids) - n + 1] * len(numbers) + ids[n - 1 :], return_inverse=True
-        )
-        if not pairs.size:
-            break
-        if n <= 4 and _commonest(pairs, lengths, n) > {2: 0.2, 3: 0.18, 4: 0.16}[n] * len(text):
+    phrases = _Phrases(ids, np.ones(len(ids), bool), np.empty(0, np.int64), 1)
+    for n in range(2, min(10, len(ids)) + 1):
+        phrases = _longer(phrases, ids, n)
+        if n <= 4 and _commonest(phrases, lengths, n) > {2: 0.2, 3: 0.18, 4: 0.16}[n] * len(text):
             return f"one phrase of {n} words is much of the text"
-        if n >= 5 and _repeated_phrases(pairs, lengths, n, (0.2 - n / 100) * len(text)):
+        if n >= 5 and _repeats(phrases, lengths, n, (0.2 - n / 100) * len(text)):
             return f"repeated phrases of {n} words"
     return ""
+
+
+class _Phrases(NamedTuple):
+    """All phrases of some number of words, by the place of their first word."""
+
+    numbers: NDArray[np.int64]
+    """Equal for equal phrases."""
+    occurs_again: NDArray[np.bool_]
+    """Whether the phrase stands elsewhere too."""
+    again: NDArray[np.int64]
+    """Places where a phrase stands that stood before."""
+    most: int
+    """How often the commonest one occurs."""
+
+
+def _longer(phrases: _Phrases, ids: NDArray[np.int64], n: int) -> _Phrases:
+    """The phrases of `n` words from those of one word less: only what those repeat can repeat."""
+    count = len(ids) - n + 1
+    places = np.flatnonzero(phrases.occurs_again[:count])
+    keys = phrases.numbers[places] * len(ids) + ids[places + n - 1]
+    _, first, inverse, counts = np.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True
+    )
+    numbers = -1 - np.arange(count)
+    numbers[places] = inverse
+    occurs_again = np.zeros(count, bool)
+    occurs_again[places] = counts[inverse] > 1
+    again = occurs_again.copy()
+    again[places[first]] = False
+    return _Phrases(numbers, occurs_again, np.flatnonzero(again), int(counts.max(initial=1)))
 
 
 def _repeated(items: Sequence[str]) -> tuple[int, int]:
@@ -97,39 +122,35 @@ def _repeated(items: Sequence[str]) -> tuple[int, int]:
     )
 
 
-def _commonest(phrases: NDArray[np.int64], lengths: NDArray[np.int64], n: int) -> int:
+def _commonest(phrases: _Phrases, lengths: NDArray[np.int64], n: int) -> int:
     """Characters, spaces between the words included, of all occurrences of the commonest phrase of
     `n` words, the first of equals."""
-    counts = np.bincount(phrases)
-    first = int(np.argmax(counts[phrases] == counts.max()))
-    return int(counts.max()) * (int(lengths[first : first + n].sum()) + n - 1)
+    first = 0
+    if phrases.most > 1:
+        places = np.flatnonzero(phrases.occurs_again)
+        numbers = phrases.numbers[places]
+        first = places[np.argmax(np.bincount(numbers)[numbers] == phrases.most)]
+    return phrases.most * (int(lengths[first : first + n].sum()) + n - 1)
 
 
-def _repeated_phrases(
-    phrases: NDArray[np.int64], lengths: NDArray[np.int64], n: int, limit: float
-) -> bool:
-    """Whether phrases of `n` words that came before make up more than `limit` characters, no
+def _repeats(phrases: _Phrases, lengths: NDArray[np.int64], n: int, limit: float) -> bool:
+    """Whether phrases of `n` words that stood before make up more than `limit` characters, no
     character counted twice."""
-    is_first = np.zeros(len(phrases), bool)
-    is_first[np.unique(phrases, return_index=True)[1]] = True
-    # At most what all repeated phrases cover together: usually that is little, and all there is to
-    # do.
+    # At most what all of them cover together: usually that is little, and all there is to do.
     covered = np.zeros(len(lengths) + 1, np.int64)
-    repeated = np.flatnonzero(~is_first)
-    np.add.at(covered, repeated, 1)
-    np.add.at(covered, repeated + n, -1)
+    np.add.at(covered, phrases.again, 1)
+    np.add.at(covered, phrases.again + n, -1)
     if lengths[np.cumsum(covered[:-1]) > 0].sum() <= limit:
         return False
+    numbers = phrases.numbers.tolist()
     seen: set[int] = set()
     total = place = 0
-    ends = np.concatenate(([0], np.cumsum(lengths)))
-    while place < len(phrases):
-        phrase = int(phrases[place])
-        if phrase in seen:
-            total += int(ends[place + n] - ends[place])
+    while place < len(numbers):
+        if numbers[place] in seen:
+            total += int(lengths[place : place + n].sum())
             place += n
         else:
-            seen.add(phrase)
+            seen.add(numbers[place])
             place += 1
     return total > limit
 

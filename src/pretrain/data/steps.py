@@ -335,7 +335,7 @@ STEPS = (
     Step("select", "selecting", _n_select, _select),
     Step("compare", "comparing", _n_compare, _compare),
     Step("join", "comparing", _n_join, _join),
-    Step("decide", "training the tokenizer", lambda job: 1, _decide),
+    Step("decide", "choosing held-out text and tokenizer", lambda job: 1, _decide),
     Step("encode", "encoding", lambda job: len(job.parts), _encode),
 )
 """All but the last, which writes the folder that was asked for: `preparation.finish`."""
