@@ -9,6 +9,7 @@ map can be inverted.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,8 @@ class Order:
     n_tokens: int
     context_length: int
     seed: int
+    purpose: str = ""
+    """Tells orders of the same seed apart."""
 
     def __post_init__(self) -> None:
         if self.n_windows < 1:
@@ -99,10 +102,10 @@ class Order:
 
     def shift(self, epoch: int) -> int:
         """Where the first window of an epoch starts, in [0, T): windows are cut anew each time."""
-        return _integer(self.seed, "shift", epoch) % self.context_length
+        return _integer(self.seed, f"shift{self.purpose}", epoch) % self.context_length
 
     def _bijection(self, epoch: int) -> Bijection:
-        return Bijection(self.n_windows, self.seed, f"order/{epoch}")
+        return Bijection(self.n_windows, self.seed, f"order{self.purpose}/{epoch}")
 
     def starts(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Position in the stream of the first id of each sample's window."""
@@ -121,6 +124,21 @@ class Order:
         if not 0 <= window < self.n_windows:
             return None
         return int(self.samples_at(np.array([window], dtype=np.int64), epoch=epoch)[0])
+
+    def windows_of(self, begin: int, end: int, n_samples: int) -> Iterator[tuple[int, int]]:
+        """Sample and first position of each window among the first `n_samples` samples that holds
+        any of the ids [begin, end), in the order of epochs and of the text."""
+        length = self.context_length
+        for epoch in range(-(-n_samples // self.n_windows)):
+            shift = self.shift(epoch)
+            # A window holds T + 1 ids, so its last id is the next one's first.
+            lowest = max(0, -((shift + length - begin) // length))
+            highest = min(self.n_windows - 1, (end - 1 - shift) // length)
+            windows = np.arange(lowest, highest + 1, dtype=np.int64)
+            samples = self.samples_at(windows, epoch=epoch)
+            for window, sample in zip(windows.tolist(), samples.tolist(), strict=True):
+                if sample < n_samples:
+                    yield sample, window * length + shift
 
     def samples_at(self, windows: NDArray[np.int64], *, epoch: int) -> NDArray[np.int64]:
         """The sample that each window of an epoch is: the inverse of what `starts` does."""

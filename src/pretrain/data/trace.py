@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 
 
@@ -35,7 +36,7 @@ class Tracer:
     """The windows of a run: `offsets` are those of the stream's documents, a batch is `batch_rows`
     samples."""
 
-    order: Order
+    order: Order | Mixture
     offsets: NDArray[np.int64]
     batch_rows: int
 
@@ -57,19 +58,8 @@ class Tracer:
         """Where the first `steps` updates saw a document, in the order of epochs and of the
         text."""
         begin, end = int(self.offsets[document]), int(self.offsets[document + 1])
-        length, n_windows = self.order.context_length, self.order.n_windows
-        n_samples = steps * self.batch_rows
-        for epoch in range(-(-n_samples // n_windows)):
-            shift = self.order.shift(epoch)
-            # A window holds T + 1 ids, so its last id is the next one's first.
-            lowest = max(0, -((shift + length - begin) // length))
-            highest = min(n_windows - 1, (end - 1 - shift) // length)
-            windows = np.arange(lowest, highest + 1, dtype=np.int64)
-            samples = self.order.samples_at(windows, epoch=epoch)
-            for window, sample in zip(windows.tolist(), samples.tolist(), strict=True):
-                if sample < n_samples:
-                    start = window * length + shift
-                    yield self._sight(sample, document, start, start + length + 1)
+        for sample, start in self.order.windows_of(begin, end, steps * self.batch_rows):
+            yield self._sight(sample, document, start, start + self.order.context_length + 1)
 
     def _sight(self, sample: int, document: int, start: int, stop: int) -> Sight:
         begin, end = int(self.offsets[document]), int(self.offsets[document + 1])
