@@ -69,7 +69,7 @@ def test_origins_stand_in_the_order_of_the_stream(tmp_path: Path, two_sources: l
     for split in ("train", "val"):
         stream = data.split(split)
         offsets = stream.document_offsets
-        for number, origin in find_origins(stream.documents_path, lambda *_: True):
+        for number, origin in stream.origins(lambda *_: True):
             text = tokenizer.decode(stream.read(offsets[number], offsets[number + 1] - 1).tolist())
             if origin.file.endswith(".txt"):
                 assert Path(origin.file).read_text(encoding="utf-8") == text
@@ -79,7 +79,7 @@ def test_origins_stand_in_the_order_of_the_stream(tmp_path: Path, two_sources: l
                 assert json.loads(line)["id"] == origin.id
             n += 1
     assert n == 60
-    (found,) = find_origins(stream.documents_path, lambda i, _: i == 2)
+    (found,) = stream.origins(lambda i, _: i == 2)
     assert found[0] == 2
 
 

@@ -50,6 +50,7 @@ def test_both_directions_are_what_a_walk_over_every_id_finds(
     seed: int, longest: int, context: int
 ) -> None:
     traced = tracer(seed, longest=longest, context=context, rows=3)
+    assert isinstance(traced.order, Order)
     # Two epochs and a half, so that shifts differ and the last epoch is cut off.
     steps = max(1, int(2.5 * traced.order.n_windows / traced.batch_rows))
     walked = {step: by_walking(traced, step) for step in range(steps)}

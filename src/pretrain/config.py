@@ -13,7 +13,7 @@ import math
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -202,7 +202,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        return _convert(value, next(o for o in options if o is not type(None)), name)
+        wants_list = isinstance(value, list | tuple)
+        fitting = [o for o in options if (get_origin(o) is tuple) == wants_list]
+        return _convert(value, next(o for o in (*fitting, *options) if o is not type(None)), name)
+    if is_dataclass(hint):
+        return _convert_entry(value, hint, name)
     if origin is Literal:
         if value in options:
             return value
@@ -225,12 +229,32 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
+def _convert_entry(value: Any, kind: Any, name: str) -> Any:
+    """An entry of a list, such as {path: a, weight: 1}."""
+    known = [f.name for f in fields(kind)]
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} has the entry {value!r}; legal: keys of {', '.join(known)}")
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{name}: an entry has no {key!r}{_nearest(str(key), known)}")
+    if "path" not in value:
+        raise ValueError(f"{name} has an entry without a path")
+    return _build(kind, value, name)
+
+
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Plain scalars and lists, complete: what config.yaml holds."""
     return {
-        name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
-        for name, section in asdict(config).items()
+        name: {k: _plain(v) for k, v in section.items()} for name, section in asdict(config).items()
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: each for key, each in value.items() if each is not None}
+    return value
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -90,7 +90,7 @@ def _score_split(model: Any, objective: Any) -> dict[str, Any]:
     same_ids = data.manifest.tokenizer_sha256 == model.tokenizer.sha256
     if not same_ids or data.split("val").sha256 != seen["held-out text"]:
         raise ValueError(
-            f"the text at {model.config.data.source} has changed since the run; "
+            f"the text at {', '.join(model.config.data.paths)} has changed since the run; "
             "score files with --text instead"
         )
     context = model.decoder.config.window_tokens

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.data.mixed import MixedData
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.shards import PreparedData, is_prepared, open_prepared
 
@@ -106,11 +107,25 @@ def cache_folder() -> Path:
 def prepared(
     config: RunConfig, *, progress: Callable[[str, float], None] | None = None
 ) -> PreparedData:
-    """The run's text as token ids: a prepared folder that was given, one from the cache, or one
+    """The run's text as token ids: prepared folders that were given, one from the cache, or one
     made now."""
+    data = config.data
+    given = [path for path in data.paths if is_prepared(path)]
+    if given and len(given) < len(data.paths):
+        raise ValueError(
+            f"data.source names both {given[0]!r}, which is prepared, and texts; prepare those too "
+            "(pretrain prepare TEXT --out DIR, with the tokenizer of the other), or name texts only"
+        )
+    found = [open_prepared(path) for path in given]
+    if not found:
+        found = [_from_cache(config, progress=progress)]
+    return found[0] if isinstance(data.source, str) else MixedData(data, found)
+
+
+def _from_cache(
+    config: RunConfig, *, progress: Callable[[str, float], None] | None
+) -> PreparedData:
     data, tokenizer = config.data, config.tokenizer
-    if is_prepared(data.source):
-        return open_prepared(data.source)
     settings: dict[str, Any] = {
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -118,11 +133,11 @@ def prepared(
         "val_fraction": data.val_fraction,
         "corpus": config.corpus,
     }
-    folder = cache_folder() / "prepared" / prepared_key(data.source, **settings)
+    folder = cache_folder() / "prepared" / prepared_key(data.paths, **settings)
     if not is_prepared(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return prepare(data.source, folder, progress=progress, **settings)
+            return prepare(data.paths, folder, progress=progress, **settings)
         except FileExistsError:
             pass  # another process was quicker and has made the same
     return open_prepared(folder)

@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     from pretrain.cli.places import prepared
     from pretrain.config import compose, read_file
-    from pretrain.data.order import Order
     from pretrain.data.trace import Tracer
 
     folder = Path(arguments.run)
@@ -46,11 +45,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     _refuse_other_text(folder, config, data)
     train, model, stream = config.train, config.model, data.split("train")
     assert train.batch_tokens is not None
-    tracer = Tracer(
-        Order(stream.n_tokens, model.window_tokens, train.seed),
-        stream.document_offsets,
-        train.batch_tokens // model.window_tokens,
+    rows = train.batch_tokens // model.window_tokens
+    assert train.steps is not None
+    order = data.order(
+        context_length=model.window_tokens, seed=train.seed, steps=train.steps, batch_rows=rows
     )
+    tracer = Tracer(order, stream.document_offsets, rows)
     if arguments.step is not None:
         return _show_step(tracer, data, arguments.step, output)
     return _show_document(tracer, data, arguments.document, _steps_made(folder), output)
@@ -61,8 +61,8 @@ def _refuse_other_text(folder: Path, config: RunConfig, data: PreparedData) -> N
     seen = environment["fingerprint"]["training text"]
     if data.split("train").sha256 != seen:
         raise ValueError(
-            f"the text at {config.data.source} has changed since the run, so its order tells "
-            "nothing about what the run saw"
+            f"the text at {', '.join(config.data.paths)} has changed since the run, so its order "
+            "tells nothing about what the run saw"
         )
 
 
@@ -73,14 +73,11 @@ def _steps_made(folder: Path) -> int:
 
 
 def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> int:
-    from pretrain.data.origins import find_origins
-
     if step < 0:
         raise ValueError(f"--step is {step}; steps count from 0")
     sights = tracer.documents_of(step)
     numbers = {sight.document for sight in sights}
-    path = data.split("train").documents_path
-    origins = dict(find_origins(path, lambda number, _: number in numbers))
+    origins = dict(data.split("train").origins(lambda number, _: number in numbers))
     read, rows = _reader(tracer, data), []
     for sight in sights:
         row = read(sight) | asdict(origins[sight.document])
@@ -96,15 +93,13 @@ def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) ->
 def _show_document(
     tracer: Tracer, data: PreparedData, name: str, steps: int, output: Output
 ) -> int:
-    from pretrain.data.origins import find_origins
-
-    path = data.split("train").documents_path
-    found = list(find_origins(path, lambda _, origin: name in (origin.id, origin.file)))
+    stream = data.split("train")
+    found = list(stream.origins(lambda _, origin: name in (origin.id, origin.file)))
     if not found:
-        held_out = find_origins(data.split("val").documents_path, lambda _, o: o.id == name)
+        held_out = data.split("val").origins(lambda _, o: o.id == name)
         if next(held_out, None):
             raise ValueError(f"{name!r} is held out: no step of any run on this text sees it")
-        (_, first), *_ = find_origins(path, lambda number, _: number == 0)
+        (_, first), *_ = stream.origins(lambda number, _: number == 0)
         raise ValueError(f"there is no document {name!r} here; ids are like {first.id!r}")
     read, documents = _reader(tracer, data), []
     for number, origin in found:

@@ -61,25 +61,35 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     require_packages(config.report.to)
     folder = new_run_folder(name, arguments.run)
     data = _prepare(config, output)
-    check_windows(config.model, config.train, n_tokens=data.split("train").n_tokens)
+    check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
     return _begin(config, folder, data, output, began)
 
 
 def _with_whole_path(config: RunConfig) -> RunConfig:
     """The source as an absolute path, so that a resume from another folder finds it; checked to be
     readable."""
-    if not is_prepared(config.data.source):
-        list_files(config.data.source)
-    texts = tuple(str(Path(path).resolve()) for path in config.corpus.evaluation_texts)
-    config = replace(config, corpus=replace(config.corpus, evaluation_texts=texts))
-    if config.data.source == "bundled":
-        return config
-    source = str(Path(config.data.source).resolve())
-    return replace(config, data=replace(config.data, source=source))
+    for path in config.data.paths:
+        if not is_prepared(path):
+            list_files(path)
+    texts = tuple(_whole(path) for path in config.corpus.evaluation_texts)
+    source = config.data.source
+    if isinstance(source, str):
+        source = _whole(source)
+    else:
+        source = tuple(replace(entry, path=_whole(entry.path)) for entry in source)
+    return replace(
+        config,
+        data=replace(config.data, source=source),
+        corpus=replace(config.corpus, evaluation_texts=texts),
+    )
+
+
+def _whole(path: str) -> str:
+    return path if path == "bundled" else str(Path(path).resolve())
 
 
 def _prepare(config: RunConfig, output: Output) -> PreparedData:
-    output.say(f"text: {config.data.source}")
+    output.say(f"text: {', '.join(config.data.paths)}")
     return prepared(config, progress=output.stages())
 
 

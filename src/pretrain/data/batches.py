@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 
 # A target that is not counted: the padding of the last row of an evaluation.
@@ -41,13 +42,20 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batch_at(
-    stream: Stream, *, context_length: int, seed: int, sample: int, rows: int
+    stream: Stream,
+    *,
+    context_length: int,
+    seed: int,
+    sample: int,
+    rows: int,
+    order: Order | Mixture | None = None,
 ) -> MicroBatch:
     """Samples [sample, sample + rows) of a run: a pure function of its arguments.
 
-    Raises ValueError when the context does not fit the stream.
+    `order` is by default that of the whole stream. Raises ValueError when the context does not fit
+    the stream.
     """
-    order = Order(stream.n_tokens, context_length, seed)
+    order = order if order is not None else Order(stream.n_tokens, context_length, seed)
     samples = np.arange(sample, sample + rows, dtype=np.int64)
     windows = np.stack([stream.read(s, s + context_length + 1) for s in order.starts(samples)])
     ids = torch.from_numpy(windows)

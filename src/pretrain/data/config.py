@@ -6,16 +6,49 @@ anything is read.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """One of several sources, and how much of it a run sees."""
+
+    path: str
+    """A file, folder or pattern of texts, or a prepared folder."""
+    weight: float | None = None
+    """Its share of the samples, relative to the weights of its stage."""
+    epochs: float | None = None
+    """How often it is read, instead of a weight: its share is that many times its tokens."""
+    stage: float = 0.0
+    """The part of the run after which its stage begins, from 0 to below 1. A stage lasts until the
+    next one begins, and only its own sources are read in it."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.source has an entry without a path")
+        for name in ("weight", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"data.source: {name} of {self.path!r} is {value}; legal: above 0")
+        if (self.weight is None) == (self.epochs is None):
+            raise ValueError(f"data.source: {self.path!r} needs either a weight or epochs")
+        if not 0 <= self.stage < 1:
+            raise ValueError(
+                f"data.source: stage of {self.path!r} is {self.stage}; legal: from 0 to below 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """The section `data`."""
 
-    source: str = "bundled"
+    source: str | tuple[SourceConfig, ...] = "bundled"
     """A file, folder or pattern of text, HTML, JSON, CSV, Parquet or WARC, plain or compressed; a
-    prepared folder; or "bundled"."""
+    prepared folder; "bundled"; or a list of {path, weight or epochs, stage}."""
+    exhausted: Literal["repeat", "refuse"] = "repeat"
+    """What happens with a source of a list that the run would read more than once."""
     text_field: str | None = None
     """The field of records that holds the text; by default it is found in the first
     records."""
@@ -24,15 +57,40 @@ class DataConfig:
     of text."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, str) or not self.source:
+        if not self.source:
             raise ValueError(
-                f"data.source is {self.source!r}; legal: a path of a file or folder, or 'bundled'"
+                f"data.source is {self.source!r}; legal: a path of a file or folder, 'bundled', or "
+                "a list of {path, weight}"
             )
         if self.text_field is not None and not self.text_field:
             raise ValueError(
                 "data.text_field is empty; legal: the name of a field, or leave it out"
             )
         check_val_fraction(self.val_fraction, name="data.val_fraction")
+        if not isinstance(self.source, str):
+            _check_mixture(self.source)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all sources, each once."""
+        if isinstance(self.source, str):
+            return (self.source,)
+        return tuple(dict.fromkeys(entry.path for entry in self.source))
+
+
+def _check_mixture(sources: tuple[SourceConfig, ...]) -> None:
+    stages: dict[float, list[SourceConfig]] = {}
+    for entry in sources:
+        stages.setdefault(entry.stage, []).append(entry)
+    if min(stages) != 0:
+        raise ValueError(f"data.source: the first stage begins at {min(stages)}; legal: 0")
+    for stage, entries in stages.items():
+        if len({entry.weight is None for entry in entries}) > 1:
+            raise ValueError(
+                f"data.source: the stage at {stage} has both weights and epochs; legal: one of them"
+            )
+        if len({entry.path for entry in entries}) < len(entries):
+            raise ValueError(f"data.source: the stage at {stage} names a path twice")
 
 
 def check_val_fraction(value: float | None, *, name: str = "val_fraction") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from pretrain.data.manifest import (
     read_manifest,
     size_of,
 )
+from pretrain.data.mixture import Mixture
+from pretrain.data.order import Order
+from pretrain.data.origins import Origin, find_origins
 from pretrain.data.writing import HEADER, MAGIC, id_bytes
 from pretrain.tokenizer.loading import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -48,7 +52,6 @@ class TokenStream:
         self._check_offsets_size(folder / info.offsets_file)
         self._offsets_path = folder / info.offsets_file
         self.documents_path = folder / info.documents_file
-        """The origins of the documents: `origins.find_origins` reads them."""
         # The size was compared: reading past the end of a map would kill the process with SIGBUS.
         self._ids = np.memmap(
             self._path, dtype=self._dtype, mode="r", offset=HEADER.size, shape=(info.n_tokens,)
@@ -102,6 +105,10 @@ class TokenStream:
                 "file is damaged; prepare the data again"
             )
         return ids
+
+    def origins(self, wanted: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
+        """Number and origin of each document that is `wanted`, in the order of the stream."""
+        return find_origins(self.documents_path, wanted)
 
     def verify(self) -> None:
         """Read the whole stream and compare every checksum; ValueError names the file and the
@@ -180,7 +187,7 @@ class PreparedData:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._streams = {
+        self._streams: Mapping[str, TokenStream] = {
             name: TokenStream(folder, info, vocab_size=manifest.vocab_size)
             for name, info in manifest.streams.items()
         }
@@ -201,6 +208,17 @@ class PreparedData:
         if name not in self._streams:
             raise ValueError(f"there is no split {name!r}; legal: {', '.join(self._streams)}")
         return self._streams[name]
+
+    @property
+    def shortest_tokens(self) -> int:
+        """Ids of the shortest text that windows are cut from."""
+        return self._streams["train"].n_tokens
+
+    def order(
+        self, *, context_length: int, seed: int, steps: int = 1, batch_rows: int = 1
+    ) -> Order | Mixture:
+        """The order in which a run visits the training text."""
+        return Order(self._streams["train"].n_tokens, context_length, seed)
 
     def verify(self) -> None:
         """Read everything and compare every checksum; ValueError names what differs."""

@@ -49,6 +49,7 @@ def render(run: Run) -> str:
         _tiles(run),
         _learning(run),
         _baselines(run),
+        _sources(run),
         _samples(run),
         _configuration(run),
         _environment(run),
@@ -187,6 +188,24 @@ def _baselines(run: Run) -> str:
         f"{bar_chart(bars, title='Bits per byte', unit='lower is better')}"
         '<table class="numbers"><thead><tr><td></td><th scope="col">Bits per byte</th>'
         f'<th scope="col">Perplexity</th></tr></thead><tbody>{table}</tbody></table></section>\n'
+    )
+
+
+def _sources(run: Run) -> str:
+    found = run.summary.get("sources")
+    if not isinstance(found, dict):
+        return ""
+    table = "".join(
+        f'<tr><th scope="row">{text(name)}</th><td>{count(number(row.get("tokens")))}</td>'
+        f"<td>{decimal(100 * (number(row.get('share')) or 0), 2)} %</td>"
+        f"<td>{decimal(number(row.get('epochs')), 2)}</td></tr>"
+        for name, row in found.items()
+        if isinstance(row, dict)
+    )
+    return (
+        '<section><h2>What was read of each source</h2><table class="numbers"><thead><tr><td></td>'
+        '<th scope="col">Tokens</th><th scope="col">Share</th><th scope="col">Epochs</th></tr>'
+        f"</thead><tbody>{table}</tbody></table></section>\n"
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from pretrain.data import PreparedData
+from pretrain.data.mixed import MixedData
 from pretrain.evaluate import byte_lengths
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
@@ -50,7 +51,7 @@ def decide(
 ) -> Decided:
     """Fill every empty field. Takes seconds when `train.minutes` must be turned into steps, else
     none."""
-    context, batch_tokens = check_windows(model, train, n_tokens=data.split("train").n_tokens)
+    context, batch_tokens = check_windows(model, train, n_tokens=data.shortest_tokens)
     model = replace(model, context_length=context)
     rows = batch_tokens // context
     train = replace(
@@ -63,15 +64,24 @@ def decide(
         precision=_precision(train.precision, world),
         compile=_compile(train.compile, world),
     )
+    if train.steps is None and train.minutes is None and isinstance(data, MixedData):
+        train = replace(train, steps=_steps_of_epochs(data, batch_tokens))
     if train.steps is None:
         train = replace(train, steps=_steps_that_fit(data, model, optimizer, train, world))
     steps = train.steps
     assert steps is not None
+    training_batches(data, model, train)  # the order, refused here if it cannot be
     every = train.evaluate_every or max(1, -(-steps // EVALUATIONS))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
     return Decided(model, schedule, train)
+
+
+def _steps_of_epochs(data: MixedData, batch_tokens: int) -> int | None:
+    """Updates that read every source as often as it is asked for."""
+    tokens = data.asked_tokens
+    return None if tokens is None else max(1, round(tokens / batch_tokens))
 
 
 def _micro_batch_rows(rows: int, context: int, device_type: str) -> int:
@@ -146,11 +156,18 @@ def training_batches(data: PreparedData, model: ModelConfig, train: TrainConfig)
     """The run's batches, from a config whose empty fields are filled."""
     assert train.batch_tokens is not None
     assert train.micro_batch_rows is not None
+    rows = train.batch_tokens // model.window_tokens
+    # A calibration does not know the steps yet; any order is as quick.
+    known = {} if train.steps is None else {"steps": train.steps}
+    order = data.order(
+        context_length=model.window_tokens, seed=train.seed, batch_rows=rows, **known
+    )
     return TrainingBatches(
         stream=data.split("train"),
+        order=order,
         context_length=model.window_tokens,
         seed=train.seed,
-        batch_rows=train.batch_tokens // model.window_tokens,
+        batch_rows=rows,
         micro_batch_rows=train.micro_batch_rows,
         byte_lengths_V=byte_lengths(data.tokenizer()),
     )

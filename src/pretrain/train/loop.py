@@ -24,6 +24,7 @@ from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, schedule_at
 from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state
+from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import training_batches
 from pretrain.train.records import SUMMARY, Best, Records, write_json
@@ -124,7 +125,7 @@ def train(
         for report in updates:
             world.synchronize()
             seconds = time.perf_counter() - clock
-            _note_step(run, report, n_bytes=batches.n_bytes, seconds=seconds)
+            _note_step(run, report, batches, seconds=seconds)
             is_best = False
             if due(run.done, settings.evaluate_every, run.steps):
                 is_best = _evaluate_and_sample(run)
@@ -137,7 +138,7 @@ def train(
                 _save(run, fingerprint)
                 break
             clock = time.perf_counter()
-    _finish(run, began)
+    _finish(run, batches, began)
     return 0
 
 
@@ -167,7 +168,7 @@ def _begin(
     return Run(folder, data, objective, updates, settings, world, screen, Records(folder), Best())
 
 
-def _note_step(run: Run, report: StepReport, *, n_bytes: int, seconds: float) -> None:
+def _note_step(run: Run, report: StepReport, batches: TrainingBatches, *, seconds: float) -> None:
     run.done = report.step + 1
     run.train_seconds += seconds
     loss = report.nats_per_token
@@ -178,7 +179,7 @@ def _note_step(run: Run, report: StepReport, *, n_bytes: int, seconds: float) ->
             f"{report.learning_rate:.1e}) or a longer schedule.warmup_steps may help. The last "
             f"checkpoint is whole."
         )
-    bits_per_byte = report.nats / math.log(2) / n_bytes if n_bytes else math.nan
+    bits_per_byte = report.nats / math.log(2) / batches.n_bytes if batches.n_bytes else math.nan
     tokens = run.done * (run.settings.batch_tokens or 0)
     run.records.add_metrics(
         {
@@ -192,6 +193,7 @@ def _note_step(run: Run, report: StepReport, *, n_bytes: int, seconds: float) ->
             "tokens_per_second": report.count / seconds,
             "seconds": run.train_seconds,
             "epoch": tokens / run.data.split("train").n_tokens,
+            **batches.source_tokens(run.done),
         }
     )
     run.screen.step(
@@ -278,7 +280,7 @@ def _save(run: Run, fingerprint: Mapping[str, Any]) -> None:
     prune(checkpoints, keep=run.settings.keep_checkpoints, protect=protect)
 
 
-def _finish(run: Run, began: float) -> None:
+def _finish(run: Run, batches: TrainingBatches, began: float) -> None:
     """Score the best checkpoint on the whole held-out split and write summary.json, the end of the
     run."""
     chosen = run.folder / "checkpoints" / checkpoint_name(run.done)
@@ -309,5 +311,6 @@ def _finish(run: Run, began: float) -> None:
         "peak_memory_bytes": run.world.peak_memory_bytes(),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
+        **batches.source_tokens(run.done, epochs=True),
     }
     write_json(run.folder / SUMMARY, summary)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.data import PreparedData
+from pretrain.data import Order, PreparedData
+from pretrain.data.mixture import Mixture
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.train.config import TrainConfig
 from pretrain.train.screen import Screen, duration
@@ -37,6 +38,9 @@ def show_plan(
     tables = 2 * model.ngram_rows * model.d_model
     in_tables = f", {tables:,} of them in n-gram tables" if tables else ""
     minutes = "" if settings.minutes is None else f", about {settings.minutes:g} min"
+    rows = batch // context
+    order = data.order(context_length=context, seed=settings.seed, steps=steps, batch_rows=rows)
+    mixture = [] if isinstance(order, Order) else [("mixed", _mixed(order, steps * rows))]
     screen.facts(
         [
             (
@@ -44,6 +48,7 @@ def show_plan(
                 f"{text.n_documents:,} documents, {text.n_tokens:,} tokens to train on; "
                 f"{held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens held out",
             ),
+            *mixture,
             (
                 "model",
                 f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters"
@@ -70,6 +75,16 @@ def show_plan(
             "--train.patience 3 stops early.",
             style="yellow",
         )
+
+
+def _mixed(order: Mixture, n_samples: int) -> str:
+    """What the run will read of each source."""
+    tokens, epochs = order.tokens(n_samples), order.epochs(n_samples)
+    whole = max(1, sum(tokens.values()))
+    return "; ".join(
+        f"{Path(name).name} {100 * count / whole:.1f} %, {epochs[name]:.2f} epochs"
+        for name, count in tokens.items()
+    )
 
 
 def show_summary(screen: Screen, summary: Mapping[str, Any], *, folder: Path, report: Path) -> None:
