@@ -149,9 +149,9 @@ def test_pre_splits_are_those_of_tiktoken(name: str) -> None:
     regex = pytest.importorskip("regex")
     from tokenizers import Regex, pre_tokenizers
 
-    from pretrain.tokenizer import foreign
+    from pretrain.tokenizer import splits
 
-    ours = {"cl100k_base": foreign._CL100K, "o200k_base": foreign._O200K}[name]
+    ours = {"cl100k_base": splits._CL100K, "o200k_base": splits._O200K}[name]
     split = pre_tokenizers.Split(Regex(ours), behavior="isolated")
     theirs = regex.compile(tiktoken_pattern(name))
     draw = random.Random(1)

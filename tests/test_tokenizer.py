@@ -22,8 +22,11 @@ from pretrain.tokenizer import (
     default_vocab_size,
     load_tokenizer,
     train_tokenizer,
+    training,
 )
+from pretrain.tokenizer.inspection import inspect
 from pretrain.tokenizer.pieces import pieces
+from pretrain.tokenizer.splits import Split, pre_tokenizer
 
 NASTY = [
     "",
@@ -125,15 +128,50 @@ def test_training_is_deterministic_and_blind_to_order() -> None:
     assert train_tokenizer(english()[1:], vocab_size=600).sha256 != first.sha256
 
 
-def test_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pretrain.tokenizer import training
-
-    monkeypatch.setattr(training, "SAMPLE_BYTES", 60_000)
+def test_sample_is_bounded() -> None:
     texts = english()
-    sample, n_bytes = training._sample(texts)
+    sample, n_bytes = training._sample(texts, 60_000)
     assert n_bytes == sum(len(text.encode()) for text in texts)
     assert 0 < sum(map(len, sample)) <= 60_000
-    assert training._sample(reversed(texts))[0] == sample
+    assert sorted(training._sample(reversed(texts), 60_000)[0]) == sorted(sample)
+
+
+@pytest.mark.parametrize("split", ["gpt2", "cl100k", "o200k", "llama3"])
+def test_a_new_vocabulary_for_each_split(split: Split, tmp_path: Path) -> None:
+    text = " ".join(english()) + " 1234567 12 don't DON'T \n\n x" * 50
+    tokenizer = train_tokenizer([text], vocab_size=900, split=split)
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.vocab_size == 900
+    for nasty in NASTY:
+        assert loaded.decode(loaded.encode(nasty)) == nasty
+        assert loaded.encode(nasty).tolist() == library_ids(tokenizer, nasty)
+    # GPT-2 keeps a number whole, the others cut it after three digits.
+    assert len(pre_tokenizer(split).pre_tokenize_str("1234567")) == (1 if split == "gpt2" else 3)
+    pieces_ = [part for part, _ in pre_tokenizer(split).pre_tokenize_str("I'LL 12345")]
+    assert len(pieces_) == {"gpt2": 4, "cl100k": 5, "o200k": 4, "llama3": 5}[split]
+
+
+def test_the_fast_trainer_agrees_on_english(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gigatoken")
+    plain = train_tokenizer(english(), vocab_size=3000)
+    assert train_tokenizer(english(), vocab_size=3000, fast=True).sha256 == plain.sha256
+    assert capfd.readouterr() == ("", "")  # though the library prints
+    with pytest.raises(ValueError, match="knows the split gpt2 only"):
+        train_tokenizer(english(), vocab_size=3000, fast=True, split="llama3")
+
+
+def test_the_inside_of_a_tokenizer() -> None:
+    tokenizer = train_tokenizer(["the cat sat on the mat " * 50 + "-" * 64 + "\u4e2d" * 9])
+    report = inspect(tokenizer, [("a", "the cat " * 200), ("b", "zz" * 30), ("a", "the")])
+    ids = tokenizer.encode("the cat " * 200).tolist() + tokenizer.encode("the").tolist()
+    assert report["sources"]["a"]["tokens"] == len(ids)
+    assert report["sources"]["b"] == {"bytes": 60, "tokens": 60, "bytes_per_token": 1.0}
+    used = {*ids, *tokenizer.encode("z").tolist()}
+    assert report["n_unused"] == tokenizer.vocab_size - 1 - len(used)  # end-of-text is no text
+    assert report["longest"][0]["bytes"] == max(tokenizer.byte_lengths())
+    assert any(set(entry["text"]) == {"-"} for entry in report["strangest"])
+    assert report["n_rare"] == sum(ids.count(i) < 100 for i in set(ids)) + 1
 
 
 @pytest.mark.parametrize(

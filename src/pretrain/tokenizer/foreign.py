@@ -10,41 +10,19 @@ import base64
 import binascii
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.tokenizer.alphabet import byte_symbols
+from pretrain.tokenizer.splits import Split, byte_level_bpe
 
 if TYPE_CHECKING:
     import tokenizers
 
-# The pre-splits of OpenAI's vocabularies, from tiktoken's openai_public.py, and of Llama 3, by
-# the number of ranks; and the ids of the special tokens that follow the ranks. Written for the
-# library's engine, where {1,3}+ is not possessive and $ is the end of a line.
-_CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
-)
-_O200K = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_KNOWN: dict[int, tuple[str | None, int, dict[str, int]]] = {
-    50_256: (None, 50_257, {"<|endoftext|>": 50_256}),
+# By the number of ranks: the pre-split, the entries, and the special tokens that follow the ranks.
+_KNOWN: dict[int, tuple[Split, int, dict[str, int]]] = {
+    50_256: ("gpt2", 50_257, {"<|endoftext|>": 50_256}),
     100_256: (
-        _CL100K,
+        "cl100k",
         100_277,
         {
             "<|endoftext|>": 100_257,
@@ -54,8 +32,8 @@ _KNOWN: dict[int, tuple[str | None, int, dict[str, int]]] = {
             "<|endofprompt|>": 100_276,
         },
     ),
-    199_998: (_O200K, 200_019, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}),
-    128_000: (_LLAMA3, 128_256, {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}),
+    199_998: ("o200k", 200_019, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}),
+    128_000: ("llama3", 128_256, {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}),
 }
 
 
@@ -81,7 +59,7 @@ def read_gpt2(vocabulary_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
                 )
         merges.append((left, right))
     special = {name: vocabulary[name] for name in ("<|endoftext|>",) if name in vocabulary}
-    return _library(vocabulary, merges, pattern=None, special=special, whole_words=False)
+    return byte_level_bpe(vocabulary, merges, split="gpt2", special=special)
 
 
 def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
@@ -93,7 +71,7 @@ def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
             f"{file}: {len(ranks):,} ranks are none of the known vocabularies, so nobody can tell "
             f"how they split text; known are {', '.join(f'{n:,}' for n in _KNOWN)}"
         )
-    pattern, n_entries, special = _KNOWN[len(ranks)]
+    split, n_entries, special = _KNOWN[len(ranks)]
     symbols = byte_symbols()
     written = {token: "".join(symbols[byte] for byte in token) for token in ranks}
     # Every way to put a token together from two others, the earlier parts first: then the library
@@ -119,7 +97,7 @@ def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
     vocabulary = {written[token]: rank for token, rank in ranks.items()}
     special = {name: id_ for id_, name in names.items()}
     # tiktoken takes a word that is a token as it is, whether or not merges lead there.
-    return _library(vocabulary, merges, pattern=pattern, special=special, whole_words=True)
+    return byte_level_bpe(vocabulary, merges, split=split, special=special, whole_words=True)
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
@@ -143,37 +121,3 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     if missing:
         raise ValueError(f"{file}: the byte 0x{missing[0]:02X} has no rank, so text would be lost")
     return ranks
-
-
-def _library(
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    *,
-    pattern: str | None,
-    special: dict[str, int],
-    whole_words: bool,
-) -> tokenizers.Tokenizer:
-    """Byte-level BPE; without a pattern the pre-split is GPT-2's."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
-    whole = vocabulary | special
-    library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=whole_words))
-    if pattern is None:
-        split: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    else:
-        split = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    library.pre_tokenizer = split
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(
-        [
-            AddedToken(name, special=True, normalized=False)
-            for name in sorted(special, key=special.__getitem__)
-        ]
-    )
-    return library

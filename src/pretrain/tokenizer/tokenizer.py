@@ -82,7 +82,7 @@ class Tokenizer:
         Lone surrogates become U+FFFD. Raises ValueError for a character that a `characters`
         vocabulary lacks.
         """
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         if self.kind == "bytes":
             return self._table[np.frombuffer(text.encode(), dtype=np.uint8)]
         if self.kind == "characters":
@@ -266,7 +266,8 @@ def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, obje
     return values
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """A text with U+FFFD in place of each lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

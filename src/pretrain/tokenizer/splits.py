@@ -1,0 +1,80 @@
+"""The pre-splits: how text is cut into words before pairs are merged, and byte-level BPE with one.
+
+A split's name comes in, a library tokenizer goes out. The patterns are facts of the vocabularies
+that use them: GPT-2's of Radford et al., 2019; cl100k and o200k of tiktoken's openai_public.py;
+llama3 of Llama Team, 2024. They are written for the library's engine, where {1,3}+ is not
+possessive and $ is the end of a line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Split = Literal["gpt2", "cl100k", "o200k", "llama3"]
+
+_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# GPT-2's own is built into the library.
+_PATTERNS: dict[Split, str] = {"cl100k": _CL100K, "o200k": _O200K, "llama3": _LLAMA3}
+
+
+def pre_tokenizer(split: Split) -> Any:
+    """The library's part that cuts text into words and writes them in GPT-2's byte alphabet."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if split == "gpt2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERNS[split]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def byte_level_bpe(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    *,
+    split: Split,
+    special: dict[str, int],
+    whole_words: bool = False,
+) -> tokenizers.Tokenizer:
+    """A library tokenizer. With `whole_words` a word that is in the vocabulary is taken as it is,
+    whether or not merges lead there."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Library
+
+    whole = vocabulary | special
+    library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=whole_words))
+    library.pre_tokenizer = pre_tokenizer(split)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name in sorted(special, key=special.__getitem__)
+        ]
+    )
+    return library
