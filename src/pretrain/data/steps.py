@@ -44,7 +44,6 @@ from pretrain.data.splitting import Split, choose_split
 from pretrain.data.writing import PartWriter
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.loading import load_tokenizer
-from pretrain.tokenizer.pieces import pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.training import train_tokenizer
 
@@ -307,8 +306,9 @@ def _encode(job: Job, unit: int, out: Path) -> None:
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _kept(job, part, removed):
             for name, text in split.parts(document.text):
-                for piece in pieces(text, limit=_BATCH_CHARACTERS):
-                    writers[name].add(tokenizer.encode(piece), n_bytes=len(piece.encode()))
+                writers[name].add(np.empty(0, np.int64), n_bytes=len(text.encode()))
+                for ids in tokenizer.encode_parts(text):
+                    writers[name].add(ids, n_bytes=0)
                 n_tokens, n_bytes = writers[name].end_document(document)
                 strangest.add(document, n_tokens=n_tokens, n_bytes=n_bytes)
                 total += n_tokens

@@ -1,9 +1,9 @@
 """A tokenizer's files -> a tokenizer.
 
 A name, a folder or a file comes in: tokenizer.json, GPT-2's encoder.json with vocab.bpe (or
-vocab.json with merges.txt), or tiktoken's ranks. What is missing, too large, contradicts itself, or
-would lose text is a ValueError that names the file; nothing in a file is ever executed, and nothing
-is fetched.
+vocab.json with merges.txt), tiktoken's ranks, or SentencePiece's model. What is missing, too large,
+contradicts itself, or would lose text is a ValueError that names the file; nothing in a file is
+ever executed, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.foreign import read_gpt2, read_tiktoken
+from pretrain.tokenizer.sentencepiece import read_sentencepiece
 from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer
 
 MAX_FILE_BYTES = 128 << 20
 """The largest vocabularies in use (256,000 entries) take about 35 MB."""
-RANKS_SUFFIX = ".tiktoken"
+RANKS_SUFFIX, MODEL_SUFFIX = ".tiktoken", ".model"
 _GPT2_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
@@ -39,6 +40,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer(read_gpt2(*files))
     if file.suffix == RANKS_SUFFIX:
         return Tokenizer(read_tiktoken(file))
+    if file.suffix == MODEL_SUFFIX:
+        return Tokenizer(read_sentencepiece(file))
     try:
         with open(file, "rb") as opened:
             text = opened.read().decode("utf-8")
@@ -65,17 +68,17 @@ def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
         for names in ((FILE_NAME,), (f"tokenizer/{FILE_NAME}",), *_GPT2_NAMES):
             if all((path / name).is_file() for name in names):
                 return tuple(path / name for name in names)
-        ranks = sorted(path.glob(f"*{RANKS_SUFFIX}"))
-        if len(ranks) == 1:
-            return (ranks[0],)
+        single = [f for s in (RANKS_SUFFIX, MODEL_SUFFIX) for f in sorted(path.glob(f"*{s}"))]
+        if len(single) == 1:
+            return (single[0],)
         raise ValueError(
             f"folder {str(path)!r} has no {FILE_NAME}, no encoder.json with vocab.bpe, and no "
-            f"single file *{RANKS_SUFFIX}"
+            f"single file *{RANKS_SUFFIX} or *{MODEL_SUFFIX}"
         )
     raise ValueError(
         f"tokenizer {str(path)!r} does not exist; legal: {', '.join(TRAINED_NAMES)}, gpt2, a "
-        f"folder with a {FILE_NAME} or an encoder.json and vocab.bpe, or a {FILE_NAME} or "
-        f"*{RANKS_SUFFIX} file"
+        f"folder with a {FILE_NAME} or an encoder.json and vocab.bpe, or a {FILE_NAME}, "
+        f"*{RANKS_SUFFIX} or *{MODEL_SUFFIX} file"
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.tokenizer.alphabet import byte_symbols, symbol_bytes
-from pretrain.tokenizer.pieces import pieces
+from pretrain.tokenizer.pieces import PIECE_CHARACTERS, pieces
+from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
 
 if TYPE_CHECKING:
     import fastokens
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 
 END_OF_TEXT = "<|endoftext|>"
-_OTHER_ENDS = ("<|end_of_text|>",)  # Llama 3
+_OTHER_ENDS = ("<|end_of_text|>", "</s>")  # Llama 3; Llama 1 and 2
 FILE_NAME = "tokenizer.json"
+_BYTE_ENTRY = re.compile("<0x([0-9A-F]{2})>")
 
-_FAST_CHARACTERS = 1 << 20
+_PART_CHARACTERS = 1 << 20
 # Something of everything that pre-splits and merges treat differently.
 _PROBE = (
     "The whale's 1234567 don't\tEND\n\n I'LL he'd a/b// -+=<|endoftext|> for(i=0;i<10;i++){}\r\n  "
@@ -57,7 +60,6 @@ class Tokenizer:
         library.no_padding()
         # The text of a document is ordinary text, also where it spells a special token.
         library.encode_special_tokens = True
-        self._library = library
         description = json.loads(library.to_str())
         self._canonical = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "replace"
@@ -73,7 +75,12 @@ class Tokenizer:
         self.kind = _kind(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
-        self._fast = _fast_twin(library, self._canonical) if self.kind == "bpe" else None
+        # SentencePiece's spaces are made here, so that a long text can be cut.
+        self._prefix = space_prefix(description)
+        if self._prefix is not None:
+            library = _without_normalizer(description)
+        self._library = library
+        self._fast = _fast_twin(library) if self.kind == "bpe" else None
         self._table = self._build_table(entries) if self.kind != "bpe" else np.empty(0, np.int64)
 
     def encode(self, text: str) -> Ids:
@@ -87,19 +94,33 @@ class Tokenizer:
             return self._table[np.frombuffer(text.encode(), dtype=np.uint8)]
         if self.kind == "characters":
             return self._encode_characters(text)
-        found: list[Ids] = [np.empty(0, np.int64)]
-        if self._fast is None:
-            found += [_plainly(self._library, piece) for piece in pieces(text)]
-        else:
-            found += [_fastly(self._fast, piece) for piece in pieces(text, limit=_FAST_CHARACTERS)]
-        return np.concatenate(found)
+        return np.concatenate([np.empty(0, np.int64), *self.encode_parts(text)])
+
+    def encode_parts(self, text: str) -> Iterator[Ids]:
+        """The ids of `encode` in parts, so that a text of any length takes little memory."""
+        if self.kind != "bpe":
+            for part in pieces(text, limit=_PART_CHARACTERS):
+                yield self.encode(part)
+            return
+        fast, prefix, has_spaces = self._fast, self._prefix or "", self._prefix is not None
+        limit = PIECE_CHARACTERS if fast is None or has_spaces else _PART_CHARACTERS
+        for piece in pieces(without_surrogates(text), limit=limit):
+            part = prefix + piece.replace(" ", SPACE) if has_spaces else piece
+            prefix = ""
+            # The twin takes "<s>" and "<0x41>" in the text for SentencePiece's entries of the name.
+            if fast is None or (has_spaces and "<" in part):
+                yield _plainly(self._library, part)
+            else:
+                yield _fastly(fast, part)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text is nothing, and bytes that are no UTF-8 become U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
-        return b"".join(self.token_bytes(int(id_)) for id_ in ids).decode("utf-8", "replace")
+        data = b"".join(self.token_bytes(int(id_)) for id_ in ids)
+        # The space that SentencePiece puts before a text is none of the text.
+        return data.removeprefix(b" " if self._prefix else b"").decode("utf-8", "replace")
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of text that an id stands for; of end-of-text none."""
@@ -159,13 +180,21 @@ def _fastly(fast: fastokens.Tokenizer, text: str) -> Ids:
     return np.frombuffer(ids, dtype="<u4").astype(np.int64)
 
 
-def _fast_twin(library: tokenizers.Tokenizer, canonical: bytes) -> fastokens.Tokenizer | None:
+def _without_normalizer(description: dict[str, object]) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(json.dumps(description | {"normalizer": None}))
+    library.encode_special_tokens = True
+    return library
+
+
+def _fast_twin(library: tokenizers.Tokenizer) -> fastokens.Tokenizer | None:
     """The same tokenizer in the library fastokens; None where that cannot read it, or gives other
     ids for a text of all kinds of characters."""
     import fastokens
 
     try:
-        fast = fastokens.Tokenizer.from_json_str(canonical.decode())
+        fast = fastokens.Tokenizer.from_json_str(library.to_str())
         same = np.array_equal(_fastly(fast, _PROBE), _plainly(library, _PROBE))
     except BaseException as error:
         # Libraries in Rust panic with what is no Exception.
@@ -196,7 +225,7 @@ def _end_of_text(entries: list[str], special: set[int]) -> int:
 def _kind(
     description: dict[str, object], entries: list[str], special: set[int]
 ) -> Literal["bpe", "characters", "bytes"]:
-    if description.get("normalizer") is not None:
+    if description.get("normalizer") is not None and space_prefix(description) is None:
         raise ValueError(
             "tokenizer has a normalizer, which changes the text before it is encoded; legal: none"
         )
@@ -207,6 +236,11 @@ def _kind(
         if not plain or any(len(entry) != 1 for entry in plain):
             raise ValueError("tokenizer is a word list; legal: byte-level BPE or single characters")
         return "characters"
+    if space_prefix(description) is not None:
+        lacking = [b for b in range(256) if f"<0x{b:02X}>" not in plain]
+        if lacking:
+            raise ValueError(f"tokenizer lacks the entry <0x{lacking[0]:02X}>: text would be lost")
+        return "bpe"
     if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(description["pre_tokenizer"]):
         raise ValueError(
             f"tokenizer is of type {model.get('type')}; legal: byte-level BPE or single characters"
@@ -255,6 +289,11 @@ def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, obje
             values.append(literal[id_])
         elif kind == "characters":
             values.append(entry.encode())
+        elif space_prefix(description) is not None:
+            is_byte = _BYTE_ENTRY.fullmatch(entry)
+            values.append(
+                bytes([int(is_byte[1], 16)]) if is_byte else entry.replace(SPACE, " ").encode()
+            )
         else:
             try:
                 values.append(bytes(symbols[symbol] for symbol in entry))

@@ -1,0 +1,146 @@
+"""SentencePiece models: the ids of the package itself, and files that are none refused."""
+
+from __future__ import annotations
+
+import io
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.data import prepare
+from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.tokenizer import tokenizer as tokenizer_module
+from pretrain.tokenizer.sentencepiece import SPACE
+from test_foreign import some_text
+from test_selection import prose
+
+# What Llama 1 and 2 were trained with.
+LLAMA: dict[str, Any] = {
+    "model_type": "bpe",
+    "vocab_size": 600,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "character_coverage": 0.999,
+    "num_threads": 1,
+    "minloglevel": 2,
+}
+
+
+def trained(path: Path, **options: Any) -> Path:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    draw = random.Random(0)
+    texts = [" ".join(prose(draw, 40)) + " of the house  été 中文 12345\t" for _ in range(300)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **LLAMA | options
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("sp") / "tokenizer.model")
+
+
+def theirs(path: Path) -> Any:
+    return pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(path))
+
+
+def test_the_ids_are_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None:
+    ours, oracle = load_tokenizer(llama), theirs(llama)
+    assert (ours.vocab_size, ours.end_of_text) == (600, oracle.eos_id())
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.sha256 == ours.sha256
+    draw = random.Random(1)
+    for number in range(2000):
+        text = some_text(draw) if number % 2 else "  ".join(prose(draw, 9)) + " \n "
+        ids = ours.encode(text).tolist()
+        assert ids == oracle.encode(text), repr(text)
+        assert ours.decode(ids) == text
+        assert again.encode(text).tolist() == ids
+        # The space before the text is a byte of the ids and none of the text.
+        assert int(ours.byte_lengths()[ids].sum()) == len(text.encode()) + bool(text)
+
+
+def test_both_libraries_and_any_cut_agree(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(some_text(random.Random(n)) for n in range(300))
+    ours = load_tokenizer(llama)
+    assert ours._fast is not None
+    whole = ours.encode(text).tolist()
+    assert whole == theirs(llama).encode(text)
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 300)
+    assert len(list(ours.encode_parts(text))) > 10
+    assert ours.encode(text).tolist() == whole
+    monkeypatch.setattr(ours, "_fast", None)
+    assert ours.encode(text).tolist() == whole
+
+
+def test_special_tokens_in_a_text_are_text(llama: Path) -> None:
+    ours = load_tokenizer(llama)
+    for text in ("<s>a</s>", "</s>", "x<unk>y <0x41>", SPACE):
+        ids = ours.encode(text).tolist()
+        assert ids == theirs(llama).encode(text)
+        assert not {0, 1, 2} & set(ids)
+        # The sign for a space is a space to SentencePiece.
+        assert ours.decode(ids) == text.replace(SPACE, " ")
+
+
+def test_a_text_is_prepared_with_it(llama: Path, tmp_path: Path) -> None:
+    draw = random.Random(2)
+    texts = [" ".join(prose(draw, 60)) for _ in range(30)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    data = prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", tokenizer=llama)
+    stream, tokenizer = data.split("train"), data.tokenizer()
+    assert isinstance(tokenizer, Tokenizer)
+    offsets = stream.document_offsets
+    ids = stream.read(int(offsets[0]), int(offsets[1]) - 1)
+    assert tokenizer.decode(ids) in texts
+    assert data.split("val").n_bytes + stream.n_bytes == sum(map(len, texts))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model_type": "unigram", "vocab_size": 400}, "not BPE"),
+        ({"byte_fallback": False, "vocab_size": 300}, "has 0"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes the text"),
+        ({"remove_extra_whitespaces": True}, "changes the text"),
+        ({"split_by_whitespace": False}, "goes across a space"),
+        ({"user_defined_symbols": ["the"]}, "'the' is user-defined"),
+    ],
+)
+def test_models_that_lose_text_are_refused(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_tokenizer(trained(tmp_path / "other.model", **options))
+
+
+def test_no_prefix_if_the_model_has_none(tmp_path: Path) -> None:
+    path = trained(tmp_path / "plain.model", add_dummy_prefix=False)
+    ours, oracle = load_tokenizer(path), theirs(path)
+    for text in ("a house", " a house", "", "  "):
+        assert ours.encode(text).tolist() == oracle.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_damaged_files_are_refused(llama: Path, tmp_path: Path) -> None:
+    data = llama.read_bytes()
+    draw = random.Random(3)
+    path = tmp_path / "bad.model"
+    for number in range(300):
+        bad = bytearray(data[: draw.randrange(len(data))] if number % 3 == 0 else data)
+        for _ in range(draw.randint(0, 4) if number % 3 else 0):
+            bad[draw.randrange(len(bad))] = draw.randrange(256)
+        path.write_bytes(draw.randbytes(500) if number % 10 == 9 else bytes(bad))
+        with suppress(ValueError):  # and nothing else
+            load_tokenizer(path).encode("a text")
