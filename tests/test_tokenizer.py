@@ -201,7 +201,7 @@ def test_vocab_sizes_that_cannot_be_had() -> None:
         train_tokenizer(["abc"], name="bytes", vocab_size=300)
     with pytest.raises(ValueError, match="3 characters"):
         train_tokenizer(["abc"], name="characters", vocab_size=5)
-    with pytest.raises(ValueError, match="legal: bpe, characters, bytes"):
+    with pytest.raises(ValueError, match="legal: bpe, gpt, characters, bytes"):
         train_tokenizer(["abc"], name="wordpiece")
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([""])
@@ -269,8 +269,48 @@ def test_wrong_files_are_refused(
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="does not exist; legal: bpe, characters, bytes"):
+    with pytest.raises(ValueError, match="does not exist; legal: bpe, gpt, characters, bytes"):
         load_tokenizer(tmp_path / "gpt3")
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(TEXT, st.sampled_from(["The Whale's", "É\u0301 \u4e2d\u6587 <unk>", "a\x00b"])))
+def test_gpt_is_the_tokenizer_of_2018(text: str) -> None:
+    ours, theirs = gpt()
+    assert ours.encode(text, special=True).tolist() == theirs(text)["input_ids"]
+
+
+def test_special_tokens_are_meant_only_if_asked_for() -> None:
+    for tokenizer in (bpe(), train_tokenizer(["abc<|endoftext|>"], name="characters")):
+        text = "abc<|endoftext|>abc"
+        plain, special = tokenizer.encode(text), tokenizer.encode(text, special=True)
+        assert tokenizer.end_of_text not in plain
+        assert tokenizer.decode(plain) == text
+        middle = [tokenizer.end_of_text]
+        assert special.tolist() == [*tokenizer.encode("abc"), *middle, *tokenizer.encode("abc")]
+
+
+def test_gpt_keeps_words_but_not_their_case(tmp_path: Path) -> None:
+    tokenizer, _ = gpt()
+    assert tokenizer.kind == "gpt"
+    assert tokenizer.decode(tokenizer.encode("The  Whale swam,\nand swam")) == (
+        "the whale swam , and swam"
+    )
+    assert tokenizer.decode(tokenizer.encode("\u4e2d")) == ""  # never seen
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256
+    text = english()[0]
+    assert len(tokenizer.encode(text * 3)) == 3 * len(tokenizer.encode(text))
+
+
+@cache
+def gpt() -> tuple[Tokenizer, Any]:
+    """A GPT tokenizer trained here, and transformers' with its vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    ours = train_tokenizer([*english(), "x<unk>y"], name="gpt", vocab_size=900)
+    model = json.loads(ours._canonical)["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return ours, transformers.OpenAIGPTTokenizer(vocab=model["vocab"], merges=merges)

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="[1]")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="completions [1]")
+    parser.add_argument(
+        "--special", action="store_true", help="special tokens in the prompt stand for themselves"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
@@ -51,6 +54,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         max_tokens=arguments.max_tokens,
         n=arguments.n,
         sampling=sampling,
+        special=arguments.special,
     )
     for number, text in enumerate(completions):
         output.say(f"{'' if number == 0 else chr(10)}{arguments.prompt}{text}")

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run directory, or one checkpoint in it")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text before the token [none]")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="how many tokens [10]")
+    parser.add_argument(
+        "--special", action="store_true", help="special tokens in the prompt stand for themselves"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
@@ -26,7 +29,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     from pretrain.generate import next_distribution
 
-    probabilities = next_distribution(model.decoder, model.tokenizer, arguments.prompt)
+    probabilities = next_distribution(
+        model.decoder, model.tokenizer, arguments.prompt, special=arguments.special
+    )
     values, ids = probabilities.topk(min(arguments.top, len(probabilities)))
     rows = [
         {"id": i, "text": model.tokenizer.decode([i]), "probability": p}

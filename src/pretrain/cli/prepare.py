@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         default="bpe",
         metavar="NAME|DIR",
-        help="bpe, characters, bytes, or a folder with tokenizer.json [bpe]",
+        help="bpe, gpt, characters, bytes, gpt2, or a folder or file of a tokenizer [bpe]",
     )
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="entries of a new BPE vocabulary"

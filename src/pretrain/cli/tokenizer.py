@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
+from pretrain.tokenizer.config import TRAINED_NAMES
 
 if TYPE_CHECKING:
     from pretrain.tokenizer import Tokenizer
@@ -36,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="NAME|DIR", help="a folder with tokenizer.json, or a run's"
     )
-    parser.add_argument(
-        "--kind", default="bpe", choices=("bpe", "characters", "bytes"), help="what to train [bpe]"
-    )
+    parser.add_argument("--kind", default="bpe", choices=TRAINED_NAMES, help="what to train [bpe]")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="entries, bpe only")
     parser.add_argument(
         "--split",
@@ -53,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--text-field", metavar="F", help="field of a jsonl record that holds the text"
+    )
+    parser.add_argument(
+        "--special", action="store_true", help="special tokens in the text stand for themselves"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the new tokenizer.json")
 
@@ -117,7 +119,7 @@ def _read(arguments: argparse.Namespace) -> str:
 
 def _encode(arguments: argparse.Namespace, output: Output) -> int:
     tokenizer = _open(arguments)
-    ids = tokenizer.encode(_read(arguments)).tolist()
+    ids = tokenizer.encode(_read(arguments), special=arguments.special).tolist()
     if not output.json:
         print(" ".join(map(str, ids)))
     output.result({"ids": ids})

@@ -56,9 +56,9 @@ def prepare(
 ) -> PreparedData:
     """Turn a file, a folder, "bundled" or several of them into a prepared folder, and open it.
 
-    `tokenizer` is bpe, characters or bytes, trained here on the training split (characters: on all
-    text), gpt2, or the path of one. `corpus` says which documents stay. `workers` processes work;
-    the bytes do not depend on them, nor on whether one was killed and the call repeated.
+    `tokenizer` is bpe, gpt, characters or bytes, trained here on the training split (characters: on
+    all text), gpt2, or the path of one. `corpus` says which documents stay. `workers` processes
+    work; the bytes do not depend on them, nor on whether one was killed and the call repeated.
     `splitting.choose_split` says how validation is chosen.
     Raises ValueError for what cannot be read or asked for, FileExistsError for an `out` in use.
     """

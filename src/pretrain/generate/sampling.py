@@ -113,9 +113,9 @@ def generate_ids(
     return [row[: row.index(end_of_text)] if end_of_text in row else row for row in rows]
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
     """The ids of a prompt behind an end-of-text, as every document stood in training."""
-    return [tokenizer.end_of_text, *(int(i) for i in tokenizer.encode(prompt))]
+    return [tokenizer.end_of_text, *(int(i) for i in tokenizer.encode(prompt, special=special))]
 
 
 def generate(
@@ -126,12 +126,13 @@ def generate(
     max_tokens: int = 200,
     n: int = 1,
     sampling: Sampling | None = None,
+    special: bool = False,
 ) -> list[str]:
     """`n` texts that continue `prompt` (which is not repeated in them); they end where the model
-    ends them."""
+    ends them. With `special` the names of special tokens in the prompt stand for them."""
     completions = generate_ids(
         decoder,
-        prompt_ids(tokenizer, prompt),
+        prompt_ids(tokenizer, prompt, special=special),
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
@@ -141,8 +142,10 @@ def generate(
 
 
 @torch.no_grad()
-def next_distribution(decoder: Decoder, tokenizer: Tokenizer, prompt: str) -> Tensor:
+def next_distribution(
+    decoder: Decoder, tokenizer: Tokenizer, prompt: str, *, special: bool = False
+) -> Tensor:
     """Probabilities (V) of the token after `prompt`, in float64, on the CPU."""
-    ids = prompt_ids(tokenizer, prompt)[-decoder.config.window_tokens :]
+    ids = prompt_ids(tokenizer, prompt, special=special)[-decoder.config.window_tokens :]
     hidden_BTD = decoder.forward(torch.tensor([ids], device=decoder.head_weight.device))
     return decoder.logits(hidden_BTD[0, -1]).double().softmax(-1).cpu()

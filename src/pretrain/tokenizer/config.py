@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TRAINED_NAMES = ("bpe", "characters", "bytes")
+TRAINED_NAMES = ("bpe", "gpt", "characters", "bytes")
 """Names that are made from the corpus; anything else is a path."""
 
 N_BYTES_VOCABULARY = 257
@@ -21,8 +21,8 @@ class TokenizerConfig:
     """The section `tokenizer`."""
 
     name: str = "bpe"
-    """bpe, characters or bytes, trained on the data; gpt2; or a folder or file of a tokenizer:
-    tokenizer.json, encoder.json with vocab.bpe, or tiktoken's ranks."""
+    """bpe, gpt, characters or bytes, trained on the data; gpt2; or a folder or file of a tokenizer:
+    tokenizer.json, encoder.json with vocab.bpe, tiktoken's ranks, SentencePiece's model."""
     vocab_size: int | None = None
     """Entries of a bpe vocabulary, end-of-text token included, at least 257; by default chosen from
     the amount of text."""
@@ -30,7 +30,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(
-                f"tokenizer.name is {self.name!r}; legal: bpe, characters, bytes, gpt2, or a path"
+                f"tokenizer.name is {self.name!r}; legal: {', '.join(TRAINED_NAMES)}, gpt2, or a "
+                "path"
             )
         check_vocab_size(self.vocab_size, name=self.name)
 

@@ -1,4 +1,4 @@
-"""The tokenizer: text in, ids out, and back, for bpe, characters and bytes alike.
+"""The tokenizer: text in, ids out, and back, for every kind alike.
 
 It owns a `tokenizers.Tokenizer` and adds what a corpus needs: linear time on long texts, the bytes
 of each id, and a hash. It refuses characters that a `characters` vocabulary lacks, ids outside the
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.tokenizer.alphabet import byte_symbols, symbol_bytes
+from pretrain.tokenizer.gpt import WORD_END, is_gpt
 from pretrain.tokenizer.pieces import PIECE_CHARACTERS, pieces
 from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
 
@@ -45,7 +46,7 @@ _PROBE = (
 class Tokenizer:
     """Text <-> ids. Made by `train_tokenizer` or `load_tokenizer`."""
 
-    kind: Literal["bpe", "characters", "bytes"]
+    kind: Literal["bpe", "gpt", "characters", "bytes"]
     vocab_size: int
     """Number of ids, end-of-text included; ids are 0 .. vocab_size - 1."""
     end_of_text: int
@@ -71,6 +72,7 @@ class Tokenizer:
             token["id"] for token in description.get("added_tokens", ()) if token.get("special")
         }
         self.vocab_size = len(entries)
+        self._special = {entries[id_]: id_ for id_ in special}
         self.end_of_text = _end_of_text(entries, special)
         self.kind = _kind(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
@@ -81,15 +83,28 @@ class Tokenizer:
             library = _without_normalizer(description)
         self._library = library
         self._fast = _fast_twin(library) if self.kind == "bpe" else None
-        self._table = self._build_table(entries) if self.kind != "bpe" else np.empty(0, np.int64)
+        is_table = self.kind in ("bytes", "characters")
+        self._table = self._build_table(entries) if is_table else np.empty(0, np.int64)
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, *, special: bool = False) -> Ids:
         """Ids of a text, shape (n,), int64, without an end-of-text token.
 
-        Lone surrogates become U+FFFD. Raises ValueError for a character that a `characters`
-        vocabulary lacks.
+        With `special` the names of special tokens in the text stand for them; else they are text
+        like any other. Lone surrogates become U+FFFD. Raises ValueError for a character that a
+        `characters` vocabulary lacks.
         """
         text = without_surrogates(text)
+        if special and self._special:
+            names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+            parts = re.split(f"({names})", text)
+            found = [
+                self.encode(part)
+                if part not in self._special
+                else np.array([self._special[part]], np.int64)
+                for part in parts
+                if part
+            ]
+            return np.concatenate([np.empty(0, np.int64), *found])
         if self.kind == "bytes":
             return self._table[np.frombuffer(text.encode(), dtype=np.uint8)]
         if self.kind == "characters":
@@ -98,7 +113,7 @@ class Tokenizer:
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
         """The ids of `encode` in parts, so that a text of any length takes little memory."""
-        if self.kind != "bpe":
+        if self.kind in ("bytes", "characters"):
             for part in pieces(text, limit=_PART_CHARACTERS):
                 yield self.encode(part)
             return
@@ -119,6 +134,8 @@ class Tokenizer:
         Raises ValueError for an id outside the vocabulary.
         """
         data = b"".join(self.token_bytes(int(id_)) for id_ in ids)
+        if self.kind == "gpt":
+            return data.decode().removesuffix(" ")
         # The space that SentencePiece puts before a text is none of the text.
         return data.removeprefix(b" " if self._prefix else b"").decode("utf-8", "replace")
 
@@ -224,13 +241,15 @@ def _end_of_text(entries: list[str], special: set[int]) -> int:
 
 def _kind(
     description: dict[str, object], entries: list[str], special: set[int]
-) -> Literal["bpe", "characters", "bytes"]:
+) -> Literal["bpe", "gpt", "characters", "bytes"]:
+    model = description["model"]
+    assert isinstance(model, dict)
+    if is_gpt(description):
+        return "gpt"
     if description.get("normalizer") is not None and space_prefix(description) is None:
         raise ValueError(
             "tokenizer has a normalizer, which changes the text before it is encoded; legal: none"
         )
-    model = description["model"]
-    assert isinstance(model, dict)
     plain = [entry for id_, entry in enumerate(entries) if id_ not in special]
     if model.get("type") == "WordLevel":
         if not plain or any(len(entry) != 1 for entry in plain):
@@ -289,6 +308,8 @@ def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, obje
             values.append(literal[id_])
         elif kind == "characters":
             values.append(entry.encode())
+        elif kind == "gpt":
+            values.append(WORD_END.sub(" ", entry).encode())
         elif space_prefix(description) is not None:
             is_byte = _BYTE_ENTRY.fullmatch(entry)
             values.append(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.tokenizer.alphabet import byte_symbols
 from pretrain.tokenizer.config import N_BYTES_VOCABULARY, TRAINED_NAMES, check_vocab_size
+from pretrain.tokenizer.gpt import train_gpt
 from pretrain.tokenizer.pieces import pieces
 from pretrain.tokenizer.splits import Split, byte_level_bpe, pre_tokenizer
 from pretrain.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, without_surrogates
@@ -40,25 +41,27 @@ def train_tokenizer(
     sample_bytes: int = SAMPLE_BYTES,
     fast: bool = False,
 ) -> Tokenizer:
-    """Make a tokenizer for these texts: `name` is bpe, characters or bytes.
+    """Make a tokenizer for these texts: `name` is bpe, gpt, characters or bytes.
 
-    bpe learns from at most `sample_bytes` of text, a uniform sample of pieces by their hash, cut
-    into words by the pre-split `split`. A `vocab_size` of None is derived from the amount of text,
-    see `default_vocab_size`; a smaller vocabulary comes out where the text has no more pairs that
-    occur twice. `fast` takes another trainer, see `_train_fastly`. Raises ValueError for a
-    vocab_size that cannot be had, or if there is no text.
+    bpe and gpt learn from at most `sample_bytes` of text, a uniform sample of pieces by their hash;
+    bpe cuts it into words by the pre-split `split`. A `vocab_size` of None is derived from the
+    amount of text, see `default_vocab_size`; a smaller vocabulary comes out where the text has no
+    more pairs that occur twice. `fast` takes another trainer, see `_train_fastly`. Raises
+    ValueError for a vocab_size that cannot be had, or if there is no text.
     """
     check_vocab_size(vocab_size, name=name)
     if name == "bytes":
         return _bytes_tokenizer()
     if name == "characters":
         return _characters_tokenizer(texts, vocab_size)
-    if name == "bpe":
+    if name in ("bpe", "gpt"):
         sample, n_bytes = _sample(texts, min(sample_bytes, MOST_SAMPLE_BYTES))
         if not sample:
-            raise ValueError("cannot train a tokenizer 'bpe': there is no text")
+            raise ValueError(f"cannot train a tokenizer {name!r}: there is no text")
         wanted = vocab_size if vocab_size is not None else default_vocab_size(n_bytes)
-        if fast:
+        if name == "gpt":
+            library = train_gpt(sample, wanted, end_of_text=END_OF_TEXT)
+        elif fast:
             library = _train_fastly(sample, wanted, split)
         else:
             # A pair seen once teaches nothing; but who asks for a size shall have whatever the text
