@@ -4,9 +4,11 @@ themselves."""
 from __future__ import annotations
 
 import base64
+import gzip
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,13 @@ def ranks_of_file(path: Path) -> dict[bytes, int]:
 def oracle(name: str, ranks: dict[bytes, int]) -> Any:
     """tiktoken's own encoding, without its download."""
     tiktoken = pytest.importorskip("tiktoken")
-    pattern = {
-        "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-        "cl100k": tiktoken_pattern("cl100k_base"),
-    }[name]
+    if name == "gpt2":
+        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    elif name == "llama3":
+        source = package_file("llama_models", "llama3/tokenizer.py").read_text("utf-8")
+        (pattern,) = re.findall(r'pat_str = r"(.*)"', source)
+    else:
+        pattern = tiktoken_pattern(f"{name}_base")
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
@@ -65,12 +70,26 @@ def tiktoken_pattern(name: str) -> str:
     return pattern
 
 
-@pytest.fixture(scope="module", params=["gpt2", "cl100k"])
-def pair(request: pytest.FixtureRequest) -> tuple[Tokenizer, Any]:
+# What of these is not installed with the tests is skipped: bpe-openai is 41 MB, llama-models 7 MB.
+RANKS = {
+    "cl100k": ("tiktoken_ext", "data/cl100k_base.tiktoken"),
+    "o200k": ("bpe_openai", "data/o200k_base.tiktoken.gz"),
+    "llama3": ("llama_models", "llama3/tokenizer.model"),
+}
+
+
+@pytest.fixture(scope="module", params=["gpt2", *RANKS])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, Any]:
     if request.param == "gpt2":
         return load_tokenizer("gpt2"), oracle("gpt2", ranks_of_gpt2())
-    path = package_file("tiktoken_ext", "data/cl100k_base.tiktoken")
-    return load_tokenizer(path), oracle("cl100k", ranks_of_file(path))
+    path = package_file(*RANKS[request.param])
+    if path.suffix == ".gz":
+        plain = tmp_path_factory.mktemp("ranks") / path.stem
+        plain.write_bytes(gzip.decompress(path.read_bytes()))
+        path = plain
+    return load_tokenizer(path), oracle(request.param, ranks_of_file(path))
 
 
 def some_text(draw: random.Random) -> str:

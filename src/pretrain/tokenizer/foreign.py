@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,12 @@ def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
     special = {name: id_ for id_, name in names.items()}
     # tiktoken takes a word that is a token as it is, whether or not merges lead there.
     return byte_level_bpe(vocabulary, merges, split=split, special=special, whole_words=True)
+
+
+def holds_ranks(file: Path) -> bool:
+    """Whether a file begins like tiktoken's ranks."""
+    with open(file, "rb") as opened:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(200)) is not None
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:

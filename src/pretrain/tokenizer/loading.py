@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from pretrain.tokenizer.config import TRAINED_NAMES
-from pretrain.tokenizer.foreign import read_gpt2, read_tiktoken
+from pretrain.tokenizer.foreign import holds_ranks, read_gpt2, read_tiktoken
 from pretrain.tokenizer.sentencepiece import read_sentencepiece
 from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer
 
@@ -38,10 +38,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = files[0]
     if len(files) == 2:
         return Tokenizer(read_gpt2(*files))
-    if file.suffix == RANKS_SUFFIX:
-        return Tokenizer(read_tiktoken(file))
-    if file.suffix == MODEL_SUFFIX:
-        return Tokenizer(read_sentencepiece(file))
+    if file.suffix in (RANKS_SUFFIX, MODEL_SUFFIX):
+        # Llama 3 calls its ranks tokenizer.model, as Llama 1 and 2 called another thing.
+        has_ranks = file.suffix == RANKS_SUFFIX or holds_ranks(file)
+        return Tokenizer(read_tiktoken(file) if has_ranks else read_sentencepiece(file))
     try:
         with open(file, "rb") as opened:
             text = opened.read().decode("utf-8")
