@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pretrain.cli import main
 from pretrain.corpus import parts
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data import durable, job, prepare, steps
@@ -160,6 +163,28 @@ def test_other_settings_begin_anew(
             prepare(corpus, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
     assert (work_folder(tmp_path / "out") / "read").is_dir()
     prepare(corpus, tmp_path / "out", corpus=ASKED)
+    assert hashes(tmp_path / "out") == whole
+
+
+def test_a_worker_that_dies_is_said_and_nothing_is_lost(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill_one() -> None:
+        seen: list[int] = []
+        while not seen:
+            seen = [p.pid for p in multiprocessing.active_children() if p.pid is not None]
+            time.sleep(0.01)
+        os.kill(seen[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    words = ["prepare", str(corpus), "--out", str(tmp_path / "out"), "--workers", "2"]
+    words += ["--deduplicate", "near", "--filters", "gopher"]
+    assert main(words) == 75
+    killer.join()
+    assert "a worker was killed while selecting" in capsys.readouterr().err
+    assert (work_folder(tmp_path / "out") / "read").is_dir()
+    assert main(words) == 0
     assert hashes(tmp_path / "out") == whole
 
 

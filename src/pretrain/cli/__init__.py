@@ -30,7 +30,7 @@ VERBS = {
     "report": "write a run's report.html",
     "trace": "which documents a step saw, and which steps saw a document",
 }
-_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
 _USERS_ERRNO = {
     errno.EACCES,
     errno.EPERM,
@@ -119,13 +119,13 @@ def _overview() -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for what the user can mend, 75 for a full disk, 1 for our own mistakes.
+    """2 for what the user can mend, 75 for a full disk or memory, 1 for our own mistakes.
 
     A ValueError that our own code raised is a sentence for the user; one from inside a library is a
     bug of ours.
     """
     if isinstance(error, OSError):
-        if error.errno in _DISK_FULL:
+        if error.errno in _NO_ROOM:
             return 75
         return 2 if error.errno in _USERS_ERRNO else 1
     return 2 if isinstance(error, ValueError) and _is_ours(error.__traceback__) else 1

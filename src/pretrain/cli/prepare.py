@@ -83,19 +83,22 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         evaluation_texts=tuple(arguments.evaluation_text),
         remove_overlap=arguments.remove_overlap,
     )
-
-    data = prepare(
-        arguments.source,
-        arguments.out,
-        tokenizer=arguments.tokenizer,
-        vocab_size=arguments.vocab_size,
-        text_field=arguments.text_field,
-        val_fraction=arguments.val_fraction,
-        strict=arguments.strict,
-        corpus=corpus,
-        workers=arguments.workers,
-        progress=output.stages(),
-    )
+    try:
+        data = prepare(
+            arguments.source,
+            arguments.out,
+            tokenizer=arguments.tokenizer,
+            vocab_size=arguments.vocab_size,
+            text_field=arguments.text_field,
+            val_fraction=arguments.val_fraction,
+            strict=arguments.strict,
+            corpus=corpus,
+            workers=arguments.workers,
+            progress=output.stages(),
+        )
+    except KeyboardInterrupt:
+        output.say("stopped; the same command goes on from here")
+        raise
     report = json.loads((Path(arguments.out) / "report.json").read_text(encoding="utf-8"))
     _show(data, report, output)
     output.say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ def do_steps(job: Job, *, workers: int, progress: Progress | None) -> None:
     """Do all units of all steps that are not done yet, with `workers` processes.
 
     With more than one a script must have the usual `if __name__ == "__main__"`. A worker that dies
-    is a ValueError; the units that are done stay.
+    is an OSError; the units that are done stay.
     """
     with ExitStack() as opened:
         pool: ProcessPoolExecutor | None = None
@@ -76,10 +77,11 @@ def _do_on(
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             unit, error = waiting.pop(future), future.exception()
             if isinstance(error, BrokenProcessPool):
-                raise ValueError(
+                text = (
                     f"a worker was killed while {step.title}, perhaps for want of memory; the same "
                     "command goes on where it stopped, and takes less memory with fewer --workers"
                 )
+                raise OSError(errno.ENOMEM, text)
             if error is not None:
                 # It fails here as it did there, and is told like any other error.
                 job.do(step, unit)
