@@ -161,7 +161,8 @@ def test_other_settings_begin_anew(
         patch.setattr(steps, "choose_split", dies)
         with pytest.raises(Killed):
             prepare(corpus, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
-    assert (work_folder(tmp_path / "out") / "read").is_dir()
+    work = work_folder(tmp_path / "out")
+    assert (work / "read").is_dir()
     prepare(corpus, tmp_path / "out", corpus=ASKED)
     assert hashes(tmp_path / "out") == whole
 

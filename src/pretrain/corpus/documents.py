@@ -107,7 +107,9 @@ class ReadingReport:
             if isinstance(value, int):
                 setattr(self, each.name, getattr(self, each.name) + value)
         self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
-        self.text_fields |= other.text_fields
+        for file, name in other.text_fields.items():
+            if len(self.text_fields) < MAX_DETAILED_PROBLEMS:
+                self.text_fields[file] = name
         for name, counts in other.sources.items():
             mine = self.sources.setdefault(name, SourceCounts())
             for each in fields(counts):

@@ -107,6 +107,11 @@ class Job:
         except (OSError, ValueError, KeyError):
             return False
 
+    def remove_unfinished(self) -> None:
+        """Remove what killed processes left of units; nobody else may be at work."""
+        for path in self.folder.glob("*/*.*-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def remove(self) -> None:
         """Remove the folder, what names the job last."""
         for path in self.folder.iterdir():

@@ -20,6 +20,7 @@ from typing import Any
 
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.files import Source, list_files
+from pretrain.corpus.language import language_of
 from pretrain.data.config import check_val_fraction
 from pretrain.data.durable import put_in_place, refuse_full, write_json
 from pretrain.data.findings import all_lines, whole_report
@@ -77,6 +78,7 @@ def prepare(
     )
     with _alone(work_folder(out)):
         job = _begin(settings, Path(out))
+        job.remove_unfinished()
         try:
             do_steps(job, workers=workers, progress=progress)
             return finish(job, out, progress=progress)
@@ -158,6 +160,7 @@ def _manifest(
     kept = asdict(settings) | {"val_fraction": split.val_fraction}
     # Names and paths of this machine are in the report; the manifest is what the ids hang on.
     del kept["sources"]
+    del kept["corpus"]["evaluation_texts"]
     kept["tokenizer"] = settings.tokenizer if settings.tokenizer in TRAINED_NAMES else "given"
     return Manifest(
         format=FORMAT,
@@ -198,6 +201,8 @@ def _settings(source: Source, *, tokenizer: str | Path = "bpe", **options: Any) 
 def _checked(settings: Settings) -> Settings:
     """ValueError for what is wrong whatever the texts hold."""
     check_val_fraction(settings.val_fraction)
+    if settings.corpus.languages:
+        language_of("Is the package there? Better to know before all is read.")
     for path in settings.sources:
         # Its files would be read as if they were texts.
         if is_prepared(path):
