@@ -191,6 +191,10 @@ def test_pre_splits_are_those_of_tiktoken(name: str) -> None:
             {"encoder.json": b'{"a": 0}', "vocab.bpe": b"#version\na b\n"},
             r"line 2: .*'b' is not in",
         ),
+        (
+            {"encoder.json": b'{"a": 0, "b": 1, "ab": 2}', "vocab.bpe": b"a b\na b\n"},
+            "merges 'a' and 'b' twice",
+        ),
         ({"encoder.json": b"{", "vocab.bpe": b""}, "encoder.json"),
         ({"vocab.bpe": b""}, "has no tokenizer.json, no encoder.json with vocab.bpe"),
     ],

@@ -255,6 +255,11 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "byte-level BPE"),
         (lambda c: c["model"]["merges"].append(["q", "@@@"]), "no tokenizer.json"),
+        (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "stands twice"),
+        (lambda c: c["model"]["vocab"].update({"": 700}), "empty entry"),
+        (lambda c: c["model"].update(dropout=0.5), "dropout"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end of words"),
+        ('{"model": {"vocab": {"a": 0, "a": 1}}}', "'a' stands twice"),
     ],
 )
 def test_wrong_files_are_refused(

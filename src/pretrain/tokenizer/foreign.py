@@ -59,6 +59,9 @@ def read_gpt2(vocabulary_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
                     f"is not in {vocabulary_file.name}"
                 )
         merges.append((left, right))
+    if len(set(merges)) < len(merges):
+        double = next(merge for merge in merges if merges.count(merge) > 1)
+        raise ValueError(f"{merges_file}: merges {double[0]!r} and {double[1]!r} twice")
     special = {name: vocabulary[name] for name in ("<|endoftext|>",) if name in vocabulary}
     return byte_level_bpe(vocabulary, merges, split="gpt2", special=special)
 

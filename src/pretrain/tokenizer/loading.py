@@ -9,8 +9,11 @@ ever executed, and nothing is fetched.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.foreign import holds_ranks, read_gpt2, read_tiktoken
@@ -48,6 +51,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
     try:
+        _refuse_doubles(text)
         return Tokenizer(Library.from_str(text))
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
@@ -57,6 +61,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
             raise
         raise ValueError(f"{str(file)!r} is no tokenizer.json: {error}") from None
+
+
+def _refuse_doubles(text: str) -> None:
+    """ValueError for what the library would settle silently: an entry or a merge that stands
+    twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"is no tokenizer.json: {name!r} stands twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, RecursionError):
+        return  # the library will say so
+    model = content.get("model") if isinstance(content, dict) else None
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if isinstance(merges, list):
+        counts = Counter(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+        if len(counts) < len(merges):
+            raise ValueError(f"the merge {counts.most_common(1)[0][0]!r} stands twice")
 
 
 def tokenizer_files(path: str | Path) -> tuple[Path, ...]:

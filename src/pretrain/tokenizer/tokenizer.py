@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,6 +244,7 @@ def _kind(
 ) -> Literal["bpe", "gpt", "characters", "bytes"]:
     model = description["model"]
     assert isinstance(model, dict)
+    _refuse_contradictions(model, entries)
     if is_gpt(description):
         return "gpt"
     if description.get("normalizer") is not None and space_prefix(description) is None:
@@ -264,6 +265,8 @@ def _kind(
         raise ValueError(
             f"tokenizer is of type {model.get('type')}; legal: byte-level BPE or single characters"
         )
+    if model.get("end_of_word_suffix"):
+        raise ValueError("tokenizer marks the end of words; legal with GPT's normalizer only")
     missing = set(byte_symbols()).difference(plain)
     if missing:
         value = min(symbol_bytes()[symbol] for symbol in missing)
@@ -275,6 +278,19 @@ def _kind(
     if _is_gpt2_split(description) and not model.get("merges") and len(plain) == 256:
         return "bytes"
     return "bpe"
+
+
+def _refuse_contradictions(model: dict[str, Any], entries: list[str]) -> None:
+    if "" in entries:
+        raise ValueError("tokenizer has an empty entry, which could be merged again and again")
+    if model.get("dropout"):
+        raise ValueError("tokenizer has dropout, so a text would have other ids each time")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") not in (
+        None,
+        "",
+        "</w>",
+    ):
+        raise ValueError("tokenizer marks the inside or the end of words; legal: byte-level BPE")
 
 
 def _is_gpt2_split(description: dict[str, object]) -> bool:
