@@ -1,12 +1,13 @@
 """The `report` section of a config: in come names of experiment trackers, out goes a checked tuple.
 
-Unknown names are refused here, before anything else is imported. Whether a tracker's package is
-installed is asked later, by `pretrain.report.trackers.require_packages`.
+Unknown names are refused here; so are, when `require_packages` is asked, missing packages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -25,3 +26,14 @@ class ReportConfig:
                     f"report.to contains {name!r}, which is not a tracker; legal are "
                     f"{', '.join(TRACKERS)} (or nothing: the run's own report is always written)"
                 )
+
+
+def require_packages(to: Iterable[str]) -> None:
+    """Raises ValueError, with the command that helps, where a tracker's package is missing."""
+    for name in ReportConfig(to=tuple(to)).to:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of that name is no package
+            raise ValueError(
+                f"report.to contains {name!r}, but its package is not installed; "
+                f"install it with: pip install 'pretrain[{name}]'"
+            )

@@ -10,40 +10,20 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
-from pretrain.report.config import TRACKERS, ReportConfig
-from pretrain.report.run import Record, number, parse_record, read_run
+from pretrain.report.config import TRACKERS, require_packages
+from pretrain.report.run import Run, number, parse_record, read_run
 
-PREFIXES = {"train": "train", "evaluate": "evaluate"}  # kind of a record -> group of its curves
+KINDS = ("train", "evaluate")  # of the records that are sent, each as a group of curves
 SUFFIX = ".pretrain"  # of our event files, so that only our own are ever replaced
 
-
-class Tracker(Protocol):
-    """Where records go."""
-
-    def send(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
-        """Takes the figures of one step; `seconds` are those since the start of the run."""
-
-    def close(self) -> None:
-        """Writes whatever is left."""
-
-
-def require_packages(to: Sequence[str]) -> None:
-    """Raises ValueError, with the command that helps, where a tracker's package is missing."""
-    for name in ReportConfig(to=tuple(to)).to:
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:  # a mere folder of that name is no package
-            raise ValueError(
-                f"report.to contains {name!r}, but its package is not installed; "
-                f"install it with: pip install 'pretrain[{name}]'"
-            )
+Figures = dict[str, float]
+Send = Callable[[int, Figures, float], None]  # a step, its figures, seconds since the run began
 
 
 def follow(
@@ -51,173 +31,106 @@ def follow(
 ) -> int:
     """Sends every record of metrics.jsonl to the trackers until the run ends; returns how many.
 
-    The run has ended when summary.json exists or when process `parent` is gone. So a run that is
-    resumed or extended must have removed its old summary before it starts a follower. Raises
-    ValueError for an unknown tracker, a missing package or a path that is no folder.
+    The run has ended when summary.json exists or when process `parent`, which must have started
+    this one, is gone. Raises ValueError for an unknown tracker, a missing package or no run.
     """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is not a folder; expected is a run directory")
     require_packages(to)
-    makers: dict[str, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
-    trackers = [makers[name](folder) for name in to]
-    lines, is_alive, n_sent = _Tail(folder / "metrics.jsonl"), _watch(parent), 0
-    try:
-        while True:
+    run = read_run(run_dir)
+    openers = {"tensorboard": _tensorboard, "wandb": _wandb}
+    records, n_sent, has_ended = _new_records(run.folder / "metrics.jsonl"), 0, False
+    with ExitStack() as stack:
+        sends = [stack.enter_context(openers[name](run)) for name in to]
+        while not has_ended:
             # Asked before reading: what was written until the end is then certainly read.
-            has_ended = (folder / "summary.json").is_file() or not is_alive()
-            for record in lines.read_new():
-                step, figures = round(number(record["step"]) or 0), _figures(record)
-                for tracker in trackers:
-                    tracker.send(step, figures, number(record.get("seconds")))
+            is_orphan = parent is not None and os.getppid() != parent
+            has_ended = is_orphan or (run.folder / "summary.json").is_file()
+            for record in next(records):
+                for send in sends:
+                    send(*record)
                 n_sent += 1
-            if has_ended:
-                return n_sent
-            time.sleep(poll_seconds)
-    finally:
-        for tracker in trackers:
-            tracker.close()
+            time.sleep(0 if has_ended else poll_seconds)
+    return n_sent
 
 
-class TensorBoard:
-    """Event files in RUN/tensorboard, without torch. A new follower replaces those of the last."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        target = folder / "tensorboard"
-        for old in target.glob(f"events.out.tfevents.*{SUFFIX}"):
-            old.unlink()  # metrics.jsonl is read from its start, so it is all written again
-        self._events, self._summaries = event_pb2, summary_pb2
-        self._writer = EventFileWriter(str(target), flush_secs=5, filename_suffix=SUFFIX)
-        self._start = _start_time(folder)
-
-    def send(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
-        summary = self._summaries.Summary(
-            value=[
-                self._summaries.Summary.Value(tag=name, simple_value=figure)
-                for name, figure in figures.items()
-            ]
-        )
-        known = self._start is not None and seconds is not None
-        wall_time = (self._start or 0.0) + (seconds or 0.0) if known else time.time()
-        self._writer.add_event(self._events.Event(wall_time=wall_time, step=step, summary=summary))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class Wandb:
-    """An offline run in RUN/wandb; `wandb sync` uploads it when, and if, the user wants to."""
-
-    def __init__(self, folder: Path) -> None:
-        import wandb
-
-        try:
-            config = read_run(folder).config
-        except ValueError:  # not even a config yet
-            config = {}
-        quiet = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
-        self._run = wandb.init(
-            mode="offline",
-            dir=str(folder.resolve()),
-            project="pretrain",
-            name=folder.resolve().name,
-            config=config,
-            settings=quiet,
-        )
-
-    def send(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
-        self._run.log(figures, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Tail:
-    """The whole lines that were added to a file, however it is cut back or replaced meanwhile."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset, self._inode = path, 0, 0
-        self._sent: dict[str, float] = {}  # the last step that was sent, of each kind of record
-
-    def read_new(self) -> list[Record]:
-        """The records not yet given out, in the file's order."""
-        try:
-            with self._path.open("rb") as file:
+def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
+    """At each turn, what there is to send of the lines added to the file since the last turn."""
+    offset, inode, last_steps = 0, 0, dict.fromkeys(KINDS, -1.0)
+    while True:
+        lines, fresh = b"", []
+        if path.exists():  # the run may not have written its first line yet
+            with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                if stat.st_ino != self._inode or stat.st_size < self._offset:
-                    self._offset, self._inode = 0, stat.st_ino  # cut back by a resume: start over
-                file.seek(self._offset)
-                # A line without its end is still being written, and is left for the next time.
-                whole, end, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:  # the run has not written its first line yet
-            return []
-        self._offset += len(whole + end)
-        records = [parse_record(line) for line in whole.split(b"\n")]
-        return [record for record in records if record and self._is_new(record)]
-
-    def _is_new(self, record: Record) -> bool:
-        kind, step = str(record.get("kind")), number(record.get("step"))
-        if step is None or kind not in PREFIXES or step <= self._sent.get(kind, -1.0):
-            return False
-        self._sent[kind] = step
-        return True
+                if stat.st_ino != inode or stat.st_size < offset:
+                    offset, inode = 0, stat.st_ino  # cut back by a resume: read it all again
+                file.seek(offset)
+                # A line without its end is still being written, and is left for the next turn.
+                lines, end, _ = file.read().rpartition(b"\n")
+                offset += len(lines + end)
+        for line in lines.split(b"\n"):
+            record = parse_record(line) or {}
+            kind, step = str(record.pop("kind", "")), number(record.pop("step", None))
+            if kind in KINDS and step is not None and step > last_steps[kind]:  # none twice
+                last_steps[kind] = step
+                numbers = {f"{kind}/{key}": number(value) for key, value in record.items()}
+                figures = {name: value for name, value in numbers.items() if value is not None}
+                fresh.append((round(step), figures, figures.get(f"{kind}/seconds", 0.0)))
+        yield fresh
 
 
-def _figures(record: Record) -> dict[str, float]:
-    prefix = PREFIXES[str(record["kind"])]
-    pairs = ((key, number(value)) for key, value in record.items() if key != "step")
-    return {f"{prefix}/{key}": value for key, value in pairs if value is not None}
+@contextmanager
+def _tensorboard(run: Run) -> Iterator[Send]:
+    """Event files in RUN/tensorboard, without torch. A new follower replaces those of the last."""
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    target = run.folder / "tensorboard"
+    for old in target.glob(f"events.out.tfevents.*{SUFFIX}"):
+        old.unlink()  # metrics.jsonl is read from its start, so it is all written again
+    try:  # the run's own clock, so that a later reading has the same times
+        start = datetime.fromisoformat(str(run.environment.get("started"))).timestamp()
+    except ValueError:
+        start = time.time()
+
+    def send(step: int, figures: Figures, seconds: float) -> None:
+        value = summary_pb2.Summary.Value
+        values = [value(tag=name, simple_value=figure) for name, figure in figures.items()]
+        summary = summary_pb2.Summary(value=values)
+        writer.add_event(event_pb2.Event(wall_time=start + seconds, step=step, summary=summary))
+
+    with closing(EventFileWriter(str(target), flush_secs=5, filename_suffix=SUFFIX)) as writer:
+        yield send
 
 
-def _start_time(folder: Path) -> float | None:
-    """When the run began, in seconds since 1970, so that a later reading has the same times."""
-    try:
-        started = parse_record((folder / "environment.json").read_bytes()) or {}
-        return datetime.fromisoformat(str(started.get("started"))).timestamp()
-    except (OSError, ValueError):
-        return None
+@contextmanager
+def _wandb(run: Run) -> Iterator[Send]:
+    """An offline run in RUN/wandb; `wandb sync` uploads it when, and if, the user wants to."""
+    import wandb
+
+    with wandb.init(
+        mode="offline",
+        dir=str(run.folder.resolve()),
+        project="pretrain",
+        name=run.name,
+        config=run.config,
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+    ) as offline:
+        yield lambda step, figures, _: offline.log(figures, step=step)
 
 
-def _watch(parent: int | None) -> Callable[[], bool]:
-    """A question that can be asked again and again: is process `parent` still there?"""
-    if parent is None:
-        return lambda: True
-    if os.getppid() == parent:  # also right when the dead parent stays behind as a zombie
-        return lambda: os.getppid() == parent
-    return lambda: _exists(parent)
-
-
-def _exists(process_id: int) -> bool:
-    if os.name == "nt":  # there, os.kill would end the process instead of asking
-        return True
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it exists, and belongs to another user
-        return True
-    return True
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The follower's own command; returns its exit code, 2 for a user's mistake."""
+def main() -> None:
+    """The follower's own command; exits with 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.report.trackers")
     parser.add_argument("run", help="the run directory to follow")
     parser.add_argument("--to", required=True, nargs="+", choices=TRACKERS)
-    parser.add_argument("--parent", type=int, help="end when this process is gone")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--parent", type=int, help="end when this process, our parent, is gone")
+    chosen = parser.parse_args()
     # Ctrl-C is for the training process; the follower then still sends that one's last lines.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         follow(chosen.run, chosen.to, parent=chosen.parent)
     except ValueError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

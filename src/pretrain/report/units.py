@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from html import escape
+from itertools import dropwhile
 
 UNKNOWN = "–"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -31,22 +32,21 @@ def decimal(value: float | None, digits: int = 2) -> str:
 
 def short_count(value: float | None) -> str:
     """All digits below a million, three from there: `11,640`, `4.21 M`, `1.56 B`."""
-    if value is None:
-        return UNKNOWN
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if abs(value) >= limit * 0.9995:  # which would round to 1,000 of the unit below
-            return f"{_three_digits(value / limit)} {unit}"
-    return count(value)
+    return _three_digits(value, {"T": 1e12, "B": 1e9, "M": 1e6}) or count(value)
 
 
 def size(n_bytes: float | None) -> str:
     """Bytes in powers of 1,000: `812 MB`, `1.25 GB`."""
-    if n_bytes is None:
-        return UNKNOWN
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(n_bytes) >= limit * 0.9995:
-            return f"{_three_digits(n_bytes / limit)} {unit}"
-    return f"{round(n_bytes)} B"
+    small = UNKNOWN if n_bytes is None else f"{round(n_bytes)} B"
+    return _three_digits(n_bytes, {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}) or small
+
+
+def _three_digits(value: float | None, units: dict[str, float]) -> str:
+    """`value` in the largest unit that it reaches; nothing where it reaches none."""
+    for name, unit in units.items():
+        if value is not None and value >= unit * 0.9995:  # which would round to 1,000 of the next
+            return f"{value / unit:#.3g}".rstrip(".") + f" {name}"
+    return ""
 
 
 def duration(seconds: float | None) -> str:
@@ -56,28 +56,14 @@ def duration(seconds: float | None) -> str:
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
-    if whole >= 3600:  # seconds no longer matter: round them into the minutes
-        whole = round(whole / 60) * 60
-    parts = (
-        (whole // 86400, "d"),
-        (whole // 3600 % 24, "h"),
-        (whole // 60 % 60, "min"),
-        (whole % 60, "s"),
-    )
-    first = next(i for i, (value, _) in enumerate(parts) if value)
-    return " ".join(f"{value} {unit}" for value, unit in parts[first : first + 2] if value)
+    parts = {"d": whole // 86400, "h": whole // 3600 % 24, "min": whole // 60 % 60, "s": whole % 60}
+    shown = list(dropwhile(lambda unit: parts[unit] == 0, parts))[:2]
+    return " ".join(f"{parts[unit]} {unit}" for unit in shown if parts[unit])
 
 
-def axis_number(value: float) -> str:
+def axis_number(value: float, digits: int = 6) -> str:
     """As short as it can be beside an axis: `0`, `2e-5`, `0.003`, `1,000`, `12k`, `1.5M`."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:,g}M" if abs(value) < 1e12 else f"{value:.1e}"
     if abs(value) >= 1e4:
-        return f"{value / 1e3:g}k"
-    return f"{value:,g}" if abs(value) >= 1e-3 else f"{value:.2g}".replace("e-0", "e-")
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f}"
+        unit, name = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
+        return f"{value / unit:,.{digits}g}{name}"
+    return f"{value:,.{digits}g}" if abs(value) >= 1e-3 else f"{value:.2g}".replace("e-0", "e-")
