@@ -1,15 +1,37 @@
 """A run directory -> one page that a person can read, and other people's experiment trackers.
 
     run directory --read_run--> Run --story, chart--> page --write_report--> report.html
-    metrics.jsonl --trackers.follow (a process of its own)--> TensorBoard | W&B offline
+    metrics.jsonl --follow (a process of its own)--> TensorBoard | W&B offline
 
 `run` reads the files and forgives what is missing; `story` turns numbers into sentences, `units`
 into short texts, `chart` into SVG; `page` puts them together; `trackers` never runs inside the
-training loop, and so is imported by its own name. No torch here, and no other room.
+training loop. No torch here, and no other room.
 """
 
-from pretrain.report.config import ReportConfig, require_packages
-from pretrain.report.page import write_report
-from pretrain.report.run import Run, read_run
+from __future__ import annotations
 
-__all__ = ["ReportConfig", "Run", "read_run", "require_packages", "write_report"]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.report.config import ReportConfig, require_packages
+    from pretrain.report.page import write_report
+    from pretrain.report.run import Run, read_run
+    from pretrain.report.trackers import follow
+
+__all__ = ["ReportConfig", "Run", "follow", "read_run", "require_packages", "write_report"]
+
+_HOME = {
+    "ReportConfig": "config",
+    "Run": "run",
+    "follow": "trackers",
+    "read_run": "run",
+    "require_packages": "config",
+    "write_report": "page",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
