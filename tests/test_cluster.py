@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -108,5 +109,47 @@ def test_ray_with_a_worker_killed(
         ray.shutdown()
     killer.join(timeout=5)
     assert len(killed) == 1
+    finish(job, tmp_path / "out")
+    assert hashes(tmp_path / "out") == expected
+
+
+# Stand-ins for Slurm's programs: a job array runs here, one task after the other.
+SLURM = {
+    "sbatch": r"""
+script="${@: -1}"
+range=$(sed -n 's/^#SBATCH --array=\([0-9-]*\).*/\1/p' "$script")
+for i in $(seq ${range%%-*} ${range##*-}); do
+  SLURM_NODELIST=here SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=1 bash "$script" >&2 || exit 1
+done
+echo "Submitted batch job 1"
+""",
+    "srun": 'while [[ "$1" == -* ]]; do [[ "$1" == -n ]] && shift; shift; done; exec "$@"',
+    "scontrol": "echo here",
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs bash")
+def test_what_slurm_would_run(
+    corpus: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executors = pytest.importorskip("datatrove.executor")
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    path = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(path))
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    executor: Any = None
+    for number, share in enumerate(shares(job)):
+        executor = executors.SlurmPipelineExecutor(
+            pipeline=[share],
+            tasks=2,
+            time="01:00:00",
+            partition="cpu",
+            run_on_dependency_fail=False,
+            logging_dir=str(tmp_path / f"logs{number}"),
+            depends=executor,
+        )
+    executor.run()
     finish(job, tmp_path / "out")
     assert hashes(tmp_path / "out") == expected
