@@ -29,17 +29,7 @@ def reading_of(job: Job) -> tuple[ReadingReport, list[Path]]:
 def whole_report(job: Job) -> dict[str, Any]:
     """What all units found, added up: report.json but for the streams."""
     reading, _ = reading_of(job)
-    removed: Counter[str] = Counter()
     asked, strangest = job.settings.corpus, Strangest()
-    shared = [np.empty(0, np.uint64)]
-    if asked.looks_at_text:
-        for number in range(len(job.read_parts)):
-            removed.update(job.report_of("select", number)["removed"])
-            shared.append(np.load(job.place("select", number) / "shared.npy"))
-            shared = [np.unique(np.concatenate(shared))]
-    if asked.deduplicate != "none":
-        doubles = job.report_of("join").items()
-        removed.update({f"duplicate: {how} to an earlier document": n for how, n in doubles if n})
     content = reading.as_dict()
     for counts in content["sources"].values():
         counts["n_tokens"] = 0
@@ -47,13 +37,29 @@ def whole_report(job: Job) -> dict[str, Any]:
         found = job.report_of("encode", number)
         content["sources"][part.source]["n_tokens"] += found["n_tokens"]
         strangest.merge(found["strangest"])
-    content["removed"] = dict(removed.most_common())
+    content["removed"] = dict(removed_of(job).most_common())
     if asked.evaluation_texts:
+        shared = np.empty(0, np.uint64)
+        for number in range(len(job.read_parts)):
+            found_here = np.load(job.place("select", number) / "shared.npy")
+            shared = np.unique(np.concatenate([shared, found_here]))
         overlaps = Overlaps.open(job.place("list") / "overlaps.npz")
-        content["overlap"] = overlaps.rates(shared[0])
+        content["overlap"] = overlaps.rates(shared)
     decided = job.report_of("decide")
     content |= {name: decided[name] for name in ("n_kept_documents", "n_kept_text_bytes")}
     return {**content, "strangest": strangest.found()}
+
+
+def removed_of(job: Job) -> Counter[str]:
+    """How many documents were removed for which reason."""
+    removed: Counter[str] = Counter()
+    if job.settings.corpus.looks_at_text:
+        for number in range(len(job.read_parts)):
+            removed.update(job.report_of("select", number)["removed"])
+    if job.settings.corpus.deduplicate != "none":
+        doubles = job.report_of("join").items()
+        removed.update({f"duplicate: {how} to an earlier document": n for how, n in doubles if n})
+    return removed
 
 
 def all_lines(job: Job, name: str) -> Iterator[bytes]:

@@ -68,23 +68,26 @@ def _do_here(job: Job, step: Step, units: list[int], progress: Progress | None) 
 def _do_on(
     pool: ProcessPoolExecutor, job: Job, step: Step, units: list[int], progress: Progress | None
 ) -> None:
-    waiting: dict[Future[None], int] = {
-        pool.submit(_do, STEPS.index(step), unit): unit for unit in units
-    }
-    while waiting:
-        if progress is not None:
-            progress(step.title, 1 - len(waiting) / len(units))
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-            unit, error = waiting.pop(future), future.exception()
-            if isinstance(error, BrokenProcessPool):
-                text = (
-                    f"a worker was killed while {step.title}, perhaps for want of memory; the same "
-                    "command goes on where it stopped, and takes less memory with fewer --workers"
-                )
-                raise OSError(errno.ENOMEM, text)
-            if error is not None:
-                # It fails here as it did there, and is told like any other error.
-                job.do(step, unit)
+    waiting: dict[Future[None], int] = {}
+    try:
+        for unit in units:
+            waiting[pool.submit(_do, STEPS.index(step), unit)] = unit
+        while waiting:
+            if progress is not None:
+                progress(step.title, 1 - len(waiting) / len(units))
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                unit, error = waiting.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                if error is not None:
+                    # It fails here as it did there, and is told like any other error.
+                    job.do(step, unit)
+    except BrokenProcessPool:
+        text = (
+            f"a worker was killed while {step.title}, perhaps for want of memory; the same command "
+            "goes on where it stopped, and takes less memory with fewer --workers"
+        )
+        raise OSError(errno.ENOMEM, text) from None
     if progress is not None:
         progress(step.title, 1.0)
 

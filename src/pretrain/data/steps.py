@@ -36,7 +36,7 @@ from pretrain.corpus.parts import read_part, write_parts
 from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.selection import Selection, write_removed
 from pretrain.data.durable import write_json
-from pretrain.data.findings import reading_of
+from pretrain.data.findings import reading_of, removed_of
 from pretrain.data.job import Job, Part, Step
 from pretrain.data.manifest import SPLITS
 from pretrain.data.origins import Strangest
@@ -242,7 +242,8 @@ def _decide(job: Job, unit: int, out: Path) -> None:
         n_documents += len(chunk)
         n_bytes += int(chunk["n_bytes"].sum())
     if n_documents == 0:
-        raise ValueError("the filters removed every document; ask for fewer of them")
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in removed_of(job).most_common(5))
+        raise ValueError(f"every document was removed, ask for fewer filters: {reasons}")
     split = choose_split(keys, val_fraction=settings.val_fraction)
     _tokenizer(job, split).save(out / "tokenizer")
     write_json(
