@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pretrain.cli import main
 from pretrain.tokenizer import Tokenizer, load_tokenizer
@@ -126,6 +128,16 @@ def test_random_unicode_gives_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -
         text = some_text(draw)
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), repr(text)
         assert ours.decode(ours.encode(text).tolist()) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=60))
+def test_what_hypothesis_finds_gives_the_ids_of_tiktoken(
+    pair: tuple[Tokenizer, Any], text: str
+) -> None:
+    ours, theirs = pair
+    assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+    assert ours.decode(ours.encode(text).tolist()) == text
 
 
 def test_special_tokens_in_a_text_are_text(pair: tuple[Tokenizer, Any]) -> None:

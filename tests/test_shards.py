@@ -50,9 +50,10 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
         writer = PartWriter(folder, name="train", vocab_size=vocab_size, end_of_text=7)
         for document in part:
             half = len(document) // 2
-            writer.add(document[:half], n_bytes=half)
-            writer.add(document[half:], n_bytes=len(document) - half)
-            assert writer.end_document(Document(id="one", text="")) == (len(document),) * 2
+            writer.add(document[:half])
+            writer.add(document[half:])
+            ended = writer.end_document(Document(id="one", text=""), n_bytes=len(document))
+            assert ended == len(document)
         writer.close()
         end.append(folder, source="ab"[number // 2])
     info = end.close()
@@ -82,7 +83,7 @@ def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
     # 65836 would become 300 - 0 in 16 bits, silently.
     for bad in (300, -1, 65536 + 5):
         with pytest.raises(ValueError, match=f"{bad} cannot be stored; legal: 0 to 299"):
-            writer.add(np.array([1, bad]), n_bytes=2)
+            writer.add(np.array([1, bad]))
     writer.close()
 
 

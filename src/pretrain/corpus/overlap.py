@@ -20,8 +20,8 @@ from pretrain.corpus.words import Hashes, ngram_hashes, word_hashes
 
 REPORT_WORDS = 8
 REMOVE_WORDS = 13
-# One bit for each value of the low bits of a hash: a Bloom filter with one function, which spares
-# nearly all searches in the sorted table.
+# A flag for each value of the low bits of a hash, 16 MiB: a Bloom filter with one function, which
+# spares nearly all searches in the sorted table.
 _FILTER_BITS = 24
 
 

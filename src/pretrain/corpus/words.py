@@ -36,7 +36,7 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
     found = np.zeros(count, np.uint64)
     for place, multiplier in enumerate(_multipliers()[:n]):
         found += words[place : place + count] * multiplier
-    return _mixed(found)
+    return mixed(found)
 
 
 def _hash_chunk(text: str) -> Hashes:
@@ -57,7 +57,7 @@ def _hash_chunk(text: str) -> Hashes:
     values = (points[inside].astype(np.uint64) + np.uint64(1)) * _multipliers()[
         places % _N_MULTIPLIERS
     ]
-    return _mixed(np.add.reduceat(values, starts))
+    return mixed(np.add.reduceat(values, starts))
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -71,9 +71,9 @@ def _chunks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _mixed(values: Hashes) -> Hashes:
-    """Every bit depends on every bit of the sum: the finalizer of splitmix64 (Steele, Lea, Flood,
-    "Fast splittable pseudorandom number generators", 2014)."""
+def mixed(values: Hashes) -> Hashes:
+    """Numbers of which every bit depends on every bit of those given, one to one: the finalizer of
+    SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -83,7 +83,7 @@ def _mixed(values: Hashes) -> Hashes:
 def _multipliers() -> Hashes:
     """Odd numbers without a pattern: what splitmix64 makes of 1, 2, 3, ..."""
     counter = np.arange(1, _N_MULTIPLIERS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return _mixed(counter) | np.uint64(1)
+    return mixed(counter) | np.uint64(1)
 
 
 @cache

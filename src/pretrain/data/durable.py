@@ -46,21 +46,20 @@ def sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
-            continue
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        else:
+            _sync(path, os.O_RDWR)
     sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk; where a system cannot open folders there is nothing
     to do."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    if os.name == "posix":
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -60,6 +60,16 @@ class Part:
     n_documents: int
 
 
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What is to be compared of one part."""
+
+    first_document: int
+    """Number of its first document in the order of the corpus."""
+    n_records: int
+    """Hashes of its documents."""
+
+
 Work = Callable[["Job", int, Path], None]
 """Does one unit: the job, the unit's number, and the folder for what it makes."""
 
@@ -164,6 +174,17 @@ class Job:
         if not self.settings.corpus.looks_at_text:
             return self.read_parts
         return self._parts("select", len(self.read_parts))
+
+    @cached_property
+    def selected(self) -> list[Selected]:
+        """What each unit of the step `select` left to be compared."""
+        found: list[Selected] = []
+        first = 0
+        for unit in range(len(self.read_parts)):
+            report = self.report_of("select", unit)
+            found.append(Selected(first, report["n_records"]))
+            first += report["n_documents"]
+        return found
 
     def _parts(self, step: str, n_units: int) -> list[Part]:
         parts: list[Part] = []

@@ -15,20 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.corpus.words import mixed
+
 _ROUNDS = 6
 
 
 def _integer(seed: int, *purpose: object) -> int:
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # The finaliser of SplitMix64: "Fast Splittable Pseudorandom Number Generators" (Steele et al.,
-    # 2014).
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +52,9 @@ class Bijection:
         keys = self._keys()
         for key in reversed(keys) if backward else keys:
             if backward:
-                left, right = right ^ (_mix(left ^ key) & mask), left
+                left, right = right ^ (mixed(left ^ key) & mask), left
             else:
-                left, right = right, left ^ (_mix(right ^ key) & mask)
+                left, right = right, left ^ (mixed(right ^ key) & mask)
         return (left << bits) | right
 
     def _walk(self, index: NDArray[np.int64], *, backward: bool) -> NDArray[np.int64]:

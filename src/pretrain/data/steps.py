@@ -51,7 +51,6 @@ GROUP_BYTES = 1 << 23
 GROUP_FILES = 1 << 12
 """Files are read in groups of about so many bytes on disk, and at most so many files."""
 EQUAL, NEARLY_EQUAL = 1, 2
-_BATCH_CHARACTERS = 1 << 20
 
 
 def _list(job: Job, unit: int, out: Path) -> None:
@@ -143,7 +142,7 @@ def _select(job: Job, unit: int, out: Path) -> None:
         exact, near = _records(files, near=asked.deduplicate == "near")
         write_records(out / "exact.npy", exact)
         write_records(out / "near.npy", near)
-        report["n_records"] = len(exact) + len(near)
+        report |= {"n_documents": len(exact), "n_records": len(exact) + len(near)}
     write_json(out / "report.json", report)
 
 
@@ -168,29 +167,20 @@ def _records(
 def _n_compare(job: Job) -> int:
     if job.settings.corpus.deduplicate == "none":
         return 0
-    return n_ranges(sum(job.report_of("select", n)["n_records"] for n in range(_n_select(job))))
+    return n_ranges(sum(selected.n_records for selected in job.selected))
 
 
 def _compare(job: Job, unit: int, out: Path) -> None:
     """Pairs of like documents from one range of the hashes."""
-    n_units, firsts = _n_compare(job), _first_documents(job)
+    n_units = _n_compare(job)
     for name in ("exact", "near"):
-        files = [(job.place("select", n) / f"{name}.npy", first) for n, first in firsts]
+        files = [
+            (job.place("select", number) / f"{name}.npy", selected.first_document)
+            for number, selected in enumerate(job.selected)
+        ]
         with open(out / name, "xb") as file:
             for pairs in like_pairs(files, part=unit, n_parts=n_units):
                 file.write(pairs.tobytes())
-    write_json(out / "report.json", {})
-
-
-def _first_documents(job: Job) -> list[tuple[int, int]]:
-    """For each unit of `select`, the number of the first document that it left."""
-    if not job.settings.corpus.looks_at_text:
-        return [(number, part.first_document) for number, part in enumerate(job.parts)]
-    found, first = [], 0
-    for number in range(len(job.read_parts)):
-        found.append((number, first))
-        first += sum(job.report_of("select", number)["parts"])
-    return found
 
 
 def _n_join(job: Job) -> int:
@@ -307,10 +297,10 @@ def _encode(job: Job, unit: int, out: Path) -> None:
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _kept(job, part, removed):
             for name, text in split.parts(document.text):
-                writers[name].add(np.empty(0, np.int64), n_bytes=len(text.encode()))
                 for ids in tokenizer.encode_parts(text):
-                    writers[name].add(ids, n_bytes=0)
-                n_tokens, n_bytes = writers[name].end_document(document)
+                    writers[name].add(ids)
+                n_bytes = len(text.encode())
+                n_tokens = writers[name].end_document(document, n_bytes=n_bytes)
                 strangest.add(document, n_tokens=n_tokens, n_bytes=n_bytes)
                 total += n_tokens
     for writer in writers.values():

@@ -52,12 +52,10 @@ class PartWriter:
         self._end_of_text = np.array([end_of_text], dtype=np.int64)
         self._dtype = np.dtype(f"<u{id_bytes(vocab_size)}")
         self._files = [open(path, "xb") for path in part_files(folder, name)]  # noqa: SIM115
-        self._n_tokens = self._n_bytes = 0
+        self._n_tokens = 0
 
-    def add(self, ids: NDArray[np.int64], *, n_bytes: int) -> None:
-        """Append ids, shape (n,), that stand for `n_bytes` bytes of text. ValueError for an id out
-        of range."""
-        self._n_bytes += n_bytes
+    def add(self, ids: NDArray[np.int64]) -> None:
+        """Append ids, shape (n,). ValueError for an id out of range."""
         self._n_tokens += ids.size
         if ids.size == 0:
             return
@@ -68,16 +66,16 @@ class PartWriter:
             raise ValueError(f"token id {bad} cannot be stored; legal: 0 to {self._vocab_size - 1}")
         self._files[0].write(ids.astype(self._dtype).tobytes())
 
-    def end_document(self, document: Document) -> tuple[int, int]:
-        """Close a document with the end-of-text token; returns its tokens without that, and its
-        bytes."""
-        n_tokens, n_bytes = self._n_tokens, self._n_bytes
-        self.add(self._end_of_text, n_bytes=0)
+    def end_document(self, document: Document, *, n_bytes: int) -> int:
+        """Close a document, of which the ids stand for `n_bytes` bytes of text, with the
+        end-of-text token; returns its tokens without that."""
+        n_tokens = self._n_tokens
+        self.add(self._end_of_text)
         self._files[1].write(np.array([(n_tokens + 1, n_bytes)], LENGTH).tobytes())
         origin = Origin(document.id, document.source, document.offset, document.title)
         self._files[2].write(json.dumps(asdict(origin), ensure_ascii=False).encode() + b"\n")
-        self._n_tokens = self._n_bytes = 0
-        return n_tokens, n_bytes
+        self._n_tokens = 0
+        return n_tokens
 
     def close(self) -> None:
         for file in self._files:

@@ -44,7 +44,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.suffix in (RANKS_SUFFIX, MODEL_SUFFIX):
         # Llama 3 calls its ranks tokenizer.model, as Llama 1 and 2 called another thing.
         has_ranks = file.suffix == RANKS_SUFFIX or holds_ranks(file)
-        return Tokenizer(read_tiktoken(file) if has_ranks else read_sentencepiece(file))
+        library = read_tiktoken(file) if has_ranks else read_sentencepiece(file)
+        try:
+            return Tokenizer(library)
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r}: {error}") from error
     try:
         with open(file, "rb") as opened:
             text = opened.read().decode("utf-8")

@@ -38,9 +38,6 @@ def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     defined = next((text for text, _, kind in pieces if kind == _USER_DEFINED), None)
     if defined is not None:
         raise ValueError(f"{file}: the entry {defined!r} is user-defined; legal: none is")
-    across = next((text for text in texts if SPACE in text.lstrip(SPACE)), None)
-    if across is not None:
-        raise ValueError(f"{file}: the entry {across!r} goes across a space; legal: none does")
     n_bytes = sum(kind == _BYTE for _, _, kind in pieces)
     if trainer.get(3, 1) != _BPE or n_bytes != 256:
         raise ValueError(

@@ -50,6 +50,8 @@ def train_tokenizer(
     ValueError for a vocab_size that cannot be had, or if there is no text.
     """
     check_vocab_size(vocab_size, name=name)
+    if name != "bpe" and (fast or split != "gpt2"):
+        raise ValueError(f"a tokenizer {name!r} has no pre-split and no fast trainer; bpe has")
     if name == "bytes":
         return _bytes_tokenizer()
     if name == "characters":
@@ -82,15 +84,8 @@ def default_vocab_size(n_bytes: int) -> int:
 
 
 def _bytes_tokenizer() -> Tokenizer:
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
-    vocabulary = {END_OF_TEXT: 0} | {symbol: 1 + i for i, symbol in enumerate(byte_symbols())}
-    library = Library(models.BPE(vocab=vocabulary, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return Tokenizer(library)
+    vocabulary = {symbol: 1 + i for i, symbol in enumerate(byte_symbols())}
+    return Tokenizer(byte_level_bpe(vocabulary, [], split="gpt2", special={END_OF_TEXT: 0}))
 
 
 def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
