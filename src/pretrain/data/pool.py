@@ -71,7 +71,11 @@ def _do_on(
     waiting: dict[Future[None], int] = {}
     try:
         for unit in units:
-            waiting[pool.submit(_do, STEPS.index(step), unit)] = unit
+            try:
+                waiting[pool.submit(_do, STEPS.index(step), unit)] = unit
+            except (ValueError, OSError) as cause:
+                # Python starts workers in submit; one that dies meanwhile closes what that needs.
+                raise BrokenProcessPool from cause
         while waiting:
             if progress is not None:
                 progress(step.title, 1 - len(waiting) / len(units))
