@@ -56,6 +56,14 @@ def test_yaml_that_hides_mistakes_is_refused(text: str, message: str) -> None:
         read_yaml(text, name="config.yaml")
 
 
+def test_a_preset_of_a_later_layer_is_that_model() -> None:
+    recipe = {"model": {"family": "fast", "n_layers": 4, "d_model": 128, "dropout": 0.2}}
+    asked = {"model": {"preset": "gpt2-124m", "n_heads": 6}}
+    model = compose([recipe, asked]).model
+    assert (model.family, model.n_layers, model.d_model) == ("gpt2", 12, 768)
+    assert (model.n_heads, model.dropout) == (6, 0.2)
+
+
 def test_later_layers_win_and_a_preset_is_the_lowest() -> None:
     file: dict[str, dict[str, Any]] = {
         "model": {"preset": "gpt2-124m", "n_layers": 3},
@@ -84,12 +92,15 @@ def test_minutes_on_the_command_line_replace_steps_of_the_file() -> None:
         (["--train.steps", "2.5"], "train.steps is 2.5; it must be a whole number"),
         (["--train.steps", "true"], "train.steps is True; it must be a whole number"),
         (["--train.steps", "0"], "train.steps is 0; it must be at least 1"),
-        (["--model.family", "bert"], "model.family 'bert' is not one of gpt2, llama"),
-        (["--model.preset", "gpt9"], "model.preset 'gpt9' is not one of gpt2-124m"),
+        (
+            ["--model.family", "bert"],
+            "model.family 'bert' is not one of transformer, gpt, gpt2, llama",
+        ),
+        (["--model.preset", "gpt9"], "model.preset 'gpt9' is not one of transformer-base"),
         (["--optimizer.learning_rate", "-1"], "learning_rate is -1.0; it must be a number above 0"),
         (["--optimizer.learning_rate", ".nan"], "learning_rate is nan; it must be a finite number"),
         (["--schedule.name", "steep"], "schedule.name is 'steep'; it must be one of cosine"),
-        (["--model.bias", "yes"], "model.bias is 'yes'; it must be true or false"),
+        (["--model.bias", "yes"], "model.bias is 'yes'; it must be one of none, all"),
         (["--report.to", "mlflow"], "mlflow"),
         (["--train.steps"], "--train.steps needs a value"),
         (["steps", "3"], "'steps' is not understood"),

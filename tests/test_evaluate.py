@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.places import open_model
+from pretrain.cli.models import open_model
 from pretrain.corpus import read_documents
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Score, score_texts

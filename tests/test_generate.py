@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.cli.places import open_model
+from pretrain.cli.models import open_model
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
 from pretrain.generate.sampling import shape_probabilities
 from pretrain.model import Decoder, ModelConfig, build
@@ -99,7 +99,7 @@ def test_text_longer_than_the_context_goes_on(decoder: Decoder) -> None:
 def test_text_ends_before_the_end_of_text(decoder: Decoder) -> None:
     free = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1))
     end = free[0][4]
-    cut = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1), end_of_text=end)
+    cut = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1), ends=[end])
     for row, whole in zip(cut, free, strict=True):
         assert row == (whole[: whole.index(end)] if end in whole else whole)
 

@@ -1,4 +1,4 @@
-"""Oracles: the same weights in transformers' own GPT-2 and Llama give the same logits, losses,
+"""Oracles: the same weights in somebody else's implementation give the same logits, losses,
 gradients, text."""
 
 from __future__ import annotations
@@ -7,146 +7,142 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch.nn import functional as F
 
+from oracles import CASES, Oracle, T, V, config_of, random_decoder
 from pretrain.data import MicroBatch
 from pretrain.generate import Sampling, generate_ids
-from pretrain.model import Decoder, ModelConfig, Objective, build
-from pretrain.model.config import model_defaults
-from pretrain.model.random import normal
+from pretrain.model import Objective, build
+from pretrain.model.families import FAMILIES, PRESETS
+from pretrain.model.random import Noise
 
 transformers = pytest.importorskip("transformers")
 
-V, T, D, L, H = 67, 24, 32, 2, 4
 
-# Our name -> theirs. GPT-2 keeps its matrices transposed, and query, key and value in one.
-GPT2_BLOCK = {
-    "attention_norm": "ln_1",
-    "attention.output": "attn.c_proj",
-    "feed_forward_norm": "ln_2",
-    "feed_forward.up": "mlp.c_fc",
-    "feed_forward.down": "mlp.c_proj",
-}
-LLAMA_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
+def some_ids(seed: int, time: int = T) -> torch.Tensor:
+    return torch.randint(0, V, (3, time), generator=torch.Generator().manual_seed(seed))
 
 
-def ours(family: str, **changes: Any) -> Decoder:
-    """A small decoder with every parameter random: norms and biases too."""
-    sizes = {"n_layers": L, "n_heads": H, "d_model": D, "context_length": T}
-    config = ModelConfig(**{**model_defaults({"family": family}), **sizes, **changes})
-    decoder = build(config, vocab_size=V, seed=1).double()
-    with torch.no_grad():
-        for name, p in decoder.named_parameters():
-            noise = normal(2, name, 0, p.numel(), device=p.device).view_as(p)
-            p.add_(0.2 * noise)
-    return decoder
+def test_every_family_but_our_own_has_an_oracle() -> None:
+    assert {case["family"] for case in CASES.values()} == FAMILIES.keys() - {"fast"}
 
 
-def parts_of(name: str, theirs: nn.Module, family: str, *, gradient: bool) -> torch.Tensor:
-    """Their parameter (or its gradient) that our parameter `name` stands for, in our layout."""
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_every_gradient_agree(case: str) -> None:
+    decoder = random_decoder(config_of(**CASES[case])).double()
+    theirs = Oracle(decoder)
+    ids = some_ids(0)
+    logits = theirs.logits(ids)
+    # Rotary angles are float32 on both sides, so float64 cannot agree further than that.
+    torch.testing.assert_close(decoder.logits(decoder(ids)), logits, rtol=1e-5, atol=5e-6)
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.arange(3))
+    nats, count = Objective(decoder)(batch)
+    their_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float((nats / count).detach()) == pytest.approx(float(their_loss.detach()), rel=1e-6)
+    (nats / count).backward()
+    their_loss.backward()  # type: ignore[no-untyped-call]
+    own = dict(decoder.named_parameters())
 
-    def take(path: str) -> torch.Tensor:
-        p = theirs.get_parameter(path)
-        found = p.grad if gradient else p.detach()
+    def gradient(name: str) -> torch.Tensor:
+        found = own[name].grad
         assert found is not None
         return found
 
-    if family == "gpt2":
-        fixed = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
-        stem, _, kind = name.rpartition(".")
-        if stem in fixed:
-            return take(f"transformer.{fixed[stem]}.{kind}")
-        _, layer, inner = stem.split(".", 2)
-        prefix = f"transformer.h.{layer}"
-        if inner in ("attention.query", "attention.key", "attention.value"):
-            place = ("query", "key", "value").index(inner.split(".")[1])
-            fused = take(f"{prefix}.attn.c_attn.{kind}")
-            return fused.chunk(3, dim=-1)[place].mT if kind == "weight" else fused.chunk(3)[place]
-        value = take(f"{prefix}.{GPT2_BLOCK[inner]}.{kind}")
-        return value.mT if value.ndim == 2 else value
-    fixed = {"token_embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-    stem, _, kind = name.rpartition(".")
-    if stem in fixed:
-        return take(f"{fixed[stem]}.{kind}")
-    _, layer, inner = stem.split(".", 2)
-    return take(f"model.layers.{layer}.{LLAMA_BLOCK[inner]}.{kind}")
+    for name, expected, found in theirs.gradients(gradient):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def oracle(family: str, decoder: Decoder) -> nn.Module:
-    """Their model with our weights."""
-    if family == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=V, n_positions=T, n_embd=D, n_layer=L, n_head=H, attn_pdrop=0.0,
-            resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        model: nn.Module = transformers.GPT2LMHeadModel(config)
-    else:
-        config = transformers.LlamaConfig(
-            vocab_size=V, max_position_embeddings=T, hidden_size=D, num_hidden_layers=L,
-            num_attention_heads=H, num_key_value_heads=decoder.config.kv_heads,
-            intermediate_size=decoder.config.feed_forward_width, rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": decoder.config.rope_theta},
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config)
-    model = model.double().eval()
-    with torch.no_grad():
-        for name, p in decoder.named_parameters():
-            parts_of(name, model, family, gradient=False).copy_(p)
-    return model
-
-
-CASES = [("gpt2", {}), ("llama", {}), ("llama", {"n_kv_heads": 2}), ("llama", {"rope_theta": 5e5})]
-
-
-@pytest.mark.parametrize(("family", "changes"), CASES)
-def test_logits_loss_and_every_gradient_agree(family: str, changes: dict[str, Any]) -> None:
-    decoder = ours(family, **changes)
-    theirs = oracle(family, decoder)
-    ids = torch.randint(0, V, (3, T), generator=torch.Generator().manual_seed(0))
-    found = theirs(input_ids=ids)
-    # Rotary angles are float32 on both sides, so float64 cannot agree further than that.
-    torch.testing.assert_close(decoder.logits(decoder(ids)), found.logits, rtol=1e-5, atol=5e-6)
-    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.arange(3))
-    nats, count = Objective(decoder)(batch)
-    their_loss = theirs(input_ids=ids, labels=ids).loss
-    assert float((nats / count).detach()) == pytest.approx(float(their_loss.detach()), rel=1e-6)
-    (nats / count).backward()
-    their_loss.backward()
-    for name, p in decoder.named_parameters():
-        expected = parts_of(name, theirs, family, gradient=True)
-        torch.testing.assert_close(p.grad, expected, rtol=1e-5, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize(("family", "changes"), CASES[:3])
-def test_float32_agrees_within_1e_5(family: str, changes: dict[str, Any]) -> None:
-    decoder = ours(family, **changes)
-    theirs = oracle(family, decoder).float()
-    decoder.float()
-    ids = torch.randint(0, V, (3, T), generator=torch.Generator().manual_seed(1))
-    logits = theirs(input_ids=ids).logits
-    largest = float(logits.abs().max())
+@pytest.mark.parametrize("case", CASES)
+def test_float32_agrees_within_1e_5(case: str) -> None:
+    decoder = random_decoder(config_of(**CASES[case]))
+    theirs = Oracle(decoder)
+    ids = some_ids(1)
+    logits = theirs.logits(ids)
     difference = (decoder.logits(decoder(ids)) - logits).abs().max()
-    assert float(difference.detach()) < 1e-5 * largest
+    assert float(difference.detach()) < 1e-5 * max(1.0, float(logits.abs().max()))
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES[:3])
-def test_greedy_text_agrees(family: str, changes: dict[str, Any]) -> None:
-    decoder = ours(family, **changes)
-    theirs: Any = oracle(family, decoder)
-    prompt = [3, 1, 4, 1, 5]
-    expected = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
-    )
-    found = generate_ids(decoder, prompt, max_tokens=12, sampling=Sampling(temperature=0.0))
-    assert found[0] == expected[0, 5:].tolist()
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_text_agrees_with_and_without_a_cache(case: str) -> None:
+    decoder = random_decoder(config_of(**CASES[case])).double()
+    theirs = Oracle(decoder)
+    prompt, expected = [3, 1, 4, 1, 5], [3, 1, 4, 1, 5]
+    while len(expected) < T:
+        expected.append(int(theirs.logits(torch.tensor([expected]))[0, -1].argmax()))
+    n = T - len(prompt)
+    found = generate_ids(decoder, prompt, max_tokens=n, sampling=Sampling(temperature=0.0))
+    assert found[0] == expected[len(prompt) :]
+    plainly = list(prompt)
+    while len(plainly) < T:
+        hidden = decoder(torch.tensor([plainly]))
+        plainly.append(int(decoder.logits(hidden[0, -1]).argmax()))
+    assert plainly == expected
+    if hasattr(theirs.model, "generate"):
+        ids = torch.tensor([prompt])
+        text = theirs.model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0)
+        assert text[0].tolist() == expected
+
+
+@pytest.mark.parametrize("family", ["gpt", "gpt2", "llama"])
+def test_first_weights_are_spread_as_theirs(family: str) -> None:
+    """But for GPT-2's residual branches, all is N(0, 0.02) in both, biases 0 and norms 1."""
+    config = config_of(family, n_layers=6, d_model=64)
+    decoder = build(config, vocab_size=1000, seed=1)
+    theirs = Oracle(decoder)
+    theirs.model.init_weights()
+    own = dict(decoder.named_parameters())
+    for name, _, ours in theirs.gradients(own.__getitem__):
+        expected = theirs.model.get_parameter(name).detach()
+        assert float(ours.detach().mean()) == pytest.approx(float(expected.mean()), abs=2e-3)
+        assert float(ours.detach().std()) == pytest.approx(float(expected.std()), rel=0.06), name
+
+
+@pytest.mark.parametrize("family", ["transformer", "gpt", "gpt2"])
+def test_dropout_changes_the_loss_by_as_much_as_theirs(family: str) -> None:
+    """Masks differ, so it is the mean over many masks that agrees: the same places are dropped."""
+    rate, n = 0.3, 4000
+    decoder = random_decoder(config_of(family, dropout=rate, n_layers=1))
+    theirs = Oracle(decoder)
+    for module in theirs.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+    for module in theirs.model.modules():
+        if isinstance(module, torch.nn.TransformerEncoderLayer):
+            # torch drops inside the feed-forward layer too, which the paper does not.
+            module.dropout.p = 0.0
+            module.register_forward_pre_hook(_drops_embedding(rate))
+    theirs.model.train()
+    ids = some_ids(2)[:1].expand(n, -1)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    noise = Noise(3, torch.arange(n))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        quiet, ours, expected = (
+            F.cross_entropy(logits.transpose(1, 2), targets[: len(logits)], reduction="none").sum(1)
+            for logits in (
+                decoder.logits(decoder(inputs[:1])),
+                decoder.logits(decoder(inputs, noise=noise)),
+                theirs.logits(inputs),
+            )
+        )
+    added = float((expected.mean() - quiet).mean())
+    error = float((ours.var() / n + expected.var() / n).sqrt())
+    assert abs(added) > 8 * error
+    assert abs(float(ours.mean() - expected.mean())) < 4 * error
+
+
+def _drops_embedding(rate: float) -> Any:
+    """Section 5.4 of the paper: dropout on the sums of embeddings and positions."""
+    return lambda _, given: (F.dropout(given[0], rate), *given[1:])
+
+
+def test_presets_of_transformers_are_ours() -> None:
+    """Sizes that transformers' own configurations have as defaults."""
+    gpt = transformers.OpenAIGPTConfig()
+    assert PRESETS["gpt"]["n_layers"] == gpt.n_layer
+    assert PRESETS["gpt"]["context_length"] == gpt.n_positions
+    gpt2 = transformers.GPT2Config()
+    assert PRESETS["gpt2-124m"]["d_model"] == gpt2.n_embd
+    assert PRESETS["gpt2-124m"]["context_length"] == gpt2.n_positions
+    llama = transformers.LlamaConfig()
+    assert PRESETS["llama-7b"]["d_ff"] == llama.intermediate_size

@@ -176,6 +176,11 @@ def compose(layers: Iterable[Layer]) -> RunConfig:
             if name == "train" and "minutes" in section and "steps" not in section:
                 # How long is one question with two keys: the later layer's answer counts.
                 merged[name].pop("steps", None)
+            if name == "model" and section.get("preset") is not None:
+                # A preset is as strong as the layer that names it: a recipe's sizes, which are
+                # another model's, give way to a preset of the command line.
+                for key in model_defaults({"preset": section["preset"]}):
+                    merged[name].pop(key, None)
             merged[name].update(section)
     built = {}
     for name, kind in SECTIONS.items():

@@ -35,13 +35,14 @@ class DamagedCheckpoint(ValueError):
 
 
 class Checkpoint:
-    """An open checkpoint: `step`, `state`, tensor `shapes`, and `read`."""
+    """An open checkpoint: `step`, `state`, `sha256` of its manifest, tensor `shapes`, `read`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         content = _read_manifest(path)
         self.step: int = content["step"]
         self.state: dict[str, Any] = content["state"]
+        self.sha256: str = content["sha256"]
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
         self._verified: set[tuple[str, int]] = set()

@@ -27,6 +27,8 @@ VERBS = {
     "evaluate": "nats, perplexity and bits per byte of a model on text",
     "generate": "continue a prompt",
     "next": "the distribution over the next token",
+    "export": "write a model for transformers or llama.cpp, with a certificate",
+    "import": "read a model of transformers, llama.cpp or llama2.c",
     "report": "write a run's report.html",
     "trace": "which documents a step saw, and which steps saw a document",
 }
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"pretrain: there is no verb {verb!r}; there are: {', '.join(VERBS)}", file=sys.stderr
         )
         return 2
-    module = import_module(f"pretrain.cli.{verb}")
+    # A module cannot be called as Python's own word is.
+    module = import_module(f"pretrain.cli.{'importing' if verb == 'import' else verb}")
     parser = argparse.ArgumentParser(
         prog=f"pretrain {verb}",
         description=module.__doc__,

@@ -10,11 +10,12 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run directory, or one checkpoint in it")
+    parser.add_argument("model", metavar="MODEL", help=HELP)
     parser.add_argument(
         "--text", nargs="+", metavar="FILE", help="texts to score, in any format that prepare reads"
     )
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    from pretrain.cli.places import open_model
+    from pretrain.cli.models import open_model
     from pretrain.corpus import list_files
 
     for name in arguments.text or []:
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     objective = Objective(model.decoder)
     context = model.decoder.config.window_tokens
     output.say(
-        f"{model.checkpoint}: windows of {context} tokens that do not overlap, "
+        f"{model.path}: windows of {context} tokens that do not overlap, "
         "each text from an end-of-text on"
     )
     if arguments.text is None:
@@ -79,14 +80,17 @@ def _score_file(model: Any, objective: Any, name: str, text_field: str | None) -
 
 
 def _score_split(model: Any, objective: Any) -> dict[str, Any]:
-    from pretrain.checkpoint import open_checkpoint
     from pretrain.cli.places import prepared
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.scorer import EVALUATION_TOKENS
 
+    seen = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")
+    if seen is None:
+        raise ValueError(
+            f"{model.path} was not trained here and has no held-out text; score files with --text"
+        )
     data = prepared(model.config)
-    seen = open_checkpoint(model.checkpoint).state["fingerprint"]
     same_ids = data.manifest.tokenizer_sha256 == model.tokenizer.sha256
     if not same_ids or data.split("val").sha256 != seen["held-out text"]:
         raise ValueError(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 
+from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run directory, or one checkpoint in it")
+    parser.add_argument("model", metavar="MODEL", help=HELP)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue [none]")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="[200]")
     parser.add_argument(
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"--max-tokens is {arguments.max_tokens} and --n is {arguments.n}; "
             "both must be at least 1"
         )
-    from pretrain.cli.places import open_model
+    from pretrain.cli.models import open_model
 
     model = open_model(arguments.model, device=arguments.device)
 

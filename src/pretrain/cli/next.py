@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 
+from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run directory, or one checkpoint in it")
+    parser.add_argument("model", metavar="MODEL", help=HELP)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text before the token [none]")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="how many tokens [10]")
     parser.add_argument(
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.top < 1:
         raise ValueError(f"--top is {arguments.top}; it must be at least 1")
-    from pretrain.cli.places import open_model
+    from pretrain.cli.models import open_model
 
     model = open_model(arguments.model, device=arguments.device)
 

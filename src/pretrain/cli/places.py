@@ -1,27 +1,19 @@
-"""Where things lie: recipes, run directories, the cache of prepared text, and what MODEL may
-name."""
+"""Where things lie: recipes, run directories, and the cache of prepared text."""
 
 from __future__ import annotations
 
 import glob
 import importlib.resources
-import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.config import Layer, RunConfig, read_file
 from pretrain.data.mixed import MixedData
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.shards import PreparedData, is_prepared, open_prepared
-
-if TYPE_CHECKING:
-    from pretrain.model import Decoder
-    from pretrain.tokenizer import Tokenizer
-    from pretrain.world import World
 
 RUNS = Path("runs")
 DEFAULT_RECIPE = "english"
@@ -141,63 +133,3 @@ def _from_cache(
         except FileExistsError:
             pass  # another process was quicker and has made the same
     return open_prepared(folder)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenModel:
-    """A model that is ready to be used, and the run that it came from."""
-
-    decoder: Decoder
-    tokenizer: Tokenizer
-    config: RunConfig
-    run: Path
-    checkpoint: Path
-    world: World
-
-    @property
-    def precision(self) -> str:
-        """The run's own arithmetic where it was trained; elsewhere float32, which every device
-        has."""
-        same_device = self.config.train.device == self.world.device.type
-        return self.config.train.precision if same_device else "fp32"
-
-
-def open_model(name: str, *, device: str = "auto") -> OpenModel:
-    """Open MODEL: a run directory (its best checkpoint once finished, else its newest), or one
-    checkpoint in it."""
-    run, path = find_checkpoint(Path(name))
-
-    from pretrain.checkpoint import open_checkpoint
-    from pretrain.model import Objective, build
-    from pretrain.tokenizer import load_tokenizer
-    from pretrain.train.loop import load_weights
-    from pretrain.world import open_world
-
-    world = open_world(device)
-    checkpoint = open_checkpoint(path)
-    config = compose([read_file(run / "config.yaml")])
-    tokenizer = load_tokenizer(run / "tokenizer")
-    decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
-    load_weights(Objective(decoder), checkpoint)
-    return OpenModel(decoder.eval(), tokenizer, config, run, path, world)
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The run directory and the checkpoint that a MODEL argument means."""
-    if not path.exists():
-        raise ValueError(f"there is no model at {path}: neither a run directory nor a checkpoint")
-    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
-        return path.parent.parent, path
-    if not (path / "config.yaml").is_file():
-        raise ValueError(
-            f"{path} is neither a run directory (it has no config.yaml) nor a checkpoint in one"
-        )
-    summary = path / "summary.json"
-    if summary.is_file():
-        return path, path / json.loads(summary.read_text(encoding="utf-8"))["checkpoint"]
-    from pretrain.checkpoint import list_checkpoints
-
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise ValueError(f"the run {path} has no checkpoint yet")
-    return path, found[-1]

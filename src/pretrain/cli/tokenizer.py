@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         default="gpt2",
-        choices=("gpt2", "cl100k", "o200k", "llama3"),
+        choices=("gpt2", "cl100k", "o200k", "llama3", "smollm"),
         help="how text is cut into words before pairs are merged [gpt2]",
     )
     parser.add_argument(

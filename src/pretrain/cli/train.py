@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.models import first_weights, with_first_weights
 from pretrain.cli.output import Output
 from pretrain.cli.places import new_run_folder, newest_run, prepared, read_target
 from pretrain.cli.settings import settings_help
@@ -56,7 +57,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         folder = Path(arguments.run) if arguments.run else newest_run()
         return _resume(folder, arguments.target, overrides, output, began)
     name, layers = read_target(arguments.target)
-    config = compose([*layers, overrides])
+    # What a recipe says of the architecture gives way to train.init_from; what the user says must
+    # fit it.
+    n_below = 0 if (arguments.target or "").lower().endswith((".yaml", ".yml")) else len(layers)
+    config = with_first_weights(layers[:n_below], [*layers[n_below:], overrides])
     config = _with_whole_path(config)
     require_packages(config.report.to)
     folder = new_run_folder(name, arguments.run)
@@ -120,7 +124,7 @@ def _begin(
     config = replace(config, model=decided.model, schedule=decided.schedule, train=decided.train)
     folder.mkdir(parents=True, exist_ok=True)
     data.tokenizer().save(folder / "tokenizer")
-    _write_environment(folder, world, fingerprint(data, world))
+    _write_environment(folder, world, fingerprint(data, world, first_weights(config)))
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return _train(config, folder, data, world, screen, output, began, resume_from=None)
 
@@ -130,6 +134,10 @@ def _resume(
 ) -> int:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
+    if not (folder / "environment.json").is_file():
+        raise ValueError(
+            f"{folder} was imported, not trained; train on from it with --train.init_from {folder}"
+        )
     config = compose([read_file(folder / "config.yaml")])
     _refuse_other_settings(config, target, overrides)
     require_packages(config.report.to)
@@ -160,7 +168,7 @@ def _resume(
     ]
     if checkpoint is not None:
         begun_with = checkpoint.state["fingerprint"]
-    refuse_changes(begun_with, fingerprint(data, world))
+    refuse_changes(begun_with, fingerprint(data, world, first_weights(config)))
     if checkpoint is None:
         screen.line(f"{folder} has no checkpoint yet: it starts anew, as it was decided")
     else:
@@ -205,6 +213,7 @@ def _train(
 
     show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
     _follow(config, folder)
+    start = first_weights(config)
     code = train(
         folder,
         data=data,
@@ -214,8 +223,9 @@ def _train(
         settings=config.train,
         world=world,
         screen=screen,
-        fingerprint=fingerprint(data, world),
+        fingerprint=fingerprint(data, world, start),
         began=began,
+        first_weights=start,
         resume_from=resume_from,
     )
     report = write_report(folder)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pretrain.data.durable import write_json
 
 FORMAT = "pretrain-shards"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 SplitName = Literal["train", "val"]
@@ -72,6 +72,8 @@ class Manifest:
     vocab_size: int
     id_bytes: int
     """2 or 4: ids are unsigned, little-endian."""
+    start_of_text: int
+    """Stands before each document where it is not end_of_text, which then stands behind it only."""
     end_of_text: int
     tokenizer_sha256: str
     source_sha256: str

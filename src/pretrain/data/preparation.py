@@ -40,6 +40,7 @@ from pretrain.data.steps import STEPS, split_of
 from pretrain.data.writing import ShardWriter, id_bytes
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.loading import load_tokenizer, tokenizer_files
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 
 def prepare(
@@ -133,7 +134,7 @@ def finish(job: Job, out: str | Path, *, progress: Progress | None = None) -> Pr
         report = whole_report(job)
         report["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
         write_json(folder / "report.json", report)
-        write_manifest(folder, _manifest(job, tokenizer.vocab_size, tokenizer.end_of_text, streams))
+        write_manifest(folder, _manifest(job, tokenizer, streams))
         put_in_place(folder, out)
     if progress is not None:
         progress("writing", 1.0)
@@ -152,9 +153,7 @@ def _refuse_undone(job: Job) -> None:
             )
 
 
-def _manifest(
-    job: Job, vocab_size: int, end_of_text: int, streams: dict[str, StreamInfo]
-) -> Manifest:
+def _manifest(job: Job, tokenizer: Tokenizer, streams: dict[str, StreamInfo]) -> Manifest:
     settings, split = job.settings, split_of(job)
     file = job.place("decide") / "tokenizer" / "tokenizer.json"
     kept = asdict(settings) | {"val_fraction": split.val_fraction}
@@ -166,9 +165,10 @@ def _manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,
         package_version=_package_version(),
-        vocab_size=vocab_size,
-        id_bytes=id_bytes(vocab_size),
-        end_of_text=end_of_text,
+        vocab_size=tokenizer.vocab_size,
+        id_bytes=id_bytes(tokenizer.vocab_size),
+        start_of_text=tokenizer.start_of_text,
+        end_of_text=tokenizer.end_of_text,
         tokenizer_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         source_sha256=job.report_of("decide")["source_sha256"],
         split_policy=split.policy,

@@ -297,6 +297,8 @@ def _encode(job: Job, unit: int, out: Path) -> None:
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _kept(job, part, removed):
             for name, text in split.parts(document.text):
+                if tokenizer.start_of_text != tokenizer.end_of_text:
+                    writers[name].add(np.array([tokenizer.start_of_text], np.int64))
                 for ids in tokenizer.encode_parts(text):
                     writers[name].add(ids)
                 n_bytes = len(text.encode())

@@ -102,15 +102,17 @@ def score_texts(
     world: World,
     precision: str = "fp32",
 ) -> Score:
-    """Score some documents, each from a fresh end-of-text; the ends of documents are not
+    """Score some documents, each from a fresh start-of-text; the ends of documents are not
     counted."""
     lengths = byte_lengths(tokenizer)
     context = objective.decoder.config.window_tokens
     rows = max(1, EVALUATION_TOKENS // context)
     total = Score(0.0, 0, 0)
     for text in texts:
-        ids = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(text)]).astype(np.int64)
-        batches = evaluation_batches(Ids(ids), context_length=context, rows=rows)
+        ids = np.concatenate([[tokenizer.start_of_text], tokenizer.encode(text)]).astype(np.int64)
+        # A short text is one short window: what would be padding is not computed.
+        window = min(context, max(1, len(ids) - 1))
+        batches = evaluation_batches(Ids(ids), context_length=window, rows=rows)
         part = score(objective, batches, byte_lengths_V=lengths, world=world, precision=precision)
         total = Score(total.nats + part.nats, total.tokens + part.tokens, total.bytes + part.bytes)
     return total

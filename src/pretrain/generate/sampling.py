@@ -8,8 +8,9 @@ number of the completion and the position alone, so completion 3 of 5 is complet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -79,9 +80,10 @@ def generate_ids(
     max_tokens: int,
     n: int = 1,
     sampling: Sampling,
-    end_of_text: int | None = None,
+    ends: Collection[int] = (),
 ) -> list[list[int]]:
-    """`n` continuations of a prompt of ids, each up to `max_tokens` long, cut before `end_of_text`.
+    """`n` continuations of a prompt of ids, each up to `max_tokens` long, cut before the first id
+    of `ends`.
 
     A text that outgrows the context goes on from its last half context, read anew. Raises
     ValueError for an empty prompt and for counts below 1.
@@ -106,16 +108,17 @@ def generate_ids(
         new_BT = _draw(probabilities, position=position, seed=sampling.seed)[:, None]
         seen_BT = torch.cat([seen_BT, new_BT], dim=1)
         drawn.append(new_BT)
-        ended_B |= new_BT[:, 0] == end_of_text
-        if end_of_text is not None and bool(ended_B.all()):
+        for end in ends:
+            ended_B |= new_BT[:, 0] == end
+        if ends and bool(ended_B.all()):
             break
     rows: list[list[int]] = torch.cat(drawn, dim=1).tolist()
-    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in rows]
+    return [list(takewhile(lambda id_: id_ not in ends, row)) for row in rows]
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
-    """The ids of a prompt behind an end-of-text, as every document stood in training."""
-    return [tokenizer.end_of_text, *(int(i) for i in tokenizer.encode(prompt, special=special))]
+    """The ids of a prompt behind a start-of-text, as every document stood in training."""
+    return [tokenizer.start_of_text, *(int(i) for i in tokenizer.encode(prompt, special=special))]
 
 
 def generate(
@@ -136,7 +139,7 @@ def generate(
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
-        end_of_text=tokenizer.end_of_text,
+        ends={tokenizer.start_of_text, tokenizer.end_of_text},
     )
     return [tokenizer.decode(ids) for ids in completions]
 

@@ -1,13 +1,14 @@
 """The decoder: ids in, hidden states out, and logits where somebody asks for them.
 
-One class is GPT-2, Llama and `fast` by its config. It is pure and lives on one device: loss,
-optimizer, sampling and parallelism are other people's rooms. It refuses ids that are not (B, T) and
-windows beyond its context length.
+One class is the decoder of 2017, GPT, GPT-2, Llama and `fast` by its config. It is pure and lives
+on one device: loss, optimizer, sampling and parallelism are other people's rooms. It refuses ids
+that are not (B, T) and windows beyond its context length.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from pretrain.model.layers import (
     build_norm,
     drop,
     rotation_at,
+    sinusoids_at,
 )
 from pretrain.model.ngrams import NgramEmbedding
-from pretrain.model.random import Noise, normal
+from pretrain.model.random import Noise, normal, uniform
 
 # GPT-2's code draws every matrix from N(0, 0.02).
 INITIAL_STD = 0.02
@@ -46,7 +48,8 @@ class Decoder(nn.Module):
         )
         # Keyed by number, so that a name stays what it is when a pipeline keeps only some blocks.
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
-        self.final_norm = build_norm(config)
+        # After a norm at the end of each block there is nothing left to normalise.
+        self.final_norm = build_norm(config) if config.norm_place == "before" else None
         self.head = None if config.tied_head else nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(
@@ -63,21 +66,29 @@ class Decoder(nn.Module):
         if stop > self.config.window_tokens:
             raise ValueError(f"{stop} ids do not fit the context of {self.config.window_tokens}")
         positions_T = torch.arange(start, stop, device=ids_BT.device)
+        x_BTD = self._embed(ids_BT, positions_T, cache)
+        x_BTD = drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
+        turns = self.config.position == "rotary"
+        rotation = rotation_at(positions_T, self.config) if turns else None
+        for block in self.blocks.values():
+            x_BTD = block(x_BTD, rotation, cache, noise)
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+
+    def _embed(self, ids_BT: Tensor, positions_T: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """What the first block reads (B, T, D), before dropout."""
         x_BTD = self.token_embedding(ids_BT)
+        if self.config.scaled_embedding:
+            x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.ngrams is not None:
             before_BP = ids_BT[:, :0] if cache is None else cache.remember(ids_BT)
             x_BTD = x_BTD + self.ngrams(ids_BT, before_BP)
-        rotation = None
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_T)
-        else:
-            rotation = rotation_at(positions_T, self.config)
+        if self.config.position == "sinusoidal":
+            x_BTD = x_BTD + sinusoids_at(positions_T, self.config.d_model).to(x_BTD.dtype)
         if self.config.embedding_norm:
             x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
-        x_BTD = drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
-        for block in self.blocks.values():
-            x_BTD = block(x_BTD, rotation, cache, noise)
-        return self.final_norm(x_BTD)  # type: ignore[no-any-return]
+        return x_BTD  # type: ignore[no-any-return]
 
     @property
     def head_weight(self) -> Tensor:
@@ -91,22 +102,38 @@ class Decoder(nn.Module):
 
 
 def initial_value(
-    config: ModelConfig, name: str, start: int, stop: int, *, seed: int, device: torch.device
+    config: ModelConfig,
+    name: str,
+    shape: Sequence[int],
+    start: int,
+    stop: int,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> Tensor:
-    """Elements [start, stop) of a parameter at the start of training, a pure function of seed and
-    name.
+    """Elements [start, stop) of a parameter of `shape` at the start of training, a pure function of
+    seed and name.
 
-    Matrices are N(0, 0.02); the two that write to the residual stream are divided by sqrt(2
-    n_layers), as the GPT-2 paper says; norm weights are 1, biases 0.
+    Biases and n-gram tables are 0, norm weights 1. Matrices are N(0, 0.02); those that write to the
+    residual stream are divided by sqrt(2 n_layers) (`scaled`, as the GPT-2 paper says) or 0
+    (`zero`). For `xavier` they are uniform in +-sqrt(6 / (fan in + fan out)) ("Understanding the
+    difficulty of training deep feedforward neural networks", Glorot and Bengio, 2010), and
+    embeddings N(0, 1 / d_model).
     """
     if name.endswith("bias") or name.startswith("ngrams."):
         return torch.zeros(stop - start, device=device)
     if "norm" in name:
         return torch.ones(stop - start, device=device)
-    writes_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-    if writes_residual and config.zero_branches:
-        return torch.zeros(stop - start, device=device)
-    std = INITIAL_STD / (math.sqrt(2 * config.n_layers) if writes_residual else 1.0)
+    if config.initialization == "xavier" and "embedding" not in name:
+        index = torch.arange(start, stop, device=device)
+        u = uniform(seed, name, index).float()
+        return (2 * u - 1) * math.sqrt(6 / sum(shape))
+    std = INITIAL_STD if config.initialization != "xavier" else config.d_model**-0.5
+    if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+        if config.initialization == "zero":
+            return torch.zeros(stop - start, device=device)
+        if config.initialization == "scaled":
+            std /= math.sqrt(2 * config.n_layers)
     return normal(seed, name, start, stop, device=device) * std
 
 
@@ -125,6 +152,7 @@ def build(
     if seed is not None:
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
-                values = initial_value(config, name, 0, parameter.numel(), seed=seed, device=device)
+                shape, size = parameter.shape, parameter.numel()
+                values = initial_value(config, name, shape, 0, size, seed=seed, device=device)
                 parameter.copy_(values.view_as(parameter))
     return decoder

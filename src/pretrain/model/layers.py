@@ -21,7 +21,7 @@ ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range
 
 def build_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layer":
-        return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.bias)
+        return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.has_bias("norm"))
     return nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
 
 
@@ -33,10 +33,37 @@ def rotation_at(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
     Angles are made anew in float32 at each call: it costs microseconds, and a table would be a
     buffer to shard, save and move.
     """
-    half = torch.arange(0, config.d_head, 2, device=positions_T.device).float() / config.d_head
-    angles = positions_T.float()[:, None] / config.rope_theta**half
+    frequencies = rotation_frequencies(config, device=positions_T.device)
+    angles = positions_T.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
+
+
+def rotation_frequencies(
+    config: ModelConfig, *, stretched: bool = True, device: torch.device | None = None
+) -> Tensor:
+    """By how much each pair of a head turns from one position to the next (E/2), in radians.
+
+    With a `rope_factor` the low ones are divided by it, so that in a longer context no pair turns
+    further than it did in the original one: Llama 3.1 (Grattafiori et al., "The Llama 3 Herd of
+    Models", 2024, and its published code).
+    """
+    places = torch.arange(0, config.d_head, 2, device=device).float() / config.d_head
+    frequencies = 1.0 / config.rope_theta**places
+    if config.rope_factor == 1.0 or not stretched:
+        return frequencies
+    turns = config.rope_original_context * frequencies / (2 * math.pi)
+    low, high = config.rope_low_factor, config.rope_high_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / config.rope_factor + kept * frequencies
+
+
+def sinusoids_at(positions_T: Tensor, d_model: int) -> Tensor:
+    """Sines and cosines (T, D) of wavelengths from 2 pi to 10,000 times that, in turn: section 3.5
+    of "Attention Is All You Need" (Vaswani et al., 2017)."""
+    places = torch.arange(0, d_model, 2, device=positions_T.device).float() / d_model
+    angles = positions_T.float()[:, None] / 10_000**places
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def rotate(x_BHTE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -85,10 +112,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         d, d_kv = config.d_model, config.kv_heads * config.d_head
-        self.query = nn.Linear(d, d, bias=config.bias)
-        self.key = nn.Linear(d, d_kv, bias=config.bias)
-        self.value = nn.Linear(d, d_kv, bias=config.bias)
-        self.output = nn.Linear(d, d, bias=config.bias)
+        has_bias = config.has_bias("query_key_value")
+        self.query = nn.Linear(d, d, bias=has_bias)
+        self.key = nn.Linear(d, d_kv, bias=has_bias)
+        self.value = nn.Linear(d, d_kv, bias=has_bias)
+        self.output = nn.Linear(d, d, bias=config.has_bias("output"))
 
     def forward(
         self,
@@ -111,7 +139,7 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise | None) -> Tensor:
         T, S, grouped = query.shape[2], key.shape[2], key.shape[1] != query.shape[1]
-        if noise is not None:
+        if noise is not None and self.config.attention_dropout:
             return self._attend_plainly(query, key, value, noise)
         if T == S or T == 1:
             # A single new query sees every cached key, so it needs no mask at all.
@@ -143,29 +171,38 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """GELU in its tanh form (Hendrycks and Gimpel, 2016), or SwiGLU (Shazeer, 2020)."""
+    """ReLU (Vaswani et al., 2017), GELU in its tanh form (Hendrycks and Gimpel, 2016), squared ReLU
+    (So et al., 2021), or SwiGLU (Shazeer, 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d, f = config.d_model, config.feed_forward_width
-        self.squared = config.feed_forward == "relu2"
-        self.gate = nn.Linear(d, f, bias=config.bias) if config.feed_forward == "swiglu" else None
-        self.up = nn.Linear(d, f, bias=config.bias)
-        self.down = nn.Linear(f, d, bias=config.bias)
+        d, f, has_bias = config.d_model, config.feed_forward_width, config.has_bias("feed_forward")
+        self.kind = config.feed_forward
+        self.gate = nn.Linear(d, f, bias=has_bias) if self.kind == "swiglu" else None
+        self.up = nn.Linear(d, f, bias=has_bias)
+        self.down = nn.Linear(f, d, bias=has_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        if self.gate is not None:
-            hidden_BTF = F.silu(self.gate(x_BTD)) * up_BTF
-        elif self.squared:
-            hidden_BTF = F.relu(up_BTF).square()
-        else:
-            hidden_BTF = F.gelu(up_BTF, approximate="tanh")
+        match self.kind:
+            case "swiglu":
+                assert self.gate is not None
+                hidden_BTF = F.silu(self.gate(x_BTD)) * up_BTF
+            case "gelu":
+                hidden_BTF = F.gelu(up_BTF, approximate="tanh")
+            case "relu":
+                hidden_BTF = F.relu(up_BTF)
+            case "relu2":
+                hidden_BTF = F.relu(up_BTF).square()
         return self.down(hidden_BTF)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Norm, attention, add; norm, feed-forward, add (pre-norm, as in GPT-2 and Llama)."""
+    """Two branches beside the residual stream: attention, then feed-forward.
+
+    Pre-norm, x + branch(norm(x)), as in GPT-2 and Llama, or post-norm, norm(x + branch(x)), as in
+    2017 and GPT.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -182,6 +219,13 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         noise: Noise | None,
     ) -> Tensor:
+        if self.config.norm_place == "after":
+            branch = self.attention(x_BTD, rotation, cache, noise)
+            x_BTD = self.attention_norm(x_BTD + self._drop(branch, noise, ATTENTION_OUTPUT_SITE))
+            branch = self.feed_forward(x_BTD)
+            return self.feed_forward_norm(  # type: ignore[no-any-return]
+                x_BTD + self._drop(branch, noise, FEED_FORWARD_SITE)
+            )
         branch = self.attention(self.attention_norm(x_BTD), rotation, cache, noise)
         x_BTD = x_BTD + self._drop(branch, noise, ATTENTION_OUTPUT_SITE)
         branch = self.feed_forward(self.feed_forward_norm(x_BTD))

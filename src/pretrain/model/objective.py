@@ -45,7 +45,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, smoothing: float
+    ) -> Tensor:
         # The sum is kept in float64 where there is one, so that it hardly depends on how rows are
         # grouped.
         total_type = torch.float32 if hidden_ND.device.type == "mps" else torch.float64
@@ -70,7 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             # d nats / d logits = softmax - one_hot; rows that do not count are struck out where
             # they are narrow, not over the whole vocabulary.
-            slope_NV.scatter_add_(1, picked_N1, torch.full_like(chosen_N1, -1.0))
+            slope_NV.scatter_add_(1, picked_N1, torch.full_like(chosen_N1, smoothing - 1.0))
+            if smoothing:
+                slope_NV -= smoothing / slope_NV.shape[1]
             slope_NV = slope_NV.to(hidden.dtype)
             torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
             counted_hidden = (hidden * counted_N1).to(d_weight.dtype)
@@ -79,27 +83,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             d_hidden * slopes[0].to(d_hidden.dtype),
             d_weight * slopes[0].to(d_weight.dtype),
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, smoothing: float = 0.0
+) -> Tensor:
     """Nats (a scalar, summed) of the targets (N) under the logits hidden @ weight.T, without those
-    logits."""
-    nats: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
+    logits.
+
+    With label `smoothing` the value is still these nats, so that every reported number means the
+    same; the gradient is that of the smoothed objective, in which a target has the probability 1 -
+    smoothing, and that share is spread evenly over the vocabulary ("Rethinking the Inception
+    Architecture for Computer Vision", Szegedy et al., 2016).
+    """
+    nats: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, smoothing)  # type: ignore[no-untyped-call]
     return nats
 
 
-def plain_linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def plain_linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, smoothing: float = 0.0
+) -> Tensor:
     """The same by torch's own operators, with whole logits: the twin that the fast path must
-    equal."""
-    logits_NV = hidden_ND @ weight_VD.T
-    return F.cross_entropy(logits_NV, targets_N, ignore_index=NOT_COUNTED, reduction="sum")
+    equal. With `smoothing` its value is the smoothed objective."""
+    return F.cross_entropy(
+        hidden_ND @ weight_VD.T,
+        targets_N,
+        ignore_index=NOT_COUNTED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
 
 
 class Objective(nn.Module):
@@ -107,12 +127,12 @@ class Objective(nn.Module):
 
     The context of a prediction is the window's ids up to and including x_i, so k + 1 in the formula
     is at most the context length T. `seed` keys the dropout masks; they are drawn only in training
-    mode and for a rate above 0.
+    mode and for a rate above 0. So is `label_smoothing`, which changes gradients and never nats.
     """
 
-    def __init__(self, decoder: Decoder, *, seed: int = 0) -> None:
+    def __init__(self, decoder: Decoder, *, seed: int = 0, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.decoder, self.seed = decoder, seed
+        self.decoder, self.seed, self.label_smoothing = decoder, seed, label_smoothing
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(nats, count): the sum of -log p(target | context), and how many targets were counted."""
@@ -120,5 +140,10 @@ class Objective(nn.Module):
         noise = Noise(self.seed, batch.samples) if drops else None
         hidden_BTD = self.decoder(batch.inputs, noise=noise)
         targets_N = batch.targets.flatten()
-        nats = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.decoder.head_weight, targets_N)
+        nats = linear_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            self.decoder.head_weight,
+            targets_N,
+            smoothing=self.label_smoothing if self.training else 0.0,
+        )
         return nats, (targets_N != NOT_COUNTED).sum()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,22 @@ if TYPE_CHECKING:
 SPACE = "\u2581"
 """What stands for a space in the vocabulary."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _BPE = 2
+
+
+class Kind(IntEnum):
+    """What an entry of the vocabulary is; the numbers are those of SentencePiece's files."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+Piece = tuple[str, float, int]
+"""Text, score and kind of an entry."""
 
 
 def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
@@ -32,13 +47,7 @@ def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         normalizer = dict(_fields(_last(message, 3)))
     except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no SentencePiece model: {error}") from None
-    texts = [text for text, _, _ in pieces]
-    if len(set(texts)) < len(texts) or not texts:
-        raise ValueError(f"{file}: the vocabulary is empty, or holds an entry twice")
-    defined = next((text for text, _, kind in pieces if kind == _USER_DEFINED), None)
-    if defined is not None:
-        raise ValueError(f"{file}: the entry {defined!r} is user-defined; legal: none is")
-    n_bytes = sum(kind == _BYTE for _, _, kind in pieces)
+    n_bytes = sum(kind == Kind.BYTE for _, _, kind in pieces)
     if trainer.get(3, 1) != _BPE or n_bytes != 256:
         raise ValueError(
             f"{file}: legal are BPE models with an entry for each of the 256 bytes; this one is "
@@ -49,24 +58,33 @@ def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
             f"{file}: the model changes the text before it is encoded (its normalizer is "
             "not 'identity', or it removes spaces), so text would be lost"
         )
-    return _library(file, pieces, has_prefix=bool(normalizer.get(3, 1)))
+    try:
+        return library_of_pieces(pieces, has_prefix=bool(normalizer.get(3, 1)))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
-def _library(
-    file: Path, pieces: list[tuple[str, float, int]], *, has_prefix: bool
-) -> tokenizers.Tokenizer:
+def library_of_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Tokenizer:
+    """The tokenizer of a vocabulary by id. With `has_prefix` a text is read as if a space stood
+    before it. Raises ValueError for a vocabulary that contradicts itself."""
+    texts = [text for text, _, _ in pieces]
+    if len(set(texts)) < len(texts) or not texts:
+        raise ValueError("the vocabulary is empty, or holds an entry twice")
+    defined = next((text for text, _, kind in pieces if kind == Kind.USER_DEFINED), None)
+    if defined is not None:
+        raise ValueError(f"the entry {defined!r} is user-defined; legal: none is")
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
 
     vocabulary = {text: id_ for id_, (text, _, _) in enumerate(pieces)}
-    unknown = [text for text, _, kind in pieces if kind == _UNKNOWN]
+    unknown = [text for text, _, kind in pieces if kind == Kind.UNKNOWN]
     if len(unknown) != 1:
-        raise ValueError(f"{file}: {len(unknown)} entries stand for what is unknown; legal: 1")
+        raise ValueError(f"{len(unknown)} entries stand for what is unknown; legal: 1")
     # A merge makes the piece of the highest score, whatever its parts.
     merges = [
         (text[:cut], text[cut:])
         for text, _, kind in sorted(pieces, key=lambda piece: -piece[1])
-        if kind == _NORMAL
+        if kind == Kind.NORMAL
         for cut in sorted(
             (c for c in range(1, len(text)) if text[:c] in vocabulary and text[c:] in vocabulary),
             key=lambda c: (vocabulary[text[:c]], vocabulary[text[c:]]),
@@ -85,7 +103,7 @@ def _library(
         [
             AddedToken(text, special=True, normalized=False)
             for text, _, kind in pieces
-            if kind in (_UNKNOWN, _CONTROL)
+            if kind in (Kind.UNKNOWN, Kind.CONTROL)
         ]
     )
     return library
@@ -105,13 +123,12 @@ def space_prefix(description: Mapping[str, Any]) -> str | None:
     return SPACE if prepend in parts else ""
 
 
-def _piece(data: bytes | int) -> tuple[str, float, int]:
-    """Text, score and kind of a vocabulary entry."""
+def _piece(data: bytes | int) -> Piece:
     found = dict(_fields(data))
     text, score = found[1], found.get(2, b"\0\0\0\0")
     assert isinstance(text, bytes)
     assert isinstance(score, bytes)
-    kind = found.get(3, _NORMAL)
+    kind = found.get(3, Kind.NORMAL)
     return text.decode(), struct.unpack("<f", score)[0], int(kind)
 
 

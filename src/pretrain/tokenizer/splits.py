@@ -2,18 +2,20 @@
 
 A split's name comes in, a library tokenizer goes out. The patterns are facts of the vocabularies
 that use them: GPT-2's of Radford et al., 2019; cl100k and o200k of tiktoken's openai_public.py;
-llama3 of Llama Team, 2024. They are written for the library's engine, where {1,3}+ is not
+llama3 of Llama Team, 2024; smollm, GPT-2's with each digit by itself, of SmolLM (Ben Allal et al.,
+2024). They are written for the library's engine, where {1,3}+ is not
 possessive and $ is the end of a line.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 if TYPE_CHECKING:
     import tokenizers
 
-Split = Literal["gpt2", "cl100k", "o200k", "llama3"]
+Split = Literal["gpt2", "cl100k", "o200k", "llama3", "smollm"]
 
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -44,14 +46,32 @@ def pre_tokenizer(split: Split) -> Any:
     """The library's part that cuts text into words and writes them in GPT-2's byte alphabet."""
     from tokenizers import Regex, pre_tokenizers
 
+    by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if split == "gpt2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return by_gpt2
+    if split == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_gpt2])
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PATTERNS[split]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def split_of(description: Mapping[str, Any]) -> Split | None:
+    """The pre-split of a tokenizer.json; None for one that has no name here."""
+    import json
+
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    for split in get_args(Split):
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizer(split)
+        if json.loads(library.to_str())["pre_tokenizer"] == description["pre_tokenizer"]:
+            return cast(Split, split)
+    return None
 
 
 def byte_level_bpe(

@@ -13,15 +13,17 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.tokenizer.alphabet import byte_symbols, symbol_bytes
-from pretrain.tokenizer.gpt import WORD_END, is_gpt
+from pretrain.tokenizer.gpt import WORD_END
+from pretrain.tokenizer.kinds import RARE, STARTS, Kind, end_of_text_of, kind_of, missing_bytes
 from pretrain.tokenizer.pieces import PIECE_CHARACTERS, pieces
 from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
+from pretrain.tokenizer.splits import Split, split_of
 
 if TYPE_CHECKING:
     import fastokens
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int64]
 
-END_OF_TEXT = "<|endoftext|>"
-_OTHER_ENDS = ("<|end_of_text|>", "</s>")  # Llama 3; Llama 1 and 2
 FILE_NAME = "tokenizer.json"
 _BYTE_ENTRY = re.compile("<0x([0-9A-F]{2})>")
 
@@ -46,11 +46,14 @@ _PROBE = (
 class Tokenizer:
     """Text <-> ids. Made by `train_tokenizer` or `load_tokenizer`."""
 
-    kind: Literal["bpe", "gpt", "characters", "bytes"]
+    kind: Kind
     vocab_size: int
     """Number of ids, end-of-text included; ids are 0 .. vocab_size - 1."""
     end_of_text: int
     """Id of the end-of-text token; text never encodes to it."""
+    start_of_text: int
+    """Id that a document begins with: a token of its own in Llama's vocabularies, else that of
+    end-of-text, which stands between documents."""
     sha256: str
     """Hash of the canonical tokenizer.json, which is what `save` writes."""
 
@@ -73,8 +76,10 @@ class Tokenizer:
         }
         self.vocab_size = len(entries)
         self._special = {entries[id_]: id_ for id_ in special}
-        self.end_of_text = _end_of_text(entries, special)
-        self.kind = _kind(description, entries, special)
+        self.end_of_text = end_of_text_of(entries, special)
+        start = STARTS.get(entries[self.end_of_text], "")
+        self.start_of_text = self._special.get(start, self.end_of_text)
+        self.kind = kind_of(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
         # SentencePiece's spaces are made here, so that a long text can be cut.
@@ -83,6 +88,9 @@ class Tokenizer:
             library = _without_normalizer(description)
         self._library = library
         self._fast = _fast_twin(library) if self.kind == "bpe" else None
+        is_byte_level = self.kind == "bpe" and self._prefix is None
+        missing = missing_bytes(entries, special) if is_byte_level else frozenset()
+        self._missing = re.compile(f"[{''.join(RARE[b] for b in missing)}]") if missing else None
         is_table = self.kind in ("bytes", "characters")
         self._table = self._build_table(entries) if is_table else np.empty(0, np.int64)
 
@@ -90,8 +98,8 @@ class Tokenizer:
         """Ids of a text, shape (n,), int64, without an end-of-text token.
 
         With `special` the names of special tokens in the text stand for them; else they are text
-        like any other. Lone surrogates become U+FFFD. Raises ValueError for a character that a
-        `characters` vocabulary lacks.
+        like any other. Lone surrogates become U+FFFD. Raises ValueError for a character that the
+        vocabulary lacks: of the kind `characters`, or a control character.
         """
         text = without_surrogates(text)
         if special and self._special:
@@ -120,6 +128,8 @@ class Tokenizer:
         fast, prefix, has_spaces = self._fast, self._prefix or "", self._prefix is not None
         limit = PIECE_CHARACTERS if fast is None or has_spaces else _PART_CHARACTERS
         for piece in pieces(without_surrogates(text), limit=limit):
+            if self._missing is not None and (found := self._missing.search(piece)):
+                raise ValueError(f"the character {found[0]!r} is not in this vocabulary")
             part = prefix + piece.replace(" ", SPACE) if has_spaces else piece
             prefix = ""
             # The twin takes "<s>" and "<0x41>" in the text for SentencePiece's entries of the name.
@@ -148,6 +158,39 @@ class Tokenizer:
     def byte_lengths(self) -> Ids:
         """Number of bytes of text of each id, shape (vocab_size,), int64; end-of-text counts 0."""
         return np.array([len(value) for value in self._token_bytes], dtype=np.int64)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What tokenizer.json says."""
+        content: dict[str, Any] = json.loads(self._canonical)
+        return content
+
+    @property
+    def split(self) -> Split | None:
+        """How text is cut into words before merging; None where that has no name here."""
+        return split_of(self.description)
+
+    @property
+    def space_prefix(self) -> str | None:
+        """What SentencePiece puts before a text, a space or nothing; None for other kinds."""
+        return self._prefix
+
+    def entry(self, id_: int) -> str:
+        """How the vocabulary spells an id."""
+        found: str | None = self._library.id_to_token(id_)
+        assert found is not None, f"{id_} is no id"
+        return found
+
+    def padded(self, vocab_size: int) -> Tokenizer:
+        """This tokenizer with special entries at the end, which no text encodes to, so that it has
+        `vocab_size`: some models have more rows than their vocabulary has entries."""
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(self._canonical.decode())
+        names = [f"<|unused_{id_}|>" for id_ in range(self.vocab_size, vocab_size)]
+        library.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+        return Tokenizer(library)
 
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` into `folder`, which is made if it is missing; returns the file's
@@ -230,88 +273,6 @@ def _entries(library: tokenizers.Tokenizer) -> list[str]:
         what = "two entries share an id" if missing is None else f"id {missing} is missing"
         raise ValueError(f"tokenizer vocabulary of {len(vocabulary)} entries has holes: {what}")
     return [by_id[id_] for id_ in range(len(by_id))]
-
-
-def _end_of_text(entries: list[str], special: set[int]) -> int:
-    for name in (END_OF_TEXT, *_OTHER_ENDS):
-        if name in entries and entries.index(name) in special:
-            return entries.index(name)
-    raise ValueError(f"tokenizer has no special token {END_OF_TEXT!r} to end a document with")
-
-
-def _kind(
-    description: dict[str, object], entries: list[str], special: set[int]
-) -> Literal["bpe", "gpt", "characters", "bytes"]:
-    model = description["model"]
-    assert isinstance(model, dict)
-    _refuse_contradictions(model, entries)
-    if is_gpt(description):
-        return "gpt"
-    if description.get("normalizer") is not None and space_prefix(description) is None:
-        raise ValueError(
-            "tokenizer has a normalizer, which changes the text before it is encoded; legal: none"
-        )
-    plain = [entry for id_, entry in enumerate(entries) if id_ not in special]
-    if model.get("type") == "WordLevel":
-        if not plain or any(len(entry) != 1 for entry in plain):
-            raise ValueError("tokenizer is a word list; legal: byte-level BPE or single characters")
-        return "characters"
-    if space_prefix(description) is not None:
-        lacking = [b for b in range(256) if f"<0x{b:02X}>" not in plain]
-        if lacking:
-            raise ValueError(f"tokenizer lacks the entry <0x{lacking[0]:02X}>: text would be lost")
-        across = next((entry for entry in plain if SPACE in entry.lstrip(SPACE)), None)
-        if across is not None:  # a long text could not be cut at its spaces
-            raise ValueError(f"the entry {across!r} goes across a space; legal: none does")
-        return "bpe"
-    if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(description["pre_tokenizer"]):
-        raise ValueError(
-            f"tokenizer is of type {model.get('type')}; legal: byte-level BPE or single characters"
-        )
-    if model.get("end_of_word_suffix"):
-        raise ValueError("tokenizer marks the end of words; legal with GPT's normalizer only")
-    missing = set(byte_symbols()).difference(plain)
-    if missing:
-        value = min(symbol_bytes()[symbol] for symbol in missing)
-        raise ValueError(
-            f"tokenizer vocabulary lacks {len(missing)} of the 256 bytes (the first is "
-            f"0x{value:02X}): text with "
-            "them would be lost"
-        )
-    if _is_gpt2_split(description) and not model.get("merges") and len(plain) == 256:
-        return "bytes"
-    return "bpe"
-
-
-def _refuse_contradictions(model: dict[str, Any], entries: list[str]) -> None:
-    if "" in entries:
-        raise ValueError("tokenizer has an empty entry, which could be merged again and again")
-    if model.get("dropout"):
-        raise ValueError("tokenizer has dropout, so a text would have other ids each time")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") not in (
-        None,
-        "",
-        "</w>",
-    ):
-        raise ValueError("tokenizer marks the inside or the end of words; legal: byte-level BPE")
-
-
-def _is_gpt2_split(description: dict[str, object]) -> bool:
-    split = description["pre_tokenizer"]
-    model = description["model"]
-    added = description.get("added_tokens", [])
-    assert isinstance(split, dict)
-    assert isinstance(model, dict)
-    assert isinstance(added, list)
-    return (
-        split.get("type") == "ByteLevel"
-        and split.get("add_prefix_space") is False
-        and split.get("use_regex") is True
-        and not model.get("dropout")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and all(token.get("special") for token in added)
-    )
 
 
 def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, object]) -> list[bytes]:

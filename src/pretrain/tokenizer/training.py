@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from pretrain.tokenizer.alphabet import byte_symbols
 from pretrain.tokenizer.config import N_BYTES_VOCABULARY, TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.gpt import train_gpt
+from pretrain.tokenizer.kinds import END_OF_TEXT
 from pretrain.tokenizer.pieces import pieces
 from pretrain.tokenizer.splits import Split, byte_level_bpe, pre_tokenizer
-from pretrain.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, without_surrogates
+from pretrain.tokenizer.tokenizer import Tokenizer, without_surrogates
 
 if TYPE_CHECKING:
     import tokenizers

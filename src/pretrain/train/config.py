@@ -44,6 +44,11 @@ class TrainConfig:
     """compile the decoder with torch.compile; auto does on cuda, where the warm-up pays"""
     deterministic: bool = False
     """refuse GPU kernels whose result varies from run to run (CPU runs never use any)"""
+    label_smoothing: float = 0.0
+    """share of each target's probability that is spread over the vocabulary (Vaswani et al., 2017:
+    0.1)"""
+    init_from: str | None = None
+    """MODEL whose weights training starts from; its architecture and tokenizer come with it"""
     threads: int | None = None
     """CPU threads of each process; empty: one for each core"""
 
@@ -64,5 +69,9 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {value}; it must be at least 1")
         if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
             raise ValueError(f"train.minutes is {self.minutes}; it must be above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"train.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
+            )
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}; it must be 0 or above")

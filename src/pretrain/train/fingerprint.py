@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pretrain import __version__
+from pretrain.checkpoint import Checkpoint
 from pretrain.data import PreparedData
 from pretrain.world import World
 
@@ -34,8 +35,12 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint(data: PreparedData, world: World) -> dict[str, Any]:
+def fingerprint(
+    data: PreparedData, world: World, first_weights: Checkpoint | None
+) -> dict[str, Any]:
+    start = {} if first_weights is None else {"first weights": first_weights.sha256}
     return {
+        **start,
         "training text": data.split("train").sha256,
         "held-out text": data.split("val").sha256,
         "tokenizer": data.manifest.tokenizer_sha256,

@@ -97,13 +97,16 @@ def train(
     screen: Screen,
     fingerprint: Mapping[str, Any],
     began: float,
+    first_weights: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
 ) -> int:
     """Train to the end, or to a signal; returns an exit code. `began` is the command's start on
-    perf_counter."""
+    perf_counter. `first_weights` are those of another run that this one starts from."""
     run = _begin(folder, data, model, optimizer, settings, world, screen)
     if resume_from is not None:
         run.restore(resume_from)
+    elif first_weights is not None:
+        load_weights(run.objective, first_weights)
     run.records.cut_back(run.done)
     run.best = Best.of(run.records.metrics())
     batches = training_batches(data, model, settings)
@@ -163,7 +166,7 @@ def _begin(
     )
     if settings.compile == "on":
         decoder.compile(dynamic=False)
-    objective = Objective(decoder, seed=settings.seed)
+    objective = Objective(decoder, seed=settings.seed, label_smoothing=settings.label_smoothing)
     updates = build_optimizer(decoder.named_parameters(), config=optimizer)
     return Run(folder, data, objective, updates, settings, world, screen, Records(folder), Best())
 

@@ -38,6 +38,7 @@ def show_plan(
     tables = 2 * model.ngram_rows * model.d_model
     in_tables = f", {tables:,} of them in n-gram tables" if tables else ""
     minutes = "" if settings.minutes is None else f", about {settings.minutes:g} min"
+    start = [] if settings.init_from is None else [("start", f"weights of {settings.init_from}")]
     rows = batch // context
     order = data.order(context_length=context, seed=settings.seed, steps=steps, batch_rows=rows)
     mixture = [] if isinstance(order, Order) else [("mixed", _mixed(order, steps * rows))]
@@ -55,6 +56,7 @@ def show_plan(
                 f"{in_tables} ({model.n_layers} layers, width {model.d_model}, context {context}, "
                 f"vocabulary {vocab_size:,})",
             ),
+            *start,
             (
                 "batch",
                 f"{batch:,} tokens = micro-batch {micro:,} x accumulation {accumulation} x "

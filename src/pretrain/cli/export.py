@@ -1,0 +1,148 @@
+"""Write a model as other programs read it, with a certificate that they read the same model.
+
+pretrain export runs/english-1 --format hf --out english      for transformers, vLLM, ...
+pretrain export runs/english-1 --format gguf --out english    for llama.cpp: gpt2 and llama only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.cli.models import HELP, OpenModel
+from pretrain.cli.output import Output
+from pretrain.data.durable import put_in_place, refuse_full
+
+if TYPE_CHECKING:
+    from pretrain.export import Exported
+
+# Of each text that is scored on both sides.
+_TEXT_CHARACTERS = 16_384
+_NUMBERS = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "q8_0")}
+_PACKAGES = {
+    "hf": "python -m pip install 'pretrain[hf]'",
+    "gguf": "python -m pip install 'pretrain[llamacpp]'",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("--format", required=True, choices=("hf", "gguf"), help="hf or gguf")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--type",
+        default="f32",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="how numbers are stored; bf16 for hf only, q8_0 for gguf only [f32]",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="text whose perplexity is compared [of the bundled corpus]"
+    )
+    parser.add_argument(
+        "--unverified", action="store_true", help="exit 0 where no other library can check"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    out = Path(arguments.out)
+    refuse_full(out)
+    if arguments.type not in _NUMBERS[arguments.format]:
+        legal = ", ".join(_NUMBERS[arguments.format])
+        raise ValueError(f"--type {arguments.type} is not for {arguments.format}; legal: {legal}")
+
+    from pretrain.cli.models import open_model
+    from pretrain.export.certificate import AGREES, FILE_NAME, NOT_VERIFIED, table
+
+    # On the CPU in float32: the reference that every other library is held to.
+    model = open_model(arguments.model, device="cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        exported = _write(model, work, arguments.format, arguments.type)
+        certificate = _certify(model, exported, arguments.text, output)
+        (work / FILE_NAME).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+        verdict = certificate["verdict"]
+        if verdict in (AGREES, NOT_VERIFIED):
+            put_in_place(work, out)
+        else:
+            out = _set_aside(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for what, found, says in table(certificate):
+        output.say(f"{what:<10}  {says:<12}  {found}")
+    output.say(
+        f"{out}: {verdict}"
+        + (f" with {certificate.get('library', '')}" * ("library" in certificate))
+    )
+    output.result({"out": str(out), **certificate})
+    if verdict == NOT_VERIFIED and not arguments.unverified:
+        output.say(
+            f"nothing here could read it back: {_PACKAGES[arguments.format]}, and export again; "
+            "or say --unverified"
+        )
+        return 2
+    return 0 if verdict in (AGREES, NOT_VERIFIED) else 1
+
+
+def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exported:
+    """Write the files; the model's weights then become the numbers in them, rounded as they are."""
+    from pretrain.export import Exported, write_gguf, write_hugging_face
+    from pretrain.export.architectures import is_native
+
+    decoder, tokenizer = model.decoder, model.tokenizer
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    config = decoder.config
+    if format == "gguf":
+        path = folder / "model.gguf"
+        rounded = write_gguf(
+            path, config=config, tokenizer=tokenizer, read=own.__getitem__, numbers=numbers
+        )
+    else:
+        path = folder
+        rounded = write_hugging_face(
+            path, config=config, tokenizer=tokenizer, read=own.__getitem__, numbers=numbers
+        )
+    for name, values in rounded.items():
+        own[name].copy_(values)
+    own_code = format == "hf" and not is_native(config)
+    return Exported(path, format, numbers, own_code, decoder, tokenizer)
+
+
+def _certify(
+    model: OpenModel, exported: Exported, text_file: str | None, output: Output
+) -> dict[str, Any]:
+    from pretrain.corpus import read_documents
+    from pretrain.evaluate import score_texts
+    from pretrain.export.certificate import certify, foreign_library
+    from pretrain.model import Objective
+
+    output.say(f"written; asking {foreign_library(exported.format) or 'nobody'} ...")
+    text = ""
+    for document in read_documents(text_file or "bundled"):
+        text += document.text + "\n"
+        if len(text) >= _TEXT_CHARACTERS:
+            break
+    text = _encodable(model, text[:_TEXT_CHARACTERS])
+    score = score_texts(Objective(model.decoder), model.tokenizer, [text], world=model.world)
+    return certify(exported, text, score, threads=model.world.threads)
+
+
+def _encodable(model: OpenModel, text: str) -> str:
+    """The text without the characters that a vocabulary of characters lacks."""
+    if model.tokenizer.kind != "characters":
+        return text
+    known = {model.tokenizer.entry(id_) for id_ in range(model.tokenizer.vocab_size)}
+    return "".join(character for character in text if character in known)
+
+
+def _set_aside(work: Path, out: Path) -> Path:
+    """Keep files that disagree under another name, for somebody to look at."""
+    aside = out.with_name(f"{out.name}.disagrees")
+    shutil.rmtree(aside, ignore_errors=True)
+    work.rename(aside)
+    return aside

@@ -1,0 +1,71 @@
+"""Turn somebody else's model into a MODEL like any other: to sample, score, export, or train on.
+
+pretrain import path/to/folder --out runs/theirs      config.json, safetensors and tokenizer
+pretrain import model.gguf --out runs/theirs          GGUF of llama or gpt2: F32, F16, Q8_0, Q4_0/1
+pretrain import stories260K.bin --out runs/stories    llama2.c, its tok*.bin beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from pretrain.cli.output import Output
+from pretrain.config import compose, to_yaml
+from pretrain.data.durable import put_in_place, refuse_full
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf or a llama2.c .bin")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="llama2.c: the model's tokenizer, if not beside it"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    out = Path(arguments.out)
+    refuse_full(out)
+
+    from pretrain.export import open_foreign
+
+    tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
+    model = open_foreign(Path(arguments.source), tokenizer=tokenizer)
+    origin = {
+        "format": model.format,
+        "files": {file.name: _sha256(file) for file in model.files},
+    }
+
+    from pretrain.checkpoint import save_checkpoint
+    from pretrain.model import n_parameters
+
+    n = n_parameters(model.config, vocab_size=model.tokenizer.vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        model.tokenizer.save(work / "tokenizer")
+        config = compose([{"model": asdict(model.config)}])
+        (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        tensors = {f"model/{name}": values for name, values in model.parameters()}
+        state = {"imported": origin}
+        save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
+        put_in_place(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    output.say(
+        f"{out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} layers of "
+        f"{model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "
+        f"{model.tokenizer.vocab_size:,}, from {model.format}"
+    )
+    output.result({"model": str(out), "parameters": n, **origin})
+    return 0
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

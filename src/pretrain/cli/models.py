@@ -1,0 +1,148 @@
+"""What MODEL may name: a run, one checkpoint in it, an imported model, or somebody else's files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.config import Layer, RunConfig, compose, read_file
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.model import Decoder, ModelConfig
+    from pretrain.tokenizer import Tokenizer
+    from pretrain.world import World
+
+HELP = "a run directory, one checkpoint in it, an imported model, or a Hugging Face folder"
+# What training may do otherwise than the run that weights come from: none of it changes a shape.
+_MAY_CHANGE = frozenset({"preset", "dropout", "attention_dropout", "initialization"})
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that is ready to be used, and where it came from."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    config: RunConfig
+    path: Path
+    """The checkpoint, or somebody else's files."""
+    checkpoint: Checkpoint | None
+    world: World
+
+    @property
+    def precision(self) -> str:
+        """The run's own arithmetic where it was trained; elsewhere float32, which every device
+        has."""
+        same_device = self.config.train.device == self.world.device.type
+        return self.config.train.precision if same_device else "fp32"
+
+
+def open_model(name: str, *, device: str = "auto") -> OpenModel:
+    """Open MODEL; of a run its best checkpoint once finished, else its newest."""
+    given = Path(name)
+    if given.is_file() or (given / "config.json").is_file():
+        from pretrain.export import open_foreign
+        from pretrain.world import open_world
+
+        foreign = open_foreign(given)
+
+        world = open_world(device)
+        config = compose([{"model": asdict(foreign.config)}])
+        decoder = foreign.build(device=world.device.type).eval()
+        return OpenModel(decoder, foreign.tokenizer, config, given, None, world)
+    run, path = find_checkpoint(given)
+
+    from pretrain.checkpoint import open_checkpoint
+    from pretrain.model import Objective, build
+    from pretrain.tokenizer import load_tokenizer
+    from pretrain.train.loop import load_weights
+    from pretrain.world import open_world
+
+    world = open_world(device)
+    checkpoint = open_checkpoint(path)
+    config = compose([read_file(run / "config.yaml")])
+    tokenizer = load_tokenizer(run / "tokenizer")
+    decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
+    load_weights(Objective(decoder), checkpoint)
+    return OpenModel(decoder.eval(), tokenizer, config, path, checkpoint, world)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The run directory and the checkpoint that a MODEL argument means."""
+    if not path.exists():
+        raise ValueError(f"there is no model at {path}: neither a run directory nor a checkpoint")
+    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent, path
+    if not (path / "config.yaml").is_file():
+        raise ValueError(
+            f"{path} is neither a run directory (it has no config.yaml), nor a checkpoint in one, "
+            "nor a Hugging Face folder (it has no config.json)"
+        )
+    summary = path / "summary.json"
+    if summary.is_file():
+        return path, path / json.loads(summary.read_text(encoding="utf-8"))["checkpoint"]
+    from pretrain.checkpoint import list_checkpoints
+
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise ValueError(f"the run {path} has no checkpoint yet")
+    return path, found[-1]
+
+
+def first_weights(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that train.init_from names."""
+    if config.train.init_from is None:
+        return None
+    from pretrain.checkpoint import open_checkpoint
+
+    return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
+
+
+def with_first_weights(below: list[Layer], above: list[Layer]) -> RunConfig:
+    """A config from layers, `above` winning; where train.init_from is set, architecture and
+    tokenizer are that model's, and `below` (a recipe's) says nothing of them.
+
+    ValueError for a setting in `above` under which the weights would not fit.
+    """
+    config = compose([*below, *above])
+    if config.train.init_from is None:
+        return config
+    source = Path(config.train.init_from)
+    if not (source / "config.yaml").is_file() and not (source / "manifest.json").is_file():
+        raise ValueError(
+            f"train.init_from {source} is neither a run nor a checkpoint; somebody else's model is "
+            f"imported first: pretrain import {source} --out DIR"
+        )
+    run, checkpoint = find_checkpoint(source)
+    theirs = compose([read_file(run / "config.yaml")]).model
+    came: Layer = {
+        "model": {**asdict(theirs), "preset": None},
+        "tokenizer": {"name": str((run / "tokenizer").resolve()), "vocab_size": None},
+        "train": {"init_from": str(checkpoint.resolve())},
+    }
+    rest = [{k: v for k, v in each.items() if k not in ("model", "tokenizer")} for each in below]
+    kept = [{**each, "train": _without_source(each)} if "train" in each else each for each in above]
+    config = compose([*rest, came, *kept])
+    if any("tokenizer" in each for each in above):
+        raise ValueError("tokenizer settings do not go with train.init_from: its own is used")
+    _refuse_misfit(theirs, config.model)
+    return config
+
+
+def _without_source(layer: Layer) -> dict[str, object]:
+    return {key: value for key, value in layer["train"].items() if key != "init_from"}
+
+
+def _refuse_misfit(old: ModelConfig, new: ModelConfig) -> None:
+    may_change = _MAY_CHANGE | (frozenset() if old.position == "learned" else {"context_length"})
+    before, after = asdict(old), asdict(new)
+    changes = [
+        f"model.{key} {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and key not in may_change
+    ]
+    if changes:
+        raise ValueError(f"the weights of train.init_from would not fit: {'; '.join(changes)}")

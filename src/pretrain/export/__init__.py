@@ -1,0 +1,45 @@
+"""Weights <-> other people's formats: transformers' directories, GGUF, llama2.c.
+
+`layouts` and `architectures` hold the names, a table a family; `hugging_face`, `gguf` and `llama2c`
+the files; `opening` finds out what a file is; `certificate` proves an export by another library,
+which `witness.py` asks in a process of its own. `modeling_pretrain.py` travels with the weights
+that transformers has no class for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.export.certificate import Exported, certify
+    from pretrain.export.foreign import ForeignModel
+    from pretrain.export.gguf import write_gguf
+    from pretrain.export.hugging_face import write_hugging_face
+    from pretrain.export.layouts import FormatError
+    from pretrain.export.opening import open_foreign
+
+_HOMES = {
+    "Exported": "certificate",
+    "certify": "certificate",
+    "ForeignModel": "foreign",
+    "write_gguf": "gguf",
+    "write_hugging_face": "hugging_face",
+    "FormatError": "layouts",
+    "open_foreign": "opening",
+}
+__all__ = [
+    "Exported",
+    "ForeignModel",
+    "FormatError",
+    "certify",
+    "open_foreign",
+    "write_gguf",
+    "write_hugging_face",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,275 @@
+"""A certificate: what was exported says the same in somebody else's library as the model says here.
+
+The files are loaded by `witness.py` in a fresh process that does not import this package. Compared
+are logits, a greedy continuation, the ids of hard texts, and the perplexity of a text. The verdict
+is `agrees`, `disagrees`, or, where no other library is installed, `not verified`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pretrain import __version__
+from pretrain.evaluate import Score
+from pretrain.generate.sampling import prompt_ids
+from pretrain.model import Decoder
+from pretrain.model.random import uniform
+from pretrain.tokenizer import Tokenizer
+
+FILE_NAME = "certificate.json"
+AGREES, DISAGREES, NOT_VERIFIED = "agrees", "disagrees", "not verified"
+
+# Logits may differ by so much, times a tenth of the largest where that is above 1: rounding in
+# another order. llama.cpp also rounds what it multiplies with f16 and q8_0 weights.
+TOLERANCES = {
+    ("transformers", "f32"): 1e-4,
+    ("transformers", "f16"): 1e-4,
+    ("transformers", "bf16"): 1e-4,
+    ("llama_cpp", "f32"): 2e-3,
+    ("llama_cpp", "f16"): 2e-2,
+    ("llama_cpp", "q8_0"): 1.0,
+}
+# llama.cpp looks GELU up in a table of float16.
+_GELU_TOLERANCE = 1e-2
+# Mean divergence of the distributions, in nats: what is left to hold q8_0 in llama.cpp to, which
+# rounds activations to 8 bits too.
+_MOST_DIVERGENCE = 5e-3
+_MOST_LOGITS = 1 << 23
+_ROWS, _LONGEST_ROW, _NEW_TOKENS, _PROMPT = 4, 128, 100, 8
+
+# Something of all that tokenizers treat differently; the special token's name is text.
+TEXTS = (
+    "The capital of France is Paris.",
+    "  two spaces, a tab\t, lines\n\n\r\n and the end ",
+    "it's 1234567 or 3.14159; x_1 = f(y) // ok? [[a]] {b} <c>",
+    "été Straße ÆØÅ naïve coöperate",
+    "中文字符 日本語 한국어 नमस्ते שלום العربية กรุงเทพ",
+    "\U0001f3f3\ufe0f\u200d\U0001f308 \U0001f469\u200d\U0001f680 \u00a0\u200b\u2028 \ufffd",
+    "<|endoftext|> </s> [INST] are text",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa          zzzz",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What is to be certified: files, and the model whose numbers are those in the files."""
+
+    path: Path
+    """The folder, or the .gguf file."""
+    format: str
+    numbers: str
+    own_code: bool
+    """Whether the folder brings its own modelling file."""
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+
+def foreign_library(format: str) -> str | None:
+    """The library that reads the format and is installed here; None for none."""
+    name = {"hf": "transformers", "gguf": "llama_cpp"}[format]
+    return name if importlib.util.find_spec(name) is not None else None
+
+
+def certify(exported: Exported, text: str, score: Score, *, threads: int = 1) -> dict[str, Any]:
+    """The certificate, with `text` scored by both sides: `score` is ours."""
+    folder = exported.path if exported.path.is_dir() else exported.path.parent
+    content: dict[str, Any] = {
+        "verdict": NOT_VERIFIED,
+        "pretrain": __version__,
+        "format": exported.format,
+        "numbers": exported.numbers,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "files": checksums(folder),
+    }
+    library = foreign_library(exported.format)
+    if library is None:
+        return content
+    request = _request(exported, text, library, threads)
+    answer, logits = _ask(request)
+    if "refusal" in answer:
+        return {**content, "verdict": DISAGREES, "library": library, **answer}
+    if answer.pop("imported_pretrain"):
+        raise RuntimeError("the witness imported this package")
+    checks = {
+        "logits": _compare_logits(exported, request, logits),
+        "greedy": _compare_greedy(exported, request, answer["greedy"], library),
+        "tokenizer": _compare_ids(exported.tokenizer, request["texts"], answer),
+        "perplexity": _compare_scores(exported, score, answer),
+    }
+    agrees = all(check["verdict"] == AGREES for check in checks.values())
+    verdict = AGREES if agrees else DISAGREES
+    return {**content, "verdict": verdict, "library": answer["library"], "checks": checks}
+
+
+def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of an export."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != FILE_NAME and path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
+def table(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows for people: what was compared, what was found, and the verdict."""
+    checks = certificate.get("checks")
+    if "refusal" in certificate:
+        return [("opening", certificate["refusal"], DISAGREES)]
+    if checks is None:
+        return [("anything", "no library that reads the format is installed", NOT_VERIFIED)]
+    logits, greedy = checks["logits"], checks["greedy"]
+    ids, scores = checks["tokenizer"], checks["perplexity"]
+    found = {
+        "logits": f"largest difference {logits['largest_difference']:.1e} (at most "
+        f"{logits['tolerance']:.1e}) at {logits['positions']} places",
+        "greedy": f"{greedy['equal']} of {greedy['tokens']} tokens in a row are the same",
+        "tokenizer": f"{ids['equal']} of {ids['texts']} texts have the same ids and come back",
+        "perplexity": f"{scores['ours']:.4f} here, {scores['theirs']:.4f} there, on "
+        f"{scores['tokens']:,} tokens",
+    }
+    return [(name, found[name], checks[name]["verdict"]) for name in checks]
+
+
+def _request(exported: Exported, text: str, library: str, threads: int) -> dict[str, Any]:
+    decoder, tokenizer = exported.decoder, exported.tokenizer
+    context = decoder.config.window_tokens
+    length = max(1, min(_LONGEST_ROW, context, _MOST_LOGITS // tokenizer.vocab_size // _ROWS))
+    start = prompt_ids(tokenizer, text)
+    # The text itself, and ids from all over the vocabulary.
+    index = torch.arange((_ROWS - 1) * length)
+    scattered = (uniform(1, "certificate", index) * tokenizer.vocab_size).long()
+    rows = [(start * (length // len(start) + 1))[:length], *scattered.view(-1, length).tolist()]
+    prompt = start[: max(1, min(_PROMPT, context // 2))]
+    new_tokens = max(1, min(_NEW_TOKENS, context - len(prompt)))
+    has_bytes = tokenizer.kind in ("bpe", "bytes")
+    texts = [t for t in TEXTS if has_bytes or _encodes(tokenizer, t)] or [text[:200]]
+    return {
+        "library": library,
+        "path": str(exported.path.resolve()),
+        "format": exported.format,
+        "own_code": exported.own_code,
+        "threads": threads,
+        "context": context,
+        "rows": rows,
+        "texts": texts,
+        "start": tokenizer.start_of_text,
+        "scored_text": text,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+    }
+
+
+def _encodes(tokenizer: Tokenizer, text: str) -> bool:
+    try:
+        tokenizer.encode(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _ask(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    with tempfile.TemporaryDirectory(prefix="pretrain-certificate-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        # -P: the script's own folder, which is this package's, is not where modules come from.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("witness.py")), name]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            return {"refusal": last[0]}, None
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        return answer, np.load(folder / "logits.npy", allow_pickle=False)
+
+
+@torch.no_grad()
+def _compare_logits(exported: Exported, request: dict[str, Any], theirs: Any) -> dict[str, Any]:
+    decoder = exported.decoder
+    rows = torch.tensor(request["rows"], device=decoder.head_weight.device)
+    ours = decoder.logits(decoder.forward(rows)).float().cpu()
+    found = torch.from_numpy(np.array(theirs, np.float32))
+    if found.shape != ours.shape:
+        return {"verdict": DISAGREES, "largest_difference": math.inf, "tolerance": 0.0,
+                "positions": 0, "mean_divergence_nats": math.inf}  # fmt: skip
+    difference = float((ours - found).abs().max())
+    tolerance = _tolerance(exported, request["library"], ours)
+    log_p, log_q = ours.double().log_softmax(-1), found.double().log_softmax(-1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    agrees = difference <= tolerance and divergence <= _MOST_DIVERGENCE
+    return {
+        "verdict": AGREES if agrees else DISAGREES,
+        "largest_difference": difference,
+        "tolerance": tolerance,
+        "positions": rows.numel(),
+        "mean_divergence_nats": divergence,
+    }
+
+
+def _tolerance(exported: Exported, library: str, logits: torch.Tensor) -> float:
+    least = TOLERANCES[library, exported.numbers]
+    if library == "llama_cpp" and exported.decoder.config.feed_forward == "gelu":
+        least = max(least, _GELU_TOLERANCE)
+    return least * max(1.0, float(logits.abs().max()) / 10)
+
+
+@torch.no_grad()
+def _compare_greedy(
+    exported: Exported, request: dict[str, Any], theirs: list[int], library: str
+) -> dict[str, Any]:
+    """Their continuation, each token of which must be our likeliest after the ones before; where
+    two are within the tolerance of one another either is right."""
+    decoder, prompt = exported.decoder, request["prompt"]
+    ids = torch.tensor([prompt + theirs[:-1]], device=decoder.head_weight.device)
+    logits = decoder.logits(decoder.forward(ids))[0, len(prompt) - 1 :].float().cpu()
+    chosen = logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+    tolerance = 2 * _tolerance(exported, library, logits)
+    right = (logits.amax(-1) - chosen <= tolerance).tolist()
+    equal = right.index(False) if False in right else len(right)
+    verdict = AGREES if equal == len(theirs) == request["new_tokens"] else DISAGREES
+    return {"verdict": verdict, "equal": equal, "tokens": request["new_tokens"]}
+
+
+def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any]) -> dict[str, Any]:
+    wrong = []
+    for text, theirs, decoded in zip(texts, answer["ids"], answer["decoded"], strict=True):
+        ids = tokenizer.encode(text).tolist()
+        back = tokenizer.decode(ids)
+        if tokenizer.kind == "gpt":  # where words end, but not how many spaces, is in its ids
+            decoded, back = "".join(decoded.split()), "".join(back.split())
+        # llama.cpp keeps the space that SentencePiece puts before a text.
+        if theirs != ids or decoded not in (back, (tokenizer.space_prefix or "") and f" {back}"):
+            wrong.append({"text": text, "ours": ids, "theirs": theirs, "decoded": decoded})
+    return {
+        "verdict": DISAGREES if wrong else AGREES,
+        "equal": len(texts) - len(wrong),
+        "texts": len(texts),
+        "wrong": wrong,
+    }
+
+
+def _compare_scores(exported: Exported, score: Score, answer: dict[str, Any]) -> dict[str, Any]:
+    theirs = math.inf if answer["nats"] is None else answer["nats"] / max(1, answer["tokens"])
+    ours, numbers = score.nats_per_token, exported.numbers
+    most = 10 * _MOST_DIVERGENCE if numbers == "q8_0" else 1e-4 * max(1.0, ours)
+    agrees = score.tokens == answer["tokens"] and abs(theirs - ours) <= most
+    return {
+        "verdict": AGREES if agrees else DISAGREES,
+        "ours": math.exp(min(ours, 700.0)),
+        "theirs": math.exp(min(theirs, 700.0)),
+        "nats_per_token": [ours, theirs],
+        "tokens": score.tokens,
+    }

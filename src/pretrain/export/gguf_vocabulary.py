@@ -1,0 +1,119 @@
+"""A tokenizer <-> the vocabulary inside a GGUF file.
+
+Byte-level BPE is llama.cpp's kind `gpt2` with the name of its pre-split, SentencePiece its kind
+`llama`. A pre-split that is not known here is a FormatError: text would get other ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pretrain.export.layouts import FormatError
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer.sentencepiece import Kind, library_of_pieces
+from pretrain.tokenizer.splits import Split, byte_level_bpe
+
+# llama.cpp's name of a pre-split -> ours, and whether a word of the vocabulary is taken whole.
+_SPLITS: dict[str, tuple[Split, bool]] = {
+    "gpt-2": ("gpt2", False),
+    "dbrx": ("llama3", False),
+    "llama-bpe": ("llama3", True),
+    "llama3": ("llama3", True),
+    "llama-v3": ("llama3", True),
+    "gpt-4o": ("o200k", False),
+    "smollm": ("smollm", False),
+}
+
+
+def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
+    """Add tokens, kinds, merges or scores, and special ids to a GGUFWriter."""
+    description = tokenizer.description
+    entries = [tokenizer.entry(id_) for id_ in range(tokenizer.vocab_size)]
+    special = {token["content"] for token in description["added_tokens"] if token["special"]}
+    merges = [tuple(merge) for merge in description["model"]["merges"]]
+    kinds = [Kind.CONTROL if entry in special else Kind.NORMAL for entry in entries]
+    if tokenizer.space_prefix is not None:
+        unknown = description["model"]["unk_token"]
+        kinds = [
+            Kind.UNKNOWN
+            if entry == unknown
+            else Kind.BYTE
+            if entry.startswith("<0x") and entry.endswith(">") and len(entry) == 6
+            else kind
+            for entry, kind in zip(entries, kinds, strict=True)
+        ]
+        # A piece that is merged earlier has the higher score; what is never merged needs none.
+        first = {left + right: n for n, (left, right) in reversed(list(enumerate(merges)))}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(first.get(entry, 0)) for entry in entries])
+        writer.add_add_space_prefix(bool(tokenizer.space_prefix))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_name_of_split(tokenizer))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_token_list(entries)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(tokenizer.start_of_text)
+    writer.add_eos_token_id(tokenizer.end_of_text)
+    # Every document that was trained on began with this token.
+    writer.add_add_bos_token(True)
+
+
+def _name_of_split(tokenizer: Tokenizer) -> str:
+    whole_words = bool(tokenizer.description["model"].get("ignore_merges"))
+    split = tokenizer.split
+    for name, known in _SPLITS.items():
+        # cl100k's pre-split is that of Llama 3 but for how blank lines at a text's end are cut.
+        if known == ("llama3" if split == "cl100k" else split, whole_words):
+            return name
+    for name, (known_split, _) in _SPLITS.items():
+        if known_split == split:
+            return name
+    raise ValueError("llama.cpp has no name for how this tokenizer splits text")
+
+
+def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a file's key-value pairs. FormatError for one that is not ours."""
+    tokens, kinds = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise FormatError("the file has no vocabulary")
+    kinds = kinds if isinstance(kinds, list) else [Kind.NORMAL] * len(tokens)
+    if len(kinds) != len(tokens) or len(set(tokens)) < len(tokens):
+        raise FormatError("the vocabulary holds an entry twice, or not the kind of each")
+    model = values.get("tokenizer.ggml.model")
+    try:
+        if model == "llama":
+            scores = values.get("tokenizer.ggml.scores")
+            if not isinstance(scores, list) or len(scores) != len(tokens):
+                raise FormatError("the vocabulary has no scores")
+            pieces = list(zip(tokens, map(float, scores), map(int, kinds), strict=True))
+            has_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
+            return Tokenizer(library_of_pieces(pieces, has_prefix=has_prefix))
+        if model == "gpt2":
+            return Tokenizer(_byte_level(values, tokens, kinds))
+    except BaseException as error:
+        # The library raises plain Exception, and its PanicException is not even one.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise FormatError(f"the tokenizer cannot be used: {error}") from None
+    raise FormatError(f"the tokenizer is of the kind {model!r}; legal: gpt2, llama")
+
+
+def _byte_level(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Any:
+    name = values.get("tokenizer.ggml.pre")
+    if name not in _SPLITS:
+        raise FormatError(f"the pre-split {name!r} is not one of {', '.join(_SPLITS)}")
+    split, whole_words = _SPLITS[name]
+    merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
+    if any(len(merge) != 2 for merge in merges):
+        raise FormatError("a merge is not of two entries")
+    special = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != Kind.NORMAL}
+    plain = {token: id_ for id_, token in enumerate(tokens) if token not in special}
+    return byte_level_bpe(
+        plain,
+        merges,
+        split=split,
+        special=special,
+        whole_words=whole_words,
+    )

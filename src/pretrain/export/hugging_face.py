@@ -1,0 +1,238 @@
+"""A directory as transformers writes and reads it: config.json, safetensors, tokenizer.
+
+Only safetensors are read: a .bin or .pt is a pickle, which may run anything when it is opened.
+Every name and shape is checked against config.json before a number is read.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.export.architectures import from_description, is_native, layout_of, to_description
+from pretrain.export.foreign import ForeignModel, fitting
+from pretrain.export.layouts import (
+    FormatError,
+    Read,
+    Shape,
+    refuse_differences,
+    stored_tensors,
+    to_ours,
+    to_theirs,
+)
+from pretrain.model import ModelConfig
+from pretrain.tokenizer import Tokenizer, load_tokenizer
+
+NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""How numbers may be stored."""
+_LARGEST_FILE_BYTES = 5 << 30
+_LARGEST_JSON_BYTES = 64 << 20
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MODELING = "modeling_pretrain.py"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def write_hugging_face(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    read: Read,
+    numbers: str = "f32",
+    largest_file_bytes: int = _LARGEST_FILE_BYTES,
+) -> dict[str, Tensor]:
+    """Write a model directory into an existing folder. `read` gives our parameters by name; one
+    file of weights at a time is held in memory. Returns the parameters that were rounded."""
+    description = to_description(config)
+    special = {
+        "bos_token_id": tokenizer.start_of_text,
+        "eos_token_id": tokenizer.end_of_text,
+    }
+    whole = {
+        **description,
+        **special,
+        "vocab_size": tokenizer.vocab_size,
+        "torch_dtype": str(NUMBERS[numbers]).removeprefix("torch."),
+    }
+    _write_json(folder / "config.json", whole)
+    generation = special if is_native(config) else {**special, "use_cache": False}
+    _write_json(folder / "generation_config.json", generation)
+    if not is_native(config):
+        source = importlib.resources.files("pretrain.export") / _MODELING
+        (folder / _MODELING).write_bytes(source.read_bytes())
+    _write_tokenizer(folder, tokenizer, config)
+    return _write_weights(folder, config, tokenizer.vocab_size, read, numbers, largest_file_bytes)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    tokenizer.save(folder)
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.entry(tokenizer.start_of_text),
+        "eos_token": tokenizer.entry(tokenizer.end_of_text),
+        "model_max_length": config.window_tokens,
+        "clean_up_tokenization_spaces": False,
+        # As with us, a special token that is spelled out in a text is text.
+        "split_special_tokens": True,
+    }
+    _write_json(folder / "tokenizer_config.json", content)
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    vocab_size: int,
+    read: Read,
+    numbers: str,
+    largest_file_bytes: int,
+) -> dict[str, Tensor]:
+    from safetensors.torch import save_file
+
+    dtype = NUMBERS[numbers]
+    groups: list[list[Any]] = [[]]
+    filled = total = 0
+    for stored in stored_tensors(config, layout_of(config), vocab_size=vocab_size):
+        n_bytes = torch.Size(stored.shape).numel() * dtype.itemsize
+        if groups[-1] and filled + n_bytes > largest_file_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(stored)
+        filled += n_bytes
+        total += n_bytes
+    places: dict[str, str] = {}
+    rounded: dict[str, Tensor] = {}
+    for number, group in enumerate(groups, start=1):
+        name = (
+            _WEIGHTS if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        )
+        tensors = {stored.name: to_theirs(stored, read).to(dtype).contiguous() for stored in group}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+        if dtype != torch.float32:
+            rounded.update(to_ours(group, tensors.__getitem__))
+    if len(groups) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / _INDEX, content)
+    return rounded
+
+
+def open_hugging_face(folder: Path) -> ForeignModel:
+    """A model directory, checked. FormatError for one that is damaged, or is not one of ours."""
+    content = _read_json(folder / "config.json")
+    files = _weight_files(folder)
+    with ExitStack() as opened:
+        found = _tensors_of(files, opened)
+        try:
+            config = from_description(content)
+            vocab_size = content.get("vocab_size")
+            if type(vocab_size) is not int or vocab_size < 1:
+                raise FormatError(f"the config says vocab_size is {vocab_size!r}")
+            if config.n_layers > len(found):
+                raise FormatError(f"{config.n_layers:,} layers in {len(found):,} tensors")
+            layout = layout_of(config)
+            tensors = stored_tensors(config, layout, vocab_size=vocab_size)
+        except (FormatError, RuntimeError, OverflowError) as error:
+            raise FormatError(f"{folder / 'config.json'}: {error}") from None
+        shapes: dict[str, Shape] = {name: shape for name, (_, shape, _) in found.items()}
+        names = refuse_differences(tensors, shapes, layout=layout, what=str(folder))
+        odd = sorted(name for name in names.values() if found[name][2] not in _FLOATS)
+        if odd:
+            raise FormatError(
+                f"{folder}: {odd[0]} holds {found[odd[0]][2]}; legal: {', '.join(_FLOATS)}"
+            )
+    places = {theirs: (found[there][0], there) for theirs, there in names.items()}
+
+    def parameters() -> Iterator[tuple[str, Tensor]]:
+        with ExitStack() as stack:
+            readers = {file: stack.enter_context(_opened(file)) for file in files}
+
+            def read(name: str) -> Tensor:
+                file, there = places[name]
+                values: Tensor = readers[file].get_tensor(there)
+                return values
+
+            yield from to_ours(tensors, read)
+
+    return ForeignModel(
+        f"transformers' {content['model_type']}",
+        (folder / "config.json", *files),
+        config,
+        fitting(_tokenizer_of(folder), vocab_size),
+        parameters,
+    )
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(folder)
+    except ValueError as error:
+        # SentencePiece's own file, where tokenizer.json spells it in a way that is not read.
+        if (folder / "tokenizer.model").is_file():
+            return load_tokenizer(folder / "tokenizer.model")
+        raise FormatError(f"{folder}: the tokenizer cannot be used: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if not (folder / _INDEX).is_file():
+        pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
+        if pickles:
+            raise FormatError(
+                f"{folder} holds its weights as {pickles[0]}, a pickle, which may run anything "
+                "when it is opened; have the program that made it save safetensors"
+            )
+        raise FormatError(f"{folder} has no {_WEIGHTS}")
+    places = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise FormatError(f"{folder / _INDEX} has no weight_map")
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise FormatError(f"{folder / _INDEX} names {name!r}, which is no file beside it")
+    return [folder / name for name in names]
+
+
+def _tensors_of(files: list[Path], opened: ExitStack) -> dict[str, tuple[Path, Shape, str]]:
+    """File, shape and kind of number of every tensor; only headers are read."""
+    found: dict[str, tuple[Path, Shape, str]] = {}
+    for file in files:
+        reader = opened.enter_context(_opened(file))
+        for name in reader.keys():  # noqa: SIM118 - it is no dict
+            if name in found:
+                raise FormatError(f"{name} is both in {found[name][0].name} and in {file.name}")
+            piece = reader.get_slice(name)
+            found[name] = (file, tuple(piece.get_shape()), piece.get_dtype())
+    return found
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{file} is no whole safetensors file: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _LARGEST_JSON_BYTES:
+            raise ValueError("it is too large")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{file} is not a JSON object")
+    return content
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,228 @@
+"""A decoder trained by `pretrain`, for transformers: AutoModelForCausalLM loads it with
+trust_remote_code=True.
+
+This file is whole in itself: it lies beside the weights and needs torch and transformers only. It
+is written where transformers has no class of its own: for the families `transformer` (Vaswani et
+al., 2017, the decoder alone) and `fast`, and for models with unusual choices; config.json names
+them under "pretrain". No dropout, and no cache: each new token of a text reads all of it again.
+
+Letters at the end of a tensor's name are its shape: B rows, T time, D model, H heads, E head width.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class PretrainConfig(PretrainedConfig):
+    model_type = "pretrain"
+
+    def __init__(self, pretrain=None, vocab_size=1, **rest):
+        self.pretrain = pretrain or {}
+        self.vocab_size = vocab_size
+        super().__init__(**rest)
+
+
+class Norm(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.epsilon, self.rms = c["norm_epsilon"], c["norm"] == "rms"
+        self.weight = nn.Parameter(torch.ones(c["d_model"]))
+        has_bias = not self.rms and c["bias"] != "none"
+        self.bias = nn.Parameter(torch.zeros(c["d_model"])) if has_bias else None
+
+    def forward(self, x):
+        if self.rms:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c, d, width = c, c["d_model"], c["d_model"] // c["n_heads"]
+        n_kv_heads = c["n_kv_heads"] or c["n_heads"]
+        has_bias = c["bias"] in ("all", "query_key_value")
+        self.query = nn.Linear(d, d, bias=has_bias)
+        self.key = nn.Linear(d, n_kv_heads * width, bias=has_bias)
+        self.value = nn.Linear(d, n_kv_heads * width, bias=has_bias)
+        self.output = nn.Linear(d, d, bias=c["bias"] == "all")
+
+    def forward(self, x_BTD, rotation):
+        width = self.c["d_model"] // self.c["n_heads"]
+        query, key, value = (
+            part(x_BTD).unflatten(-1, (-1, width)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        if self.c["query_key_norm"]:
+            query, key = F.rms_norm(query, (width,)), F.rms_norm(key, (width,))
+        if rotation is not None:
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        mixed_BHTE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.output(mixed_BHTE.transpose(1, 2).flatten(2))
+
+
+def rotate(x_BHTE, cos_TE, sin_TE):
+    """Rotary positions (Su et al., 2021); pair i is elements i and i + E/2 of a head."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.kind, d, f = c["feed_forward"], c["d_model"], c["d_ff"]
+        has_bias = c["bias"] in ("all", "feed_forward")
+        self.gate = nn.Linear(d, f, bias=has_bias) if self.kind == "swiglu" else None
+        self.up = nn.Linear(d, f, bias=has_bias)
+        self.down = nn.Linear(f, d, bias=has_bias)
+
+    def forward(self, x):
+        up = self.up(x)
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * up)
+        if self.kind == "gelu":
+            return self.down(F.gelu(up, approximate="tanh"))
+        return self.down(F.relu(up).square() if self.kind == "relu2" else F.relu(up))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.after = c["norm_place"] == "after"
+        self.attention_norm, self.attention = Norm(c), Attention(c)
+        self.feed_forward_norm, self.feed_forward = Norm(c), FeedForward(c)
+
+    def forward(self, x, rotation):
+        if self.after:
+            x = self.attention_norm(x + self.attention(x, rotation))
+            return self.feed_forward_norm(x + self.feed_forward(x))
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Ngrams(nn.Module):
+    """Embeddings of the last two and three ids, looked up by a hash of them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.rows = c["ngram_rows"]
+        self.bigram_embedding = nn.Embedding(self.rows, c["d_model"])
+        self.trigram_embedding = nn.Embedding(self.rows, c["d_model"])
+
+    def forward(self, ids_BT):
+        # Where ids are missing, at the start of a text, a gram reads zeros.
+        padded, n = F.pad(ids_BT + 1, (2, 0)), ids_BT.shape[1]
+        last, before = padded[:, 2:] * 0x2545F491, padded[:, 1 : 1 + n] * 0x5BD1E995
+        first = padded[:, :n] * 0x1B873593
+        bigram, trigram = self.row(last ^ before), self.row(last ^ before ^ first)
+        return self.bigram_embedding(bigram) + self.trigram_embedding(trigram)
+
+    def row(self, mixed):
+        mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
+        return (mixed ^ (mixed >> 17)) % self.rows
+
+
+class Decoder(nn.Module):
+    def __init__(self, c, vocab_size):
+        super().__init__()
+        self.c = c
+        self.token_embedding = nn.Embedding(vocab_size, c["d_model"])
+        self.position_embedding = None
+        if c["position"] == "learned":
+            self.position_embedding = nn.Embedding(c["context_length"], c["d_model"])
+        self.ngrams = Ngrams(c) if c["ngram_rows"] else None
+        self.blocks = nn.ModuleList([Block(c) for _ in range(c["n_layers"])])
+        self.final_norm = Norm(c) if c["norm_place"] == "before" else None
+        self.head = None if c["tied_head"] else nn.Linear(c["d_model"], vocab_size, bias=False)
+
+    def forward(self, ids_BT):
+        """Hidden states (B, T, D)."""
+        x_BTD = self.token_embedding(ids_BT)
+        if self.c["scaled_embedding"]:
+            x_BTD = x_BTD * math.sqrt(self.c["d_model"])
+        if self.ngrams is not None:
+            x_BTD = x_BTD + self.ngrams(ids_BT)
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions_T)
+        if self.c["position"] == "sinusoidal":
+            places = torch.arange(0, self.c["d_model"], 2, device=ids_BT.device).float()
+            angles = positions_T.float()[:, None] / 10_000 ** (places / self.c["d_model"])
+            waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+            x_BTD = x_BTD + waves.to(x_BTD.dtype)
+        if self.c["embedding_norm"]:
+            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+        rotation = None
+        if self.c["position"] == "rotary":
+            angles = positions_T.float()[:, None] * frequencies(self.c, ids_BT.device)
+            angles = angles.repeat(1, 2)
+            rotation = angles.cos().to(x_BTD.dtype), angles.sin().to(x_BTD.dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotation)
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+
+
+def frequencies(c, device):
+    """Of the rotary pairs (E/2); with a factor the low ones are stretched as in Llama 3.1."""
+    width = c["d_model"] // c["n_heads"]
+    plain = 1.0 / c["rope_theta"] ** (torch.arange(0, width, 2, device=device).float() / width)
+    if c["rope_factor"] == 1.0:
+        return plain
+    turns = c["rope_original_context"] * plain / (2 * math.pi)
+    low, high = c["rope_low_factor"], c["rope_high_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * plain / c["rope_factor"] + kept * plain
+
+
+class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = PretrainConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Decoder(config.pretrain, config.vocab_size)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Weights come from the file."""
+
+    def get_input_embeddings(self):
+        return self.model.token_embedding
+
+    def set_input_embeddings(self, value):
+        self.model.token_embedding = value
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **rest):
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **rest):
+        """Logits (B, T, V). Padding may stand before or behind a text, not inside it."""
+        shift_B1 = None
+        if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+            # Rows padded in front are turned so that the padding is behind, where no text sees it.
+            shift_B1 = attention_mask.int().argmax(-1, keepdim=True)
+            input_ids = turn(input_ids, shift_B1)
+        hidden_BTD = self.model(input_ids)
+        if shift_B1 is not None:
+            hidden_BTD, input_ids = turn(hidden_BTD, -shift_B1), turn(input_ids, -shift_B1)
+        head = self.model.token_embedding if self.model.head is None else self.model.head
+        logits_BTV = hidden_BTD @ head.weight.T
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(logits_BTV.device)
+            loss = F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), targets.flatten())
+        return CausalLMOutput(loss=loss, logits=logits_BTV)
+
+
+def turn(x, shift_B1):
+    """Each row moved `shift` places to the left along time, what falls out put behind."""
+    places = (torch.arange(x.shape[1], device=x.device) + shift_B1) % x.shape[1]
+    return x[torch.arange(len(x), device=x.device)[:, None], places]

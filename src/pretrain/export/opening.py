@@ -1,0 +1,39 @@
+"""Any model that somebody else's program wrote, opened by what its files hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.export.foreign import ForeignModel
+from pretrain.export.layouts import FormatError
+
+
+def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
+    """A folder of transformers, a GGUF file, or a .bin of llama2.c (with its `tokenizer`).
+
+    Raises FormatError for what is none of them, is damaged, or is another architecture.
+    """
+    if path.is_dir():
+        from pretrain.export.hugging_face import open_hugging_face
+
+        return open_hugging_face(path)
+    if not path.is_file():
+        raise FormatError(f"there is no model at {path}")
+    from pretrain.export.gguf import is_gguf, open_gguf
+    from pretrain.export.llama2c import is_llama2c, open_llama2c
+
+    if is_gguf(path):
+        return open_gguf(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise FormatError(
+            f"{path} is a pickle of PyTorch, which may run anything when it is opened; have the "
+            "program that made it save safetensors"
+        )
+    if is_llama2c(path):
+        return open_llama2c(path, tokenizer)
+    raise FormatError(
+        f"{path} is no model: neither a run directory, nor a folder of transformers, nor a GGUF "
+        "file, nor one of llama2.c"
+    )

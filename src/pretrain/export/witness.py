@@ -1,0 +1,144 @@
+"""The other side of a certificate: loads exported files with somebody else's library and says what
+it finds.
+
+It is run by its path in a fresh process and never imports pretrain, so nothing of ours can make
+both sides agree. Its argument is a folder with request.json; it leaves answer.json and logits.npy
+there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Transformers:
+    """transformers: a model directory."""
+
+    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        # Where it keeps a copy of the modelling file: not in the user's cache.
+        transformers.dynamic_module_utils.HF_MODULES_CACHE = request["folder"]
+        self.torch, self.version = torch, f"transformers {transformers.__version__}"
+        torch.set_num_threads(request["threads"])
+        # The code that is trusted is the file that was just written beside the weights.
+        options = {"local_files_only": True, "trust_remote_code": request["own_code"]}
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        self.model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, **options, dtype=torch.float32, output_loading_info=True
+        )
+        wrong = {name: sorted(map(str, report[name])) for name in report if report[name]}
+        if wrong:
+            raise ValueError(f"the weights do not fit the model: {wrong}")
+        self.model.eval()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def logits(self, ids: list[int]) -> Any:
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor([ids])).logits[0].float().numpy()
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        ids = self.torch.tensor([prompt])
+        found = self.model.generate(
+            ids,
+            attention_mask=self.torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=self.model.config.vocab_size + 1,
+        )
+        return list(found[0, len(prompt) :].tolist())
+
+
+class LlamaCpp:
+    """llama.cpp itself, by its Python binding, with keys and values kept in float32."""
+
+    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+        import llama_cpp
+
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+        self.model = llama_cpp.Llama(
+            str(path),
+            n_ctx=request["context"],
+            n_batch=request["context"],
+            n_threads=request["threads"],
+            n_threads_batch=request["threads"],
+            logits_all=True,
+            verbose=False,
+            type_k=0,
+            type_v=0,
+            flash_attn=False,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.model.tokenize(text.encode(), add_bos=False, special=False))
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(self.model.detokenize(ids)).decode("utf-8", "replace")
+
+    def logits(self, ids: list[int]) -> Any:
+        self.model.reset()
+        self.model.eval(ids)
+        return self.model.scores[: len(ids)].copy()
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        self.model.reset()
+        self.model.eval(prompt)
+        found: list[int] = []
+        while len(found) < n:
+            found.append(int(self.model.scores[self.model.n_tokens - 1].argmax()))
+            self.model.eval(found[-1:])
+        return found
+
+
+def score(library: Any, ids: list[int], context: int) -> float:
+    """Nats of ids 1, 2, ... in windows of `context` that do not overlap."""
+    import numpy as np
+
+    nats = 0.0
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1]
+        logits = library.logits(window[:-1]).astype(np.float64)
+        largest = logits.max(-1)
+        total = np.log(np.exp(logits - largest[:, None]).sum(-1)) + largest
+        nats += float((total - logits[np.arange(len(logits)), window[1:]]).sum())
+    return nats
+
+
+def main(folder: Path) -> None:
+    import numpy as np
+
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    request["folder"] = str(folder)
+    kinds: dict[str, Any] = {"transformers": Transformers, "llama_cpp": LlamaCpp}
+    library = kinds[request["library"]](Path(request["path"]), request)
+    np.save(folder / "logits.npy", np.stack([library.logits(row) for row in request["rows"]]))
+    encoded = [library.encode(text) for text in request["texts"]]
+    ids = [request["start"], *library.encode(request["scored_text"])]
+    nats = score(library, ids, request["context"])
+    answer = {
+        "library": library.version,
+        "ids": encoded,
+        "decoded": [library.decode(ids) for ids in encoded],
+        "greedy": library.greedy(request["prompt"], request["new_tokens"]),
+        "nats": nats if math.isfinite(nats) else None,
+        "tokens": len(ids) - 1,
+        "imported_pretrain": any(name.split(".")[0] == "pretrain" for name in sys.modules),
+    }
+    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

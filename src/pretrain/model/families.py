@@ -1,0 +1,164 @@
+"""The families: which choices each made, from its paper or its published code, and the sizes that
+were published.
+
+A family is a function that returns the values of a `ModelConfig`; what is not named in it is the
+config's default. To add one: write its function, name it in FAMILIES, and hold it to an
+implementation that somebody else wrote (docs/rooms/model.md does so with Qwen 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def transformer(**sizes: Any) -> Values:
+    """The decoder of "Attention Is All You Need" (Vaswani et al., 2017), without the attention to
+    an encoder.
+
+    Sections 3.1 to 3.5 and 5.4: the norm after the sum, ReLU, sinusoids, embeddings times
+    sqrt(d_model) and shared with the head, dropout on the sums of embeddings and positions and on
+    the output of each branch, not on attention weights. Projections of attention have no biases
+    there. Initial weights are those of the authors' code (tensor2tensor).
+    """
+    return {
+        "family": "transformer",
+        "norm": "layer",
+        "norm_place": "after",
+        "position": "sinusoidal",
+        "feed_forward": "relu",
+        "scaled_embedding": True,
+        "bias": "feed_forward",
+        "tied_head": True,
+        "initialization": "xavier",
+        "dropout": 0.1,
+        "attention_dropout": False,
+        **sizes,
+    }
+
+
+def gpt(**sizes: Any) -> Values:
+    """GPT: "Improving Language Understanding by Generative Pre-Training" (Radford et al., 2018),
+    section 4.1: post-norm and no norm at the end, learned positions, GELU, N(0, 0.02), dropout of
+    0.1 on embeddings, attention and branches."""
+    return {
+        "family": "gpt",
+        "norm": "layer",
+        "norm_place": "after",
+        "position": "learned",
+        "feed_forward": "gelu",
+        "bias": "all",
+        "tied_head": True,
+        "dropout": 0.1,
+        **sizes,
+    }
+
+
+def gpt2(**sizes: Any) -> Values:
+    """GPT-2: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section
+    2.3: pre-norm, one more norm at the end, first weights of residual branches over the root of
+    their number. Dropout, which the paper does not mention, is 0."""
+    return {
+        "family": "gpt2",
+        "norm": "layer",
+        "position": "learned",
+        "feed_forward": "gelu",
+        "bias": "all",
+        "tied_head": True,
+        "initialization": "scaled",
+        **sizes,
+    }
+
+
+def llama(**sizes: Any) -> Values:
+    """Llama: "LLaMA: Open and Efficient Foundation Language Models" (Touvron et al., 2023), section
+    2.2: RMSNorm before each branch, SwiGLU, rotary positions. First weights are not published; they
+    are N(0, 0.02), as in transformers."""
+    return {
+        "family": "llama",
+        "norm": "rms",
+        "position": "rotary",
+        "feed_forward": "swiglu",
+        "bias": "none",
+        "tied_head": False,
+        **sizes,
+    }
+
+
+def fast(**sizes: Any) -> Values:
+    """The project's own: what trains fastest on little hardware.
+
+    Squared ReLU: "Primer" (So et al., 2021); norm of the embedding: "8-bit Optimizers via
+    Block-wise Quantization" (Dettmers et al., 2022); norms of queries and keys: "Query-Key
+    Normalization for Transformers" (Henry et al., 2020); residual branches that start at zero:
+    "Fixup Initialization" (Zhang et al., 2019).
+    """
+    return {
+        "family": "fast",
+        "norm": "rms",
+        "norm_epsilon": 1e-6,
+        "position": "rotary",
+        "feed_forward": "relu2",
+        "embedding_norm": True,
+        "query_key_norm": True,
+        "ngram_rows": 65_536,
+        "bias": "none",
+        "tied_head": False,
+        "initialization": "zero",
+        **sizes,
+    }
+
+
+FAMILIES: dict[str, Callable[..., Values]] = {
+    "transformer": transformer,
+    "gpt": gpt,
+    "gpt2": gpt2,
+    "llama": llama,
+    "fast": fast,
+}
+
+
+def _sized(family: str, n_layers: int, n_heads: int, d_model: int, **rest: Any) -> Values:
+    sizes = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model}
+    return {"family": family, **sizes, **rest}
+
+
+def _llama3(n_layers: int, n_heads: int, d_model: int, d_ff: int, **rest: Any) -> Values:
+    sizes = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "d_ff": d_ff}
+    grouped = {"n_kv_heads": 8, "context_length": 8192, "rope_theta": 500_000.0}
+    return {"family": "llama", **sizes, **grouped, **rest}
+
+
+# Llama 3.1 stretched positions from 8,192 to 131,072; 3.2 stretched them more.
+_LONG = {"context_length": 131_072, "rope_factor": 8.0}
+_LONG_AND_TIED = {"context_length": 131_072, "rope_factor": 32.0, "tied_head": True}
+
+# Sizes: table 3 of "Attention Is All You Need" (2017); section 4.1 of the GPT paper (2018); table 2
+# of the GPT-2 paper (2019); table 2 of LLaMA (2023); table 1 and appendix of "Llama 2" (2023);
+# table 3 of "The Llama 3 Herd of Models" (2024); widths of feed-forward layers, norm epsilons and
+# all of 3.2 from the published params.json. The vocabulary is the tokenizer's, never the preset's.
+PRESETS: dict[str, Values] = {
+    "transformer-base": _sized("transformer", 6, 8, 512),
+    "transformer-big": _sized("transformer", 6, 16, 1024, dropout=0.3),
+    "gpt": _sized("gpt", 12, 12, 768, context_length=512),
+    "gpt2-124m": _sized("gpt2", 12, 12, 768, context_length=1024),
+    "gpt2-355m": _sized("gpt2", 24, 16, 1024, context_length=1024),
+    "gpt2-774m": _sized("gpt2", 36, 20, 1280, context_length=1024),
+    "gpt2-1558m": _sized("gpt2", 48, 25, 1600, context_length=1024),
+    "llama-7b": _sized("llama", 32, 32, 4096, d_ff=11008, context_length=2048, norm_epsilon=1e-6),
+    "llama-13b": _sized("llama", 40, 40, 5120, d_ff=13824, context_length=2048, norm_epsilon=1e-6),
+    "llama-33b": _sized("llama", 60, 52, 6656, d_ff=17920, context_length=2048, norm_epsilon=1e-6),
+    "llama-65b": _sized("llama", 80, 64, 8192, d_ff=22016, context_length=2048),
+    "llama2-7b": _sized("llama", 32, 32, 4096, d_ff=11008, context_length=4096),
+    "llama2-13b": _sized("llama", 40, 40, 5120, d_ff=13824, context_length=4096),
+    "llama2-70b": _sized("llama", 80, 64, 8192, d_ff=28672, n_kv_heads=8, context_length=4096),
+    "llama3-8b": _llama3(32, 32, 4096, 14336),
+    "llama3-70b": _llama3(80, 64, 8192, 28672),
+    "llama3.1-8b": _llama3(32, 32, 4096, 14336, **_LONG),
+    "llama3.1-70b": _llama3(80, 64, 8192, 28672, **_LONG),
+    "llama3.1-405b": _llama3(126, 128, 16384, 53248, **_LONG),
+    "llama3.2-1b": _llama3(16, 32, 2048, 8192, **_LONG_AND_TIED),
+    "llama3.2-3b": _llama3(28, 24, 3072, 8192, **_LONG_AND_TIED),
+}

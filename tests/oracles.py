@@ -1,0 +1,140 @@
+"""Implementations that somebody else wrote, given the weights of ours: what parity is held to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.export.architectures import is_native, layout_of, to_description
+from pretrain.export.layouts import Layout, stored_tensors, to_theirs
+from pretrain.model import Decoder, ModelConfig, build
+from pretrain.model.config import model_defaults
+from pretrain.model.random import normal
+
+V, T = 67, 24
+SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": T}
+
+CASES: dict[str, dict[str, Any]] = {
+    "transformer": {"family": "transformer"},
+    "gpt": {"family": "gpt"},
+    "gpt2": {"family": "gpt2"},
+    "gpt2 of another width": {"family": "gpt2", "d_ff": 40},
+    "llama": {"family": "llama"},
+    "llama 2 70b": {"family": "llama", "n_kv_heads": 2},
+    "llama 3": {"family": "llama", "n_kv_heads": 2, "rope_theta": 5e5},
+    "llama 3.1": {"family": "llama", "rope_factor": 4.0, "rope_original_context": 12},
+    "llama 3.2": {"family": "llama", "tied_head": True, "norm_epsilon": 1e-3},
+}
+
+
+def config_of(family: str, **changes: Any) -> ModelConfig:
+    defaults = model_defaults({"family": family})
+    return ModelConfig(**{**defaults, "dropout": 0.0, **SIZES, **changes})
+
+
+def random_decoder(config: ModelConfig, *, vocab_size: int = V) -> Decoder:
+    """A decoder with every parameter random: norms, biases and what starts at zero too."""
+    decoder = build(config, vocab_size=vocab_size, seed=1)
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            p.add_(0.2 * normal(2, name, 0, p.numel(), device=p.device).view_as(p))
+    return decoder
+
+
+class TorchEncoder(nn.Module):
+    """torch's own encoder layers under a causal mask are the decoder of 2017 without its encoder:
+    the embedding, the sinusoids and the head around them are written out here."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                config.d_model,
+                config.n_heads,
+                dim_feedforward=config.feed_forward_width,
+                dropout=0.0,
+                activation="relu",
+                layer_norm_eps=config.norm_epsilon,
+                batch_first=True,
+                norm_first=False,
+            )
+            for _ in range(config.n_layers)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        d = self.config.d_model
+        waves = torch.zeros(ids.shape[1], d, dtype=self.embedding.weight.dtype)
+        for position in range(ids.shape[1]):
+            for i in range(0, d, 2):
+                angle = position / 10_000 ** (i / d)
+                waves[position, i], waves[position, i + 1] = math.sin(angle), math.cos(angle)
+        x = self.embedding(ids) * math.sqrt(d) + waves
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=x.dtype)
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=True)
+        found: Tensor = x @ self.embedding.weight.T
+        return found
+
+
+# The projections of attention have biases in torch and none in the paper: they stay 0.
+TORCH = Layout(
+    {"embedding": "token_embedding"},
+    {
+        "layers.{}.self_attn.in_proj_": "attention.query attention.key attention.value",
+        "layers.{}.self_attn.out_proj": "attention.output",
+        "layers.{}.linear1": "feed_forward.up",
+        "layers.{}.linear2": "feed_forward.down",
+        "layers.{}.norm1": "attention_norm",
+        "layers.{}.norm2": "feed_forward_norm",
+    },
+)
+
+
+class Oracle:
+    """A foreign model with our weights: its logits, and where it keeps what is ours."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        config, vocab_size = decoder.config, decoder.vocab_size
+        self.model: Any
+        if config.family == "transformer":
+            layout = TORCH
+            self.model = TorchEncoder(config, vocab_size)
+            for name, p in self.model.named_parameters():
+                if name.endswith(("in_proj_bias", "out_proj.bias")):
+                    nn.init.zeros_(p)
+        else:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            assert is_native(config)
+            layout = layout_of(config)
+            described = {**to_description(config), "vocab_size": vocab_size}
+            kind = described.pop("model_type")
+            quiet = {"bos_token_id": 0, "eos_token_id": None}
+            self.model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(kind, **described, **quiet)
+            )
+        self.model.to(next(decoder.parameters()).dtype).eval()
+        own = dict(decoder.named_parameters())
+        self.stored = stored_tensors(config, layout, vocab_size=vocab_size)
+        with torch.no_grad():
+            for stored in self.stored:
+                self._parameter(stored.name).copy_(to_theirs(stored, own.__getitem__))
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        found: nn.Parameter = self.model.get_parameter(name.replace("proj_.weight", "proj_weight"))
+        return found
+
+    def logits(self, ids: Tensor) -> Tensor:
+        found = self.model(ids)
+        logits: Tensor = getattr(found, "logits", found)
+        return logits
+
+    def gradients(self, read: Callable[[str], Tensor]) -> list[tuple[str, Tensor | None, Tensor]]:
+        """Name, their gradient, and ours in their layout."""
+        return [(s.name, self._parameter(s.name).grad, to_theirs(s, read)) for s in self.stored]

