@@ -105,7 +105,9 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
         stop_after(patch, stop_at)
         assert train(*words, "--run", str(parts)) == 143
     assert not (parts / "summary.json").exists()
-    assert list_checkpoints(parts / "checkpoints")[-1].name == f"step-{stop_at:08d}"
+    saved = [path.name for path in list_checkpoints(parts / "checkpoints")]
+    # Within the first step, which a compiler may need minutes for, there is nothing to save yet.
+    assert saved[-1:] == ([] if stop_at == 1 else [f"step-{stop_at:08d}"])
     assert train("--resume", "--run", str(parts)) == 0
     assert_same_run(whole, parts)
 
@@ -284,10 +286,12 @@ def test_the_gradient_is_that_of_nats_per_target() -> None:
     gradients = torch.autograd.grad(nats / count, list(objective.parameters()))
     expected = float(torch.nn.utils.get_total_norm(gradients))
     world = open_world("cpu", threads=1)
-    found = train_step(objective, optimizer, batches(6, 2), clip=0.0, world=world)
-    assert found[1] == 6 * 8
-    assert found[0] == pytest.approx(float(nats.detach()), rel=1e-6)
-    assert found[2] == pytest.approx(expected, rel=1e-5)
+    found = train_step(
+        objective, optimizer, batches(6, 2), step=0, rate=1e-3, clip=0.0, world=world
+    )
+    assert found.count == 6 * 8
+    assert found.nats == pytest.approx(float(nats.detach()), rel=1e-6)
+    assert found.grad_norm == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "fast"])
@@ -320,10 +324,17 @@ def test_a_gradient_that_is_not_finite_makes_no_update() -> None:
     with torch.no_grad():
         objective.decoder.get_parameter("final_norm.weight")[0] = math.inf
     before = [p.clone() for p in objective.parameters()]
-    _, _, norm = train_step(
-        objective, optimizer, batches(4, 2), clip=1.0, world=open_world("cpu", threads=1)
+    report = train_step(
+        objective,
+        optimizer,
+        batches(4, 2),
+        step=0,
+        rate=1e-3,
+        clip=1.0,
+        world=open_world("cpu", threads=1),
     )
-    assert not math.isfinite(norm)
+    assert not math.isfinite(report.grad_norm)
+    assert not report.updated
     assert all(torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True))
 
 
@@ -336,7 +347,7 @@ def test_a_run_that_diverges_says_so(corpus: Path, tmp_path: Path, capsys: Any) 
         "--optimizer.clip",
         "0",
     ]
-    words = [str(corpus), *TINY, *wild, "--train.steps", "9", "--run", str(tmp_path / "run")]
+    words = [str(corpus), *TINY, *wild, "--train.steps", "30", "--run", str(tmp_path / "run")]
     assert train(*words) == 2
     assert "a lower optimizer.learning_rate" in capsys.readouterr().err
 

@@ -1,7 +1,8 @@
 """State <-> files, in a format of slices that does not depend on how many processes wrote it.
 
 `format` holds the layout, `save` writes so that a crash leaves the old or the new checkpoint and
-never neither, `load` finds the newest good one and hands out verified tensors.
+never neither, by the few operations of `disk`; `load` finds the newest good one and hands out
+verified tensors; `lock` keeps a run to one writer.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ if TYPE_CHECKING:
         newest_good,
         open_checkpoint,
     )
-    from pretrain.checkpoint.save import checkpoint_name, prune, save_checkpoint
+    from pretrain.checkpoint.lock import RunLock
+    from pretrain.checkpoint.save import (
+        BackgroundSaver,
+        checkpoint_name,
+        forget_after,
+        prune,
+        save_checkpoint,
+    )
 
 _HOMES = {
+    "BackgroundSaver": "save",
     "Checkpoint": "load",
     "DamagedCheckpoint": "load",
+    "RunLock": "lock",
     "checkpoint_name": "save",
+    "forget_after": "save",
     "list_checkpoints": "load",
     "newest_good": "load",
     "open_checkpoint": "load",
@@ -30,9 +41,12 @@ _HOMES = {
     "save_checkpoint": "save",
 }
 __all__ = [
+    "BackgroundSaver",
     "Checkpoint",
     "DamagedCheckpoint",
+    "RunLock",
     "checkpoint_name",
+    "forget_after",
     "list_checkpoints",
     "newest_good",
     "open_checkpoint",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint import disk
+
 FORMAT, VERSION = "pretrain checkpoint", 1
 MANIFEST = "manifest.json"
-BLOCK_BYTES = 4 << 20
 
 # Names as in the safetensors format.
 DTYPES: dict[str, torch.dtype] = {
@@ -58,41 +58,6 @@ def manifest_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _HashingFile:
-    """Writes a file and hashes its blocks on the way; nothing is read back."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115 - closed by close(), which must be told
-        self._block, self._filled, self.bytes = hashlib.sha256(), 0, 0
-        self.hashes: list[str] = []
-
-    def write(self, data: memoryview) -> None:
-        start = 0
-        while start < len(data):
-            part = data[start : start + BLOCK_BYTES - self._filled]
-            written = self._file.write(part)
-            if written != len(part):
-                raise OSError(f"only {written} of {len(part)} bytes written")
-            self._block.update(part)
-            self._filled += len(part)
-            start += len(part)
-            if self._filled == BLOCK_BYTES:
-                self._end_block()
-        self.bytes += len(data)
-
-    def _end_block(self) -> None:
-        self.hashes.append(self._block.hexdigest())
-        self._block, self._filled = hashlib.sha256(), 0
-
-    def close(self) -> None:
-        """Push everything to the disk itself; an error here means that the file is worthless."""
-        if self._filled:
-            self._end_block()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
 def _raw_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -114,26 +79,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     base = 8 + len(text)
-    file = _HashingFile(path)
-    file.write(memoryview(len(text).to_bytes(8, "little") + text))
-    slices = []
-    for name, tensor in tensors.items():
-        slices.append(
-            Slice(path.name, base + header[name]["data_offsets"][0], whole(tuple(tensor.shape)))
-        )
-        file.write(_raw_bytes(tensor))
-    file.close()
-    entry = {"bytes": file.bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}
-    return entry, slices
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a rename or a new name in a folder survive a power loss (POSIX; elsewhere there is no
-    such call)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    file = disk.HashingFile(path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        file.write(memoryview(len(text).to_bytes(8, "little") + text))
+        for tensor in tensors.values():
+            file.write(_raw_bytes(tensor))
+        file.close()
+    except BaseException:
+        file.abandon()
+        raise
+    entry = {"bytes": file.bytes, "block_bytes": disk.BLOCK_BYTES, "sha256": file.hashes}
+    slices = [
+        Slice(path.name, base + header[name]["data_offsets"][0], whole(tuple(tensor.shape)))
+        for name, tensor in tensors.items()
+    ]
+    return entry, slices

@@ -3,6 +3,7 @@ hands out."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -41,6 +42,9 @@ class Checkpoint:
         self.path = path
         content = _read_manifest(path)
         self.step: int = content["step"]
+        named = _NAME.fullmatch(path.name)
+        if named and int(named[1]) != self.step:
+            raise DamagedCheckpoint(f"{path} holds step {self.step}: it was renamed")
         self.state: dict[str, Any] = content["state"]
         self.sha256: str = content["sha256"]
         self._files: dict[str, Any] = content["files"]
@@ -113,9 +117,14 @@ class Checkpoint:
         if not 0 <= start <= start + n_bytes <= entry["bytes"]:
             raise DamagedCheckpoint(f"{self.path / name}: a tensor lies outside the file")
         first, last = start // block_bytes, -(-(start + n_bytes) // block_bytes)
-        with open(self.path / name, "rb") as file:
-            file.seek(first * block_bytes)
-            data = bytearray(file.read((last - first) * block_bytes))
+        try:
+            with open(self.path / name, "rb") as file:
+                file.seek(first * block_bytes)
+                data = bytearray(file.read((last - first) * block_bytes))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise DamagedCheckpoint(f"{self.path / name} cannot be read: {error}") from None
         for block in range(first, last):
             if (name, block) in self._verified:
                 continue
@@ -180,8 +189,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint of the highest step whose every byte verifies, and what was wrong with newer
     ones.
 
-    A damaged checkpoint is set aside as `damaged-step-...`, not deleted: somebody may want to look
-    at it.
+    A damaged checkpoint is set aside, not deleted: somebody may want to look at it.
     """
     complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
@@ -189,9 +197,14 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             checkpoint = open_checkpoint(path)
             checkpoint.verify()
         except DamagedCheckpoint as error:
-            aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(2)}")
-            path.rename(aside)
-            complaints.append(f"{error} (set aside as {aside.name})")
+            complaints.append(f"{error} (set aside as {set_aside(path).name})")
             continue
         return checkpoint, complaints
     return None, complaints
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which nobody looks for one; returns that."""
+    aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(2)}")
+    path.rename(aside)
+    return aside

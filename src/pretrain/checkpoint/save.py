@@ -1,5 +1,9 @@
 """State -> files: written beside its final name, pushed to the disk, then renamed, so it is whole
-or not there."""
+or not there.
+
+`save_checkpoint` does so at once; `BackgroundSaver` copies the tensors and does the rest while
+training goes on. Older checkpoints are deleted only after the new one was read back and verified.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,24 @@ import errno
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pretrain.checkpoint import disk
 from pretrain.checkpoint.format import (
     DTYPE_NAMES,
     FORMAT,
     MANIFEST,
     VERSION,
-    fsync_folder,
     manifest_hash,
     write_tensors,
 )
+from pretrain.checkpoint.load import DamagedCheckpoint, list_checkpoints, open_checkpoint, set_aside
 
 # Room that must be left beside the checkpoint itself, for metrics and samples.
 _RESERVE_BYTES = 16 << 20
@@ -39,30 +45,35 @@ def save_checkpoint(
 
     Returns the path once everything is on the disk under its final name. Raises OSError when the
     disk is full or fails; then nothing stands under that name and older checkpoints are untouched.
+    A step is saved once: FileExistsError where it is there already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     _remove_leftovers(folder)
-    n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    free = shutil.disk_usage(folder).free
-    if free < 1.05 * n_bytes + _RESERVE_BYTES:
-        message = f"a checkpoint of {n_bytes:,} bytes needs more than the {free:,} that are free"
-        raise OSError(errno.ENOSPC, message, str(folder))
     final = folder / checkpoint_name(step)
+    if final.exists():
+        raise FileExistsError(errno.EEXIST, "this step was saved before", str(final))
+    n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    n_files = 2 + len({name.partition("/")[0] for name in tensors})
+    disk.refuse_little_room(folder, n_bytes=int(1.05 * n_bytes) + _RESERVE_BYTES, n_files=n_files)
     temporary = folder / f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary.mkdir()
+    os.mkdir(temporary)
     try:
         _write_into(temporary, step=step, tensors=tensors, state=state)
-        if final.exists():
-            # The same step saved again, after a resume from an older checkpoint: the new one
-            # replaces it.
-            final.rename(folder / f".{final.name}.old-{secrets.token_hex(4)}")
-        temporary.rename(final)
-        fsync_folder(folder)
+        _rename(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        disk.remove_folder(temporary)
         raise
-    _remove_leftovers(folder)
+    disk.sync_folder(folder)
     return final
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        # A network file system may do a thing, lose the answer, and say that it failed.
+        if temporary.exists() or not final.exists():
+            raise
 
 
 def _write_into(
@@ -89,30 +100,113 @@ def _write_into(
         "tensors": listed,
     }
     content["sha256"] = manifest_hash(json.loads(json.dumps(content)))
-    with open(folder / MANIFEST, "x", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_folder(folder)
+    # Last: a folder with a manifest is whole.
+    disk.write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+    disk.sync_folder(folder)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed save or a replaced checkpoint left behind; such names are never read."""
+    """Delete what a killed save or a killed deletion left behind; such names are never read."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        disk.remove_folder(path)
 
 
-def prune(folder: Path, *, keep: int, protect: Collection[Path]) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and those in `protect`; returns what was
-    deleted.
+def prune(
+    folder: Path, *, keep: int, protect: Collection[Path] = (), every: int | None = None
+) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints, those in `protect`, and those of every so many
+    steps; returns what was deleted.
 
     A checkpoint is renamed before it is deleted, so that no half-deleted one is ever found.
     """
-    from pretrain.checkpoint.load import list_checkpoints
-
     kept = set(protect)
     doomed = [path for path in list_checkpoints(folder)[:-keep] if path not in kept]
+    if every is not None:
+        doomed = [path for path in doomed if int(path.name.removeprefix("step-")) % every]
     for path in doomed:
-        path.rename(folder / f".{path.name}.old-{secrets.token_hex(4)}")
+        os.rename(path, folder / f".{path.name}.old-{secrets.token_hex(4)}")
     _remove_leftovers(folder)
     return doomed
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run has gone back, and they are no part of it."""
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            os.rename(path, folder / f".{path.name}.old-{secrets.token_hex(4)}")
+    disk.sync_folder(folder)
+    _remove_leftovers(folder)
+
+
+def verify_saved(path: Path) -> None:
+    """Read back a checkpoint that was just saved; OSError, and it is set aside, if the disk has not
+    kept what it was given."""
+    try:
+        open_checkpoint(path).verify()
+    except DamagedCheckpoint as error:
+        aside = set_aside(path)
+        raise OSError(errno.EIO, f"{error} (set aside as {aside.name})", str(path)) from None
+
+
+class BackgroundSaver:
+    """Saves while training goes on: a step waits for a copy of the tensors only.
+
+    One save at a time, so the next one waits for the one before. What failed is raised by the next
+    call of any method, once. The thread hashes and writes, for which Python's lock is not needed;
+    like the process it may die at any moment, and costs no checkpoint that was there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        *,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Begin to save. `before` runs ahead of the first byte, `after` once the new checkpoint is
+        verified: the time to forget older ones."""
+        self.wait()
+        copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+
+        def work() -> None:
+            try:
+                before()
+                verify_saved(save_checkpoint(self.folder, step=step, tensors=copies, state=state))
+                after()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="saver", daemon=True)
+        self._thread.start()
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self._copies.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            # From pinned memory a GPU copies beside its work.
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[name] = kept
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+    def poll(self) -> None:
+        """Raise what went wrong, if the save has come to its end."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the save at hand, and raise what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

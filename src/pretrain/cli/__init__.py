@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.settings = settings
         return int(module.run(arguments, output))
-    except KeyboardInterrupt:
-        output.fail("stopped", 130)
-        return 130
+    except KeyboardInterrupt as stop:
+        code = getattr(stop, "exit_code", 130)
+        output.fail(str(stop) or "stopped", code)
+        return int(code)
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,6 +128,8 @@ def exit_code(error: BaseException) -> int:
     A ValueError that our own code raised is a sentence for the user; one from inside a library is a
     bug of ours.
     """
+    if hasattr(error, "exit_code"):
+        return int(error.exit_code)
     if isinstance(error, OSError):
         if error.errno in _NO_ROOM:
             return 75

@@ -58,7 +58,7 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
     from pretrain.checkpoint import open_checkpoint
     from pretrain.model import Objective, build
     from pretrain.tokenizer import load_tokenizer
-    from pretrain.train.loop import load_weights
+    from pretrain.train.run import load_weights
     from pretrain.world import open_world
 
     world = open_world(device)

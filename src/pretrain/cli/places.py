@@ -16,6 +16,8 @@ from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.shards import PreparedData, is_prepared, open_prepared
 
 RUNS = Path("runs")
+# What was asked for, in a run's folder until all that it leaves open is decided.
+ASKED = "asked.yaml"
 DEFAULT_RECIPE = "english"
 
 
@@ -55,7 +57,7 @@ def new_run_folder(name: str, asked: str | None) -> Path:
     """The folder of a new run, checked to be empty and writable; it is made when the run begins."""
     if asked is not None:
         folder = Path(asked)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not _is_vacant(folder):
             raise ValueError(
                 f"{folder} is not an empty folder; choose another --run, or go on with --resume"
             )
@@ -66,6 +68,15 @@ def new_run_folder(name: str, asked: str | None) -> Path:
         folder = RUNS / f"{name}-{number}"
     _check_writable(folder)
     return folder
+
+
+def _is_vacant(folder: Path) -> bool:
+    """Whether nothing is in a folder but what a run leaves that was killed before it was
+    decided."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or (ASKED in names and "config.yaml" not in names)
 
 
 def _check_writable(folder: Path) -> None:
@@ -81,10 +92,10 @@ def _check_writable(folder: Path) -> None:
 
 def newest_run() -> Path:
     """The run under runs/ that was begun last."""
-    begun = [p.parent for p in RUNS.glob("*/config.yaml")]
+    begun = [p for name in ("config.yaml", ASKED) for p in RUNS.glob(f"*/{name}")]
     if not begun:
         raise ValueError(f"there is no run in {RUNS}/ to resume; name one with --run DIR")
-    return max(begun, key=lambda p: (p / "config.yaml").stat().st_mtime_ns)
+    return max(begun, key=lambda p: p.stat().st_mtime_ns).parent
 
 
 def cache_folder() -> Path:

@@ -9,24 +9,28 @@ pretrain train --train.steps 200 --model.d_model 64
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.models import first_weights, with_first_weights
 from pretrain.cli.output import Output
-from pretrain.cli.places import new_run_folder, newest_run, prepared, read_target
+from pretrain.cli.places import ASKED, new_run_folder, newest_run, prepared, read_target
 from pretrain.cli.settings import settings_help
 from pretrain.config import Layer, RunConfig, compose, parse_overrides, read_file, to_dict, to_yaml
 from pretrain.corpus import list_files
 from pretrain.data.shards import PreparedData, is_prepared
 from pretrain.report import require_packages
+from pretrain.train.records import write_text
 from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:
@@ -63,10 +67,32 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     config = with_first_weights(layers[:n_below], [*layers[n_below:], overrides])
     config = _with_whole_path(config)
     require_packages(config.report.to)
-    folder = new_run_folder(name, arguments.run)
-    data = _prepare(config, output)
-    check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
-    return _begin(config, folder, data, output, began)
+    return _start(config, new_run_folder(name, arguments.run), output, began)
+
+
+def _start(config: RunConfig, folder: Path, output: Output, began: float) -> int:
+    """Begin a run. From the first moment its folder says what was asked for, so that a run that is
+    killed before anything could be decided can be resumed too."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    with _lock(folder, output):
+        write_text(folder / ASKED, to_yaml(config))
+        try:
+            data = _prepare(config, output)
+            check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
+            config, world, screen = _decide(config, folder, data, output)
+        except BaseException:
+            _take_back(folder, new)
+            raise
+        return _train(config, folder, data, world, screen, output, began, resume_from=None)
+
+
+def _take_back(folder: Path, new: list[Path]) -> None:
+    """Leave nothing of a run that could not begin, and none of the `new` folders."""
+    (folder / ASKED).unlink(missing_ok=True)
+    (folder / "run.lock").unlink(missing_ok=True)
+    with suppress(OSError):
+        for each in new:
+            each.rmdir()
 
 
 def _with_whole_path(config: RunConfig) -> RunConfig:
@@ -97,9 +123,10 @@ def _prepare(config: RunConfig, output: Output) -> PreparedData:
     return prepared(config, progress=output.stages())
 
 
-def _begin(
-    config: RunConfig, folder: Path, data: PreparedData, output: Output, began: float
-) -> int:
+def _decide(
+    config: RunConfig, folder: Path, data: PreparedData, output: Output
+) -> tuple[RunConfig, World, Screen]:
+    """Fill what the config left open, and write it down, never to be decided again."""
     from pretrain.train.decide import decide
     from pretrain.train.fingerprint import fingerprint
     from pretrain.train.screen import Screen
@@ -122,18 +149,36 @@ def _begin(
         world=world,
     )
     config = replace(config, model=decided.model, schedule=decided.schedule, train=decided.train)
-    folder.mkdir(parents=True, exist_ok=True)
     data.tokenizer().save(folder / "tokenizer")
-    _write_environment(folder, world, fingerprint(data, world, first_weights(config)))
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    return _train(config, folder, data, world, screen, output, began, resume_from=None)
+    text = to_yaml(config)
+    _write_environment(folder, text, world, fingerprint(data, world, first_weights(config)))
+    # Last: from now on a resume goes by it.
+    write_text(folder / "config.yaml", text)
+    (folder / ASKED).unlink()
+    return config, world, screen
+
+
+@contextmanager
+def _lock(folder: Path, output: Output) -> Iterator[None]:
+    """Be the only one who writes into the run."""
+    from pretrain.checkpoint import RunLock
+
+    with RunLock(folder) as lock:
+        if lock.warning is not None:
+            output.say(f"note: {lock.warning}")
+        yield
 
 
 def _resume(
     folder: Path, target: str | None, overrides: Layer, output: Output, began: float
 ) -> int:
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
+        if not (folder / ASKED).is_file():
+            raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
+        output.say(f"{folder} was stopped before anything was decided: it starts anew")
+        config = compose([read_file(folder / ASKED)])
+        _refuse_other_settings(config, target, overrides)
+        return _start(config, folder, output, began)
     if not (folder / "environment.json").is_file():
         raise ValueError(
             f"{folder} was imported, not trained; train on from it with --train.init_from {folder}"
@@ -145,10 +190,23 @@ def _resume(
         output.say(f"{folder} is finished: there is nothing left to train")
         output.result({"run": str(folder), **_read_summary(folder)})
         return 0
+    with _lock(folder, output):
+        return resume(config, folder, output, began)
+
+
+def resume(
+    config: RunConfig,
+    folder: Path,
+    output: Output,
+    began: float,
+    *,
+    stop_after: int | None = None,
+) -> int:
+    """Go on with a run whose settings are decided, from its newest whole checkpoint."""
     data = _prepare(config, output)
 
-    from pretrain.checkpoint import newest_good
     from pretrain.train.fingerprint import fingerprint, refuse_changes
+    from pretrain.train.run import newest_of
     from pretrain.train.screen import Screen
     from pretrain.world import open_world
 
@@ -158,22 +216,39 @@ def _resume(
         deterministic=config.train.deterministic,
     )
     screen = Screen(output.people)
-    checkpoint, complaints = newest_good(folder / "checkpoints")
+    environment = read_environment(folder)
+    checkpoint, complaints = newest_of(folder, run=environment["run"])
     for complaint in complaints:
         screen.line(complaint, style="bold red")
     if checkpoint is None and complaints:
         raise ValueError(f"no checkpoint of {folder} is whole; nothing can be resumed")
-    begun_with = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[
-        "fingerprint"
-    ]
+    begun_with = environment["fingerprint"]
     if checkpoint is not None:
         begun_with = checkpoint.state["fingerprint"]
     refuse_changes(begun_with, fingerprint(data, world, first_weights(config)))
+    screen.line(_where_it_goes_on(folder, checkpoint))
+    return _train(
+        config,
+        folder,
+        data,
+        world,
+        screen,
+        output,
+        began,
+        resume_from=checkpoint,
+        stop_after=stop_after,
+    )
+
+
+def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
+    from pretrain.train.records import Records
+
+    made = max((record["step"] for record in Records(folder).metrics()), default=0)
     if checkpoint is None:
-        screen.line(f"{folder} has no checkpoint yet: it starts anew, as it was decided")
+        text, lost = f"{folder} has no checkpoint yet: it starts anew, as it was decided", made
     else:
-        screen.line(f"resuming {folder} after step {checkpoint.step:,}")
-    return _train(config, folder, data, world, screen, output, began, resume_from=checkpoint)
+        text, lost = f"resuming {folder} after step {checkpoint.step:,}", made - checkpoint.step
+    return text + (f"; {lost:,} steps were made after it, and are made again" * (lost > 0))
 
 
 def _refuse_other_settings(config: RunConfig, target: str | None, overrides: Layer) -> None:
@@ -205,6 +280,7 @@ def _train(
     began: float,
     *,
     resume_from: Checkpoint | None,
+    stop_after: int | None = None,
 ) -> int:
     from pretrain.report import write_report
     from pretrain.train.fingerprint import fingerprint
@@ -223,13 +299,17 @@ def _train(
         settings=config.train,
         world=world,
         screen=screen,
-        fingerprint=fingerprint(data, world, start),
+        identity={
+            "run": read_environment(folder)["run"],
+            "fingerprint": fingerprint(data, world, start),
+        },
         began=began,
         first_weights=start,
         resume_from=resume_from,
+        stop_after=stop_after,
     )
     report = write_report(folder)
-    if code != 0:
+    if not (folder / "summary.json").is_file():
         go_on = f"pretrain train --resume --run {shlex.quote(str(folder))}"
         screen.line(f"stopped and saved; go on with: {go_on}")
         output.result({"run": str(folder), "stopped": True, "exit_code": code})
@@ -255,14 +335,27 @@ def _read_summary(folder: Path) -> dict[str, object]:
     return content
 
 
-def _write_environment(folder: Path, world: World, fingerprint: dict[str, Any]) -> None:
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What a run wrote down of itself and its surroundings when it began."""
+    content = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not {"run", "fingerprint"} <= content.keys():
+        raise ValueError(f"{folder / 'environment.json'} is not what a run writes")
+    return content
+
+
+def _write_environment(
+    folder: Path, config: str, world: World, fingerprint: dict[str, Any]
+) -> None:
     from pretrain import __version__
     from pretrain.train.records import write_json
     from pretrain.world import describe_machine
 
+    # Runs of one name are one run: the same settings and surroundings give the same numbers.
+    named = config + json.dumps(fingerprint, sort_keys=True)
     write_json(
         folder / "environment.json",
         {
+            "run": hashlib.sha256(named.encode()).hexdigest()[:16],
             "pretrain": __version__,
             **describe_machine(),
             "device": world.device.type,

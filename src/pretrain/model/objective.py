@@ -46,7 +46,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, smoothing: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        smoothing: float,
+        z_loss: float,
     ) -> Tensor:
         # The sum is kept in float64 where there is one, so that it hardly depends on how rows are
         # grouped.
@@ -66,10 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope_NV = logits_NV.softmax(1)
             # log sum exp from the largest probability, which never underflows as others may.
             likeliest_N1 = slope_NV.amax(1, keepdim=True)
-            losses_N1 = largest_N1 - likeliest_N1.log() - chosen_N1
+            log_sum_N1 = largest_N1 - likeliest_N1.log()
+            losses_N1 = log_sum_N1 - chosen_N1
             nats += torch.where(counted_N1, losses_N1, 0).sum(dtype=total_type)
             if d_hidden is None or d_weight is None:
                 continue
+            if z_loss:
+                # d (z log_sum^2) / d logits = 2 z log_sum softmax.
+                slope_NV *= 1 + 2 * z_loss * log_sum_N1
             # d nats / d logits = softmax - one_hot; rows that do not count are struck out where
             # they are narrow, not over the whole vocabulary.
             slope_NV.scatter_add_(1, picked_N1, torch.full_like(chosen_N1, smoothing - 1.0))
@@ -83,18 +92,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             d_hidden * slopes[0].to(d_hidden.dtype),
             d_weight * slopes[0].to(d_weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, smoothing: float = 0.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Nats (a scalar, summed) of the targets (N) under the logits hidden @ weight.T, without those
     logits.
@@ -102,24 +117,37 @@ def linear_cross_entropy(
     With label `smoothing` the value is still these nats, so that every reported number means the
     same; the gradient is that of the smoothed objective, in which a target has the probability 1 -
     smoothing, and that share is spread evenly over the vocabulary ("Rethinking the Inception
-    Architecture for Computer Vision", Szegedy et al., 2016).
+    Architecture for Computer Vision", Szegedy et al., 2016). So it is with `z_loss`, the weight of
+    the squared log of the softmax's sum ("PaLM", Chowdhery et al., 2022).
     """
-    nats: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, smoothing)  # type: ignore[no-untyped-call]
+    nats: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, smoothing, z_loss
+    )
     return nats
 
 
 def plain_linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, smoothing: float = 0.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The same by torch's own operators, with whole logits: the twin that the fast path must
-    equal. With `smoothing` its value is the smoothed objective."""
-    return F.cross_entropy(
-        hidden_ND @ weight_VD.T,
+    equal. With `smoothing` or `z_loss` its value is that whole objective."""
+    logits_NV = hidden_ND @ weight_VD.T
+    nats = F.cross_entropy(
+        logits_NV,
         targets_N,
         ignore_index=NOT_COUNTED,
         reduction="sum",
         label_smoothing=smoothing,
     )
+    if not z_loss:
+        return nats
+    counted_N = targets_N != NOT_COUNTED
+    return nats + z_loss * (logits_NV.logsumexp(-1).square() * counted_N).sum()
 
 
 class Objective(nn.Module):
@@ -127,12 +155,21 @@ class Objective(nn.Module):
 
     The context of a prediction is the window's ids up to and including x_i, so k + 1 in the formula
     is at most the context length T. `seed` keys the dropout masks; they are drawn only in training
-    mode and for a rate above 0. So is `label_smoothing`, which changes gradients and never nats.
+    mode and for a rate above 0. So are `label_smoothing` and `z_loss`, which change gradients and
+    never nats.
     """
 
-    def __init__(self, decoder: Decoder, *, seed: int = 0, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.decoder, self.seed, self.label_smoothing = decoder, seed, label_smoothing
+        self.decoder, self.seed = decoder, seed
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(nats, count): the sum of -log p(target | context), and how many targets were counted."""
@@ -145,5 +182,6 @@ class Objective(nn.Module):
             self.decoder.head_weight,
             targets_N,
             smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0,
         )
         return nats, (targets_N != NOT_COUNTED).sum()

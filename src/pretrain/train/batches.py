@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain.data import MicroBatch, Order, TokenStream, micro_batch_at
 from pretrain.data.mixture import Mixture
+from pretrain.train.watch import Rollback, position_of
 
 
 @dataclass(slots=True)
 class TrainingBatches:
-    """Step s takes samples [s R, (s + 1) R), R rows a batch, whatever the micro-batch."""
+    """Step s takes samples [s R, (s + 1) R), R rows a batch, whatever the micro-batch; after a
+    rollback later ones."""
 
     stream: TokenStream
     context_length: int
@@ -23,8 +27,15 @@ class TrainingBatches:
     batch_rows: int
     micro_batch_rows: int
     byte_lengths_V: Tensor
+    rollbacks: list[Rollback] = field(default_factory=list)
     n_bytes: int = 0
     """bytes of text behind the targets of the step that was handed out last"""
+    checksum: int = 0
+    """CRC-32 over the ids of that step: what it read, for whoever compares runs"""
+
+    def position(self, step: int) -> int:
+        """The batch that a step reads, counted from the start of the data."""
+        return position_of(step, self.rollbacks)
 
     def source_tokens(self, steps: int, *, epochs: bool = False) -> dict[str, Any]:
         """For the records: what the first steps read of each source, where there are several."""
@@ -43,8 +54,8 @@ class TrainingBatches:
         }
 
     def at(self, step: int) -> Iterator[MicroBatch]:
-        self.n_bytes = 0
-        first = step * self.batch_rows
+        self.n_bytes = self.checksum = 0
+        first = self.position(step) * self.batch_rows
         for sample in range(first, first + self.batch_rows, self.micro_batch_rows):
             batch = micro_batch_at(
                 self.stream,
@@ -55,4 +66,6 @@ class TrainingBatches:
                 order=self.order,
             )
             self.n_bytes += int(self.byte_lengths_V[batch.targets].sum())
+            windows = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
+            self.checksum = zlib.crc32(windows.numpy().data, self.checksum)
             yield batch

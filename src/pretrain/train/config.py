@@ -9,6 +9,7 @@ from typing import Literal
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+SpikeAction = Literal["off", "warn", "skip", "rollback"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,9 @@ class TrainConfig:
     save_every: int | None = None
     """steps between checkpoints; empty: at every evaluation"""
     keep_checkpoints: int = 2
-    """newest checkpoints that are kept, besides the best by validation"""
+    """newest checkpoints that are kept, at least 2, besides the best by validation"""
+    keep_every: int | None = None
+    """keep the checkpoints of every so many steps for good; empty: none but the newest and best"""
     patience: int | None = None
     """stop after this many evaluations in a row without a new best; empty: never"""
     seed: int = 1
@@ -47,6 +50,14 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """share of each target's probability that is spread over the vocabulary (Vaswani et al., 2017:
     0.1)"""
+    z_loss: float = 0.0
+    """weight of the squared log of the softmax's sum in the objective, which keeps logits near 0
+    ("PaLM", Chowdhery et al., 2022: 1e-4); never part of reported nats"""
+    spike_action: SpikeAction = "warn"
+    """what a jump of the loss does: off, warn, skip (the update), or rollback (to the last
+    checkpoint that was due, passing over the data since)"""
+    spike_threshold: float = 6.0
+    """standard deviations above the mean of the last 128 steps that make a loss a jump"""
     init_from: str | None = None
     """MODEL whose weights training starts from; its architecture and tokenizer come with it"""
     threads: int | None = None
@@ -61,6 +72,7 @@ class TrainConfig:
             "evaluate_tokens",
             "save_every",
             "keep_checkpoints",
+            "keep_every",
             "patience",
             "threads",
         ):
@@ -73,5 +85,14 @@ class TrainConfig:
             raise ValueError(
                 f"train.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
             )
+        if self.keep_checkpoints < 2:
+            raise ValueError(
+                f"train.keep_checkpoints is {self.keep_checkpoints}; it must be at least 2: one to "
+                "go back to when a disk damages the other"
+            )
+        if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
+            raise ValueError(f"train.z_loss is {self.z_loss}; it must be 0 or above")
+        if not self.spike_threshold > 0:
+            raise ValueError(f"train.spike_threshold is {self.spike_threshold}; it must be above 0")
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}; it must be 0 or above")

@@ -120,7 +120,9 @@ def _steps_that_fit(
     )
     if train.compile == "on":
         decoder.compile(dynamic=False)
-    objective = Objective(decoder, seed=train.seed, label_smoothing=train.label_smoothing)
+    objective = Objective(
+        decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
+    )
     batches = training_batches(data, model, train)
     updates = build_optimizer(decoder.named_parameters(), config=optimizer)
     seconds, began = [], time.perf_counter()

@@ -8,81 +8,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from pretrain.checkpoint import Checkpoint, checkpoint_name, open_checkpoint, prune, save_checkpoint
+from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_checkpoint
 from pretrain.data import PreparedData, evaluation_batches
 from pretrain.evaluate import Score, byte_lengths, measure_baselines, score
 from pretrain.evaluate.scorer import EVALUATION_TOKENS
 from pretrain.generate import Sampling, generate
-from pretrain.model import ModelConfig, Objective, build
-from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, schedule_at
-from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state
-from pretrain.train.batches import TrainingBatches
+from pretrain.model import ModelConfig
+from pretrain.optimizer import OptimizerConfig, ScheduleConfig, schedule_at
 from pretrain.train.config import TrainConfig
-from pretrain.train.decide import training_batches
-from pretrain.train.records import SUMMARY, Best, Records, write_json
+from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
+from pretrain.train.post_mortem import write_post_mortem
+from pretrain.train.records import SUMMARY, write_json
+from pretrain.train.run import Run, begin, load_weights
 from pretrain.train.screen import Screen
 from pretrain.train.signals import StopSignals
-from pretrain.train.steps import StepReport, training_steps
+from pretrain.train.steps import Accept, StepReport, training_steps
+from pretrain.train.watch import MOST_IN_A_ROW, MOST_ROLLBACKS, NOT_FINITE, SPIKE, Rollback
 from pretrain.world import World
 
 SAMPLE_TOKENS = 60
-
-
-@dataclass(slots=True)
-class Run:
-    """A run in memory: what it works on, what it works with, and how far it is."""
-
-    folder: Path
-    data: PreparedData
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    settings: TrainConfig
-    world: World
-    screen: Screen
-    records: Records
-    best: Best
-    done: int = 0
-    """updates made so far"""
-    train_seconds: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        assert self.settings.steps is not None
-        return self.settings.steps
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on and that is a tensor."""
-        parameters = list(self.objective.decoder.named_parameters())
-        model = {f"model/{name}": p for name, p in parameters}
-        state = optimizer_state(self.optimizer, parameters)
-        return {**model, **{f"optimizer/{name}": t for name, t in state.items()}}
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Put back weights, optimizer and place of a checkpoint."""
-        load_weights(self.objective, checkpoint)
-        tensors = {
-            name: checkpoint.read(f"optimizer/{name}").to(self.world.device)
-            for name in checkpoint.names("optimizer")
-        }
-        parameters = self.objective.decoder.named_parameters()
-        restore_optimizer_state(self.optimizer, parameters, tensors)
-        self.done = checkpoint.step
-        self.train_seconds = checkpoint.state["train_seconds"]
-
-
-def load_weights(objective: Objective, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
-    with torch.no_grad():
-        for name, parameter in objective.decoder.named_parameters():
-            parameter.copy_(checkpoint.read(f"model/{name}"))
+Outcome = Literal["done", "stopped", "no better", "spike"]
 
 
 def train(
@@ -95,53 +44,53 @@ def train(
     settings: TrainConfig,
     world: World,
     screen: Screen,
-    fingerprint: Mapping[str, Any],
+    identity: Mapping[str, Any],
     began: float,
     first_weights: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
+    stop_after: int | None = None,
 ) -> int:
     """Train to the end, or to a signal; returns an exit code. `began` is the command's start on
-    perf_counter. `first_weights` are those of another run that this one starts from."""
-    run = _begin(folder, data, model, optimizer, settings, world, screen)
+    perf_counter. `first_weights` are those of another run that this one starts from. With
+    `stop_after` the run is saved and left after so many steps, as if it had been signalled."""
+    run = begin(
+        folder,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        settings=settings,
+        world=world,
+        screen=screen,
+        identity=identity,
+        first_weights=first_weights,
+    )
     if resume_from is not None:
         run.restore(resume_from)
-    elif first_weights is not None:
-        load_weights(run.objective, first_weights)
-    run.records.cut_back(run.done)
-    run.best = Best.of(run.records.metrics())
-    batches = training_batches(data, model, settings)
-    updates = training_steps(
-        run.objective,
-        run.optimizer,
-        batches.at,
-        rate_at=lambda step: (
-            optimizer.learning_rate * schedule_at(step, config=schedule, steps=run.steps)
-        ),
-        steps=run.steps,
-        first_step=run.done,
-        clip=optimizer.clip,
-        world=world,
-        precision=settings.precision,
-    )
+    run.take_up_records()
+
+    def rate_at(step: int) -> float:
+        return optimizer.learning_rate * schedule_at(step, config=schedule, steps=run.steps)
+
+    def accept(step: int, loss: float, grad_norm: float) -> bool:
+        stop.nothing_to_lose = False
+        run.finding = run.watch.judge(loss, grad_norm)
+        return run.finding is None or _look_into(run, step, loss, grad_norm, clip=optimizer.clip)
+
     with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
-        clock = time.perf_counter()
-        for report in updates:
-            world.synchronize()
-            seconds = time.perf_counter() - clock
-            _note_step(run, report, batches, seconds=seconds)
-            is_best = False
-            if due(run.done, settings.evaluate_every, run.steps):
-                is_best = _evaluate_and_sample(run)
-            if due(run.done, settings.save_every, run.steps) or is_best or stop.received:
-                _save(run, fingerprint)
-            if stop.received and run.done < run.steps:
+        # Until a step is made, which may take a compiler minutes, there is nothing to be saved.
+        stop.nothing_to_lose = True
+        if _evaluation_is_missing(run):
+            _evaluate(run, stop)
+        while run.done < run.steps:
+            outcome = _make_steps(run, stop, stop_after, rate_at, accept, clip=optimizer.clip)
+            if outcome == "stopped":
                 return stop.exit_code
-            if settings.patience is not None and run.best.since >= settings.patience:
-                screen.line(f"no better evaluation in the last {run.best.since}: stopping here")
-                _save(run, fingerprint)
+            if outcome == "no better":
                 break
-            clock = time.perf_counter()
-    _finish(run, batches, began)
+            if outcome == "spike":
+                _roll_back(run, first_weights)
+        stop.nothing_to_lose = True
+        _finish(run, began)
     return 0
 
 
@@ -152,38 +101,115 @@ def due(done: int, every: int | None, steps: int) -> bool:
     return done % every == 0 or done == steps
 
 
-def _begin(
-    folder: Path,
-    data: PreparedData,
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    settings: TrainConfig,
-    world: World,
-    screen: Screen,
-) -> Run:
-    decoder = build(
-        model, vocab_size=data.manifest.vocab_size, seed=settings.seed, device=world.device
+def _make_steps(
+    run: Run,
+    stop: StopSignals,
+    stop_after: int | None,
+    rate_at: Callable[[int], float],
+    accept: Accept,
+    *,
+    clip: float,
+) -> Outcome:
+    """Steps until something ends them, with all that happens between them."""
+    settings = run.settings
+    updates = training_steps(
+        run.objective,
+        run.optimizer,
+        run.batches.at,
+        rate_at=rate_at,
+        steps=run.steps,
+        first_step=run.done,
+        clip=clip,
+        world=run.world,
+        precision=settings.precision,
+        accept=accept,
     )
-    if settings.compile == "on":
-        decoder.compile(dynamic=False)
-    objective = Objective(decoder, seed=settings.seed, label_smoothing=settings.label_smoothing)
-    updates = build_optimizer(decoder.named_parameters(), config=optimizer)
-    return Run(folder, data, objective, updates, settings, world, screen, Records(folder), Best())
+    clock = time.perf_counter()
+    for report in updates:
+        run.world.synchronize()
+        if run.finding is not None and settings.spike_action == "rollback":
+            return "spike"
+        _note_step(run, report, seconds=time.perf_counter() - clock)
+        is_best = due(run.done, settings.evaluate_every, run.steps) and _evaluate(run, stop)
+        stops = stop.received is not None or run.done == stop_after
+        if is_best or stops or due(run.done, settings.save_every, run.steps):
+            run.save(wait=stops or run.done == run.steps)
+        run.poll_saver()
+        if stops and run.done < run.steps:
+            return "stopped"
+        if settings.patience is not None and run.best.since >= settings.patience:
+            run.screen.line(f"no better evaluation in the last {run.best.since}: stopping here")
+            run.save(wait=True)
+            return "no better"
+        clock = time.perf_counter()
+    return "done"
 
 
-def _note_step(run: Run, report: StepReport, batches: TrainingBatches, *, seconds: float) -> None:
+def _look_into(run: Run, step: int, loss: float, grad_norm: float, *, clip: float) -> bool:
+    """Say what is wrong with a step and write it down; whether to make its update all the same."""
+    finding, action = run.finding, run.settings.spike_action
+    assert finding is not None
+    makes_it = finding.kind == SPIKE and action == "warn"
+    written = write_post_mortem(
+        run.folder,
+        step=step,
+        finding=finding,
+        loss=loss,
+        grad_norm=grad_norm,
+        clip=clip,
+        objective=run.objective,
+        data=run.data,
+        batches=run.batches,
+        records=run.records.metrics(),
+    )
+    what = f"the loss is {loss:.3f}, the gradient's norm {grad_norm:.3g}"
+    if finding.kind == SPIKE:
+        what += f", {finding.z_score:.1f} standard deviations above the steps before"
+    then = "the update is made" if makes_it else "no update is made"
+    at = "" if written is None else f"; see {written}"
+    run.screen.line(f"step {step + 1:,}: {what}; {then}{at}", style="yellow")
+    return makes_it
+
+
+def _roll_back(run: Run, first_weights: Checkpoint | None) -> None:
+    """Go back to the last checkpoint that was due, and pass over the data since then."""
+    every = run.settings.save_every
+    assert every is not None
+    wrong, target = run.done, run.done // every * every
+    back = Rollback(
+        target,
+        # All from the first batch that will not be read again to the one that went wrong.
+        run.batches.position(wrong) + 1 - run.batches.position(target),
+    )
+    if sum(b.step == target for b in run.batches.rollbacks) >= MOST_ROLLBACKS:
+        raise ValueError(
+            f"the loss jumps again and again after step {target:,}; {MOST_ROLLBACKS} rollbacks did "
+            f"not help. The files in {run.folder / POST_MORTEMS} say what was read; a lower "
+            "optimizer.learning_rate may help"
+        )
+    run.saver.wait()
+    forget_after(run.checkpoints, target)
+    if target:
+        run.restore(open_checkpoint(run.checkpoints / checkpoint_name(target)))
+    else:
+        run.start_over(first_weights)
+    run.records.cut_back(target)
+    run.records.add_metrics({"kind": "rollback", "step": target, "batches": back.batches})
+    run.position = None  # it was written before the rollback
+    run.take_up_records()
+    run.screen.line(
+        f"back to step {target:,}; {back.batches:,} batches of data are passed over", style="yellow"
+    )
+
+
+def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
     run.done = report.step + 1
     run.train_seconds += seconds
-    loss = report.nats_per_token
-    if not (math.isfinite(loss) and math.isfinite(report.grad_norm)):
-        raise ValueError(
-            f"step {report.step}: the loss is {loss}, the gradient's norm {report.grad_norm}, so "
-            f"no update was made; a lower optimizer.learning_rate (now "
-            f"{report.learning_rate:.1e}) or a longer schedule.warmup_steps may help. The last "
-            f"checkpoint is whole."
-        )
+    loss, finding, batches = report.nats_per_token, run.finding, run.batches
+    run.watch.note(loss, finding)
     bits_per_byte = report.nats / math.log(2) / batches.n_bytes if batches.n_bytes else math.nan
     tokens = run.done * (run.settings.batch_tokens or 0)
+    wrong = {} if finding is None else {"finding": finding.kind, "z_score": finding.z_score}
     run.records.add_metrics(
         {
             "kind": "train",
@@ -193,12 +219,21 @@ def _note_step(run: Run, report: StepReport, batches: TrainingBatches, *, second
             "bits_per_byte": bits_per_byte,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
+            "ids": batches.checksum,
             "tokens_per_second": report.count / seconds,
             "seconds": run.train_seconds,
             "epoch": tokens / run.data.split("train").n_tokens,
             **batches.source_tokens(run.done),
+            **wrong,
         }
     )
+    if finding is not None and finding.kind == NOT_FINITE and run.watch.in_a_row >= MOST_IN_A_ROW:
+        raise ValueError(
+            f"step {report.step}: the loss is {loss}, the gradient's norm {report.grad_norm}, and "
+            f"so it was for {MOST_IN_A_ROW} steps, none of which made an update; a lower "
+            f"optimizer.learning_rate (now {report.learning_rate:.1e}) or a longer "
+            f"schedule.warmup_steps may help. The last checkpoint is whole."
+        )
     run.screen.step(
         run.done,
         run.steps,
@@ -209,8 +244,9 @@ def _note_step(run: Run, report: StepReport, batches: TrainingBatches, *, second
     )
 
 
-def evaluate_split(run: Run, *, whole: bool) -> Score:
-    """The held-out split, or the fixed part of it that is looked at during training."""
+def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) -> Score | None:
+    """The held-out split, or the fixed part of it that is looked at during training; None if a
+    signal came meanwhile."""
     context = run.objective.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
@@ -218,18 +254,32 @@ def evaluate_split(run: Run, *, whole: bool) -> Score:
         rows=max(1, EVALUATION_TOKENS // context),
         limit_tokens=None if whole else run.settings.evaluate_tokens,
     )
-    return score(
+    result = score(
         run.objective,
-        batches,
+        (batch for batch in batches if stop is None or stop.received is None),
         byte_lengths_V=byte_lengths(run.data.tokenizer()),
         world=run.world,
         precision=run.settings.precision,
     )
+    return result if stop is None or stop.received is None else None
 
 
-def _evaluate_and_sample(run: Run) -> bool:
-    """Score the fixed part of the held-out split and write a sample; True for a new best score."""
-    result = evaluate_split(run, whole=False)
+def _evaluation_is_missing(run: Run) -> bool:
+    """Whether the step that weights are from was due to be evaluated, and a signal came between."""
+    if not run.done or not due(run.done, run.settings.evaluate_every, run.steps):
+        return False
+    records = run.records.metrics()
+    return not any(r["kind"] == "evaluate" and r["step"] == run.done for r in records)
+
+
+def _evaluate(run: Run, stop: StopSignals) -> bool:
+    """Score the fixed part of the held-out split and write a sample; True for a new best score.
+
+    A signal breaks it off without a record: it is then the first thing that a resume does.
+    """
+    result = evaluate_split(run, whole=False, stop=stop)
+    if result is None:
+        return False
     is_best = run.best.note(run.done, result.nats_per_token)
     run.records.add_metrics(
         {
@@ -272,18 +322,7 @@ def _evaluate_and_sample(run: Run) -> bool:
     return is_best
 
 
-def _save(run: Run, fingerprint: Mapping[str, Any]) -> None:
-    """Save this step, then forget all but the newest and the best."""
-    checkpoints = run.folder / "checkpoints"
-    newest = checkpoints / checkpoint_name(run.done)
-    if not newest.exists():
-        state = {"train_seconds": run.train_seconds, "fingerprint": dict(fingerprint)}
-        save_checkpoint(checkpoints, step=run.done, tensors=run.tensors(), state=state)
-    protect = [checkpoints / checkpoint_name(run.best.step)] if run.best.step is not None else []
-    prune(checkpoints, keep=run.settings.keep_checkpoints, protect=protect)
-
-
-def _finish(run: Run, batches: TrainingBatches, began: float) -> None:
+def _finish(run: Run, began: float) -> None:
     """Score the best checkpoint on the whole held-out split and write summary.json, the end of the
     run."""
     chosen = run.folder / "checkpoints" / checkpoint_name(run.done)
@@ -292,6 +331,7 @@ def _finish(run: Run, batches: TrainingBatches, began: float) -> None:
         chosen = best
         load_weights(run.objective, open_checkpoint(chosen))
     result = evaluate_split(run, whole=True)
+    assert result is not None
     tokens = run.done * (run.settings.batch_tokens or 0)
     run.screen.line("scoring count tables and xz on the same held-out tokens ...")
     baselines = measure_baselines(
@@ -310,10 +350,11 @@ def _finish(run: Run, batches: TrainingBatches, began: float) -> None:
         "val_bytes": result.bytes,
         "tokens_per_second": tokens / run.train_seconds,
         "train_seconds": run.train_seconds,
+        "stalled_seconds": run.stalled_seconds,
         "total_seconds": time.perf_counter() - began,
         "peak_memory_bytes": run.world.peak_memory_bytes(),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
-        **batches.source_tokens(run.done, epochs=True),
+        **run.batches.source_tokens(run.done, epochs=True),
     }
     write_json(run.folder / SUMMARY, summary)

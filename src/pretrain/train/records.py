@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pretrain.data.durable import sync_folder
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 
@@ -26,10 +29,19 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a whole JSON file so that a reader sees the old one or the new one, never half of
     it."""
+    write_text(path, json.dumps({k: _plain(v) for k, v in content.items()}, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file so that a reader, and a disk after a power loss, has the old one or the
+    new one."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    text = json.dumps({k: _plain(v) for k, v in content.items()}, indent=2) + "\n"
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,13 @@ class Records:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def sync(self) -> None:
+        """Bring the lines to the disk itself, as a checkpoint that counts on them does."""
+        for name in (METRICS, SAMPLES):
+            if (self.folder / name).exists():
+                with open(self.folder / name, "rb") as file:
+                    os.fsync(file.fileno())
+
     def metrics(self) -> list[dict[str, Any]]:
         return [record for record, _ in _lines(self.folder / METRICS)]
 
@@ -65,10 +84,9 @@ class Records:
             aside = next(
                 p for n in numbers if not (p := path.with_name(f"{name}.cut-{n}")).exists()
             )
-            temporary = path.with_name(f".{name}.tmp-{os.getpid()}")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            path.rename(aside)
-            os.replace(temporary, path)
+            # A copy, not a rename: there is never a moment without the file.
+            shutil.copyfile(path, aside)
+            write_text(path, "".join(kept))
 
 
 def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:

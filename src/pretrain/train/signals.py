@@ -1,4 +1,8 @@
-"""Signals: the first asks the loop to stop after the running step, the second stops at once."""
+"""Signals: the first asks the loop to stop after the running step, the second stops at once.
+
+Where nothing would be lost (`nothing_to_lose`: before the first new step, while a compiler may work
+for minutes, and after the last one is saved) the first one stops at once too.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,22 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that is not to be waited for; `exit_code` is 128 plus its number, as shells have
+    it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
 class StopSignals:
     """A context in which SIGINT, SIGTERM and (where there is one) SIGUSR1 are noted in
     `received`."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.nothing_to_lose = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -32,9 +46,9 @@ class StopSignals:
             signal.signal(number, action)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
+        first, self.received = self.received is None, number
+        if self.nothing_to_lose or not first:
+            raise Stopped(number)
 
     @property
     def exit_code(self) -> int:

@@ -34,10 +34,16 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     """norm of the whole gradient (of nats per target) before clipping"""
+    updated: bool = True
+    """whether the update was made; if not, weights and optimizer are as they were"""
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / self.count
+        return self.nats / self.count if self.count else 0.0
+
+
+Accept = Callable[[int, float, float], bool]
+"""Whether to make the update of a step, from its number, nats per target, and gradient norm."""
 
 
 def train_step(
@@ -45,15 +51,19 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[MicroBatch],
     *,
+    step: int,
+    rate: float,
     clip: float,
     world: World,
     precision: str = "fp32",
-) -> tuple[float, int, float]:
-    """One update from some micro-batches; returns (nats, count, gradient norm).
+    accept: Accept | None = None,
+) -> StepReport:
+    """One update from some micro-batches.
 
-    A gradient that is not finite makes no update: weights and optimizer stay as they were, and the
-    norm tells.
+    A loss or gradient that is not finite makes no update, nor does one that `accept` does not want
+    or a batch without targets: weights and optimizer stay as they were, bit for bit.
     """
+    set_learning_rate(optimizer, rate)
     optimizer.zero_grad(set_to_none=True)
     all_nats, all_counts = [], []
     for batch in micro_batches:
@@ -65,11 +75,14 @@ def train_step(
     # Read once a step: a look at each micro-batch would make a GPU wait.
     nats, count = float(torch.stack(all_nats).sum()), int(torch.stack(all_counts).sum())
     parameters = list(objective.parameters())
-    torch._foreach_div_(gradient_values(parameters), count)
+    torch._foreach_div_(gradient_values(parameters), max(1, count))
     norm = clip_gradients(parameters, limit=clip)
-    if math.isfinite(norm):
+    updated = count > 0 and math.isfinite(nats) and math.isfinite(norm)
+    if accept is not None:
+        updated = accept(step, nats / max(1, count), norm) and updated
+    if updated:
         optimizer.step()
-    return nats, count, norm
+    return StepReport(step, nats, count, rate, norm, updated)
 
 
 def training_steps(
@@ -83,6 +96,7 @@ def training_steps(
     clip: float = 0.0,
     world: World,
     precision: str = "fp32",
+    accept: Accept | None = None,
 ) -> Iterator[StepReport]:
     """Updates `first_step` to `steps` - 1, each yielded once it is made.
 
@@ -90,9 +104,14 @@ def training_steps(
     """
     objective.train()
     for step in range(first_step, steps):
-        rate = rate_at(step)
-        set_learning_rate(optimizer, rate)
-        nats, count, norm = train_step(
-            objective, optimizer, batch_at(step), clip=clip, world=world, precision=precision
+        yield train_step(
+            objective,
+            optimizer,
+            batch_at(step),
+            step=step,
+            rate=rate_at(step),
+            clip=clip,
+            world=world,
+            precision=precision,
+            accept=accept,
         )
-        yield StepReport(step, nats, count, rate, norm)
