@@ -59,9 +59,10 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
     lines = LAMBADA.read_text(encoding="utf-8").splitlines()[:500]
     for line in map(json.loads, lines):
         context = prompt_ids(foreign.tokenizer, line["context"])
-        ids = torch.tensor([context + foreign.tokenizer.encode(line["continuation"]).tolist()])
+        word = " " + line["continuation"]
+        ids = torch.tensor([context + foreign.tokenizer.encode(word).tolist()])
         whole = [tokenizer.bos_token_id, *tokenizer(line["context"])["input_ids"]]
-        assert [*whole, *tokenizer(line["continuation"])["input_ids"]] == ids[0].tolist()
+        assert [*whole, *tokenizer(word)["input_ids"]] == ids[0].tolist()
         targets = ids[0, len(context) :]
         with torch.no_grad():
             found = [
@@ -75,5 +76,5 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
         )
         furthest = max(furthest, abs(ours - other))
     print(f"LAMBADA: {right[0]} of 500 here, {right[1]} there; furthest {furthest:.1e} nats")
-    assert right[0] == right[1]
+    assert right[0] == right[1] > 100
     assert furthest < 1e-3

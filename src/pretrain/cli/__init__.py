@@ -29,6 +29,8 @@ VERBS = {
     "next": "the distribution over the next token",
     "export": "write a model for transformers or llama.cpp, with a certificate",
     "import": "read a model of transformers, llama.cpp or llama2.c",
+    "verify": "prove that a resume of a run equals an uninterrupted run",
+    "doctor": "check this machine in a minute: repeats, resumes, compiles, saves",
     "report": "write a run's report.html",
     "trace": "which documents a step saw, and which steps saw a document",
 }

@@ -201,6 +201,7 @@ def resume(
     began: float,
     *,
     stop_after: int | None = None,
+    die_after: int | None = None,
 ) -> int:
     """Go on with a run whose settings are decided, from its newest whole checkpoint."""
     data = _prepare(config, output)
@@ -237,6 +238,7 @@ def resume(
         began,
         resume_from=checkpoint,
         stop_after=stop_after,
+        die_after=die_after,
     )
 
 
@@ -281,6 +283,7 @@ def _train(
     *,
     resume_from: Checkpoint | None,
     stop_after: int | None = None,
+    die_after: int | None = None,
 ) -> int:
     from pretrain.report import write_report
     from pretrain.train.fingerprint import fingerprint
@@ -307,6 +310,7 @@ def _train(
         first_weights=start,
         resume_from=resume_from,
         stop_after=stop_after,
+        die_after=die_after,
     )
     report = write_report(folder)
     if not (folder / "summary.json").is_file():

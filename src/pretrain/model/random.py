@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -81,6 +81,30 @@ def normal(seed: int, name: str, start: int, stop: int, *, device: torch.device)
     return values[start - 4 * first : stop - 4 * first]
 
 
+# To torch's compiler the mask is one operation that it may not look into: in what it makes of these
+# integers, products above 63 bits come out otherwise (torch 2.13, CPU), and indices are cut to 32
+# bits (CUDA). A compiled run would have other masks than an eager one.
+@torch.library.custom_op("pretrain::dropout_mask", mutates_args=())
+def _dropout_mask(
+    samples_B: Tensor, key: Sequence[int], where: int, shape: Sequence[int], rate: float
+) -> Tensor:
+    place = math.prod(shape[1:])
+    blocks = torch.arange(-(-place // 4), device=samples_B.device)
+    sample = samples_B[:, None]
+    words = philox([blocks, sample, sample >> 32, torch.full_like(blocks, where)], (key[0], key[1]))
+    size = (shape[0], blocks.numel())
+    bits = torch.stack([w.expand(size) for w in words], dim=-1).flatten(1)[:, :place]
+    kept = bits >= int(rate * 2**32)
+    return kept.reshape(tuple(shape)).float() / (1.0 - rate)
+
+
+@_dropout_mask.register_fake
+def _(
+    samples_B: Tensor, key: Sequence[int], where: int, shape: Sequence[int], rate: float
+) -> Tensor:
+    return samples_B.new_empty(tuple(shape), dtype=torch.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Noise:
     """What dropout masks are drawn from: the run's seed and the global numbers of the samples
@@ -88,6 +112,11 @@ class Noise:
 
     seed: int
     samples_B: Tensor
+    key: tuple[int, int] = field(init=False)
+    """Made once, and where no compiler looks on."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", key_of(self.seed, "dropout"))
 
     def keep(self, shape: Sequence[int], rate: float, *, layer: int, site: int) -> Tensor:
         """A mask over activations of `shape` (B, ..., width): 1 / (1 - rate) where kept, else 0.
@@ -95,13 +124,5 @@ class Noise:
         It hangs on seed, sample, layer, site and the element's place in its own sample alone, so
         rows may be grouped into any micro-batch on any process and are masked alike.
         """
-        device = self.samples_B.device
-        place = math.prod(shape[1:])
-        blocks = torch.arange(-(-place // 4), device=device)
-        sample = self.samples_B[:, None]
-        where = torch.full_like(blocks, layer * 16 + site)
-        words = philox([blocks, sample, sample >> 32, where], key_of(self.seed, "dropout"))
-        size = (shape[0], blocks.numel())
-        bits = torch.stack([w.expand(size) for w in words], dim=-1).flatten(1)[:, :place]
-        kept = bits >= int(rate * 2**32)
-        return kept.reshape(tuple(shape)).float() / (1.0 - rate)
+        mask: Tensor = _dropout_mask(self.samples_B, self.key, layer * 16 + site, shape, rate)
+        return mask

@@ -7,10 +7,12 @@ samples and summary.json come out. A signal ends it after the running step with 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_checkpoint
 from pretrain.data import PreparedData, evaluation_batches
@@ -49,10 +51,12 @@ def train(
     first_weights: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
     stop_after: int | None = None,
+    die_after: int | None = None,
 ) -> int:
     """Train to the end, or to a signal; returns an exit code. `began` is the command's start on
     perf_counter. `first_weights` are those of another run that this one starts from. With
-    `stop_after` the run is saved and left after so many steps, as if it had been signalled."""
+    `stop_after` the run is saved and left after so many steps, as if it had been signalled; with
+    `die_after` it kills itself, as proofs of a resume need it."""
     run = begin(
         folder,
         data=data,
@@ -76,13 +80,14 @@ def train(
         run.finding = run.watch.judge(loss, grad_norm)
         return run.finding is None or _look_into(run, step, loss, grad_norm, clip=optimizer.clip)
 
+    ends = Ends(stop_after, die_after)
     with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
         # Until a step is made, which may take a compiler minutes, there is nothing to be saved.
         stop.nothing_to_lose = True
         if _evaluation_is_missing(run):
             _evaluate(run, stop)
         while run.done < run.steps:
-            outcome = _make_steps(run, stop, stop_after, rate_at, accept, clip=optimizer.clip)
+            outcome = _make_steps(run, stop, rate_at, accept, clip=optimizer.clip, ends=ends)
             if outcome == "stopped":
                 return stop.exit_code
             if outcome == "no better":
@@ -92,6 +97,13 @@ def train(
         stop.nothing_to_lose = True
         _finish(run, began)
     return 0
+
+
+class Ends(NamedTuple):
+    """Where a run ends before its last step, if anywhere."""
+
+    stop_after: int | None
+    die_after: int | None
 
 
 def due(done: int, every: int | None, steps: int) -> bool:
@@ -104,11 +116,11 @@ def due(done: int, every: int | None, steps: int) -> bool:
 def _make_steps(
     run: Run,
     stop: StopSignals,
-    stop_after: int | None,
     rate_at: Callable[[int], float],
     accept: Accept,
     *,
     clip: float,
+    ends: Ends,
 ) -> Outcome:
     """Steps until something ends them, with all that happens between them."""
     settings = run.settings
@@ -131,10 +143,13 @@ def _make_steps(
             return "spike"
         _note_step(run, report, seconds=time.perf_counter() - clock)
         is_best = due(run.done, settings.evaluate_every, run.steps) and _evaluate(run, stop)
-        stops = stop.received is not None or run.done == stop_after
+        stops = stop.received is not None or run.done == ends.stop_after
         if is_best or stops or due(run.done, settings.save_every, run.steps):
             run.save(wait=stops or run.done == run.steps)
         run.poll_saver()
+        if run.done == ends.die_after:
+            run.saver.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
         if stops and run.done < run.steps:
             return "stopped"
         if settings.patience is not None and run.best.since >= settings.patience:

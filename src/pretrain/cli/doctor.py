@@ -1,0 +1,200 @@
+"""Check this machine in about a minute: that what it computes repeats, resumes, compiles and is
+kept.
+
+pretrain doctor
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.cli.output import Output
+from pretrain.cli.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
+from pretrain.config import compose, read_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.data import MicroBatch
+    from pretrain.model import ModelConfig
+    from pretrain.world import World
+
+_SETTINGS = (
+    "--model.family gpt2 --model.n_layers 2 --model.n_heads 2 --model.d_model 64 "
+    "--model.context_length 32 --model.dropout 0.1 --tokenizer.vocab_size 400 "
+    "--train.batch_tokens 512 --train.micro_batch_rows 8 --train.steps 40"
+).split()
+_STEPS, _SAVED_BYTES = 8, 64 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    from pretrain.world import describe_machine, open_world
+
+    world = open_world(arguments.device)
+    machine = {**describe_machine(), "device": world.device.type, "threads": world.threads}
+    for name, value in machine.items():
+        output.say(f"  {name:<12} {value}")
+    checks = {
+        "disk": _disk(),
+        "repeat": _repeat(world),
+        "micro-batch": _accumulation(world),
+        "compile": _compiled(world),
+    }
+    for name, check in checks.items():
+        output.say(f"  {name:<12} {check.verdict:<10}  {check.found}")
+    resume = _resume(arguments.device, output)
+    wrong = [name for name, check in checks.items() if check.verdict == DIFFERS]
+    if resume["verdict"] == DIFFERS:
+        wrong.append("resume")
+    output.say("this machine is fine" if not wrong else f"wrong: {', '.join(wrong)}")
+    output.result(
+        {
+            "machine": machine,
+            "checks": {n: {"verdict": c.verdict, "found": c.found} for n, c in checks.items()},
+            "resume": resume,
+            "wrong": wrong,
+        }
+    )
+    return 1 if wrong else 0
+
+
+def _disk() -> Check:
+    """A checkpoint in the folder that one stands in, where runs go."""
+    import torch
+
+    from pretrain.checkpoint import save_checkpoint
+    from pretrain.checkpoint.save import verify_saved
+
+    tensors = {"model/w": torch.arange(_SAVED_BYTES // 4, dtype=torch.int32)}
+    with tempfile.TemporaryDirectory(dir=".", prefix=".doctor-") as name:
+        began = time.perf_counter()
+        path = save_checkpoint(Path(name), step=1, tensors=tensors, state={})
+        saved = time.perf_counter()
+        verify_saved(path)
+        read = time.perf_counter()
+    speeds = (_SAVED_BYTES / 1e6 / seconds for seconds in (saved - began, read - saved))
+    return Check(AGREES, "saved to the disk at {:,.0f} MB/s, verified at {:,.0f}".format(*speeds))
+
+
+def _losses(world: World, dtype: torch.dtype, rows: int, *, compiled: bool = False) -> list[float]:
+    """Losses of some steps of a small model with dropout on fixed random text."""
+    from pretrain.model import ModelConfig, Objective, build
+    from pretrain.model.config import model_defaults
+    from pretrain.optimizer import OptimizerConfig, build_optimizer
+    from pretrain.train import training_steps
+
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 32, "dropout": 0.1}
+    config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
+    decoder = build(config, vocab_size=211, seed=1, device=world.device).to(dtype)
+    if compiled:
+        decoder.compile(dynamic=False)
+    objective = Objective(decoder, seed=1)
+    optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
+    reports = training_steps(
+        objective,
+        optimizer,
+        lambda step: _batches(config, step, rows),
+        rate_at=lambda step: 3e-3,
+        steps=_STEPS,
+        world=world,
+    )
+    return [report.nats_per_token for report in reports]
+
+
+def _batches(config: ModelConfig, step: int, rows: int) -> list[MicroBatch]:
+    import torch
+
+    from pretrain.data import MicroBatch
+
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 211, (16, config.window_tokens + 1), generator=generator)
+    samples = torch.arange(16 * step, 16 * step + 16)
+    return [
+        MicroBatch(
+            ids[i : i + rows, :-1].contiguous(),
+            ids[i : i + rows, 1:].contiguous(),
+            samples[i : i + rows],
+        )
+        for i in range(0, 16, rows)
+    ]
+
+
+def _furthest(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+def _repeat(world: World) -> Check:
+    import torch
+
+    one, other = (_losses(world, torch.float32, 16) for _ in range(2))
+    if one == other:
+        return Check(AGREES, f"{_STEPS} steps twice, with dropout: the same losses to the bit")
+    return Check(DIFFERS, f"losses differ by {_furthest(one, other):.1e} from one run to the next")
+
+
+def _accumulation(world: World) -> Check:
+    import torch
+
+    found, most = [], 0.0
+    # Only a CPU has fast float64 for sure; there is none at all in MPS.
+    kinds = {torch.float32: 1e-5}
+    if world.device.type == "cpu":
+        kinds[torch.float64] = 1e-9
+    for dtype, bound in kinds.items():
+        far = _furthest(_losses(world, dtype, 16), _losses(world, dtype, 4))
+        found.append(f"{far:.1e} in {str(dtype).removeprefix('torch.')} (legal {bound:.0e})")
+        most = max(most, far / bound)
+    return Check(AGREES if most <= 1 else DIFFERS, "16 rows against 4 x 4: " + ", ".join(found))
+
+
+def _compiled(world: World) -> Check:
+    import torch
+
+    began = time.perf_counter()
+    try:
+        compiled = _losses(world, torch.float32, 16, compiled=True)
+    except Exception as error:  # no compiler is no fault of a machine that never compiles
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Check(NOT_JUDGED, f"torch.compile does not work here: {first[:100]}")
+    seconds = time.perf_counter() - began
+    far = _furthest(_losses(world, torch.float32, 16), compiled)
+    text = f"losses differ by {far:.1e} from eager ones (legal 1e-05), {seconds:.0f} s to compile"
+    return Check(AGREES if far <= 1e-5 else DIFFERS, text)
+
+
+def _resume(device: str, output: Output) -> dict[str, Any]:
+    """A small run on some of the bundled text, killed and resumed."""
+    from pretrain.corpus import read_documents
+
+    with tempfile.TemporaryDirectory(prefix="pretrain-doctor-") as name:
+        text, run_folder = Path(name) / "text.jsonl", Path(name) / "run"
+        documents = list(read_documents("bundled"))[::8]
+        lines = [json.dumps({"title": d.title, "text": d.text[:3000]}) for d in documents]
+        text.write_text("\n".join(lines), encoding="utf-8")
+        words = [sys.executable, "-m", "pretrain", "train", str(text), "--run", str(run_folder)]
+        words += [*_SETTINGS, "--train.device", device]
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PRETRAIN_CACHE": str(Path(name) / "cache")},
+        )
+        if done.returncode != 0:
+            return {"verdict": DIFFERS, "error": done.stderr.strip()[-500:]}
+        os.environ["PRETRAIN_CACHE"] = str(Path(name) / "cache")
+        config = compose([read_file(run_folder / "config.yaml")])
+        return prove(run_folder, config, 10, say=output.say)
