@@ -147,7 +147,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            read_file(path)
+            compose([read_file(path)])
 
 
 def test_settings_are_told_from_arguments() -> None:

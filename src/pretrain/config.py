@@ -1,9 +1,12 @@
-"""The rooms' configs composed: YAML and the command line in, one checked RunConfig out, and back to
-YAML.
+"""The rooms' configs composed: YAML and the command line in, one checked RunConfig out, and back.
 
 Values come in layers (a family's and preset's defaults, a recipe or file, the command line) and
-later ones win. An unknown key names its nearest neighbour, a wrong value says what would be legal,
-and all of it happens before torch is imported.
+later ones win. An unknown key names its nearest neighbour, a wrong value says what would be legal;
+one error lists every mistake, and all of it happens before torch is imported.
+
+Each section's class has a generator `mistakes()` of pairs: the fields that a mistake hangs on, and
+a sentence. Built alone, a class raises what its own yields. Here a section is built unasked, then
+asked, and nothing is said that hangs on a field which is already known to be wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,10 +29,11 @@ from pretrain.model.config import ModelConfig, model_defaults
 from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
 from pretrain.report.config import ReportConfig
 from pretrain.tokenizer.config import TokenizerConfig
-from pretrain.train.config import TrainConfig
+from pretrain.train.config import TrainConfig, mistakes_of_batch
 
 Layer = Mapping[str, Mapping[str, Any]]
-_LARGEST_FILE_BYTES = 1 << 20
+_LARGEST_FILE_BYTES = 1 << 16
+_LONGEST_NUMBER, _DEEPEST = 100, 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +49,21 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What does not fit between sections: full names of fields, and a sentence."""
+        context, batch = self.model.context_length, self.train.batch_tokens
+        # A context longer than a batch may be too long for the text, which is better said later.
+        if context is not None and batch is not None and context <= batch:
+            yield from mistakes_of_batch(
+                batch, context_length=context, micro_batch_rows=self.train.micro_batch_rows
+            )
+
 
 SECTIONS: dict[str, type[Any]] = {f.name: f.default_factory for f in fields(RunConfig)}  # type: ignore[misc]
+Rules = Callable[[RunConfig], Iterable[tuple[str, str]]]
 
 
-# --- YAML, version 1.2's core schema
-# -------------------------------------------------------------------------
+# --- YAML, version 1.2's core schema -----------------------------------------------------------
 
 
 _NUMBER = re.compile(
@@ -64,6 +78,9 @@ _FLOAT = ("tag:yaml.org,2002:float", _NUMBER)
 
 def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     text = node.value.lower()
+    if len(text) > _LONGEST_NUMBER:
+        problem = f"a number of {len(text)} characters"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     if text.lstrip("+-") in (".inf", ".nan"):
         return float(text.replace(".", ""))
     if text.startswith(("0x", "0o")):
@@ -72,10 +89,9 @@ def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | f
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where `no` is false and `3e-4` is text; this reads the 1.2 core
-    schema.
+    """PyYAML reads YAML 1.1, where `no` is false and `3e-4` is text; this reads 1.2's core schema.
 
-    Aliases and repeated keys are refused: neither is ever meant in a config, and both hide
+    Aliases, tags and repeated keys are refused: none is ever meant in a config, and all hide
     mistakes.
     """
 
@@ -90,36 +106,38 @@ class _CoreLoader(yaml.SafeLoader):
         _FLOAT[0]: _construct_number,
     }
 
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        if self.flow_level > _DEEPEST:  # PyYAML would go on for a second
+            raise RecursionError
+        super().fetch_flow_collection_start(kind)
+
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*) are not used", problem_mark=mark)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.tag is not None:
+            problem = "aliases (*) and tags (!) are not used"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                problem = f"the key {key.value!r} stands twice"
+            word = str(key.value)  # a list as a key is refused by PyYAML itself
+            if word in seen:
+                problem = f"the key {word!r} stands twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
+            seen.add(word)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(text: str, *, name: str) -> Any:
     """The value of a YAML text; ValueError names `name`, line and column for anything that is not
     right."""
-    loader = None
     try:
-        loader = _CoreLoader(text)
-        return loader.get_single_data()
+        return _CoreLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not the YAML that is meant here: {error}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def read_file(path: Path) -> Layer:
@@ -130,79 +148,174 @@ def read_file(path: Path) -> Layer:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    content = read_yaml(text, name=str(path)) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r}; sections such as `train:` are meant")
-    for name, section in content.items():
-        if not isinstance(section, dict):
-            raise ValueError(f"{path}: {name} holds {section!r}; keys with values are meant")
-    return content
+    content = read_yaml(text, name=str(path))
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path} holds {_shown(content)}; sections such as `train:` are meant")
+    return content or {}
 
 
 def parse_overrides(words: Sequence[str]) -> Layer:
     """`--train.steps 20 --model.dropout=0.1` as a layer; a value is read as YAML would read it."""
     layer: dict[str, dict[str, Any]] = {}
+    mistakes = _Mistakes()
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in name:
-            raise ValueError(f"{word!r} is not understood; settings look like --train.steps 100")
-        if not has_value:
-            if not rest:
-                raise ValueError(f"{word} needs a value after it")
-            value = rest.pop(0)
+            mistakes.add(f"{word!r} is not understood; settings look like --train.steps 100")
+            continue
+        if not has_value and not rest:
+            mistakes.add(f"{word} needs a value after it")
+            continue
+        value = value if has_value else rest.pop(0)
         section, _, key = name.partition(".")
-        layer.setdefault(section, {})[key.replace("-", "_")] = read_yaml(value, name=word)
+        try:
+            layer.setdefault(section, {})[key.replace("-", "_")] = read_yaml(value, name=word)
+        except ValueError as error:
+            mistakes.sentences.append(str(error))
+    mistakes.refuse()
     return layer
 
 
-# --- layers -> RunConfig
-# -------------------------------------------------------------------------------------
+# --- layers -> RunConfig -----------------------------------------------------------------------
 
 
-def compose(layers: Iterable[Layer]) -> RunConfig:
-    """A RunConfig from layers, later ones winning; raises ValueError for a wrong key or value."""
+class _Mistakes:
+    """Sentences, and the fields that nothing more can be said about."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self.doubtful: set[str] = set()
+
+    def add(self, sentences: str, *doubtful: str) -> None:
+        self.sentences += sentences.split("\n")
+        self.doubtful.update(doubtful)
+
+    def add_unknown(self, said: str, word: str, known: Iterable[str], *, place: str = "") -> None:
+        """A word that is not among the known ones, of which the nearest was meant, if any is."""
+        if len(self.sentences) >= 100:  # a search takes half a millisecond
+            self.add(said)
+            return
+        close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        self.add(f"{said}; {hint}", *(f"{place}{meant}" for meant in close))
+
+    @contextmanager
+    def caught(self, *doubtful: str) -> Iterator[None]:
+        """Take the sentences of a ValueError that is raised inside."""
+        try:
+            yield
+        except ValueError as error:
+            self.add(str(error), *doubtful)
+
+    def ask(self, rules: Iterable[tuple[str, str]], *, section: str | None = None) -> None:
+        """Take what rules say, but nothing that hangs on a doubtful field. A section's rule about
+        one field is about the value that was given, and makes that field doubtful."""
+        for names, sentence in rules:
+            hangs_on = [f"{section}.{name}" if section else name for name in names.split()]
+            if section and len(hangs_on) == 1:
+                self.add(sentence, *hangs_on)
+            elif self.doubtful.isdisjoint(hangs_on):
+                self.add(sentence)
+
+    def pass_on(self) -> None:
+        """Raise a ValueError, one sentence a line, for whoever collects them."""
+        if self.sentences:
+            raise ValueError("\n".join(self.sentences))
+
+    def refuse(self) -> None:
+        """Raise a ValueError for people: the sentence, or a list of them."""
+        self.sentences = list(dict.fromkeys(self.sentences))
+        if len(self.sentences) > 1:
+            lines = [sentence.replace("\n", "\n    ") for sentence in self.sentences]
+            raise ValueError("\n  ".join([f"{len(lines)} mistakes:", *lines]))
+        self.pass_on()
+
+
+def compose(layers: Iterable[Layer], *, also: Rules = lambda config: ()) -> RunConfig:
+    """A RunConfig from layers, later ones winning, or one ValueError that names every mistake;
+    `also` has rules that only the caller knows."""
+    mistakes = _Mistakes()
+    merged = _merge(layers, mistakes)
+    try:
+        merged["model"] = {**model_defaults(merged["model"]), **merged["model"]}
+    except ValueError as error:
+        for key in ("preset", "family"):
+            merged["model"].pop(key, None)
+        # What the user left to the preset is not known.
+        given = {f"model.{key}" for key in merged["model"]}
+        mistakes.add(str(error), *(_names("model").keys() - given))
+    built = {name: _build(kind, merged[name], name, mistakes) for name, kind in SECTIONS.items()}
+    config = RunConfig(**built)
+    for rules in (RunConfig.mistakes, also):
+        mistakes.ask(rules(config))
+    mistakes.refuse()
+    return config
+
+
+def _merge(layers: Iterable[Layer], mistakes: _Mistakes) -> dict[str, dict[str, Any]]:
+    """The known keys of all layers; unknown sections and keys go into `mistakes`."""
     merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for layer in layers:
         for name, section in layer.items():
             if name not in SECTIONS:
-                raise ValueError(f"there is no section {name!r}{_nearest(name, SECTIONS)}")
-            known = [f.name for f in fields(SECTIONS[name])]
-            for key in section:
-                if key not in known:
-                    full = [f"{name}.{k}" for k in known]
-                    raise ValueError(f"there is no {name}.{key}{_nearest(f'{name}.{key}', full)}")
+                mistakes.add_unknown(f"there is no section {_shown(name)}", str(name), SECTIONS)
+                continue
+            known = _names(name)
+            if not isinstance(section, Mapping):
+                mistakes.add(f"{name} holds {_shown(section)}; keys with values are meant", *known)
+                continue
+            for full in (f"{name}.{key}" for key in section):
+                if full not in known:
+                    mistakes.add_unknown(f"there is no {repr(full)[1:-1]:.80}", full, known)
+            section = {key: each for key, each in section.items() if f"{name}.{key}" in known}
             if name == "train" and "minutes" in section and "steps" not in section:
                 # How long is one question with two keys: the later layer's answer counts.
                 merged[name].pop("steps", None)
             if name == "model" and section.get("preset") is not None:
                 # A preset is as strong as the layer that names it: a recipe's sizes, which are
                 # another model's, give way to a preset of the command line.
-                for key in model_defaults({"preset": section["preset"]}):
-                    merged[name].pop(key, None)
+                with suppress(ValueError):  # an unknown one is named later
+                    for key in model_defaults({"preset": section["preset"]}):
+                        merged[name].pop(key, None)
             merged[name].update(section)
-    built = {}
-    for name, kind in SECTIONS.items():
-        section = merged[name]
-        if name == "model":
-            section = {**model_defaults(section), **section}
-        built[name] = _build(kind, section, name)
-    return RunConfig(**built)
+    return merged
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+def _names(section: str) -> dict[str, None]:
+    return {f"{section}.{f.name}": None for f in fields(SECTIONS[section])}
 
 
-def _build(kind: type[Any], section: Mapping[str, Any], name: str) -> Any:
+def _shown(value: Any) -> str:
+    """A value as it was given, in one line and cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _build(kind: type[Any], values: Mapping[str, Any], name: str, mistakes: _Mistakes) -> Any:
+    """A config of that kind; what is wrong with it goes into `mistakes`, and whatever is wrong by
+    itself is left at its default."""
     hints = get_type_hints(kind)
-    return kind(**{k: _convert(v, hints[k], f"{name}.{k}") for k, v in section.items()})
+    # Not by its class, which would raise at once.
+    config = object.__new__(kind)
+    for each in fields(kind):
+        value = default_of(each)
+        if each.name in values:
+            full = f"{name}.{each.name}"
+            with mistakes.caught(full):
+                value = _convert(values[each.name], hints[each.name], full)
+        object.__setattr__(config, each.name, value)
+    mistakes.ask(config.mistakes(), section=name)
+    for each in fields(kind):
+        if f"{name}.{each.name}" in mistakes.doubtful:
+            object.__setattr__(config, each.name, default_of(each))
+    return config
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type that a field declares, or a ValueError that says what would be legal."""
+    """`value` as the type that a field declares, or a ValueError that says what would be legal, a
+    line for each entry of a list that is wrong."""
     origin, options = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in options:
@@ -210,41 +323,55 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         wants_list = isinstance(value, list | tuple)
         fitting = [o for o in options if (get_origin(o) is tuple) == wants_list]
         return _convert(value, next(o for o in (*fitting, *options) if o is not type(None)), name)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1e6 is a whole number that YAML spells as a float
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST_NUMBER:
+        raise ValueError(f"{name} has more than {_LONGEST_NUMBER} digits; no setting is as large")
     if is_dataclass(hint):
         return _convert_entry(value, hint, name)
     if origin is Literal:
         if value in options:
             return value
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}")
+        legal = ", ".join(map(str, options))
+        raise ValueError(f"{name} is {_shown(value)}; it must be one of {legal}")
     if origin is tuple:
-        values = value.split(",") if isinstance(value, str) else value
-        values = values if isinstance(values, list | tuple) else [values]
-        return tuple(_convert(v, options[0], name) for v in values)
+        return _convert_list(value, options[0], name)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; it must be a finite number")
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e6 is a whole number that YAML spells as a float
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if type(value) is not hint:
         kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"{name} is {value!r}; it must be {kinds.get(hint, hint)}")
+        raise ValueError(f"{name} is {_shown(value)}; it must be {kinds.get(hint, hint)}")
     return value
+
+
+def _convert_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
+    """Each entry of a list, or of a text with commas, as `hint`."""
+    values = value.split(",") if isinstance(value, str) else value
+    mistakes, found = _Mistakes(), []
+    for each in values if isinstance(values, list | tuple) else [values]:
+        with mistakes.caught():
+            found.append(_convert(each, hint, name))
+    mistakes.pass_on()
+    return tuple(found)
 
 
 def _convert_entry(value: Any, kind: Any, name: str) -> Any:
     """An entry of a list, such as {path: a, weight: 1}."""
     known = [f.name for f in fields(kind)]
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} has the entry {value!r}; legal: keys of {', '.join(known)}")
+        raise ValueError(f"{name} has the entry {_shown(value)}; legal: keys of {', '.join(known)}")
+    mistakes = _Mistakes()
     for key in value:
         if key not in known:
-            raise ValueError(f"{name}: an entry has no {key!r}{_nearest(str(key), known)}")
-    if "path" not in value:
-        raise ValueError(f"{name} has an entry without a path")
-    return _build(kind, value, name)
+            said = f"{name}: an entry has no {_shown(key)}"
+            mistakes.add_unknown(said, str(key), known, place=f"{name}.")
+    entry = _build(kind, {"path": "", **value}, name, mistakes)
+    mistakes.pass_on()
+    return entry
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.config import Layer, Rules, RunConfig, compose, read_file
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -101,13 +102,13 @@ def first_weights(config: RunConfig) -> Checkpoint | None:
     return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
 
 
-def with_first_weights(below: list[Layer], above: list[Layer]) -> RunConfig:
+def with_first_weights(below: list[Layer], above: list[Layer], *, also: Rules) -> RunConfig:
     """A config from layers, `above` winning; where train.init_from is set, architecture and
-    tokenizer are that model's, and `below` (a recipe's) says nothing of them.
+    tokenizer are that model's, and `below` (a recipe's) says nothing of them. `also`: see compose.
 
     ValueError for a setting in `above` under which the weights would not fit.
     """
-    config = compose([*below, *above])
+    config = compose([*below, *above], also=also)
     if config.train.init_from is None:
         return config
     source = Path(config.train.init_from)
@@ -125,24 +126,29 @@ def with_first_weights(below: list[Layer], above: list[Layer]) -> RunConfig:
     }
     rest = [{k: v for k, v in each.items() if k not in ("model", "tokenizer")} for each in below]
     kept = [{**each, "train": _without_source(each)} if "train" in each else each for each in above]
-    config = compose([*rest, came, *kept])
-    if any("tokenizer" in each for each in above):
-        raise ValueError("tokenizer settings do not go with train.init_from: its own is used")
-    _refuse_misfit(theirs, config.model)
-    return config
+
+    def misfits(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if any("tokenizer" in each for each in above):
+            sentence = "tokenizer settings do not go with train.init_from: its own is used"
+            yield "train.init_from", sentence
+        yield from _misfits(theirs, config.model)
+
+    return compose([*rest, came, *kept], also=misfits)
 
 
 def _without_source(layer: Layer) -> dict[str, object]:
     return {key: value for key, value in layer["train"].items() if key != "init_from"}
 
 
-def _refuse_misfit(old: ModelConfig, new: ModelConfig) -> None:
+def _misfits(old: ModelConfig, new: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Why weights of the old model do not fit the new one: fields, and a sentence."""
     may_change = _MAY_CHANGE | (frozenset() if old.position == "learned" else {"context_length"})
     before, after = asdict(old), asdict(new)
-    changes = [
-        f"model.{key} {before[key]} -> {after[key]}"
+    changes = {
+        f"model.{key}": f"model.{key} {before[key]} -> {after[key]}"
         for key in before
         if before[key] != after[key] and key not in may_change
-    ]
+    }
     if changes:
-        raise ValueError(f"the weights of train.init_from would not fit: {'; '.join(changes)}")
+        sentence = f"the weights of train.init_from would not fit: {'; '.join(changes.values())}"
+        yield " ".join(changes), sentence

@@ -64,9 +64,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     # What a recipe says of the architecture gives way to train.init_from; what the user says must
     # fit it.
     n_below = 0 if (arguments.target or "").lower().endswith((".yaml", ".yml")) else len(layers)
-    config = with_first_weights(layers[:n_below], [*layers[n_below:], overrides])
-    config = _with_whole_path(config)
-    require_packages(config.report.to)
+    above = [*layers[n_below:], overrides]
+    config = _with_whole_path(with_first_weights(layers[:n_below], above, also=_mistakes_here))
     return _start(config, new_run_folder(name, arguments.run), output, began)
 
 
@@ -95,12 +94,31 @@ def _take_back(folder: Path, new: list[Path]) -> None:
             each.rmdir()
 
 
-def _with_whole_path(config: RunConfig) -> RunConfig:
-    """The source as an absolute path, so that a resume from another folder finds it; checked to be
-    readable."""
+def _mistakes_here(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What a config cannot know of itself: whether this machine has its texts and packages, and
+    whether a new run has an end."""
     for path in config.data.paths:
-        if not is_prepared(path):
-            list_files(path)
+        try:
+            if not is_prepared(path):
+                list_files(path)
+        except ValueError as error:
+            yield "data.source", str(error)
+    for tracker in config.report.to:
+        try:
+            require_packages([tracker])
+        except ValueError as error:
+            yield "report.to", str(error)
+    has_end = config.train.steps is not None or config.train.minutes is not None
+    # Sources of a list may be asked for as epochs, which end too.
+    if not has_end and isinstance(config.data.source, str):
+        yield (
+            "train.steps train.minutes data.source",
+            "nothing says how long to train: give train.steps or train.minutes",
+        )
+
+
+def _with_whole_path(config: RunConfig) -> RunConfig:
+    """The source as an absolute path, so that a resume from another folder finds it."""
     texts = tuple(_whole(path) for path in config.corpus.evaluation_texts)
     source = config.data.source
     if isinstance(source, str):

@@ -6,6 +6,7 @@ anything is read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,16 +30,25 @@ class CorpusConfig:
     """Remove documents that share 13 words in a row with an evaluation text."""
 
     def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
         for name in self.filters:
             if name not in FILTERS:
-                raise ValueError(f"corpus.filters has {name!r}; legal: {', '.join(FILTERS)}")
+                yield "filters", f"corpus.filters has {name!r}; legal: {', '.join(FILTERS)}"
         for code in self.languages:
             if not (2 <= len(code) <= 3 and code.isascii() and code.islower()):
-                raise ValueError(
-                    f"corpus.languages has {code!r}; legal: codes of two or three letters, as en"
+                yield (
+                    "languages",
+                    f"corpus.languages has {code!r}; legal: codes of two or three letters, as en",
                 )
         if self.remove_overlap and not self.evaluation_texts:
-            raise ValueError("corpus.remove_overlap needs corpus.evaluation_texts to compare with")
+            yield (
+                "remove_overlap evaluation_texts",
+                "corpus.remove_overlap needs corpus.evaluation_texts to compare with",
+            )
 
     @property
     def looks_at_text(self) -> bool:

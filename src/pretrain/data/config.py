@@ -7,6 +7,7 @@ anything is read.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,17 +27,26 @@ class SourceConfig:
     next one begins, and only its own sources are read in it."""
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("data.source has an entry without a path")
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
+        if self.path == "":
+            yield "path", "data.source has an entry without a path"
         for name in ("weight", "epochs"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"data.source: {name} of {self.path!r} is {value}; legal: above 0")
+                yield name, f"data.source: {name} of {self.path!r} is {value}; legal: above 0"
         if (self.weight is None) == (self.epochs is None):
-            raise ValueError(f"data.source: {self.path!r} needs either a weight or epochs")
+            yield (
+                "path weight epochs",
+                f"data.source: {self.path!r} needs either a weight or epochs",
+            )
         if not 0 <= self.stage < 1:
-            raise ValueError(
-                f"data.source: stage of {self.path!r} is {self.stage}; legal: from 0 to below 1"
+            yield (
+                "stage",
+                f"data.source: stage of {self.path!r} is {self.stage}; legal: from 0 to below 1",
             )
 
 
@@ -57,18 +67,29 @@ class DataConfig:
     of text."""
 
     def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
         if not self.source:
-            raise ValueError(
+            yield (
+                "source",
                 f"data.source is {self.source!r}; legal: a path of a file or folder, 'bundled', or "
-                "a list of {path, weight}"
+                "a list of {path, weight}",
             )
+        elif not isinstance(self.source, str):
+            for sentence in _mistakes_of_mixture(self.source):
+                yield "source", sentence
         if self.text_field is not None and not self.text_field:
-            raise ValueError(
-                "data.text_field is empty; legal: the name of a field, or leave it out"
+            yield (
+                "text_field",
+                "data.text_field is empty; legal: the name of a field, or leave it out",
             )
-        check_val_fraction(self.val_fraction, name="data.val_fraction")
-        if not isinstance(self.source, str):
-            _check_mixture(self.source)
+        try:
+            check_val_fraction(self.val_fraction, name="data.val_fraction")
+        except ValueError as error:
+            yield "val_fraction", str(error)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -78,19 +99,19 @@ class DataConfig:
         return tuple(dict.fromkeys(entry.path for entry in self.source))
 
 
-def _check_mixture(sources: tuple[SourceConfig, ...]) -> None:
+def _mistakes_of_mixture(sources: tuple[SourceConfig, ...]) -> Iterator[str]:
     stages: dict[float, list[SourceConfig]] = {}
     for entry in sources:
         stages.setdefault(entry.stage, []).append(entry)
     if min(stages) != 0:
-        raise ValueError(f"data.source: the first stage begins at {min(stages)}; legal: 0")
+        yield f"data.source: the first stage begins at {min(stages)}; legal: 0"
     for stage, entries in stages.items():
         if len({entry.weight is None for entry in entries}) > 1:
-            raise ValueError(
+            yield (
                 f"data.source: the stage at {stage} has both weights and epochs; legal: one of them"
             )
         if len({entry.path for entry in entries}) < len(entries):
-            raise ValueError(f"data.source: the stage at {stage} names a path twice")
+            yield f"data.source: the stage at {stage} names a path twice"
 
 
 def check_val_fraction(value: float | None, *, name: str = "val_fraction") -> None:

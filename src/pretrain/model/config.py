@@ -7,7 +7,7 @@ files are free of torch, so that a wrong number is refused before two seconds of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,19 @@ Position = Literal["learned", "sinusoidal", "rotary"]
 FeedForwardKind = Literal["gelu", "relu", "relu2", "swiglu"]
 Bias = Literal["none", "all", "feed_forward", "query_key_value"]
 Initialization = Literal["normal", "scaled", "xavier", "zero"]
+
+MOST_PARAMETERS = 10**13
+"""No machine holds more; a larger model is a slip of the pen."""
+_MOST_ROWS = 1 << 40
+_LARGEST = {
+    "n_layers": 10_000,
+    "n_heads": 1 << 20,
+    "d_model": 1 << 20,
+    "n_kv_heads": 1 << 20,
+    "d_ff": 1 << 24,
+    "context_length": 1 << 24,
+    "rope_original_context": 1 << 24,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,46 +98,62 @@ class ModelConfig:
     number; zero, with branches of 0; xavier"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_layers",
-            "n_heads",
-            "d_model",
-            "n_kv_heads",
-            "d_ff",
-            "context_length",
-            "rope_original_context",
-        ):
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
+        for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} is {value}; it must be at least 1")
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}"
-            )
-        if self.position == "rotary" and (self.d_model // self.n_heads) % 2:
-            raise ValueError(
-                f"rotary positions need an even head width, but model.d_model {self.d_model} / "
-                f"model.n_heads {self.n_heads} is {self.d_model // self.n_heads}"
-            )
-        if self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"model.n_heads {self.n_heads} is not a multiple of "
-                f"model.n_kv_heads {self.n_kv_heads}"
-            )
+            if value is not None and not 1 <= value <= most:
+                legal = "at least 1" if value < 1 else f"at most {most:,}"
+                yield name, f"model.{name} is {value}; it must be {legal}"
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
-        if not 0 < self.rope_low_factor < self.rope_high_factor:
-            raise ValueError(
-                f"model.rope_low_factor is {self.rope_low_factor}; it must be above 0 and below "
-                f"model.rope_high_factor, {self.rope_high_factor}"
-            )
-        if self.position == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"sinusoidal positions need an even model.d_model, not {self.d_model}")
-        if self.ngram_rows < 0:
-            raise ValueError(f"model.ngram_rows is {self.ngram_rows}; it must be 0 or above")
+            yield "dropout", f"model.dropout is {self.dropout}; it must be in [0, 1)"
+        if not 0 <= self.ngram_rows <= _MOST_ROWS:
+            legal = "0 or above" if self.ngram_rows < 0 else f"at most {_MOST_ROWS:,}"
+            yield "ngram_rows", f"model.ngram_rows is {self.ngram_rows}; it must be {legal}"
         for name in ("norm_epsilon", "rope_theta", "rope_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+                yield name, f"model.{name} is {getattr(self, name)}; it must be above 0"
+        if not 0 < self.rope_low_factor < self.rope_high_factor:
+            yield (
+                "rope_low_factor" + " rope_high_factor" * (self.rope_low_factor > 0),
+                f"model.rope_low_factor is {self.rope_low_factor}; it must be above 0 and below "
+                f"model.rope_high_factor, {self.rope_high_factor}",
+            )
+        yield from self._mistakes_of_shape()
+
+    def _mistakes_of_shape(self) -> Iterator[tuple[str, str]]:
+        """What does not fit together; a number that cannot be divided by has been named already."""
+        d, heads, kv_heads = self.d_model, self.n_heads, self.kv_heads
+        if heads and d % heads:
+            yield (
+                "d_model n_heads",
+                f"model.d_model {d} is not a multiple of model.n_heads {heads}",
+            )
+        elif heads and self.position == "rotary" and (d // heads) % 2:
+            yield (
+                "d_model n_heads position",
+                f"rotary positions need an even head width, but model.d_model {d} / "
+                f"model.n_heads {heads} is {d // heads}",
+            )
+        if kv_heads and heads % kv_heads:
+            yield (
+                "n_heads n_kv_heads",
+                f"model.n_heads {heads} is not a multiple of model.n_kv_heads {self.n_kv_heads}",
+            )
+        if self.position == "sinusoidal" and d % 2:
+            yield "d_model position", f"sinusoidal positions need an even model.d_model, not {d}"
+        # Fewer than there would be: positions, the vocabulary and a third matrix come on top.
+        least = 2 * self.n_layers * d * (d + self.feed_forward_width) + 2 * self.ngram_rows * d
+        if least > MOST_PARAMETERS:
+            yield (
+                "n_layers d_model d_ff feed_forward ngram_rows",
+                f"a model of model.n_layers {self.n_layers}, model.d_model {d}, model.d_ff "
+                f"{self.feed_forward_width} and model.ngram_rows {self.ngram_rows} has at least "
+                f"{least:,} parameters; legal: at most {MOST_PARAMETERS:,}",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -159,23 +188,25 @@ class ModelConfig:
 def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a `model` section starts from: its family's, then its preset's.
 
-    Raises ValueError for an unknown family or preset, and for a preset of another family.
+    Raises ValueError, a line for each mistake, for an unknown family or preset, and for a preset of
+    another family.
     """
     preset_name, family = section.get("preset"), section.get("family")
-    preset: dict[str, Any] = {}
-    if preset_name is not None:
-        if preset_name not in PRESETS:
-            raise ValueError(f"model.preset {preset_name!r} is not one of {', '.join(PRESETS)}")
-        preset = PRESETS[preset_name]
-        if family is not None and family != preset["family"]:
-            raise ValueError(
-                f"model.preset {preset_name} is of the family {preset['family']}, "
-                f"but model.family is {family}; name one of the two"
-            )
-    family = preset.get("family", family or "llama")
-    if family not in FAMILIES:
-        raise ValueError(f"model.family {family!r} is not one of {', '.join(FAMILIES)}")
-    return FAMILIES[family](**preset)
+    # Looked up by equality: what a user wrote may be a list, which no dict is asked for.
+    preset = PRESETS[preset_name] if preset_name in list(PRESETS) else {}
+    mistakes = []
+    if preset_name is not None and not preset:
+        mistakes.append(f"model.preset {preset_name!r} is not one of {', '.join(PRESETS)}")
+    if family is not None and family not in list(FAMILIES):
+        mistakes.append(f"model.family {family!r} is not one of {', '.join(FAMILIES)}")
+    elif preset and family not in (None, preset["family"]):
+        mistakes.append(
+            f"model.preset {preset_name} is of the family {preset['family']}, "
+            f"but model.family is {family}; name one of the two"
+        )
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return FAMILIES[preset.get("family", family or "llama")](**preset)
 
 
 def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+_MOST_STEPS = 10**10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +35,25 @@ class OptimizerConfig:
     """largest norm of the whole gradient; 0 switches clipping off"""
 
     def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(
-                f"optimizer.learning_rate is {self.learning_rate}; it must be a number above 0"
+            yield (
+                "learning_rate",
+                f"optimizer.learning_rate is {self.learning_rate}; it must be a number above 0",
             )
         for name in ("weight_decay", "clip", "embedding_rate", "head_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or above")
+                yield name, f"optimizer.{name} is {value}; it must be 0 or above"
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+                yield name, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)"
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"optimizer.epsilon is {self.epsilon}; it must be above 0")
+            yield "epsilon", f"optimizer.epsilon is {self.epsilon}; it must be above 0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +68,15 @@ class ScheduleConfig:
     """what is left of the peak rate after the last step (cosine, linear, wsd)"""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps is {self.warmup_steps}; it must be 0 or above")
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
+        warmup = self.warmup_steps
+        if warmup is not None and not 0 <= warmup <= _MOST_STEPS:
+            legal = "0 or above" if warmup < 0 else f"at most {_MOST_STEPS:,}"
+            yield "warmup_steps", f"schedule.warmup_steps is {warmup}; it must be {legal}"
         for name in ("decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"schedule.{name} is {getattr(self, name)}; it must be in [0, 1]")
+                yield name, f"schedule.{name} is {getattr(self, name)}; it must be in [0, 1]"

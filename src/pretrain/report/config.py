@@ -5,7 +5,7 @@ Unknown names are refused here; so are, when `require_packages` is asked, missin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -20,11 +20,17 @@ class ReportConfig:
     """Trackers that follow metrics.jsonl from a process of their own: tensorboard, wandb."""
 
     def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
         for name in self.to:
             if name not in TRACKERS:
-                raise ValueError(
+                yield (
+                    "to",
                     f"report.to contains {name!r}, which is not a tracker; legal are "
-                    f"{', '.join(TRACKERS)} (or nothing: the run's own report is always written)"
+                    f"{', '.join(TRACKERS)} (or nothing: the run's own report is always written)",
                 )
 
 

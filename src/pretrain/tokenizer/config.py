@@ -7,6 +7,7 @@ trained, before anything is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 TRAINED_NAMES = ("bpe", "gpt", "characters", "bytes")
@@ -14,6 +15,9 @@ TRAINED_NAMES = ("bpe", "gpt", "characters", "bytes")
 
 N_BYTES_VOCABULARY = 257
 """256 bytes and the end-of-text token: what `bytes` has, and the least that `bpe` can have."""
+
+LARGEST_VOCABULARY = 1 << 24
+"""Far above any that was ever trained: beyond it is a slip of the pen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +32,23 @@ class TokenizerConfig:
     the amount of text."""
 
     def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(
+            yield (
+                "name",
                 f"tokenizer.name is {self.name!r}; legal: {', '.join(TRAINED_NAMES)}, gpt2, or a "
-                "path"
+                "path",
             )
-        check_vocab_size(self.vocab_size, name=self.name)
+        try:
+            check_vocab_size(self.vocab_size, name=self.name)
+        except ValueError as error:
+            size = self.vocab_size
+            some_can = isinstance(size, int) and 2 <= size <= LARGEST_VOCABULARY
+            yield "vocab_size name" if some_can else "vocab_size", str(error)
 
 
 def check_vocab_size(vocab_size: int | None, *, name: str) -> None:
@@ -43,6 +58,10 @@ def check_vocab_size(vocab_size: int | None, *, name: str) -> None:
         return
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
         raise ValueError(f"tokenizer.vocab_size is {vocab_size!r}; legal: a whole number from 257")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ValueError(
+            f"tokenizer.vocab_size is {vocab_size}; legal: at most {LARGEST_VOCABULARY:,}"
+        )
     if name == "bpe" and vocab_size < N_BYTES_VOCABULARY:
         raise ValueError(
             f"tokenizer.vocab_size is {vocab_size}; legal: {N_BYTES_VOCABULARY} (every byte and "

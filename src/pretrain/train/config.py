@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 SpikeAction = Literal["off", "warn", "skip", "rollback"]
+# Nobody means more: 10**10 for counts that are not named here.
+_MOST = {"threads": 4096, "minutes": 10_000_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,11 @@ class TrainConfig:
     """CPU threads of each process; empty: one for each core"""
 
     def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
         for name in (
             "steps",
             "batch_tokens",
@@ -77,22 +85,54 @@ class TrainConfig:
             "threads",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"train.{name} is {value}; it must be at least 1")
-        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
-            raise ValueError(f"train.minutes is {self.minutes}; it must be above 0")
+            most = _MOST.get(name, 10**10)
+            if value is not None and not 1 <= value <= most:
+                legal = "at least 1" if value < 1 else f"at most {most:,}"
+                yield name, f"train.{name} is {value}; it must be {legal}"
+        if self.minutes is not None and not 0 < self.minutes <= _MOST["minutes"]:
+            legal = f"at most {_MOST['minutes']:,}" if self.minutes > 0 else "above 0"
+            yield "minutes", f"train.minutes is {self.minutes}; it must be {legal}"
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"train.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
+            yield (
+                "label_smoothing",
+                f"train.label_smoothing is {self.label_smoothing}; it must be in [0, 1)",
             )
-        if self.keep_checkpoints < 2:
-            raise ValueError(
-                f"train.keep_checkpoints is {self.keep_checkpoints}; it must be at least 2: one to "
-                "go back to when a disk damages the other"
+        if self.keep_checkpoints == 1:
+            yield (
+                "keep_checkpoints",
+                "train.keep_checkpoints is 1; it must be at least 2: one to go back to when a disk "
+                "damages the other",
             )
         if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
-            raise ValueError(f"train.z_loss is {self.z_loss}; it must be 0 or above")
+            yield "z_loss", f"train.z_loss is {self.z_loss}; it must be 0 or above"
         if not self.spike_threshold > 0:
-            raise ValueError(f"train.spike_threshold is {self.spike_threshold}; it must be above 0")
-        if self.seed < 0:
-            raise ValueError(f"train.seed is {self.seed}; it must be 0 or above")
+            yield (
+                "spike_threshold",
+                f"train.spike_threshold is {self.spike_threshold}; it must be above 0",
+            )
+        if not 0 <= self.seed < 1 << 63:
+            legal = "0 or above" if self.seed < 0 else "below 2**63"
+            yield "seed", f"train.seed is {self.seed}; it must be {legal}"
+
+
+def mistakes_of_batch(
+    batch_tokens: int, *, context_length: int, micro_batch_rows: int | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with a batch that is not whole windows, or with micro-batches that do not
+    divide it: the fields that it hangs on, and a sentence."""
+    rows, rest = divmod(batch_tokens, context_length)
+    if rest:
+        near = f"{rows * context_length:,} or " if rows else ""
+        yield (
+            "train.batch_tokens model.context_length",
+            f"train.batch_tokens {batch_tokens:,} is not a multiple of model.context_length "
+            f"{context_length:,}; the nearest that are: {near}{(rows + 1) * context_length:,}",
+        )
+    elif micro_batch_rows is not None and rows % micro_batch_rows:
+        small = [m for m in range(1, math.isqrt(rows) + 1) if rows % m == 0]
+        legal = ", ".join(map(str, sorted({*small, *(rows // m for m in small)})))
+        yield (
+            "train.micro_batch_rows train.batch_tokens model.context_length",
+            f"train.micro_batch_rows {micro_batch_rows} does not divide the {rows} windows of a "
+            f"batch; legal: {legal}",
+        )

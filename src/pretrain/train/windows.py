@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pretrain.data.order import Order
 from pretrain.model.config import ModelConfig
-from pretrain.train.config import TrainConfig
+from pretrain.train.config import TrainConfig, mistakes_of_batch
 
 DEFAULT_CONTEXT = 128
 DEFAULT_BATCH_TOKENS = 8192
@@ -18,20 +18,10 @@ def check_windows(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> t
     """
     context = _context_length(model, n_tokens)
     batch_tokens = train.batch_tokens or max(1, DEFAULT_BATCH_TOKENS // context) * context
-    rows, rest = divmod(batch_tokens, context)
-    if rest:
-        legal = f"{rows * context:,} or {(rows + 1) * context:,}" if rows else f"{context:,}"
-        raise ValueError(
-            f"train.batch_tokens {batch_tokens:,} is not a multiple of model.context_length "
-            f"{context:,}; the nearest that are: {legal}"
-        )
-    micro = train.micro_batch_rows
-    if micro is not None and rows % micro:
-        legal = ", ".join(str(m) for m in range(1, rows + 1) if rows % m == 0)
-        raise ValueError(
-            f"train.micro_batch_rows {micro} does not divide the {rows} windows of a batch; "
-            f"legal: {legal}"
-        )
+    for _, sentence in mistakes_of_batch(
+        batch_tokens, context_length=context, micro_batch_rows=train.micro_batch_rows
+    ):
+        raise ValueError(sentence)
     return context, batch_tokens
 
 
