@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from pretrain.cli import take_settings
 from pretrain.config import compose, parse_overrides, read_file, read_yaml, to_dict, to_yaml
+from pretrain.optimizer import ScheduleConfig
+from pretrain.optimizer.continuation import Curve, extend
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,18 @@ def test_a_written_config_is_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert compose([read_file(path)]) == config
+
+
+def test_the_past_of_a_schedule_is_read_back_equal(tmp_path: Path) -> None:
+    old = Curve(ScheduleConfig(warmup_steps=10, final_fraction=0.1), 1e-3 / 3, 100)
+    new = extend(old, done=100, steps=200, given={"name": "cosine", "learning_rate": 7e-4})
+    config = replace(compose([]), schedule=new.schedule)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert compose([read_file(path)]) == config
+    path.write_text("schedule: {past: [{until_step: 3}]}")
+    with pytest.raises(ValueError, match=r"schedule\.past has an entry without a steps"):
+        compose([read_file(path)])
 
 
 @given(value=st.floats(min_value=1e-300, max_value=1e300))

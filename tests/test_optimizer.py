@@ -4,7 +4,9 @@ name."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from pretrain.optimizer import (
     clip_gradients,
     schedule_at,
 )
+from pretrain.optimizer.continuation import Curve, anneal, compare, extend, table
 from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state, set_learning_rate
+
+NAMES = ["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
 
 
 def curve(name: str, steps: int = 100, warmup: int = 10, **changes: float) -> list[float]:
@@ -25,7 +30,7 @@ def curve(name: str, steps: int = 100, warmup: int = 10, **changes: float) -> li
     return [schedule_at(s, config=config, steps=steps) for s in range(steps)]
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant", "inverse_sqrt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_schedule_rises_to_one_and_never_exceeds_it(name: str) -> None:
     rates = curve(name)
     assert rates[:10] == pytest.approx([(s + 1) / 11 for s in range(10)])
@@ -44,6 +49,98 @@ def test_the_shapes_are_what_their_names_say() -> None:
     assert curve("wsd", decay_fraction=0.4)[-1] == pytest.approx(1 / 40)
     assert curve("inverse_sqrt")[43] == pytest.approx(0.5)
     assert curve("linear", warmup=0)[0] == 1.0
+
+
+def ended(name: str, **changes: Any) -> Curve:
+    config = ScheduleConfig(name=name, warmup_steps=10, **changes)  # type: ignore[arg-type]
+    return Curve(config, 3e-3, 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("peak", [3e-3, 7e-4])
+def test_an_extension_keeps_every_old_rate_and_begins_at_the_last(name: str, peak: float) -> None:
+    old = ended(name)
+    new = extend(old, done=100, steps=180, given={"learning_rate": peak})
+    rates = [new.at(step) for step in range(180)]
+    assert rates[:100] == [3e-3 * share for share in curve(name)]  # to the last bit
+    # The warm-up goes in even steps from the last old rate to the peak.
+    ramp = [rates[99] + (peak - rates[99]) * (i + 1) / 11 for i in range(10)]
+    assert rates[100:110] == pytest.approx(ramp)
+    # What follows is the run's own shape, over the added steps alone.
+    assert rates[110:] == pytest.approx([peak * share for share in curve(name, steps=80)[10:]])
+    again = extend(new, done=180, steps=220, given={})
+    assert [again.at(step) for step in range(180)] == rates
+
+
+def test_a_constant_rate_stays_where_it_is() -> None:
+    new = extend(ended("constant"), done=100, steps=101, given={})
+    assert [new.at(step) for step in range(10, 101)] == [3e-3] * 91
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("constant", {}), ("inverse_sqrt", {}), ("cosine", {"final_fraction": 0.2})],
+)
+def test_an_annealing_is_a_line_from_the_last_rate(name: str, changes: dict[str, float]) -> None:
+    old = ended(name, **changes)
+    new = anneal(old, done=100, steps=140)
+    last = old.at(99)
+    assert [new.at(step) for step in range(100)] == [old.at(step) for step in range(100)]
+    assert new.at(100) == pytest.approx(last)
+    assert new.at(120) == pytest.approx(last / 2)
+    assert new.at(139) == pytest.approx(last / 40)
+    # The run's own shape is not forgotten.
+    longer = extend(new, done=140, steps=200, given={})
+    assert longer.schedule.name == name
+    assert longer.schedule.final_fraction == old.schedule.final_fraction
+    assert longer.at(149) < longer.at(150) == pytest.approx(3e-3)
+    assert [longer.at(step) for step in range(140)] == [new.at(step) for step in range(140)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_nothing_is_annealed_from_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"has fallen to 0 already \({name}"):
+        anneal(ended(name), done=100, steps=140)
+    # One that patience stopped on its way has a rate left.
+    assert anneal(ended(name), done=60, steps=140).at(60) == pytest.approx(ended(name).at(59))
+
+
+def test_the_past_is_cut_where_a_checkpoint_is_older() -> None:
+    old = ended("linear")
+    new = extend(old, done=100, steps=180, given={})
+    changed = Curve(replace(new.schedule, past=new.past_until(40)), 1.0, 180)
+    assert [part.until_step for part in changed.schedule.past] == [40]
+    assert [changed.at(step) for step in range(40)] == [old.at(step) for step in range(40)]
+    assert new.past_until(0) == ()
+    assert [part.until_step for part in new.past_until(100)] == [100]
+    assert [part.until_step for part in new.past_until(120)] == [100, 120]
+
+
+def test_both_curves_are_shown_at_a_dozen_steps() -> None:
+    old = ended("wsd")
+    new = extend(old, done=100, steps=180, given={})
+    rows = compare(old, new, done=100)
+    assert len(rows) == 12
+    assert [row["step"] for row in rows][::11] == [0, 179]
+    assert all(row["new"] == new.at(int(row["step"] or 0)) for row in rows)
+    assert [row["old"] for row in rows if (row["step"] or 0) >= 100] == [None] * 8
+    lines = table(rows).splitlines()
+    assert len(lines) == 13
+    assert max(line.count("#") for line in lines) == 32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"origin_step": 5}, "are written by pretrain extend"),
+        ({"anneal": True}, "are written by pretrain extend"),
+        ({"start_fraction": math.nan}, "start_fraction is nan"),
+        ({"past": ended("wsd").past_until(100) * 2}, r"until the steps \[100, 100\]"),
+    ],
+)
+def test_a_past_that_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,12 @@ def _convert_entry(value: Any, kind: Any, name: str) -> Any:
         if key not in known:
             said = f"{name}: an entry has no {_shown(key)}"
             mistakes.add_unknown(said, str(key), known, place=f"{name}.")
-    entry = _build(kind, {"path": "", **value}, name, mistakes)
+    missing = [f for f in fields(kind) if f.default is MISSING and f.name not in value]
+    for each in missing:
+        mistakes.add(f"{name} has an entry without a {each.name}", f"{name}.{each.name}")
+    if any(each.type != "str" for each in missing):
+        mistakes.pass_on()
+    entry = _build(kind, {**{each.name: "" for each in missing}, **value}, name, mistakes)
     mistakes.pass_on()
     return entry
 

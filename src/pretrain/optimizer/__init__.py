@@ -1,5 +1,5 @@
 """Gradients -> updates: AdamW, Muon and Adagrad, a rule for each group of parameters (`grouped`),
-and the learning rate as a function of the step (`schedule`).
+and the learning rate as a function of the step (`schedule`; `continuation` makes one go on).
 
 Parameters come in by name and the state goes out by name, so a checkpoint never depends on an order
 of tensors.
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
     from pretrain.optimizer.grouped import build_optimizer, clip_gradients
-    from pretrain.optimizer.schedule import schedule_at
+    from pretrain.optimizer.schedule import rate_at, schedule_at
 
 _HOMES = {
     "OptimizerConfig": "config",
     "ScheduleConfig": "config",
     "build_optimizer": "grouped",
     "clip_gradients": "grouped",
+    "rate_at": "schedule",
     "schedule_at": "schedule",
 }
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ScheduleConfig",
     "build_optimizer",
     "clip_gradients",
+    "rate_at",
     "schedule_at",
 ]
 

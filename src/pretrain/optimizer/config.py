@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _MOST_STEPS = 10**10
+ScheduleName = Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,15 +58,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduleConfig:
-    name: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "wsd"
-    """shape after the warm-up; wsd stays at the peak and falls in a straight line at the end"""
-    warmup_steps: int | None = None
-    """steps in which the rate rises from 0; empty: 2 percent of the steps, at least 10"""
-    decay_fraction: float = 0.6
-    """share of all steps in which wsd falls"""
-    final_fraction: float = 0.0
-    """what is left of the peak rate after the last step (cosine, linear, wsd)"""
+class PastSchedule:
+    """Which rates the steps before a change of the schedule were made with: what a run remembers of
+    them, so that a step's rate stays a function of the step alone."""
+
+    until_step: int
+    """the first step that it no longer holds for"""
+    steps: int
+    """how many steps the run was to have"""
+    learning_rate: float
+    name: ScheduleName
+    warmup_steps: int
+    decay_fraction: float
+    final_fraction: float
+    origin_step: int = 0
+    start_fraction: float = 0.0
+    anneal: bool = False
 
     def __post_init__(self) -> None:
         if mistakes := [sentence for _, sentence in self.mistakes()]:
@@ -73,10 +81,62 @@ class ScheduleConfig:
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """What is wrong: the fields that it hangs on, and a sentence."""
-        warmup = self.warmup_steps
-        if warmup is not None and not 0 <= warmup <= _MOST_STEPS:
-            legal = "0 or above" if warmup < 0 else f"at most {_MOST_STEPS:,}"
-            yield "warmup_steps", f"schedule.warmup_steps is {warmup}; it must be {legal}"
-        for name in ("decay_fraction", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield name, f"schedule.{name} is {getattr(self, name)}; it must be in [0, 1]"
+        if not 0 <= self.origin_step < self.until_step <= self.steps:
+            yield (
+                "origin_step until_step steps",
+                f"schedule.past has a part from step {self.origin_step} until {self.until_step} of "
+                f"{self.steps}; these must rise",
+            )
+        yield from _mistakes_of_shape(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    name: ScheduleName = "wsd"
+    """shape after the warm-up; wsd stays at the peak and falls in a straight line at the end"""
+    warmup_steps: int | None = None
+    """steps in which the rate rises from 0; empty: 2 percent of the steps, at least 10"""
+    decay_fraction: float = 0.6
+    """share of all steps in which wsd falls"""
+    final_fraction: float = 0.0
+    """what is left of the peak rate after the last step (cosine, linear, wsd)"""
+    origin_step: int = 0
+    """written by extend and anneal: the step at which the shape begins"""
+    start_fraction: float = 0.0
+    """written by extend and anneal: the share of the peak from which it begins"""
+    anneal: bool = False
+    """written by anneal: a straight line from there to final_fraction, whatever the name"""
+    past: tuple[PastSchedule, ...] = ()
+    """written by extend, anneal and --accept: the schedules of the steps before, oldest first"""
+
+    def __post_init__(self) -> None:
+        if mistakes := [sentence for _, sentence in self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """What is wrong: the fields that it hangs on, and a sentence."""
+        yield from _mistakes_of_shape(self)
+        ends = [part.until_step for part in self.past]
+        if ends != sorted(set(ends)):
+            yield "past", f"schedule.past has parts until the steps {ends}; these must rise"
+        if not self.past and (self.origin_step or self.start_fraction or self.anneal):
+            yield (
+                "past origin_step start_fraction anneal",
+                "schedule.origin_step, start_fraction and anneal are written by pretrain extend "
+                "and anneal, with schedule.past; a new run has none of them",
+            )
+
+
+def _mistakes_of_shape(schedule: ScheduleConfig | PastSchedule) -> Iterator[tuple[str, str]]:
+    warmup = schedule.warmup_steps
+    if warmup is not None and not 0 <= warmup <= _MOST_STEPS:
+        legal = "0 or above" if warmup < 0 else f"at most {_MOST_STEPS:,}"
+        yield "warmup_steps", f"schedule.warmup_steps is {warmup}; it must be {legal}"
+    for name in ("decay_fraction", "final_fraction"):
+        if not 0 <= getattr(schedule, name) <= 1:
+            yield name, f"schedule.{name} is {getattr(schedule, name)}; it must be in [0, 1]"
+    if not (math.isfinite(schedule.start_fraction) and schedule.start_fraction >= 0):
+        yield (
+            "start_fraction",
+            f"schedule.start_fraction is {schedule.start_fraction}; it must be 0 or above",
+        )

@@ -20,7 +20,7 @@ from pretrain.evaluate import Score, byte_lengths, measure_baselines, score
 from pretrain.evaluate.scorer import EVALUATION_TOKENS
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig
-from pretrain.optimizer import OptimizerConfig, ScheduleConfig, schedule_at
+from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
 from pretrain.train.config import TrainConfig
 from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
 from pretrain.train.post_mortem import write_post_mortem
@@ -72,8 +72,9 @@ def train(
         run.restore(resume_from)
     run.take_up_records()
 
-    def rate_at(step: int) -> float:
-        return optimizer.learning_rate * schedule_at(step, config=schedule, steps=run.steps)
+    def rate(step: int) -> float:
+        peak = optimizer.learning_rate
+        return rate_at(step, config=schedule, learning_rate=peak, steps=run.steps)
 
     def accept(step: int, loss: float, grad_norm: float) -> bool:
         stop.nothing_to_lose = False
@@ -87,7 +88,7 @@ def train(
         if _evaluation_is_missing(run):
             _evaluate(run, stop)
         while run.done < run.steps:
-            outcome = _make_steps(run, stop, rate_at, accept, clip=optimizer.clip, ends=ends)
+            outcome = _make_steps(run, stop, rate, accept, clip=optimizer.clip, ends=ends)
             if outcome == "stopped":
                 return stop.exit_code
             if outcome == "no better":
@@ -116,7 +117,7 @@ def due(done: int, every: int | None, steps: int) -> bool:
 def _make_steps(
     run: Run,
     stop: StopSignals,
-    rate_at: Callable[[int], float],
+    rate: Callable[[int], float],
     accept: Accept,
     *,
     clip: float,
@@ -128,7 +129,7 @@ def _make_steps(
         run.objective,
         run.optimizer,
         run.batches.at,
-        rate_at=rate_at,
+        rate_at=rate,
         steps=run.steps,
         first_step=run.done,
         clip=clip,
