@@ -233,7 +233,11 @@ class _Mistakes:
         self.pass_on()
 
 
-def compose(layers: Iterable[Layer], *, also: Rules = lambda config: ()) -> RunConfig:
+def no_rules(config: RunConfig) -> Iterable[tuple[str, str]]:
+    return ()
+
+
+def compose(layers: Iterable[Layer], *, also: Rules = no_rules) -> RunConfig:
     """A RunConfig from layers, later ones winning, or one ValueError that names every mistake;
     `also` has rules that only the caller knows."""
     mistakes = _Mistakes()

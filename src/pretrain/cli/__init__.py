@@ -22,6 +22,8 @@ from pretrain.cli.output import Output
 
 VERBS = {
     "train": "train a model on a recipe, a config file, or any text",
+    "extend": "make more steps with a finished run, under a schedule that is printed first",
+    "anneal": "make more steps with a finished run while its learning rate falls to 0",
     "prepare": "turn text into a prepared folder of token ids",
     "tokenizer": "train a tokenizer, encode, decode, or look inside one",
     "evaluate": "nats, perplexity and bits per byte of a model on text",

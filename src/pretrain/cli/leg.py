@@ -12,10 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.checkpoint import RunLock
 from pretrain.cli.output import Output
 from pretrain.cli.train import resume
-from pretrain.config import compose, read_file
+from pretrain.train.signals import Ends
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,16 +24,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--die-after", type=int)
     asked = parser.parse_args(words)
-    config = compose([read_file(asked.folder / "config.yaml")])
-    with RunLock(asked.folder):
-        return resume(
-            config,
-            asked.folder,
-            Output(json=False),
-            began,
-            stop_after=asked.stop_after,
-            die_after=asked.die_after,
-        )
+    ends = Ends(asked.stop_after, asked.die_after)
+    return resume(asked.folder, None, {}, Output(json=False), began, ends=ends)
 
 
 if __name__ == "__main__":

@@ -3,39 +3,61 @@
 pretrain train                        the recipe `english`: a GPT learns English in a few minutes
 pretrain train my.txt                 the same settings on your own file or folder
 pretrain train --resume               go on with the run that was begun last
+pretrain train --resume --accept threads      ... though this is not as it was
 pretrain train --train.steps 200 --model.d_model 64
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.environment import only_writer, read_environment, write_environment
 from pretrain.cli.models import first_weights, with_first_weights
 from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED, new_run_folder, newest_run, prepared, read_target
+from pretrain.cli.resuming import (
+    Resumption,
+    asked_settings,
+    is_finished,
+    put_tokenizer,
+    read_run,
+    set_aside,
+    settings_of,
+    summary_of,
+    with_settings,
+)
 from pretrain.cli.settings import settings_help
-from pretrain.config import Layer, RunConfig, compose, parse_overrides, read_file, to_dict, to_yaml
+from pretrain.config import (
+    Layer,
+    Rules,
+    RunConfig,
+    compose,
+    no_rules,
+    parse_overrides,
+    read_file,
+    to_yaml,
+)
 from pretrain.corpus import list_files
 from pretrain.data.shards import PreparedData, is_prepared
 from pretrain.report import require_packages
-from pretrain.train.records import write_text
+from pretrain.train.changes import check_accepted, differences
+from pretrain.train.records import Records, write_text
+from pretrain.train.signals import TO_THE_END, Ends
 from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
-    from pretrain.train.screen import Screen
+    from pretrain.cli.continuing import Continuation
     from pretrain.world import World
 
 TAKES_SETTINGS = True
@@ -51,7 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with --run, or with the newest run"
     )
+    add_accept(parser)
     parser.epilog = settings_help()
+
+
+def add_accept(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="CHANGE",
+        help="go on although CHANGE is not as it was, and record it in changes.jsonl; a refusal "
+        "names the changes; may be repeated",
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -59,30 +93,29 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     overrides = parse_overrides(arguments.settings)
     if arguments.resume:
         folder = Path(arguments.run) if arguments.run else newest_run()
-        return _resume(folder, arguments.target, overrides, output, began)
+        target, accepted = arguments.target, tuple(arguments.accept)
+        return resume(folder, target, overrides, output, began, accepted=accepted)
+    if arguments.accept:
+        raise ValueError("--accept goes with --resume: a new run has nothing that could change")
     name, layers = read_target(arguments.target)
-    # What a recipe says of the architecture gives way to train.init_from; what the user says must
-    # fit it.
-    n_below = 0 if (arguments.target or "").lower().endswith((".yaml", ".yml")) else len(layers)
-    above = [*layers[n_below:], overrides]
-    config = _with_whole_path(with_first_weights(layers[:n_below], above, also=_mistakes_here))
-    return _start(config, new_run_folder(name, arguments.run), output, began)
+    config = _composed(arguments.target, layers, overrides, also=_mistakes_here)
+    return _start(_with_whole_path(config), new_run_folder(name, arguments.run), output, began)
 
 
 def _start(config: RunConfig, folder: Path, output: Output, began: float) -> int:
     """Begin a run. From the first moment its folder says what was asked for, so that a run that is
     killed before anything could be decided can be resumed too."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
-    with _lock(folder, output):
+    with only_writer(folder, output):
         write_text(folder / ASKED, to_yaml(config))
         try:
             data = _prepare(config, output)
             check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
-            config, world, screen = _decide(config, folder, data, output)
+            config, world = _decide(config, folder, data, output)
         except BaseException:
             _take_back(folder, new)
             raise
-        return _train(config, folder, data, world, screen, output, began, resume_from=None)
+        return _train(config, folder, data, world, output, began, resume_from=None)
 
 
 def _take_back(folder: Path, new: list[Path]) -> None:
@@ -117,6 +150,15 @@ def _mistakes_here(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _composed(
+    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules = no_rules
+) -> RunConfig:
+    # What a recipe says of the architecture gives way to train.init_from; what the user says must
+    # fit it.
+    n_below = 0 if (target or "").lower().endswith((".yaml", ".yml")) else len(layers)
+    return with_first_weights(layers[:n_below], [*layers[n_below:], overrides], also=also)
+
+
 def _with_whole_path(config: RunConfig) -> RunConfig:
     """The source as an absolute path, so that a resume from another folder finds it."""
     texts = tuple(_whole(path) for path in config.corpus.evaluation_texts)
@@ -143,11 +185,9 @@ def _prepare(config: RunConfig, output: Output) -> PreparedData:
 
 def _decide(
     config: RunConfig, folder: Path, data: PreparedData, output: Output
-) -> tuple[RunConfig, World, Screen]:
+) -> tuple[RunConfig, World]:
     """Fill what the config left open, and write it down, never to be decided again."""
     from pretrain.train.decide import decide
-    from pretrain.train.fingerprint import fingerprint
-    from pretrain.train.screen import Screen
     from pretrain.world import open_world
 
     world = open_world(
@@ -155,9 +195,8 @@ def _decide(
         threads=config.train.threads,
         deterministic=config.train.deterministic,
     )
-    screen = Screen(output.people)
     if config.train.steps is None and config.train.minutes is not None:
-        screen.line(f"measuring how many steps fit into {config.train.minutes:g} min ...")
+        output.say(f"measuring how many steps fit into {config.train.minutes:g} min ...")
     decided = decide(
         data=data,
         model=config.model,
@@ -169,100 +208,75 @@ def _decide(
     config = replace(config, model=decided.model, schedule=decided.schedule, train=decided.train)
     data.tokenizer().save(folder / "tokenizer")
     text = to_yaml(config)
-    _write_environment(folder, text, world, fingerprint(data, world, first_weights(config)))
+    write_environment(folder, text, world, _fingerprint(config, data, world))
     # Last: from now on a resume goes by it.
     write_text(folder / "config.yaml", text)
     (folder / ASKED).unlink()
-    return config, world, screen
-
-
-@contextmanager
-def _lock(folder: Path, output: Output) -> Iterator[None]:
-    """Be the only one who writes into the run."""
-    from pretrain.checkpoint import RunLock
-
-    with RunLock(folder) as lock:
-        if lock.warning is not None:
-            output.say(f"note: {lock.warning}")
-        yield
-
-
-def _resume(
-    folder: Path, target: str | None, overrides: Layer, output: Output, began: float
-) -> int:
-    if not (folder / "config.yaml").is_file():
-        if not (folder / ASKED).is_file():
-            raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
-        output.say(f"{folder} was stopped before anything was decided: it starts anew")
-        config = compose([read_file(folder / ASKED)])
-        _refuse_other_settings(config, target, overrides)
-        return _start(config, folder, output, began)
-    if not (folder / "environment.json").is_file():
-        raise ValueError(
-            f"{folder} was imported, not trained; train on from it with --train.init_from {folder}"
-        )
-    config = compose([read_file(folder / "config.yaml")])
-    _refuse_other_settings(config, target, overrides)
-    require_packages(config.report.to)
-    if (folder / "summary.json").is_file():
-        output.say(f"{folder} is finished: there is nothing left to train")
-        output.result({"run": str(folder), **_read_summary(folder)})
-        return 0
-    with _lock(folder, output):
-        return resume(config, folder, output, began)
+    return config, world
 
 
 def resume(
-    config: RunConfig,
     folder: Path,
+    target: str | None,
+    overrides: Layer,
     output: Output,
     began: float,
     *,
-    stop_after: int | None = None,
-    die_after: int | None = None,
+    accepted: tuple[str, ...] = (),
+    continuation: Continuation | None = None,
+    ends: Ends = TO_THE_END,
 ) -> int:
-    """Go on with a run whose settings are decided, from its newest whole checkpoint."""
-    data = _prepare(config, output)
+    """Go on with a run; with a `continuation`, with a finished one, to more steps."""
+    if (folder / ASKED).is_file() and not (folder / "config.yaml").is_file():
+        output.say(f"{folder} was stopped before anything was decided: it starts anew")
+        asked = compose([read_file(folder / ASKED)])
+        return _start(_wanted(asked, target, overrides), folder, output, began)
+    stored = read_run(folder)
+    wanted = _wanted(stored, target, overrides)
+    require_packages(wanted.report.to)
+    if continuation is not None:
+        continuation.check(folder, wanted)
+    elif is_finished(folder, stored):
+        changes = differences(settings_of(stored), settings_of(wanted))
+        check_accepted(changes, {c.word for c in changes}.intersection(accepted))
+        output.say(f"{folder} is finished: there is nothing left to train")
+        output.result({"run": str(folder), **summary_of(folder)})
+        return 0
+    with only_writer(folder, output):
+        checkpoint = _newest(folder, output) if continuation is None else None
+        if continuation is not None:
+            checkpoint = continuation.checkpoint(folder)
+        by = "accept" if continuation is None else continuation.verb
+        found = Resumption(folder, stored, wanted, checkpoint, accepted=accepted, by=by)
+        found.refuse_other_text()
+        data = _prepare(found.wanted, output)
+        final, world = _settled(found, continuation, data, output)
+        put_tokenizer(folder, data)
+        set_aside(folder)
+        output.say(_where_it_goes_on(folder, checkpoint))
+        return _train(final, folder, data, world, output, began, resume_from=checkpoint, ends=ends)
 
-    from pretrain.train.fingerprint import fingerprint, refuse_changes
-    from pretrain.train.run import newest_of
-    from pretrain.train.screen import Screen
+
+def _settled(
+    found: Resumption, continuation: Continuation | None, data: PreparedData, output: Output
+) -> tuple[RunConfig, World]:
+    """The settings under which the run goes on, with all that was accepted on the disk."""
+    from pretrain.train.fingerprint import fingerprint
     from pretrain.world import open_world
 
-    world = open_world(
-        config.train.device,
-        threads=config.train.threads,
-        deterministic=config.train.deterministic,
-    )
-    screen = Screen(output.people)
-    environment = read_environment(folder)
-    checkpoint, complaints = newest_of(folder, run=environment["run"])
-    for complaint in complaints:
-        screen.line(complaint, style="bold red")
-    if checkpoint is None and complaints:
-        raise ValueError(f"no checkpoint of {folder} is whole; nothing can be resumed")
-    begun_with = environment["fingerprint"]
-    if checkpoint is not None:
-        begun_with = checkpoint.state["fingerprint"]
-    refuse_changes(begun_with, fingerprint(data, world, first_weights(config)))
-    screen.line(_where_it_goes_on(folder, checkpoint))
-    return _train(
-        config,
-        folder,
-        data,
-        world,
-        screen,
-        output,
-        began,
-        resume_from=checkpoint,
-        stop_after=stop_after,
-        die_after=die_after,
-    )
+    train = found.wanted.train
+    world = open_world(train.device, threads=train.threads, deterministic=train.deterministic)
+    changes = found.settle(fingerprint(data, world, first_weights(found.wanted)), data)
+    final = found.wanted
+    if continuation is not None:
+        final = continuation.extended(final, found.step)
+        continuation.refuse_other_order(data, found.wanted, final)
+    check_windows(final.model, final.train, n_tokens=data.shortest_tokens)
+    found.write(final, changes, output)
+    return final, world
 
 
 def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
-    from pretrain.train.records import Records
-
     made = max((record["step"] for record in Records(folder).metrics()), default=0)
     if checkpoint is None:
         text, lost = f"{folder} has no checkpoint yet: it starts anew, as it was decided", made
@@ -271,23 +285,33 @@ def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
     return text + (f"; {lost:,} steps were made after it, and are made again" * (lost > 0))
 
 
-def _refuse_other_settings(config: RunConfig, target: str | None, overrides: Layer) -> None:
-    """A resume repeats the run's own settings or none: anything else would be another run."""
+def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
+    """The run's settings, and over them what the command says."""
     layers = [] if target is None else read_target(target)[1]
-    asked = compose([*layers, overrides])
-    stored, wanted = to_dict(config), to_dict(asked)
-    changes = []
-    for layer in (*layers, overrides):
-        for section, keys in layer.items():
-            for key in keys:
-                old, new = stored[section][key], wanted[section][key]
-                if new is not None and new != old:
-                    changes.append(f"{section}.{key}: {old} -> {new}")
-    if changes:
-        raise ValueError(
-            "a resume goes on with the run's own settings, but these differ: "
-            + "; ".join(dict.fromkeys(changes))
-        )
+    asked = _composed(target, layers, overrides)
+    said = asked_settings(asked, [*layers, overrides])
+    if "data.source" in said or "corpus.evaluation_texts" in said:
+        said = asked_settings(_with_whole_path(asked), [*layers, overrides])
+    return with_settings(stored, said)
+
+
+def _newest(folder: Path, output: Output) -> Checkpoint | None:
+    from pretrain.train.run import newest_of
+
+    checkpoint, complaints = newest_of(folder, run=read_environment(folder)["run"])
+    for complaint in complaints:
+        output.say(complaint)
+    if checkpoint is None and complaints:
+        raise ValueError(f"no checkpoint of {folder} is whole; nothing can be resumed")
+    return checkpoint
+
+
+def _fingerprint(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
+    """All that the run's numbers hang on; its settings are among it, for a config.yaml that was
+    edited since is another config."""
+    from pretrain.train.fingerprint import fingerprint
+
+    return {**fingerprint(data, world, first_weights(config)), "settings": settings_of(config)}
 
 
 def _train(
@@ -295,22 +319,21 @@ def _train(
     folder: Path,
     data: PreparedData,
     world: World,
-    screen: Screen,
     output: Output,
     began: float,
     *,
     resume_from: Checkpoint | None,
-    stop_after: int | None = None,
-    die_after: int | None = None,
+    ends: Ends = TO_THE_END,
 ) -> int:
     from pretrain.report import write_report
-    from pretrain.train.fingerprint import fingerprint
     from pretrain.train.loop import train
     from pretrain.train.overview import show_plan, show_summary
+    from pretrain.train.screen import Screen
 
+    screen = Screen(output.people)
     show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
     _follow(config, folder)
-    start = first_weights(config)
+    run = read_environment(folder)["run"]
     code = train(
         folder,
         data=data,
@@ -320,15 +343,11 @@ def _train(
         settings=config.train,
         world=world,
         screen=screen,
-        identity={
-            "run": read_environment(folder)["run"],
-            "fingerprint": fingerprint(data, world, start),
-        },
+        identity={"run": run, "fingerprint": _fingerprint(config, data, world)},
         began=began,
-        first_weights=start,
+        first_weights=first_weights(config),
         resume_from=resume_from,
-        stop_after=stop_after,
-        die_after=die_after,
+        ends=ends,
     )
     report = write_report(folder)
     if not (folder / "summary.json").is_file():
@@ -336,7 +355,7 @@ def _train(
         screen.line(f"stopped and saved; go on with: {go_on}")
         output.result({"run": str(folder), "stopped": True, "exit_code": code})
         return code
-    summary = _read_summary(folder)
+    summary = summary_of(folder)
     show_summary(screen, summary, folder=folder, report=report)
     output.result({"run": str(folder), "report": str(report), **summary})
     return 0
@@ -350,53 +369,3 @@ def _follow(config: RunConfig, folder: Path) -> None:
     words += ["--to", *config.report.to, "--parent", str(os.getpid())]
     # A session of its own: Ctrl-C is for the training, and the last lines must still be sent.
     subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def _read_summary(folder: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return content
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """What a run wrote down of itself and its surroundings when it began."""
-    content = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not {"run", "fingerprint"} <= content.keys():
-        raise ValueError(f"{folder / 'environment.json'} is not what a run writes")
-    return content
-
-
-def _write_environment(
-    folder: Path, config: str, world: World, fingerprint: dict[str, Any]
-) -> None:
-    from pretrain import __version__
-    from pretrain.train.records import write_json
-    from pretrain.world import describe_machine
-
-    # Runs of one name are one run: the same settings and surroundings give the same numbers.
-    named = config + json.dumps(fingerprint, sort_keys=True)
-    write_json(
-        folder / "environment.json",
-        {
-            "run": hashlib.sha256(named.encode()).hexdigest()[:16],
-            "pretrain": __version__,
-            **describe_machine(),
-            "device": world.device.type,
-            "threads": world.threads,
-            "git": _git_revision(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "command": shlex.join(["pretrain", *sys.argv[1:]]),
-            "fingerprint": fingerprint,
-        },
-    )
-
-
-def _git_revision() -> str | None:
-    """The revision of the code that runs, when it runs from a checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -79,6 +79,15 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, and a power loss too."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a dead process that had our number
+    write_file(temporary, content)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
 def sync_and_close(file: BinaryIO) -> None:
     """Flush a file through to the disk and close it."""
     with file:

@@ -2,8 +2,8 @@
 
 `steps` is the heart, a generator of updates; `loop` the whole run around it in time's order;
 `decide` fills what a config left open, `windows` checks what needs no tensor; `records` are the
-run's files, `fingerprint` what a resume must find unchanged, `screen` and `overview` what a person
-sees, `signals` how it is stopped.
+run's files, `fingerprint` what a resume must find unchanged, `changes` what was accepted instead,
+`screen` and `overview` what a person sees, `signals` how it is stopped.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_checkpoint
 from pretrain.data import PreparedData, evaluation_batches
@@ -27,7 +27,7 @@ from pretrain.train.post_mortem import write_post_mortem
 from pretrain.train.records import SUMMARY, write_json
 from pretrain.train.run import Run, begin, load_weights
 from pretrain.train.screen import Screen
-from pretrain.train.signals import StopSignals
+from pretrain.train.signals import TO_THE_END, Ends, StopSignals
 from pretrain.train.steps import Accept, StepReport, training_steps
 from pretrain.train.watch import MOST_IN_A_ROW, MOST_ROLLBACKS, NOT_FINITE, SPIKE, Rollback
 from pretrain.world import World
@@ -50,13 +50,10 @@ def train(
     began: float,
     first_weights: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
-    stop_after: int | None = None,
-    die_after: int | None = None,
+    ends: Ends = TO_THE_END,
 ) -> int:
     """Train to the end, or to a signal; returns an exit code. `began` is the command's start on
-    perf_counter. `first_weights` are those of another run that this one starts from. With
-    `stop_after` the run is saved and left after so many steps, as if it had been signalled; with
-    `die_after` it kills itself, as proofs of a resume need it."""
+    perf_counter. `first_weights` are those of another run that this one starts from."""
     run = begin(
         folder,
         data=data,
@@ -81,7 +78,6 @@ def train(
         run.finding = run.watch.judge(loss, grad_norm)
         return run.finding is None or _look_into(run, step, loss, grad_norm, clip=optimizer.clip)
 
-    ends = Ends(stop_after, die_after)
     with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
         # Until a step is made, which may take a compiler minutes, there is nothing to be saved.
         stop.nothing_to_lose = True
@@ -98,13 +94,6 @@ def train(
         stop.nothing_to_lose = True
         _finish(run, began)
     return 0
-
-
-class Ends(NamedTuple):
-    """Where a run ends before its last step, if anywhere."""
-
-    stop_after: int | None
-    die_after: int | None
 
 
 def due(done: int, every: int | None, steps: int) -> bool:

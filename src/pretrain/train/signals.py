@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Ends(NamedTuple):
+    """Where a run ends before its last step, if anywhere, as proofs of a resume need it."""
+
+    stop_after: int | None = None
+    """it is saved and left after so many steps, as if it had been signalled"""
+    die_after: int | None = None
+    """it kills itself"""
+
+
+TO_THE_END = Ends()
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,0 +1,254 @@
+"""A run that goes on: what it was, what it would be now, and what must be written down before.
+
+The run's folder and the words of a command come in; settings come out under which it may go on,
+with everything that was accepted on the disk. Refused are an imported model, and every change that
+nobody has accepted. Written in this order, so that a death between leaves the old or the new:
+changes.jsonl, config.yaml, then the summary of a run that is to go on is set aside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.cli.output import Output
+from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
+from pretrain.data.durable import replace_file, sync_folder
+from pretrain.data.shards import PreparedData
+from pretrain.optimizer.continuation import Curve, compare, table
+from pretrain.train.changes import (
+    Change,
+    bends_rates,
+    check_accepted,
+    differences,
+    read_records,
+    record,
+    with_records,
+    write_records,
+)
+from pretrain.train.records import SUMMARY
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+
+# The fingerprint has these under its own names.
+_IN_FINGERPRINT = ("train.threads", "train.device")
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The settings of a run that was trained here; ValueError for anything else."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
+    if not (folder / "environment.json").is_file():
+        raise ValueError(
+            f"{folder} was imported, not trained; train on from it with --train.init_from {folder}"
+        )
+    return compose([read_file(folder / "config.yaml")])
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its full name, as JSON has it."""
+    flat = {f"{s}.{k}": v for s, section in to_dict(config).items() for k, v in section.items()}
+    return {name: value for name, value in flat.items() if name not in _IN_FINGERPRINT}
+
+
+def with_settings(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """`config` with some settings by their full names."""
+    merged = to_dict(config)
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        if key in merged.get(section, ()):
+            merged[section][key] = value
+    return compose([merged])
+
+
+def asked_settings(asked: RunConfig, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What a command says itself, by full name; an empty value asks for nothing."""
+    plain = to_dict(asked)
+    said = {f"{s}.{k}": plain[s][k] for layer in layers for s in layer for k in layer[s]}
+    # Everywhere else empty means: decide it. It was decided.
+    return {k: v for k, v in said.items() if v not in (None, "auto") or k == "train.patience"}
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return content
+
+
+def is_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether nothing is left to train: there is a summary, and it is no older than an extension
+    that was written into the config."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    past, steps = config.schedule.past, config.train.steps
+    assert steps is not None
+    return not (past and summary_of(folder)["steps"] <= past[-1].until_step < steps)
+
+
+def curve_of(config: RunConfig) -> Curve:
+    assert config.train.steps is not None
+    return Curve(config.schedule, config.optimizer.learning_rate, config.train.steps)
+
+
+def with_curve(config: RunConfig, curve: Curve) -> RunConfig:
+    return replace(
+        config,
+        schedule=curve.schedule,
+        optimizer=replace(config.optimizer, learning_rate=curve.learning_rate),
+        train=replace(config.train, steps=curve.steps),
+    )
+
+
+@dataclass(slots=True)
+class Resumption:
+    """A run before it goes on from a checkpoint, or from its start."""
+
+    folder: Path
+    stored: RunConfig
+    """what config.yaml says"""
+    wanted: RunConfig
+    """with what the command says besides"""
+    checkpoint: Checkpoint | None
+    accepted: tuple[str, ...] = ()
+    by: str = "accept"
+    """the verb; extend and anneal continue a finished run"""
+    records: list[dict[str, Any]] = field(init=False)
+    old: dict[str, Any] = field(init=False)
+    """what the run had at the checkpoint, by name, and what was accepted there"""
+
+    def __post_init__(self) -> None:
+        records = read_records(self.folder)
+        if self.by != "accept":
+            # Written by a verb that died before it wrote config.yaml: it never happened.
+            records = [r for r in records if r["by"] == "accept" or r["step"] != self.step]
+        self.records = records
+        if self.checkpoint is None:
+            text = (self.folder / "environment.json").read_text(encoding="utf-8")
+            begun_with = dict(json.loads(text)["fingerprint"])
+        else:
+            begun_with = dict(self.checkpoint.state["fingerprint"])
+        settings = begun_with.pop("settings", None) or settings_of(self.stored)
+        self.old = with_records({**begun_with, **settings}, records, step=self.step)
+        self._settle_schedule()
+
+    @property
+    def step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def before(self) -> RunConfig:
+        """The settings that the run had."""
+        return with_settings(self.stored, {k: v for k, v in self.old.items() if "." in k})
+
+    def _settle_schedule(self) -> None:
+        """A changed schedule holds from this step on: the rates of the steps before stay."""
+        before, now = self.before, self.wanted
+        same = replace(now.schedule, past=before.schedule.past) == before.schedule
+        if same and now.optimizer.learning_rate == before.optimizer.learning_rate:
+            past = before.schedule.past
+        else:
+            past = curve_of(before).past_until(self.step)
+        self.wanted = replace(now, schedule=replace(now.schedule, past=past))
+
+    def refuse_other_text(self) -> None:
+        """ValueError for other settings of the text: before hours go into its preparation."""
+        changes = self._changes({**self.old, **settings_of(self.wanted)})
+        if any(c.is_text and (c.impossible or c.word not in self.accepted) for c in changes):
+            words = {change.word for change in changes}
+            named = [word for word in self.accepted if word in words]
+            check_accepted(changes, named)
+
+    def settle(self, fingerprint: dict[str, Any], data: PreparedData) -> list[Change]:
+        """All changes, accepted; ValueError with all of them if not."""
+        now = {**fingerprint, **settings_of(self.wanted)}
+        changes = [self._checked(change, data) for change in self._changes(now)]
+        check_accepted(changes, self.accepted, now=now, records=self.records)
+        threads, device = fingerprint["threads"], fingerprint["device"]
+        train = replace(self.wanted.train, threads=threads, device=device)
+        self.wanted = replace(self.wanted, train=train)
+        return changes
+
+    def _changes(self, now: dict[str, Any]) -> list[Change]:
+        found = differences(self.old, now)
+        bent = any(c.bends_rates and not c.impossible for c in found)
+        # The past was written for the change beside it, and not by the user.
+        return [c for c in found if not (bent and c.name == "schedule.past")]
+
+    def _checked(self, change: Change, data: PreparedData) -> Change:
+        from pretrain.tokenizer import load_tokenizer
+
+        if change.name != "tokenizer":
+            return change
+        had, has = load_tokenizer(self.folder / "tokenizer").vocab_size, data.manifest.vocab_size
+        reason = f"the model has a row for each of {had:,} tokens, and this one has {has:,}"
+        return replace(change, impossible=reason) if had != has else change
+
+    def write(self, final: RunConfig, changes: Sequence[Change], output: Output) -> None:
+        """Say and record what is otherwise from here on; then the run's files hold it."""
+        old_curve, new_curve = curve_of(self.before), curve_of(final)
+        lines = [record(self.step, c.word, c.old, c.new, by="accept") for c in changes]
+        for change in changes:
+            output.say(f"accepted from step {self.step:,} on: {change}")
+        others = differences(_settings(self.old), settings_of(final))
+        named = {change.name for change in changes}
+        lines += [
+            record(self.step, c.word, c.old, c.new, by=self.by)
+            for c in others
+            if c.name not in named
+        ]
+        if self.by != "accept":
+            steps = (old_curve.steps, new_curve.steps)
+            lines.append(record(self.step, self.by, *steps, by=self.by))
+        if any(change.bends_rates for change in others):
+            # Whoever reads the record later sees what the user saw.
+            rows = compare(old_curve, new_curve, done=self.step)
+            lines[-1]["curve"] = rows
+            output.say(
+                f"learning rates, old and new; the new ones hold from step {self.step:,} on:"
+            )
+            output.say(table(rows))
+        if lines:
+            write_records(self.folder, [*self.records, *lines])
+        self._note_later_ones(output)
+        if to_dict(final) != to_dict(self.stored):
+            replace_file(self.folder / "config.yaml", to_yaml(final).encode())
+
+    def _note_later_ones(self, output: Output) -> None:
+        """Where newer checkpoints were lost; the rates alone remember where they were changed."""
+        for each in self.records:
+            is_late = each["step"] > self.step and each["by"] == "accept"
+            if is_late and not bends_rates(each["what"]):
+                output.say(
+                    f"note: {each['what']} was changed at step {each['step']:,} and now holds from "
+                    f"step {self.step:,} on, for the checkpoint is older"
+                )
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if "." in name}
+
+
+def put_tokenizer(folder: Path, data: PreparedData) -> None:
+    """Let the run's tokenizer be that of its text, where another one was accepted."""
+    if any(each["what"] == "tokenizer" for each in read_records(folder)):
+        made = data.tokenizer().save(folder / ".tokenizer")
+        os.replace(made, folder / "tokenizer" / made.name)
+        made.parent.rmdir()
+
+
+def set_aside(folder: Path) -> None:
+    """Keep the end of a run that goes on as summary.json.1, .2, ...; the summary goes last, for
+    it is what tells that there is something left to set aside."""
+    if not (folder / SUMMARY).is_file():
+        return
+    for name in ("baselines.json", SUMMARY):
+        path = folder / name
+        numbers = range(1, 10**6)
+        aside = next(p for n in numbers if not (p := folder / f"{name}.{n}").exists())
+        if path.exists():
+            path.rename(aside)
+            sync_folder(folder)
