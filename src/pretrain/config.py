@@ -4,9 +4,8 @@ Values come in layers (a family's and preset's defaults, a recipe or file, the c
 later ones win. An unknown key names its nearest neighbour, a wrong value says what would be legal;
 one error lists every mistake, and all of it happens before torch is imported.
 
-Each section's class has a generator `mistakes()` of pairs: the fields that a mistake hangs on, and
-a sentence. Built alone, a class raises what its own yields. Here a section is built unasked, then
-asked, and nothing is said that hangs on a field which is already known to be wrong.
+Each section's class yields its `mistakes()`: the fields that one hangs on, and a sentence. Nothing
+is said that hangs on a field which is already known to be wrong.
 """
 
 from __future__ import annotations
@@ -178,9 +177,6 @@ def parse_overrides(words: Sequence[str]) -> Layer:
     return layer
 
 
-# --- layers -> RunConfig -----------------------------------------------------------------------
-
-
 class _Mistakes:
     """Sentences, and the fields that nothing more can be said about."""
 
@@ -194,10 +190,9 @@ class _Mistakes:
 
     def add_unknown(self, said: str, word: str, known: Iterable[str], *, place: str = "") -> None:
         """A word that is not among the known ones, of which the nearest was meant, if any is."""
-        if len(self.sentences) >= 100:  # a search takes half a millisecond
-            self.add(said)
-            return
-        close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+        if len(self.sentences) >= 100:
+            return self.add(said)  # a search takes half a millisecond
+        close = difflib.get_close_matches(word, list(known), 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
         self.add(f"{said}; {hint}", *(f"{place}{meant}" for meant in close))
 
@@ -233,11 +228,7 @@ class _Mistakes:
         self.pass_on()
 
 
-def no_rules(config: RunConfig) -> Iterable[tuple[str, str]]:
-    return ()
-
-
-def compose(layers: Iterable[Layer], *, also: Rules = no_rules) -> RunConfig:
+def compose(layers: Iterable[Layer], *, also: Rules | None = None) -> RunConfig:
     """A RunConfig from layers, later ones winning, or one ValueError that names every mistake;
     `also` has rules that only the caller knows."""
     mistakes = _Mistakes()
@@ -252,7 +243,7 @@ def compose(layers: Iterable[Layer], *, also: Rules = no_rules) -> RunConfig:
         mistakes.add(str(error), *(_names("model").keys() - given))
     built = {name: _build(kind, merged[name], name, mistakes) for name, kind in SECTIONS.items()}
     config = RunConfig(**built)
-    for rules in (RunConfig.mistakes, also):
+    for rules in filter(None, (RunConfig.mistakes, also)):
         mistakes.ask(rules(config))
     mistakes.refuse()
     return config

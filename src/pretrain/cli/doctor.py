@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
+from pretrain.cli.resuming import read_run
 from pretrain.cli.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
-from pretrain.config import compose, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -196,5 +196,4 @@ def _resume(device: str, output: Output) -> dict[str, Any]:
         if done.returncode != 0:
             return {"verdict": DIFFERS, "error": done.stderr.strip()[-500:]}
         os.environ["PRETRAIN_CACHE"] = str(Path(name) / "cache")
-        config = compose([read_file(run_folder / "config.yaml")])
-        return prove(run_folder, config, 10, say=output.say)
+        return prove(run_folder, read_run(run_folder), 10, say=output.say)

@@ -102,7 +102,9 @@ def first_weights(config: RunConfig) -> Checkpoint | None:
     return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
 
 
-def with_first_weights(below: list[Layer], above: list[Layer], *, also: Rules) -> RunConfig:
+def with_first_weights(
+    below: list[Layer], above: list[Layer], *, also: Rules | None = None
+) -> RunConfig:
     """A config from layers, `above` winning; where train.init_from is set, architecture and
     tokenizer are that model's, and `below` (a recipe's) says nothing of them. `also`: see compose.
 

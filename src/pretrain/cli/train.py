@@ -42,7 +42,6 @@ from pretrain.config import (
     Rules,
     RunConfig,
     compose,
-    no_rules,
     parse_overrides,
     read_file,
     to_yaml,
@@ -151,7 +150,7 @@ def _mistakes_here(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _composed(
-    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules = no_rules
+    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules | None = None
 ) -> RunConfig:
     # What a recipe says of the architecture gives way to train.init_from; what the user says must
     # fit it.

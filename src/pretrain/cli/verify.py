@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import signal
 import subprocess
@@ -23,8 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import __version__
+from pretrain.cli.environment import ENVIRONMENT, read_environment
 from pretrain.cli.output import Output
-from pretrain.config import RunConfig, compose, read_file, to_yaml
+from pretrain.cli.resuming import read_run, settings_of
+from pretrain.config import RunConfig, to_yaml
 from pretrain.train.records import METRICS, SAMPLES, Records, write_json
 
 if TYPE_CHECKING:
@@ -55,10 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     folder = Path(arguments.run)
-    if not (folder / "config.yaml").is_file() or not (folder / "environment.json").is_file():
-        raise ValueError(f"{folder} is no run of this program: it has no config.yaml and no "
-                         "environment.json")  # fmt: skip
-    config = compose([read_file(folder / "config.yaml")])
+    config = read_run(folder)
     steps = config.train.steps or 0
     k = min(arguments.steps, (steps - 1) // 2)
     if k < 1:
@@ -95,7 +94,8 @@ def prove(folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
         checks["micro-batch"] = _close(straight, other, config, rows)
     for name, check in checks.items():
         say(f"  {name:<12} {check.verdict:<10}  {check.found}")
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment = read_environment(straight)
+    environment["fingerprint"].pop("settings")
     differs = any(check.verdict == DIFFERS for check in checks.values())
     if differs:
         say(f"the legs are kept in {work}")
@@ -121,9 +121,17 @@ def _surroundings(result: Mapping[str, Any]) -> str:
 
 def _leg(run: Path, folder: Path, config: RunConfig) -> Path:
     """A run of the same settings that has not made a step."""
+    import torch
+
+    from pretrain.train.fingerprint import code_hash
+
     folder.mkdir()
     shutil.copytree(run / "tokenizer", folder / "tokenizer")
-    shutil.copyfile(run / "environment.json", folder / "environment.json")
+    environment = read_environment(run)
+    # What is proven holds for this code on this run's text.
+    here = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
+    environment["fingerprint"] |= {**here, "settings": settings_of(config)}
+    write_json(folder / ENVIRONMENT, environment)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return folder
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -81,11 +82,7 @@ def normal(seed: int, name: str, start: int, stop: int, *, device: torch.device)
     return values[start - 4 * first : stop - 4 * first]
 
 
-# To torch's compiler the mask is one operation that it may not look into: in what it makes of these
-# integers, products above 63 bits come out otherwise (torch 2.13, CPU), and indices are cut to 32
-# bits (CUDA). A compiled run would have other masks than an eager one.
-@torch.library.custom_op("pretrain::dropout_mask", mutates_args=())
-def _dropout_mask(
+def _mask(
     samples_B: Tensor, key: Sequence[int], where: int, shape: Sequence[int], rate: float
 ) -> Tensor:
     place = math.prod(shape[1:])
@@ -98,11 +95,20 @@ def _dropout_mask(
     return kept.reshape(tuple(shape)).float() / (1.0 - rate)
 
 
-@_dropout_mask.register_fake
-def _(
-    samples_B: Tensor, key: Sequence[int], where: int, shape: Sequence[int], rate: float
-) -> Tensor:
-    return samples_B.new_empty(tuple(shape), dtype=torch.float32)
+@cache
+def _mask_operation() -> Callable[..., Tensor]:
+    """`_mask` as one operation, which torch's compiler may not look into: in what it makes of these
+    integers, products above 63 bits come out otherwise (torch 2.13 on a CPU), and indices are cut
+    to 32 bits (on CUDA). A compiled run would have other masks than an eager one."""
+    operation = torch.library.custom_op("pretrain::dropout_mask", _mask, mutates_args=())
+
+    def shaped(
+        samples_B: Tensor, key: Sequence[int], where: int, shape: Sequence[int], rate: float
+    ) -> Tensor:
+        return samples_B.new_empty(tuple(shape), dtype=torch.float32)
+
+    operation.register_fake(shaped)
+    return operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +119,12 @@ class Noise:
     seed: int
     samples_B: Tensor
     key: tuple[int, int] = field(init=False)
-    """Made once, and where no compiler looks on."""
+    draw: Callable[..., Tensor] = field(init=False)
+    """Like the key made here, where no compiler looks on."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", key_of(self.seed, "dropout"))
+        object.__setattr__(self, "draw", _mask_operation())
 
     def keep(self, shape: Sequence[int], rate: float, *, layer: int, site: int) -> Tensor:
         """A mask over activations of `shape` (B, ..., width): 1 / (1 - rate) where kept, else 0.
@@ -124,5 +132,5 @@ class Noise:
         It hangs on seed, sample, layer, site and the element's place in its own sample alone, so
         rows may be grouped into any micro-batch on any process and are masked alike.
         """
-        mask: Tensor = _dropout_mask(self.samples_B, self.key, layer * 16 + site, shape, rate)
+        mask: Tensor = self.draw(self.samples_B, self.key, layer * 16 + site, shape, rate)
         return mask
