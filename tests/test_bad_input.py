@@ -69,7 +69,7 @@ STEPS = ["--train.steps", "1"]
         (["good.jsonl", "--tokenizer.name", "wordpiece", *STEPS], "wordpiece"),
         (["good.jsonl", "--model.context_length", "999999", *STEPS], "the longest that fits"),
         (["good.jsonl", "--train.batch_tokens", "1000", *STEPS], "the nearest that are"),
-        (["good.jsonl", "--train.micro_batch_rows", "3", *STEPS], "does not divide"),
+        (["good.jsonl", "--train.micro_batch_rows", "300", *STEPS], "is more than the"),
         (["good.jsonl", "--train.device", "cuda", *STEPS], "not available here; there is: cpu"),
         (["good.jsonl", "--data.text_field", "nothing", *STEPS], "nothing"),
         (["good.jsonl", "--run", "full", *STEPS], "not an empty folder"),

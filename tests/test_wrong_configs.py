@@ -330,10 +330,10 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
         "",
         ["1,000 is not a multiple of model.context_length 128; the nearest that are: 896 or"],
     ),
-    "micro-batches that do not share": (
-        "model: {context_length: 128}\ntrain: {batch_tokens: 1024, micro_batch_rows: 3}",
+    "micro-batches beyond the batch": (
+        "model: {context_length: 128}\ntrain: {batch_tokens: 1024, micro_batch_rows: 9}",
         "",
-        ["train.micro_batch_rows 3 does not divide the 8 windows of a batch; legal: 1, 2, 4, 8"],
+        ["train.micro_batch_rows 9 is more than the 8 windows of a batch; legal: 1 to 8"],
     ),
     "contradictions and a value out of range": (
         "model: {n_heads: 3, d_model: 128, n_kv_heads: 2, n_layers: 0}",

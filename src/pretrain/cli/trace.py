@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
+from pretrain.train.records import Records
+from pretrain.train.watch import Rollback, position_of, rollbacks_of
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -51,9 +53,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         context_length=model.window_tokens, seed=train.seed, steps=train.steps, batch_rows=rows
     )
     tracer = Tracer(order, stream.document_offsets, rows)
+    records = Records(folder).metrics()
+    history = History(rollbacks_of(records), max((r["step"] for r in records), default=0))
     if arguments.step is not None:
-        return _show_step(tracer, data, arguments.step, output)
-    return _show_document(tracer, data, arguments.document, _steps_made(folder), output)
+        return _show_step(tracer, data, arguments.step, history, output)
+    return _show_document(tracer, data, arguments.document, history, output)
 
 
 def _refuse_other_text(folder: Path, config: RunConfig, data: PreparedData) -> None:
@@ -66,16 +70,34 @@ def _refuse_other_text(folder: Path, config: RunConfig, data: PreparedData) -> N
         )
 
 
-def _steps_made(folder: Path) -> int:
-    from pretrain.train.records import Records
+@dataclass(frozen=True, slots=True)
+class History:
+    """Which batch of the data each step read: its own number, unless the run has rolled back."""
 
-    return max((record["step"] for record in Records(folder).metrics()), default=0)
+    rollbacks: list[Rollback]
+    steps: int
+    """updates made so far"""
+
+    def position(self, step: int) -> int:
+        return position_of(step, self.rollbacks)
+
+    def made(self, sights: Iterable[Sight]) -> Iterator[Sight]:
+        """Sights of batches as sights of the steps that read them; some batches were passed
+        over."""
+        steps = {self.position(step): step for step in range(self.steps)} if self.rollbacks else {}
+        for sight in sights:
+            if not self.rollbacks:
+                yield sight
+            elif sight.step in steps:
+                yield replace(sight, step=steps[sight.step])
 
 
-def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> int:
+def _show_step(
+    tracer: Tracer, data: PreparedData, step: int, history: History, output: Output
+) -> int:
     if step < 0:
         raise ValueError(f"--step is {step}; steps count from 0")
-    sights = tracer.documents_of(step)
+    sights = [replace(s, step=step) for s in tracer.documents_of(history.position(step))]
     numbers = {sight.document for sight in sights}
     origins = dict(data.split("train").origins(lambda number, _: number in numbers))
     read, rows = _reader(tracer, data), []
@@ -91,7 +113,7 @@ def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) ->
 
 
 def _show_document(
-    tracer: Tracer, data: PreparedData, name: str, steps: int, output: Output
+    tracer: Tracer, data: PreparedData, name: str, history: History, output: Output
 ) -> int:
     stream = data.split("train")
     found = list(stream.origins(lambda _, origin: name in (origin.id, origin.file)))
@@ -103,19 +125,21 @@ def _show_document(
         raise ValueError(f"there is no document {name!r} here; ids are like {first.id!r}")
     read, documents = _reader(tracer, data), []
     for number, origin in found:
-        sights = [read(sight) for sight in tracer.steps_of(number, steps=steps)]
+        batches = history.position(history.steps - 1) + 1
+        found_in = history.made(tracer.steps_of(number, steps=batches))
+        sights = [read(sight) for sight in found_in]
         documents.append({**asdict(origin), "seen": sights})
         n_tokens = int(tracer.offsets[number + 1] - tracer.offsets[number])
         output.say(
             f"{origin.id}  {origin.file} at byte {origin.offset}, {n_tokens:,} tokens: seen in "
-            f"{len({row['step'] for row in sights})} of {steps} steps"
+            f"{len({row['step'] for row in sights})} of {history.steps} steps"
         )
         for row in sights:
             output.say(
                 f"  step {row['step']}  tokens {row['first_token']} to {row['stop_token']}  "
                 f"{_shortened(row['text'])}"
             )
-    output.result({"steps": steps, "documents": documents})
+    output.result({"steps": history.steps, "documents": documents})
     return 0
 
 

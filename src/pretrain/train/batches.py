@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import MicroBatch, Order, TokenStream, micro_batch_at
+from pretrain.data.batches import NOT_COUNTED
 from pretrain.data.mixture import Mixture
 from pretrain.train.watch import Rollback, position_of
 
@@ -56,7 +57,8 @@ class TrainingBatches:
     def at(self, step: int) -> Iterator[MicroBatch]:
         self.n_bytes = self.checksum = 0
         first = self.position(step) * self.batch_rows
-        for sample in range(first, first + self.batch_rows, self.micro_batch_rows):
+        end = first + self.batch_rows
+        for sample in range(first, end, self.micro_batch_rows):
             batch = micro_batch_at(
                 self.stream,
                 context_length=self.context_length,
@@ -65,7 +67,11 @@ class TrainingBatches:
                 rows=self.micro_batch_rows,
                 order=self.order,
             )
-            self.n_bytes += int(self.byte_lengths_V[batch.targets].sum())
-            windows = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
+            n = min(end - sample, self.micro_batch_rows)
+            self.n_bytes += int(self.byte_lengths_V[batch.targets[:n]].sum())
+            windows = torch.cat([batch.inputs[:n], batch.targets[:n, -1:]], dim=1)
             self.checksum = zlib.crc32(windows.numpy().data, self.checksum)
+            # Rows beyond the batch weigh nothing: all micro-batches have one shape, as a compiler
+            # wants it, whether or not they divide the batch.
+            batch.targets[n:] = NOT_COUNTED
             yield batch

@@ -33,7 +33,7 @@ def show_plan(
     tokens = steps * batch
     epochs = tokens / text.n_tokens
     micro = micro_rows * context
-    accumulation = batch // (micro * world.size)
+    accumulation = -(-batch // (micro * world.size))
     # Most parameters of `fast` are rows that a step looks up; they take memory but no products.
     tables = 2 * model.ngram_rows * model.d_model
     in_tables = f", {tables:,} of them in n-gram tables" if tables else ""

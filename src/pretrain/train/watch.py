@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Steps that a loss is compared with, and how many there must be: as in "2 OLMo 2 Furious"
-# (OLMo et al., 2025), which skips updates beyond 6 standard deviations of the last 128.
-WINDOW_STEPS, LEAST_STEPS = 128, 32
+# Steps that a loss is compared with, and how many there must be. "2 OLMo 2 Furious" (OLMo et al.,
+# 2025) skips updates beyond 6 standard deviations of the last 128 losses; early in a run these fall
+# so fast that nothing is ever beyond. Here deviations are those from a straight line through 64.
+WINDOW_STEPS, LEAST_STEPS = 64, 32
 # So many in a row are no spike: the loss has a new level, or the run has diverged.
 MOST_IN_A_ROW = 10
 MOST_ROLLBACKS = 3
@@ -29,7 +30,7 @@ class Finding:
     kind: str
     """NOT_FINITE or SPIKE"""
     z_score: float
-    """standard deviations of the loss above the mean of the steps before"""
+    """standard deviations of the loss above where the steps before point to"""
 
 
 @dataclass(slots=True)
@@ -59,12 +60,19 @@ class Watch:
         self.losses.append(loss)
 
     def _z_score(self, loss: float) -> float:
-        if len(self.losses) < LEAST_STEPS:
+        n = len(self.losses)
+        if n < LEAST_STEPS:
             return 0.0
-        mean = math.fsum(self.losses) / len(self.losses)
-        variance = math.fsum((x - mean) ** 2 for x in self.losses) / len(self.losses)
-        # A loss that hardly moves is no reason to call a thousandth of it a spike.
-        return (loss - mean) / max(math.sqrt(variance), 1e-3 * abs(mean), 1e-12)
+        mean, middle = math.fsum(self.losses) / n, (n - 1) / 2
+        spread = n * (n * n - 1) / 12  # the sum of (i - middle)^2
+        slope = math.fsum((i - middle) * x for i, x in enumerate(self.losses)) / spread
+        left = (x - mean - slope * (i - middle) for i, x in enumerate(self.losses))
+        deviation = math.sqrt(math.fsum(x * x for x in left) / n)
+        # A curve that flattens lies above the line, so the last losses count too; and one that
+        # hardly moves is no reason to call a thousandth of it a spike.
+        last = math.fsum(list(self.losses)[-8:]) / 8
+        expected = max(mean + slope * (n - middle), last)
+        return (loss - expected) / max(deviation, 1e-3 * abs(mean), 1e-12)
 
     @staticmethod
     def of(records: Iterable[Mapping[str, Any]], *, threshold: float) -> Watch:

@@ -14,7 +14,7 @@ def check_windows(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> t
     """The context length and the targets in a batch for a training text of `n_tokens` ids.
 
     Raises ValueError for a context that the text is too short for, a batch that is not whole
-    windows, and a micro-batch that does not divide the batch.
+    windows, and a micro-batch that is larger than the batch.
     """
     context = _context_length(model, n_tokens)
     batch_tokens = train.batch_tokens or max(1, DEFAULT_BATCH_TOKENS // context) * context

@@ -1,0 +1,54 @@
+"""A leg of a proof with a fault in it: what goes wrong after a resume in many a trainer.
+
+python planted_leg.py FAULT FOLDER --stop-after N
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pretrain.cli import leg
+from pretrain.model import random
+from pretrain.train import loop
+from pretrain.train import run as runs
+from pretrain.train.batches import TrainingBatches
+
+
+def order() -> None:
+    """The loader begins a batch too late."""
+    real = TrainingBatches.at
+    TrainingBatches.at = lambda self, step: real(self, step + 1)  # type: ignore[method-assign]
+
+
+def randomness() -> None:
+    """Dropout masks come from a generator that begins anew."""
+    real = random.key_of
+    random.key_of = lambda seed, purpose: real(seed + (purpose == "dropout"), purpose)
+
+
+def optimizer() -> None:
+    """One tensor of the optimizer is not put back."""
+    real = runs.restore_optimizer_state  # type: ignore[attr-defined]
+
+    def forgetful(optimizer: Any, parameters: Any, tensors: dict[str, Any]) -> None:
+        name = next(name for name in tensors if name.endswith("exp_avg"))
+        real(optimizer, parameters, {**tensors, name: tensors[name] * 0})
+
+    runs.restore_optimizer_state = forgetful  # type: ignore[assignment, attr-defined]
+
+
+def schedule() -> None:
+    """The warm-up begins anew."""
+    real = loop.rate_at  # type: ignore[attr-defined]
+    loop.rate_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    fault, folder, *rest = sys.argv[1:]
+    if any(Path(folder).glob("checkpoints/step-*")):
+        {"order": order, "randomness": randomness, "optimizer": optimizer, "schedule": schedule}[
+            fault
+        ]()
+    sys.exit(leg.main([folder, *rest]))

@@ -1,0 +1,107 @@
+"""`verify` and `doctor`: a resume is proven, and each planted fault is found where it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.cli import main, verify
+from pretrain.cli.resuming import read_run
+from tiny import TINY
+
+PLANTED = Path(__file__).with_name("planted_leg.py")
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "run"
+    words = ["--model.family", "gpt2", "--model.dropout", "0.1", "--train.micro_batch_rows", "4"]
+    assert (
+        main(["train", str(corpus), "--run", str(folder), *TINY, *words, "--train.steps", "30"])
+        == 0
+    )
+    return folder
+
+
+def test_a_run_is_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["verify", str(run), "--steps", "4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["verdict"] == "exact"
+    assert result["steps"] == [4, 8]
+    verdicts = {name: check["verdict"] for name, check in result["checks"].items()}
+    assert verdicts.pop("micro-batch") == "agrees"
+    exact = "killed order losses evaluations weights optimizer"
+    assert verdicts == dict.fromkeys(exact.split(), "exact")
+    assert "SIGKILL after step 6, resumed from step 4" in result["checks"]["killed"]["found"]
+    assert json.loads((run / "verification.json").read_text())["verdict"] == "exact"
+
+
+@pytest.mark.parametrize(
+    ("fault", "stays"),
+    [
+        ("order", []),
+        ("randomness", ["order"]),
+        ("optimizer", ["order"]),
+        ("schedule", ["order"]),
+    ],
+)
+def test_a_planted_fault_is_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, stays: list[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(verify, "LEG", [sys.executable, str(PLANTED), fault])
+    said: list[str] = []
+    checks = verify.prove(run, read_run(run), 4, say=said.append)["checks"]
+    differing = {name for name, check in checks.items() if check["verdict"] == "differs"}
+    assert {"losses", "weights"} <= differing
+    assert not differing.intersection(["killed", *stays])
+    assert ("order" in differing) == (fault == "order")
+    assert "the legs are kept" in said[-1]
+
+
+def test_what_cannot_be_proven_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert main(["verify", str(run), "--steps", "0"]) == 2
+    assert "there must be one at least in each half" in capsys.readouterr().err
+
+
+def test_a_machine_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the compiler, which takes longer than all the rest, and has a test of its own."""
+    from pretrain.cli import doctor
+
+    monkeypatch.chdir(tmp_path)
+    skipped = verify.Check(verify.NOT_JUDGED, "not now")
+    monkeypatch.setattr(doctor, "_compiled", lambda world: skipped)
+    proofs: list[Any] = []
+
+    def proven(folder: Path, config: Any, k: int, *, say: Any) -> dict[str, str]:
+        proofs.append((config.model.dropout, k))
+        return {"verdict": verify.EXACT}
+
+    monkeypatch.setattr(doctor, "prove", proven)
+    assert main(["doctor", "--json", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    verdicts = {name: check["verdict"] for name, check in result["checks"].items()}
+    agree = dict.fromkeys(("disk", "repeat", "micro-batch"), "agrees")
+    assert verdicts == {**agree, "compile": "not judged"}
+    assert proofs == [(0.1, 10)]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_eager_ones() -> None:
+    from pretrain.cli import doctor
+    from pretrain.world import open_world
+
+    check = doctor._compiled(open_world("cpu"))
+    assert check.verdict == verify.AGREES, check.found
