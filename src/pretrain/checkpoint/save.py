@@ -107,7 +107,12 @@ def _write_into(
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what a killed save or a killed deletion left behind; such names are never read."""
-    for path in folder.glob(".step-*"):
+    leftovers = list(folder.glob(".step-*"))
+    if leftovers:
+        # Else a power loss may take back the renaming and not the deletion: half a checkpoint would
+        # stand under its final name.
+        disk.sync_folder(folder)
+    for path in leftovers:
         disk.remove_folder(path)
 
 
@@ -134,7 +139,6 @@ def forget_after(folder: Path, step: int) -> None:
     for path in list_checkpoints(folder):
         if int(path.name.removeprefix("step-")) > step:
             os.rename(path, folder / f".{path.name}.old-{secrets.token_hex(4)}")
-    disk.sync_folder(folder)
     _remove_leftovers(folder)
 
 
