@@ -155,19 +155,63 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST_MANIFEST_BYTES:
         raise DamagedCheckpoint(f"{file} is larger than any manifest of ours")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{file} is not the manifest of a {FORMAT}")
     if content.get("sha256") != manifest_hash(content):
         raise DamagedCheckpoint(f"{file} was changed after it was written")
-    if content["version"] > VERSION:
+    version = content.get("version")
+    if type(version) is int and version > VERSION:
         raise ValueError(
-            f"{path} is in version {content['version']} of the format and this program reads up to "
+            f"{path} is in version {version} of the format and this program reads up to "
             f"{VERSION}; a newer pretrain can open it"
         )
+    try:
+        _refuse_nonsense(content)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise DamagedCheckpoint(f"{file} is not laid out as a manifest is: {text}") from None
     return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("it has a key twice")
+    return content
+
+
+def _refuse_nonsense(content: dict[str, Any]) -> None:
+    """Some error where a manifest with a right hash, hence made on purpose, cannot be ours: nothing
+    outside the folder is read for it, and nothing is read that it gives no hash of."""
+    if type(content["version"]) is not int or type(content["step"]) is not int:
+        raise ValueError("version or step is no number")
+    if not isinstance(content["state"], dict):
+        raise ValueError("state is no object")
+    for name, entry in content["files"].items():
+        n_bytes, block_bytes = entry["bytes"], entry["block_bytes"]
+        if {type(n_bytes), type(block_bytes)} != {int} or min(n_bytes, block_bytes - 1) < 0:
+            raise ValueError(f"{name} has a size of {n_bytes} in blocks of {block_bytes}")
+        if Path(name).name != name or name == MANIFEST:
+            raise ValueError(f"{name} is no file of its own in this folder")
+        if len(entry["sha256"]) != -(-n_bytes // block_bytes):
+            raise ValueError(f"{name} has {len(entry['sha256'])} hashes")
+    for name, entry in content["tensors"].items():
+        DTYPES[entry["dtype"]]
+        for piece in entry["slices"]:
+            content["files"][piece["file"]]
+            numbers = [
+                piece["offset"],
+                *entry["shape"],
+                *(n for pair in piece["box"] for n in pair),
+            ]
+            if any(type(n) is not int or n < 0 for n in numbers):
+                raise ValueError(f"{name} has a place or a shape that is none")
+            if [len(pair) for pair in piece["box"]] != [2] * len(entry["shape"]):
+                raise ValueError(f"{name} has a slice of other dims")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
