@@ -1,0 +1,121 @@
+"""`python -m faults short|ci|full [PART...] [--seed N] [--on FOLDER]`: run it, print the table.
+
+Exit code 1 if a fault was not survived, or did not land. Files lie in memory (/dev/shm) where there
+is such a place: a process that is killed leaves the same files on any disk, and what a disk loses
+with its power is played through by `crash_states`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from faults import broken_savers, corruption, crash_states, injected, kills
+from faults.table import Row, Unrecovered, render, surroundings
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much of each part."""
+
+    kills: int
+    torch_kills: int
+    one_flip_in: int
+    flips_for_others: int
+    workers: int
+
+
+SIZES = {
+    "short": Size(100, 20, 20, 200, 1),
+    "ci": Size(10_000, 300, 1, 10_000, 2),
+    "full": Size(10_000, 300, 1, 10_000, 2),
+}
+
+
+def _kills(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield kills.kill_the_saver(scratch, landed=size.kills, seed=seed, workers=size.workers)
+    yield kills.kill_torch_save(scratch, landed=size.torch_kills, seed=seed)
+
+
+def _crash_states(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield crash_states.enumerate_states(scratch)
+    yield crash_states.compare_with_the_kernel(scratch)
+
+
+def _broken_savers(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield from broken_savers.catch_all(scratch)
+
+
+def _corruption(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield corruption.flip_bits(scratch, every=size.one_flip_in, seed=seed)
+    yield corruption.damage_in_every_way(scratch)
+    yield from corruption.flip_for_others(scratch, n=size.flips_for_others, seed=seed)
+
+
+def _errors(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield injected.fail_every_call(scratch)
+    yield injected.short_writes(scratch)
+    yield injected.changed_bytes(scratch)
+
+
+PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
+    "crash-states": _crash_states,
+    "broken-savers": _broken_savers,
+    "errors": _errors,
+    "corruption": _corruption,
+    "kills": _kills,
+}
+
+
+def run_part(name: str, size: Size, *, seed: int, on: Path | None = None) -> list[Row]:
+    """The rows of one part; a fault that was not survived is one of them."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=on, prefix="faults-") as scratch:
+        try:
+            for row in PARTS[name](Path(scratch), size, seed):
+                rows.append(row)
+        except Unrecovered as error:
+            rows.append(Row(name, 1, 1, 0, f"NOT SURVIVED (seed {seed}): {error}"))
+    return rows
+
+
+def memory_folder() -> Path:
+    """Where files are quickest."""
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="faults", description=__doc__)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("part", nargs="*", choices=[[], *PARTS])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--on", type=Path, default=memory_folder(), metavar="FOLDER")
+    arguments = parser.parse_args()
+    # A process that forks must have no threads, and the numbers hang on how many there are.
+    torch.set_num_threads(1)
+    began, rows = time.monotonic(), []
+    for name in arguments.part or PARTS:
+        start = time.monotonic()
+        found = run_part(name, SIZES[arguments.size], seed=arguments.seed, on=arguments.on)
+        rows += found
+        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        for row in found:
+            if not row.passed:
+                print(f"{row.fault}: {row.note}", file=sys.stderr, flush=True)
+    print(surroundings(seed=arguments.seed, scratch=arguments.on))
+    print(f"{time.monotonic() - began:.0f} s in all\n")
+    print(render(rows))
+    return int(not all(row.passed for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Twelve wrong savers. Each is the real one with one small edit that somebody could make in good
+faith; a suite that does not catch all of them proves nothing about the real one.
+
+Each edit is a context in which the pages of `pretrain.checkpoint` are changed. It goes through the
+deterministic parts in order; the first that calls it Unrecovered has caught it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from faults.crash_states import N_BYTES, NEW, OLD, enumerate_states, save_and_prune
+from faults.history import KEEP, History, judge
+from faults.injected import changed_bytes, fail_every_call, short_writes
+from faults.table import Row, Unrecovered
+from pretrain.checkpoint import disk, list_checkpoints
+from pretrain.checkpoint import save as saver_page
+from pretrain.checkpoint.format import MANIFEST
+
+PARTS: dict[str, Callable[[Path], Row]] = {
+    "crash states": enumerate_states,
+    "failing calls": fail_every_call,
+    "short writes": short_writes,
+    "changed bytes": changed_bytes,
+}
+Edit = AbstractContextManager[object]
+
+
+def _in_file(**methods: Callable[..., Any]) -> Edit:
+    return _both(*(mock.patch.object(disk.HashingFile, n, new) for n, new in methods.items()))
+
+
+def no_flush() -> Edit:
+    """Bytes wait in a buffer; the fsync comes before they have left it."""
+
+    def write_whole(self: Any, part: memoryview) -> None:
+        self.waiting = getattr(self, "waiting", b"") + bytes(part)
+
+    def close(self: Any) -> None:
+        if self._filled:
+            self._end_block()
+        os.fsync(self._descriptor)
+        os.write(self._descriptor, getattr(self, "waiting", b""))
+        os.close(self._descriptor)
+
+    return _in_file(_write_whole=write_whole, close=close)
+
+
+def no_fsync_of_files() -> Edit:
+    """A file is closed, which brings nothing to the disk."""
+
+    def close(self: Any) -> None:
+        if self._filled:
+            self._end_block()
+        os.close(self._descriptor)
+
+    return _in_file(close=close)
+
+
+def no_fsync_of_folders() -> Edit:
+    """The names of files, and the rename, are left to the system."""
+    return mock.patch.object(disk, "sync_folder")
+
+
+def manifest_first() -> Edit:
+    """Files are moved to the final folder one by one, the one that says "whole" first."""
+
+    def rename(temporary: Path, final: Path) -> None:
+        os.mkdir(final)
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name != MANIFEST):
+            os.rename(path, final / path.name)
+        os.rmdir(temporary)
+        disk.sync_folder(final)
+
+    return mock.patch.object(saver_page, "_rename", rename)
+
+
+def unlink_then_rename() -> Edit:
+    """The name is made free by deleting what has it: one fixed name for the older checkpoint."""
+    real = saver_page._rename
+
+    def rename(temporary: Path, final: Path) -> None:
+        for old in list_checkpoints(final.parent)[:-1]:
+            disk.remove_folder(old)
+        real(temporary, final)
+
+    return mock.patch.object(saver_page, "_rename", rename)
+
+
+def in_place() -> Edit:
+    """Files are written under the final name."""
+    real = saver_page._write_into
+
+    def write_into(folder: Path, **content: Any) -> None:
+        final = folder.with_name(folder.name.partition(".tmp-")[0].removeprefix("."))
+        os.rename(folder, final)
+        real(final, **content)
+
+    return _both(
+        mock.patch.object(saver_page, "_write_into", write_into),
+        mock.patch.object(saver_page, "_rename"),
+    )
+
+
+def hash_of_the_wrong_bytes() -> Edit:
+    """A file is hashed by reading it back: whatever is there is right."""
+    real = disk.HashingFile.close
+
+    def close(self: Any) -> None:
+        real(self)
+        content = self._path.read_bytes()
+        starts = range(0, len(content), disk.BLOCK_BYTES)
+        blocks = [content[start : start + disk.BLOCK_BYTES] for start in starts]
+        self.hashes = [hashlib.sha256(block).hexdigest() for block in blocks]
+
+    return _in_file(close=close)
+
+
+def order_by_time() -> Edit:
+    """The newest is the one with the latest time stamp."""
+
+    def by_time(folder: Path) -> list[Path]:
+        return sorted(list_checkpoints(folder), key=lambda path: path.stat().st_mtime)
+
+    return mock.patch.object(saver_page, "list_checkpoints", by_time)
+
+
+def deletes_the_old_one_first() -> Edit:
+    """Room is made before it is known that the new one can be written."""
+    real = saver_page.save_checkpoint
+
+    def save(folder: Path, **content: Any) -> Path:
+        saver_page.prune(folder, keep=1)
+        return real(folder, **content)
+
+    return mock.patch.object(saver_page, "save_checkpoint", save)
+
+
+def swallows_a_full_disk() -> Edit:
+    """Whoever writes is not told that a write failed."""
+    real = disk.HashingFile._write_whole
+
+    def write_whole(self: Any, part: memoryview) -> None:
+        with contextlib.suppress(OSError):
+            real(self, part)
+
+    return _in_file(_write_whole=write_whole)
+
+
+def tries_fsync_again() -> Edit:
+    """A fsync that failed is tried once more; it succeeds, and the bytes are gone."""
+
+    def close(self: Any) -> None:
+        if self._filled:
+            self._end_block()
+        try:
+            os.fsync(self._descriptor)
+        except OSError:
+            os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    return _in_file(close=close)
+
+
+def no_barrier() -> Edit:
+    """Files are written beside the rename, which does not wait for the last of them."""
+    real = saver_page._rename
+    late: list[Callable[[], None]] = []
+    close = disk.HashingFile.close
+
+    def close_later(self: Any) -> None:
+        if self._filled:
+            self._end_block()
+        late.append(lambda: close(self))
+
+    def rename(temporary: Path, final: Path) -> None:
+        real(temporary, final)
+        while late:
+            late.pop()()
+
+    return _both(_in_file(close=close_later), mock.patch.object(saver_page, "_rename", rename))
+
+
+@contextmanager
+def _both(*edits: Edit) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit)
+        yield
+
+
+BROKEN: tuple[Callable[[], Edit], ...] = (
+    no_flush,
+    no_fsync_of_files,
+    no_fsync_of_folders,
+    manifest_first,
+    unlink_then_rename,
+    in_place,
+    hash_of_the_wrong_bytes,
+    order_by_time,
+    deletes_the_old_one_first,
+    swallows_a_full_disk,
+    tries_fsync_again,
+    no_barrier,
+)
+
+
+def caught_by(scratch: Path, edit: Callable[[], Edit]) -> tuple[str, str] | None:
+    """The part that catches a wrong saver, and what it says; None if none does."""
+    for name, part in PARTS.items():
+        place = scratch / "wrong"
+        place.mkdir()
+        try:
+            with edit():
+                part(place)
+        except Unrecovered as error:
+            return name, str(error)
+        finally:
+            shutil.rmtree(place)
+    return None
+
+
+def works_when_nothing_happens(scratch: Path, edit: Callable[[], Edit]) -> None:
+    """What is caught must be the one fault, not a saver that cannot save at all."""
+    history, folder = History(n_bytes=N_BYTES), scratch / "plain"
+    with edit():
+        for step in (*OLD, NEW):
+            save_and_prune(folder, history, step)
+    judge(folder, history, allowed=(NEW,), least_whole=KEEP)
+    shutil.rmtree(folder)
+
+
+def catch_all(scratch: Path, broken: Collection[Callable[[], Edit]] = BROKEN) -> list[Row]:
+    """A row for each wrong saver; `survived` says whether it was caught."""
+    rows = []
+    for edit in broken:
+        works_when_nothing_happens(scratch, edit)
+        caught = caught_by(scratch, edit)
+        by = "by nothing" if caught is None else f"by {caught[0]}"
+        name = edit.__name__.replace("_", " ")
+        rows.append(Row(f"wrong saver: {name}", 1, 1, int(caught is not None), f"caught {by}"))
+    return rows

@@ -1,0 +1,201 @@
+"""Every state that a power loss may leave of one save and of the deletion that follows it.
+
+The calls of a real save are recorded; after each of them, every folder that the model of
+`recording` allows is made on a disk and judged: the step before or the new one must be found, whole
+and with the right numbers, nothing half under a final name, and never fewer whole checkpoints than
+before. Once the save has returned it must be the new one: what was promised is there. And the next
+save must do its work on what is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from faults.history import KEEP, History, judge
+from faults.recording import Disk, Recorder, Tree, recorded, write_tree
+from faults.table import Row, Unrecovered
+from pretrain.checkpoint import save as saver_page
+
+OLD, NEW = (1, 2), 3
+N_BYTES = 1 << 10
+
+
+def save_and_prune(
+    folder: Path,
+    history: History,
+    step: int,
+    *,
+    verify: bool = False,
+    saved: Callable[[], object] = lambda: None,
+) -> None:
+    """A save and the deletion after it; `saved` is called in between. What is saved is read back
+    only if it is to be verified: the writing must be right without that."""
+    tensors, state = history.tensors(step), history.state(step)
+    path = saver_page.save_checkpoint(folder, step=step, tensors=tensors, state=state)
+    if verify:
+        saver_page.verify_saved(path)
+    saved()
+    saver_page.prune(folder, keep=KEEP)
+
+
+def record_a_save(root: Path, history: History) -> tuple[Disk, Recorder, int]:
+    """A disk before a save, the calls of the save, and how many of them it made until it
+    returned."""
+    root.mkdir()
+    folder = root / "checkpoints"
+    history.begin(folder, OLD)
+    disk, returned = Disk(root), 0
+    with recorded() as recorder:
+
+        def saved() -> None:
+            nonlocal returned
+            returned = len(recorder.operations)
+
+        save_and_prune(folder, history, NEW, saved=saved)
+    return disk, recorder, returned
+
+
+def enumerate_states(scratch: Path) -> Row:
+    """All states, each judged once."""
+    history = History(n_bytes=N_BYTES)
+    disk, recorder, returned = record_a_save(scratch / "recorded", history)
+    found = judge_states(scratch, history, disk, recorder, returned=returned)
+    refuse_unrecorded(disk, scratch / "recorded")
+    note = f"{len(recorder.operations)} calls; {found[0]:,} states, of which {found[1]:,} differ"
+    return Row("power loss in a save, every state", found[1], found[1], found[1], note)
+
+
+def judge_states(
+    scratch: Path, history: History, disk: Disk, recorder: Recorder, *, returned: int
+) -> tuple[int, int]:
+    """How many states there are, and how many different ones were judged; Unrecovered for the first
+    that is wrong."""
+    seen: set[tuple[str, bool]] = set()
+    states = 0
+    for number in range(len(recorder.operations) + 1):
+        if number:
+            disk.apply(recorder.operations[number - 1])
+        promised = number >= returned > 0
+        for tree in disk.after_power_loss():
+            states += 1
+            key = (_hash(tree), promised)
+            if key in seen:
+                continue
+            seen.add(key)
+            place = scratch / "state"
+            write_tree(tree, place)
+            try:
+                folder = place / "checkpoints"
+                allowed = (NEW,) if promised else (OLD[-1], NEW)
+                judge(folder, history, allowed=allowed, least_whole=KEEP)
+                save_and_prune(folder, history, NEW + 1)
+                judge(folder, history, allowed=(NEW + 1,), least_whole=KEEP)
+            except Unrecovered as error:
+                done = recorder.operations[number - 1] if number else "nothing"
+                raise Unrecovered(
+                    f"power loss after call {number}, {done!s:.200}: {error}"
+                ) from None
+            finally:
+                shutil.rmtree(place)
+    return states, len(seen)
+
+
+def refuse_unrecorded(disk: Disk, root: Path) -> None:
+    """Unrecovered if the calls that were noted do not make the folder that is really there: then
+    something was written past them."""
+    real = scratch_tree(root)
+    if _hash(disk.tree()) != _hash(real):
+        raise Unrecovered("the recorded calls are not all that the save did")
+
+
+def scratch_tree(root: Path) -> Tree:
+    return {
+        each.name: scratch_tree(each) if each.is_dir() else each.read_bytes()
+        for each in root.iterdir()
+    }
+
+
+def _hash(tree: Tree) -> str:
+    # The random end of a temporary name says nothing.
+    lines = sorted(
+        name.partition(".tmp-")[0].partition(".old-")[0]
+        + (hashlib.sha256(each).hexdigest() if isinstance(each, bytes) else _hash(each))
+        for name, each in tree.items()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def traced_calls(scratch: Path) -> tuple[list[str], list[str]] | None:
+    """The calls of a save as recorded here, and as the kernel saw them (strace); None where there
+    is no strace, or it may not trace."""
+    if shutil.which("strace") is None:
+        return None
+    log = scratch / "strace.txt"
+    words = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=" + TRACED]
+    words += [sys.executable, "-m", "faults.crash_states", str(scratch / "traced")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        return None
+    here = [f"{call} {name}" for call, name in (line.split() for line in done.stdout.splitlines())]
+    return here, _kernel_calls(log.read_text(), str(scratch / "traced" / "checkpoints"))
+
+
+def compare_with_the_kernel(scratch: Path) -> Row:
+    """Unrecovered if the kernel saw other calls, or another order, than were recorded."""
+    name = "the kernel saw the calls that were recorded"
+    found = traced_calls(scratch)
+    if found is None:
+        return Row(name, 0, 0, 0, "skipped: no strace, or it may not trace here", ours=False)
+    here, kernel = found
+    if here != kernel:
+        raise Unrecovered(f"recorded: {here}; the kernel saw: {kernel}")
+    return Row(name, len(here), len(kernel), len(kernel), "strace -f, call by call, in order")
+
+
+TRACED = "write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,unlink,"
+TRACED += "unlinkat,rmdir,ftruncate,truncate,link,linkat,symlink,symlinkat"
+# One name for what the C library may choose between.
+_SAME = {"renameat": "rename", "renameat2": "rename", "mkdirat": "mkdir", "unlinkat": "unlink"}
+
+
+def _kernel_calls(log: str, folder: str) -> list[str]:
+    """Calls on paths below `folder`, between the two marks that the traced program makes."""
+    calls: list[str] = []
+    between = False
+    for line in log.splitlines():
+        text = line.partition(" ")[2].strip()
+        if "mark-" in text and text.startswith("mkdir"):
+            between = "mark-begin" in text
+        elif between and folder in text and " = -1 " not in text:
+            name = text.partition("(")[0]
+            if name == "unlinkat" and "AT_REMOVEDIR" in text:
+                name = "rmdir"
+            if name in ("write", "fsync"):
+                path = text.partition("<")[2].partition(">")[0]
+            else:
+                path = text.partition('"')[2].partition('"')[0]
+            calls.append(f"{_SAME.get(name, name)} {Path(path).name}")
+    return calls
+
+
+def _traced_save(root: Path) -> None:
+    """One save between two marks; prints the calls that it made."""
+    history = History(n_bytes=N_BYTES)
+    history.begin(root / "checkpoints", OLD)
+    os.mkdir(root / "mark-begin")
+    with recorded() as recorder:
+        save_and_prune(root / "checkpoints", history, NEW)
+    os.mkdir(root / "mark-end")
+    for operation in recorder.operations:
+        if operation.call != "create":  # the kernel is asked for it by an open like any other
+            print(operation.call, operation.path.name)
+
+
+if __name__ == "__main__":
+    _traced_save(Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""Checkpoints whose every number is known, and the judge: what would a resume find in a folder?
+
+All parts ask the same judge, so that "survived" means one thing: `newest_good` gives a step that
+may be given, each of its numbers is the one that was saved, nothing half stands under the name of a
+checkpoint, and as many whole ones are there as must be.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from faults.table import Unrecovered
+from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, newest_good
+from pretrain.checkpoint import save_checkpoint as save
+
+KEEP = 2
+GROUPS = ("extra", "model", "optimizer")
+
+
+class History:
+    """Tensors of three groups, hence four files a checkpoint, as a function of the step."""
+
+    def __init__(self, *, n_bytes: int) -> None:
+        each = max(4, n_bytes // 4 // (2 * len(GROUPS)))
+        generator = torch.Generator().manual_seed(0)
+        self._first = {
+            f"{group}/{name}": torch.randn(each, generator=generator)
+            for group in GROUPS
+            for name in ("a", "b")
+        }
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        return {name: tensor * (step + 1) for name, tensor in self._first.items()}
+
+    def state(self, step: int) -> dict[str, int]:
+        return {"position": step}
+
+    def begin(self, folder: Path, steps: Collection[int]) -> None:
+        """Save checkpoints one after another. Their times run backwards, as after a clock was set:
+        no order may hang on them."""
+        for step in steps:
+            path = save(folder, step=step, tensors=self.tensors(step), state=self.state(step))
+            os.utime(path, (4e9 - step, 4e9 - step))
+
+    def refuse_wrong_numbers(self, checkpoint: Checkpoint) -> None:
+        step, wanted = checkpoint.step, self.tensors(checkpoint.step)
+        if checkpoint.state != self.state(step):
+            raise Unrecovered(f"{checkpoint.path} has the state {checkpoint.state}")
+        for name, tensor in wanted.items():
+            if not torch.equal(checkpoint.read(name), tensor):
+                raise Unrecovered(f"{checkpoint.path}: {name} is not what was saved")
+
+
+def judge(
+    folder: Path,
+    history: History,
+    *,
+    allowed: Collection[int],
+    least_whole: int = 1,
+    every_byte: bool = True,
+) -> int:
+    """The step that a resume would go on from; Unrecovered if that is none of `allowed`, or fewer
+    than `least_whole` checkpoints are whole, or anything else is wrong. Of those below the newest
+    only names and sizes are looked at without `every_byte`."""
+    names = list_checkpoints(folder)
+    for path in names[:-1]:
+        try:
+            older = Checkpoint(path)
+            if every_byte:
+                older.verify()
+        except DamagedCheckpoint as error:
+            raise Unrecovered(f"a checkpoint that is not whole has a final name: {error}") from None
+    found, complaints = newest_good(folder)
+    if complaints:
+        raise Unrecovered(f"a checkpoint that is not whole has a final name: {complaints}")
+    step = None if found is None else found.step
+    if found is None or step not in allowed:
+        raise Unrecovered(f"step {step} is found in {folder}, and may be one of {sorted(allowed)}")
+    history.refuse_wrong_numbers(found)
+    if len(names) < least_whole:
+        raise Unrecovered(
+            f"{len(names)} whole checkpoints are left, at least {least_whole} must be"
+        )
+    return found.step
