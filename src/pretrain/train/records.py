@@ -11,7 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,23 @@ from typing import Any
 from pretrain.data.durable import sync_folder
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
+
+
+class CannotSave(Exception):
+    """Nothing can be written here; what was saved before is whole, and can be resumed."""
+
+    exit_code = 75
+
+
+@contextmanager
+def _stopping_if_it_fails(path: Path) -> Iterator[None]:
+    # A disk that became full, read-only or broken is no mistake of the user's, and none of ours.
+    try:
+        yield
+    except OSError as error:
+        raise CannotSave(
+            f"{path} could not be written: {error.strerror}; mend that, then: --resume"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -29,7 +47,9 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a whole JSON file so that a reader sees the old one or the new one, never half of
     it."""
-    write_text(path, json.dumps({k: _plain(v) for k, v in content.items()}, indent=2) + "\n")
+    text = json.dumps({k: _plain(v) for k, v in content.items()}, indent=2) + "\n"
+    with _stopping_if_it_fails(path):
+        write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,7 +78,8 @@ class Records:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         line = json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
+        path = self.folder / name
+        with _stopping_if_it_fails(path), open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def sync(self) -> None:

@@ -27,7 +27,7 @@ from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state,
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import training_batches
-from pretrain.train.records import METRICS, Best, Records
+from pretrain.train.records import METRICS, Best, CannotSave, Records
 from pretrain.train.screen import Screen
 from pretrain.train.watch import Finding, Watch, rollbacks_of
 from pretrain.world import World
@@ -35,12 +35,6 @@ from pretrain.world import World
 # A disk that fails once may have been cleared by the next checkpoint; one that fails so often is
 # full.
 MOST_FAILED_SAVES = 3
-
-
-class CannotSave(Exception):
-    """Checkpoints cannot be written here; what was saved before is whole, and can be resumed."""
-
-    exit_code = 75
 
 
 @dataclass(slots=True)
