@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from faults import broken_savers, corruption, crash_states, injected, kills
+from faults import broken_savers, corruption, crash_states, full_disks, injected, kills, resumes
 from faults.table import Row, Unrecovered, render, surroundings
 
 
@@ -30,13 +30,16 @@ class Size:
     torch_kills: int
     one_flip_in: int
     flips_for_others: int
+    configs: int
+    pairs_each: int
+    train_kills: int
     workers: int
 
 
 SIZES = {
-    "short": Size(100, 20, 20, 200, 1),
-    "ci": Size(10_000, 300, 1, 10_000, 2),
-    "full": Size(10_000, 300, 1, 10_000, 2),
+    "short": Size(100, 20, 20, 200, 2, 2, 6, 1),
+    "ci": Size(10_000, 300, 1, 10_000, 20, 1, 40, 2),
+    "full": Size(10_000, 300, 1, 10_000, 20, 25, 2_000, 2),
 }
 
 
@@ -66,12 +69,28 @@ def _errors(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
     yield injected.changed_bytes(scratch)
 
 
+def _resumes(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield resumes.bitwise_pairs(
+        scratch, each=size.pairs_each, configs=size.configs, seed=seed, workers=size.workers
+    )
+    yield resumes.random_kills(scratch, landed=size.train_kills, seed=seed, workers=size.workers)
+
+
+def _disks(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield full_disks.limited_files(scratch)
+    yield full_disks.no_more_open_files(scratch)
+    yield from full_disks.full_disks(scratch)
+    yield from full_disks.train_on_a_full_disk(scratch)
+
+
 PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
     "crash-states": _crash_states,
     "broken-savers": _broken_savers,
     "errors": _errors,
     "corruption": _corruption,
+    "disks": _disks,
     "kills": _kills,
+    "resumes": _resumes,
 }
 
 
