@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-from faults import broken_savers, corruption, crash_states, full_disks, injected, kills, resumes
+from faults import (
+    broken_savers,
+    corruption,
+    crash_states,
+    full_disks,
+    injected,
+    kills,
+    resumes,
+    rivals,
+)
 from faults.table import Row, Unrecovered, render, surroundings
 
 
@@ -83,6 +92,10 @@ def _disks(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
     yield from full_disks.train_on_a_full_disk(scratch)
 
 
+def _rivals(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield from rivals.meet(scratch)
+
+
 PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
     "crash-states": _crash_states,
     "broken-savers": _broken_savers,
@@ -91,6 +104,7 @@ PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
     "disks": _disks,
     "kills": _kills,
     "resumes": _resumes,
+    "rivals": _rivals,
 }
 
 
