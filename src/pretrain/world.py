@@ -60,6 +60,14 @@ class World:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_bytes() -> int | None:
+    """Memory that this machine has; None where it cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # other systems have other names, or none
+        return None
+
+
 def usable_cores() -> int:
     """Cores that this process may run on, which a container may have made fewer than the
     machine's."""

@@ -15,13 +15,13 @@ from typing import cast
 from pretrain.data import PreparedData
 from pretrain.data.mixed import MixedData
 from pretrain.evaluate import byte_lengths
-from pretrain.model import ModelConfig, Objective, build
+from pretrain.model import ModelConfig, Objective, build, n_parameters
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
 from pretrain.train.steps import training_steps
 from pretrain.train.windows import check_windows
-from pretrain.world import World
+from pretrain.world import World, memory_bytes
 
 # Rows that go through the model at once: on a CPU the activations of about 1,024 tokens still fit
 # its caches.
@@ -53,6 +53,7 @@ def decide(
     none."""
     context, batch_tokens = check_windows(model, train, n_tokens=data.shortest_tokens)
     model = replace(model, context_length=context)
+    _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
     rows = batch_tokens // context
     train = replace(
         train,
@@ -76,6 +77,17 @@ def decide(
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
     return Decided(model, schedule, train)
+
+
+def _refuse_what_no_memory_holds(model: ModelConfig, *, vocab_size: int) -> None:
+    """ValueError for a model of which not even weights and gradients fit here, before anything of
+    it is built."""
+    n, there = n_parameters(model, vocab_size=vocab_size), memory_bytes()
+    if there is not None and 2 * 4 * n > there:
+        raise ValueError(
+            f"a model of {n:,} parameters needs {8 * n:,} bytes for weights and gradients alone, "
+            f"and this machine has {there:,}; lower model.d_model, n_layers or ngram_rows"
+        )
 
 
 def _steps_of_epochs(data: MixedData, batch_tokens: int) -> int | None:
