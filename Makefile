@@ -37,12 +37,14 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-long check format clean FORCE
+.PHONY: help train test test-long faults-ci faults check format clean FORCE
 
 help:
 	@echo 'make train       train the default model on the bundled corpus (ARGS="..." changes that)'
 	@echo 'make test        the whole suite, under 10 minutes on 2 cores'
 	@echo 'make test-long   the tests that take minutes each'
+	@echo 'make faults-ci   the fault suite: 10,000 kills and what docs/faults.md lists, some 7 minutes'
+	@echo 'make faults      the same with 500 bitwise resumes and 2,000 kills of the real train'
 	@echo 'make check       ruff, format, strict types, spelling'
 	@echo 'make format      lets ruff correct what it can'
 	@echo 'make clean       removes the environment and all caches; runs/ stays'
@@ -57,6 +59,12 @@ test: $(dev_ready)
 
 test-long: $(dev_ready)
 	$(TEST_ENV) $(run) -m pytest --durations 0 -m slow --timeout 3600 $(TESTS)
+
+faults-ci: $(dev_ready)
+	export PYTHONPATH="$(CURDIR)/tests"; $(TEST_ENV) $(run) -m faults ci
+
+faults: $(dev_ready)
+	export PYTHONPATH="$(CURDIR)/tests"; $(TEST_ENV) $(run) -m faults full
 
 check: $(dev_ready)
 	$(run) -m ruff check .

@@ -20,6 +20,7 @@ import torch
 
 from faults import (
     broken_savers,
+    configs,
     corruption,
     crash_states,
     full_disks,
@@ -42,13 +43,15 @@ class Size:
     configs: int
     pairs_each: int
     train_kills: int
+    one_signal_in: int
+    one_config_in: int
     workers: int
 
 
 SIZES = {
-    "short": Size(100, 20, 20, 200, 2, 2, 6, 1),
-    "ci": Size(10_000, 300, 1, 10_000, 20, 1, 40, 2),
-    "full": Size(10_000, 300, 1, 10_000, 20, 25, 2_000, 2),
+    "short": Size(100, 20, 20, 200, 2, 2, 6, 3, 7, 1),
+    "ci": Size(10_000, 300, 1, 10_000, 20, 1, 40, 1, 1, 2),
+    "full": Size(10_000, 300, 1, 10_000, 20, 25, 2_000, 1, 1, 2),
 }
 
 
@@ -93,7 +96,12 @@ def _disks(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
 
 
 def _rivals(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
-    yield from rivals.meet(scratch)
+    yield from rivals.meet(scratch, every=size.one_signal_in)
+
+
+def _configs(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
+    yield configs.refuse_all(scratch, every=size.one_config_in)
+    yield configs.refuse_absurd_sizes(scratch)
 
 
 PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
@@ -105,6 +113,7 @@ PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
     "kills": _kills,
     "resumes": _resumes,
     "rivals": _rivals,
+    "configs": _configs,
 }
 
 

@@ -50,8 +50,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def meet(scratch: Path) -> Iterator[Row]:
-    """All of them, against one run in peace."""
+def meet(scratch: Path, *, every: int) -> Iterator[Row]:
+    """All of them, against one run in peace; of the signals one in `every`."""
     text = prepare(scratch)
     whole = scratch / "whole"
     if in_child(lambda: train(text, whole, *WORDS)) != 0:
@@ -59,7 +59,7 @@ def meet(scratch: Path) -> Iterator[Row]:
     wanted = picture(whole)
     yield _second_writer(scratch / "two", text, wanted)
     yield _clocks(scratch, text, wanted)
-    yield _signals(scratch, text, wanted)
+    yield _signals(scratch, text, wanted, every=every)
 
 
 def _second_writer(run: Path, text: Path, wanted: dict[str, str]) -> Row:
@@ -132,9 +132,10 @@ def _under_a_clock(clock: Callable[[], float], prepared: Callable[[], None], wor
 _gmtime = time.gmtime
 
 
-def _signals(scratch: Path, text: Path, wanted: dict[str, str]) -> Row:
+def _signals(scratch: Path, text: Path, wanted: dict[str, str], *, every: int) -> Row:
     n = 0
-    for number, place, twice in itertools.product(SIGNALS, PLACES, (False, True)):
+    cases = itertools.product(SIGNALS, PLACES, (False, True))
+    for number, place, twice in itertools.islice(cases, 0, None, every):
         run = scratch / "signal"
         case = f"{number.name}{' twice' * twice} in {place}"
         sent = (number,) * (1 + twice)
