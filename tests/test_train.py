@@ -388,6 +388,23 @@ def test_records_survive_line_separators_in_samples(tmp_path: Path) -> None:
     assert kept.metrics()[0]["loss"] is None
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are found by descriptor")
+def test_records_are_on_the_disk_by_line_and_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, synced, real = Records(tmp_path), set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    kept.add_metrics({"step": 1})
+    kept.add_sample({"step": 1})
+    kept.sync()
+    assert synced == {tmp_path, tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"}
+
+
 def test_a_second_signal_stops_at_once() -> None:
     # A shell that starts the tests in the background has SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,7 +44,8 @@ def save_checkpoint(
     """Write `folder`/step-NNNNNNNN with tensors named GROUP/NAME (a file a group) and a JSON state.
 
     Returns the path once everything is on the disk under its final name. Raises OSError when the
-    disk is full or fails; then nothing stands under that name and older checkpoints are untouched.
+    disk is full or fails; then older checkpoints are untouched, and nothing stands under that name,
+    or, where only the last fsync has failed, a whole checkpoint whose name a power loss may take.
     A step is saved once: FileExistsError where it is there already.
     """
     disk.make_folder(folder)

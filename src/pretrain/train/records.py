@@ -83,11 +83,13 @@ class Records:
             file.write(line + "\n")
 
     def sync(self) -> None:
-        """Bring the lines to the disk itself, as a checkpoint that counts on them does."""
+        """Bring lines and names to the disk itself, as a checkpoint that counts on them does."""
         for name in (METRICS, SAMPLES):
             if (self.folder / name).exists():
                 with open(self.folder / name, "rb") as file:
                     os.fsync(file.fileno())
+        # samples.jsonl may be younger than everything that has brought the folder to the disk.
+        sync_folder(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:
         return [record for record, _ in _lines(self.folder / METRICS)]
