@@ -117,16 +117,13 @@ PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
 }
 
 
-def run_part(name: str, size: Size, *, seed: int, on: Path | None = None) -> list[Row]:
-    """The rows of one part; a fault that was not survived is one of them."""
-    rows: list[Row] = []
+def run_part(name: str, size: Size, *, seed: int, on: Path | None = None) -> Iterator[Row]:
+    """The rows of one part as they come; a fault that was not survived is one of them."""
     with tempfile.TemporaryDirectory(dir=on, prefix="faults-") as scratch:
         try:
-            for row in PARTS[name](Path(scratch), size, seed):
-                rows.append(row)
+            yield from PARTS[name](Path(scratch), size, seed)
         except Unrecovered as error:
-            rows.append(Row(name, 1, 1, 0, f"NOT SURVIVED (seed {seed}): {error}"))
-    return rows
+            yield Row(name, 1, 1, 0, f"NOT SURVIVED (seed {seed}): {error}")
 
 
 def memory_folder() -> Path:
@@ -144,15 +141,14 @@ def main() -> int:
     arguments = parser.parse_args()
     # A process that forks must have no threads, and the numbers hang on how many there are.
     torch.set_num_threads(1)
-    began, rows = time.monotonic(), []
+    began = time.monotonic()
+    rows: list[Row] = []
     for name in arguments.part or PARTS:
         start = time.monotonic()
-        found = run_part(name, SIZES[arguments.size], seed=arguments.seed, on=arguments.on)
-        rows += found
+        for row in run_part(name, SIZES[arguments.size], seed=arguments.seed, on=arguments.on):
+            rows.append(row)
+            print(f"  {render([row]).splitlines()[-1]}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        for row in found:
-            if not row.passed:
-                print(f"{row.fault}: {row.note}", file=sys.stderr, flush=True)
     print(surroundings(seed=arguments.seed, scratch=arguments.on))
     print(f"{time.monotonic() - began:.0f} s in all\n")
     print(render(rows))

@@ -189,7 +189,8 @@ def _kill_at_random(
     began = time.perf_counter()
     if in_child(lambda: train(text, whole, *words)) != 0:
         raise Unrecovered(f"a run in peace failed: {said(whole)}")
-    window, wanted = 0.6 * (time.perf_counter() - began), picture(whole)
+    # Short beside a run, so that each dies several times; long enough to come by a checkpoint.
+    window, wanted = 0.3 * (time.perf_counter() - began), picture(whole)
     tried = counted = runs = 0
     lost: list[int] = []
     while counted < landed:

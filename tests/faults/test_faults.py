@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("part", WITHOUT_FORKS)
 def test_every_fault_is_survived(part: str) -> None:
-    rows = run_part(part, SIZES["short"], seed=SEED, on=memory_folder())
+    rows = list(run_part(part, SIZES["short"], seed=SEED, on=memory_folder()))
     assert rows
     assert all(row.passed for row in rows), "\n" + render(rows)
 
