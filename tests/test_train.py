@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_resume_refuses_other_settings_other_text_and_other_threads(
     assert train(str(text), *TINY, "--train.steps", "9", *resume) == 0
     assert train(*resume) == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_that_died_between_summary_and_report_gets_its_report(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "report.html").unlink()
+    assert train("--resume", "--run", str(run)) == 0
+    assert (run / "report.html").read_bytes()
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(

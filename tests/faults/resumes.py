@@ -53,6 +53,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "rename": (saver_page, "_rename", STEPS // SAVE_EVERY + 2),
     "verification": (saver_page, "verify_saved", STEPS // SAVE_EVERY + 2),
     "deletion": (saver_page, "prune", STEPS // SAVE_EVERY + 2),
+    "summary": (loop_page, "write_json", 2),
 }
 KILL_POINTS = [(place, n) for place, (_, _, times) in PLACES.items() for n in range(1, times + 1)]
 

@@ -107,6 +107,7 @@ def picture(run: Path) -> dict[str, str]:
         "metrics": _checksum(lines_of(run / "metrics.jsonl")),
         "samples": _checksum(lines_of(run / "samples.jsonl")),
         "summary": _checksum(_timeless(summary)),
+        "report": str((run / "report.html").is_file()),
         "checkpoints": " ".join(path.name for path in list_checkpoints(run / "checkpoints")),
     }
 

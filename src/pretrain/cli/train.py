@@ -48,7 +48,7 @@ from pretrain.config import (
 )
 from pretrain.corpus import list_files
 from pretrain.data.shards import PreparedData, is_prepared
-from pretrain.report import require_packages
+from pretrain.report import require_packages, write_report
 from pretrain.train.changes import check_accepted, differences
 from pretrain.train.records import Records, write_text
 from pretrain.train.signals import TO_THE_END, Ends
@@ -239,6 +239,8 @@ def resume(
         changes = differences(settings_of(stored), settings_of(wanted))
         check_accepted(changes, {c.word for c in changes}.intersection(accepted))
         output.say(f"{folder} is finished: there is nothing left to train")
+        if not (folder / "report.html").is_file():  # it died in between
+            write_report(folder)
         output.result({"run": str(folder), **summary_of(folder)})
         return 0
     with only_writer(folder, output):
@@ -324,7 +326,6 @@ def _train(
     resume_from: Checkpoint | None,
     ends: Ends = TO_THE_END,
 ) -> int:
-    from pretrain.report import write_report
     from pretrain.train.loop import train
     from pretrain.train.overview import show_plan, show_summary
     from pretrain.train.screen import Screen
