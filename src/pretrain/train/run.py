@@ -147,6 +147,7 @@ class Run:
         def forget() -> None:
             keep, every = settings.keep_checkpoints, settings.keep_every
             prune(self.checkpoints, keep=keep, protect=protect, every=every)
+            self.failed_saves = 0
 
         try:
             self.saver.wait()

@@ -1,0 +1,163 @@
+"""What exactness costs: a step with all that watches over it against the same step without.
+
+python benchmarks/exactness.py [--steps 40] [--threads 2]
+
+The default recipe's model on the bundled text. Blocks of steps take turns, bare and watched, and
+the ratio is taken pair by pair, since machines are noisy: bare is forward, backward and update
+alone; watched adds the checksum of the ids, the judgement of the loss, the record on the disk, the
+look at the saver. Then the parts by themselves, and how long a save makes training stand still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import BackgroundSaver
+from pretrain.cli.places import prepared, read_target
+from pretrain.config import compose
+from pretrain.model import Objective, build
+from pretrain.optimizer import build_optimizer
+from pretrain.optimizer.grouped import optimizer_state
+from pretrain.train.decide import decide, training_batches
+from pretrain.train.records import Records
+from pretrain.train.steps import train_step
+from pretrain.train.watch import Watch
+from pretrain.world import open_world
+
+BLOCK_STEPS = 4
+
+
+def microseconds(deed: Callable[[], Any], times: int = 200) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        deed()
+    return (time.perf_counter() - began) / times * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int)
+    asked = parser.parse_args()
+    config = compose(read_target(None)[1])
+    config = replace(config, train=replace(config.train, steps=1000, minutes=None))
+    world = open_world("cpu", threads=asked.threads)
+    data = prepared(config)
+    sections = {"model": config.model, "optimizer": config.optimizer, "schedule": config.schedule}
+    decided = decide(data=data, train=config.train, world=world, **sections)  # type: ignore[arg-type]
+    decoder = build(decided.model, vocab_size=data.manifest.vocab_size, seed=1)
+    objective = Objective(decoder, seed=1)
+    optimizer = build_optimizer(decoder.named_parameters(), config=config.optimizer)
+    batches = training_batches(data, decided.model, decided.train)
+    watch, loss, norm = Watch(6.0), 5.0, 1.0
+    for i in range(64):
+        watch.note(5.0 + 0.01 * (i % 7), None)
+    with tempfile.TemporaryDirectory() as name:
+        records, saver = Records(Path(name)), BackgroundSaver(Path(name) / "checkpoints")
+        record = {
+            **dict.fromkeys("step tokens ids".split(), 123456),
+            **dict.fromkeys(
+                "loss bits_per_byte learning_rate grad_norm seconds epoch".split(), 0.1
+            ),
+            "kind": "train",
+        }
+
+        def step(number: int, watched: bool) -> None:
+            def accept(_: int, loss: float, norm: float) -> bool:
+                return watch.judge(loss, norm) is None or True
+
+            train_step(
+                objective,
+                optimizer,
+                batches.at(number) if watched else bare(number),
+                step=number,
+                rate=1e-3,
+                clip=1.0,
+                world=world,
+                accept=accept if watched else None,
+            )
+            if watched:
+                watch.note(loss, None)
+                records.add_metrics(record)
+                saver.poll()
+
+        def bare(number: int) -> list[Any]:
+            """The same micro-batches without their checksum."""
+            from pretrain.data import micro_batch_at
+
+            rows, first = batches.micro_batch_rows, number * batches.batch_rows
+            found = []
+            for sample in range(first, first + batches.batch_rows, rows):
+                part = micro_batch_at(
+                    batches.stream,
+                    context_length=batches.context_length,
+                    seed=batches.seed,
+                    sample=sample,
+                    rows=rows,
+                    order=batches.order,
+                )
+                # Counted by every trainer that reports bits per byte.
+                int(batches.byte_lengths_V[part.targets].sum())
+                found.append(part)
+            return found
+
+        ratios, seconds = [], []
+        for block in range(-1, asked.steps // BLOCK_STEPS):
+            took = {}
+            for watched in (False, True) if block % 2 else (True, False):
+                began = time.perf_counter()
+                for i in range(BLOCK_STEPS):
+                    step(block * BLOCK_STEPS + i + BLOCK_STEPS, watched)
+                took[watched] = time.perf_counter() - began
+            if block >= 0:  # the first is warm-up
+                ratios.append(took[True] / took[False])
+                seconds.append(took[False] / BLOCK_STEPS)
+        step_seconds = statistics.median(seconds)
+        print(f"step          {1e3 * step_seconds:8.1f} ms, {world.threads} threads")
+        low, high = min(ratios), max(ratios)
+        print(
+            f"watched/bare  {statistics.median(ratios):8.4f} (median of {len(ratios)} pairs, "
+            f"{low:.3f} to {high:.3f})"
+        )
+        ids = torch.zeros(batches.batch_rows, batches.context_length + 1, dtype=torch.int64)
+        parts = {
+            "checksum of the ids": lambda: zlib.crc32(ids.numpy().data),
+            "judging the loss": lambda: watch.judge(loss, norm),
+            "a line of metrics.jsonl": lambda: records.add_metrics(record),
+            "a look at the saver": saver.poll,
+        }
+        for what, deed in parts.items():
+            took_us = microseconds(deed)
+            print(f"  {what:<24} {took_us:7.1f} us, {took_us / 1e4 / step_seconds:.3f} % of a step")
+        parameters = list(decoder.named_parameters())
+        tensors = {f"model/{n}": p for n, p in parameters}
+        state = optimizer_state(optimizer, parameters)
+        tensors |= {f"optimizer/{n}": t for n, t in state.items()}
+        n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        stalls, whole = [], []
+        for number in range(1, 6):
+            began = time.perf_counter()
+            saver.save(step=number, tensors=tensors, state={})
+            stalls.append(time.perf_counter() - began)
+            saver.wait()
+            whole.append(time.perf_counter() - began)
+        stall, save = statistics.median(stalls), statistics.median(whole)
+        print(
+            f"a checkpoint of {n_bytes / 1e6:.0f} MB: training stands still for "
+            f"{1e3 * stall:.0f} ms (the first {1e3 * stalls[0]:.0f}), it is on the disk and "
+            f"verified after {save:.2f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
