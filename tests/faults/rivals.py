@@ -97,7 +97,7 @@ def _clocks(scratch: Path, text: Path, wanted: dict[str, str]) -> Row:
         "a year behind": lambda: real() - YEAR_SECONDS,
         "a year ahead": lambda: real() + YEAR_SECONDS,
         "backwards": lambda: real() - 3600.0 * next(ticks),
-        "to and fro": lambda: real() + YEAR_SECONDS * (-1) ** next(ticks),
+        "back and forth": lambda: real() + YEAR_SECONDS * (-1) ** next(ticks),
         "at the beginning": lambda: 0.0,
     }
     for name, clock in clocks.items():
@@ -112,7 +112,7 @@ def _clocks(scratch: Path, text: Path, wanted: dict[str, str]) -> Row:
             raise Unrecovered(f"a clock {name}: {first}, {then}: {said(run)}")
         refuse_difference(run, wanted, f"a clock {name}")
         shutil.rmtree(run)
-    note = "1 y behind or ahead, backwards, to and fro, at 1970; killed and resumed, equal"
+    note = "1 y behind or ahead, backwards, back and forth, at 1970; killed and resumed, equal"
     return Row("a clock that is wrong", len(clocks), len(clocks), len(clocks), note)
 
 
