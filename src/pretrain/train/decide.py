@@ -55,6 +55,8 @@ def decide(
     model = replace(model, context_length=context)
     _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
     rows = batch_tokens // context
+    if train.steps is not None:
+        train = replace(train, minutes=None)  # what is left of a recipe, and decides nothing
     train = replace(
         train,
         batch_tokens=batch_tokens,

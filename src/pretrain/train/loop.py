@@ -192,7 +192,7 @@ def _roll_back(run: Run, first_weights: Checkpoint | None) -> None:
             f"not help. The files in {run.folder / POST_MORTEMS} say what was read; a lower "
             "optimizer.learning_rate may help"
         )
-    run.saver.wait()
+    run.finish_saving()
     forget_after(run.checkpoints, target)
     if target:
         run.restore(open_checkpoint(run.checkpoints / checkpoint_name(target)))

@@ -172,6 +172,13 @@ class Run:
         except OSError as error:
             self._failed(error, at_once=False)
 
+    def finish_saving(self) -> None:
+        """Wait for the save at hand; CannotSave if it fails."""
+        try:
+            self.saver.wait()
+        except OSError as error:
+            self._failed(error, at_once=True)
+
     def _failed(self, error: OSError, *, at_once: bool) -> None:
         self.failed_saves += 1
         text = f"a checkpoint could not be saved: {error}"
