@@ -247,7 +247,7 @@ def in_config(**changes: Any) -> Change:
     return change
 
 
-def in_weights(change_tensors: Callable[[dict[str, torch.Tensor]], None]) -> Change:
+def in_weights(change_tensors: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
     def change(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         change_tensors(tensors)
@@ -286,27 +286,63 @@ def two_faults(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
 
 
+STRETCHED = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 12,
+}
 HOSTILE: list[tuple[Change, str]] = [
     (in_config(model_type="bert"), "model_type 'bert' is not one of openai-gpt, gpt2, llama"),
     (in_config(model_type="gone"), "model_type None is not one of"),
     (in_config(hidden_act="gelu"), "hidden_act is 'gelu', not 'silu'"),
     (in_config(attention_bias=True), "attention_bias is True, not False"),
-    (in_config(hidden_size=10**15), "overflow|is not"),
+    (in_config(hidden_size=10**15), "d_model is 1000000000000000; legal: below 2,147,483,648"),
+    (in_config(intermediate_size=4 * 10**30), "d_ff is 4000000.*; legal: below"),
+    (in_config(max_position_embeddings=10**9), "context_length is 1000000000; it must be at most"),
+    (in_config(max_position_embeddings=None), "context_length is None; legal: a whole number"),
+    (in_config(rope_theta=10**400), "rope_theta is 1000000.*; legal: below"),
     (in_config(hidden_size=64), r"q_proj.weight is \[32, 32\], not \[64, 64\]"),
     (in_config(hidden_size="32"), "d_model is '32'"),
     (in_config(hidden_size="gone"), "has no 'hidden_size'"),
-    (in_config(num_hidden_layers=10**9), "1,000,000,000 layers in 21 tensors"),
+    (in_config(num_hidden_layers=10**9), "n_layers is 1000000000; it must be at most 10,000"),
+    (in_config(num_hidden_layers=9000), "9,000 layers in 21 tensors"),
     (in_config(num_hidden_layers=3), "model.layers.2.input_layernorm.weight .* is missing"),
     (in_config(num_hidden_layers=True), "n_layers is True"),
     (in_config(num_attention_heads=5), "not a multiple of model.n_heads 5"),
     (in_config(head_dim=16), "head_dim 16 times 4 heads"),
+    (in_config(head_dim="8"), "head_dim '8' times 4 heads"),
+    (in_config(head_dim=[1]), r"head_dim \[1\] times 4 heads"),
+    (in_config(head_dim=0), "head_dim 0 times 4 heads"),
+    (in_config(num_attention_heads=None, head_dim=16), "n_heads is None; legal: int"),
     (in_config(rope_scaling={"rope_type": "yarn"}), "of the kind 'yarn'"),
-    (in_config(rope_scaling=7), "rope_parameters is 7"),
+    (in_config(rope_scaling=7), "rope_scaling is 7"),
+    (
+        in_config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "llama3"}),
+        "rope_type is given as 'default' and as 'llama3'; legal: one value",
+    ),
+    (in_config(rope_parameters={"rope_theta": 7.0}), "rope_theta is given as 7.0 and as 10000.0"),
+    (
+        in_config(rope_scaling={"rope_type": "default", "type": "linear"}),
+        "rope_type is given as 'default' and as 'linear'",
+    ),
+    (
+        in_config(rope_scaling=STRETCHED, original_max_position_embeddings=16),
+        "original_max_position_embeddings is given as 12 and as 16",
+    ),
+    (in_config(rope_scaling={**STRETCHED, "mscale": 2.0}), "mscale is 2.0; legal"),
+    (in_config(rope_scaling={"factor": 8.0}), "factor is 8.0; legal .* default: none"),
+    (in_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
+    (in_config(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    (in_config(rope_scaling={"attention_factor": 2.0}), "attention_factor is 2.0"),
     (in_config(rope_scaling={"rope_type": "llama3"}), "rope_factor is None"),
     (in_config(rms_norm_eps=float("nan")), "norm_epsilon is nan"),
     (in_config(vocab_size=-1), "vocab_size is -1"),
+    (in_config(vocab_size=10**19), "vocab_size is 10000.*; legal: a whole number from 1 to"),
     (in_config(vocab_size=300), "embed_tokens.weight is .400, 32., not .300, 32."),
     (in_weights(lambda t: t.update(lm_head=torch.zeros(3))), "lm_head .3. has no place"),
+    (in_weights(lambda t: t.update({"my.lm_head.weight": torch.zeros(3)})), "has no place"),
     (in_weights(two_faults), r"\[400, 31\], not .*norm.weight \[32\] is missing.* has no place"),
     (
         in_weights(lambda t: t.update({"lm_head.weight": torch.zeros(400, 32, dtype=torch.int8)})),
@@ -331,6 +367,72 @@ def test_a_folder_that_is_not_what_it_says_is_refused(
     folder = written(tmp_path / "out", decoder, tokenizer)
     change(folder)
     with pytest.raises(FormatError, match=message):
+        open_foreign(folder)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"rope_theta": "gone", "rope_parameters": {**STRETCHED, "rope_theta": 7.0}},
+        {"rope_theta": 7.0, "rope_scaling": STRETCHED, "rope_parameters": STRETCHED},
+        {"rope_theta": 7, "rope_parameters": {**STRETCHED, "partial_rotary_factor": 1.0}},
+    ],
+)
+def test_settings_that_stand_twice_and_agree_are_read(
+    places: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = random_decoder(config_of("llama"), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    in_config(**places)(folder)
+    found = open_foreign(folder).config
+    assert (found.rope_theta, found.rope_factor, found.rope_original_context) == (7.0, 4.0, 12)
+
+
+EMBEDDINGS = {
+    "gpt": "transformer.tokens_embed.weight",
+    "gpt2": "transformer.wte.weight",
+    "llama": "model.embed_tokens.weight",
+}
+
+
+@pytest.mark.parametrize("family", EMBEDDINGS)
+def test_a_tied_head_may_be_a_copy_and_nothing_else(
+    family: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = random_decoder(config_of(family, tied_head=True), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+
+    def head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[EMBEDDINGS[family]].clone()
+
+    in_weights(head)(folder)
+    assert same(open_foreign(folder).build(), decoder)
+    in_weights(lambda t: t["lm_head.weight"][7, 7].add_(1e-3))(folder)
+    with pytest.raises(FormatError, match=r"head lm_head.weight is not its token embedding"):
+        open_foreign(folder).build()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    number: float, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = random_decoder(config_of("gpt2"), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    in_weights(lambda t: t["transformer.h.1.mlp.c_fc.weight"][3].fill_(number))(folder)
+    with pytest.raises(FormatError, match=r"h.1.mlp.c_fc.weight holds numbers that are not finite"):
+        open_foreign(folder).build()
+
+
+def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = config_of("gpt2", dropout=0.25, attention_dropout=False)
+    folder = written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer)
+    assert json.loads((folder / "config.json").read_text())["attn_pdrop"] == 0.0
+    found = open_foreign(folder).config
+    assert (found.dropout, found.attention_dropout) == (0.25, False)
+    in_config(embd_pdrop=0.5)(folder)
+    with pytest.raises(FormatError, match=r"embd_pdrop 0.5 and attn_pdrop 0.0; legal: one value"):
         open_foreign(folder)
 
 

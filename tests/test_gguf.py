@@ -4,9 +4,11 @@ transformers."""
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,3 +217,135 @@ def test_an_other_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) ->
     writer.close()
     with pytest.raises(FormatError, match="architecture 'falcon' is not one of gpt2, llama"):
         open_foreign(file)
+
+
+def rewritten(
+    file: Path,
+    *,
+    keys: dict[str, tuple[Any, Any]] | None = None,
+    tensors: dict[str, Any] | None = None,
+) -> None:
+    """Write a file anew with other values: name -> value and gguf's kind of it; None: without."""
+    reader = gguf.GGUFReader(file)
+    kind = gguf.GGUFValueType
+    writer = gguf.GGUFWriter(file.with_suffix(".new"), arch=reader.fields[ARCHITECTURE].contents())
+    kept = {
+        name: (field.contents(), field.types[0])
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.") and name != ARCHITECTURE
+    }
+    for name, (value, type_) in {**kept, **(keys or {})}.items():
+        if type_ == kind.ARRAY:
+            writer.add_array(name, value)
+        elif value is not None:
+            writer.add_key_value(name, value, type_)
+    numbers = {each.name: np.array(each.data) for each in reader.tensors}
+    for name, values in {**numbers, **(tensors or {})}.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").replace(file)
+
+
+ARCHITECTURE = "general.architecture"
+_KIND = gguf.GGUFValueType
+OTHER_KEYS: list[tuple[str, Any, Any, str]] = [
+    ("attention.causal", False, _KIND.BOOL, "legal: True"),
+    ("rope.scale_linear", 8.0, _KIND.FLOAT32, "legal: 1.0"),
+    ("rope.scaling.factor", 8.0, _KIND.FLOAT32, "legal: 1.0"),
+    ("rope.scaling.attn_factor", 3.0, _KIND.FLOAT32, "legal: 1.0"),
+    ("rope.scaling.yarn_log_multiplier", 3.0, _KIND.FLOAT32, "legal: the key is not there"),
+    ("attention.scale", 1.0, _KIND.FLOAT32, "legal: the key is not there"),
+    ("attention.sliding_window", 4, _KIND.UINT32, "legal: the key is not there"),
+    ("logit_scale", 3.0, _KIND.FLOAT32, "legal: the key is not there"),
+    ("context_length", 2**31, _KIND.UINT32, "context_length is 2147483648; it must be at most"),
+    ("context_length", None, _KIND.UINT32, "context_length is None"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "kind", "message"), OTHER_KEYS)
+def test_keys_that_llama_cpp_would_compute_with_are_refused(
+    key: str, value: Any, kind: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama", tokenizer), tokenizer)
+    rewritten(file)
+    open_foreign(file)
+    rewritten(file, keys={f"llama.{key}": (value, kind)})
+    with pytest.raises(FormatError, match=message):
+        open_foreign(file)
+
+
+def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama", tokenizer), tokenizer)
+    one = {"llama.rope.scaling.factor": (1.0, _KIND.FLOAT32), "general.x": (1, _KIND.UINT32)}
+    rewritten(file, keys={**one, "llama.attention.causal": (True, _KIND.BOOL)})
+    open_foreign(file)
+
+
+def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file, decoder = tmp_path / "model.gguf", some("gpt2", tokenizer)
+    written(file, decoder, tokenizer)
+    head = decoder.token_embedding.weight.detach().numpy().copy()
+    rewritten(file, tensors={"output.weight": head})
+    assert same(open_foreign(file).build(), decoder)
+    rewritten(file, tensors={"output.weight": head + 1})
+    with pytest.raises(FormatError, match=r"head output.weight is not its token embedding"):
+        open_foreign(file).build()
+
+
+def test_numbers_that_are_not_finite_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama", tokenizer), tokenizer)
+    rewritten(file, tensors={"output_norm.weight": np.full(64, np.nan, np.float32)})
+    with pytest.raises(FormatError, match=r"output_norm.weight holds numbers that are not finite"):
+        open_foreign(file).build()
+
+
+def test_stretched_positions_are_measured_before_they_are_made(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama 3.1", tokenizer), tokenizer)
+    rewritten(file, keys={
+        "llama.embedding_length": (2**20, _KIND.UINT32),
+        "llama.rope.dimension_count": (2**18, _KIND.UINT32),
+    })  # fmt: skip
+    monkeypatch.setattr("pretrain.export.gguf.rope_factors", None)
+    with pytest.raises(FormatError, match=r"rope_freqs.weight is of 8, not 131072"):
+        open_foreign(file)
+
+
+def _value(kind: int, data: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack(
+        "<I", kind
+    ) + data  # fmt: skip
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "an array of 2**40": (_value(9, struct.pack("<IQ", 0, 1 << 40)), "a count of 1,099,511"),
+    "an array that is not there": (_value(9, struct.pack("<IQ", 4, 99)), "396 bytes follow"),
+    "an array of arrays": (_value(9, struct.pack("<IQ", 9, 1) * 9), "of the kind 9"),
+    "a string of 2**62": (_value(8, struct.pack("<Q", 1 << 62)), "bytes follow in a file of"),
+    "an unknown kind": (_value(77, b""), "a value of the kind 77"),
+    "another version": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version 50331648; legal"),
+    "many keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 63), "a count of 9,223"),
+    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 63, 0), "a count of 9,223"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_counts_are_held_to_the_file_before_it_is_read(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package gguf would count to a million million in a file of 49 bytes."""
+    data, message = BROKEN[case]
+    (tmp_path / "model.gguf").write_bytes(data)
+    monkeypatch.setattr(gguf, "GGUFReader", None)
+    with pytest.raises(FormatError, match=f"is no whole GGUF file: byte .*{message}"):
+        open_foreign(tmp_path / "model.gguf")

@@ -148,7 +148,7 @@ def test_files_that_they_cannot_open_fail_the_export(
     asking = certificate._ask
 
     def damaged(request: dict[str, Any]) -> Any:
-        in_weights(lambda t: t.pop("model.norm.weight"))(Path(request["path"]))  # type: ignore[arg-type]
+        in_weights(lambda t: t.pop("model.norm.weight"))(Path(request["path"]))
         return asking(request)
 
     monkeypatch.setattr(certificate, "_ask", damaged)
@@ -362,6 +362,10 @@ def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_refused(tmp_path: Pa
         open_foreign(file)
     (file.parent / "tok265.bin").write_bytes(table[: len(table) // 2])
     with pytest.raises(FormatError, match=r"no piece of llama2.c|too few"):
+        open_foreign(file)
+    # Without its last piece, of two bytes, a file looks whole.
+    (file.parent / "tok265.bin").write_bytes(table[:-10])
+    with pytest.raises(FormatError, match=r"has 264 pieces and .* a vocabulary of 265"):
         open_foreign(file)
     (file.parent / "tok265.bin").unlink()
     with pytest.raises(FormatError, match="there are 0 files tok"):

@@ -97,6 +97,9 @@ KEYS: dict[str, Keys] = {
         {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     ),
 }
+# Where 1 is given for these they change nothing, and transformers' own class ignores them.
+_ROPE_ONES = frozenset({"partial_rotary_factor", "attention_factor"})
+_LARGEST_WHOLE = 1 << 31
 _ROPE = {
     "rope_factor": "factor",
     "rope_low_factor": "low_freq_factor",
@@ -152,7 +155,8 @@ def to_description(config: ModelConfig) -> dict[str, Any]:
             stretched = {theirs: values[ours] for ours, theirs in _ROPE.items()}
             content["rope_scaling"] = {"rope_type": "llama3", **stretched}
     else:
-        content |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
+        content["embd_pdrop"] = config.dropout
+        content["attn_pdrop"] = config.dropout if config.attention_dropout else 0.0
     return content
 
 
@@ -167,10 +171,10 @@ def from_description(content: Mapping[str, Any]) -> ModelConfig:
     family = next((name for name, keys in KEYS.items() if keys.model_type == kind), None)
     if family is None:
         known = ", ".join([*(keys.model_type for keys in KEYS.values()), OWN_TYPE])
-        raise FormatError(f"model_type {kind!r} is not one of {known}")
+        raise FormatError(f"model_type {kind!r:.60} is not one of {known}")
     keys = KEYS[family]
     wrong = [
-        f"{key} is {content[key]!r}, not {value!r}"
+        f"{key} is {content[key]!r:.60}, not {value!r}"
         for key, value in keys.fixed.items()
         if key in content and content[key] != value
     ]
@@ -183,27 +187,66 @@ def from_description(content: Mapping[str, Any]) -> ModelConfig:
         values[ours] = content.get(theirs, keys.defaults.get(theirs))
     if family == "llama":
         values |= _rotary(content)
-        width = content.get("head_dim")
-        if width and width * values["n_heads"] != values["d_model"]:
-            raise FormatError(
-                f"head_dim {width} times {values['n_heads']} heads is not the width "
-                f"{values['d_model']}, as it is in this decoder"
-            )
-    return _built(values)
+    else:
+        values |= _dropout(content, values["dropout"])
+    config = _built(values)
+    width = content.get("head_dim")
+    if width is not None and width != config.d_head:
+        raise FormatError(
+            f"head_dim {width!r:.60} times {config.n_heads} heads is not the width "
+            f"{config.d_model}, as it is in this decoder"
+        )
+    return config
+
+
+def _dropout(content: Mapping[str, Any], dropout: Any) -> dict[str, Any]:
+    """GPT and GPT-2 have three shares of dropout, we have one, which may spare attention."""
+    attention, embedding = (content.get(key, dropout) for key in ("attn_pdrop", "embd_pdrop"))
+    if embedding != dropout or attention not in (0, dropout):
+        raise FormatError(
+            f"resid_pdrop is {dropout!r:.60}, embd_pdrop {embedding!r:.60} and attn_pdrop "
+            f"{attention!r:.60}; legal: one value, or 0 for attn_pdrop (they matter in training "
+            "only, so the file may be edited)"
+        )
+    return {"attention_dropout": bool(attention == dropout)}
 
 
 def _rotary(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings of Llama's config, in the spelling of transformers 4 or 5."""
-    given = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise FormatError(f"rope_parameters is {given!r}")
-    kind = given.get("rope_type", given.get("type", "default"))
-    found = {"rope_theta": given.get("rope_theta", content.get("rope_theta", 10_000.0))}
+    """Rotary settings of Llama's config, in the spelling of transformers 4 or 5. What stands in two
+    places must say the same: which of them wins has changed from one release to the next."""
+    places = {name: content.get(name) for name in ("rope_parameters", "rope_scaling")}
+    for name, place in places.items():
+        if place is not None and not isinstance(place, Mapping):
+            raise FormatError(f"{name} is {place!r:.60}; legal: an object, or null")
+    given = [dict(place) for place in places.values() if place]
+    above = {
+        key: content[key]
+        for key in ("rope_theta", "original_max_position_embeddings", *sorted(_ROPE_ONES))
+        if content.get(key) is not None
+    }
+    found: dict[str, Any] = {}
+    for place in [*given, above]:
+        for key, value in place.items():
+            # transformers 4 said `type`, and later both.
+            name = "rope_type" if key == "type" else key
+            if value is not None and found.setdefault(name, value) != value:
+                raise FormatError(
+                    f"{name} is given as {found[name]!r:.60} and as {value!r:.60}; legal: one value"
+                )
+    kind = found.pop("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise FormatError(f"rotary positions of the kind {kind!r:.60}; legal: default, llama3")
+    values = {"rope_theta": found.pop("rope_theta", 10_000.0)}
     if kind == "llama3":
-        return found | {ours: given.get(theirs) for ours, theirs in _ROPE.items()}
-    if kind != "default":
-        raise FormatError(f"rotary positions of the kind {kind!r}; legal: default, llama3")
-    return found
+        values |= {ours: found.pop(theirs, None) for ours, theirs in _ROPE.items()}
+    elif "original_max_position_embeddings" in above:
+        del found["original_max_position_embeddings"]  # of no meaning without stretching
+    for key, value in found.items():
+        if key not in {"factor", *_ROPE_ONES} or value != 1:
+            raise FormatError(
+                f"{key} is {value!r:.60}; legal for rotary positions of the kind {kind}: none"
+            )
+    return values
 
 
 def _built(values: Mapping[str, Any]) -> ModelConfig:
@@ -212,9 +255,22 @@ def _built(values: Mapping[str, Any]) -> ModelConfig:
     names = {each.name for each in fields(ModelConfig)}
     checked: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in names or not _is_a(value, hints[name]):
-            raise FormatError(f"the config says {name} is {value!r:.80}")
-        checked[name] = float(value) if hints[name] is float else value
+        if name not in names:
+            raise FormatError(
+                f"the config has a field {name:.60}; legal: {', '.join(sorted(names))}"
+            )
+        hint = hints[name]
+        if not _is_a(value, hint):
+            legal = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+            raise FormatError(f"the config says {name} is {value!r:.60}; legal: {legal}")
+        # Larger ones cannot be made floats, or lengths, by what comes next.
+        if type(value) is int and abs(value) >= _LARGEST_WHOLE:
+            raise FormatError(
+                f"the config says {name} is {value!r:.60}; legal: below {_LARGEST_WHOLE:,}"
+            )
+        checked[name] = float(value) if hint is float else value
+    if checked.get("context_length") is None:
+        raise FormatError("the config says context_length is None; legal: a whole number")
     try:
         return ModelConfig(**checked)
     except ValueError as error:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from pretrain.export.layouts import FormatError
+from pretrain.export.layouts import FormatError, Layout, Read, Stored, to_ours
 from pretrain.model import Decoder, ModelConfig, build
 from pretrain.tokenizer import Tokenizer
+
+_LARGEST_VOCABULARY = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,39 @@ class ForeignModel:
         for name, values in self.parameters():
             own[name].data.copy_(values)
         return decoder
+
+
+def checked_parameters(
+    tensors: list[Stored], read: Read, *, layout: Layout, names: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters from a reader of their tensors, of which the file has `names`. FormatError for
+    a number that is not finite, and for a head beside a tied one that says something else."""
+    own = {stored.name for stored in tensors}
+    for copy, original in layout.copies.items():
+        if copy not in names or copy in own:
+            continue
+        if not torch.equal(read(copy).float(), read(original).float()):
+            raise FormatError(
+                f"the file's head {copy} is not its token embedding {original}; legal for a model "
+                "whose head is tied: a copy of it, or none"
+            )
+    return to_ours(tensors, lambda name: finite(name, read(name).float()))
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """The same values. FormatError where one is infinite or not a number."""
+    if not bool(values.isfinite().all()):
+        raise FormatError(f"{name} holds numbers that are not finite; legal: none")
+    return values
+
+
+def checked_vocab_size(value: Any) -> int:
+    """A number of entries that a file gives. FormatError where it is none, or larger than any."""
+    if type(value) is not int or not 1 <= value <= _LARGEST_VOCABULARY:
+        raise FormatError(
+            f"vocab_size is {value!r:.60}; legal: a whole number from 1 to {_LARGEST_VOCABULARY:,}"
+        )
+    return value
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.export.architectures import is_native
-from pretrain.export.foreign import ForeignModel, fitting
+from pretrain.export.foreign import ForeignModel, checked_parameters, checked_vocab_size, fitting
+from pretrain.export.gguf_header import refuse_broken_header
 from pretrain.export.gguf_vocabulary import read_vocabulary, write_vocabulary
 from pretrain.export.layouts import (
     GGUF,
@@ -59,6 +60,8 @@ KEYS: dict[str, dict[str, str]] = {
         "rope_theta": "rope.freq_base",
     },
 }
+# Of the stretching of positions, which is refused.
+_WITHOUT_EFFECT = ("rope.scaling.original_context_length", "rope.scaling.finetuned")
 _DEFAULTS = {"n_kv_heads": None, "rope_theta": 10_000.0}
 
 
@@ -154,12 +157,13 @@ def open_gguf(file: Path) -> ForeignModel:
     _require()
     import gguf
 
+    refuse_broken_header(file)
     try:
         reader = gguf.GGUFReader(file)
         values = {name: each.contents() for name, each in reader.fields.items()}
     except Exception as error:  # the package trusts the file: anything may come of it
         raise FormatError(
-            f"{file} is no whole GGUF file: {type(error).__name__}: {error}"
+            f"{file} is no whole GGUF file: {type(error).__name__}: {error!s:.200}"
         ) from None
     entries = {each.name: each for each in reader.tensors}
     try:
@@ -167,14 +171,14 @@ def open_gguf(file: Path) -> ForeignModel:
         tokenizer = read_vocabulary(values)
         vocab_size = tokenizer.vocab_size
         if "token_embd.weight" in entries:
-            vocab_size = int(entries["token_embd.weight"].shape[-1])
+            vocab_size = checked_vocab_size(int(entries["token_embd.weight"].shape[-1]))
         layout = GGUF[config.family]
         tensors = stored_tensors(config, layout, vocab_size=vocab_size)
         tokenizer = fitting(tokenizer, vocab_size)
     except (FormatError, RuntimeError, OverflowError) as error:
         raise FormatError(f"{file}: {error}") from None
     shapes = {name: tuple(int(n) for n in e.shape[::-1]) for name, e in entries.items()}
-    refuse_differences(tensors, shapes, layout=layout, what=str(file))
+    names = refuse_differences(tensors, shapes, layout=layout, what=str(file))
     odd = [
         f"{e.name} is {e.tensor_type.name}"
         for e in entries.values()
@@ -189,7 +193,7 @@ def open_gguf(file: Path) -> ForeignModel:
         return torch.from_numpy(np.array(numbers, np.float32)).view(shapes[name])
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
-        return to_ours(tensors, read)
+        return checked_parameters(tensors, read, layout=layout, names=names)
 
     return ForeignModel("GGUF", (file,), config, tokenizer, parameters)
 
@@ -199,14 +203,14 @@ def _config_of(
 ) -> ModelConfig:
     family = values.get("general.architecture")
     if family not in KEYS:
-        raise FormatError(f"the architecture {family!r} is not one of {', '.join(KEYS)}")
+        raise FormatError(f"the architecture {family!r:.60} is not one of {', '.join(KEYS)}")
     found = FAMILIES[family]()
     for ours, theirs in KEYS[family].items():
         value = values.get(f"{family}.{theirs}", _DEFAULTS.get(ours))
         wants_float = ours in ("norm_epsilon", "rope_theta")
         if value is None and ours in _DEFAULTS:
             continue
-        if not isinstance(value, float if wants_float else int):
+        if type(value) is not (float if wants_float else int):
             raise FormatError(f"{family}.{theirs} is {value!r:.60}")
         # Their numbers are float32: 0.00001 comes as 0.00000999999975.
         found[ours] = float(f"{value:.7g}") if wants_float else value
@@ -223,18 +227,29 @@ def _config_of(
 
 
 def _refuse_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
+    """FormatError for what llama.cpp would compute otherwise than we. Of the keys that change
+    positions, attention or scales, one that is not known here is refused too."""
     family = config.family
-    expected = {
-        "rope.dimension_count": config.d_head,
-        "attention.key_length": config.d_head,
-        "attention.value_length": config.d_head,
-        "rope.scaling.type": "none",
-        "expert_count": 0,
+    known: dict[str, tuple[Any, ...]] = {
+        "rope.dimension_count": (config.d_head,),
+        "attention.key_length": (config.d_head,),
+        "attention.value_length": (config.d_head,),
+        "attention.causal": (True,),
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0.0, 1.0),
+        "rope.scale_linear": (0.0, 1.0),
+        "rope.scaling.attn_factor": (0.0, 1.0),
+        "expert_count": (0,),
     }
-    for key, legal in expected.items():
-        value = values.get(f"{family}.{key}", legal)
-        if value != legal:
-            raise FormatError(f"{family}.{key} is {value!r:.60}; legal: {legal}")
+    for key, value in values.items():
+        name = key.removeprefix(f"{family}.")
+        if name == key or name in (*KEYS[family].values(), *_WITHOUT_EFFECT):
+            continue
+        changes = name.startswith(("rope.", "attention.")) or name.endswith("_scale")
+        if name in known and value not in known[name]:
+            raise FormatError(f"{key:.100} is {value!r:.60}; legal: {known[name][-1]}")
+        if name not in known and changes:
+            raise FormatError(f"{key:.100} is {value!r:.60}; legal: the key is not there")
 
 
 def _with_stretched_positions(config: ModelConfig, entries: Mapping[str, Any]) -> ModelConfig:
@@ -245,6 +260,8 @@ def _with_stretched_positions(config: ModelConfig, entries: Mapping[str, Any]) -
     if _ROPE_FACTORS not in entries:
         return config
     factors = np.array(entries[_ROPE_FACTORS].data, np.float32).ravel()
+    if factors.shape != (config.d_head // 2,):  # before anything of that length is made
+        raise FormatError(f"{_ROPE_FACTORS} is of {len(factors)}, not {config.d_head // 2}")
     largest = float(f"{factors.max(initial=1.0):.7g}")
     try:
         stretched = replace(config, rope_factor=largest)
@@ -252,7 +269,7 @@ def _with_stretched_positions(config: ModelConfig, entries: Mapping[str, Any]) -
         raise FormatError(f"{_ROPE_FACTORS}: {error}") from None
     ours = rope_factors(stretched)
     ours = np.ones(config.d_head // 2, np.float32) if ours is None else ours
-    if ours.shape != factors.shape or not np.allclose(ours, factors, rtol=1e-4):
+    if not np.allclose(ours, factors, rtol=1e-4):
         raise FormatError(f"{_ROPE_FACTORS} is not what Llama 3.1's rule gives")
     return stretched
 

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from pretrain.export.architectures import from_description, is_native, layout_of, to_description
-from pretrain.export.foreign import ForeignModel, fitting
+from pretrain.export.foreign import (
+    ForeignModel,
+    checked_parameters,
+    checked_vocab_size,
+    fitting,
+)
 from pretrain.export.layouts import (
     FormatError,
     Read,
@@ -131,9 +136,7 @@ def open_hugging_face(folder: Path) -> ForeignModel:
         found = _tensors_of(files, opened)
         try:
             config = from_description(content)
-            vocab_size = content.get("vocab_size")
-            if type(vocab_size) is not int or vocab_size < 1:
-                raise FormatError(f"the config says vocab_size is {vocab_size!r}")
+            vocab_size = checked_vocab_size(content.get("vocab_size"))
             if config.n_layers > len(found):
                 raise FormatError(f"{config.n_layers:,} layers in {len(found):,} tensors")
             layout = layout_of(config)
@@ -158,7 +161,7 @@ def open_hugging_face(folder: Path) -> ForeignModel:
                 values: Tensor = readers[file].get_tensor(there)
                 return values
 
-            yield from to_ours(tensors, read)
+            yield from checked_parameters(tensors, read, layout=layout, names=names)
 
     return ForeignModel(
         f"transformers' {content['model_type']}",
@@ -195,8 +198,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise FormatError(f"{folder / _INDEX} has no weight_map")
     names = sorted(set(places.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise FormatError(f"{folder / _INDEX} names {name!r}, which is no file beside it")
+        if Path(name).name != name or len(name) > 255 or not (folder / name).is_file():
+            raise FormatError(f"{folder / _INDEX} names {name!r:.200}, which is no file beside it")
     return [folder / name for name in names]
 
 

@@ -8,6 +8,7 @@ shape is one error that lists it all, before a number is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -42,8 +43,11 @@ class Layout:
     """Whether a rotary pair is elements 2i and 2i + 1 of a head; ours are i and i + E/2."""
     prefixes: tuple[str, ...] = ()
     """What may be missing before their names: GPT-2 was published without `transformer.`."""
-    ignored: tuple[str, ...] = field(default=())
-    """Endings of names that hold no parameters: tables that other code keeps in the file."""
+    ignored: tuple[str, ...] = ()
+    """Names, with {} for the block's number, that hold no parameters: tables that other code keeps
+    in the file."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Name that a file of a tied head may hold too -> the tensor that it must be a copy of."""
 
 
 _GPT2_INSIDE = {
@@ -82,7 +86,8 @@ HUGGING_FACE: dict[str, Layout] = {
         {f"transformer.h.{theirs}": ours for theirs, ours in _GPT2_INSIDE.items()},
         transposed=True,
         prefixes=("transformer.",),
-        ignored=(".attn.bias", "lm_head.weight", "position_ids"),
+        ignored=("transformer.h.{}.attn.bias", "transformer.position_ids"),
+        copies={"lm_head.weight": "transformer.tokens_embed.weight"},
     ),
     "gpt2": Layout(
         {
@@ -93,12 +98,14 @@ HUGGING_FACE: dict[str, Layout] = {
         {f"transformer.h.{theirs}": ours for theirs, ours in _GPT2_INSIDE.items()},
         transposed=True,
         prefixes=("transformer.",),
-        ignored=(".attn.bias", ".attn.masked_bias", "lm_head.weight"),
+        ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
+        copies={"lm_head.weight": "transformer.wte.weight"},
     ),
     "llama": Layout(
         {"model.embed_tokens": "token_embedding", "model.norm": "final_norm", "lm_head": "head"},
         {f"model.layers.{theirs}": ours for theirs, ours in _LLAMA_INSIDE.items()},
-        ignored=(".rotary_emb.inv_freq", "lm_head.weight"),
+        ignored=("model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
+        copies={"lm_head.weight": "model.embed_tokens.weight"},
     ),
 }
 # Of modeling_pretrain.py: our own names, whatever the architecture.
@@ -121,6 +128,7 @@ GGUF: dict[str, Layout] = {
             "output_norm": "final_norm",
         },
         {**_GGUF_ATTENTION, "blk.{}.attn_qkv": "attention.query attention.key attention.value"},
+        copies={"output.weight": "token_embd.weight"},
     ),
     "llama": Layout(
         {"token_embd": "token_embedding", "output_norm": "final_norm", "output": "head"},
@@ -132,7 +140,7 @@ GGUF: dict[str, Layout] = {
             "blk.{}.ffn_gate": "feed_forward.gate",
         },
         interleaved=True,
-        ignored=("rope_freqs.weight", "output.weight"),
+        ignored=("rope_freqs.weight",),
     ),
 }
 
@@ -211,8 +219,8 @@ def to_ours(tensors: list[Stored], read: Read) -> Iterator[tuple[str, Tensor]]:
 def refuse_differences(
     tensors: list[Stored], found: Mapping[str, Shape], *, layout: Layout, what: str
 ) -> dict[str, str]:
-    """The name in the file of each tensor that is expected. FormatError with everything that is
-    missing, too much, or in another shape."""
+    """The name in the file of each tensor that is expected, and of copies. FormatError with
+    everything that is missing, too much, or in another shape."""
     names: dict[str, str] = {}
     differences = []
     for stored in tensors:
@@ -224,17 +232,21 @@ def refuse_differences(
         names[stored.name] = there
         if tuple(found[there]) != stored.shape:
             differences.append(f"{there} is {list(found[there])}, not {list(stored.shape)}")
-    surplus = found.keys() - set(names.values())
-    differences += [
-        f"{name} {list(found[name])} has no place in this model"
-        for name in sorted(surplus)
-        if not name.endswith(layout.ignored)
-    ]
+    for name in sorted(found.keys() - set(names.values())):
+        if name in layout.copies:
+            names[name] = name
+        elif not _is_ignored(name, layout):
+            differences.append(f"{name:.200} {list(found[name])} has no place in this model")
     if differences:
         more = len(differences) - _MOST_DIFFERENCES
         listed = "; ".join(differences[:_MOST_DIFFERENCES]) + (f"; and {more} more" * (more > 0))
         raise FormatError(f"{what} does not hold the model that it describes: {listed}")
     return names
+
+
+def _is_ignored(name: str, layout: Layout) -> bool:
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "{}", name)
+    return any(start + pattern in layout.ignored for start in ("", *layout.prefixes))
 
 
 def interleave(x: Tensor, n_heads: int) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.export.foreign import ForeignModel, fitting
+from pretrain.export.foreign import ForeignModel, finite
 from pretrain.export.layouts import FormatError, Shape, deinterleave
 from pretrain.model import ModelConfig
 from pretrain.model.families import llama
@@ -79,11 +79,17 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> ForeignModel:
             numbers = np.fromfile(file, "<f4", math.prod(shape), offset=offset)
             values = torch.from_numpy(numbers).view(shape)
             n_heads = {"query": config.n_heads, "key": config.kv_heads}.get(name.split(".")[-2], 0)
+            finite(name, values)
             yield name, deinterleave(values, n_heads) if n_heads else values
 
-    return ForeignModel(
-        "llama2.c", (file, pieces), config, fitting(read_pieces(pieces), abs(vocab)), parameters
-    )
+    found = read_pieces(pieces)
+    if found.vocab_size != abs(vocab):
+        # A file that was cut between two pieces looks whole.
+        raise FormatError(
+            f"{pieces} has {found.vocab_size:,} pieces and {file} a vocabulary of {abs(vocab):,}; "
+            "legal: as many"
+        )
+    return ForeignModel("llama2.c", (file, pieces), config, found, parameters)
 
 
 def _places(config: ModelConfig, vocab_size: int) -> tuple[dict[str, tuple[int, Shape]], int]:
