@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.tokenizer.alphabet import byte_symbols, symbol_bytes
+from pretrain.tokenizer.framing import with_start, without_frame
 from pretrain.tokenizer.gpt import WORD_END
 from pretrain.tokenizer.kinds import RARE, STARTS, Kind, end_of_text_of, kind_of, missing_bytes
 from pretrain.tokenizer.pieces import PIECE_CHARACTERS, pieces
@@ -65,6 +66,8 @@ class Tokenizer:
         # The text of a document is ordinary text, also where it spells a special token.
         library.encode_special_tokens = True
         description = json.loads(library.to_str())
+        if (plain := without_frame(description)) != description:
+            library, description = _library_of(plain), plain
         self._canonical = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "replace"
         )
@@ -85,7 +88,7 @@ class Tokenizer:
         # SentencePiece's spaces are made here, so that a long text can be cut.
         self._prefix = space_prefix(description)
         if self._prefix is not None:
-            library = _without_normalizer(description)
+            library = _library_of(description | {"normalizer": None})
         self._library = library
         self._fast = _fast_twin(library) if self.kind == "bpe" else None
         is_byte_level = self.kind == "bpe" and self._prefix is None
@@ -192,13 +195,19 @@ class Tokenizer:
         library.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
         return Tokenizer(library)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, for_others: bool = False) -> Path:
         """Write `tokenizer.json` into `folder`, which is made if it is missing; returns the file's
-        path."""
+        path. `for_others`: other programs then put start-of-text before a text, as our prompts
+        have it; read here again, it is the same tokenizer."""
         os.makedirs(folder, exist_ok=True)
         path = Path(folder) / FILE_NAME
+        content = self._canonical
+        if for_others:
+            id_ = self.start_of_text
+            framed = with_start(self.description, start=self.entry(id_), id_=id_)
+            content = json.dumps(framed, ensure_ascii=False, separators=(",", ":")).encode()
         with open(path, "wb") as file:
-            file.write(self._canonical)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         return path
@@ -240,10 +249,10 @@ def _fastly(fast: fastokens.Tokenizer, text: str) -> Ids:
     return np.frombuffer(ids, dtype="<u4").astype(np.int64)
 
 
-def _without_normalizer(description: dict[str, object]) -> tokenizers.Tokenizer:
+def _library_of(description: dict[str, object]) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Library
 
-    library = Library.from_str(json.dumps(description | {"normalizer": None}))
+    library = Library.from_str(json.dumps(description))
     library.encode_special_tokens = True
     return library
 
