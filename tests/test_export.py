@@ -17,9 +17,11 @@ from pretrain.export import FormatError, open_foreign, write_hugging_face
 from pretrain.export.architectures import KEYS, from_description, is_native, to_description
 from pretrain.export.certificate import TEXTS
 from pretrain.export.layouts import deinterleave, interleave
-from pretrain.generate import Sampling, generate_ids
+from pretrain.generate import Sampling, generate, generate_ids
+from pretrain.generate.sampling import prompt_ids
 from pretrain.model import Decoder, ModelConfig
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from test_sentencepiece import LLAMA, trained
 
 transformers = pytest.importorskip("transformers")
 
@@ -182,13 +184,111 @@ def test_their_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == ours.end_of_text
     for text in (texts[0], *(TEXTS if kind != "characters" else ())):
         ids = ours.encode(text).tolist()
-        assert tokenizer(text)["input_ids"] == ids
+        assert tokenizer(text)["input_ids"] == prompt_ids(ours, text)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
         if kind not in ("gpt", "characters"):
             assert tokenizer.decode(ids) == text
     # Ours is text unless it is asked for; theirs can be told so.
     if kind == "gpt2":
         asked = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
-        assert asked("<|endoftext|>")["input_ids"] == [ours.end_of_text]
+        assert asked("<|endoftext|>")["input_ids"] == [ours.end_of_text] * 2
+
+
+def test_a_start_of_its_own_stands_before_their_texts_and_is_dropped_here(tmp_path: Path) -> None:
+    """Llama's; a tokenizer.json that says so is no other tokenizer."""
+    ours = load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA))
+    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+    folder = written(tmp_path / "out", decoder, ours)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == prompt_ids(ours, text)
+        assert tokenizer(text)["input_ids"][0] == ours.start_of_text != ours.end_of_text
+    pair = tokenizer("a", "b")["input_ids"]
+    assert pair == [*prompt_ids(ours, "a"), *prompt_ids(ours, "b")]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert content["post_processor"]["type"] == "TemplateProcessing"
+    again = load_tokenizer(folder)
+    assert again.sha256 == ours.sha256
+    assert again.encode("<s> [INST]").tolist() == ours.encode("<s> [INST]").tolist()
+    # As in the files of Llama 3: what says where ids come from is kept, the rest is not.
+    offsets = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
+    both = {"type": "Sequence", "processors": [offsets, content["post_processor"]]}
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": both}))
+    assert load_tokenizer(folder).description["post_processor"] == offsets
+
+
+def test_their_pipeline_continues_a_prompt_as_we_do(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    decoder = random_decoder(config_of("fast", ngram_rows=97, context_length=64), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    continuing = transformers.pipeline(
+        "text-generation", model=theirs(folder), tokenizer=str(folder), device="cpu"
+    )
+    found = continuing("The people", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    greedy = Sampling(temperature=0.0)
+    text = generate(decoder, tokenizer, "The people", max_tokens=20, sampling=greedy)[0]
+    assert found == "The people" + text
+
+
+@pytest.mark.parametrize("context", [1, 7, 24])
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_own_code_outgrows_its_context_as_we_do(
+    position: str, context: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = config_of("fast", ngram_rows=97, context_length=context, position=position)
+    decoder = random_decoder(config, vocab_size=400)
+    model = theirs(written(tmp_path / "out", decoder, tokenizer))
+    prompt = [5, 6, 7, 8][: max(1, context - 1)]
+    mask = torch.ones(1, len(prompt), dtype=torch.int64)
+    found = model.generate(
+        torch.tensor([prompt]), attention_mask=mask, max_new_tokens=60, min_new_tokens=60,
+        do_sample=False, pad_token_id=0, eos_token_id=401,
+    )  # fmt: skip
+    ours = generate_ids(decoder, prompt, max_tokens=60, sampling=Sampling(temperature=0.0))
+    assert found[0, len(prompt) :].tolist() == ours[0]
+    with pytest.raises(ValueError, match=f"a text of {context + 1} ids.* a context of {context}"):
+        model(torch.zeros(1, context + 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_own_code_gives_its_head_and_takes_more_entries(
+    tied: bool, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = config_of("fast", ngram_rows=0, tied_head=tied)
+    model = theirs(written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer))
+    assert model.get_output_embeddings() is model.model.head
+    assert (model.model.head is None) == tied
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    model.resize_token_embeddings(408, mean_resizing=False)
+    after = model(ids).logits
+    assert after.shape == (1, 20, 408)
+    torch.testing.assert_close(after[..., :400], before, rtol=0, atol=1e-6)
+
+
+def test_trainer_divides_by_its_micro_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """It leaves that to a model of which it believes that it divides by all targets."""
+    pytest.importorskip("accelerate")
+    decoder = random_decoder(config_of("fast", ngram_rows=97), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    rows = torch.randint(0, 400, (4, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for n in (1, 2):
+        options = transformers.TrainingArguments(
+            str(tmp_path / "trainer"), max_steps=1, gradient_accumulation_steps=n, report_to=[],
+            per_device_train_batch_size=4 // n, max_grad_norm=1e9, learning_rate=0.0,
+            logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = transformers.Trainer(model=theirs(folder), args=options, train_dataset=data)
+        trainer.train()
+        found.append(next(h for h in trainer.state.log_history if "grad_norm" in h))
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)
+    assert float(found[0]["grad_norm"]) == pytest.approx(float(found[1]["grad_norm"]), rel=1e-3)
 
 
 def test_a_description_goes_both_ways() -> None:

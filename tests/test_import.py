@@ -110,12 +110,18 @@ def _other_merges(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def _no_start(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+
+
 FAULTS: dict[str, tuple[Change, str]] = {
     "a head in another place": (in_weights(_swap_heads), "logits"),
     "one number": (in_weights(_nudge), "logits"),
     "the base of the positions": (in_config(rope_theta=11_000.0), "logits"),
     "the norm's epsilon": (in_config(rms_norm_eps=1e-2), "logits"),
     "the order of merges": (_other_merges, "tokenizer"),
+    "nothing before a prompt": (_no_start, "tokenizer"),
 }
 
 

@@ -245,14 +245,17 @@ def _compare_greedy(
 
 def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any]) -> dict[str, Any]:
     wrong = []
-    for text, theirs, decoded in zip(texts, answer["ids"], answer["decoded"], strict=True):
+    found = zip(texts, answer["ids"], answer["prompts"], answer["decoded"], strict=True)
+    for text, theirs, prompt, decoded in found:
         ids = tokenizer.encode(text).tolist()
         back = tokenizer.decode(ids)
         if tokenizer.kind == "gpt":  # where words end, but not how many spaces, is in its ids
             decoded, back = "".join(decoded.split()), "".join(back.split())
         # llama.cpp keeps the space that SentencePiece puts before a text.
-        if theirs != ids or decoded not in (back, (tokenizer.space_prefix or "") and f" {back}"):
-            wrong.append({"text": text, "ours": ids, "theirs": theirs, "decoded": decoded})
+        same = theirs == ids and prompt == prompt_ids(tokenizer, text)
+        if not same or decoded not in (back, (tokenizer.space_prefix or "") and f" {back}"):
+            difference = {"text": text, "ours": ids, "theirs": theirs, "decoded": decoded}
+            wrong.append({**difference, "their_prompt": prompt})
     return {
         "verdict": DISAGREES if wrong else AGREES,
         "equal": len(texts) - len(wrong),

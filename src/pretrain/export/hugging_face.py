@@ -77,7 +77,7 @@ def write_hugging_face(
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    tokenizer.save(folder)
+    tokenizer.save(folder, for_others=True)
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.entry(tokenizer.start_of_text),

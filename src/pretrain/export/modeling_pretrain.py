@@ -4,7 +4,8 @@ trust_remote_code=True.
 This file is whole in itself: it lies beside the weights and needs torch and transformers only. It
 is written where transformers has no class of its own: for the families `transformer` (Vaswani et
 al., 2017, the decoder alone) and `fast`, and for models with unusual choices; config.json names
-them under "pretrain". No dropout, and no cache: each new token of a text reads all of it again.
+them under "pretrain". No dropout, and no cache: each new token of a text reads all of it again. A
+text that outgrows the context goes on from its last half context, as in `pretrain generate`.
 
 Letters at the end of a tensor's name are its shape: B rows, T time, D model, H heads, E head width.
 """
@@ -149,6 +150,11 @@ class Decoder(nn.Module):
             x_BTD = x_BTD * math.sqrt(self.c["d_model"])
         if self.ngrams is not None:
             x_BTD = x_BTD + self.ngrams(ids_BT)
+        if ids_BT.shape[1] > self.c["context_length"]:
+            raise ValueError(
+                f"a text of {ids_BT.shape[1]} ids, padding included; this model has a context of "
+                f"{self.c['context_length']}"
+            )
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_T)
@@ -185,6 +191,9 @@ class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = PretrainConfig
     base_model_prefix = "model"
     _no_split_modules = ["Block"]  # noqa: RUF012
+    # The loss is the mean over what is given. Trainer would take **rest to mean that it is divided
+    # by the targets of all micro-batches, and not divide by their number itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -200,8 +209,19 @@ class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.model.token_embedding = value
 
+    def get_output_embeddings(self):
+        return self.model.head  # None where the token embedding is the head
+
+    def set_output_embeddings(self, value):
+        self.model.head = value
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **rest):
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        n, context = input_ids.shape[1], self.config.pretrain["context_length"]
+        half = max(1, context // 2)
+        if n > context:
+            n = half + (n - context - 1) % (context - half + 1)
+        mask = None if attention_mask is None else attention_mask[:, -n:]
+        return {"input_ids": input_ids[:, -n:], "attention_mask": mask}
 
     def forward(self, input_ids, attention_mask=None, labels=None, **rest):
         """Logits (B, T, V). Padding may stand before or behind a text, not inside it."""
