@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,27 @@ def test_numbers_are_rounded_once(
     ids = torch.arange(20)[None]
     difference = theirs(folder)(ids).logits - decoder.logits(decoder(ids))
     assert float(difference.abs().max().detach()) < 1e-4
+
+
+def test_rounded_numbers_are_given_file_by_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """So that they can be put in place, and no second copy of the weights is held."""
+    decoder = random_decoder(config_of("gpt2"), vocab_size=400)
+    (tmp_path / "out").mkdir()
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    seen: list[tuple[str, int]] = []
+
+    def rounded(name: str, values: torch.Tensor) -> None:
+        seen.append((name, len(list((tmp_path / "out").glob("model-*.safetensors")))))
+        own[name].copy_(values)
+
+    write_hugging_face(
+        tmp_path / "out", config=decoder.config, tokenizer=tokenizer, read=own.__getitem__,
+        numbers="bf16", rounded=rounded, largest_file_bytes=20_000,
+    )  # fmt: skip
+    assert {name for name, _ in seen} == set(own)
+    assert {n for _, n in seen} == set(range(1, seen[-1][1] + 1))
+    assert seen[-1][1] > 1
+    assert same(open_foreign(tmp_path / "out").build(), decoder)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -534,6 +556,49 @@ def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
     in_config(embd_pdrop=0.5)(folder)
     with pytest.raises(FormatError, match=r"embd_pdrop 0.5 and attn_pdrop 0.0; legal: one value"):
         open_foreign(folder)
+
+
+@pytest.mark.parametrize("case", ["same", "other vocabulary", "other fault"])
+def test_sentencepieces_file_stands_in_for_metaspace_only(case: str, tmp_path: Path) -> None:
+    """A tokenizer.json that is refused for another reason is not passed over."""
+    ours = load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA))
+    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+    folder = written(tmp_path / "out", decoder, ours)
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+    content |= {"normalizer": None, "pre_tokenizer": {**metaspace, "split": False}}
+    if case == "other vocabulary":
+        vocabulary = content["model"]["vocab"]
+        one, other = list(vocabulary)[400:402]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    if case == "other fault":
+        content |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    if case == "same":
+        assert open_foreign(folder).tokenizer.sha256 == ours.sha256
+        return
+    with pytest.raises(FormatError, match=r"the tokenizer cannot be used"):
+        open_foreign(folder)
+
+
+def test_what_a_file_says_is_quoted_to_a_length(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    decoder = random_decoder(config_of("llama"), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    config = (folder / "config.json").read_text()
+    long = "x" * 10**6
+    for change in (
+        in_config(model_type=long),
+        in_config(hidden_act=long),
+        in_config(rope_scaling={"rope_type": long}),
+        in_config(hidden_size=long),
+        in_weights(lambda t: t.update({long: torch.zeros(1)})),
+    ):
+        change(folder)
+        with pytest.raises(FormatError) as caught:
+            open_foreign(folder)
+        assert len(str(caught.value)) < 1000
+        (folder / "config.json").write_text(config)
 
 
 def test_rows_without_an_entry_get_one(tokenizer: Tokenizer, tmp_path: Path) -> None:

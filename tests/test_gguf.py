@@ -51,9 +51,16 @@ def written(
     file: Path, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32"
 ) -> dict[str, torch.Tensor]:
     own = {name: p.detach() for name, p in decoder.named_parameters()}
-    return write_gguf(
-        file, config=decoder.config, tokenizer=tokenizer, read=own.__getitem__, numbers=numbers
+    rounded = dict(own)
+    write_gguf(
+        file,
+        config=decoder.config,
+        tokenizer=tokenizer,
+        read=own.__getitem__,
+        numbers=numbers,
+        rounded=rounded.__setitem__,
     )
+    return rounded
 
 
 def some(case: str, tokenizer: Tokenizer) -> Decoder:

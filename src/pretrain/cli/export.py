@@ -17,6 +17,8 @@ from pretrain.cli.output import Output
 from pretrain.data.durable import put_in_place, refuse_full
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pretrain.export import Exported
 
 # Of each text that is scored on both sides.
@@ -94,23 +96,24 @@ def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exporte
     from pretrain.export import Exported, write_gguf, write_hugging_face
     from pretrain.export.architectures import is_native
 
-    decoder, tokenizer = model.decoder, model.tokenizer
+    decoder = model.decoder
     own = {name: p.detach() for name, p in decoder.named_parameters()}
-    config = decoder.config
-    if format == "gguf":
-        path = folder / "model.gguf"
-        rounded = write_gguf(
-            path, config=config, tokenizer=tokenizer, read=own.__getitem__, numbers=numbers
-        )
-    else:
-        path = folder
-        rounded = write_hugging_face(
-            path, config=config, tokenizer=tokenizer, read=own.__getitem__, numbers=numbers
-        )
-    for name, values in rounded.items():
+
+    def rounded(name: str, values: Tensor) -> None:
         own[name].copy_(values)
-    own_code = format == "hf" and not is_native(config)
-    return Exported(path, format, numbers, own_code, decoder, tokenizer)
+
+    path = folder / "model.gguf" if format == "gguf" else folder
+    write = write_gguf if format == "gguf" else write_hugging_face
+    write(
+        path,
+        config=decoder.config,
+        tokenizer=model.tokenizer,
+        read=own.__getitem__,
+        numbers=numbers,
+        rounded=rounded,
+    )
+    own_code = format == "hf" and not is_native(decoder.config)
+    return Exported(path, format, numbers, own_code, decoder, model.tokenizer)
 
 
 def _certify(

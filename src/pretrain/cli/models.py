@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from pretrain.tokenizer import Tokenizer
     from pretrain.world import World
 
-HELP = "a run directory, one checkpoint in it, an imported model, or a Hugging Face folder"
+HELP = (
+    "a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF file, "
+    "or a .bin of llama2.c"
+)
 # What training may do otherwise than the run that weights come from: none of it changes a shape.
 _MAY_CHANGE = frozenset({"preset", "dropout", "attention_dropout", "initialization"})
 
@@ -80,7 +83,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not (path / "config.yaml").is_file():
         raise ValueError(
             f"{path} is neither a run directory (it has no config.yaml), nor a checkpoint in one, "
-            "nor a Hugging Face folder (it has no config.json)"
+            "nor a Hugging Face folder (it has no config.json); a GGUF file or a .bin of llama2.c "
+            "is named itself"
         )
     summary = path / "summary.json"
     if summary.is_file():

@@ -26,7 +26,9 @@ from pretrain.export.layouts import (
     GGUF,
     FormatError,
     Read,
+    Rounded,
     Stored,
+    leave,
     refuse_differences,
     stored_tensors,
     to_ours,
@@ -84,10 +86,16 @@ def refuse_architecture(config: ModelConfig, tokenizer: Tokenizer) -> None:
 
 
 def write_gguf(
-    file: Path, *, config: ModelConfig, tokenizer: Tokenizer, read: Read, numbers: str = "f32"
-) -> dict[str, Tensor]:
-    """Write a model file. Returns the numbers as they are in the file, in our names: rounded to
-    float16, or to blocks of 8 bits.
+    file: Path,
+    *,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    read: Read,
+    numbers: str = "f32",
+    rounded: Rounded = leave,
+) -> None:
+    """Write a model file; one tensor at a time is held in memory. `rounded` is given our parameters
+    whose numbers are rounded in the file, to float16 or to blocks of 8 bits, as they are there.
 
     Vectors and learned positions stay float32; rows that are not whole blocks of 32 become float16.
     """
@@ -95,17 +103,7 @@ def write_gguf(
 
     refuse_architecture(config, tokenizer)
     writer = gguf.GGUFWriter(file, arch=config.family)
-    writer.add_name("pretrain")
-    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[numbers]))
-    for ours, theirs in KEYS[config.family].items():
-        value = getattr(config, ours)
-        value = {"d_ff": config.feed_forward_width, "n_kv_heads": config.kv_heads}.get(ours, value)
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{config.family}.{theirs}", value)
-    writer.add_vocab_size(tokenizer.vocab_size)
-    if config.position == "rotary":
-        writer.add_rope_dimension_count(config.d_head)
-    write_vocabulary(writer, tokenizer)
+    _add_description(writer, config, tokenizer, numbers)
     tensors = stored_tensors(config, GGUF[config.family], vocab_size=tokenizer.vocab_size)
     kinds = [getattr(gguf.GGMLQuantizationType, _kind_of(each, numbers)) for each in tensors]
     factors = rope_factors(config)
@@ -121,14 +119,31 @@ def write_gguf(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    written: dict[str, Tensor] = {}
     for stored, kind in zip(tensors, kinds, strict=True):
         data = gguf.quants.quantize(to_theirs(stored, read).float().numpy(), kind)
         writer.write_tensor_data(data)
-        rounded = torch.from_numpy(gguf.quants.dequantize(data, kind)).view(stored.shape)
-        written.update(to_ours([stored], {stored.name: rounded}.__getitem__))
+        if kind != gguf.GGMLQuantizationType.F32:
+            there = torch.from_numpy(gguf.quants.dequantize(data, kind)).view(stored.shape)
+            for name, values in to_ours([stored], {stored.name: there}.__getitem__):
+                rounded(name, values)
     writer.close()
-    return written
+
+
+def _add_description(writer: Any, config: ModelConfig, tokenizer: Tokenizer, numbers: str) -> None:
+    """Everything in the file but tensors."""
+    import gguf
+
+    writer.add_name("pretrain")
+    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[numbers]))
+    for ours, theirs in KEYS[config.family].items():
+        value = getattr(config, ours)
+        value = {"d_ff": config.feed_forward_width, "n_kv_heads": config.kv_heads}.get(ours, value)
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{config.family}.{theirs}", value)
+    writer.add_vocab_size(tokenizer.vocab_size)
+    if config.position == "rotary":
+        writer.add_rope_dimension_count(config.d_head)
+    write_vocabulary(writer, tokenizer)
 
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}

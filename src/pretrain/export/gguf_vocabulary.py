@@ -96,14 +96,14 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
         # The library raises plain Exception, and its PanicException is not even one.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        raise FormatError(f"the tokenizer cannot be used: {error}") from None
-    raise FormatError(f"the tokenizer is of the kind {model!r}; legal: gpt2, llama")
+        raise FormatError(f"the tokenizer cannot be used: {error!s:.300}") from None
+    raise FormatError(f"the tokenizer is of the kind {model!r:.60}; legal: gpt2, llama")
 
 
 def _byte_level(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Any:
     name = values.get("tokenizer.ggml.pre")
     if name not in _SPLITS:
-        raise FormatError(f"the pre-split {name!r} is not one of {', '.join(_SPLITS)}")
+        raise FormatError(f"the pre-split {name!r:.60} is not one of {', '.join(_SPLITS)}")
     split, whole_words = _SPLITS[name]
     merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
     if any(len(merge) != 2 for merge in merges):

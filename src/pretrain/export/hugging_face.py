@@ -26,7 +26,10 @@ from pretrain.export.foreign import (
 from pretrain.export.layouts import (
     FormatError,
     Read,
+    Rounded,
     Shape,
+    Stored,
+    leave,
     refuse_differences,
     stored_tensors,
     to_ours,
@@ -51,10 +54,12 @@ def write_hugging_face(
     tokenizer: Tokenizer,
     read: Read,
     numbers: str = "f32",
+    rounded: Rounded = leave,
     largest_file_bytes: int = _LARGEST_FILE_BYTES,
-) -> dict[str, Tensor]:
+) -> None:
     """Write a model directory into an existing folder. `read` gives our parameters by name; one
-    file of weights at a time is held in memory. Returns the parameters that were rounded."""
+    file of weights at a time is held in memory. `rounded` is given those that the files hold
+    rounded, as they hold them."""
     description = to_description(config)
     special = {
         "bos_token_id": tokenizer.start_of_text,
@@ -73,7 +78,9 @@ def write_hugging_face(
         source = importlib.resources.files("pretrain.export") / _MODELING
         (folder / _MODELING).write_bytes(source.read_bytes())
     _write_tokenizer(folder, tokenizer, config)
-    return _write_weights(folder, config, tokenizer.vocab_size, read, numbers, largest_file_bytes)
+    stored = stored_tensors(config, layout_of(config), vocab_size=tokenizer.vocab_size)
+    groups = _files_of(stored, NUMBERS[numbers].itemsize, largest_file_bytes)
+    _write_weights(folder, groups, read, rounded, NUMBERS[numbers])
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -90,29 +97,29 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
     _write_json(folder / "tokenizer_config.json", content)
 
 
-def _write_weights(
-    folder: Path,
-    config: ModelConfig,
-    vocab_size: int,
-    read: Read,
-    numbers: str,
-    largest_file_bytes: int,
-) -> dict[str, Tensor]:
-    from safetensors.torch import save_file
-
-    dtype = NUMBERS[numbers]
-    groups: list[list[Any]] = [[]]
-    filled = total = 0
-    for stored in stored_tensors(config, layout_of(config), vocab_size=vocab_size):
-        n_bytes = torch.Size(stored.shape).numel() * dtype.itemsize
+def _files_of(
+    tensors: list[Stored], number_bytes: int, largest_file_bytes: int
+) -> list[list[Stored]]:
+    """The tensors in their order, file by file."""
+    groups: list[list[Stored]] = [[]]
+    filled = 0
+    for stored in tensors:
+        n_bytes = torch.Size(stored.shape).numel() * number_bytes
         if groups[-1] and filled + n_bytes > largest_file_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(stored)
         filled += n_bytes
-        total += n_bytes
+    return groups
+
+
+def _write_weights(
+    folder: Path, groups: list[list[Stored]], read: Read, rounded: Rounded, dtype: torch.dtype
+) -> None:
+    from safetensors.torch import save_file
+
     places: dict[str, str] = {}
-    rounded: dict[str, Tensor] = {}
+    total = 0
     for number, group in enumerate(groups, start=1):
         name = (
             _WEIGHTS if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
@@ -120,12 +127,13 @@ def _write_weights(
         tensors = {stored.name: to_theirs(stored, read).to(dtype).contiguous() for stored in group}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
+        total += sum(values.nbytes for values in tensors.values())
         if dtype != torch.float32:
-            rounded.update(to_ours(group, tensors.__getitem__))
+            for part, values in to_ours(group, tensors.__getitem__):
+                rounded(part, values)
     if len(groups) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": places}
         _write_json(folder / _INDEX, content)
-    return rounded
 
 
 def open_hugging_face(folder: Path) -> ForeignModel:
@@ -176,10 +184,30 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
     try:
         return load_tokenizer(folder)
     except ValueError as error:
-        # SentencePiece's own file, where tokenizer.json spells it in a way that is not read.
-        if (folder / "tokenizer.model").is_file():
-            return load_tokenizer(folder / "tokenizer.model")
-        raise FormatError(f"{folder}: the tokenizer cannot be used: {error}") from error
+        try:
+            if (found := _sentencepiece_of(folder)) is not None:
+                return found
+        except ValueError as other:
+            raise FormatError(f"{folder}: the tokenizer cannot be used: {other!s:.300}") from error
+        raise FormatError(f"{folder}: the tokenizer cannot be used: {error!s:.300}") from error
+
+
+def _sentencepiece_of(folder: Path) -> Tokenizer | None:
+    """The tokenizer of SentencePiece's own file where tokenizer.json is the same with its spaces
+    spelled as Metaspace, which is not read here; None elsewhere."""
+    json_file, file = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not (json_file.is_file() and file.is_file()):
+        return None
+    content = _read_json(json_file)
+    if '"Metaspace"' not in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
+        return None
+    found, model = load_tokenizer(file), content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict) or any(
+        vocabulary.get(found.entry(id_)) != id_ for id_ in range(found.vocab_size)
+    ):
+        raise ValueError(f"{file.name} and {json_file.name} hold two vocabularies; legal: one")
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -210,7 +238,9 @@ def _tensors_of(files: list[Path], opened: ExitStack) -> dict[str, tuple[Path, S
         reader = opened.enter_context(_opened(file))
         for name in reader.keys():  # noqa: SIM118 - it is no dict
             if name in found:
-                raise FormatError(f"{name} is both in {found[name][0].name} and in {file.name}")
+                raise FormatError(
+                    f"{name:.200} is both in {found[name][0].name} and in {file.name}"
+                )
             piece = reader.get_slice(name)
             found[name] = (file, tuple(piece.get_shape()), piece.get_dtype())
     return found

@@ -19,6 +19,8 @@ from pretrain.model import Decoder, ModelConfig
 
 Read = Callable[[str], Tensor]
 """Gives a tensor by its name."""
+Rounded = Callable[[str, Tensor], None]
+"""Is given a parameter of ours by its name, as a file holds it."""
 Shape = tuple[int, ...]
 
 _MOST_DIFFERENCES = 20
@@ -193,6 +195,10 @@ def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> l
     if missing:
         raise FormatError(f"the format has no place for {', '.join(sorted(missing))}")
     return found
+
+
+def leave(name: str, values: Tensor) -> None:
+    """Of no use for what a file holds."""
 
 
 def to_theirs(stored: Stored, read: Read) -> Tensor:

@@ -16,6 +16,7 @@ def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
     if path.is_dir():
         from pretrain.export.hugging_face import open_hugging_face
 
+        _refuse_other_folders(path)
         return open_hugging_face(path)
     if not path.is_file():
         raise FormatError(f"there is no model at {path}")
@@ -37,3 +38,20 @@ def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
         f"{path} is no model: neither a run directory, nor a folder of transformers, nor a GGUF "
         "file, nor one of llama2.c"
     )
+
+
+def _refuse_other_folders(path: Path) -> None:
+    """FormatError for a folder without config.json, with what it is instead."""
+    if (path / "config.json").is_file():
+        return
+    if (path / "config.yaml").is_file() or (path / "manifest.json").is_file():
+        raise FormatError(
+            f"{path} is a run of this program or a checkpoint in one: a MODEL as it is, which "
+            "needs no import"
+        )
+    files = sorted(p.name for end in ("*.gguf", "*.bin") for p in path.glob(end))
+    instead = f"name the file in it: {', '.join(files[:5])}" if files else (
+        "legal: config.json, model.safetensors and tokenizer.json in a folder, a GGUF file, or a "
+        ".bin of llama2.c"
+    )  # fmt: skip
+    raise FormatError(f"{path} is no model of transformers: it has no config.json; {instead}")

@@ -59,7 +59,7 @@ def kind_of(description: dict[str, object], entries: list[str], special: set[int
             raise ValueError(f"tokenizer lacks the entry <0x{lacking[0]:02X}>: text would be lost")
         across = next((entry for entry in plain if SPACE in entry.lstrip(SPACE)), None)
         if across is not None:  # a long text could not be cut at its spaces
-            raise ValueError(f"the entry {across!r} goes across a space; legal: none does")
+            raise ValueError(f"the entry {across!r:.60} goes across a space; legal: none does")
         return "bpe"
     if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(description["pre_tokenizer"]):
         raise ValueError(

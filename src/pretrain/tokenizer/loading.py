@@ -64,7 +64,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         # Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
             raise
-        raise ValueError(f"{str(file)!r} is no tokenizer.json: {error}") from None
+        raise ValueError(f"{str(file)!r} is no tokenizer.json: {error!s:.300}") from None
 
 
 def _refuse_doubles(text: str) -> None:
@@ -74,7 +74,7 @@ def _refuse_doubles(text: str) -> None:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"is no tokenizer.json: {name!r} stands twice")
+            raise ValueError(f"is no tokenizer.json: {name!r:.60} stands twice")
         return dict(pairs)
 
     try:
@@ -86,7 +86,7 @@ def _refuse_doubles(text: str) -> None:
     if isinstance(merges, list):
         counts = Counter(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
         if len(counts) < len(merges):
-            raise ValueError(f"the merge {counts.most_common(1)[0][0]!r} stands twice")
+            raise ValueError(f"the merge {counts.most_common(1)[0][0]!r:.60} stands twice")
 
 
 def tokenizer_files(path: str | Path) -> tuple[Path, ...]:

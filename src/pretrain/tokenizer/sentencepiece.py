@@ -72,7 +72,7 @@ def library_of_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.To
         raise ValueError("the vocabulary is empty, or holds an entry twice")
     defined = next((text for text, _, kind in pieces if kind == Kind.USER_DEFINED), None)
     if defined is not None:
-        raise ValueError(f"the entry {defined!r} is user-defined; legal: none is")
+        raise ValueError(f"the entry {defined!r:.60} is user-defined; legal: none is")
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
 

@@ -309,7 +309,7 @@ def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, obje
                 values.append(bytes(symbols[symbol] for symbol in entry))
             except KeyError as error:
                 raise ValueError(
-                    f"tokenizer entry {id_} is {entry!r}, which is not written in GPT-2's byte "
+                    f"tokenizer entry {id_} is {entry!r:.60}, which is not written in GPT-2's byte "
                     "alphabet"
                 ) from error
     return values
