@@ -165,6 +165,137 @@ def test_files_that_they_cannot_open_fail_the_export(
     assert not (tmp_path / "out").exists()
 
 
+# What is put at the beginning of the witness; the folders; what is said.
+UNABLE: dict[str, tuple[str, str]] = {
+    "it lacks a package": ("raise ImportError('no module there')", "ImportError: no module there"),
+    "it is killed": ("import os; os.kill(os.getpid(), 9)", "transformers was killed by signal 9"),
+}
+
+
+@pytest.mark.parametrize("case", UNABLE)
+def test_a_witness_that_cannot_run_has_verified_nothing(
+    case: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It says nothing of the files, which are kept under their name."""
+    pytest.importorskip("transformers")
+    source = Path(certificate.__file__).with_name("witness.py").read_text()
+    line, message = UNABLE[case]
+    broken = source.replace("        import transformers  # noqa: F401", f"        {line}")
+    assert broken != source
+    (tmp_path / "witness.py").write_text(broken)
+    monkeypatch.setattr(certificate, "__file__", str(tmp_path / "certificate.py"))
+    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
+    said = asked(capsys, *words, code=2)
+    assert said["verdict"] == NOT_VERIFIED
+    assert message in said["unable"]
+    assert json.loads((tmp_path / "out/certificate.json").read_text())["unable"] == said["unable"]
+    assert main([*words[:-1], str(tmp_path / "other"), "--unverified"]) == 0
+
+
+def test_numbers_that_are_not_finite_are_null_in_a_certificate(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """And a perplexity beyond all bounds is no line of 300 digits."""
+    pytest.importorskip("transformers")
+    asking = certificate._ask
+
+    def damaged(request: dict[str, Any]) -> Any:
+        in_weights(lambda t: t["model.norm.weight"].mul_(1e30))(Path(request["path"]))
+        answer, logits = asking(request)
+        return answer, logits[:, :-1]
+
+    monkeypatch.setattr(certificate, "_ask", damaged)
+    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
+    said = asked(capsys, *words, code=1)
+    text = (tmp_path / "out.disagrees/certificate.json").read_text()
+    content = json.loads(text, parse_constant=pytest.fail)
+    assert content["checks"]["logits"]["largest_difference"] is None
+    assert content["checks"]["perplexity"]["theirs"] is None
+    rows = certificate.table(said)
+    assert "not finite there" in rows[3][1]
+    content["checks"]["perplexity"]["theirs"] = 1e300
+    assert "1.000e+300 there" in certificate.table(content)[3][1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("", "holds no text to score"),
+        ("\n \n", "holds no text to score"),
+        ("中文字符", "has nothing of the text that is scored"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_written(
+    text: str | None, message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    tokenizer = train_tokenizer(["some words and more"], name="characters", vocab_size=None)
+    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+    model = written(tmp_path / "model", decoder, tokenizer)
+    file = tmp_path / "text.txt"
+    if text is not None:
+        file.write_text(text)
+    out = tmp_path / "out" / "deep"
+    words = ["export", str(model), "--format", "hf", "--out", str(out), "--text", str(file)]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+# --- the folder that is written
+# ------------------------------------------------------------------------------
+
+
+def test_out_may_be_a_link_and_not_where_we_stand(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to-empty").symlink_to("empty")
+    (tmp_path / "to-nothing").symlink_to("new")
+    (tmp_path / "round").symlink_to("round")
+    for name, at in {"to-empty": "empty", "to-nothing": "new"}.items():
+        assert main(["import", str(theirs), "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / at / "config.yaml").is_file()
+    assert main(["import", str(theirs), "--out", str(tmp_path / "round")]) == 2
+    assert "leads back to itself" in capsys.readouterr().err
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "", str(tmp_path / "here")):
+        for words in (["import", str(theirs)], ["export", str(theirs), "--format", "hf"]):
+            assert main([*words, "--out", name]) == 2
+            assert "is the folder that this runs in" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+    # A name in the folder is as good as a path to it.
+    assert main(["import", str(theirs), "--out", "model"]) == 0
+    assert [p.name for p in Path().iterdir()] == ["model"]
+
+
+def test_what_others_made_is_never_removed(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificate, "certify", lambda *_, **__: {"verdict": DISAGREES})
+    monkeypatch.setattr(certificate, "table", lambda _: [])
+    names = [".out.work", "out.disagrees"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
+    assert main(words) == main(words) == 1
+    assert all((tmp_path / name / "mine").is_file() for name in names)
+    found = {p.name for p in tmp_path.iterdir()}
+    assert found == {*names, "out.disagrees-2", "out.disagrees-3"}
+    assert (tmp_path / "out.disagrees-3" / "model.safetensors").is_file()
+
+
+def test_two_exports_at_once_do_not_meet(tmp_path: Path) -> None:
+    from pretrain.cli.new_folder import work_folder
+
+    with work_folder(tmp_path / "out") as one, work_folder(tmp_path / "out") as other:
+        assert one != other
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_witness_is_not_ours() -> None:
     source = (Path(certificate.__file__).with_name("witness.py")).read_text()
     assert "import pretrain" not in source
@@ -192,6 +323,23 @@ def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capt
     assert "was not trained here and has no held-out text" in capsys.readouterr().err
     assert main(["train", "--resume", "--run", str(folder)]) == 2
     assert f"--train.init_from {folder}" in capsys.readouterr().err
+
+
+def test_a_folder_that_needs_no_import_or_holds_none_says_so(
+    theirs: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/model.gguf").write_bytes(b"GGUF")
+    checkpoint = next((finished_run / "checkpoints").iterdir())
+    for folder, message in {
+        finished_run: "is a run of this program or a checkpoint in one: a MODEL as it is",
+        checkpoint: "is a run of this program or a checkpoint in one: a MODEL as it is",
+        tmp_path / "empty": "has no config.json; legal: config.json, model.safetensors",
+        tmp_path / "files": "has no config.json; name the file in it: model.gguf",
+    }.items():
+        with pytest.raises(FormatError, match=message):
+            open_foreign(folder)
 
 
 def test_an_imported_model_trains_on(

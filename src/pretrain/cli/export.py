@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.models import HELP, OpenModel
+from pretrain.cli.new_folder import final_folder, set_aside, work_folder
 from pretrain.cli.output import Output
-from pretrain.data.durable import put_in_place, refuse_full
+from pretrain.data.durable import put_in_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,46 +49,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    out = Path(arguments.out)
-    refuse_full(out)
+    out = final_folder(arguments.out)
     if arguments.type not in _NUMBERS[arguments.format]:
         legal = ", ".join(_NUMBERS[arguments.format])
         raise ValueError(f"--type {arguments.type} is not for {arguments.format}; legal: {legal}")
+    text = _text(arguments.text)
 
     from pretrain.cli.models import open_model
-    from pretrain.export.certificate import AGREES, FILE_NAME, NOT_VERIFIED, table
+    from pretrain.export.certificate import DISAGREES, FILE_NAME, NOT_VERIFIED, table
 
     # On the CPU in float32: the reference that every other library is held to.
     model = open_model(arguments.model, device="cpu")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.work")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    text = _encodable(model, text)
+    with work_folder(out) as work:
         exported = _write(model, work, arguments.format, arguments.type)
-        certificate = _certify(model, exported, arguments.text, output)
-        (work / FILE_NAME).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-        verdict = certificate["verdict"]
-        if verdict in (AGREES, NOT_VERIFIED):
-            put_in_place(work, out)
+        certificate = _certify(model, exported, text, output)
+        content = json.dumps(certificate, indent=2, allow_nan=False)
+        (work / FILE_NAME).write_text(content + "\n", encoding="utf-8")
+        verdict, where = certificate["verdict"], arguments.out
+        if verdict == DISAGREES:  # kept, for somebody to look at
+            where = str(set_aside(work, out, "disagrees"))
         else:
-            out = _set_aside(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            put_in_place(work, out)
     for what, found, says in table(certificate):
         output.say(f"{what:<10}  {says:<12}  {found}")
-    output.say(
-        f"{out}: {verdict}"
-        + (f" with {certificate.get('library', '')}" * ("library" in certificate))
-    )
-    output.result({"out": str(out), **certificate})
+    library = f" with {certificate['library']}" if "library" in certificate else ""
+    output.say(f"{where}: {verdict}{library}")
+    output.result({"out": where, **certificate})
     if verdict == NOT_VERIFIED and not arguments.unverified:
-        output.say(
-            f"nothing here could read it back: {_PACKAGES[arguments.format]}, and export again; "
-            "or say --unverified"
-        )
+        wanted = "mend that" if "unable" in certificate else _PACKAGES[arguments.format]
+        output.say(f"nothing here could read it back: {wanted}, and export again; or --unverified")
         return 2
-    return 0 if verdict in (AGREES, NOT_VERIFIED) else 1
+    return 1 if verdict == DISAGREES else 0
+
+
+def _text(file: str | None) -> str:
+    """What is scored on both sides. ValueError where there is nothing to score."""
+    from pretrain.corpus import read_documents
+
+    text = ""
+    for document in read_documents(file or "bundled"):
+        text += document.text + "\n"
+        if len(text) >= _TEXT_CHARACTERS:
+            break
+    if not text.strip():
+        raise ValueError(f"--text {file} holds no text to score; name one that does")
+    return text[:_TEXT_CHARACTERS]
 
 
 def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exported:
@@ -116,36 +122,25 @@ def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exporte
     return Exported(path, format, numbers, own_code, decoder, model.tokenizer)
 
 
-def _certify(
-    model: OpenModel, exported: Exported, text_file: str | None, output: Output
-) -> dict[str, Any]:
-    from pretrain.corpus import read_documents
+def _certify(model: OpenModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
     from pretrain.evaluate import score_texts
     from pretrain.export.certificate import certify, foreign_library
     from pretrain.model import Objective
 
     output.say(f"written; asking {foreign_library(exported.format) or 'nobody'} ...")
-    text = ""
-    for document in read_documents(text_file or "bundled"):
-        text += document.text + "\n"
-        if len(text) >= _TEXT_CHARACTERS:
-            break
-    text = _encodable(model, text[:_TEXT_CHARACTERS])
     score = score_texts(Objective(model.decoder), model.tokenizer, [text], world=model.world)
     return certify(exported, text, score, threads=model.world.threads)
 
 
 def _encodable(model: OpenModel, text: str) -> str:
-    """The text without the characters that a vocabulary of characters lacks."""
-    if model.tokenizer.kind != "characters":
-        return text
-    known = {model.tokenizer.entry(id_) for id_ in range(model.tokenizer.vocab_size)}
-    return "".join(character for character in text if character in known)
-
-
-def _set_aside(work: Path, out: Path) -> Path:
-    """Keep files that disagree under another name, for somebody to look at."""
-    aside = out.with_name(f"{out.name}.disagrees")
-    shutil.rmtree(aside, ignore_errors=True)
-    work.rename(aside)
-    return aside
+    """The text without the characters that a vocabulary of characters lacks. ValueError where
+    nothing is left."""
+    tokenizer = model.tokenizer
+    if tokenizer.kind == "characters":
+        known = {tokenizer.entry(id_) for id_ in range(tokenizer.vocab_size)}
+        text = "".join(character for character in text if character in known)
+    if not len(tokenizer.encode(text)):
+        raise ValueError(
+            "this model's vocabulary has nothing of the text that is scored; name one with --text"
+        )
+    return text

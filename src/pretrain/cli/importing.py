@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.cli.new_folder import final_folder, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
-from pretrain.data.durable import put_in_place, refuse_full
+from pretrain.data.durable import put_in_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    out = Path(arguments.out)
-    refuse_full(out)
+    out = final_folder(arguments.out)
 
     from pretrain.export import open_foreign
 
@@ -43,11 +42,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     from pretrain.model import n_parameters
 
     n = n_parameters(model.config, vocab_size=model.tokenizer.vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.work")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with work_folder(out) as work:
         model.tokenizer.save(work / "tokenizer")
         config = compose([{"model": asdict(model.config)}])
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -55,14 +50,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         state = {"imported": origin}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
         put_in_place(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     output.say(
-        f"{out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} layers of "
-        f"{model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "
+        f"{arguments.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "
+        f"layers of {model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "
         f"{model.tokenizer.vocab_size:,}, from {model.format}"
     )
-    output.result({"model": str(out), "parameters": n, **origin})
+    output.result({"model": arguments.out, "parameters": n, **origin})
     return 0
 
 

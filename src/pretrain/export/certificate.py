@@ -2,7 +2,8 @@
 
 The files are loaded by `witness.py` in a fresh process that does not import this package. Compared
 are logits, a greedy continuation, the ids of hard texts, and the perplexity of a text. The verdict
-is `agrees`, `disagrees`, or, where no other library is installed, `not verified`.
+is `agrees`, `disagrees`, or, where no other library is installed or it does not run, `not
+verified`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from pretrain import __version__
 from pretrain.evaluate import Score
+from pretrain.export.witness import CANNOT_RUN
 from pretrain.generate.sampling import prompt_ids
 from pretrain.model import Decoder
 from pretrain.model.random import uniform
@@ -48,6 +50,7 @@ _GELU_TOLERANCE = 1e-2
 # rounds activations to 8 bits too.
 _MOST_DIVERGENCE = 5e-3
 _MOST_LOGITS = 1 << 23
+_LONG = 1e7  # larger numbers are shown with an exponent
 _ROWS, _LONGEST_ROW, _NEW_TOKENS, _PROMPT = 4, 128, 100, 8
 
 # Something of all that tokenizers treat differently; the special token's name is text.
@@ -99,6 +102,8 @@ def certify(exported: Exported, text: str, score: Score, *, threads: int = 1) ->
         return content
     request = _request(exported, text, library, threads)
     answer, logits = _ask(request)
+    if "unable" in answer:
+        return {**content, "library": library, **answer}
     if "refusal" in answer:
         return {**content, "verdict": DISAGREES, "library": library, **answer}
     if answer.pop("imported_pretrain"):
@@ -111,7 +116,17 @@ def certify(exported: Exported, text: str, score: Score, *, threads: int = 1) ->
     }
     agrees = all(check["verdict"] == AGREES for check in checks.values())
     verdict = AGREES if agrees else DISAGREES
-    return {**content, "verdict": verdict, "library": answer["library"], "checks": checks}
+    found = {"verdict": verdict, "library": answer["library"], "checks": _in_json(checks)}
+    return {**content, **found}
+
+
+def _in_json(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _in_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_in_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -131,18 +146,25 @@ def table(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "refusal" in certificate:
         return [("opening", certificate["refusal"], DISAGREES)]
     if checks is None:
-        return [("anything", "no library that reads the format is installed", NOT_VERIFIED)]
+        reason = certificate.get("unable", "no library that reads the format is installed")
+        return [("anything", reason, NOT_VERIFIED)]
     logits, greedy = checks["logits"], checks["greedy"]
     ids, scores = checks["tokenizer"], checks["perplexity"]
     found = {
-        "logits": f"largest difference {logits['largest_difference']:.1e} (at most "
-        f"{logits['tolerance']:.1e}) at {logits['positions']} places",
+        "logits": f"largest difference {_shown(logits['largest_difference'], '.1e')} (at most "
+        f"{_shown(logits['tolerance'], '.1e')}) at {logits['positions']} places",
         "greedy": f"{greedy['equal']} of {greedy['tokens']} tokens in a row are the same",
         "tokenizer": f"{ids['equal']} of {ids['texts']} texts have the same ids and come back",
-        "perplexity": f"{scores['ours']:.4f} here, {scores['theirs']:.4f} there, on "
+        "perplexity": f"{_shown(scores['ours'])} here, {_shown(scores['theirs'])} there, on "
         f"{scores['tokens']:,} tokens",
     }
     return [(name, found[name], checks[name]["verdict"]) for name in checks]
+
+
+def _shown(number: float | None, form: str = ".4f") -> str:
+    if number is None:
+        return "not finite"
+    return format(number, form if abs(number) < _LONG else ".3e")
 
 
 def _request(exported: Exported, text: str, library: str, threads: int) -> dict[str, Any]:
@@ -190,8 +212,11 @@ def _ask(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         command = [sys.executable, "-P", str(Path(__file__).with_name("witness.py")), name]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            return {"refusal": last[0]}, None
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]
+            if done.returncode < 0:
+                name = request["library"]
+                return {"unable": f"{name} was killed by signal {-done.returncode}: {last}"}, None
+            return {"unable" if done.returncode == CANNOT_RUN else "refusal": last}, None
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         return answer, np.load(folder / "logits.npy", allow_pickle=False)
 
@@ -267,12 +292,17 @@ def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any])
 def _compare_scores(exported: Exported, score: Score, answer: dict[str, Any]) -> dict[str, Any]:
     theirs = math.inf if answer["nats"] is None else answer["nats"] / max(1, answer["tokens"])
     ours, numbers = score.nats_per_token, exported.numbers
+    perplexity = {"ours": _perplexity(ours), "theirs": _perplexity(theirs)}
     most = 10 * _MOST_DIVERGENCE if numbers == "q8_0" else 1e-4 * max(1.0, ours)
     agrees = score.tokens == answer["tokens"] and abs(theirs - ours) <= most
     return {
         "verdict": AGREES if agrees else DISAGREES,
-        "ours": math.exp(min(ours, 700.0)),
-        "theirs": math.exp(min(theirs, 700.0)),
+        **perplexity,
         "nats_per_token": [ours, theirs],
         "tokens": score.tokens,
     }
+
+
+def _perplexity(nats_per_token: float) -> float:
+    # Beyond a float's range, or where there is none, it is not finite.
+    return math.exp(nats_per_token) if nats_per_token < 700.0 else math.inf

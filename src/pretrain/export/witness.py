@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+CANNOT_RUN = 69
+"""The exit code where the library itself does not come up, which says nothing of the files."""
+
 
 class Transformers:
     """transformers: a model directory."""
@@ -147,5 +150,27 @@ def main(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
+def load_library(name: str) -> None:
+    """Raises whatever the library does where it cannot be loaded: it may lack a package, or a
+    library of the system."""
+    if name == "llama_cpp":
+        import llama_cpp  # noqa: F401
+    else:
+        import transformers  # noqa: F401
+
+
+def told(error: BaseException) -> None:
+    """Leave with the reason in one line, which is what is shown."""
+    print(" ".join(f"{type(error).__name__}: {error}".split()), file=sys.stderr)
+    sys.exit(CANNOT_RUN)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        load_library(json.loads((Path(sys.argv[1]) / "request.json").read_text())["library"])
+    except Exception as error:
+        told(error)
+    try:
+        main(Path(sys.argv[1]))
+    except (ImportError, MemoryError) as error:
+        told(error)
