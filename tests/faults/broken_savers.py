@@ -27,9 +27,9 @@ from pretrain.checkpoint.format import MANIFEST
 
 PARTS: dict[str, Callable[[Path], Row]] = {
     "crash states": enumerate_states,
-    "failing calls": fail_every_call,
     "short writes": short_writes,
     "changed bytes": changed_bytes,
+    "failing calls": fail_every_call,
 }
 Edit = AbstractContextManager[object]
 

@@ -63,7 +63,7 @@ FILES = {
     "a section that is a list": b"train: [steps, 1]",
     "a key that is a list": b"? [a, b]\n: 1",
     "a key that is a number": b"train: {1: 2}",
-    "an unknown section": b"trian: {steps: 1}",
+    "an unknown section": b"trains: {steps: 1}",
     "an unknown key": b"train: {step: 1}",
     "2 MB": b"train: {steps: 1} #" + b"x" * (2 << 20),
     "tabs": b"train:\n\tsteps: 1",
