@@ -89,7 +89,7 @@ def bitwise_pairs(scratch: Path, *, each: int, configs: int, seed: int, workers:
         ]
     )
     tried, landed = (sum(each[n] for each in found) for n in (0, 1))
-    note = f"{len(chosen)} of {len(FAMILIES)} families x {len(OPTIMIZERS)} optimizers x dropout; "
+    note = f"{len(chosen)} combinations of family, optimizer and dropout; "
     note += f"{len(KILL_POINTS)} kill points, before and after; {time.monotonic() - began:.0f} s"
     return Row("bitwise equal after SIGKILL and resume", tried, landed, landed, note)
 
