@@ -44,7 +44,7 @@ help:
 	@echo 'make test        the whole suite, under 10 minutes on 2 cores'
 	@echo 'make test-long   the tests that take minutes each'
 	@echo 'make faults-ci   the fault suite: 10,000 kills and what docs/faults.md lists, 13 minutes on 2 busy cores'
-	@echo 'make faults      the same with 500 bitwise resumes and 2,000 kills of the real train, 45 minutes'
+	@echo 'make faults      the same with 500 bitwise resumes and 2,000 kills of the real train, under an hour'
 	@echo 'make check       ruff, format, strict types, spelling'
 	@echo 'make format      lets ruff correct what it can'
 	@echo 'make clean       removes the environment and all caches; runs/ stays'
