@@ -134,14 +134,14 @@ def _hash(tree: Tree) -> str:
 def traced_calls(scratch: Path) -> tuple[list[str], list[str]] | None:
     """The calls of a save as recorded here, and as the kernel saw them (strace); None where there
     is no strace, or it may not trace."""
-    if shutil.which("strace") is None:
+    if shutil.which("strace") is None or _may_not_trace():
         return None
     log = scratch / "strace.txt"
     words = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=" + TRACED]
     words += [sys.executable, "-m", "faults.crash_states", str(scratch / "traced")]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        return None
+        raise Unrecovered(f"the traced save failed: {done.stderr}")
     here = [f"{call} {name}" for call, name in (line.split() for line in done.stdout.splitlines())]
     return here, _kernel_calls(log.read_text(), str(scratch / "traced" / "checkpoints"))
 
@@ -156,6 +156,10 @@ def compare_with_the_kernel(scratch: Path) -> Row:
     if here != kernel:
         raise Unrecovered(f"recorded: {here}; the kernel saw: {kernel}")
     return Row(name, len(here), len(kernel), len(kernel), "strace -f, call by call, in order")
+
+
+def _may_not_trace() -> bool:
+    return subprocess.run(["strace", "-qq", "true"], capture_output=True).returncode != 0
 
 
 TRACED = "write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2,mkdir,mkdirat,unlink,"
