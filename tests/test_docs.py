@@ -12,6 +12,7 @@ import io
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 from pretrain.cli import VERBS, doctor, main
 from pretrain.cli.verify import EXACT, NOT_JUDGED, Check
 from pretrain.config import SECTIONS
+from pretrain.model.families import FAMILIES
 from tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,15 @@ def _is_decimal(word: str) -> bool:
 
 def _at(word: str) -> float:
     return float(word.rstrip(",;"))
+
+
+@pytest.fixture(autouse=True)
+def _own_families() -> Iterator[None]:
+    """A page adds a family; the tests that come after it are not to find it."""
+    before = dict(FAMILIES)
+    yield
+    FAMILIES.clear()
+    FAMILIES.update(before)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if PROGRAM.search(read(p))], ids=name_of)

@@ -39,7 +39,7 @@ VALUES = {
     "an object": "{a: {b: c}}",
     "a date": "2026-01-01",
     "a word that is a number": '"3"',
-    "a long word": "x" * 100_000,
+    "a long word": "x" * 50_000,
     "a word that cannot be seen": '"\\0\\e[2J"',
 }
 FILES = {

@@ -139,7 +139,8 @@ def traced_calls(scratch: Path) -> tuple[list[str], list[str]] | None:
     log = scratch / "strace.txt"
     words = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=" + TRACED]
     words += [sys.executable, "-m", "faults.crash_states", str(scratch / "traced")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    here_too = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    done = subprocess.run(words, capture_output=True, text=True, env=here_too)
     if done.returncode:
         raise Unrecovered(f"the traced save failed: {done.stderr}")
     here = [f"{call} {name}" for call, name in (line.split() for line in done.stdout.splitlines())]

@@ -70,6 +70,8 @@ def asked_settings(asked: RunConfig, layers: Sequence[Layer]) -> dict[str, Any]:
     """What a command says itself, by full name; an empty value asks for nothing."""
     plain = to_dict(asked)
     said = {f"{s}.{k}": plain[s][k] for layer in layers for s in layer for k in layer[s]}
+    if asked.train.steps is not None:
+        said.pop("train.minutes", None)  # a recipe's, beside steps: it decides nothing
     # Everywhere else empty means: decide it. It was decided.
     return {k: v for k, v in said.items() if v not in (None, "auto") or k == "train.patience"}
 

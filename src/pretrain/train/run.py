@@ -16,6 +16,7 @@ from pretrain.checkpoint import (
     BackgroundSaver,
     Checkpoint,
     checkpoint_name,
+    list_checkpoints,
     newest_good,
     prune,
 )
@@ -213,12 +214,14 @@ def begin(
     decoder = build(
         model, vocab_size=data.manifest.vocab_size, seed=settings.seed, device=world.device
     )
-    # Weights, and two numbers of memory beside each that is no row of a table; two checkpoints.
+    # Weights, and two numbers of memory beside each that is no row of a table; two checkpoints, of
+    # which a run that goes on has one already.
     n_bytes = sum(
         p.numel() * p.element_size() * (1 if role_of(name, p) == "lookup" else 3)
         for name, p in decoder.named_parameters()
     )
-    refuse_little_room(folder, n_bytes=2 * n_bytes, n_files=20)
+    n_new = 1 if list_checkpoints(folder / "checkpoints") else 2
+    refuse_little_room(folder, n_bytes=n_new * n_bytes, n_files=20)
     if settings.compile == "on":
         decoder.compile(dynamic=False)
     objective = Objective(
