@@ -100,6 +100,7 @@ def test_a_wrong_figure_would_be_found() -> None:
     assert not looks_like("one two", "one")
 
 
+@pytest.mark.timeout(900)  # all of README in one test: two minutes, and four on a busy machine
 def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.txt").write_text("It was the best of times, it was the worst of times. " * 100)

@@ -31,7 +31,7 @@ from pretrain.tokenizer.config import TokenizerConfig
 from pretrain.train.config import TrainConfig, mistakes_of_batch
 
 Layer = Mapping[str, Mapping[str, Any]]
-_LARGEST_FILE_BYTES = 1 << 16
+_LARGEST_FILE_BYTES = 1 << 18
 _LONGEST_NUMBER, _DEEPEST = 100, 50
 
 
