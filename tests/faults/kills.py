@@ -29,6 +29,7 @@ from pretrain.checkpoint import save as saver_page
 WRITING, VERIFYING, PRUNING, DONE = range(1, 5)
 NAMES = {WRITING: "writing", VERIFYING: "verifying", PRUNING: "pruning"}
 N_BYTES = 2 << 20
+MEASURED_EVERY = 200
 
 
 def save_in_background(folder: Path, history: History, step: int, phase: Phase) -> None:
@@ -114,12 +115,15 @@ def _kill_the_saver(folder: Path, *, landed: int, seed: int) -> dict[str, int]:
     def work(phase: Phase) -> None:
         save_in_background(folder, history, newest + 1, phase)
 
-    seconds = []
-    for _ in range(5):
-        seconds.append(duration(work))
-        newest = judge(folder, history, allowed=(newest + 1,), least_whole=KEEP)
-    window, chosen = 1.2 * sorted(seconds)[2], random.Random(seed)
+    window, chosen = 0.0, random.Random(seed)
     while sum(where.values()) < landed:
+        if tried % MEASURED_EVERY == 0:
+            # The machine is now quicker and now slower, and a kill after the end tells nothing.
+            seconds = []
+            for _ in range(5):
+                seconds.append(duration(work))
+                newest = judge(folder, history, allowed=(newest + 1,), least_whole=KEEP)
+            window = 1.2 * sorted(seconds)[2]
         tried += 1
         counts, phase = killed_after(chosen.uniform(0, window), work)
         # Whoever was verifying had saved.
