@@ -7,13 +7,16 @@ import errno
 import json
 import os
 import random
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import (
+    BackgroundSaver,
     DamagedCheckpoint,
     disk,
     list_checkpoints,
@@ -249,3 +252,126 @@ def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
     (path / layout.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="a newer pretrain can open it"):
         open_checkpoint(path)
+
+
+def test_milestones_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5, 6, 7):
+        save(tmp_path, step)
+    prune(tmp_path, keep=2, every=3)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["3", "6", "7"]
+
+
+def test_a_reader_goes_on_when_its_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    old = open_checkpoint(save(tmp_path, 1))
+    for step in (2, 3):
+        save(tmp_path, step)
+    prune(tmp_path, keep=2)
+    assert not old.path.exists()
+    old.verify()
+    assert torch.equal(old.read("model/a"), tensors()["model/a"])
+
+
+def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) -> None:
+    """MODEL is opened again and again while a run goes on, two checkpoints at a time."""
+    import shutil
+
+    from pretrain.cli.models import _opened
+
+    (tmp_path / "config.yaml").write_text("{}")
+    folder, read = tmp_path / "checkpoints", set()
+    save(folder, 1)
+    done = threading.Event()
+
+    def going_on() -> None:
+        for step in range(2, 150):
+            save(folder, step)
+            prune(folder, keep=1)
+        done.set()
+
+    writer = threading.Thread(target=going_on)
+    writer.start()
+    while not done.is_set():
+        _, checkpoint = _opened(tmp_path)
+        checkpoint.verify()
+        read.add(checkpoint.step)
+    writer.join()
+    assert len(read) > 10
+    (tmp_path / "summary.json").write_text(json.dumps({"checkpoint": "checkpoints/step-00000001"}))
+    with pytest.raises(DamagedCheckpoint):  # and not for ever
+        _opened(tmp_path)
+    shutil.rmtree(folder)
+
+
+def test_a_checkpoint_under_another_name_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    path.rename(tmp_path / "step-00000006")
+    with pytest.raises(DamagedCheckpoint, match="holds step 5"):
+        open_checkpoint(tmp_path / "step-00000006")
+
+
+def test_a_background_save_holds_the_numbers_of_its_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on, on a disk that is slow; what is saved is what was there when it began."""
+    real, may_end = os.fsync, threading.Event()
+
+    def slow(descriptor: int) -> None:
+        assert may_end.wait(30)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    saver, live = BackgroundSaver(tmp_path / "c"), tensors()
+    forgotten: list[str] = []
+    saver.save(step=1, tensors=live, state={}, after=lambda: forgotten.append("old ones"))
+    for tensor in live.values():
+        tensor.mul_(0)
+    saver.poll()  # nothing has failed, and nothing is waited for
+    assert forgotten == []
+    assert list_checkpoints(tmp_path / "c") == []
+    may_end.set()
+    saver.wait()
+    assert forgotten == ["old ones"]
+    found = open_checkpoint(list_checkpoints(tmp_path / "c")[0])
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors().items())
+
+
+def test_what_a_background_save_could_not_do_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, forgotten = BackgroundSaver(tmp_path), []
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        saver.save(step=1, tensors=tensors(), state={}, after=lambda: forgotten.append(1))
+        with pytest.raises(OSError, match="input/output"):
+            saver.wait()
+    saver.poll()
+    saver.wait()
+    saver.save(step=2, tensors=tensors(), state={}, after=lambda: forgotten.append(2))
+    saver.wait()
+    assert forgotten == [2]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_what_the_disk_has_not_kept_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read back before an older one is forgotten."""
+    real = os.write
+    lost = bytearray(b"lost")
+
+    def losing(descriptor: int, data: Any) -> int:
+        if len(data) == 7 * 5 * 4:  # the bytes of model/a
+            return real(descriptor, bytes(lost) + bytes(data)[4:])
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", losing)
+    saver, forgotten = BackgroundSaver(tmp_path), []
+    saver.save(step=1, tensors=tensors(), state={}, after=lambda: forgotten.append(1))
+    with pytest.raises(OSError, match="set aside as damaged-step-00000001"):
+        saver.wait()
+    assert forgotten == []
+    assert list_checkpoints(tmp_path) == []

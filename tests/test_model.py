@@ -117,26 +117,32 @@ def test_the_chunked_loss_equals_the_plain_one(rows: int, monkeypatch: pytest.Mo
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_label_smoothing_changes_gradients_and_never_nats() -> None:
+@pytest.mark.parametrize("extra", [{"smoothing": 0.1}, {"z_loss": 0.01}])
+def test_what_is_added_to_the_objective_changes_gradients_and_never_nats(
+    extra: dict[str, float],
+) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, V, (40,), generator=generator)
     targets[5] = NOT_COUNTED
-    nats = linear_cross_entropy(hidden, weight, targets, smoothing=0.1)
+    nats = linear_cross_entropy(hidden, weight, targets, **extra)
     plain = plain_linear_cross_entropy(hidden, weight, targets)
-    smoothed = plain_linear_cross_entropy(hidden, weight, targets, smoothing=0.1)
+    whole = plain_linear_cross_entropy(hidden, weight, targets, **extra)
     torch.testing.assert_close(nats, plain, rtol=1e-12, atol=0)
-    assert float(smoothed.detach()) != pytest.approx(float(plain.detach()))
+    assert float(whole.detach()) != pytest.approx(float(plain.detach()))
     for ours, torchs in zip(
         torch.autograd.grad(nats, (hidden, weight)),
-        torch.autograd.grad(smoothed, (hidden, weight)),
+        torch.autograd.grad(whole, (hidden, weight)),
         strict=True,
     ):
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
 
 
-def test_label_smoothing_ends_with_training(decoder: Decoder) -> None:
+@pytest.mark.parametrize("extra", [{"label_smoothing": 0.1}, {"z_loss": 0.01}])
+def test_what_is_added_to_the_objective_ends_with_training(
+    decoder: Decoder, extra: dict[str, float]
+) -> None:
     ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(8))
     weight = decoder.token_embedding.weight
 
@@ -146,10 +152,10 @@ def test_label_smoothing_ends_with_training(decoder: Decoder) -> None:
         assert weight.grad is not None
         return weight.grad.clone()
 
-    smoothing = Objective(decoder, label_smoothing=0.1)
+    whole = Objective(decoder, **extra)  # type: ignore[arg-type]
     plain = slope(Objective(decoder).eval())
-    assert torch.equal(slope(smoothing.eval()), plain)
-    assert not torch.allclose(slope(smoothing.train()), plain)
+    assert torch.equal(slope(whole.eval()), plain)
+    assert not torch.allclose(slope(whole.train()), plain)
 
 
 def test_the_chunked_loss_never_keeps_whole_logits() -> None:

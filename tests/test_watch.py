@@ -73,15 +73,18 @@ def test_data_that_was_passed_over_is_never_read() -> None:
     assert [position_of(s, backs) for s in (39, 40, 49, 50)] == [39, 49, 58, 60]
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, *, with_nan: bool = False) -> None:
-    """One batch of the data is of noise, whatever step reads it."""
+def poison(
+    monkeypatch: pytest.MonkeyPatch, *, with_nan: bool = False, for_ever: bool = False
+) -> None:
+    """One batch of the data is of noise, whatever step reads it; or all from there on are."""
     from pretrain.train import batches
 
     real = batches.micro_batch_at  # type: ignore[attr-defined]
 
     def spoilt(*args: Any, sample: int, rows: int, **rest: Any) -> MicroBatch:
         batch = real(*args, sample=sample, rows=rows, **rest)
-        if sample // 8 != POISONED:  # 8 windows a batch
+        batch_number = sample // 8  # 8 windows a batch
+        if batch_number < POISONED or (batch_number > POISONED and not for_ever):
             return batch
         noise = torch.full_like(batch.targets, 399)  # the last entry of the vocabulary
         return batch._replace(targets=noise)
@@ -209,3 +212,30 @@ def test_records_of_another_history_are_refused(
     metrics.write_text("".join(kept))
     assert main(["train", "--resume", "--run", str(run)]) == 2
     assert "does not belong to the checkpoint" in capsys.readouterr().err
+
+
+def test_a_loss_that_jumps_for_ever_ends_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    poison(monkeypatch, for_ever=True)
+    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 2
+    assert "again and again after step 40; 3 rollbacks did not help" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import shutil
+
+    for seed in ("1", "2"):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 5)
+            words = [*TINY, "--train.steps", "12", "--train.seed", seed]
+            run = tmp_path / seed
+            assert main(["train", str(corpus), *words, "--run", str(run)]) == 143
+    mine, other = (tmp_path / seed / "checkpoints" / "step-00000005" for seed in ("1", "2"))
+    shutil.rmtree(mine)
+    shutil.copytree(other, mine)
+    assert main(["train", "--resume", "--run", str(tmp_path / "1")]) == 2
+    assert "is a checkpoint of another run" in capsys.readouterr().err

@@ -7,10 +7,13 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import secrets
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -36,7 +39,10 @@ class DamagedCheckpoint(ValueError):
 
 
 class Checkpoint:
-    """An open checkpoint: `step`, `state`, `sha256` of its manifest, tensor `shapes`, `read`."""
+    """An open checkpoint: `step`, `state`, `sha256` of its manifest, `shape`, `read`.
+
+    Its files are held open, so a reader goes on where a run forgets the checkpoint meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,12 +56,12 @@ class Checkpoint:
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
         self._verified: set[tuple[str, int]] = set()
-        for name, entry in self._files.items():
-            file = path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size:,} bytes"
-                raise DamagedCheckpoint(f"{file} {found}; {entry['bytes']:,} were written")
+        with ExitStack() as opened:
+            self._opened = {
+                name: opened.enter_context(_open_whole(path / name, n_bytes=entry["bytes"]))
+                for name, entry in self._files.items()
+            }
+            self.close = weakref.finalize(self, opened.pop_all().close)
 
     def names(self, group: str) -> list[str]:
         """Names of the tensors of one group (`model`, `optimizer`), without the group's own
@@ -117,10 +123,10 @@ class Checkpoint:
         if not 0 <= start <= start + n_bytes <= entry["bytes"]:
             raise DamagedCheckpoint(f"{self.path / name}: a tensor lies outside the file")
         first, last = start // block_bytes, -(-(start + n_bytes) // block_bytes)
+        file = self._opened[name]
         try:
-            with open(self.path / name, "rb") as file:
-                file.seek(first * block_bytes)
-                data = bytearray(file.read((last - first) * block_bytes))
+            file.seek(first * block_bytes)
+            data = bytearray(file.read((last - first) * block_bytes))
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -148,14 +154,31 @@ class Checkpoint:
                 self._verified_bytes(name, start, length)
 
 
+def _open_whole(file: Path, *, n_bytes: int) -> BinaryIO:
+    try:
+        opened = open(file, "rb") if file.is_file() else None  # noqa: SIM115 - held open
+    except FileNotFoundError:  # it went between the two
+        opened = None
+    size = None if opened is None else os.fstat(opened.fileno()).st_size
+    if opened is not None and size == n_bytes:
+        return opened
+    if opened is not None:
+        opened.close()
+    found = "is missing" if size is None else f"has {size:,} bytes"
+    raise DamagedCheckpoint(f"{file} {found}; {n_bytes:,} were written")
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
-    if not file.is_file():
-        raise DamagedCheckpoint(f"{path} is not a checkpoint: it has no {MANIFEST}")
-    if file.stat().st_size > _LARGEST_MANIFEST_BYTES:
-        raise DamagedCheckpoint(f"{file} is larger than any manifest of ours")
     try:
+        if file.stat().st_size > _LARGEST_MANIFEST_BYTES:
+            raise DamagedCheckpoint(f"{file} is larger than any manifest of ours")
         text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedCheckpoint(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
+    except UnicodeDecodeError as error:
+        raise DamagedCheckpoint(f"{file} is not JSON: {error}") from None
+    try:
         content = json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{file} is not JSON: {error}") from None
@@ -237,10 +260,13 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
+        checkpoint = None
         try:
             checkpoint = open_checkpoint(path)
             checkpoint.verify()
         except DamagedCheckpoint as error:
+            if checkpoint is not None:
+                checkpoint.close()  # elsewhere than on Linux an open file keeps its folder's name
             complaints.append(f"{error} (set aside as {set_aside(path).name})")
             continue
         return checkpoint, complaints

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = (
     "--model.family gpt2 --model.n_layers 2 --model.n_heads 2 --model.d_model 64 "
-    "--model.context_length 32 --model.dropout 0.1 --tokenizer.vocab_size 400 "
+    "--model.context_length 32 --model.dropout 0.1 "
     "--train.batch_tokens 512 --train.micro_batch_rows 8 --train.steps 40"
 ).split()
 _STEPS, _SAVED_BYTES = 8, 64 << 20
@@ -177,23 +176,20 @@ def _compiled(world: World) -> Check:
 def _resume(device: str, output: Output) -> dict[str, Any]:
     """A small run on some of the bundled text, killed and resumed."""
     from pretrain.corpus import read_documents
+    from pretrain.data import prepare
 
     with tempfile.TemporaryDirectory(prefix="pretrain-doctor-") as name:
         text, run_folder = Path(name) / "text.jsonl", Path(name) / "run"
         documents = list(read_documents("bundled"))[::8]
         lines = [json.dumps({"title": d.title, "text": d.text[:3000]}) for d in documents]
         text.write_text("\n".join(lines), encoding="utf-8")
-        words = [sys.executable, "-m", "pretrain", "train", str(text), "--run", str(run_folder)]
-        words += [*_SETTINGS, "--train.device", device]
+        # A folder of its own: the user's cache is not for this.
+        prepare(text, Path(name) / "prepared", vocab_size=400)
+        words = [sys.executable, "-m", "pretrain", "train", str(Path(name) / "prepared")]
+        words += [*_SETTINGS, "--run", str(run_folder), "--train.device", device]
         done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env={**os.environ, "PRETRAIN_CACHE": str(Path(name) / "cache")},
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
         )
         if done.returncode != 0:
             return {"verdict": DIFFERS, "error": done.stderr.strip()[-500:]}
-        os.environ["PRETRAIN_CACHE"] = str(Path(name) / "cache")
         return prove(run_folder, read_run(run_folder), 10, say=output.say)

@@ -57,21 +57,36 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
         config = compose([{"model": asdict(foreign.config)}])
         decoder = foreign.build(device=world.device.type).eval()
         return OpenModel(decoder, foreign.tokenizer, config, given, None, world)
-    run, path = find_checkpoint(given)
+    find_checkpoint(given)  # what is no run is said before torch is loaded
 
-    from pretrain.checkpoint import open_checkpoint
     from pretrain.model import Objective, build
     from pretrain.tokenizer import load_tokenizer
     from pretrain.train.run import load_weights
     from pretrain.world import open_world
 
     world = open_world(device)
-    checkpoint = open_checkpoint(path)
+    run, checkpoint = _opened(given)
     config = compose([read_file(run / "config.yaml")])
     tokenizer = load_tokenizer(run / "tokenizer")
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     load_weights(Objective(decoder), checkpoint)
-    return OpenModel(decoder.eval(), tokenizer, config, path, checkpoint, world)
+    return OpenModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
+
+
+def _opened(given: Path) -> tuple[Path, Checkpoint]:
+    """The checkpoint that a MODEL argument means, while a run may go on, saving and forgetting."""
+    from pretrain.checkpoint import DamagedCheckpoint, open_checkpoint
+
+    before = None
+    while True:
+        run, path = find_checkpoint(given)
+        try:
+            return run, open_checkpoint(path)
+        except DamagedCheckpoint:
+            # One that has gone was forgotten for a newer one; the same twice is damage.
+            if path.exists() or path == before:
+                raise
+        before = path
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -47,10 +47,11 @@ from pretrain.config import (
     to_yaml,
 )
 from pretrain.corpus import list_files
+from pretrain.data.durable import replace_file
 from pretrain.data.shards import PreparedData, is_prepared
 from pretrain.report import require_packages, write_report
 from pretrain.train.changes import check_accepted, differences
-from pretrain.train.records import Records, write_text
+from pretrain.train.records import Records
 from pretrain.train.signals import TO_THE_END, Ends
 from pretrain.train.windows import check_windows
 
@@ -106,12 +107,12 @@ def _start(config: RunConfig, folder: Path, output: Output, began: float) -> int
     killed before anything could be decided can be resumed too."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     with only_writer(folder, output):
-        write_text(folder / ASKED, to_yaml(config))
+        replace_file(folder / ASKED, to_yaml(config).encode())
         try:
             data = _prepare(config, output)
             check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
             config, world = _decide(config, folder, data, output)
-        except BaseException:
+        except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
             _take_back(folder, new)
             raise
         return _train(config, folder, data, world, output, began, resume_from=None)
@@ -209,7 +210,7 @@ def _decide(
     text = to_yaml(config)
     write_environment(folder, text, world, _fingerprint(config, data, world))
     # Last: from now on a resume goes by it.
-    write_text(folder / "config.yaml", text)
+    replace_file(folder / "config.yaml", text.encode())
     (folder / ASKED).unlink()
     return config, world
 

@@ -63,10 +63,11 @@ def train(
         world=world,
         screen=screen,
         identity=identity,
-        first_weights=first_weights,
     )
     if resume_from is not None:
         run.restore(resume_from)
+    elif first_weights is not None:
+        load_weights(run.objective, first_weights)
     run.take_up_records()
 
     def rate(step: int) -> float:

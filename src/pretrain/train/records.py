@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.durable import sync_folder
+from pretrain.data.durable import replace_file, sync_folder
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 
@@ -49,19 +49,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     it."""
     text = json.dumps({k: _plain(v) for k, v in content.items()}, indent=2) + "\n"
     with _stopping_if_it_fails(path):
-        write_text(path, text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file so that a reader, and a disk after a power loss, has the old one or the
-    new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+        replace_file(path, text.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +97,7 @@ class Records:
             )
             # A copy, not a rename: there is never a moment without the file.
             shutil.copyfile(path, aside)
-            write_text(path, "".join(kept))
+            replace_file(path, "".join(kept).encode())
 
 
 def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:

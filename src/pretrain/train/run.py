@@ -208,7 +208,6 @@ def begin(
     world: World,
     screen: Screen,
     identity: Mapping[str, Any],
-    first_weights: Checkpoint | None,
 ) -> Run:
     """A run before its first step. OSError where the disk has no room for its checkpoints."""
     decoder = build(
@@ -230,8 +229,6 @@ def begin(
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
     )
-    if first_weights is not None:
-        load_weights(objective, first_weights)
     return Run(
         folder=folder,
         data=data,
