@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import main
 from pretrain.data import MicroBatch
+from pretrain.train.steps import train_step
 from pretrain.train.watch import (
     LEAST_STEPS,
     MOST_IN_A_ROW,
@@ -239,3 +241,34 @@ def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this(
     shutil.copytree(other, mine)
     assert main(["train", "--resume", "--run", str(tmp_path / "1")]) == 2
     assert "is a checkpoint of another run" in capsys.readouterr().err
+
+
+def test_checkpoints_of_what_was_given_up_are_gone_before_the_records_are(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best evaluations, 42 and 45, were saved between 40, which was due, and the spike."""
+    poison(monkeypatch)
+    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+    words += ["--train.save_every", "20", "--train.evaluate_every", "3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*words, "--run", str(whole)]) == 0
+
+    class Killed(BaseException):
+        pass
+
+    real, made = train_step, 0
+
+    def dying(*args: Any, **keywords: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == POISONED + 2:  # the second step after the rollback, before anything is saved
+            raise Killed
+        return real(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.train.steps.train_step", dying)
+        with pytest.raises(Killed):
+            main([*words, "--run", str(killed)])
+    assert list_checkpoints(killed / "checkpoints")[-1].name == "step-00000040"
+    assert main(["train", "--resume", "--run", str(killed)]) == 0
+    assert_same_run(whole, killed)
