@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import main
@@ -77,6 +78,14 @@ def test_masks_and_unequal_rows_are_divided_once_by_what_was_counted() -> None:
         report = made(objective, masked(parts))
         found.append((report, [p.detach().clone() for p in objective.parameters()]))
     (one, ours), (other, theirs) = found
+    # torch's own mean over what is counted has the same gradient.
+    (batch,), objective = masked([(0, 12)]), small_objective().double()
+    logits = objective.decoder.logits(objective.decoder(batch.inputs))
+    F.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NOT_COUNTED
+    ).backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    assert one.grad_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-9)
     assert one.count == other.count == 12 * 8 - 4 * 5
     assert other.nats_per_token == pytest.approx(one.nats_per_token, rel=1e-12)
     assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-9)

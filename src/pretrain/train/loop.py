@@ -201,7 +201,6 @@ def _roll_back(run: Run, first_weights: Checkpoint | None) -> None:
         run.start_over(first_weights)
     run.records.cut_back(target)
     run.records.add_metrics({"kind": "rollback", "step": target, "batches": back.batches})
-    run.position = None  # it was written before the rollback
     run.take_up_records()
     run.screen.line(
         f"back to step {target:,}; {back.batches:,} batches of data are passed over", style="yellow"

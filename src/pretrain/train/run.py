@@ -106,8 +106,9 @@ class Run:
         off = self.settings.spike_action == "off"
         self.watch = Watch.of(records, threshold=math.inf if off else self.settings.spike_threshold)
         self.batches.rollbacks = rollbacks_of(records)
-        # Not so where somebody has deleted or changed the records.
-        if self.position is not None and self.position != self.batches.position(self.done):
+        # It says the batch after the last step's: a rollback to it is younger than it is. Not so
+        # where somebody has deleted or changed the records.
+        if self.position not in (None, self.batches.position(self.done - 1) + 1):
             raise ValueError(
                 f"{self.folder / METRICS} does not belong to the checkpoint of step {self.done:,}: "
                 "what was passed over of the data is not in it"
