@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.models import HELP, OpenModel
 from pretrain.cli.new_folder import final_folder, set_aside, work_folder
-from pretrain.cli.output import Output
+from pretrain.cli.output import Output, plain
 from pretrain.data.durable import put_in_place
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     with work_folder(out) as work:
         exported = _write(model, work, arguments.format, arguments.type)
         certificate = _certify(model, exported, text, output)
-        content = json.dumps(certificate, indent=2, allow_nan=False)
+        content = json.dumps(plain(certificate), indent=2, allow_nan=False)
         (work / FILE_NAME).write_text(content + "\n", encoding="utf-8")
         verdict, where = certificate["verdict"], arguments.out
         if verdict == DISAGREES:  # kept, for somebody to look at

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 # Between two lines about one stage of a long preparation.
@@ -56,7 +56,7 @@ class Output:
     def result(self, content: Mapping[str, Any]) -> None:
         """The machine-readable answer; without --json it is not printed."""
         if self.json:
-            print(json.dumps(_plain(content), ensure_ascii=False), flush=True)
+            print(json.dumps(plain(content), ensure_ascii=False), flush=True)
 
     def fail(self, reason: str, code: int) -> None:
         print(f"pretrain: {reason}", file=sys.stderr, flush=True)

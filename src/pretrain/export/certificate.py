@@ -116,17 +116,8 @@ def certify(exported: Exported, text: str, score: Score, *, threads: int = 1) ->
     }
     agrees = all(check["verdict"] == AGREES for check in checks.values())
     verdict = AGREES if agrees else DISAGREES
-    found = {"verdict": verdict, "library": answer["library"], "checks": _in_json(checks)}
+    found = {"verdict": verdict, "library": answer["library"], "checks": checks}
     return {**content, **found}
-
-
-def _in_json(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _in_json(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_in_json(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -162,7 +153,7 @@ def table(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _shown(number: float | None, form: str = ".4f") -> str:
-    if number is None:
+    if number is None or not math.isfinite(number):  # None is what JSON makes of it
         return "not finite"
     return format(number, form if abs(number) < _LONG else ".3e")
 
