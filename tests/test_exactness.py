@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,16 @@ from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.train import StepReport
 from pretrain.train.steps import train_step
 from pretrain.world import open_world
-from test_train import DROPOUT, assert_same_run, batches, records, small_objective, train, weights
+from test_train import (
+    DROPOUT,
+    assert_same_run,
+    batches,
+    records,
+    small_objective,
+    stop_after,
+    train,
+    weights,
+)
 from tiny import TINY
 
 
@@ -180,11 +191,74 @@ def test_a_run_that_died_before_it_was_decided_is_resumed(
     assert train(*words) == 2  # it is a run now
 
 
+@pytest.fixture(scope="module")
+def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 steps that was stopped after 7."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    words = [*TINY, "--train.steps", "9", "--train.evaluate_every", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 7)
+        assert train(str(corpus), *words, "--run", str(run)) == 143
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("metrics.jsonl", "--accept metrics"),
+        ("samples.jsonl", "--accept samples"),
+        ("environment.json", "environment.json is damaged"),
+        ("config.yaml", "config.yaml"),
+        ("tokenizer/tokenizer.json", None),
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut", "emptied", "random bytes"])
+def test_a_damaged_file_of_a_run_is_said_and_never_used(
+    stopped: Path, tmp_path: Path, capsys: Any, name: str, says: str | None, damage: str
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    content = (run / name).read_bytes()
+    bad = {"cut": content[: len(content) // 2], "emptied": b"", "random bytes": bytes(range(256))}
+    (run / name).write_bytes(bad[damage])
+    capsys.readouterr()
+    code = train("--resume", "--run", str(run))
+    said = capsys.readouterr()
+    if says is not None:
+        assert code == 2
+        # An empty config is one: all its settings differ from the checkpoint's.
+        assert says in said.err or (name == "config.yaml" and "have changed" in said.err)
+    else:  # the text has another copy
+        assert code == 0
+        assert "is written anew" in said.out
+        assert (run / name).read_bytes() == content
+
+
+def test_a_model_is_not_read_with_another_tokenizer(
+    finished_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    file = run / "tokenizer" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    merges = words["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    file.write_text(json.dumps(words))
+    assert main(["next", str(run), "--prompt", "The"]) == 2
+    assert "is not the tokenizer that step-00000012 was trained with" in capsys.readouterr().err
+
+
+def test_accepted_records_are_accepted_once(stopped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(True)
+    (run / "metrics.jsonl").write_text("".join(lines[2:]))
+    assert train("--resume", "--run", str(run)) == 2
+    assert train("--resume", "--run", str(run), "--accept", "metrics") == 0
+    assert [r["step"] for r in records(run) if r["kind"] == "train"][-1] == 9
+
+
 @pytest.mark.slow
 def test_a_resume_without_the_compilers_cache_has_the_same_bits(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
     import subprocess
     import sys
 

@@ -213,6 +213,8 @@ def test_records_of_another_history_are_refused(
     kept = [line for line in metrics.read_text().splitlines(True) if '"rollback"' not in line]
     metrics.write_text("".join(kept))
     assert main(["train", "--resume", "--run", str(run)]) == 2
+    assert "(--accept metrics)" in capsys.readouterr().err
+    assert main(["train", "--resume", "--run", str(run), "--accept", "metrics"]) == 2
     assert "does not belong to the checkpoint" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
-from pretrain.train.records import write_json
+from pretrain.train.records import read_json, write_json
 
 if TYPE_CHECKING:
     from pretrain.world import World
@@ -35,9 +35,9 @@ def only_writer(folder: Path, output: Output) -> Iterator[None]:
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """What a run wrote down of itself and its surroundings when it began."""
-    content = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not {"run", "fingerprint"} <= content.keys():
-        raise ValueError(f"{folder / ENVIRONMENT} is not what a run writes")
+    content = read_json(folder / ENVIRONMENT)
+    if not isinstance(content.get("fingerprint"), dict) or "run" not in content:
+        raise ValueError(f"{folder / ENVIRONMENT} is damaged: it lacks run or fingerprint")
     return content
 
 

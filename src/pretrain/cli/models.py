@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.config import Layer, Rules, RunConfig, compose, read_file
+from pretrain.train.records import read_json
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -68,6 +68,12 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
     run, checkpoint = _opened(given)
     config = compose([read_file(run / "config.yaml")])
     tokenizer = load_tokenizer(run / "tokenizer")
+    trained_with = checkpoint.state.get("fingerprint", {}).get("tokenizer", tokenizer.sha256)
+    if tokenizer.sha256 != trained_with:
+        raise ValueError(
+            f"{run / 'tokenizer'} is not the tokenizer that {checkpoint.path.name} was trained "
+            "with: it was changed or damaged"
+        )
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     load_weights(Objective(decoder), checkpoint)
     return OpenModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
@@ -103,7 +109,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         )
     summary = path / "summary.json"
     if summary.is_file():
-        return path, path / json.loads(summary.read_text(encoding="utf-8"))["checkpoint"]
+        return path, path / str(read_json(summary).get("checkpoint"))
     from pretrain.checkpoint import list_checkpoints
 
     found = list_checkpoints(path / "checkpoints")

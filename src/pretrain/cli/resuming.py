@@ -8,13 +8,14 @@ changes.jsonl, config.yaml, then the summary of a run that is to go on is set as
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.durable import replace_file, sync_folder
@@ -30,7 +31,7 @@ from pretrain.train.changes import (
     with_records,
     write_records,
 )
-from pretrain.train.records import SUMMARY
+from pretrain.train.records import SUMMARY, Records, read_json
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -77,8 +78,7 @@ def asked_settings(asked: RunConfig, layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return content
+    return read_json(folder / SUMMARY)
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
@@ -129,10 +129,11 @@ class Resumption:
             records = [r for r in records if r["by"] == "accept" or r["step"] != self.step]
         self.records = records
         if self.checkpoint is None:
-            text = (self.folder / "environment.json").read_text(encoding="utf-8")
-            begun_with = dict(json.loads(text)["fingerprint"])
+            begun_with = dict(read_environment(self.folder)["fingerprint"])
         else:
-            begun_with = dict(self.checkpoint.state["fingerprint"])
+            state = self.checkpoint.state
+            records_then = {_stem(name): digest for name, (_, digest) in state["records"].items()}
+            begun_with = {**state["fingerprint"], **records_then}
         settings = begun_with.pop("settings", None) or settings_of(self.stored)
         self.old = with_records({**begun_with, **settings}, records, step=self.step)
         self._settle_schedule()
@@ -166,13 +167,20 @@ class Resumption:
 
     def settle(self, fingerprint: dict[str, Any], data: PreparedData) -> list[Change]:
         """All changes, accepted; ValueError with all of them if not."""
-        now = {**fingerprint, **settings_of(self.wanted)}
+        now = {**fingerprint, **settings_of(self.wanted), **self._records_now()}
         changes = [self._checked(change, data) for change in self._changes(now)]
         check_accepted(changes, self.accepted, now=now, records=self.records)
         threads, device = fingerprint["threads"], fingerprint["device"]
         train = replace(self.wanted.train, threads=threads, device=device)
         self.wanted = replace(self.wanted, train=train)
         return changes
+
+    def _records_now(self) -> dict[str, str]:
+        """Of the records what a checkpoint counts on: the lines that were there when it was
+        made."""
+        records = Records(self.folder)
+        then = {} if self.checkpoint is None else self.checkpoint.state["records"]
+        return {_stem(name): records.sum_of(name, size) for name, (size, _) in then.items()}
 
     def _changes(self, now: dict[str, Any]) -> list[Change]:
         found = differences(self.old, now)
@@ -230,16 +238,30 @@ class Resumption:
                 )
 
 
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if "." in name}
 
 
-def put_tokenizer(folder: Path, data: PreparedData) -> None:
-    """Let the run's tokenizer be that of its text, where another one was accepted."""
-    if any(each["what"] == "tokenizer" for each in read_records(folder)):
-        made = data.tokenizer().save(folder / ".tokenizer")
-        os.replace(made, folder / "tokenizer" / made.name)
-        made.parent.rmdir()
+def put_tokenizer(folder: Path, data: PreparedData, output: Output) -> None:
+    """Let the run's tokenizer be that of its text: another one was accepted, or its own was
+    damaged."""
+    from pretrain.tokenizer import load_tokenizer
+
+    try:
+        if load_tokenizer(folder / "tokenizer").sha256 == data.manifest.tokenizer_sha256:
+            return
+    except (ValueError, OSError):
+        pass
+    output.say(f"{folder / 'tokenizer'} was not that of the text, and is written anew")
+    shutil.rmtree(folder / ".tokenizer", ignore_errors=True)
+    made = data.tokenizer().save(folder / ".tokenizer")
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    os.replace(made, folder / "tokenizer" / made.name)
+    made.parent.rmdir()
 
 
 def set_aside(folder: Path) -> None:

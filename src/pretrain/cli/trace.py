@@ -9,12 +9,12 @@ Steps count from 0. A step saw a document if a token of it was an input or a tar
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
 from pretrain.train.records import Records
 from pretrain.train.watch import Rollback, position_of, rollbacks_of
@@ -61,8 +61,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _refuse_other_text(folder: Path, config: RunConfig, data: PreparedData) -> None:
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    seen = environment["fingerprint"]["training text"]
+    seen = read_environment(folder)["fingerprint"]["training text"]
     if data.split("train").sha256 != seen:
         raise ValueError(
             f"the text at {', '.join(config.data.paths)} has changed since the run, so its order "

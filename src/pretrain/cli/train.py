@@ -253,7 +253,7 @@ def resume(
         found.refuse_other_text()
         data = _prepare(found.wanted, output)
         final, world = _settled(found, continuation, data, output)
-        put_tokenizer(folder, data)
+        put_tokenizer(folder, data, output)
         set_aside(folder)
         output.say(_where_it_goes_on(folder, checkpoint))
         return _train(final, folder, data, world, output, began, resume_from=checkpoint, ends=ends)

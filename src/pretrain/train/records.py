@@ -7,13 +7,14 @@ beside them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         replace_file(path, text.encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run; ValueError, and not one of the library's, for one that was damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return content
+
+
 @dataclass(frozen=True, slots=True)
 class Records:
     """The growing files of one run directory."""
 
     folder: Path
+    _sums: dict[str, Any] = field(default_factory=dict)
+    """The hash of each file so far, once it was asked for."""
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         self._append(METRICS, record)
@@ -65,10 +79,31 @@ class Records:
         self._append(SAMPLES, record)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        line = json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False)
+        text = json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False)
+        path, line = self.folder / name, f"{text}\n".encode()
+        with _stopping_if_it_fails(path), open(path, "ab") as file:
+            file.write(line)
+        if name in self._sums:
+            self._sums[name].update(line)
+
+    def sums(self) -> dict[str, tuple[int, str]]:
+        """How long each file is now, and what hash it has: what a checkpoint says of them."""
+        found = {}
+        for name in (METRICS, SAMPLES):
+            path = self.folder / name
+            content = path.read_bytes() if name not in self._sums and path.exists() else b""
+            digest = self._sums.setdefault(name, hashlib.sha256(content))
+            size = path.stat().st_size if path.exists() else 0
+            found[name] = (size, digest.hexdigest())
+        return found
+
+    def sum_of(self, name: str, n_bytes: int) -> str:
+        """The hash of the first `n_bytes` of a file, or of what there is."""
         path = self.folder / name
-        with _stopping_if_it_fails(path), open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if not path.exists():
+            return hashlib.sha256().hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read(n_bytes)).hexdigest()
 
     def sync(self) -> None:
         """Bring lines and names to the disk itself, as a checkpoint that counts on them does."""
@@ -89,7 +124,8 @@ class Records:
             path = self.folder / name
             lines = _lines(path)
             kept = [text for record, text in lines if record["step"] <= step]
-            if not path.exists() or "".join(kept) == path.read_text(encoding="utf-8"):
+            content = "".join(kept).encode()
+            if not path.exists() or content == path.read_bytes():
                 continue
             numbers = (n for n in range(1, 10**6))
             aside = next(
@@ -97,7 +133,8 @@ class Records:
             )
             # A copy, not a rename: there is never a moment without the file.
             shutil.copyfile(path, aside)
-            replace_file(path, "".join(kept).encode())
+            replace_file(path, content)
+            self._sums.pop(name, None)
 
 
 def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -112,7 +149,11 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
                 record = json.loads(text)
             except ValueError:
                 continue
-            if text.endswith("\n"):
+            if (
+                text.endswith("\n")
+                and isinstance(record, dict)
+                and {"kind", "step"} & record.keys()
+            ):
                 found.append((record, text))
     return found
 

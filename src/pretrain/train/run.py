@@ -143,6 +143,7 @@ class Run:
         state = {
             "train_seconds": self.train_seconds,
             "position": self.batches.position(self.done),
+            "records": self.records.sums(),
             **self.identity,
         }
 
