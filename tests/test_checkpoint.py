@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from pretrain.checkpoint import (
     BackgroundSaver,
     DamagedCheckpoint,
+    RunLock,
     disk,
     list_checkpoints,
     newest_good,
@@ -375,3 +376,37 @@ def test_what_the_disk_has_not_kept_is_no_checkpoint(
         saver.wait()
     assert forgotten == []
     assert list_checkpoints(tmp_path) == []
+
+
+def test_one_writer_a_run(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as first:
+        assert first.warning is None
+        with pytest.raises(ValueError, match=f"by process {os.getpid()} on "), RunLock(tmp_path):
+            pass
+        assert (tmp_path / "run.lock").exists()  # whoever was refused has left it alone
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run.lock").write_text("what a killed one left")
+    with RunLock(tmp_path), pytest.raises(ValueError, match="is being trained"), RunLock(tmp_path):
+        pass
+
+
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking the holder before may end, and take its file away."""
+    from pretrain.checkpoint import lock
+
+    real, calls = lock._lock, 0
+
+    def late(file: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (tmp_path / "run.lock").unlink()
+        real(file)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with RunLock(tmp_path):
+        assert calls == 2
+        with pytest.raises(ValueError, match="is being trained"), RunLock(tmp_path):
+            pass
