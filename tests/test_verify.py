@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.cli import main, verify
 from pretrain.cli.resuming import read_run
@@ -105,3 +106,25 @@ def test_compiled_steps_are_the_eager_ones() -> None:
 
     check = doctor._compiled(open_world("cpu"))
     assert check.verdict == verify.AGREES, check.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [37, 64])
+def test_a_compiled_model_looks_up_the_same_rows(length: int) -> None:
+    """Its hash multiplies beyond 63 bits, as dropout's does, where the compiler was wrong."""
+    from pretrain.model import ModelConfig, build
+    from pretrain.model.config import model_defaults
+
+    sizes = {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": length}
+    decoder = build(
+        ModelConfig(**{**model_defaults({"family": "fast"}), **sizes}), vocab_size=50_000, seed=1
+    )
+    generator = torch.Generator().manual_seed(0)
+    assert decoder.ngrams is not None
+    with torch.no_grad():
+        for table in decoder.ngrams.parameters():
+            table.normal_(generator=generator)
+    ids = torch.randint(0, 50_000, (3, length), generator=generator)
+    eager = decoder(ids)
+    decoder.compile(dynamic=False)
+    torch.testing.assert_close(decoder(ids), eager, rtol=1e-5, atol=1e-5)
