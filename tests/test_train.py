@@ -203,7 +203,12 @@ def test_a_run_that_died_between_summary_and_report_gets_its_report(
     shutil.copytree(finished_run, run)
     (run / "report.html").unlink()
     assert train("--resume", "--run", str(run)) == 0
-    assert (run / "report.html").read_bytes()
+    report = (run / "report.html").read_bytes()
+    # So does one that had been stopped before, and has the report of that.
+    (run / "report.html").write_text("of an earlier stop")
+    os.utime(run / "report.html", (0, 0))
+    assert train("--resume", "--run", str(run)) == 0
+    assert (run / "report.html").read_bytes() == report
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(

@@ -196,14 +196,15 @@ def _kill_at_random(
     lost: list[int] = []
     while counted < landed:
         run = folder / f"run-{runs}"
-        while not (run / "summary.json").is_file():
+        while not (run / "report.html").is_file():
             begun, phase = (run / "config.yaml").is_file(), Phase()
             work = partial(_train_or_resume, text, run, words, begun, phase)
-            if counted >= landed:
+            # It may have died between its summary and its report: nothing to train is left then.
+            if counted >= landed or (run / "summary.json").is_file():
                 code = in_child(work)
                 if code != 0:
                     raise Unrecovered(f"seed {seed}, run {runs}: exit code {code}: {said(run)}")
-                break
+                continue
             tried += 1
             if _is_killed_in_training(work, phase, chosen.uniform(0, window)):
                 counted += 1

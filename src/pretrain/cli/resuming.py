@@ -91,6 +91,12 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
     return not (past and summary_of(folder)["steps"] <= past[-1].until_step < steps)
 
 
+def report_is_due(folder: Path) -> bool:
+    """Whether a finished run has no report, or only that of an earlier stop."""
+    report = folder / "report.html"
+    return not report.is_file() or report.stat().st_mtime < (folder / SUMMARY).stat().st_mtime
+
+
 def curve_of(config: RunConfig) -> Curve:
     assert config.train.steps is not None
     return Curve(config.schedule, config.optimizer.learning_rate, config.train.steps)

@@ -31,6 +31,7 @@ from pretrain.cli.resuming import (
     is_finished,
     put_tokenizer,
     read_run,
+    report_is_due,
     set_aside,
     settings_of,
     summary_of,
@@ -240,7 +241,7 @@ def resume(
         changes = differences(settings_of(stored), settings_of(wanted))
         check_accepted(changes, {c.word for c in changes}.intersection(accepted))
         output.say(f"{folder} is finished: there is nothing left to train")
-        if not (folder / "report.html").is_file():  # it died in between
+        if report_is_due(folder):  # it died in between
             write_report(folder)
         output.result({"run": str(folder), **summary_of(folder)})
         return 0
