@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from pretrain.data.batches import MicroBatch
-from pretrain.model import Decoder, KeyValueCache, ModelConfig, Objective, build, n_parameters
+from pretrain.model import (
+    Decoder,
+    KeyValueCache,
+    ModelConfig,
+    Objective,
+    build,
+    fused,
+    n_parameters,
+)
 from pretrain.model.config import model_defaults
 from pretrain.model.decoder import initial_value
 from pretrain.model.families import FAMILIES, PRESETS
@@ -115,6 +123,28 @@ def test_the_chunked_loss_equals_the_plain_one(rows: int, monkeypatch: pytest.Mo
         results.append((nats, *torch.autograd.grad(3 * nats, (hidden, weight))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.3])
+def test_fused_functions_and_their_gradients_equal_the_plain_ones(epsilon: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True)
+    slope = torch.randn(3, 4, 5, 8, generator=generator, dtype=torch.float64)
+
+    def pairs() -> list[list[tuple[Any, ...]]]:
+        turned = x.transpose(1, 2)  # as queries and keys come
+        norms = [f(turned, weight, epsilon) for f in (fused.rms_norm, fused.plain_rms_norm)]
+        bare = [f(turned, None, epsilon) for f in (fused.rms_norm, fused.plain_rms_norm)]
+        squares = [f(turned) for f in (fused.squared_relu, fused.plain_squared_relu)]
+        return [
+            [(y, *torch.autograd.grad(y, leaves, slope, allow_unused=True)) for y in both]
+            for both, leaves in ((norms, (x, weight)), (bare, (x,)), (squares, (x,)))
+        ]
+
+    for ours, plain in pairs():
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("extra", [{"smoothing": 0.1}, {"z_loss": 0.01}])

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pretrain.model.config import ModelConfig
+from pretrain.model.fused import rms_norm
 from pretrain.model.layers import (
     EMBEDDING_SITE,
     Block,
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         if self.config.position == "sinusoidal":
             x_BTD = x_BTD + sinusoids_at(positions_T, self.config.d_model).to(x_BTD.dtype)
         if self.config.embedding_norm:
-            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+            x_BTD = rms_norm(x_BTD, None, None)
         return x_BTD  # type: ignore[no-any-return]
 
     @property

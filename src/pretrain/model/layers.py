@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.config import ModelConfig
+from pretrain.model.fused import rms_norm, squared_relu
 from pretrain.model.random import Noise
 
 ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range(4)
@@ -22,7 +23,12 @@ ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range
 def build_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.has_bias("norm"))
-    return nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+    return RMSNorm(config.d_model, eps=config.norm_epsilon)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotation_at(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,7 @@ class Attention(nn.Module):
         key = self.key(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
         value = self.value(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
         if self.config.query_key_norm:
-            query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
+            query, key = rms_norm(query, None, None), rms_norm(key, None, None)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
@@ -193,7 +199,7 @@ class FeedForward(nn.Module):
             case "relu":
                 hidden_BTF = F.relu(up_BTF)
             case "relu2":
-                hidden_BTF = F.relu(up_BTF).square()
+                hidden_BTF = squared_relu(up_BTF)
         return self.down(hidden_BTF)  # type: ignore[no-any-return]
 
 

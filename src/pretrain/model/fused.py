@@ -1,0 +1,79 @@
+"""Small functions of a block in fewer passes over memory, with their gradients by hand.
+
+Outside of its matrix products a step is a walk through memory, and torch's own functions, without a
+compiler, walk once for each square, mean, root and product. Each function here has a plain twin
+(`plain_...`), which is what a compiler gets to see, since it fuses better, and what a GPU runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _is_fused(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
+    """x over the root of the mean of its squares, times `weight_D`: "Root Mean Square Layer
+    Normalization" (Zhang and Sennrich, 2019). An epsilon of None is the type's own."""
+    if not _is_fused(x_XD):
+        return plain_rms_norm(x_XD, weight_D, epsilon)
+    normed: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
+    return normed if weight_D is None else normed * weight_D
+
+
+def plain_rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
+    return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
+
+
+def _inverse_root_mean_square(x_XD: Tensor, epsilon: float | None) -> Tensor:
+    epsilon = torch.finfo(x_XD.dtype).eps if epsilon is None else epsilon
+    norm_X1: Tensor = torch.linalg.vector_norm(x_XD, dim=-1, keepdim=True)
+    return norm_X1.square_().div_(x_XD.shape[-1]).add_(epsilon).rsqrt_()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_XD: Tensor, epsilon: float | None) -> Tensor:
+        scale_X1 = _inverse_root_mean_square(x_XD, epsilon)
+        normed_XD = x_XD * scale_X1
+        ctx.save_for_backward(normed_XD, scale_X1)
+        return normed_XD
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        normed_XD, scale_X1 = ctx.saved_tensors
+        # What would only make x longer or shorter is taken out of the slope.
+        along_X1 = (slopes[0] * normed_XD).mean(-1, keepdim=True)
+        return torch.addcmul(slopes[0], normed_XD, along_X1, value=-1).mul_(scale_X1), None
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2: "Primer" (So et al., 2021)."""
+    if not _is_fused(x):
+        return plain_squared_relu(x)
+    squared: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    return squared
+
+
+def plain_squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+class _SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        slope: Tensor = slopes[0] * positive
+        return slope.mul_(2)
