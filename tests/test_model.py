@@ -3,6 +3,7 @@ one, randomness."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pretrain.model import (
 from pretrain.model.config import model_defaults
 from pretrain.model.decoder import initial_value
 from pretrain.model.families import FAMILIES, PRESETS
-from pretrain.model.ngrams import NgramEmbedding
+from pretrain.model.ngrams import NgramEmbedding, followers, ngram_hashes
 from pretrain.model.objective import (
     NOT_COUNTED,
     linear_cross_entropy,
@@ -210,23 +211,39 @@ def test_a_cache_changes_nothing(decoder: Decoder) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
 
 
-def test_an_ngram_embedding_hangs_on_the_last_three_ids_alone() -> None:
-    embedding = NgramEmbedding(1009, 4)
+@pytest.mark.parametrize("longest", [2, 3, 6])
+def test_ngram_tables_hang_on_the_last_ids_alone(longest: int) -> None:
+    chosen = config("fast", d_model=8, ngram_rows=1009, longest_ngram=longest, recall=0)
+    embedding = NgramEmbedding(chosen, V)
     with torch.no_grad():
         for name, p in embedding.named_parameters():
             p.copy_(normal(2, name, 0, p.numel(), device=p.device).view_as(p))
     ids = torch.randint(0, V, (1, 30), generator=torch.Generator().manual_seed(6))
     nothing = ids[:, :0]
     whole = embedding(ids, nothing)
-    for t in range(2, 30):
+    for t in range(longest, 30):
         torch.testing.assert_close(embedding(ids[:, t : t + 1], ids[:, :t])[0, 0], whole[0, t])
-        for back, matters in ((1, True), (2, True), (3, False)):
+        for back in range(1, longest + 1):
             changed = ids.clone()
             changed[0, t - back] = (changed[0, t - back] + 1) % V
-            if t >= back:
-                assert torch.equal(embedding(changed, nothing)[0, t], whole[0, t]) is not matters
-    rows = {int(embedding._row(torch.tensor(i * 7919))) for i in range(5000)}
+            is_equal = torch.equal(embedding(changed, nothing)[0, t], whole[0, t])
+            assert is_equal is (back == longest)
+    rows = {int(row) % 1009 for row in ngram_hashes(torch.arange(5000)[:, None], longest)}
     assert len(rows) > 980  # nearly every row is used
+
+
+def test_what_followed_the_last_ids_is_found_where_they_last_stood() -> None:
+    ids = torch.randint(0, 4, (3, 40), generator=torch.Generator().manual_seed(7))
+    for n in (1, 2, 3):
+        found = followers(ids, n)
+        for row, t in itertools.product(range(3), range(40)):
+            text = ids[row].tolist()
+            places = [
+                j for j in range(n - 1, t) if text[j + 1 - n : j + 1] == text[t + 1 - n : t + 1]
+            ]
+            wanted = text[places[-1] + 1] + 1 if places and t >= n - 1 else 0
+            assert int(found[row, t]) == wanted
+    assert 0 < int((followers(ids, 3) > 0).sum()) < int((followers(ids, 1) > 0).sum())
 
 
 def test_more_ids_than_the_context_are_refused(decoder: Decoder) -> None:

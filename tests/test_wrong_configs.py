@@ -172,6 +172,14 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     "a width below zero": ("model: {d_model: -64}", "", ["model.d_model is -64; it must be"]),
     "no context": ("model: {context_length: 0}", "", ["model.context_length is 0; it must be"]),
     "all dropped": ("model: {dropout: 1}", "", ["model.dropout is 1.0; it must be in [0, 1)"]),
+    "a dial that is not there": (
+        "model: {family: llama, size: 2}",
+        "",
+        ["model.size is the dial of the family fast, and model.family is llama"],
+    ),
+    "a size of nothing": ("model: {family: fast, size: 0}", "", ["model.size is 0; it must be at"]),
+    "no more recall": ("model: {recall: 9}", "", ["model.recall is 9; it must be in [0, 8]"]),
+    "grams of nine": ("model: {longest_ngram: 9}", "", ["model.longest_ngram is 9; it must be"]),
     "rows below zero": ("model: {ngram_rows: -1}", "", ["ngram_rows is -1; it must be 0 or above"]),
     "no epsilon": ("model: {norm_epsilon: 0}", "", ["model.norm_epsilon is 0.0; it must be above"]),
     "rope turned round": (

@@ -24,7 +24,7 @@ import yaml
 
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data.config import DataConfig
-from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.config import ModelConfig, model_defaults, replaced_by
 from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
 from pretrain.report.config import ReportConfig
 from pretrain.tokenizer.config import TokenizerConfig
@@ -268,11 +268,11 @@ def _merge(layers: Iterable[Layer], mistakes: _Mistakes) -> dict[str, dict[str, 
             if name == "train" and "minutes" in section and "steps" not in section:
                 # How long is one question with two keys: the later layer's answer counts.
                 merged[name].pop("steps", None)
-            if name == "model" and section.get("preset") is not None:
-                # A preset is as strong as the layer that names it: a recipe's sizes, which are
-                # another model's, give way to a preset of the command line.
+            if name == "model":
+                # A preset or size is as strong as the layer that names it: a recipe's sizes give
+                # way to those of the command line.
                 with suppress(ValueError):  # an unknown one is named later
-                    for key in model_defaults({"preset": section["preset"]}):
+                    for key in replaced_by(section):
                         merged[name].pop(key, None)
             merged[name].update(section)
     return merged

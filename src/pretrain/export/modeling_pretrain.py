@@ -109,25 +109,45 @@ class Block(nn.Module):
 
 
 class Ngrams(nn.Module):
-    """Embeddings of the last two and three ids, looked up by a hash of them."""
+    """Embeddings looked up by a hash of the last n ids, and of the id that followed them when they
+    last occurred."""
 
-    def __init__(self, c):
+    def __init__(self, c, vocab_size):
         super().__init__()
-        self.rows = c["ngram_rows"]
-        self.bigram_embedding = nn.Embedding(self.rows, c["d_model"])
-        self.trigram_embedding = nn.Embedding(self.rows, c["d_model"])
+        rows, d = c["ngram_rows"], c["d_model"]
+        lengths = range(2, 1 + (c["longest_ngram"] or 3)) if rows else ()
+        recalled = range(1, 1 + c["recall"])
+        self.hashed = nn.ModuleDict({str(n): nn.Embedding(rows, d) for n in lengths})
+        self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
 
     def forward(self, ids_BT):
-        # Where ids are missing, at the start of a text, a gram reads zeros.
-        padded, n = F.pad(ids_BT + 1, (2, 0)), ids_BT.shape[1]
-        last, before = padded[:, 2:] * 0x2545F491, padded[:, 1 : 1 + n] * 0x5BD1E995
-        first = padded[:, :n] * 0x1B873593
-        bigram, trigram = self.row(last ^ before), self.row(last ^ before ^ first)
-        return self.bigram_embedding(bigram) + self.trigram_embedding(trigram)
+        hashed = [t(hashes(ids_BT, int(n)) % len(t.weight)) for n, t in self.hashed.items()]
+        parts = hashed + [t(followers(ids_BT, int(n))) for n, t in self.recalled.items()]
+        return sum(parts[1:], parts[0])
 
-    def row(self, mixed):
-        mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
-        return (mixed ^ (mixed >> 17)) % self.rows
+
+FACTORS = (
+    *(0x2545F491, 0x5BD1E995, 0x1B873593, 0x27D4EB2F),
+    *(0x165667B1, 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35),
+)
+
+
+def hashes(ids_BT, n):
+    """A number for the last n ids; where ids are missing, at the start, zeros are read."""
+    padded, length, mixed = F.pad(ids_BT + 1, (n - 1, 0)), ids_BT.shape[1], 0
+    for back in range(n):
+        mixed = mixed ^ (padded[:, n - 1 - back : n - 1 - back + length] * FACTORS[back])
+    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
+    return mixed ^ (mixed >> 17)
+
+
+def followers(ids_BT, n):
+    """1 + the id that followed the last n ids where they last occurred; 0 where they did not."""
+    grams = hashes(ids_BT, n)
+    places = grams.argsort(dim=1, stable=True)
+    same = grams.gather(1, places)[:, 1:] == grams.gather(1, places)[:, :-1]
+    following = ids_BT.gather(1, (places[:, :-1] + 1).clamp(max=ids_BT.shape[1] - 1)) + 1
+    return torch.zeros_like(ids_BT).scatter_(1, places[:, 1:], torch.where(same, following, 0))
 
 
 class Decoder(nn.Module):
@@ -138,7 +158,7 @@ class Decoder(nn.Module):
         self.position_embedding = None
         if c["position"] == "learned":
             self.position_embedding = nn.Embedding(c["context_length"], c["d_model"])
-        self.ngrams = Ngrams(c) if c["ngram_rows"] else None
+        self.ngrams = Ngrams(c, vocab_size) if c["ngram_rows"] or c["recall"] else None
         self.blocks = nn.ModuleList([Block(c) for _ in range(c["n_layers"])])
         self.final_norm = Norm(c) if c["norm_place"] == "before" else None
         self.head = None if c["tied_head"] else nn.Linear(c["d_model"], vocab_size, bias=False)

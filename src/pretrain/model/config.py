@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pretrain.model.families import FAMILIES, PRESETS
+from pretrain.model.families import FAMILIES, PRESETS, sizes_of
 
 Family = Literal["transformer", "gpt", "gpt2", "llama", "fast"]
 Norm = Literal["layer", "rms"]
@@ -24,7 +24,10 @@ Initialization = Literal["normal", "scaled", "xavier", "zero"]
 MOST_PARAMETERS = 10**13
 """No machine holds more; a larger model is a slip of the pen."""
 _MOST_ROWS = 1 << 40
+LONGEST_NGRAM = 8
 _LARGEST = {
+    "size": 1_000,
+    "longest_ngram": LONGEST_NGRAM,
     "n_layers": 10_000,
     "n_heads": 1 << 20,
     "d_model": 1 << 20,
@@ -41,6 +44,9 @@ class ModelConfig:
     """the architecture's family: transformer (2017), gpt, gpt2, llama or fast"""
     preset: str | None = None
     """published sizes by name (gpt2-124m, llama3-8b, ...); your own values win over them"""
+    size: int | None = None
+    """the one dial of the family fast: layers and heads, each head 96 wide; your own n_layers,
+    n_heads and d_model win over it"""
     n_layers: int = 4
     """number of blocks"""
     n_heads: int = 4
@@ -52,7 +58,8 @@ class ModelConfig:
     d_ff: int | None = None
     """width of the feed-forward layer; empty: 4 d_model, for swiglu 8/3 d_model to the next 32"""
     context_length: int | None = None
-    """how many ids a prediction may look back on (T); empty: 128, less for a tiny text"""
+    """how many ids a prediction may look back on (T); empty: 128, in the family fast 128 size, less
+    for a tiny text"""
     dropout: float = 0.0
     """share of activations set to zero in training, on embeddings, attention and residual
     branches"""
@@ -87,7 +94,13 @@ class ModelConfig:
     embedding_norm: bool = False
     """whether embeddings are normalised before the first block"""
     ngram_rows: int = 0
-    """rows of each hashed table of bigram and trigram embeddings; 0: none"""
+    """rows of each hashed table of n-gram embeddings; 0: none"""
+    longest_ngram: int | None = None
+    """there is such a table for the last 2 to so many ids; empty: 3, and 6 for a vocabulary of
+    single characters or bytes"""
+    recall: int = 0
+    """for the last 1 to so many ids there is an embedding of what followed them when they last
+    occurred in the window; 0: none"""
     bias: Bias = "none"
     """which linear layers have biases: none, all, feed_forward, or query_key_value; with any of
     them layer norms have too"""
@@ -108,11 +121,19 @@ class ModelConfig:
             if value is not None and not 1 <= value <= most:
                 legal = "at least 1" if value < 1 else f"at most {most:,}"
                 yield name, f"model.{name} is {value}; it must be {legal}"
+        if self.size is not None and self.family != "fast":
+            yield (
+                "size family",
+                f"model.size is the dial of the family fast, and model.family is {self.family}; "
+                "give n_layers, n_heads and d_model, or a preset",
+            )
         if not 0.0 <= self.dropout < 1.0:
             yield "dropout", f"model.dropout is {self.dropout}; it must be in [0, 1)"
         if not 0 <= self.ngram_rows <= _MOST_ROWS:
             legal = "0 or above" if self.ngram_rows < 0 else f"at most {_MOST_ROWS:,}"
             yield "ngram_rows", f"model.ngram_rows is {self.ngram_rows}; it must be {legal}"
+        if not 0 <= self.recall <= LONGEST_NGRAM:
+            yield "recall", f"model.recall is {self.recall}; it must be in [0, {LONGEST_NGRAM}]"
         for name in ("norm_epsilon", "rope_theta", "rope_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 yield name, f"model.{name} is {getattr(self, name)}; it must be above 0"
@@ -146,10 +167,11 @@ class ModelConfig:
         if self.position == "sinusoidal" and d % 2:
             yield "d_model position", f"sinusoidal positions need an even model.d_model, not {d}"
         # Fewer than there would be: positions, the vocabulary and a third matrix come on top.
-        least = 2 * self.n_layers * d * (d + self.feed_forward_width) + 2 * self.ngram_rows * d
+        least = 2 * self.n_layers * d * (d + self.feed_forward_width)
+        least += len(self.ngram_lengths) * self.ngram_rows * d
         if least > MOST_PARAMETERS:
             yield (
-                "n_layers d_model d_ff feed_forward ngram_rows",
+                "n_layers d_model d_ff feed_forward ngram_rows longest_ngram",
                 f"a model of model.n_layers {self.n_layers}, model.d_model {d}, model.d_ff "
                 f"{self.feed_forward_width} and model.ngram_rows {self.ngram_rows} has at least "
                 f"{least:,} parameters; legal: at most {MOST_PARAMETERS:,}",
@@ -172,6 +194,16 @@ class ModelConfig:
         # Three matrices of 8/3 d hold what two of 4 d hold (Shazeer, "GLU Variants", 2020).
         return -(-8 * self.d_model // 3 // 32) * 32
 
+    @property
+    def ngram_lengths(self) -> range:
+        """The lengths of n-grams that have a table."""
+        longest = min(self.longest_ngram or 3, LONGEST_NGRAM)
+        return range(2, longest + 1) if self.ngram_rows else range(0)
+
+    def table_rows(self, vocab_size: int) -> int:
+        """Rows of all the tables that are only looked up, d_model numbers each."""
+        return len(self.ngram_lengths) * self.ngram_rows + self.recall * (vocab_size + 1)
+
     def has_bias(self, part: Literal["query_key_value", "output", "feed_forward", "norm"]) -> bool:
         """Whether a part of each block has biases; rms norms never have."""
         if part == "norm":
@@ -186,7 +218,7 @@ class ModelConfig:
 
 
 def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a `model` section starts from: its family's, then its preset's.
+    """The values that a `model` section starts from: its family's, then its preset's or size's.
 
     Raises ValueError, a line for each mistake, for an unknown family or preset, and for a preset of
     another family.
@@ -206,7 +238,24 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
         )
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return FAMILIES[preset.get("family", family or "llama")](**preset)
+    family = preset.get("family", family or "llama")
+    sized = {"size": section["size"]} if family == "fast" and _is_size(section.get("size")) else {}
+    return FAMILIES[family](**preset, **sized)
+
+
+def replaced_by(section: Mapping[str, Any]) -> Iterator[str]:
+    """The fields whose earlier values mean nothing once a `model` section names a preset, a size,
+    or another family: a recipe's sizes are another model's."""
+    if section.get("preset") is not None:
+        yield from model_defaults({"preset": section["preset"]})
+    if _is_size(section.get("size")):
+        yield from sizes_of(section["size"])
+    elif section.get("preset") is not None or section.get("family") not in (None, "fast"):
+        yield "size"
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST["size"]
 
 
 def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:
@@ -217,7 +266,8 @@ def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:
     n_up = 2 if config.feed_forward == "swiglu" else 1
     feed_forward = (n_up + 1) * d * f + (n_up * f + d) * config.has_bias("feed_forward")
     norm = d * (1 + config.has_bias("norm"))
-    embeddings = vocab_size * d * (1 if config.tied_head else 2) + 2 * config.ngram_rows * d
+    embeddings = vocab_size * d * (1 if config.tied_head else 2)
+    embeddings += config.table_rows(vocab_size) * d
     if config.position == "learned":
         embeddings += config.window_tokens * d
     n_norms = 2 * config.n_layers + (config.norm_place == "before")

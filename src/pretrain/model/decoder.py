@@ -43,9 +43,7 @@ class Decoder(nn.Module):
             if config.position == "learned"
             else None
         )
-        self.ngrams = (
-            NgramEmbedding(config.ngram_rows, config.d_model) if config.ngram_rows else None
-        )
+        self.ngrams = NgramEmbedding(config, vocab_size) if config.table_rows(vocab_size) else None
         # Keyed by number, so that a name stays what it is when a pipeline keeps only some blocks.
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         # After a norm at the end of each block there is nothing left to normalise.

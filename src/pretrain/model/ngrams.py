@@ -1,9 +1,14 @@
-"""Embeddings of the last two and three ids, for the `fast` family: memory that costs a lookup and
-no product.
+"""Embeddings of the last few ids together, for the `fast` family: memory that costs a lookup and no
+product.
 
-A table row is picked by a hash of the ids, so there are far fewer rows than n-grams and some share
-one. After the hashed n-gram embeddings of "Byte Latent Transformer" (Pagnoni et al., 2024) and of
-public speed runs.
+Hashed tables: a row is picked by a hash of the last n ids, so there are far fewer rows than n-grams
+and some share one. After the hashed n-gram embeddings of "Byte Latent Transformer" (Pagnoni et al.,
+2024) and of public speed runs.
+
+Recalled ids: where the last n ids stood once before in the window, an embedding of the id that
+followed them there. It is what an induction head finds ("In-context Learning and Induction Heads",
+Olsson et al., 2022) and small models learn late; given as in the n-gram heads of "In-Context
+Language Learning" (Akyürek et al., 2024).
 """
 
 from __future__ import annotations
@@ -12,14 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Odd 31-bit multipliers, one for each place of a gram counted from its last id.
-_MULTIPLIERS = (0x2545F491, 0x5BD1E995, 0x1B873593)
-_LONGEST = 3
+from pretrain.model.config import LONGEST_NGRAM, ModelConfig
+
+# Odd 32-bit multipliers, one for each place of a gram counted from its last id.
+_MULTIPLIERS = (
+    *(0x2545F491, 0x5BD1E995, 0x1B873593, 0x27D4EB2F),
+    *(0x165667B1, 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35),
+)
+assert len(_MULTIPLIERS) == LONGEST_NGRAM
 
 
 class NgramEmbedding(nn.Module):
-    """A table of `rows` rows for bigrams and one for trigrams; both start at zero, so they start as
-    nothing.
+    """A table for each length of n-gram, and one for each length that is recalled; all start at
+    zero, so they start as nothing.
 
     With `sparse_gradients` the backward pass names the rows that were read instead of filling whole
     tables.
@@ -27,31 +37,52 @@ class NgramEmbedding(nn.Module):
 
     sparse_gradients = False
 
-    def __init__(self, rows: int, d_model: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.rows = rows
-        self.bigram_embedding = nn.Embedding(rows, d_model)
-        self.trigram_embedding = nn.Embedding(rows, d_model)
+        rows, d = config.ngram_rows, config.d_model
+        lengths = config.ngram_lengths
+        self.hashed = nn.ModuleDict({str(n): nn.Embedding(rows, d) for n in lengths})
+        # Row 0 is for "it did not occur before".
+        recalled = range(1, config.recall + 1)
+        self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
 
     def forward(self, ids_BT: Tensor, before_BP: Tensor) -> Tensor:
-        """The sum of both embeddings (B, T, D) at `ids_BT`, which follow the ids `before_BP`.
+        """The sum of all embeddings (B, T, D) at `ids_BT`, which follow the ids `before_BP`.
 
         At the start of a text, where ids are missing, a gram is read as if zeros stood before it.
         """
-        T = ids_BT.shape[1]
-        known = torch.cat([before_BP[:, -(_LONGEST - 1) :], ids_BT], dim=1) + 1
-        padded = F.pad(known, (T + _LONGEST - 1 - known.shape[1], 0))
-        # places[i] holds the id i places before each position.
-        places = [padded[:, _LONGEST - 1 - i : _LONGEST - 1 - i + T] for i in range(_LONGEST)]
-        mixed = [place * factor for place, factor in zip(places, _MULTIPLIERS, strict=True)]
-        bigram, trigram = mixed[0] ^ mixed[1], mixed[0] ^ mixed[1] ^ mixed[2]
-        return self._look_up(self.bigram_embedding, bigram) + self._look_up(
-            self.trigram_embedding, trigram
-        )
+        T, ids_BS = ids_BT.shape[1], torch.cat([before_BP, ids_BT], dim=1)
+        parts = []
+        for name, table_RD in self.named_parameters():
+            kind, n, _ = name.split(".")
+            if kind == "hashed":
+                rows_BS = ngram_hashes(ids_BS, int(n)) % len(table_RD)
+            else:
+                rows_BS = followers(ids_BS, int(n))
+            rows_BT = rows_BS[:, -T:]
+            parts.append(F.embedding(rows_BT, table_RD, sparse=self.sparse_gradients))
+        return sum(parts[1:], parts[0])
 
-    def _look_up(self, table: nn.Embedding, mixed: Tensor) -> Tensor:
-        return F.embedding(self._row(mixed), table.weight, sparse=self.sparse_gradients)
 
-    def _row(self, mixed: Tensor) -> Tensor:
-        mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
-        return (mixed ^ (mixed >> 17)) % self.rows
+def ngram_hashes(ids_BS: Tensor, n: int) -> Tensor:
+    """A number for the n ids that end at each position (B, S)."""
+    S = ids_BS.shape[1]
+    padded = F.pad(ids_BS + 1, (n - 1, 0))
+    mixed = padded[:, n - 1 :] * _MULTIPLIERS[0]
+    for back in range(1, n):
+        mixed = mixed ^ (padded[:, n - 1 - back : n - 1 - back + S] * _MULTIPLIERS[back])
+    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
+    return mixed ^ (mixed >> 17)
+
+
+def followers(ids_BS: Tensor, n: int) -> Tensor:
+    """1 + the id that followed the n ids ending at each position where they stood last before in
+    their row (B, S); 0 where they did not."""
+    hashes = ngram_hashes(ids_BS, n)
+    # A stable sort puts the places of a gram beside each other, in the order of time.
+    places = hashes.argsort(dim=1, stable=True)
+    in_order = hashes.gather(1, places)
+    is_same = in_order[:, 1:] == in_order[:, :-1]
+    following = ids_BS.gather(1, (places[:, :-1] + 1).clamp(max=ids_BS.shape[1] - 1)) + 1
+    found = torch.where(is_same, following, 0)
+    return torch.zeros_like(ids_BS).scatter_(1, places[:, 1:], found)

@@ -20,7 +20,10 @@ from pretrain.optimizer.config import OptimizerConfig
 from pretrain.optimizer.muon import update_matrices
 
 # A row of a lookup table is read rarely and may learn fast when it is.
-LOOKUP_RATE = 2.0
+LOOKUP_RATE = 4.0
+# A row's first move would be a whole one, however little its first reading says. So it is as if the
+# row had been read before, with this mean square of the gradient of a sum over targets.
+FIRST_SQUARE = 2.0
 
 
 class GroupedOptimizer(torch.optim.AdamW):
@@ -40,7 +43,8 @@ class GroupedOptimizer(torch.optim.AdamW):
                 self._update_matrices(used, group)
             else:
                 for parameter in used:
-                    squares = self._memory(parameter, "squares", parameter.shape[:1])
+                    first = group["first_square"]
+                    squares = self._memory(parameter, "squares", parameter.shape[:1], first)
                     update_rows(parameter, squares, parameter.grad, rate=group["lr"])
             for parameter in used:
                 parameter.grad = None
@@ -61,10 +65,12 @@ class GroupedOptimizer(torch.optim.AdamW):
                 weight_decay=group["weight_decay"],
             )
 
-    def _memory(self, parameter: nn.Parameter, kind: str, shape: torch.Size) -> Tensor:
+    def _memory(
+        self, parameter: nn.Parameter, kind: str, shape: torch.Size, first: float = 0.0
+    ) -> Tensor:
         state = self.state[parameter]
         if kind not in state:
-            state[kind] = parameter.new_zeros(shape)
+            state[kind] = parameter.new_full(shape, first)
         memory: Tensor = state[kind]
         return memory
 
@@ -82,10 +88,13 @@ def role_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimizerConfig
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    config: OptimizerConfig,
+    batch_tokens: int = 8192,
 ) -> GroupedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
-    lookup tables are not decayed."""
+    lookup tables are not decayed. Gradients are means over `batch_tokens` targets."""
     with_muon = config.name == "muon"
     # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
     embedding_rate, head_rate = (
@@ -99,6 +108,7 @@ def build_optimizer(
         "lookup": {
             "rule": "adagrad",
             "rate_scale": LOOKUP_RATE * embedding_rate,
+            "first_square": FIRST_SQUARE / batch_tokens**2,
             "weight_decay": 0.0,
         },
     }

@@ -26,6 +26,8 @@ from pretrain.world import World, memory_bytes
 # Rows that go through the model at once: on a CPU the activations of about 1,024 tokens still fit
 # its caches.
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32_768}
+# Below it an id is about a character, and six of them are no more than three ids of a larger one.
+SMALL_VOCABULARY = 1024
 EVALUATIONS = 10
 # Seconds of the budget that a timed calibration may take, and its steps at most.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 8.0, 20
@@ -53,6 +55,9 @@ def decide(
     none."""
     context, batch_tokens = check_windows(model, train, n_tokens=data.shortest_tokens)
     model = replace(model, context_length=context)
+    if model.ngram_rows and model.longest_ngram is None:
+        small = data.manifest.vocab_size < SMALL_VOCABULARY
+        model = replace(model, longest_ngram=6 if small else 3)
     _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
     rows = batch_tokens // context
     if train.steps is not None:
@@ -138,7 +143,10 @@ def _steps_that_fit(
         decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
     )
     batches = training_batches(data, model, train)
-    updates = build_optimizer(decoder.named_parameters(), config=optimizer)
+    assert train.batch_tokens is not None
+    updates = build_optimizer(
+        decoder.named_parameters(), config=optimizer, batch_tokens=train.batch_tokens
+    )
     seconds, began = [], time.perf_counter()
     last = began
     for report in training_steps(
@@ -161,7 +169,6 @@ def _steps_that_fit(
             break
     # The first quarter: what else a machine does now and then only ever makes a step slower.
     step_seconds = sorted(seconds)[len(seconds) // 4]
-    assert train.batch_tokens is not None
     # An evaluation has no backward pass, which is two thirds of a step.
     val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
     evaluating = EVALUATIONS * val_tokens / train.batch_tokens * step_seconds / 3

@@ -35,8 +35,8 @@ def show_plan(
     micro = micro_rows * context
     accumulation = -(-batch // (micro * world.size))
     # Most parameters of `fast` are rows that a step looks up; they take memory but no products.
-    tables = 2 * model.ngram_rows * model.d_model
-    in_tables = f", {tables:,} of them in n-gram tables" if tables else ""
+    tables = model.table_rows(vocab_size) * model.d_model
+    in_tables = f", {tables:,} of them in lookup tables" if tables else ""
     minutes = "" if settings.minutes is None else f", about {settings.minutes:g} min"
     start = [] if settings.init_from is None else [("start", f"weights of {settings.init_from}")]
     rows = batch // context

@@ -223,6 +223,7 @@ def begin(
     )
     n_new = 1 if list_checkpoints(folder / "checkpoints") else 2
     refuse_little_room(folder, n_bytes=n_new * n_bytes, n_files=20)
+    assert settings.batch_tokens is not None
     if settings.compile == "on":
         decoder.compile(dynamic=False)
     objective = Objective(
@@ -236,7 +237,9 @@ def begin(
         data=data,
         batches=training_batches(data, model, settings),
         objective=objective,
-        optimizer=build_optimizer(decoder.named_parameters(), config=optimizer),
+        optimizer=build_optimizer(
+            decoder.named_parameters(), config=optimizer, batch_tokens=settings.batch_tokens
+        ),
         settings=settings,
         world=world,
         screen=screen,

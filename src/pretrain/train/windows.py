@@ -29,7 +29,7 @@ def _context_length(model: ModelConfig, n_tokens: int) -> int:
     context = model.context_length
     if context is None:
         # Eight windows at least, so that even a page of text has an order to be shuffled.
-        context = DEFAULT_CONTEXT
+        context = DEFAULT_CONTEXT * (model.size or 1)
         while context > 8 and n_tokens < 8 * context:
             context //= 2
     try:
