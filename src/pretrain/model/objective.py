@@ -86,8 +86,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope_NV -= smoothing / slope_NV.shape[1]
             slope_NV = slope_NV.to(hidden.dtype)
             torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
-            counted_hidden = (hidden * counted_N1).to(d_weight.dtype)
-            d_weight.addmm_(slope_NV.T.to(d_weight.dtype), counted_hidden)
+            counted_hidden = hidden * counted_N1
+            if hidden.dtype == d_weight.dtype:
+                d_weight.addmm_(slope_NV.T, counted_hidden)
+            else:
+                d_weight += slope_NV.T @ counted_hidden
         ctx.save_for_backward(d_hidden, d_weight)
         return nats
 
@@ -120,6 +123,9 @@ def linear_cross_entropy(
     Architecture for Computer Vision", Szegedy et al., 2016). So it is with `z_loss`, the weight of
     the squared log of the softmax's sum ("PaLM", Chowdhery et al., 2022).
     """
+    device_type = hidden_ND.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device_type))
     nats: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, targets_N, smoothing, z_loss
     )

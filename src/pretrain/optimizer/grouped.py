@@ -63,6 +63,7 @@ class GroupedOptimizer(torch.optim.AdamW):
                 rate=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
+                dtype=group["dtype"],
             )
 
     def _memory(
@@ -92,16 +93,22 @@ def build_optimizer(
     *,
     config: OptimizerConfig,
     batch_tokens: int = 8192,
+    precision: str = "fp32",
 ) -> GroupedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
-    lookup tables are not decayed. Gradients are means over `batch_tokens` targets."""
+    lookup tables are not decayed. Gradients are means over `batch_tokens` targets. Muon's
+    products are made in `precision`."""
     with_muon = config.name == "muon"
     # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
     embedding_rate, head_rate = (
         (config.embedding_rate, config.head_rate) if with_muon else (1.0, 1.0)
     )
     groups: dict[str, dict[str, Any]] = {
-        "hidden": {"rule": "muon" if with_muon else "adamw", "momentum": config.momentum},
+        "hidden": {
+            "rule": "muon" if with_muon else "adamw",
+            "momentum": config.momentum,
+            "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        },
         "embedding": {"rate_scale": embedding_rate},
         "head": {"rate_scale": head_rate},
         "vector": {"weight_decay": 0.0},

@@ -27,15 +27,10 @@ SAFETY = 1.02
 ADAMW_RMS = 0.2
 
 
-def orthogonalize(matrices_NMK: Tensor) -> Tensor:
+def orthogonalize(matrices_NMK: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """About the nearest (semi-)orthogonal matrix to each of a stack: singular values become roughly
-    1.
-
-    In float32 on a CPU, where bfloat16 would be emulated, and in bfloat16 on a GPU, where it is
-    enough.
-    """
-    on_gpu = matrices_NMK.device.type == "cuda"
-    x = matrices_NMK.bfloat16() if on_gpu else matrices_NMK.float()
+    1. bfloat16 is enough, where the device has it."""
+    x = matrices_NMK.to(dtype)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
@@ -55,12 +50,13 @@ def update_matrices(
     rate: float,
     momentum: float,
     weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Move matrices of one shape together, in place: few large products instead of many small."""
     torch._foreach_lerp_(memories, gradients, 1 - momentum)
     # Nesterov's look ahead.
     ahead = torch._foreach_lerp(gradients, memories, momentum)
-    updates = orthogonalize(torch.stack(list(ahead))).unbind()
+    updates = orthogonalize(torch.stack(list(ahead)), dtype=dtype).unbind()
     torch._foreach_mul_(matrices, 1 - rate * weight_decay)
     size = ADAMW_RMS * math.sqrt(max(matrices[0].shape))
     torch._foreach_add_(matrices, updates, alpha=-rate * size)

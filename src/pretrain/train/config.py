@@ -45,7 +45,8 @@ class TrainConfig:
     device: Device = "auto"
     """where to compute; auto takes cuda, then mps, then cpu"""
     precision: Precision = "auto"
-    """arithmetic of matrix products; auto takes bf16 where a GPU has it, else fp32"""
+    """arithmetic of matrix products; auto takes bf16 where a GPU has it, or a CPU that trains for
+    minutes instead of steps, else fp32"""
     compile: Compile = "auto"
     """compile the decoder with torch.compile; auto does on cuda, where the warm-up pays"""
     deterministic: bool = False

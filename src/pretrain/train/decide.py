@@ -23,9 +23,10 @@ from pretrain.train.steps import training_steps
 from pretrain.train.windows import check_windows
 from pretrain.world import World, memory_bytes
 
-# Rows that go through the model at once: on a CPU the activations of about 1,024 tokens still fit
-# its caches.
-MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32_768}
+# Rows that go through the model at once: on a CPU as many as fill its caches with a layer's
+# activations, 3 MB each.
+MICRO_BATCH_TOKENS = {"mps": 8192, "cuda": 32_768}
+CACHED_ACTIVATIONS = 3 << 18
 # Below it an id is about a character, and six of them are no more than three ids of a larger one.
 SMALL_VOCABULARY = 1024
 EVALUATIONS = 10
@@ -66,10 +67,10 @@ def decide(
         train,
         batch_tokens=batch_tokens,
         micro_batch_rows=train.micro_batch_rows
-        or _micro_batch_rows(rows, context, world.device.type),
+        or _micro_batch_rows(rows, model, world.device.type),
         device=cast(Device, world.device.type),
         threads=world.threads,
-        precision=_precision(train.precision, world),
+        precision=_precision(train, world),
         compile=_compile(train.compile, world),
     )
     if train.steps is None and train.minutes is None and isinstance(data, MixedData):
@@ -103,19 +104,21 @@ def _steps_of_epochs(data: MixedData, batch_tokens: int) -> int | None:
     return None if tokens is None else max(1, round(tokens / batch_tokens))
 
 
-def _micro_batch_rows(rows: int, context: int, device_type: str) -> int:
+def _micro_batch_rows(rows: int, model: ModelConfig, device_type: str) -> int:
     """The largest divisor of a batch's rows that the device takes at once."""
-    most = max(1, MICRO_BATCH_TOKENS[device_type] // context)
+    tokens = MICRO_BATCH_TOKENS.get(device_type, CACHED_ACTIVATIONS // model.d_model)
+    most = max(1, tokens // model.window_tokens)
     return next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
 
 
-def _precision(precision: Precision, world: World) -> Precision:
-    import torch
-
-    if precision != "auto":
-        return precision
-    # On a CPU without bf16 units it would be emulated, up to a hundred times slower.
-    return "bf16" if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+def _precision(train: TrainConfig, world: World) -> Precision:
+    """bf16 where the device has units for it; on a CPU only for a run that is given minutes: one
+    that is given steps repeats on any other, whose losses do not then hang on the processor."""
+    if train.precision != "auto":
+        return train.precision
+    is_timed = train.steps is None and train.minutes is not None
+    wanted = world.device.type == "cuda" or (world.device.type == "cpu" and is_timed)
+    return "bf16" if wanted and world.has_bf16_units() else "fp32"
 
 
 def _compile(choice: Compile, world: World) -> Compile:
@@ -145,7 +148,10 @@ def _steps_that_fit(
     batches = training_batches(data, model, train)
     assert train.batch_tokens is not None
     updates = build_optimizer(
-        decoder.named_parameters(), config=optimizer, batch_tokens=train.batch_tokens
+        decoder.named_parameters(),
+        config=optimizer,
+        batch_tokens=train.batch_tokens,
+        precision=train.precision,
     )
     seconds, began = [], time.perf_counter()
     last = began

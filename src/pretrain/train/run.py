@@ -238,7 +238,10 @@ def begin(
         batches=training_batches(data, model, settings),
         objective=objective,
         optimizer=build_optimizer(
-            decoder.named_parameters(), config=optimizer, batch_tokens=settings.batch_tokens
+            decoder.named_parameters(),
+            config=optimizer,
+            batch_tokens=settings.batch_tokens,
+            precision=settings.precision,
         ),
         settings=settings,
         world=world,
