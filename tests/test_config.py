@@ -71,9 +71,9 @@ def test_a_preset_of_a_later_layer_is_that_model() -> None:
 def test_one_dial_sets_all_sizes_of_fast(size: int) -> None:
     recipe: dict[str, dict[str, Any]] = {"model": {"family": "fast", "size": 3, "n_heads": 9}}
     dialled = compose([recipe, parse_overrides(["--model.size", str(size)])]).model
-    assert (dialled.n_layers, dialled.n_heads, dialled.d_head) == (size, size, 96)
+    assert (dialled.n_layers, dialled.n_heads, dialled.d_head) == (size, size + 1, 64)
     own = compose([recipe, parse_overrides(f"--model.size {size} --model.n_layers 7".split())])
-    assert (own.model.n_layers, own.model.d_model) == (7, 96 * size)
+    assert (own.model.n_layers, own.model.d_model) == (7, 64 * (size + 1))
     # Another family on the command line is not the recipe's model, and has no dial.
     other = parse_overrides(["--model.family", "gpt2"])
     assert compose([{"model": {"family": "fast", "size": 3}}, other]).model.size is None

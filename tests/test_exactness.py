@@ -18,11 +18,13 @@ from pretrain.cli import main
 from pretrain.config import compose, read_file
 from pretrain.data import MicroBatch
 from pretrain.data.batches import NOT_COUNTED
-from pretrain.model import Objective
+from pretrain.model import ModelConfig, Objective, build
+from pretrain.model.config import model_defaults
 from pretrain.optimizer import OptimizerConfig, build_optimizer
-from pretrain.train import StepReport
+from pretrain.train import StepReport, TrainConfig
+from pretrain.train.decide import decided_precision
 from pretrain.train.steps import train_step
-from pretrain.world import open_world
+from pretrain.world import World, open_world
 from test_train import (
     DROPOUT,
     assert_same_run,
@@ -283,3 +285,45 @@ def test_a_resume_without_the_compilers_cache_has_the_same_bits(
     assert any(cache.iterdir())
     assert_same_run(whole, parts)
     assert weights(whole)
+
+
+@pytest.mark.parametrize(
+    ("asked", "units", "chosen"),
+    [
+        ({"minutes": 1.0}, True, "bf16"),
+        ({"minutes": 1.0}, False, "fp32"),
+        # What is to be the same on every machine is the same.
+        ({"minutes": 1.0, "steps": 3}, True, "fp32"),
+        ({"minutes": 1.0, "precision": "fp32"}, True, "fp32"),
+    ],
+)
+def test_a_cpu_multiplies_in_bf16_only_to_make_more_steps_in_the_same_minutes(
+    asked: dict[str, Any], units: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "has_bf16_units", lambda world: units)
+    world = open_world("cpu", threads=1)
+    assert decided_precision(TrainConfig(**asked), world) == chosen
+
+
+def test_a_step_in_bf16_is_near_one_in_float32() -> None:
+    """Rounded to 8 bits: the loss, and how gradients lie."""
+    world, losses, gradients = open_world("cpu", threads=1), [], []
+    config = ModelConfig(**{**model_defaults({"family": "fast", "size": 1}), "context_length": 32})
+    ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(3))
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.arange(4))
+    for precision in ("fp32", "bf16"):
+        objective = Objective(build(config, vocab_size=300, seed=1))
+        with world.autocast(precision):
+            nats, _ = objective(batch)
+        nats.backward()
+        losses.append(float(nats.detach()))
+        gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, exact in gradients[0].items():
+        near = gradients[1][name]
+        assert near.dtype == torch.float32
+        exact, near = exact.to_dense().flatten(), near.to_dense().flatten()
+        if exact.any():
+            assert float(torch.cosine_similarity(exact, near, dim=0)) > 0.999, name

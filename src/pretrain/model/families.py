@@ -115,9 +115,9 @@ def fast(*, size: int = 2, **changes: Any) -> Values:
 
 
 def sizes_of(size: int) -> Values:
-    """The one dial of `fast`: as many layers as heads, each head 96 wide. Wide and shallow: at 5
-    CPU-minutes two layers of 192 beat four of 128 and three of 192 (docs/rooms/model.md)."""
-    return {"n_layers": size, "n_heads": size, "d_model": 96 * size}
+    """The one dial of `fast`: its layers. Heads are 64 wide, and there is one more of them than of
+    layers: on a CPU small models do better wide than deep (LOG.md)."""
+    return {"n_layers": size, "n_heads": size + 1, "d_model": 64 * (size + 1)}
 
 
 FAMILIES: dict[str, Callable[..., Values]] = {

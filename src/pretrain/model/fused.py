@@ -20,7 +20,8 @@ def _is_fused(x: Tensor) -> bool:
 
 def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
     """x over the root of the mean of its squares, times `weight_D`: "Root Mean Square Layer
-    Normalization" (Zhang and Sennrich, 2019). An epsilon of None is the type's own."""
+    Normalization" (Zhang and Sennrich, 2019). An epsilon of None is float32's, or float64's own:
+    bfloat16's would be a tenth of a small query."""
     if not _is_fused(x_XD):
         return plain_rms_norm(x_XD, weight_D, epsilon)
     normed: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
@@ -28,12 +29,15 @@ def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Te
 
 
 def plain_rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
+    if epsilon is None:
+        epsilon = torch.finfo(torch.promote_types(x_XD.dtype, torch.float32)).eps
     return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
 
 
 def _inverse_root_mean_square(x_XD: Tensor, epsilon: float | None) -> Tensor:
-    epsilon = torch.finfo(x_XD.dtype).eps if epsilon is None else epsilon
-    norm_X1: Tensor = torch.linalg.vector_norm(x_XD, dim=-1, keepdim=True)
+    exact = torch.promote_types(x_XD.dtype, torch.float32)
+    epsilon = torch.finfo(exact).eps if epsilon is None else epsilon
+    norm_X1: Tensor = torch.linalg.vector_norm(x_XD, dim=-1, keepdim=True, dtype=exact)
     return norm_X1.square_().div_(x_XD.shape[-1]).add_(epsilon).rsqrt_()
 
 

@@ -73,7 +73,7 @@ def sinusoids_at(positions_T: Tensor, d_model: int) -> Tensor:
 
 
 def rotate(x_BHTE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    cos_TE, sin_TE = (r.to(x_BHTE.dtype) for r in rotation)
+    cos_TE, sin_TE = rotation
     first, second = x_BHTE.chunk(2, dim=-1)
     return x_BHTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
 
@@ -138,6 +138,8 @@ class Attention(nn.Module):
             query, key = rms_norm(query, None, None), rms_norm(key, None, None)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        # Both are in float32 where products are in bfloat16: rounded once, not at each turn.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         mixed_BHTE = self._attend(query, key, value, noise)

@@ -70,7 +70,7 @@ def decide(
         or _micro_batch_rows(rows, model, world.device.type),
         device=cast(Device, world.device.type),
         threads=world.threads,
-        precision=_precision(train, world),
+        precision=decided_precision(train, world),
         compile=_compile(train.compile, world),
     )
     if train.steps is None and train.minutes is None and isinstance(data, MixedData):
@@ -111,7 +111,7 @@ def _micro_batch_rows(rows: int, model: ModelConfig, device_type: str) -> int:
     return next(m for m in range(min(most, rows), 0, -1) if rows % m == 0)
 
 
-def _precision(train: TrainConfig, world: World) -> Precision:
+def decided_precision(train: TrainConfig, world: World) -> Precision:
     """bf16 where the device has units for it; on a CPU only for a run that is given minutes: one
     that is given steps repeats on any other, whose losses do not then hang on the processor."""
     if train.precision != "auto":
