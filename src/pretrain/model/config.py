@@ -45,8 +45,8 @@ class ModelConfig:
     preset: str | None = None
     """published sizes by name (gpt2-124m, llama3-8b, ...); your own values win over them"""
     size: int | None = None
-    """the one dial of the family fast: its layers; it has a head more than layers, each 64 wide. Your
-    own n_layers, n_heads and d_model win over it"""
+    """the one dial of the family fast: its layers; it has a head more than layers, each 64 wide.
+    Your own n_layers, n_heads and d_model win over it"""
     n_layers: int = 4
     """number of blocks"""
     n_heads: int = 4
