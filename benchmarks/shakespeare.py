@@ -63,7 +63,7 @@ def nanogpt(folder: Path) -> tuple[float, float, float]:
     steps = [float(ms) for ms in re.findall(r"time ([\d.]+)ms", said)]
     typical = statistics.median(steps)
     training = sum(min(ms, 3 * typical) for ms in steps) / 1000
-    loss = float(timed([sys.executable, "-c", SCORE], cwd=folder)[1])
+    loss = float(timed([sys.executable, "-c", SCORE], cwd=folder)[1].split()[-1])
     return seconds, training, loss
 
 

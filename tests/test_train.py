@@ -23,6 +23,7 @@ from pretrain.config import compose
 from pretrain.data import MicroBatch
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.train.decide import SHORT_RUN
 from pretrain.train.records import Best, Records
 from pretrain.train.signals import StopSignals
 from pretrain.train.steps import train_step, training_steps
@@ -209,6 +210,17 @@ def test_a_run_that_died_between_summary_and_report_gets_its_report(
     os.utime(run / "report.html", (0, 0))
     assert train("--resume", "--run", str(run)) == 0
     assert (run / "report.html").read_bytes() == report
+
+
+def test_minutes_buy_one_reading_of_a_text_where_there_are_ngram_tables(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(corpus), *TINY, "--train.minutes", "9", "--train.batch_tokens", "32"]
+    words += ["--run", str(tmp_path / "run"), "--model.ngram_rows", "64"]
+    assert train(*words, "--train.evaluate_every", "1000000") == 0
+    done = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert done["steps"] == max(SHORT_RUN, math.ceil(done["tokens"] / done["epochs"] / 32))
+    assert "learn a text by heart" in capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(

@@ -21,7 +21,7 @@ class TrainConfig:
     """updates to make; empty: as many as fit into train.minutes"""
     minutes: float | None = None
     """wall-clock time to train for, turned into a number of steps once, by a timed calibration at
-    the start"""
+    the start; with n-gram tables (model.ngram_rows) no more than one reading of the text, or 300"""
     batch_tokens: int | None = None
     """targets in one update, over all processes; empty: 8,192, rounded to whole windows"""
     micro_batch_rows: int | None = None

@@ -183,10 +183,15 @@ def _steps_that_fit(
     val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
     evaluating = EVALUATIONS * val_tokens / train.batch_tokens * step_seconds / 3
     steps = max(1, int((60 * train.minutes - evaluating) / step_seconds))
-    if model.ngram_rows and not isinstance(data, MixedData):
-        once = -(-data.split("train").n_tokens // train.batch_tokens)
-        steps = min(steps, max(once, SHORT_RUN))
-    return steps
+    return min(steps, most_steps(data, model, train) or steps)
+
+
+def most_steps(data: PreparedData, model: ModelConfig, train: TrainConfig) -> int | None:
+    """Beyond how many steps minutes do not lead, if anywhere."""
+    assert train.batch_tokens is not None
+    if not model.ngram_rows or train.minutes is None or isinstance(data, MixedData):
+        return None
+    return max(SHORT_RUN, -(-data.split("train").n_tokens // train.batch_tokens))
 
 
 def training_batches(data: PreparedData, model: ModelConfig, train: TrainConfig) -> TrainingBatches:

@@ -11,6 +11,7 @@ from pretrain.data import Order, PreparedData
 from pretrain.data.mixture import Mixture
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.train.config import TrainConfig
+from pretrain.train.decide import most_steps
 from pretrain.train.screen import Screen, duration
 from pretrain.world import World
 
@@ -37,7 +38,9 @@ def show_plan(
     # Most parameters of `fast` are rows that a step looks up; they take memory but no products.
     tables = model.table_rows(vocab_size) * model.d_model
     in_tables = f", {tables:,} of them in lookup tables" if tables else ""
-    minutes = "" if settings.minutes is None else f", about {settings.minutes:g} min"
+    ends_early = steps == most_steps(data, model, settings)
+    about = "at most" if ends_early else "about"
+    minutes = "" if settings.minutes is None else f", {about} {settings.minutes:g} min"
     start = [] if settings.init_from is None else [("start", f"weights of {settings.init_from}")]
     rows = batch // context
     order = data.order(context_length=context, seed=settings.seed, steps=steps, batch_rows=rows)
@@ -70,6 +73,12 @@ def show_plan(
             ),
         ]
     )
+    if ends_early:
+        screen.line(
+            "note: n-gram tables learn a text by heart when it is read again, so this run may end "
+            "before its minutes do. --train.steps makes it longer; more text or a larger "
+            "--model.size uses the time better."
+        )
     if epochs > MANY_EPOCHS:
         screen.line(
             f"note: the text will be read {epochs:.0f} times; past {MANY_EPOCHS} times a model "
