@@ -50,7 +50,7 @@ STEPS = ["--train.steps", "1"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["missing.txt"], "neither a recipe (english"),
+        (["missing.txt"], "neither a recipe (characters"),
         (["missing.yaml"], "there is no config file missing.yaml"),
         (["empty"], "holds no file"),
         (["binary.txt"], "binary"),

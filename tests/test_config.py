@@ -74,6 +74,9 @@ def test_one_dial_sets_all_sizes_of_fast(size: int) -> None:
     assert (dialled.n_layers, dialled.n_heads, dialled.d_head) == (size, size + 1, 64)
     own = compose([recipe, parse_overrides(f"--model.size {size} --model.n_layers 7".split())])
     assert (own.model.n_layers, own.model.d_model) == (7, 64 * (size + 1))
+    for width, heads in ((32, 1), (128, 2), (200, 2), (1152, 18)):
+        wide = compose([{"model": {"family": "fast", "d_model": width}}]).model
+        assert (wide.d_model, wide.n_heads) == (width, heads)
     # Another family on the command line is not the recipe's model, and has no dial.
     other = parse_overrides(["--model.family", "gpt2"])
     assert compose([{"model": {"family": "fast", "size": 3}}, other]).model.size is None

@@ -239,8 +239,17 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
     if mistakes:
         raise ValueError("\n".join(mistakes))
     family = preset.get("family", family or "llama")
-    sized = {"size": section["size"]} if family == "fast" and _is_size(section.get("size")) else {}
-    return FAMILIES[family](**preset, **sized)
+    if family != "fast":
+        return FAMILIES[family](**preset)
+    values = FAMILIES[family](
+        **({"size": section["size"]} if _is_size(section.get("size")) else {})
+    )
+    width = section.get("d_model")
+    if type(width) is int and 1 <= width <= _LARGEST["d_model"]:
+        # Of another width, too, heads are about 64 wide.
+        fits = (n for n in range(width // 64, 1, -1) if width % (2 * n) == 0)
+        values["n_heads"] = next(fits, 1)
+    return values
 
 
 def replaced_by(section: Mapping[str, Any]) -> Iterator[str]:

@@ -73,6 +73,10 @@ def show_plan(
             ),
         ]
     )
+    _show_notes(screen, epochs=epochs, ends_early=ends_early)
+
+
+def _show_notes(screen: Screen, *, epochs: float, ends_early: bool) -> None:
     if ends_early:
         screen.line(
             "note: n-gram tables learn a text by heart when it is read again, so this run may end "
