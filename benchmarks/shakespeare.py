@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -48,10 +49,17 @@ print(nats / (len(ids) - 1))
 """
 
 
-def timed(command: list[str], *, cwd: Path | None = None) -> tuple[float, str]:
+def timed(command: list[str], *, cwd: Path, **environment: str) -> tuple[float, str]:
     """Seconds of a whole process, and what it printed."""
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return time.perf_counter() - began, done.stdout
 
 
@@ -68,9 +76,11 @@ def nanogpt(folder: Path) -> tuple[float, float, float]:
 
 
 def ours(text: Path, run: Path, *, steps: int, seed: int) -> tuple[float, float, float]:
-    words = [*OURS, "--data.source", str(text), "--run", str(run), "--json"]
+    words = [*OURS, "--data.source", str(text.resolve()), "--run", str(run), "--json"]
     words += ["--train.steps", str(steps), "--train.seed", str(seed)]
-    seconds, said = timed([sys.executable, "-m", "pretrain", *words])
+    # An empty cache: the text is prepared anew.
+    command = [sys.executable, "-m", "pretrain", *words]
+    seconds, said = timed(command, cwd=run.parent, PRETRAIN_CACHE=str(run) + "-cache")
     summary = json.loads(said)
     return seconds, summary["train_seconds"], summary["val_nats_per_token"]
 
@@ -80,7 +90,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, a plain file")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of ours")
+    parser.add_argument("--steps", type=int, default=34, help="of ours")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -93,7 +103,8 @@ def main() -> None:
             both = nanogpt(peer), ours(asked.text, run, steps=asked.steps, seed=seed)
             rows.append(both)
             for who, (seconds, training, loss) in zip(("nanoGPT", "pretrain"), both, strict=True):
-                print(f"{who:9} {seconds:7.1f} s, {training:6.1f} s of steps, {loss:.4f} nats")
+                figures = f"{seconds:7.1f} s, {training:6.1f} s of steps, {loss:.4f} nats"
+                print(f"{who:9} {figures}", flush=True)
     assert all(math.isfinite(number) for pair in rows for row in pair for number in row)
     for what, place in (("whole process", 0), ("steps alone", 1)):
         ratios = sorted(theirs[place] / our[place] for theirs, our in rows)

@@ -12,7 +12,7 @@ from pretrain.data import MicroBatch
 from pretrain.model import Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 from pretrain.optimizer.adagrad import update_rows
-from pretrain.optimizer.grouped import LOOKUP_RATE, role_of
+from pretrain.optimizer.grouped import LOOKUP_RATE, role_of, set_learning_rate
 from pretrain.train import training_steps
 from pretrain.world import open_world
 
@@ -63,6 +63,24 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
     torch.testing.assert_close(tables[0], tables[1], rtol=1e-4, atol=1e-6)
     assert 0 < int((tables[0].abs().sum(1) > 0).sum()) < 61
     assert curves[0][-1][0] < curves[0][0][0] / 2
+
+
+@pytest.mark.parametrize("batch_tokens", [256, 4096])
+def test_a_first_reading_moves_a_row_by_as_much_as_it_says(batch_tokens: int) -> None:
+    """Twice the gradient, nearly twice the move, until it is much; the same in a larger batch."""
+    config, moves = OptimizerConfig(name="muon", embedding_rate=1.0), []
+    for slope in (0.1, 0.2, 50.0):
+        table = torch.nn.Parameter(torch.zeros(3, 4))
+        optimizer = build_optimizer(
+            [("ngrams.hashed.2.weight", table)], config=config, batch_tokens=batch_tokens
+        )
+        set_learning_rate(optimizer, 1.0)
+        table.grad = torch.zeros(3, 4)
+        table.grad[1] = slope / batch_tokens
+        optimizer.step()
+        moves.append(float(-table.detach()[1, 0]))
+        assert not table[[0, 2]].any()
+    assert moves == pytest.approx([LOOKUP_RATE * s / (2 + s * s) ** 0.5 for s in (0.1, 0.2, 50.0)])
 
 
 def test_tables_have_their_own_rule_and_rate() -> None:

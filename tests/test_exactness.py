@@ -310,7 +310,9 @@ def test_a_step_in_bf16_is_near_one_in_float32() -> None:
     world, losses, gradients = open_world("cpu", threads=1), [], []
     config = ModelConfig(**{**model_defaults({"family": "fast", "size": 1}), "context_length": 32})
     ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(3))
-    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.arange(4))
+    targets = ids[:, 1:].clone()
+    targets[1, 7:] = NOT_COUNTED
+    batch = MicroBatch(ids[:, :-1], targets, torch.arange(4))
     for precision in ("fp32", "bf16"):
         objective = Objective(build(config, vocab_size=300, seed=1))
         with world.autocast(precision):
@@ -326,4 +328,4 @@ def test_a_step_in_bf16_is_near_one_in_float32() -> None:
         assert near.dtype == torch.float32
         exact, near = exact.to_dense().flatten(), near.to_dense().flatten()
         if exact.any():
-            assert float(torch.cosine_similarity(exact, near, dim=0)) > 0.999, name
+            assert float((near - exact).norm() / exact.norm()) < 0.03, name

@@ -80,12 +80,14 @@ def test_an_update_is_the_formula_and_embeddings_take_their_own_rate() -> None:
     torch.testing.assert_close(norm.detach(), before[2] - 0.01)
 
 
-def test_momentum_looks_ahead() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_momentum_looks_ahead(precision: str) -> None:
     """On the second step: after the first, memory and gradient still point the same way."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     config = OptimizerConfig(name="muon", weight_decay=0.0)
     shape = ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8)
     decoder = build(shape, vocab_size=50, seed=1)
-    optimizer = build_optimizer(decoder.named_parameters(), config=config)
+    optimizer = build_optimizer(decoder.named_parameters(), config=config, precision=precision)
     set_learning_rate(optimizer, 0.01)
     matrix = decoder.get_parameter("blocks.0.feed_forward.up.weight")
     generator = torch.Generator().manual_seed(3)
@@ -100,5 +102,5 @@ def test_momentum_looks_ahead() -> None:
         memory = config.momentum * memory + (1 - config.momentum) * gradient
         ahead = config.momentum * memory + (1 - config.momentum) * gradient
         size = 0.01 * 0.2 * math.sqrt(max(matrix.shape))
-        expected = before - size * orthogonalize(ahead[None])[0]
+        expected = before - size * orthogonalize(ahead[None], dtype=dtype)[0]
         torch.testing.assert_close(matrix.detach(), expected)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 from pretrain.checkpoint import list_checkpoints, open_checkpoint
 from pretrain.cli import main
 from pretrain.config import compose
-from pretrain.data import MicroBatch
+from pretrain.corpus import read_documents
+from pretrain.data import MicroBatch, prepare
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
-from pretrain.train.decide import SHORT_RUN
+from pretrain.train.decide import decide
 from pretrain.train.records import Best, Records
 from pretrain.train.signals import StopSignals
 from pretrain.train.steps import train_step, training_steps
@@ -212,15 +214,55 @@ def test_a_run_that_died_between_summary_and_report_gets_its_report(
     assert (run / "report.html").read_bytes() == report
 
 
+@pytest.mark.parametrize("least", [1, 50])
 def test_minutes_buy_one_reading_of_a_text_where_there_are_ngram_tables(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    least: int,
 ) -> None:
-    words = [str(corpus), *TINY, "--train.minutes", "9", "--train.batch_tokens", "32"]
+    monkeypatch.setattr("pretrain.train.decide.SHORT_RUN", least)
+    words = [str(corpus), *TINY, "--train.minutes", "9", "--train.evaluate_every", "1000000"]
     words += ["--run", str(tmp_path / "run"), "--model.ngram_rows", "64"]
-    assert train(*words, "--train.evaluate_every", "1000000") == 0
+    assert train(*words, "--train.batch_tokens", "2048") == 0
     done = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert done["steps"] == max(SHORT_RUN, math.ceil(done["tokens"] / done["epochs"] / 32))
+    once = math.ceil(done["tokens"] / done["epochs"] / 2048)
+    assert 1 < once < 50
+    assert done["steps"] == max(least, once)
     assert "learn a text by heart" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "vocab_size", "decided"),
+    [
+        # A context of 128 for each layer of fast, and micro-batches whose layers fit the caches.
+        ("fast", 2, 400, {"context_length": 256, "longest_ngram": 6, "tokens": 3840}),
+        ("fast", 5, 1100, {"context_length": 640, "longest_ngram": 3, "tokens": 1920}),
+        ("gpt2", None, 1100, {"context_length": 128, "longest_ngram": None, "tokens": 6144}),
+    ],
+)
+def test_what_is_left_empty_follows_from_sizes(
+    tmp_path: Path, family: str, size: int | None, vocab_size: int, decided: dict[str, int | None]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(document.text for document in read_documents("bundled"))[:120_000])
+    data = prepare(text, tmp_path / "prepared", vocab_size=vocab_size)
+    config = compose([{"model": {"family": family, "size": size}, "train": {"steps": 3}}])
+    whole = replace(config.train, batch_tokens=30_720)
+    found = decide(
+        data=data,
+        model=config.model,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        train=whole,
+        world=open_world("cpu", threads=1),
+    )
+    assert found.model.context_length == decided["context_length"]
+    assert found.model.longest_ngram == decided["longest_ngram"]
+    assert found.train.micro_batch_rows is not None
+    tokens = found.train.micro_batch_rows * found.model.window_tokens
+    assert tokens == decided["tokens"]
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(

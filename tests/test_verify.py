@@ -43,6 +43,20 @@ def test_a_run_is_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((run / "verification.json").read_text())["verdict"] == "exact"
 
 
+def test_micro_batches_are_compared_in_float32(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(corpus), "--run", str(tmp_path / "run"), *TINY, "--train.steps", "12"]
+    assert main([*words, "--train.precision", "bf16", "--train.micro_batch_rows", "4"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "run"), "--steps", "4", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert checks["micro-batch"]["verdict"] == "agrees"
+    assert {check["verdict"] for name, check in checks.items() if name != "micro-batch"} == {
+        "exact"
+    }
+
+
 @pytest.mark.parametrize(
     ("fault", "stays"),
     [

@@ -60,19 +60,13 @@ class Attention(nn.Module):
             for part in (self.query, self.key, self.value)
         )
         if self.c["query_key_norm"]:
-            query, key = of_unit_size(query), of_unit_size(key)
+            query, key = F.rms_norm(query, (width,)), F.rms_norm(key, (width,))
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         mixed_BHTE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(mixed_BHTE.transpose(1, 2).flatten(2))
-
-
-def of_unit_size(x):
-    """x over the root of the mean of its squares."""
-    epsilon = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    return F.rms_norm(x, x.shape[-1:], eps=epsilon)
 
 
 def rotate(x_BHTE, cos_TE, sin_TE):
@@ -151,7 +145,8 @@ def followers(ids_BT, n):
     """1 + the id that followed the last n ids where they last occurred; 0 where they did not."""
     grams = hashes(ids_BT, n)
     places = grams.argsort(dim=1, stable=True)
-    same = grams.gather(1, places)[:, 1:] == grams.gather(1, places)[:, :-1]
+    in_order = grams.gather(1, places)
+    same = in_order[:, 1:] == in_order[:, :-1]
     following = ids_BT.gather(1, (places[:, :-1] + 1).clamp(max=ids_BT.shape[1] - 1)) + 1
     return torch.zeros_like(ids_BT).scatter_(1, places[:, 1:], torch.where(same, following, 0))
 
@@ -190,7 +185,7 @@ class Decoder(nn.Module):
             waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
             x_BTD = x_BTD + waves.to(x_BTD.dtype)
         if self.c["embedding_norm"]:
-            x_BTD = of_unit_size(x_BTD)
+            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
         rotation = None
         if self.c["position"] == "rotary":
             angles = positions_T.float()[:, None] * frequencies(self.c, ids_BT.device)

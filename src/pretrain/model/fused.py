@@ -20,8 +20,8 @@ def _is_fused(x: Tensor) -> bool:
 
 def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
     """x over the root of the mean of its squares, times `weight_D`: "Root Mean Square Layer
-    Normalization" (Zhang and Sennrich, 2019). An epsilon of None is float32's, or float64's own:
-    bfloat16's would be a tenth of a small query."""
+    Normalization" (Zhang and Sennrich, 2019). An epsilon of None is float32's, or float64's own,
+    as in torch."""
     if not _is_fused(x_XD):
         return plain_rms_norm(x_XD, weight_D, epsilon)
     normed: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
@@ -29,8 +29,6 @@ def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Te
 
 
 def plain_rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
-    if epsilon is None:
-        epsilon = torch.finfo(torch.promote_types(x_XD.dtype, torch.float32)).eps
     return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
 
 

@@ -138,8 +138,6 @@ class Attention(nn.Module):
             query, key = rms_norm(query, None, None), rms_norm(key, None, None)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        # Both are in float32 where products are in bfloat16: rounded once, not at each turn.
-        query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         mixed_BHTE = self._attend(query, key, value, noise)

@@ -39,9 +39,9 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        rows, d = config.ngram_rows, config.d_model
+        self.rows, d = config.ngram_rows, config.d_model
         lengths = config.ngram_lengths
-        self.hashed = nn.ModuleDict({str(n): nn.Embedding(rows, d) for n in lengths})
+        self.hashed = nn.ModuleDict({str(n): nn.Embedding(self.rows, d) for n in lengths})
         # Row 0 is for "it did not occur before".
         recalled = range(1, config.recall + 1)
         self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
@@ -52,15 +52,12 @@ class NgramEmbedding(nn.Module):
         At the start of a text, where ids are missing, a gram is read as if zeros stood before it.
         """
         T, ids_BS = ids_BT.shape[1], torch.cat([before_BP, ids_BT], dim=1)
-        parts = []
-        for name, table_RD in self.named_parameters():
-            kind, n, _ = name.split(".")
-            if kind == "hashed":
-                rows_BS = ngram_hashes(ids_BS, int(n)) % len(table_RD)
-            else:
-                rows_BS = followers(ids_BS, int(n))
-            rows_BT = rows_BS[:, -T:]
-            parts.append(F.embedding(rows_BT, table_RD, sparse=self.sparse_gradients))
+        rows = [(t, ngram_hashes(ids_BS, int(n)) % self.rows) for n, t in self.hashed.items()]
+        rows += [(t, followers(ids_BS, int(n))) for n, t in self.recalled.items()]
+        parts = [
+            F.embedding(rows_BS[:, -T:], t.get_parameter("weight"), sparse=self.sparse_gradients)
+            for t, rows_BS in rows
+        ]
         return sum(parts[1:], parts[0])
 
 
