@@ -61,8 +61,10 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
         context = prompt_ids(foreign.tokenizer, line["context"])
         word = " " + line["continuation"]
         ids = torch.tensor([context + foreign.tokenizer.encode(word).tolist()])
-        whole = [tokenizer.bos_token_id, *tokenizer(line["context"])["input_ids"]]
-        assert [*whole, *tokenizer(word)["input_ids"]] == ids[0].tolist()
+        # Their tokenizer begins a text as ours begins a prompt; a continuation begins nothing.
+        whole = tokenizer(line["context"])["input_ids"]
+        rest = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert [*whole, *rest] == ids[0].tolist()
         targets = ids[0, len(context) :]
         with torch.no_grad():
             found = [
