@@ -112,7 +112,9 @@ def test_targets_that_are_not_counted_add_nothing(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_the_chunked_loss_equals_the_plain_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.model.objective.CHUNK_LOGITS", rows * V)
+    monkeypatch.setattr("pretrain.model.objective.CHUNK_LOGITS", {"cpu": rows * V})
+    monkeypatch.setattr("pretrain.model.objective.LEAST_ROWS", 1)
+    monkeypatch.setattr("pretrain.model.objective.BLOCK_LOGITS", 3 * V)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -189,14 +191,43 @@ def test_what_is_added_to_the_objective_ends_with_training(
     assert not torch.allclose(slope(whole.train()), plain)
 
 
-def test_the_chunked_loss_never_keeps_whole_logits() -> None:
-    """In one chunk of 2^20 logits there are 16 rows of this vocabulary: whole logits would be 128
-    MB more."""
-    hidden = torch.randn(512, 8, requires_grad=True)
+def test_the_chunked_loss_never_has_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole logits would be 256 MB here, in 1,024 rows."""
+    rooms = []
+
+    def room(n: int, *, like: torch.Tensor) -> torch.Tensor:
+        rooms.append(n)
+        return like.new_empty(n, len(like))
+
+    monkeypatch.setattr("pretrain.model.objective._padded_rows", room)
+    hidden = torch.randn(1024, 8, requires_grad=True)
     weight = torch.randn(65_536, 8, requires_grad=True)
-    nats = linear_cross_entropy(hidden, weight, torch.zeros(512, dtype=torch.int64))
+    nats = linear_cross_entropy(hidden, weight, torch.zeros(1024, dtype=torch.int64))
     node: Any = nats.grad_fn
     assert max(t.numel() for t in node.saved_tensors) <= weight.numel()
+    assert rooms == [512]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_linear_layer_by_onednn_is_torchs_own(
+    has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Not contiguous, as what attention has mixed comes.
+    x = torch.randn(2, 3, 5, 24, generator=generator).transpose(1, 2).requires_grad_()
+    weight = torch.randn(40, 24, generator=generator, requires_grad=True)
+    bias = torch.randn(40, generator=generator, requires_grad=True) if has_bias else None
+    leaves = (x, weight) if bias is None else (x, weight, bias)
+    slope = torch.randn(2, 40, 5, 3, generator=generator).permute(0, 2, 3, 1)
+    product = fused.linear(x, weight, bias)
+    if fused._has_onednn():
+        assert type(product.grad_fn).__name__ == "_LinearBackward"
+    ours = [product, *torch.autograd.grad(product, leaves, slope)]
+    monkeypatch.setattr(fused, "_has_onednn", lambda: False)
+    plain = fused.linear(x, weight, bias)
+    theirs = [plain, *torch.autograd.grad(plain, leaves, slope)]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cache_changes_nothing(decoder: Decoder) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.fused import rms_norm, squared_relu
+from pretrain.model.fused import linear, rms_norm, squared_relu
 from pretrain.model.random import Noise
 
 ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range(4)
@@ -24,6 +24,11 @@ def build_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.has_bias("norm"))
     return RMSNorm(config.d_model, eps=config.norm_epsilon)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -119,10 +124,10 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         d, d_kv = config.d_model, config.kv_heads * config.d_head
         has_bias = config.has_bias("query_key_value")
-        self.query = nn.Linear(d, d, bias=has_bias)
-        self.key = nn.Linear(d, d_kv, bias=has_bias)
-        self.value = nn.Linear(d, d_kv, bias=has_bias)
-        self.output = nn.Linear(d, d, bias=config.has_bias("output"))
+        self.query = Linear(d, d, bias=has_bias)
+        self.key = Linear(d, d_kv, bias=has_bias)
+        self.value = Linear(d, d_kv, bias=has_bias)
+        self.output = Linear(d, d, bias=config.has_bias("output"))
 
     def forward(
         self,
@@ -184,9 +189,9 @@ class FeedForward(nn.Module):
         super().__init__()
         d, f, has_bias = config.d_model, config.feed_forward_width, config.has_bias("feed_forward")
         self.kind = config.feed_forward
-        self.gate = nn.Linear(d, f, bias=has_bias) if self.kind == "swiglu" else None
-        self.up = nn.Linear(d, f, bias=has_bias)
-        self.down = nn.Linear(f, d, bias=has_bias)
+        self.gate = Linear(d, f, bias=has_bias) if self.kind == "swiglu" else None
+        self.up = Linear(d, f, bias=has_bias)
+        self.down = Linear(f, d, bias=has_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)

@@ -69,8 +69,7 @@ def decide(
     train = replace(
         train,
         batch_tokens=batch_tokens,
-        micro_batch_rows=train.micro_batch_rows
-        or _micro_batch_rows(rows, model, world.device.type),
+        micro_batch_rows=train.micro_batch_rows or micro_batch_rows(rows, model, world.device.type),
         device=cast(Device, world.device.type),
         threads=world.threads,
         precision=decided_precision(train, world),
@@ -107,7 +106,7 @@ def _steps_of_epochs(data: MixedData, batch_tokens: int) -> int | None:
     return None if tokens is None else max(1, round(tokens / batch_tokens))
 
 
-def _micro_batch_rows(rows: int, model: ModelConfig, device_type: str) -> int:
+def micro_batch_rows(rows: int, model: ModelConfig, device_type: str) -> int:
     """The largest divisor of a batch's rows that the device takes at once."""
     tokens = MICRO_BATCH_TOKENS.get(device_type, CACHED_ACTIVATIONS // model.d_model)
     most = max(1, tokens // model.window_tokens)

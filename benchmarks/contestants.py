@@ -1,0 +1,231 @@
+"""The same training step by ours and by others, each in a process of its own that steps when told.
+
+python benchmarks/contestants.py NAME SHAPE       # then, on standard input: a number of steps
+
+SHAPE is JSON of a `Shape`. Each line read from standard input is answered with the seconds that so
+many steps took; an empty line ends the process with its peak memory. So a caller can let many
+contestants step by turns, of which only one works at a time.
+
+Everybody gets the same architecture (that of GPT-2; litgpt, which has no learned positions, turns
+queries and keys instead), the same precision (float32), batch, gradient clipping and AdamW. Others
+use their own model and loss, and the step of their own training script; what is torch's own and
+faster (AdamW's fused kernel) is theirs too, even where their script does not use it on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    d_model: int = 384
+    n_layers: int = 6
+    n_heads: int = 6
+    context: int = 256
+    vocab_size: int = 4096
+    batch_tokens: int = 4096
+    compiled: bool = False
+    threads: int = 2
+
+    @property
+    def rows(self) -> int:
+        return self.batch_tokens // self.context
+
+    def matrix_parameters(self) -> int:
+        """Weights that are multiplied with each token, the head's among them."""
+        return 12 * self.n_layers * self.d_model**2 + self.vocab_size * self.d_model
+
+    def flops_per_token(self) -> int:
+        """Of a training step: "PaLM" (Chowdhery et al., 2022), appendix B, counting of attention
+        only what causality leaves."""
+        return 6 * self.matrix_parameters() + 6 * self.n_layers * self.d_model * self.context
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def batches_of(shape: Shape) -> Callable[[], tuple[Any, Any]]:
+    """Ids and targets, new ones for each step; nothing hangs on what they are."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    size = (shape.rows, shape.context + 1)
+
+    def draw() -> tuple[Any, Any]:
+        ids = torch.randint(0, shape.vocab_size, size, generator=generator)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    return draw
+
+
+def pretrain(shape: Shape) -> Step:
+    import torch
+
+    from pretrain.data.batches import MicroBatch
+    from pretrain.model import ModelConfig, Objective, build
+    from pretrain.model.config import model_defaults
+    from pretrain.optimizer import OptimizerConfig, build_optimizer
+    from pretrain.train.decide import micro_batch_rows
+    from pretrain.train.steps import train_step
+    from pretrain.world import open_world
+
+    sizes = {"n_layers": shape.n_layers, "n_heads": shape.n_heads, "d_model": shape.d_model}
+    given = {**model_defaults({"family": "gpt2"}), **sizes, "context_length": shape.context}
+    model = ModelConfig(**given)
+    world = open_world("cpu", threads=shape.threads)
+    decoder = build(model, vocab_size=shape.vocab_size, seed=1)
+    if shape.compiled:
+        decoder.compile(dynamic=False)
+    objective = Objective(decoder).train()
+    optimizer = build_optimizer(
+        decoder.named_parameters(), config=OptimizerConfig(), batch_tokens=shape.batch_tokens
+    )
+    rows, draw = micro_batch_rows(shape.rows, model, "cpu"), batches_of(shape)
+
+    def step() -> object:
+        inputs, targets = draw()
+        parts = [
+            MicroBatch(inputs[at : at + rows], targets[at : at + rows], torch.arange(at, at + rows))
+            for at in range(0, shape.rows, rows)
+        ]
+        return train_step(objective, optimizer, parts, step=0, rate=1e-3, clip=1.0, world=world)
+
+    return step
+
+
+def plain_step(
+    shape: Shape, model: Any, optimizer: Any, loss_of: Callable[[Any, Any], Any]
+) -> Step:
+    """The step that their training scripts make: loss, gradients, clipping, update."""
+    import torch
+
+    draw, parameters = batches_of(shape), list(model.parameters())
+    model.train()
+
+    def step() -> object:
+        loss = loss_of(*draw())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def nanogpt(shape: Shape) -> Step:
+    import torch
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    sizes = {"n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": shape.d_model}
+    window = {"block_size": shape.context, "vocab_size": shape.vocab_size}
+    model = GPT(GPTConfig(**sizes, **window, dropout=0.0, bias=True))
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    optimizer = torch.optim.AdamW(
+        [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    run = torch.compile(model) if shape.compiled else model
+    return plain_step(shape, model, optimizer, lambda ids, targets: run(ids, targets)[1])
+
+
+def transformers(shape: Shape) -> Step:
+    import torch
+    from torch.nn import functional as F
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": shape.d_model}
+    config = GPT2Config(
+        **sizes,
+        n_positions=shape.context,
+        vocab_size=shape.vocab_size,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    run = torch.compile(model) if shape.compiled else model
+
+    def loss_of(ids: Any, targets: Any) -> Any:
+        return F.cross_entropy(run(ids).logits.flatten(0, 1), targets.flatten())
+
+    return plain_step(shape, model, optimizer, loss_of)
+
+
+def litgpt(shape: Shape) -> Step:
+    import torch
+    from litgpt.config import Config  # type: ignore[import-not-found]
+    from litgpt.model import GPT  # type: ignore[import-not-found]
+    from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
+
+    sizes = {"n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": shape.d_model}
+    config = Config(
+        **sizes,
+        block_size=shape.context,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.vocab_size,
+        norm_class_name="LayerNorm",
+        mlp_class_name="GptNeoxMLP",
+        gelu_approximate="tanh",
+        parallel_residual=False,
+        rotary_percentage=1.0,
+        bias=True,
+        lm_head_bias=False,
+    )
+    model = GPT(config)
+    model.lm_head.weight = model.transformer.wte.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    run = torch.compile(model) if shape.compiled else model
+
+    def loss_of(ids: Any, targets: Any) -> Any:
+        return chunked_cross_entropy(run(ids), targets)
+
+    return plain_step(shape, model, optimizer, loss_of)
+
+
+CONTESTANTS = {
+    "pretrain": pretrain,
+    "nanoGPT": nanogpt,
+    "transformers": transformers,
+    "litgpt": litgpt,
+}
+
+
+def main() -> None:
+    name, shape = sys.argv[1], Shape(**json.loads(sys.argv[2]))
+    import torch
+
+    torch.set_num_threads(shape.threads)
+    # What they print while they are built is not an answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        step = CONTESTANTS[name](shape)
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        with contextlib.redirect_stdout(sys.stderr):
+            began = time.perf_counter()
+            for _ in range(int(line)):
+                step()
+            seconds = time.perf_counter() - began
+        print(seconds, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
