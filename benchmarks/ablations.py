@@ -1,0 +1,347 @@
+"""What pays in the family `fast`: arms beside the recipe `english`, at equal wall clock.
+
+python benchmarks/ablations.py --out ablations [--seconds 60 180] [--together 2]
+
+Successive halving: every arm gets a short run of one thread at d 128; those that take something
+away from `fast`, and the best third of those that add something, get a longer one at d 192 with
+three seeds, of which each has the same order of data and first weights as the recipe's own run.
+Killed or run again it goes on: a result is a line of OUT/results.jsonl, and is made once.
+
+Equal wall clock means: an arm makes fewer steps by as much as its step takes longer than the
+recipe's, both timed by turns. Bits a byte are of the whole held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+SEEDS = (1, 2, 3)
+SIZES = (1, 2)
+# What is taken away from `fast`, or changed back to what is usual.
+WITHOUT = {
+    "no n-gram tables": "--model.ngram_rows 0",
+    "no recall": "--model.recall 0",
+    "no norm of queries and keys": "--model.query_key_norm false",
+    "no norm of the embedding": "--model.embedding_norm false",
+    "branches start scaled, not at 0": "--model.initialization scaled",
+    "GELU": "--model.feed_forward gelu",
+    "SwiGLU": "--model.feed_forward swiglu",
+    "head tied to the embedding": "--model.tied_head true",
+    "AdamW for all": "--optimizer.name adamw --optimizer.learning_rate 6e-3",
+}
+# What is added to it, or set otherwise.
+WITH = {
+    "4-grams too": "--model.longest_ngram 4",
+    "recall of three ids too": "--model.recall 3",
+    "context 512": "--model.context_length 512",
+    "batch of 2,048": "--train.batch_tokens 2048",
+    "batch of 8,192": "--train.batch_tokens 8192",
+    "rate 1e-2": "--optimizer.learning_rate 1e-2",
+    "rate 5e-3": "--optimizer.learning_rate 5e-3",
+    "momentum 0.95": "--optimizer.momentum 0.95",
+    "decay from the start": "--schedule.name linear",
+    "average of the last weights": "average",
+    "batch grows": "batch_grows",  # half, whole, and half as much again
+    "x0 skips": "x0_skips",
+    "smear": "smear",
+    "value embeddings": "value_embeddings",
+    "softcap 15": "softcap",
+    "two tokens": "two_tokens",
+    "NorMuon": "normuon",
+    "cautious decay": "cautious_decay",
+}
+# Its loss makes whole logits here; in chunks it would cost next to nothing.
+COUNTED_AS_FREE = {"softcap 15"}
+RECIPE = "english"
+ARMS = {RECIPE: "", **WITHOUT, **WITH}
+
+
+class Arm:
+    """A run of one arm in this process, a step at a time."""
+
+    def __init__(self, arm: str, *, size: int, seed: int, steps: int) -> None:
+        from variants import VARIANTS
+
+        from pretrain.cli.places import prepared, read_target
+        from pretrain.config import compose, parse_overrides
+        from pretrain.model import Objective, build
+        from pretrain.optimizer import build_optimizer
+        from pretrain.train.decide import decide, training_batches
+        from pretrain.world import open_world
+
+        how = ARMS[arm]
+        if how in VARIANTS:
+            VARIANTS[how]()
+        self.how, self.steps, self.averages = how, steps, list[Any]()
+        self.world = open_world("cpu", threads=1)
+        self.precision = "bf16" if self.world.has_bf16_units() else "fp32"
+        fixed = f"--model.size {size} --train.seed {seed} --train.steps {steps}"
+        words = [*fixed.split(), *(how.split() if how.startswith("--") else [])]
+        self.config = compose([*read_target(RECIPE)[1], parse_overrides(words)])
+        self.data = prepared(self.config, progress=lambda *_: None)
+        self.decided = decide(
+            data=self.data,
+            model=self.config.model,
+            optimizer=self.config.optimizer,
+            schedule=self.config.schedule,
+            train=self.config.train,
+            world=self.world,
+        )
+        self.context = self.decided.model.window_tokens
+        tokens = self.decided.train.batch_tokens
+        assert tokens is not None
+        decoder = build(self.decided.model, vocab_size=self.data.manifest.vocab_size, seed=seed)
+        self.objective = Objective(decoder).train()
+        self.optimizer = build_optimizer(
+            decoder.named_parameters(),
+            config=self.config.optimizer,
+            batch_tokens=tokens,
+            precision=self.precision,
+        )
+        self.batches = training_batches(self.data, self.decided.model, self.decided.train)
+
+    def step(self, step: int) -> None:
+        from pretrain.optimizer import rate_at
+        from pretrain.train.steps import train_step
+
+        peak = self.config.optimizer.learning_rate
+        train_step(
+            self.objective,
+            self.optimizer,
+            self._growing(step) if self.how == "batch_grows" else self.batches.at(step),
+            step=step,
+            rate=rate_at(step, config=self.decided.schedule, learning_rate=peak, steps=self.steps),
+            clip=self.config.optimizer.clip,
+            world=self.world,
+            precision=self.precision,
+        )
+        if self.how == "average" and step >= 0.8 * self.steps:
+            self._average(1 + step - 0.8 * self.steps)
+
+    def _growing(self, step: int) -> Iterable[Any]:
+        """Half as many rows at first and half as many again at the end, as many in all."""
+        from pretrain.data import micro_batch_at
+
+        rows = self.batches.batch_rows
+        third = self.steps // 3
+        sizes = [rows // 2] * third + [rows] * (self.steps - 2 * third) + [rows * 3 // 2] * third
+        yield micro_batch_at(
+            self.batches.stream,
+            context_length=self.context,
+            seed=self.batches.seed,
+            sample=sum(sizes[:step]),
+            rows=sizes[step],
+            order=self.batches.order,
+        )
+
+    def _average(self, n: float) -> None:
+        """Of the last fifth of the run, the last ten steps weighing most."""
+        import torch
+
+        weights = [p.detach() for p in self.objective.parameters()]
+        if not self.averages:
+            self.averages = [w.clone() for w in weights]
+        torch._foreach_lerp_(self.averages, weights, max(0.1, 1 / n))
+
+    def finish(self, first: int) -> dict[str, Any]:
+        """Make all steps from `first` on, and score the whole held-out text."""
+        import torch
+
+        from pretrain.data import evaluation_batches
+        from pretrain.evaluate import byte_lengths, score
+
+        for step in range(first, self.steps):
+            self.step(step)
+        with torch.no_grad():
+            for parameter, kept in zip(self.objective.parameters(), self.averages, strict=False):
+                parameter.copy_(kept)
+        result = score(
+            self.objective,
+            evaluation_batches(
+                self.data.split("val"), context_length=self.context, rows=4096 // self.context
+            ),
+            byte_lengths_V=byte_lengths(self.data.tokenizer()),
+            world=self.world,
+            precision=self.precision,
+        )
+        return {"bits_per_byte": result.bits_per_byte, "precision": self.precision}
+
+
+def serve(arm: str, size: int, seed: int, steps: int) -> None:
+    """Answer each line of standard input: `step` with its CPU seconds, `finish` with the score."""
+    run = Arm(arm, size=size, seed=seed, steps=steps)
+    for made, line in enumerate(sys.stdin):
+        if line.strip() == "finish":
+            print(json.dumps(run.finish(made)), flush=True)
+            return
+        began = time.process_time()
+        run.step(made)
+        print(time.process_time() - began, flush=True)
+
+
+class Served:
+    """An arm in a process of its own."""
+
+    def __init__(self, arm: str, *, size: int, seed: int, steps: int) -> None:
+        words = [__file__, "--serve", arm, str(size), str(seed), str(steps)]
+        self._process = subprocess.Popen(
+            [sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, line: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Results:
+    """Lines of a file, each made once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = {self._key(row): row for row in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("kind", "arm", "size", "seed", "seconds"))
+
+    def made(self, make: Any, **what: Any) -> dict[str, Any]:
+        """The result of `what`, by `make` if it is not there yet."""
+        key = self._key(what)
+        if key not in self.rows:
+            row = {**what, **make()}
+            with self._lock, self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.rows[key] = row
+            print(json.dumps(row), flush=True)
+        return self.rows[key]
+
+
+def cost_of(arm: str, size: int) -> dict[str, Any]:
+    """How long a step takes, and by how much longer than the recipe's."""
+    pair = [Served(name, size=size, seed=1, steps=20) for name in (RECIPE, arm)]
+    times = [[each.ask("step") for each in pair] for _ in range(12)][2:]
+    for each in pair:
+        each.stop()
+    recipe, own = (min(column) for column in zip(*times, strict=True))
+    over = 1.0 if arm in COUNTED_AS_FREE else own / recipe
+    return {"step_seconds": recipe, "over_recipe": over}
+
+
+def stage(
+    results: Results,
+    arms: Iterable[str],
+    *,
+    size: int,
+    seeds: Iterable[int],
+    seconds: float,
+    n: int,
+) -> None:
+    first = results.made(
+        lambda: cost_of(RECIPE, size), kind="cost", arm=RECIPE, size=size, seed=0, seconds=0
+    )
+
+    def one(job: tuple[int, str]) -> None:
+        seed, arm = job
+        what = {"arm": arm, "size": size, "seed": seed, "seconds": seconds}
+        slower = 1.0
+        if arm != RECIPE:
+            cost = results.made(
+                lambda: cost_of(arm, size), **{**what, "kind": "cost", "seed": 0, "seconds": 0}
+            )
+            slower = cost["over_recipe"]
+        steps = max(20, round(seconds / first["step_seconds"] / slower))
+
+        def make() -> dict[str, Any]:
+            served = Served(arm, size=size, seed=seed, steps=steps)
+            return {"steps": steps, **served.ask("finish")}
+
+        results.made(make, kind="score", **what)
+
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(one, [(seed, arm) for seed in seeds for arm in arms]))
+
+
+def table(results: Results, *, size: int, seconds: float) -> Iterator[str]:
+    """Each arm's bits a byte minus the recipe's of the same seed: mean, and its standard error."""
+    scores = {
+        (row["arm"], row["seed"]): row["bits_per_byte"]
+        for row in results.rows.values()
+        if (row["kind"], row["size"], row["seconds"]) == ("score", size, seconds)
+    }
+    costs = {
+        row["arm"]: row["over_recipe"]
+        for row in results.rows.values()
+        if (row["kind"], row["size"]) == ("cost", size)
+    }
+    own = {seed: value for (arm, seed), value in scores.items() if arm == RECIPE}
+    recipe = statistics.mean(own.values())
+    seeds = "1 seed" if len(own) == 1 else f"{len(own)} seeds"
+    yield f"| {seconds:g} s at size {size}, {seeds} | bits/byte minus the recipe's | step |"
+    yield "|---|---|---|"
+    yield f"| the recipe | {recipe:.4f} itself | 1.00 |"
+    for arm in ARMS:
+        differences = [v - own[s] for (a, s), v in scores.items() if a == arm and s in own]
+        if arm == RECIPE or not differences:
+            continue
+        text = f"{statistics.mean(differences):+.4f}"
+        if len(differences) > 1:
+            text += f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.4f}"
+        yield f"| {arm} | {text} | {costs[arm]:.2f} |"
+
+
+def survivors(results: Results, *, size: int, seconds: float) -> list[str]:
+    """The recipe, all that takes something away, and the best third of what adds something."""
+    scores = {
+        row["arm"]: row["bits_per_byte"]
+        for row in results.rows.values()
+        if (row["kind"], row["size"], row["seconds"], row["seed"]) == ("score", size, seconds, 1)
+    }
+    added = sorted(WITH, key=lambda arm: scores[arm])
+    better = [arm for arm in added[: len(added) // 3] if scores[arm] < scores[RECIPE]]
+    return [RECIPE, *WITHOUT, *better]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("ablations"))
+    parser.add_argument("--seconds", type=float, nargs=2, default=[60, 180], metavar="S")
+    parser.add_argument("--together", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        arm, *numbers = asked.serve
+        serve(arm, *map(int, numbers))
+        return
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    results = Results(asked.out / "results.jsonl")
+    (small, large), (short, long), n = SIZES, asked.seconds, asked.together
+    stage(results, ARMS, size=small, seeds=SEEDS[:1], seconds=short, n=n)
+    kept = survivors(results, size=small, seconds=short)
+    stage(results, kept, size=large, seeds=SEEDS, seconds=long, n=n)
+    for size, seconds in ((small, short), (large, long)):
+        print("\n".join(["", *table(results, size=size, seconds=seconds)]))
+
+
+if __name__ == "__main__":
+    main()

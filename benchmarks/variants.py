@@ -1,0 +1,188 @@
+"""What was tried in `fast` and is not in it: each a function that changes classes of this process.
+
+`ablations.py` runs them beside `fast` as it is. They live here and not behind an option: an option
+that nobody should set is a burden to all who read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.model import Decoder, Objective
+from pretrain.model import objective as losses
+from pretrain.model.layers import Attention, Linear, rotation_at
+from pretrain.optimizer import grouped
+from pretrain.optimizer.muon import ADAMW_RMS, orthogonalize
+
+
+def _with_parameters(make: Callable[[Decoder], dict[str, nn.Module | nn.Parameter]]) -> None:
+    """More parameters for each decoder that is built; names that end in `bias` start at zero."""
+    plain = Decoder.__init__
+
+    def init(self: Decoder, *given: Any, **named: Any) -> None:
+        plain(self, *given, **named)
+        for name, part in make(self).items():
+            setattr(self, name, part)
+
+    Decoder.__init__ = init  # type: ignore[method-assign]
+
+
+def x0_skips() -> None:
+    """Before each block the embedding is added again, by a learned weight: nanochat."""
+    _with_parameters(lambda d: {"x0_bias": nn.Parameter(torch.zeros(d.config.n_layers))})
+
+    def forward(self: Any, ids_BT: Tensor, *, cache: Any = None, noise: Any = None) -> Tensor:
+        positions_T = torch.arange(ids_BT.shape[1])
+        x = x0 = self._embed(ids_BT, positions_T, cache)
+        rotation = rotation_at(positions_T, self.config)
+        for i, block in enumerate(self.blocks.values()):
+            x = block(x + self.x0_bias[i] * x0, rotation, cache, noise)
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    Decoder.forward = forward  # type: ignore[method-assign]
+
+
+def smear() -> None:
+    """Each embedding takes a learned share of the one before it: modded-nanogpt."""
+    _with_parameters(lambda d: {"smear_bias": nn.Parameter(torch.zeros(d.config.d_model))})
+    plain = Decoder._embed
+
+    def embed(self: Any, *given: Any) -> Tensor:
+        x = plain(self, *given)
+        return x + self.smear_bias * F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+    Decoder._embed = embed  # type: ignore[method-assign]
+
+
+def value_embeddings() -> None:
+    """Values of every other layer, the last too, take an embedding of their id: "Value Residual
+    Learning" (Zhou et al., 2024) as in modded-nanogpt."""
+    seen: dict[str, Tensor] = {}
+
+    class Value(Linear):
+        embedding: nn.Embedding | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            value = super().forward(x)
+            return value if self.embedding is None else value + self.embedding(seen["ids"])
+
+    plain, embed = Attention.__init__, Decoder._embed
+
+    def init(self: Attention, config: Any, layer: int) -> None:
+        plain(self, config, layer)
+        self.value = Value(config.d_model, config.d_model, bias=False)
+
+    def remember(self: Decoder, ids_BT: Tensor, *given: Any) -> Tensor:
+        seen["ids"] = ids_BT
+        return embed(self, ids_BT, *given)
+
+    Attention.__init__ = init  # type: ignore[method-assign]
+    Decoder._embed = remember  # type: ignore[method-assign]
+
+    def tables(decoder: Decoder) -> dict[str, nn.Module | nn.Parameter]:
+        for block in list(decoder.blocks.values())[::-2]:
+            value: Any = block.get_submodule("attention.value")
+            value.embedding = nn.Embedding(decoder.vocab_size, decoder.config.d_model)
+        return {}
+
+    _with_parameters(tables)
+
+
+def softcap() -> None:
+    """Logits between -15 and 15 by a tanh: "Gemma 2" (2024)."""
+
+    def capped(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, **_: Any) -> Tensor:
+        logits = 15 * torch.tanh((hidden_ND @ weight_VD.T).float() / 15)
+        return F.cross_entropy(logits, targets_N, ignore_index=-100, reduction="sum")
+
+    losses.linear_cross_entropy = capped  # type: ignore[assignment]
+
+
+def two_tokens() -> None:
+    """In training the id after the next one is predicted too, through a matrix of its own, at a
+    fifth of the weight: "Better & Faster Large Language Models via Multi-token Prediction"
+    (Gloeckle et al., 2024)."""
+    _with_parameters(lambda d: {"second": Linear(d.config.d_model, d.config.d_model, bias=False)})
+
+    def forward(self: Objective, batch: Any) -> tuple[Tensor, Tensor]:
+        decoder: Any = self.decoder
+        hidden = decoder(batch.inputs)
+        targets_N = batch.targets.flatten()
+        nats = losses.linear_cross_entropy(hidden.flatten(0, 1), decoder.head_weight, targets_N)
+        if self.training:
+            later = F.pad(batch.targets, (0, 1), value=-100)[:, 1:].flatten()
+            more = losses.linear_cross_entropy(
+                decoder.second(hidden).flatten(0, 1), decoder.head_weight, later
+            )
+            nats = nats + 0.2 * (more - more.detach())
+        return nats, (targets_N != losses.NOT_COUNTED).sum()
+
+    Objective.forward = forward  # type: ignore[method-assign]
+
+
+def _update(change: Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor | None]]) -> None:
+    """Muon, with `change` of its updates (matrices, updates) -> updates, and where to decay."""
+
+    @torch.no_grad()
+    def update_matrices(
+        matrices: list[Tensor],
+        memories: list[Tensor],
+        gradients: list[Tensor],
+        *,
+        rate: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        torch._foreach_lerp_(memories, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, memories, momentum)
+        updates, decayed = change(matrices, orthogonalize(torch.stack(list(ahead)), dtype=dtype))
+        size = ADAMW_RMS * max(matrices[0].shape) ** 0.5
+        for i, matrix in enumerate(matrices):
+            where = 1.0 if decayed is None else decayed[i]
+            matrix.mul_(1 - rate * weight_decay * where).sub_(updates[i], alpha=rate * size)
+
+    grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
+
+
+def normuon() -> None:
+    """Rows of an update are divided by a running size of theirs: "NorMuon" (Li et al., 2025)."""
+    squares: dict[int, Tensor] = {}
+
+    def change(matrices: list[Tensor], updates: Tensor) -> tuple[Tensor, None]:
+        key, now = id(matrices[0]), updates.square().mean(2, keepdim=True)
+        squares[key] = squares.get(key, torch.zeros_like(now)).lerp(now, 0.05)
+        norms = updates.norm(dim=(1, 2), keepdim=True)
+        updates = updates / (squares[key].sqrt() + 1e-8)
+        return updates * norms / (updates.norm(dim=(1, 2), keepdim=True) + 1e-8), None
+
+    _update(change)
+
+
+def cautious_decay() -> None:
+    """Only weights that the update makes smaller anyway are decayed: "Cautious Weight Decay" (Chen
+    et al., 2025)."""
+
+    def change(matrices: list[Tensor], updates: Tensor) -> tuple[Tensor, Tensor]:
+        return updates, (updates * torch.stack(list(matrices)) > 0).float()
+
+    _update(change)
+
+
+VARIANTS: dict[str, Callable[[], None]] = {
+    f.__name__: f
+    for f in (
+        x0_skips,
+        smear,
+        value_embeddings,
+        softcap,
+        two_tokens,
+        normuon,
+        cautious_decay,
+    )
+}
