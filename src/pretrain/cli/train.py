@@ -5,6 +5,7 @@ pretrain train my.txt                 the same settings on your own file or fold
 pretrain train --resume               go on with the run that was begun last
 pretrain train --resume --accept threads      ... though this is not as it was
 pretrain train --train.steps 200 --model.d_model 64
+pretrain train --profile              where a step's time goes; nothing is trained
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with --run, or with the newest run"
     )
+    parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
     add_accept(parser)
     parser.epilog = settings_help()
 
@@ -92,6 +94,8 @@ def add_accept(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     began = time.perf_counter()
     overrides = parse_overrides(arguments.settings)
+    if arguments.profile and (arguments.resume or arguments.run):
+        raise ValueError("--profile makes no run and needs none: leave out --resume and --run")
     if arguments.resume:
         folder = Path(arguments.run) if arguments.run else newest_run()
         target, accepted = arguments.target, tuple(arguments.accept)
@@ -100,6 +104,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError("--accept goes with --resume: a new run has nothing that could change")
     name, layers = read_target(arguments.target)
     config = _composed(arguments.target, layers, overrides, also=_mistakes_here)
+    if arguments.profile:
+        return _profile(config, output)
     return _start(_with_whole_path(config), new_run_folder(name, arguments.run), output, began)
 
 
@@ -117,6 +123,33 @@ def _start(config: RunConfig, folder: Path, output: Output, began: float) -> int
             _take_back(folder, new)
             raise
         return _train(config, folder, data, world, output, began, resume_from=None)
+
+
+def _profile(config: RunConfig, output: Output) -> int:
+    data = _prepare(config, output)
+    # Torch's profiler says on standard error when it begins and ends.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from pretrain.train.profile import lines, profile_steps
+
+    found = profile_steps(
+        data=data,
+        model=config.model,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        train=config.train,
+        world=_open_world(config),
+    )
+    for line in lines(found):
+        output.say(line)
+    output.result(asdict(found))
+    return 0
+
+
+def _open_world(config: RunConfig) -> World:
+    from pretrain.world import open_world
+
+    train = config.train
+    return open_world(train.device, threads=train.threads, deterministic=train.deterministic)
 
 
 def _take_back(folder: Path, new: list[Path]) -> None:
@@ -189,13 +222,8 @@ def _decide(
 ) -> tuple[RunConfig, World]:
     """Fill what the config left open, and write it down, never to be decided again."""
     from pretrain.train.decide import decide
-    from pretrain.world import open_world
 
-    world = open_world(
-        config.train.device,
-        threads=config.train.threads,
-        deterministic=config.train.deterministic,
-    )
+    world = _open_world(config)
     if config.train.steps is None and config.train.minutes is not None:
         output.say(f"measuring how many steps fit into {config.train.minutes:g} min ...")
     decided = decide(
@@ -265,10 +293,8 @@ def _settled(
 ) -> tuple[RunConfig, World]:
     """The settings under which the run goes on, with all that was accepted on the disk."""
     from pretrain.train.fingerprint import fingerprint
-    from pretrain.world import open_world
 
-    train = found.wanted.train
-    world = open_world(train.device, threads=train.threads, deterministic=train.deterministic)
+    world = _open_world(found.wanted)
     changes = found.settle(fingerprint(data, world, first_weights(found.wanted)), data)
     final = found.wanted
     if continuation is not None:

@@ -281,3 +281,18 @@ def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:
         embeddings += config.window_tokens * d
     n_norms = 2 * config.n_layers + (config.norm_place == "before")
     return embeddings + config.n_layers * (attention + feed_forward) + n_norms * norm
+
+
+def n_matrix_parameters(config: ModelConfig, *, vocab_size: int) -> int:
+    """Weights that a token is multiplied with (N_mm): all matrices, the head's also where it is
+    tied, and nothing that is looked up."""
+    d, f, d_kv = config.d_model, config.feed_forward_width, config.kv_heads * config.d_head
+    n_of_branch = 3 if config.feed_forward == "swiglu" else 2
+    return config.n_layers * (2 * d * d + 2 * d * d_kv + n_of_branch * d * f) + vocab_size * d
+
+
+def training_flops(config: ModelConfig, *, vocab_size: int) -> int:
+    """FLOP of a training step for each token, 6 N_mm + 6 L d T: "PaLM" (Chowdhery et al., 2022),
+    appendix B, counting of attention only what causality leaves."""
+    attention = config.n_layers * config.d_model * config.window_tokens
+    return 6 * (n_matrix_parameters(config, vocab_size=vocab_size) + attention)

@@ -9,17 +9,18 @@ that is not whole windows.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
-from pretrain.data import PreparedData
+from pretrain.data import MicroBatch, PreparedData
 from pretrain.data.mixed import MixedData
 from pretrain.evaluate import byte_lengths
 from pretrain.model import ModelConfig, Objective, build, n_parameters
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
-from pretrain.train.steps import training_steps
+from pretrain.train.steps import StepReport, training_steps
 from pretrain.train.windows import check_windows
 from pretrain.world import World, memory_bytes
 
@@ -140,6 +141,40 @@ def _steps_that_fit(
     n-gram tables no more than one reading of the text makes, or SHORT_RUN."""
     if train.minutes is None:
         raise ValueError("nothing says how long to train: give train.steps or train.minutes")
+    assert train.batch_tokens is not None
+    steps = trial_steps(data, model, optimizer, train, world, steps=CALIBRATION_STEPS + 2)
+    seconds, began = [], time.perf_counter()
+    last = began
+    for report in steps:
+        world.synchronize()
+        now = time.perf_counter()
+        # The first two steps warm up caches, memory and (on a GPU) the compiler.
+        if report.step >= 2 or now - began > CALIBRATION_SECONDS:
+            seconds.append(now - last)
+        last = now
+        if seconds and now - began > CALIBRATION_SECONDS:
+            break
+    # The first quarter: what else a machine does now and then only ever makes a step slower.
+    step_seconds = sorted(seconds)[len(seconds) // 4]
+    # An evaluation has no backward pass, which is two thirds of a step.
+    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
+    evaluating = EVALUATIONS * val_tokens / train.batch_tokens * step_seconds / 3
+    fit = max(1, int((60 * train.minutes - evaluating) / step_seconds))
+    return min(fit, most_steps(data, model, train) or fit)
+
+
+def trial_steps(
+    data: PreparedData,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    world: World,
+    *,
+    steps: int,
+    read: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
+) -> Iterator[StepReport]:
+    """The first steps of a run, at hardly any rate, with a model that is thrown away; for
+    measurements. Batches are read through `read`."""
     decoder = build(
         model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
     )
@@ -156,33 +191,16 @@ def _steps_that_fit(
         batch_tokens=train.batch_tokens,
         precision=train.precision,
     )
-    seconds, began = [], time.perf_counter()
-    last = began
-    for report in training_steps(
+    return training_steps(
         objective,
         updates,
-        batches.at,
+        lambda step: read(batches.at(step)),
         rate_at=lambda step: optimizer.learning_rate * 1e-3,
-        steps=CALIBRATION_STEPS + 2,
+        steps=steps,
         clip=optimizer.clip,
         world=world,
         precision=train.precision,
-    ):
-        world.synchronize()
-        now = time.perf_counter()
-        # The first two steps warm up caches, memory and (on a GPU) the compiler.
-        if report.step >= 2 or now - began > CALIBRATION_SECONDS:
-            seconds.append(now - last)
-        last = now
-        if seconds and now - began > CALIBRATION_SECONDS:
-            break
-    # The first quarter: what else a machine does now and then only ever makes a step slower.
-    step_seconds = sorted(seconds)[len(seconds) // 4]
-    # An evaluation has no backward pass, which is two thirds of a step.
-    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
-    evaluating = EVALUATIONS * val_tokens / train.batch_tokens * step_seconds / 3
-    steps = max(1, int((60 * train.minutes - evaluating) / step_seconds))
-    return min(steps, most_steps(data, model, train) or steps)
+    )
 
 
 def most_steps(data: PreparedData, model: ModelConfig, train: TrainConfig) -> int | None:
