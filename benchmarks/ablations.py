@@ -2,9 +2,9 @@
 
 python benchmarks/ablations.py --out ablations [--seconds 60 180] [--together 2]
 
-Successive halving: every arm gets a short run of one thread at d 128; those that take something
-away from `fast`, and the best third of those that add something, get a longer one at d 192 with
-three seeds, of which each has the same order of data and first weights as the recipe's own run.
+Successive halving: what adds something to `fast` gets a short run of one thread at d 128; the best
+third of it, and all that takes something away, get a longer one at d 192 with three seeds, of which
+each has the same order of data and first weights as the recipe's own run.
 Killed or run again it goes on: a result is a line of OUT/results.jsonl, and is made once.
 
 Equal wall clock means: an arm makes fewer steps by as much as its step takes longer than the
@@ -336,7 +336,7 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     results = Results(asked.out / "results.jsonl")
     (small, large), (short, long), n = SIZES, asked.seconds, asked.together
-    stage(results, ARMS, size=small, seeds=SEEDS[:1], seconds=short, n=n)
+    stage(results, [RECIPE, *WITH], size=small, seeds=SEEDS[:1], seconds=short, n=n)
     kept = survivors(results, size=small, seconds=short)
     stage(results, kept, size=large, seeds=SEEDS, seconds=long, n=n)
     for size, seconds in ((small, short), (large, long)):

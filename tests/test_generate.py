@@ -11,7 +11,7 @@ import torch
 
 from pretrain.cli.models import open_model
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
-from pretrain.generate.sampling import shape_probabilities
+from pretrain.generate.sampling import lay_out_for_generation, shape_probabilities
 from pretrain.model import Decoder, ModelConfig, build
 
 V = 40
@@ -29,6 +29,18 @@ def decoder() -> Decoder:
 
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]])
+
+
+def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
+    other = build(decoder.config, vocab_size=V, seed=2)
+    other.load_state_dict(decoder.state_dict())
+    lay_out_for_generation(other)
+    for one, laid_out in zip(decoder.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, laid_out)
+    assert not other.token_embedding.weight.is_contiguous()
+    greedy = Sampling(temperature=0)
+    expected = generate_ids(decoder, [1, 2], max_tokens=40, sampling=greedy)
+    assert generate_ids(other, [1, 2], max_tokens=40, sampling=greedy) == expected
 
 
 def test_the_shapes_are_what_their_papers_say() -> None:

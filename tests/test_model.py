@@ -212,6 +212,7 @@ def test_the_chunked_loss_never_has_whole_logits(monkeypatch: pytest.MonkeyPatch
 def test_a_linear_layer_by_onednn_is_torchs_own(
     has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fused, "FEWEST_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     # Not contiguous, as what attention has mixed comes.
     x = torch.randn(2, 3, 5, 24, generator=generator).transpose(1, 2).requires_grad_()

@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     model = open_model(arguments.model, device=arguments.device)
 
-    from pretrain.generate import Sampling, generate
+    from pretrain.generate import Sampling, generate, lay_out_for_generation
 
+    lay_out_for_generation(model.decoder)
     sampling = Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,

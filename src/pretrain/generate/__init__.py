@@ -9,10 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.generate.sampling import Sampling, generate, generate_ids, next_distribution
+    from pretrain.generate.sampling import (
+        Sampling,
+        generate,
+        generate_ids,
+        lay_out_for_generation,
+        next_distribution,
+    )
 
-_HOMES = dict.fromkeys(("Sampling", "generate", "generate_ids", "next_distribution"), "sampling")
-__all__ = ["Sampling", "generate", "generate_ids", "next_distribution"]
+__all__ = [
+    "Sampling",
+    "generate",
+    "generate_ids",
+    "lay_out_for_generation",
+    "next_distribution",
+]
+_HOMES = dict.fromkeys(__all__, "sampling")
 
 
 def __getattr__(name: str) -> Any:

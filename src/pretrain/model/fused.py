@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Of fewer rows a product is bound by memory, and oneDNN has more to prepare than MKL.
+FEWEST_ROWS = 64
+
 
 def _is_fused(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -86,7 +89,10 @@ def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """x W^T + b, in float32 on a CPU by oneDNN, which comes with torch and is a tenth faster there
     than the MKL that torch's own function calls (docs/rooms/model.md)."""
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
-    if not (is_float32 and _is_fused(x_XD) and _has_onednn()) or torch.is_autocast_enabled("cpu"):
+    is_large = x_XD.numel() >= FEWEST_ROWS * x_XD.shape[-1]
+    if not (
+        is_float32 and is_large and _is_fused(x_XD) and _has_onednn()
+    ) or torch.is_autocast_enabled("cpu"):
         return F.linear(x_XD, weight_FD, bias_F)
     product: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
     return product

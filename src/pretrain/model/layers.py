@@ -85,13 +85,13 @@ def rotate(x_BHTE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the positions seen so far, a pair (B, K, S, E) for each layer, and their
-    ids."""
-
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
+    """Keys and values of the positions seen so far, a pair (2, B, K, S, E) for each layer, and
+    their ids."""
 
     ids_BS: Tensor | None = None
+    # With room for more positions than there are: to append one is not to copy all.
+    _rooms: dict[int, Tensor] = field(default_factory=dict)
+    _lengths: dict[int, int] = field(default_factory=dict)
 
     def remember(self, ids_BT: Tensor) -> Tensor:
         """Note ids that are about to be read; returns those before them (B, S)."""
@@ -101,16 +101,22 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[2] if self.keys else 0
+        return self._lengths.get(0, 0)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append this layer's new keys and values (B, K, T, E); returns all of them (B, K, S,
         E)."""
-        if layer in self.keys:
-            key = torch.cat([self.keys[layer], key], dim=2)
-            value = torch.cat([self.values[layer], value], dim=2)
-        self.keys[layer], self.values[layer] = key, value
-        return key, value
+        start = self._lengths.get(layer, 0)
+        stop, room = start + key.shape[2], self._rooms.get(layer)
+        if room is None or room.shape[3] < stop:
+            B, K, _, E = key.shape
+            larger = key.new_empty(2, B, K, 2 * stop, E)
+            if room is not None:
+                larger[:, :, :, :start] = room[:, :, :, :start]
+            room = self._rooms[layer] = larger
+        room[0, :, :, start:stop], room[1, :, :, start:stop] = key, value
+        self._lengths[layer] = stop
+        return room[0, :, :, :stop], room[1, :, :, :stop]
 
 
 class Attention(nn.Module):
