@@ -9,6 +9,8 @@
 #   SETUP_PYTHON=python3.12   the interpreter that makes the environment (default python3)
 #   PYTHON=path/to/python     a prepared environment, used as it is: nothing is made or installed
 #   TESTS=tests/test_x.py     what `make test` runs (default: the whole suite)
+#   PEERS=FOLDER              checkouts of nanoGPT and litgpt that `make bench` measures beside ours
+#   SHAKESPEARE=FILE          tinyshakespeare, a plain file, for `make bench`
 #   WORKERS=8                 how many tests run side by side (default 2)
 
 ARGS =
@@ -18,6 +20,8 @@ VENV = .venv
 SETUP_PYTHON = python3
 PYTHON =
 TESTS = tests
+PEERS =
+SHAKESPEARE =
 WORKERS = 2
 
 # One thread for each of the WORKERS: the wall clock is then the machine's, not the scheduler's, and
@@ -37,7 +41,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-long faults-ci faults check format clean FORCE
+.PHONY: help train test test-long faults-ci faults bench bench-full check format clean FORCE
 
 help:
 	@echo 'make train       train the default model on the bundled corpus (ARGS="..." changes that)'
@@ -45,6 +49,8 @@ help:
 	@echo 'make test-long   the tests that take minutes each'
 	@echo 'make faults-ci   the fault suite: 10,000 kills and what docs/faults.md lists, 13 minutes on 2 busy cores'
 	@echo 'make faults      the same with 500 bitwise resumes and 2,000 kills of the real train, under an hour'
+	@echo 'make bench       speed beside transformers and PEERS, under 20 minutes; writes docs/benchmarks.md'
+	@echo 'make bench-full  the same with everything compiled too, and 5 rounds'
 	@echo 'make check       ruff, format, strict types, spelling'
 	@echo 'make format      lets ruff correct what it can'
 	@echo 'make clean       removes the environment and all caches; runs/ stays'
@@ -65,6 +71,14 @@ faults-ci: $(dev_ready)
 
 faults: $(dev_ready)
 	export PYTHONPATH="$(CURDIR)/tests"; $(TEST_ENV) $(run) -m faults full
+
+bench_words = $(if $(PEERS),--peers "$(PEERS)") $(if $(SHAKESPEARE),--shakespeare "$(SHAKESPEARE)")
+
+bench: $(dev_ready)
+	$(run) benchmarks/everything.py $(bench_words)
+
+bench-full: $(dev_ready)
+	$(run) benchmarks/everything.py $(bench_words) --long --rounds 5
 
 check: $(dev_ready)
 	$(run) -m ruff check .

@@ -10,15 +10,15 @@ Everybody works in this process, by turns. Ours is also timed for 16 texts at on
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from rows import OURS, Row, rows_of, table
 
-TOKENS, CONTEXT = 500, 512
+TOKENS, CONTEXT, TEXTS = 500, 512, 16
 SIZES = {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 4096}
 Generate = Callable[[], int]
 
@@ -39,7 +39,7 @@ def ours(n: int) -> Generate:
     )
 
 
-def nanogpt(checkout: str) -> Generate:
+def by_nanogpt(checkout: str) -> Generate:
     sys.path.insert(0, checkout)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
@@ -77,29 +77,27 @@ def transformers() -> Generate:
     return generate
 
 
+def measure(*, nanogpt: str | None, rounds: int) -> Iterator[Row]:
+    torch.manual_seed(1)
+    many = f"{OURS}, {TEXTS} texts"
+    everybody = {OURS: ours(1), many: ours(TEXTS), "transformers": transformers()}
+    if nanogpt:
+        everybody["nanoGPT"] = by_nanogpt(nanogpt)
+    seconds: dict[str, list[float]] = {name: [] for name in everybody}
+    for _ in range(rounds):
+        for name, generate in everybody.items():
+            began = time.perf_counter()
+            made, wanted = generate(), TOKENS * (TEXTS if name == many else 1)
+            seconds[name].append(time.perf_counter() - began)
+            assert made == wanted, f"{name} made {made} tokens of {wanted}"
+    yield from rows_of(f"generating {TOKENS} tokens", "s", seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
-    torch.manual_seed(1)
-    everybody = {"pretrain": ours(1), "pretrain, 16 texts": ours(16)}
-    everybody["transformers"] = transformers()
-    if asked.nanogpt:
-        everybody["nanoGPT"] = nanogpt(asked.nanogpt)
-    seconds: dict[str, list[float]] = {name: [] for name in everybody}
-    tokens = {}
-    for _ in range(asked.rounds):
-        for name, generate in everybody.items():
-            began = time.perf_counter()
-            tokens[name] = generate()
-            seconds[name].append(time.perf_counter() - began)
-    print(f"{'':20}{'tokens':>7} {'seconds':>8} {'ours over it':>24}")
-    for name, times in seconds.items():
-        assert tokens[name] in (TOKENS, 16 * TOKENS), f"{name} made {tokens[name]} tokens"
-        ratios = sorted(a / b for a, b in zip(times, seconds["pretrain"], strict=True))
-        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"{name:20}{tokens[name]:7,} {statistics.median(times):8.2f} {ratio:>24}")
+    print("\n".join(table(measure(**vars(parser.parse_args())))))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from rows import OURS, Row, rows_of, table
 
 README_RECIPE = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
     "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
     "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 ).split()
-OURS = "train characters --train.evaluate_every 1000000".split()
+COMMAND = "train characters --train.evaluate_every 1000000".split()
 # Run by nanoGPT's side, with its own model.
 SCORE = """
 import numpy, torch
@@ -63,7 +66,7 @@ def timed(command: list[str], *, cwd: Path, **environment: str) -> tuple[float, 
     return time.perf_counter() - began, done.stdout
 
 
-def nanogpt(folder: Path) -> tuple[float, float, float]:
+def by_nanogpt(folder: Path) -> tuple[float, float, float]:
     """Seconds of the process, seconds of its steps, and nats a character."""
     shutil.rmtree(folder / "out-shakespeare-char", ignore_errors=True)
     seconds, said = timed([sys.executable, "train.py", *README_RECIPE], cwd=folder)
@@ -75,14 +78,32 @@ def nanogpt(folder: Path) -> tuple[float, float, float]:
     return seconds, training, loss
 
 
-def ours(text: Path, run: Path, *, steps: int, seed: int) -> tuple[float, float, float]:
-    words = [*OURS, "--data.source", str(text.resolve()), "--run", str(run), "--json"]
+def by_ours(text: Path, run: Path, *, steps: int, seed: int) -> tuple[float, float, float]:
+    words = [*COMMAND, "--data.source", str(text.resolve()), "--run", str(run), "--json"]
     words += ["--train.steps", str(steps), "--train.seed", str(seed)]
     # An empty cache: the text is prepared anew.
     command = [sys.executable, "-m", "pretrain", *words]
     seconds, said = timed(command, cwd=run.parent, PRETRAIN_CACHE=str(run) + "-cache")
     summary = json.loads(said)
     return seconds, summary["train_seconds"], summary["val_nats_per_token"]
+
+
+def measure(*, nanogpt: Path, text: Path, rounds: int, steps: int = 34) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        peer = shutil.copytree(nanogpt, scratch / "nanoGPT")
+        shutil.copy(text, peer / "data/shakespeare_char/input.txt")
+        timed([sys.executable, "data/shakespeare_char/prepare.py"], cwd=peer)
+        found: dict[str, list[tuple[float, float, float]]] = {OURS: [], "nanoGPT": []}
+        for seed in range(1, rounds + 1):
+            found["nanoGPT"].append(by_nanogpt(peer))
+            found[OURS].append(by_ours(text, scratch / f"run-{seed}", steps=steps, seed=seed))
+    losses = {who: [loss for *_, loss in figures] for who, figures in found.items()}
+    assert all(math.isfinite(loss) for each in losses.values() for loss in each)
+    spans = {who: f"{min(each):.3f} to {max(each):.3f} nats" for who, each in losses.items()}
+    for place, what in enumerate(("whole process", "steps alone")):
+        seconds = {who: [figure[place] for figure in figures] for who, figures in found.items()}
+        yield from rows_of(f"tinyshakespeare, {what}", "s", seconds, notes=spans)
 
 
 def main() -> None:
@@ -92,27 +113,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=34, help="of ours")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        peer = shutil.copytree(asked.nanogpt, scratch / "nanoGPT")
-        shutil.copy(asked.text, peer / "data/shakespeare_char/input.txt")
-        timed([sys.executable, "data/shakespeare_char/prepare.py"], cwd=peer)
-        rows = []
-        for seed in range(1, asked.rounds + 1):
-            run = scratch / f"run-{seed}"
-            both = nanogpt(peer), ours(asked.text, run, steps=asked.steps, seed=seed)
-            rows.append(both)
-            for who, (seconds, training, loss) in zip(("nanoGPT", "pretrain"), both, strict=True):
-                figures = f"{seconds:7.1f} s, {training:6.1f} s of steps, {loss:.4f} nats"
-                print(f"{who:9} {figures}", flush=True)
-    assert all(math.isfinite(number) for pair in rows for row in pair for number in row)
-    for what, place in (("whole process", 0), ("steps alone", 1)):
-        ratios = sorted(theirs[place] / our[place] for theirs, our in rows)
-        spread = f"({ratios[0]:.1f} to {ratios[-1]:.1f})"
-        print(f"{what}: {statistics.median(ratios):.1f} times as fast {spread}")
-    worse = [our[2] - theirs[2] for theirs, our in rows]
-    print(f"ours minus theirs, nats a character: {max(worse):+.4f} at the worst")
-    print("pretrain", " ".join(OURS), f"--train.steps {asked.steps} --data.source TEXT")
+    print("\n".join(table(measure(**vars(asked)))))
+    print("pretrain", " ".join(COMMAND), f"--train.steps {asked.steps} --data.source TEXT")
     print("nanoGPT: python train.py", " ".join(README_RECIPE))
 
 

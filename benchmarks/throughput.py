@@ -17,10 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 from contestants import Shape
+from rows import OURS, Row, rows_of, table
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,39 +84,38 @@ def ceiling(shape: Shape) -> float:
     return best
 
 
-def compare(shape: Shape, paths: dict[str, str | None], *, rounds: int, steps: int) -> None:
-    names = list(paths)
-    everybody = [Contestant(name, shape, paths[name]) for name in names]
-    for each in everybody:
+def compare(
+    shape: Shape, paths: dict[str, str | None], *, rounds: int, steps: int
+) -> Iterator[Row]:
+    everybody = {name: Contestant(name, shape, path) for name, path in paths.items()}
+    for each in everybody.values():
         each.seconds(2)  # caches, memory, compilers
-    per_second: dict[str, list[float]] = {name: [] for name in names}
+    per_second: dict[str, list[float]] = {name: [] for name in everybody}
     ceilings = []
     for _ in range(rounds):
         ceilings.append(ceiling(shape))
-        for each in everybody:
-            per_second[each.name].append(steps * shape.batch_tokens / each.seconds(steps))
-    peaks = {each.name: each.finish() for each in everybody}
-    how = "compiled" if shape.compiled else "eager"
-    print(f"\nvocabulary {shape.vocab_size:,}, {how}, {rounds} rounds of {steps} steps")
-    print(f"{'':14}{'tokens/s':>9}  {'lowest':>7} {'highest':>7}  {'ours over it':>20}  memory")
-    ours = per_second["pretrain"]
-    for name in names:
-        speeds = per_second[name]
-        ratios = sorted(a / b for a, b in zip(ours, speeds, strict=True))
-        middle = statistics.median(ratios)
-        ratio = f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(
-            f"{name:14}{statistics.median(speeds):9,.0f}  {min(speeds):7,.0f} {max(speeds):7,.0f}"
-            f"  {ratio:>20}  {peaks[name] / 1e6:,.0f} MB"
-        )
+        for name, each in everybody.items():
+            per_second[name].append(steps * shape.batch_tokens / each.seconds(steps))
+    peaks = {name: each.finish() for name, each in everybody.items()}
+    ours = per_second[OURS]
     shares = [
         speed * shape.flops_per_token() / most for speed, most in zip(ours, ceilings, strict=True)
     ]
-    print(
-        f"ceiling {statistics.median(ceilings) / 1e9:.0f} GFLOP/s; "
-        f"ours uses {statistics.median(shares):.0%} of it",
-        flush=True,
-    )
+    used = f"{statistics.median(shares):.0%} of {statistics.median(ceilings) / 1e9:.0f} GFLOP/s"
+    how = "compiled" if shape.compiled else "eager"
+    what = f"training, vocabulary {shape.vocab_size:,}, {how}"
+    yield from rows_of(what, "tokens/s", per_second, memory=peaks, notes={OURS: used})
+
+
+def measure(
+    *, nanogpt: str | None, litgpt: str | None, rounds: int, steps: int = 3, compiled: bool = False
+) -> Iterator[Row]:
+    paths = {OURS: None, "transformers": None}
+    paths |= {"nanoGPT": nanogpt} if nanogpt else {}
+    paths |= {"litgpt": litgpt} if litgpt else {}
+    for vocab_size in (4096, 50_257):
+        shape = Shape(compiled=compiled, vocab_size=vocab_size)
+        yield from compare(shape, paths, rounds=rounds, steps=steps)
 
 
 def main() -> None:
@@ -126,14 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of each, in a round")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile, everybody")
     asked = parser.parse_args()
-    shape = Shape(compiled=asked.compiled)
-    paths = {"pretrain": None, "transformers": None}
-    paths |= {"nanoGPT": asked.nanogpt} if asked.nanogpt else {}
-    paths |= {"litgpt": asked.litgpt} if asked.litgpt else {}
-    for vocab_size in (4096, 50_257):
-        compare(
-            replace(shape, vocab_size=vocab_size), paths, rounds=asked.rounds, steps=asked.steps
-        )
+    print("\n".join(table(measure(**vars(asked)))))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ EVALUATIONS = 10
 # a byte in one, and to 1.320 in one and a half. So few steps are made all the same.
 SHORT_RUN = 300
 # Seconds of the budget that a timed calibration may take, and its steps at most.
-CALIBRATION_SECONDS, CALIBRATION_STEPS = 8.0, 20
+CALIBRATION_SECONDS, CALIBRATION_STEPS = 2.5, 20
 
 
 @dataclass(frozen=True, slots=True)
