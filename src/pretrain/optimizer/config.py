@@ -22,6 +22,9 @@ class OptimizerConfig:
     tables take twice that"""
     head_rate: float = 1.0
     """rate of the head beside muon's matrices, as a multiple of learning_rate"""
+    tuned_width: int | None = None
+    """the width (model.d_model) that these rates were found at: at another one the head and hidden
+    matrices take others, so that the best ones stay the best; empty: as they are at any width"""
     momentum: float = 0.95
     """muon's memory of the gradient"""
     weight_decay: float = 0.1
@@ -50,11 +53,31 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 yield name, f"optimizer.{name} is {value}; it must be 0 or above"
+        if self.tuned_width is not None and not 1 <= self.tuned_width <= 1 << 20:
+            yield (
+                "tuned_width",
+                f"optimizer.tuned_width is {self.tuned_width}; it must be in [1, {1 << 20:,}]",
+            )
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)"
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             yield "epsilon", f"optimizer.epsilon is {self.epsilon}; it must be above 0"
+
+    def width_scales(self, width: int) -> dict[str, float]:
+        """By how much the rates of hidden matrices and the head are multiplied, as a model's width
+        is not tuned_width.
+
+        What a weight adds to a sum grows with the number of its terms. AdamW's updates are as large
+        at any width, so its rates fall with it ("Tensor Programs V", Yang et al., 2022). Muon's
+        have a spectral norm that grows with the root of the width ("A Spectral Condition for
+        Feature Learning", Yang et al., 2023), and beside it the head, too, does best with a rate
+        that falls by that (LOG.md).
+        """
+        narrower = 1.0 if self.tuned_width is None else self.tuned_width / width
+        if self.name == "muon":
+            narrower = math.sqrt(narrower)
+        return {"hidden": narrower, "head": narrower}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

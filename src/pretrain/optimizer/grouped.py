@@ -122,6 +122,10 @@ def build_optimizer(
     members: dict[str, list[nn.Parameter]] = {role: [] for role in groups}
     for name, parameter in parameters:
         members[role_of(name, parameter)].append(parameter)
+    if config.tuned_width is not None and members["embedding"]:
+        width = members["embedding"][0].shape[1]
+        for role, scale in config.width_scales(width).items():
+            groups[role]["rate_scale"] = groups[role].get("rate_scale", 1.0) * scale
     return GroupedOptimizer(
         [{"params": members[role], **group} for role, group in groups.items() if members[role]],
         lr=config.learning_rate,
