@@ -67,7 +67,7 @@ def picture(rows: list[Row]) -> str:
             f"{escape(row.what)}, {escape(row.who)}</text>"
             f'<rect x="{left}" y="{y + 2}" width="{max(1, width * share):.0f}" height="16" '
             f'fill="#4477aa"/><text x="{left + width * share + 6:.0f}" y="{y + 14}">'
-            f"{ratio:.1f}</text>"
+            f"{ratio:.{1 if ratio >= 10 else 2}f}</text>"
         )
     one = left + width * _logarithm(2) / _logarithm(2 * most)
     end = 20 + len(bars) * height

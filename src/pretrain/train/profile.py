@@ -69,15 +69,7 @@ def profile_steps(
         data=data, model=model, optimizer=optimizer, schedule=schedule, train=train, world=world
     )
     model, train = decided.model, decided.train
-    steps = trial_steps(
-        data,
-        model,
-        optimizer,
-        train,
-        world,
-        steps=ALL_STEPS,
-        read=_as_data,
-    )
+    steps = trial_steps(data, model, optimizer, train, world, steps=ALL_STEPS, read=_as_data)
     seconds = [_next_seconds(steps, world) for _ in range(WARM_STEPS + TIMED_STEPS)][WARM_STEPS:]
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if world.device.type == "cuda" else []
@@ -154,7 +146,7 @@ def _part_of(event: Any) -> str:
 
 def ceiling_flops(model: ModelConfig, train: TrainConfig, world: World) -> float:
     """FLOP/s of the fastest of X W^T, Y W and Y^T X, by whichever library the model may use, at the
-    shapes of its attention, its feed-forward layer and its head."""
+    shapes of its attention and its feed-forward layer."""
     assert train.micro_batch_rows is not None
     rows = train.micro_batch_rows * model.window_tokens
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
