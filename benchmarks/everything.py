@@ -100,7 +100,8 @@ def main() -> None:
     text = PAGE.read_text() if PAGE.is_file() else ""
     begin, end = "<!-- figures -->\n", "<!-- /figures -->\n"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    figures = "\n".join([f"`{shlex.join(words)}` on {machine}:", "", *table(rows), ""])
+    shown = f"![how many times as fast]({PICTURE.name})"
+    figures = "\n".join([f"`{shlex.join(words)}` on {machine}:", "", shown, "", *table(rows), ""])
     before, _, rest = text.partition(begin)
     after = rest.partition(end)[2]
     PAGE.write_text(f"{before}{begin}\n{figures}\n{end}{after}")
