@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from asked import Asked
 
 SEEDS = (1, 2, 3)
 SIZES = (1, 2)
@@ -110,6 +111,7 @@ class Arm:
         self.optimizer = build_optimizer(
             decoder.named_parameters(),
             config=self.config.optimizer,
+            width=self.decided.model.d_model,
             batch_tokens=tokens,
             precision=self.precision,
         )
@@ -194,26 +196,8 @@ def serve(arm: str, size: int, seed: int, steps: int) -> None:
         print(time.process_time() - began, flush=True)
 
 
-class Served:
-    """An arm in a process of its own."""
-
-    def __init__(self, arm: str, *, size: int, seed: int, steps: int) -> None:
-        words = [__file__, "--serve", arm, str(size), str(seed), str(steps)]
-        self._process = subprocess.Popen(
-            [sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, line: str) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+def served(arm: str, *, size: int, seed: int, steps: int) -> Asked:
+    return Asked([__file__, "--serve", arm, str(size), str(seed), str(steps)])
 
 
 class Results:
@@ -245,7 +229,7 @@ def cost_of(arm: str, size: int) -> dict[str, Any]:
     """How long the recipe's step takes, and how many times as long the arm's."""
     if arm in SAME_STEP:
         return {"over_recipe": 1.0}
-    pair = [Served(name, size=size, seed=1, steps=20) for name in (RECIPE, arm)]
+    pair = [served(name, size=size, seed=1, steps=20) for name in (RECIPE, arm)]
     times = [[each.ask("step") for each in pair] for _ in range(17)][2:]
     for each in pair:
         each.stop()
@@ -276,8 +260,10 @@ def stage(
         steps = max(20, round(base / slower))
 
         def make() -> dict[str, Any]:
-            served = Served(arm, size=size, seed=seed, steps=steps)
-            return {"steps": steps, **served.ask("finish")}
+            return {
+                "steps": steps,
+                **served(arm, size=size, seed=seed, steps=steps).ask("finish"),
+            }
 
         results.made(make, kind="score", **what)
 
@@ -299,10 +285,9 @@ def table(results: Results, *, size: int, seconds: float) -> Iterator[str]:
     }
     own = {seed: value for (arm, seed), value in scores.items() if arm == RECIPE}
     recipe = statistics.mean(own.values())
-    seeds = "1 seed" if len(own) == 1 else f"{len(own)} seeds"
-    yield f"| {seconds:g} s at size {size}, {seeds} | bits/byte minus the recipe's | step |"
-    yield "|---|---|---|"
-    yield f"| the recipe | {recipe:.4f} itself | 1.00 |"
+    yield f"| {seconds:g} s at size {size} | seeds | bits/byte minus the recipe's | step |"
+    yield "|---|---|---|---|"
+    yield f"| the recipe | {len(own)} | {recipe:.4f} itself | 1.00 |"
     for arm in ARMS:
         differences = [v - own[s] for (a, s), v in scores.items() if a == arm and s in own]
         if arm == RECIPE or not differences:
@@ -310,7 +295,7 @@ def table(results: Results, *, size: int, seconds: float) -> Iterator[str]:
         text = f"{statistics.mean(differences):+.4f}"
         if len(differences) > 1:
             text += f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.4f}"
-        yield f"| {arm} | {text} | {costs[arm]:.2f} |"
+        yield f"| {arm} | {len(differences)} | {text} | {costs[arm]:.2f} |"
 
 
 def survivors(results: Results, *, size: int, seconds: float) -> list[str]:

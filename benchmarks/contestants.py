@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pretrain.model.config import ModelConfig, model_defaults
+
 Step = Callable[[], object]
 
 
@@ -42,14 +44,11 @@ class Shape:
     def rows(self) -> int:
         return self.batch_tokens // self.context
 
-    def matrix_parameters(self) -> int:
-        """Weights that are multiplied with each token, the head's among them."""
-        return 12 * self.n_layers * self.d_model**2 + self.vocab_size * self.d_model
-
-    def flops_per_token(self) -> int:
-        """Of a training step: "PaLM" (Chowdhery et al., 2022), appendix B, counting of attention
-        only what causality leaves."""
-        return 6 * self.matrix_parameters() + 6 * self.n_layers * self.d_model * self.context
+    def model(self) -> ModelConfig:
+        """Ours."""
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "d_model": self.d_model}
+        given = {**model_defaults({"family": "gpt2"}), **sizes, "context_length": self.context}
+        return ModelConfig(**given)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -73,17 +72,13 @@ def pretrain(shape: Shape) -> Step:
     import torch
 
     from pretrain.data.batches import MicroBatch
-    from pretrain.model import ModelConfig, Objective, build
-    from pretrain.model.config import model_defaults
+    from pretrain.model import Objective, build
     from pretrain.optimizer import OptimizerConfig, build_optimizer
     from pretrain.train.decide import micro_batch_rows
     from pretrain.train.steps import train_step
     from pretrain.world import open_world
 
-    sizes = {"n_layers": shape.n_layers, "n_heads": shape.n_heads, "d_model": shape.d_model}
-    given = {**model_defaults({"family": "gpt2"}), **sizes, "context_length": shape.context}
-    model = ModelConfig(**given)
-    world = open_world("cpu", threads=shape.threads)
+    model, world = shape.model(), open_world("cpu", threads=shape.threads)
     decoder = build(model, vocab_size=shape.vocab_size, seed=1)
     if shape.compiled:
         decoder.compile(dynamic=False)

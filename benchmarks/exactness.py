@@ -57,7 +57,9 @@ def main() -> None:
     decided = decide(data=data, train=config.train, world=world, **sections)  # type: ignore[arg-type]
     decoder = build(decided.model, vocab_size=data.manifest.vocab_size, seed=1)
     objective = Objective(decoder, seed=1)
-    optimizer = build_optimizer(decoder.named_parameters(), config=config.optimizer)
+    optimizer = build_optimizer(
+        decoder.named_parameters(), config=config.optimizer, width=decided.model.d_model
+    )
     batches = training_batches(data, decided.model, decided.train)
     watch, loss, norm = Watch(6.0), 5.0, 1.0
     for i in range(64):

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from pretrain.model import Decoder, Objective
 from pretrain.model import objective as losses
 from pretrain.model.layers import Attention, Linear, rotation_at
-from pretrain.optimizer import grouped
-from pretrain.optimizer.muon import ADAMW_RMS, orthogonalize
+from pretrain.optimizer import grouped, muon
 
 
 def _with_parameters(make: Callable[[Decoder], dict[str, nn.Module | nn.Parameter]]) -> None:
@@ -125,53 +124,38 @@ def two_tokens() -> None:
     Objective.forward = forward  # type: ignore[method-assign]
 
 
-def _update(change: Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor | None]]) -> None:
-    """Muon, with `change` of its updates (matrices, updates) -> updates, and where to decay."""
-
-    @torch.no_grad()
-    def update_matrices(
-        matrices: list[Tensor],
-        memories: list[Tensor],
-        gradients: list[Tensor],
-        *,
-        rate: float,
-        momentum: float,
-        weight_decay: float,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        torch._foreach_lerp_(memories, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, memories, momentum)
-        updates, decayed = change(matrices, orthogonalize(torch.stack(list(ahead)), dtype=dtype))
-        size = ADAMW_RMS * max(matrices[0].shape) ** 0.5
-        for i, matrix in enumerate(matrices):
-            where = 1.0 if decayed is None else decayed[i]
-            matrix.mul_(1 - rate * weight_decay * where).sub_(updates[i], alpha=rate * size)
-
-    grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
-
-
 def normuon() -> None:
     """Rows of an update are divided by a running size of theirs: "NorMuon" (Li et al., 2025)."""
-    squares: dict[int, Tensor] = {}
+    # Each shape is a stack of its own, once a step.
+    squares: dict[torch.Size, Tensor] = {}
+    plain = muon.orthogonalize
 
-    def change(matrices: list[Tensor], updates: Tensor) -> tuple[Tensor, None]:
-        key, now = id(matrices[0]), updates.square().mean(2, keepdim=True)
+    def orthogonalize(matrices_NMK: Tensor, **named: Any) -> Tensor:
+        updates = plain(matrices_NMK, **named)
+        now = updates.square().mean(2, keepdim=True)
+        key = updates.shape
         squares[key] = squares.get(key, torch.zeros_like(now)).lerp(now, 0.05)
+        evened = updates / (squares[key].sqrt() + 1e-8)
         norms = updates.norm(dim=(1, 2), keepdim=True)
-        updates = updates / (squares[key].sqrt() + 1e-8)
-        return updates * norms / (updates.norm(dim=(1, 2), keepdim=True) + 1e-8), None
+        return evened * norms / (evened.norm(dim=(1, 2), keepdim=True) + 1e-8)
 
-    _update(change)
+    muon.orthogonalize = orthogonalize  # type: ignore[assignment]
 
 
 def cautious_decay() -> None:
     """Only weights that the update makes smaller anyway are decayed: "Cautious Weight Decay" (Chen
     et al., 2025)."""
+    plain = grouped.update_matrices
 
-    def change(matrices: list[Tensor], updates: Tensor) -> tuple[Tensor, Tensor]:
-        return updates, (updates * torch.stack(list(matrices)) > 0).float()
+    @torch.no_grad()
+    def update_matrices(matrices: list[Tensor], *given: Any, **named: Any) -> None:
+        before = [matrix.clone() for matrix in matrices]
+        plain(matrices, *given, **{**named, "weight_decay": 0.0})
+        for matrix, old in zip(matrices, before, strict=True):
+            is_shrinking = (old - matrix) * old > 0
+            matrix.sub_(old * is_shrinking, alpha=named["rate"] * named["weight_decay"])
 
-    _update(change)
+    grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
 
 
 VARIANTS: dict[str, Callable[[], None]] = {

@@ -37,7 +37,10 @@ def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
     lay_out_for_generation(other)
     for one, laid_out in zip(decoder.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, laid_out)
-    assert not other.token_embedding.weight.is_contiguous()
+    assert not other.head_weight.is_contiguous()
+    assert not other.get_parameter("blocks.0.feed_forward.up.weight").is_contiguous()
+    assert other.get_parameter("blocks.0.feed_forward.down.weight").is_contiguous()
+    assert other.token_embedding.weight.is_contiguous()
     greedy = Sampling(temperature=0)
     expected = generate_ids(decoder, [1, 2], max_tokens=40, sampling=greedy)
     assert generate_ids(other, [1, 2], max_tokens=40, sampling=greedy) == expected

@@ -108,25 +108,25 @@ def test_momentum_looks_ahead(precision: str) -> None:
         torch.testing.assert_close(matrix.detach(), expected)
 
 
-@pytest.mark.parametrize(("name", "hidden", "head"), [("muon", 0.5, 0.5), ("adamw", 0.25, 0.25)])
-def test_rates_that_were_found_at_one_width_follow_another(
-    name: Any, hidden: float, head: float
-) -> None:
+@pytest.mark.parametrize(("name", "scale"), [("muon", 0.5), ("adamw", 0.25)])
+def test_rates_that_were_found_at_one_width_follow_another(name: Any, scale: float) -> None:
     """Muon's update has a spectral norm that grows with the root of the width, AdamW's with it."""
     sizes = {"d_model": 256, "n_heads": 4, "ngram_rows": 8, "longest_ngram": 2}
     given = {**model_defaults({"family": "fast"}), **sizes, "context_length": 16}
     decoder = build(ModelConfig(**given), vocab_size=50, seed=1)
 
-    def rates(tuned_width: int | None) -> dict[str, float]:
+    def rates(tuned_width: int | None, width: int | None = 256) -> dict[str, float]:
         chosen = OptimizerConfig(name=name, learning_rate=1e-2, tuned_width=tuned_width)
-        optimizer = build_optimizer(decoder.named_parameters(), config=chosen)
+        optimizer = build_optimizer(decoder.named_parameters(), config=chosen, width=width)
         set_learning_rate(optimizer, 1e-2)
         by_parameter = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
         return {n: by_parameter[p] for n, p in decoder.named_parameters()}
 
     plain, followed = rates(None), rates(64)
     assert rates(256) == plain
-    scales = {"hidden": hidden, "head": head}
     for parameter, weight in decoder.named_parameters():
-        scale = scales.get(role_of(parameter, weight), 1.0)
-        assert followed[parameter] == pytest.approx(plain[parameter] * scale), parameter
+        follows = role_of(parameter, weight) in ("hidden", "head")
+        expected = plain[parameter] * (scale if follows else 1.0)
+        assert followed[parameter] == pytest.approx(expected), parameter
+    with pytest.raises(ValueError, match="not the width"):
+        rates(64, width=None)

@@ -75,7 +75,7 @@ def test_profile_says_where_a_step_goes_and_leaves_nothing(
     assert set(found["shares"]) == {
         *("matrix products", "attention", "optimizer", "data", "the rest", "Python")
     }
-    assert all(share > 0 for share in found["shares"].values())
+    assert all(share > 0 for name, share in found["shares"].items() if name != "Python")
     speed = found["tokens_per_second"] * found["flops_per_token"]
     assert found["ceiling_share"] == pytest.approx(speed / found["ceiling_flops"])
     assert 0 < found["ceiling_share"] < 1

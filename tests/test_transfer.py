@@ -44,7 +44,7 @@ def nats(width: int, rate: float) -> float:
     objective = Objective(build(decided.model, vocab_size=data.manifest.vocab_size, seed=1))
     updates = training_steps(
         objective,
-        build_optimizer(objective.decoder.named_parameters(), config=config.optimizer),
+        build_optimizer(objective.decoder.named_parameters(), config=config.optimizer, width=width),
         training_batches(data, decided.model, decided.train).at,
         rate_at=lambda s: rate_at(s, config=decided.schedule, learning_rate=rate, steps=steps),
         steps=steps,

@@ -122,12 +122,13 @@ def lay_out_for_generation(decoder: Decoder) -> None:
     """Lay tall matrices of a decoder that is only read from now on by columns, on a CPU.
 
     A token at a time, a product with a matrix takes as long as to read it, and MKL reads twice as
-    fast along the longer side. Values stay what they are.
+    fast along the longer side. Values stay, and so do tables that rows are only looked up in.
     """
-    for parameter in decoder.parameters():
-        is_tall = parameter.ndim == 2 and parameter.shape[0] > parameter.shape[1]
-        if is_tall and parameter.device.type == "cpu":
-            parameter.data = parameter.data.T.contiguous().T
+    # The head is a layer, unless it is the embedding.
+    layers = [m.weight for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+    for weight in {*layers, decoder.head_weight}:
+        if weight.device.type == "cpu" and weight.shape[0] > weight.shape[1]:
+            weight.data = weight.data.T.contiguous().T
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:

@@ -270,17 +270,17 @@ def _is_size(value: object) -> bool:
 def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:
     """Number of parameters, a tied head counted once; arithmetic only, nothing is built."""
     d, f, d_kv = config.d_model, config.feed_forward_width, config.kv_heads * config.d_head
-    attention = 2 * d * d + 2 * d * d_kv
-    attention += (d + 2 * d_kv) * config.has_bias("query_key_value") + d * config.has_bias("output")
+    matrices = n_matrix_parameters(config, vocab_size=vocab_size)
     n_up = 2 if config.feed_forward == "swiglu" else 1
-    feed_forward = (n_up + 1) * d * f + (n_up * f + d) * config.has_bias("feed_forward")
-    norm = d * (1 + config.has_bias("norm"))
-    embeddings = vocab_size * d * (1 if config.tied_head else 2)
-    embeddings += config.table_rows(vocab_size) * d
+    biases = (d + 2 * d_kv) * config.has_bias("query_key_value") + d * config.has_bias("output")
+    biases += (n_up * f + d) * config.has_bias("feed_forward")
+    embeddings = config.table_rows(vocab_size) * d
+    embeddings += 0 if config.tied_head else vocab_size * d
     if config.position == "learned":
         embeddings += config.window_tokens * d
+    norm = d * (1 + config.has_bias("norm"))
     n_norms = 2 * config.n_layers + (config.norm_place == "before")
-    return embeddings + config.n_layers * (attention + feed_forward) + n_norms * norm
+    return matrices + embeddings + config.n_layers * biases + n_norms * norm
 
 
 def n_matrix_parameters(config: ModelConfig, *, vocab_size: int) -> int:

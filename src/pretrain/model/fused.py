@@ -86,8 +86,8 @@ class _SquaredReLU(torch.autograd.Function):
 
 
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """x W^T + b, in float32 on a CPU by oneDNN, which comes with torch and is a tenth faster there
-    than the MKL that torch's own function calls (docs/rooms/model.md)."""
+    """x W^T + b, in float32 on a CPU by oneDNN, which comes with torch and is faster on AMD's
+    processors than the MKL that torch's own function calls (docs/speed.md)."""
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
     is_large = x_XD.numel() >= FEWEST_ROWS * x_XD.shape[-1]
     if not (

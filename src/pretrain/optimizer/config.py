@@ -64,9 +64,9 @@ class OptimizerConfig:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             yield "epsilon", f"optimizer.epsilon is {self.epsilon}; it must be above 0"
 
-    def width_scales(self, width: int) -> dict[str, float]:
-        """By how much the rates of hidden matrices and the head are multiplied, as a model's width
-        is not tuned_width.
+    def width_scale(self, width: int | None) -> float:
+        """By how much the rates of hidden matrices and the head are multiplied where a model's
+        width is not tuned_width. ValueError if it is not known and matters.
 
         What a weight adds to a sum grows with the number of its terms. AdamW's updates are as large
         at any width, so its rates fall with it ("Tensor Programs V", Yang et al., 2022). Muon's
@@ -74,10 +74,12 @@ class OptimizerConfig:
         Feature Learning", Yang et al., 2023), and beside it the head, too, does best with a rate
         that falls by that (LOG.md).
         """
-        narrower = 1.0 if self.tuned_width is None else self.tuned_width / width
-        if self.name == "muon":
-            narrower = math.sqrt(narrower)
-        return {"hidden": narrower, "head": narrower}
+        if self.tuned_width is None:
+            return 1.0
+        if width is None:
+            raise ValueError("optimizer.tuned_width is given, but not the width of the model")
+        narrower = self.tuned_width / width
+        return math.sqrt(narrower) if self.name == "muon" else narrower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

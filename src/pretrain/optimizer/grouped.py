@@ -92,25 +92,29 @@ def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     config: OptimizerConfig,
+    width: int | None = None,
     batch_tokens: int = 8192,
     precision: str = "fp32",
 ) -> GroupedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
-    lookup tables are not decayed. Gradients are means over `batch_tokens` targets. Muon's
-    products are made in `precision`."""
+    lookup tables are not decayed. `width` is the model's, which a config with a tuned_width asks
+    for. Gradients are means over `batch_tokens` targets. Muon's products are made in
+    `precision`."""
     with_muon = config.name == "muon"
     # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
     embedding_rate, head_rate = (
         (config.embedding_rate, config.head_rate) if with_muon else (1.0, 1.0)
     )
+    width_scale = config.width_scale(width)
     groups: dict[str, dict[str, Any]] = {
         "hidden": {
+            "rate_scale": width_scale,
             "rule": "muon" if with_muon else "adamw",
             "momentum": config.momentum,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },
         "embedding": {"rate_scale": embedding_rate},
-        "head": {"rate_scale": head_rate},
+        "head": {"rate_scale": head_rate * width_scale},
         "vector": {"weight_decay": 0.0},
         "lookup": {
             "rule": "adagrad",
@@ -122,10 +126,6 @@ def build_optimizer(
     members: dict[str, list[nn.Parameter]] = {role: [] for role in groups}
     for name, parameter in parameters:
         members[role_of(name, parameter)].append(parameter)
-    if config.tuned_width is not None and members["embedding"]:
-        width = members["embedding"][0].shape[1]
-        for role, scale in config.width_scales(width).items():
-            groups[role]["rate_scale"] = groups[role].get("rate_scale", 1.0) * scale
     return GroupedOptimizer(
         [{"params": members[role], **group} for role, group in groups.items() if members[role]],
         lr=config.learning_rate,

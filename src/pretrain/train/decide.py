@@ -188,6 +188,7 @@ def trial_steps(
     updates = build_optimizer(
         decoder.named_parameters(),
         config=optimizer,
+        width=model.d_model,
         batch_tokens=train.batch_tokens,
         precision=train.precision,
     )

@@ -240,6 +240,7 @@ def begin(
         optimizer=build_optimizer(
             decoder.named_parameters(),
             config=optimizer,
+            width=model.d_model,
             batch_tokens=settings.batch_tokens,
             precision=settings.precision,
         ),
