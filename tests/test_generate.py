@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pretrain.cli import main
 from pretrain.cli.models import open_model
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
 from pretrain.generate.sampling import lay_out_for_generation, shape_probabilities
@@ -44,6 +46,29 @@ def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
     greedy = Sampling(temperature=0)
     expected = generate_ids(decoder, [1, 2], max_tokens=40, sampling=greedy)
     assert generate_ids(other, [1, 2], max_tokens=40, sampling=greedy) == expected
+
+
+def test_each_position_is_drawn_by_noise_of_its_own() -> None:
+    """A model that holds all ids for equally probable draws as the noise falls."""
+    config = ModelConfig(d_model=32, n_heads=2, context_length=64, n_layers=1)
+    even = build(config, vocab_size=V, seed=1)
+    torch.nn.init.zeros_(even.head_weight)
+    ids = generate_ids(even, [1], max_tokens=200, sampling=Sampling(temperature=1.0))[0]
+    assert len(set(ids)) > V / 2
+
+
+def test_generate_lays_its_matrices_out(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = []
+
+    def remember(*given: Any, **named: Any) -> Any:
+        opened.append(open_model(*given, **named))
+        return opened[0]
+
+    monkeypatch.setattr("pretrain.cli.models.open_model", remember)
+    assert main(["generate", str(finished_run), "--max-tokens", "3"]) == 0
+    assert not opened[0].decoder.head_weight.is_contiguous()
 
 
 def test_the_shapes_are_what_their_papers_say() -> None:
