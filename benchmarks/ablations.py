@@ -61,6 +61,7 @@ WITH = {
     "two tokens": "two_tokens",
     "NorMuon": "normuon",
     "cautious decay": "cautious_decay",
+    "SOAP": "soap",
 }
 # Their steps are the recipe's, or would be: a softcap makes whole logits here, and need not.
 SAME_STEP = {

@@ -158,6 +158,51 @@ def cautious_decay() -> None:
     grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
 
 
+def soap() -> None:
+    """Adam in the eigenbasis of Shampoo's two sides, which a QR step turns along at every tenth
+    step, with updates as large as Muon's: "SOAP" (Vyas et al., 2024), algorithm 3."""
+    # Each shape is a stack of its own, once a step: sides, their bases, Adam's two memories, steps.
+    seen: dict[torch.Size, dict[str, Any]] = {}
+
+    @torch.no_grad()
+    def update_matrices(
+        matrices: list[Tensor],
+        memories: list[Tensor],
+        gradients: list[Tensor],
+        *,
+        rate: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        slope = torch.stack(list(gradients))
+        sides = (slope @ slope.mT, slope.mT @ slope)
+        state = seen.setdefault(slope.shape, {"steps": 0, "square": torch.zeros_like(slope)})
+        if not state["steps"]:
+            state["sides"] = sides
+            state["bases"] = tuple(torch.linalg.eigh(side)[1] for side in sides)
+        state["steps"] += 1
+        for side, now in zip(state["sides"], sides, strict=True):
+            side.lerp_(now, 0.05)
+        left, right = state["bases"]
+        turned = left.mT @ slope @ right
+        state["square"].lerp_(turned.square(), 0.05)
+        torch._foreach_lerp_(memories, gradients, 1 - momentum)
+        mean = left.mT @ torch.stack(list(memories)) @ right / (1 - momentum ** state["steps"])
+        square = state["square"] / (1 - 0.95 ** state["steps"])
+        update = left @ (mean / (square.sqrt() + 1e-8)) @ right.mT
+        update *= muon.ADAMW_RMS / (update.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-8)
+        torch._foreach_mul_(matrices, 1 - rate * weight_decay)
+        torch._foreach_add_(matrices, update.unbind(), alpha=-rate)
+        if state["steps"] % 10 == 0:
+            state["bases"] = tuple(
+                torch.linalg.qr(side @ basis)[0]
+                for side, basis in zip(state["sides"], state["bases"], strict=True)
+            )
+
+    grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -168,5 +213,6 @@ VARIANTS: dict[str, Callable[[], None]] = {
         two_tokens,
         normuon,
         cautious_decay,
+        soap,
     )
 }
