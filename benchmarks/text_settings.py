@@ -1,0 +1,81 @@
+"""What each contestant of `text.py` tries, and the words that it is told.
+
+Everybody has six settings, the most promising first, each with its learning rate. A word before the
+flags is an environment variable.
+"""
+
+from __future__ import annotations
+
+from itertools import dropwhile
+
+from rows import OURS
+
+_BF16 = "AUTOCAST=bfloat16"
+_FAST = f"{_BF16} --compile=True"
+_CHAT = "NANOCHAT_DTYPE=bfloat16"
+_TWICE = "--matrix-lr=0.04 --embedding-lr=0.6 --unembedding-lr=0.016"
+_SMALL_BATCH = "--device-batch-size=8 --total-batch-size=2048"
+SETTINGS = {
+    OURS: (
+        "--model.size 2 --optimizer.learning_rate 7e-3",
+        "--model.size 3 --optimizer.learning_rate 7e-3",
+        "--model.size 3 --optimizer.learning_rate 1e-2",
+        "--model.size 4 --optimizer.learning_rate 7e-3",
+        "--model.size 2 --optimizer.learning_rate 1e-2",
+        "--model.size 3 --optimizer.learning_rate 5e-3",
+    ),
+    # Its README turns the compiler off on a CPU, and train.py has bfloat16 only on a GPU; a step is
+    # the quickest with both. The last is for a clock too short for compiling.
+    "nanoGPT": (
+        f"{_FAST} --n_embd=192 --n_head=3 --learning_rate=3e-3 --min_lr=3e-4",
+        f"{_FAST} --n_embd=256 --n_head=4 --learning_rate=3e-3 --min_lr=3e-4",
+        f"{_FAST} --n_embd=192 --n_head=3 --learning_rate=6e-3 --min_lr=6e-4",
+        f"{_FAST} --n_embd=256 --n_head=4 --n_layer=2 --learning_rate=6e-3 --min_lr=6e-4",
+        f"{_FAST} --n_embd=256 --n_head=4 --learning_rate=6e-3 --min_lr=6e-4",
+        f"{_BF16} --n_embd=192 --n_head=3 --learning_rate=3e-3 --min_lr=3e-4",
+    ),
+    # scripts/base_train.py scales its rates for the batch and the width; 0.02 is its own, and twice
+    # that comes with twice the others.
+    "nanochat": (
+        f"{_CHAT} --depth=3 --matrix-lr=0.02",
+        f"{_CHAT} --depth=3 --matrix-lr=0.02 {_SMALL_BATCH}",
+        f"{_CHAT} --depth=3 {_TWICE}",
+        f"{_CHAT} --depth=4 --matrix-lr=0.02",
+        f"{_CHAT} --depth=2 --aspect-ratio=96 --matrix-lr=0.02",
+        f"{_CHAT} --depth=3 {_TWICE} {_SMALL_BATCH}",
+    ),
+}
+# Units of a short run that tells how long the others may be: minutes of ours, steps of others.
+PROBE = {OURS: 0.2, "nanoGPT": 20, "nanochat": 20}
+
+
+def compiles(who: str, setting: str) -> bool:
+    """Whether the first run of a setting takes minutes longer than those after it."""
+    return who == "nanochat" or "--compile=True" in setting
+
+
+def words_of(who: str, setting: str, units: float) -> tuple[dict[str, str], list[str]]:
+    """Environment variables, and the words that a contestant is told."""
+    words = setting.split()
+    flags = list(dropwhile(lambda word: not word.startswith("--"), words))
+    variables = dict(word.split("=") for word in words[: len(words) - len(flags)])
+    if who == OURS:
+        fixed = f"train english --train.device cpu --train.minutes {units:.3f}"
+    elif who == "nanoGPT":
+        steps = int(units)
+        # Its checkpoint is written at an evaluation: at the last step, which is the only one.
+        fixed = (
+            "--device=cpu --dtype=float32 --compile=False --block_size=256 --batch_size=8 "
+            "--gradient_accumulation_steps=1 --n_layer=4 --dropout=0.0 --weight_decay=0.1 "
+            f"--eval_iters=1 --eval_interval={steps} --max_iters={steps} --lr_decay_iters={steps} "
+            f"--warmup_iters={max(5, steps // 30)}"
+        )
+    else:
+        # As runs/runcpu.sh, but for its window of 512 and batch of 16,384, chosen for a laptop's
+        # half hour.
+        fixed = (
+            "--device-type=cpu --head-dim=64 --window-pattern=L --max-seq-len=256 "
+            "--device-batch-size=16 --total-batch-size=4096 --eval-every=-1 "
+            f"--core-metric-every=-1 --sample-every=-1 --num-iterations={int(units)}"
+        )
+    return variables, [*fixed.split(), *flags]
