@@ -78,6 +78,38 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
             stream.read(start, stop)
 
 
+def test_a_file_cut_off_under_a_run_is_an_error(folder: Path) -> None:
+    stream = open_prepared(folder).split("train")
+    with open(folder / "train.bin", "r+b") as file:
+        file.truncate(64 + 2 * 100_000)
+    assert len(stream.read(0, 100_000)) == 100_000
+    with pytest.raises(ValueError, match=r"train\.bin: ends at byte 200,064: the file was cut off"):
+        stream.read(99_000, 101_000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is resident")
+def test_what_was_read_is_not_held(tmp_path: Path) -> None:
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+
+    ids = tmp_path / "part"
+    ids.mkdir()
+    part = PartWriter(ids, name="train", vocab_size=300, end_of_text=7)
+    for _ in range(30):
+        part.add(np.ones(1 << 20, np.int64))
+    part.end_document(Document(id="one", text=""), n_bytes=1)
+    part.close()
+    writer = ShardWriter(tmp_path, name="train", vocab_size=300, end_of_text=7)
+    writer.append(ids, source="a")
+    stream = TokenStream(tmp_path, writer.close(), vocab_size=300)
+    stream.read(0, 1000)
+    before = resident()
+    for start in range(0, stream.n_tokens - 257, 1 << 12):
+        stream.read(start, start + 257)
+    assert resident() - before < 10e6  # of 60
+
+
 def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
     writer = PartWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
     # 65836 would become 300 - 0 in 16 bits, silently.

@@ -9,9 +9,12 @@ the one that wrote the ids; `verify` reads everything and names the block that d
 from __future__ import annotations
 
 import hashlib
+import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +41,7 @@ __all__ = ["PreparedData", "TokenStream", "is_prepared", "open_prepared"]
 
 
 class TokenStream:
-    """One opened stream of ids. Reads are copies from a memory map; nothing of it is held in
-    memory."""
+    """One opened stream of ids; nothing of it is held in memory."""
 
     def __init__(self, folder: Path, info: StreamInfo, *, vocab_size: int) -> None:
         """Open and check kind, size and range; ValueError with the file's name where something is
@@ -52,10 +54,10 @@ class TokenStream:
         self._check_offsets_size(folder / info.offsets_file)
         self._offsets_path = folder / info.offsets_file
         self.documents_path = folder / info.documents_file
-        # The size was compared: reading past the end of a map would kill the process with SIGBUS.
-        self._ids = np.memmap(
-            self._path, dtype=self._dtype, mode="r", offset=HEADER.size, shape=(info.n_tokens,)
-        )
+        # Not a memory map: what was read of one counts as this process's memory, a window of 512
+        # bytes makes the disk read 100 kB around it, and a file that was cut off kills with SIGBUS.
+        self._file: BinaryIO = open(self._path, "rb", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
     @property
     def n_tokens(self) -> int:
@@ -96,7 +98,15 @@ class TokenStream:
                 f"{self._path}: cannot read ids {start} to {stop}; legal: 0 to "
                 f"{self._info.n_tokens}"
             )
-        ids = np.asarray(self._ids[start:stop]).astype(np.int64)
+        width = self._dtype.itemsize
+        first, n_bytes = HEADER.size + start * width, (stop - start) * width
+        stored = _read_at(self._file, first, n_bytes)
+        if len(stored) < n_bytes:
+            raise ValueError(
+                f"{self._path}: ends at byte {first + len(stored):,}: the file was cut off after "
+                "it was opened; prepare the data again"
+            )
+        ids = np.frombuffer(stored, self._dtype).astype(np.int64)
         if ids.size and ids.max() >= self._vocab_size:
             place = start + int(ids.argmax())
             raise ValueError(
@@ -179,6 +189,23 @@ class TokenStream:
         n_bytes, expected = size_of(path), 8 * (self._info.n_documents + 1)
         if n_bytes != expected:
             raise ValueError(f"{path}: has {n_bytes:,} bytes, expected {expected:,}")
+
+
+def _read_at(file: BinaryIO, position: int, n_bytes: int) -> bytes:
+    """The bytes from there on, fewer where the file ends. Threads and forked processes may share
+    the file where a system reads by position, which Windows does not."""
+    parts = []
+    while n_bytes:
+        if hasattr(os, "pread"):
+            part = os.pread(file.fileno(), n_bytes, position)
+        else:
+            file.seek(position)
+            part = file.read(n_bytes)
+        if not part:
+            break
+        parts.append(part)
+        position, n_bytes = position + len(part), n_bytes - len(part)
+    return b"".join(parts)
 
 
 class PreparedData:
