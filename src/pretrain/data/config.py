@@ -64,7 +64,7 @@ class DataConfig:
     records."""
     val_fraction: float | None = None
     """Share of the documents kept for validation, above 0 and at most 0.5; by default about 400 kB
-    of text."""
+    of text, or 20 documents."""
 
     def __post_init__(self) -> None:
         if mistakes := [sentence for _, sentence in self.mistakes()]:

@@ -49,9 +49,11 @@ class Split:
             yield "train", text
 
 
-def default_val_fraction(n_bytes: int) -> float:
-    """The fraction that makes about VAL_BYTES of validation text, from 0.002 to 0.1."""
-    return min(max(VAL_BYTES / max(n_bytes, 1), 0.002), 0.1)
+def default_val_fraction(n_bytes: int, *, n_documents: int) -> float:
+    """The fraction that makes about VAL_BYTES of validation text, at most 0.1; more of it where
+    that would be fewer than MIN_DOCUMENTS, but not above 0.002 for their sake."""
+    least = min(MIN_DOCUMENTS / max(n_documents, 1), 0.002)
+    return min(max(VAL_BYTES / max(n_bytes, 1), least), 0.1)
 
 
 def choose_split(
@@ -66,13 +68,16 @@ def choose_split(
     (one document is nearly everything), the ends are taken too. `keys` gives the documents'
     `corpus.parts.KEY`s, in arrays, each time it is called.
     """
-    n_bytes = 0
+    n_bytes = n_documents = 0
     smallest: set[int] = set()
     for chunk in keys():
         n_bytes += int(chunk["n_bytes"].sum())
+        n_documents += len(chunk)
         smallest.update(np.unique(chunk["hash"])[:MIN_DOCUMENTS].tolist())
         smallest = set(sorted(smallest)[:MIN_DOCUMENTS])
-    fraction = val_fraction if val_fraction is not None else default_val_fraction(n_bytes)
+    fraction = val_fraction
+    if fraction is None:
+        fraction = default_val_fraction(n_bytes, n_documents=n_documents)
     if len(smallest) == MIN_DOCUMENTS:
         bound = max(int(fraction * 2**64), min(smallest) + 1)
         n_val_bytes = sum(
