@@ -4,7 +4,7 @@ python benchmarks/everything.py [--peers FOLDER] [--shakespeare FILE] [--rounds 
 
 FOLDER has checkouts of the peers, nanoGPT and litgpt (and what litgpt imports beside them, in a
 folder `site`); what is missing is left out, as is what needs a text that is not given. `--long`
-adds what is compiled.
+adds what is compiled, and corpora of up to 2.5 GB.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+import corpus_size
 import generating
 import shakespeare
 import starting
@@ -41,6 +42,8 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
             nanogpt=nanogpt, litgpt=litgpt, rounds=asked.rounds + 2, compiled=compiled
         )
     yield from generating.measure(nanogpt=nanogpt, rounds=asked.rounds)
+    if asked.long:
+        yield from corpus_size.measure(rounds=asked.rounds + 4)
     if nanogpt and asked.shakespeare:
         yield from shakespeare.measure(
             nanogpt=Path(nanogpt), text=asked.shakespeare, rounds=asked.rounds

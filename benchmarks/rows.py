@@ -56,7 +56,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     middle = _number(statistics.median(values))
     if len(values) == 1:
         return middle
@@ -69,9 +69,9 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for row in rows:
         memory = "" if row.memory is None else f"{row.memory / 1e6:,.0f} MB"
-        ratio = _spread(row.times_as_fast) if row.times_as_fast else ""
+        ratio = spread(row.times_as_fast) if row.times_as_fast else ""
         name = f"**{row.who}**" if row.who == OURS else row.who
         yield (
-            f"| {row.what} | {name} | {_spread(row.values)} {row.unit} | {ratio} | {memory} | "
+            f"| {row.what} | {name} | {spread(row.values)} {row.unit} | {ratio} | {memory} | "
             f"{row.note} |"
         )
