@@ -193,12 +193,11 @@ def test_val_fraction_out_of_range(tmp_path: Path, value: float) -> None:
 
 
 def test_default_val_fraction() -> None:
-    assert default_val_fraction(5_000, n_documents=30) == 0.1
-    assert default_val_fraction(12_000_000, n_documents=371) == pytest.approx(1 / 30)
-    # However much text there is, it is about as much to score; long documents may make it more.
-    assert default_val_fraction(10**10, n_documents=10**7) == pytest.approx(400_000 / 10**10)
-    assert default_val_fraction(10**10, n_documents=10**5) == pytest.approx(20 / 10**5)
-    assert default_val_fraction(10**10, n_documents=1_000) == 0.002
+    assert default_val_fraction(5_000) == 0.1
+    assert default_val_fraction(12_000_000) == pytest.approx(1 / 30)
+    assert default_val_fraction(5 * 10**8) == pytest.approx(0.002)
+    # However much text there is, there is no more of it to score.
+    assert default_val_fraction(10**10) == pytest.approx(2_000_000 / 10**10)
 
 
 def test_no_split_loses_text() -> None:

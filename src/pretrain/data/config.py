@@ -63,8 +63,8 @@ class DataConfig:
     """The field of records that holds the text; by default it is found in the first
     records."""
     val_fraction: float | None = None
-    """Share of the documents kept for validation, above 0 and at most 0.5; by default about 400 kB
-    of text, or 20 documents."""
+    """Share of the documents kept for validation, above 0 and at most 0.5; by default 400 kB
+    to 2 MB of text."""
 
     def __post_init__(self) -> None:
         if mistakes := [sentence for _, sentence in self.mistakes()]:

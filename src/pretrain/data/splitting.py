@@ -18,6 +18,8 @@ from pretrain.data.manifest import SplitName
 
 VAL_BYTES = 400_000
 """Validation text aimed at by default: enough that the loss's standard error is well below 1 %."""
+MOST_VAL_BYTES = 2_000_000
+"""Of more text a five hundredth, up to this: to score it takes a small machine half a minute."""
 MIN_DOCUMENTS = 20
 """With fewer different documents, whole ones are too coarse a measure: each document's end is
 validation instead."""
@@ -49,11 +51,10 @@ class Split:
             yield "train", text
 
 
-def default_val_fraction(n_bytes: int, *, n_documents: int) -> float:
-    """The fraction that makes about VAL_BYTES of validation text, at most 0.1; more of it where
-    that would be fewer than MIN_DOCUMENTS, but not above 0.002 for their sake."""
-    least = min(MIN_DOCUMENTS / max(n_documents, 1), 0.002)
-    return min(max(VAL_BYTES / max(n_bytes, 1), least), 0.1)
+def default_val_fraction(n_bytes: int) -> float:
+    """The fraction that makes VAL_BYTES to MOST_VAL_BYTES of validation text, at most 0.1."""
+    wanted = min(max(VAL_BYTES, 0.002 * n_bytes), MOST_VAL_BYTES)
+    return min(wanted / max(n_bytes, 1), 0.1)
 
 
 def choose_split(
@@ -68,16 +69,13 @@ def choose_split(
     (one document is nearly everything), the ends are taken too. `keys` gives the documents'
     `corpus.parts.KEY`s, in arrays, each time it is called.
     """
-    n_bytes = n_documents = 0
+    n_bytes = 0
     smallest: set[int] = set()
     for chunk in keys():
         n_bytes += int(chunk["n_bytes"].sum())
-        n_documents += len(chunk)
         smallest.update(np.unique(chunk["hash"])[:MIN_DOCUMENTS].tolist())
         smallest = set(sorted(smallest)[:MIN_DOCUMENTS])
-    fraction = val_fraction
-    if fraction is None:
-        fraction = default_val_fraction(n_bytes, n_documents=n_documents)
+    fraction = val_fraction if val_fraction is not None else default_val_fraction(n_bytes)
     if len(smallest) == MIN_DOCUMENTS:
         bound = max(int(fraction * 2**64), min(smallest) + 1)
         n_val_bytes = sum(
