@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,20 @@ def test_mistakes_are_found_before_torch_is_imported(words: list[str], tmp_path:
     assert done.stderr.startswith("pretrain: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_waiting_threads_sleep_soon(given: dict[str, str], spins: str | None) -> None:
+    """What torch's threads read when it is loaded is there before, and is the user's if he says."""
+    code = (
+        "import os, sys; from pretrain.cli import main; main(['train', '--help']);"
+        "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bare | given
+    )
+    assert done.stdout.splitlines()[-1] == str(spins)
 
 
 def test_runs_get_numbered_names_and_resume_takes_the_newest(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+# How often a thread of GNU's OpenMP looks whether there is more to do before it sleeps: some 60
+# microseconds. Its own 300,000 keep a core from whoever has work, this program's other threads too.
+SPINS = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,13 @@ def open_world(
     # Numbers below 1e-38 take a slow path in the CPU, and no result of ours hangs on them.
     torch.set_flush_denormal(True)
     return World(rank=0, size=1, device=torch.device(device), threads=threads)
+
+
+def yield_idle_cores() -> None:
+    """Let threads that wait for others sleep soon, unless the user says how they wait; read when
+    torch is loaded, so it must be called before (docs/speed.md has what it gains)."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def describe_machine() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from pretrain import __version__
 from pretrain.cli.output import Output
+from pretrain.world import yield_idle_cores
 
 VERBS = {
     "train": "train a model on a recipe, a config file, or any text",
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"pretrain: there is no verb {verb!r}; there are: {', '.join(VERBS)}", file=sys.stderr
         )
         return 2
+    yield_idle_cores()
     # A module cannot be called as Python's own word is.
     module = import_module(f"pretrain.cli.{'importing' if verb == 'import' else verb}")
     parser = argparse.ArgumentParser(
