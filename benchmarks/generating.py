@@ -24,8 +24,7 @@ Generate = Callable[[], int]
 
 
 def ours(n: int) -> Generate:
-    from pretrain.generate import Sampling
-    from pretrain.generate.sampling import generate_ids, lay_out_for_generation
+    from pretrain.generate import Sampling, generate_ids, lay_out_for_generation
     from pretrain.model import ModelConfig, build
     from pretrain.model.config import model_defaults
 

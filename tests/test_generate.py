@@ -13,8 +13,12 @@ import torch
 from pretrain.cli import main
 from pretrain.cli.models import open_model
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
-from pretrain.generate.sampling import lay_out_for_generation, shape_probabilities
-from pretrain.model import Decoder, ModelConfig, build
+from pretrain.generate.layout import lay_out_for_generation
+from pretrain.generate.sampling import _draw, sample, shape_probabilities
+from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
+from pretrain.model.layers import Block
+from pretrain.model.random import normal, uniform
+from test_model import VARIANTS, config
 
 V = 40
 
@@ -46,6 +50,71 @@ def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
     greedy = Sampling(temperature=0)
     expected = generate_ids(decoder, [1, 2], max_tokens=40, sampling=greedy)
     assert generate_ids(other, [1, 2], max_tokens=40, sampling=greedy) == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_is_laid_out_to_the_same_logits_and_ids(variant: str) -> None:
+    plain, laid_out = (build(config(**VARIANTS[variant]), vocab_size=V, seed=3) for _ in range(2))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():  # so that every one matters
+            p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
+    laid_out.load_state_dict(plain.state_dict())
+    lay_out_for_generation(laid_out)
+    weights = laid_out.state_dict()
+    assert list(weights) == list(plain.state_dict())
+    assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+    for block in laid_out.blocks.values():
+        assert isinstance(block, Block)
+        assert block.attention.joint is not None
+        assert (block.feed_forward.joint is None) == (block.feed_forward.gate is None)
+    logits = []
+    for decoder in (plain, laid_out):
+        cache, ids = KeyValueCache(), torch.tensor([[1, 2, 3, 4, 1, 2, 5], [7, 8, 9, 7, 8, 9, 7]])
+        pieces = torch.split(ids, [3, 1, 2, 1], 1)
+        with torch.inference_mode():
+            parts = [decoder.forward(piece, cache=cache) for piece in pieces]
+            logits.append(decoder.logits(torch.cat(parts, dim=1)))
+    assert torch.allclose(logits[0], logits[1], rtol=1e-5, atol=1e-5 * float(logits[0].std()))
+    for sampling in (Sampling(temperature=0), Sampling(top_k=6), Sampling(top_p=0.9)):
+        # Also beyond the context, and several rows.
+        found, expected = (
+            generate_ids(decoder, [1, 2], max_tokens=30, n=3, sampling=sampling)
+            for decoder in (laid_out, plain)
+        )
+        assert found == expected
+
+
+def test_what_is_laid_out_can_be_loaded_into(decoder: Decoder) -> None:
+    """The joint matrices are the layers' own memory, and no copies that would stay behind."""
+    other = build(decoder.config, vocab_size=V, seed=9)
+    lay_out_for_generation(other)
+    other.load_state_dict(decoder.state_dict())
+    greedy = Sampling(temperature=0)
+    expected = generate_ids(decoder, [1, 2], max_tokens=20, sampling=greedy)
+    assert generate_ids(other, [1, 2], max_tokens=20, sampling=greedy) == expected
+
+
+@pytest.mark.parametrize("has_ties", [False, True])
+@pytest.mark.parametrize("top_p", [None, 0.7])
+@pytest.mark.parametrize("top_k", [1, 5, V, V + 1])
+def test_the_likeliest_alone_are_drawn_as_among_all(
+    has_ties: bool, top_p: float | None, top_k: int
+) -> None:
+    rows = torch.arange(2000)
+    logits = normal(1, "logits", 0, 2000 * V, device=rows.device).view(2000, V) * 2
+    if has_ties:
+        logits = logits.round()
+    u = uniform(1, "draws", rows)
+    for temperature in (0.0, 0.8):
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        ids = sample(logits, sampling, u)
+        assert torch.equal(ids, _draw(shape_probabilities(logits, sampling), u))
+
+
+def test_what_is_not_a_number_draws_some_id_still() -> None:
+    logits, u = torch.full((2, V), math.nan), torch.tensor([0.1, 0.9], dtype=torch.float64)
+    for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(temperature=0)):
+        assert bool((sample(logits, sampling, u) < V).all())
 
 
 def test_each_position_is_drawn_by_noise_of_its_own() -> None:

@@ -1,6 +1,7 @@
 """Weights -> text: draw tokens, or look at the distribution of the next one.
 
-`sampling` holds it all: how a distribution is shaped, how ids are drawn, and the two calls on text.
+`sampling` holds how a distribution is shaped, how ids are drawn, and the two calls on text;
+`layout` how a decoder lies in memory for it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.generate.sampling import (
-        Sampling,
-        generate,
-        generate_ids,
-        lay_out_for_generation,
-        next_distribution,
-    )
+    from pretrain.generate.layout import lay_out_for_generation
+    from pretrain.generate.sampling import Sampling, generate, generate_ids, next_distribution
 
 __all__ = [
     "Sampling",
@@ -24,7 +20,7 @@ __all__ = [
     "lay_out_for_generation",
     "next_distribution",
 ]
-_HOMES = dict.fromkeys(__all__, "sampling")
+_HOMES = {**dict.fromkeys(__all__, "sampling"), "lay_out_for_generation": "layout"}
 
 
 def __getattr__(name: str) -> Any:

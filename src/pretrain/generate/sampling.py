@@ -63,15 +63,36 @@ def shape_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _draw(probabilities_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The ids at which the summed probabilities pass u."""
+    """The places at which the summed probabilities pass u, (B)."""
     total_BV = probabilities_BV.cumsum(-1)
-    ids = torch.searchsorted(total_BV, (u_B * total_BV[:, -1])[:, None], right=True)[:, 0]
-    # Rounding may put u beyond the last step of the sum: the last possible id is meant.
-    last = probabilities_BV.shape[-1] - 1 - (probabilities_BV > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(ids, last)
+    # u ends 2^-33 below 1, so rounding never puts it beyond the last step; NaN is beyond all.
+    places_B1 = torch.searchsorted(total_BV, u_B[:, None] * total_BV[:, -1:], right=True)
+    return places_B1[:, 0].clamp(max=total_BV.shape[-1] - 1)
 
 
-@torch.no_grad()
+def sample(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
+    """An id for each row (B), drawn by a uniform number from what `shape_probabilities` makes of
+    its logits.
+
+    What top-k takes away needs no float64: on a CPU the k likeliest alone are shaped. Their sum is
+    then made in another order, so an id may differ where u is within 1e-15 of a step.
+    """
+    k = min(sampling.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    if k < logits_BV.shape[-1] and logits_BV.device.type == "cpu":
+        least_B1 = logits_BV.topk(k).values[:, -1:]
+        ids = (logits_BV >= least_B1).nonzero()[:, 1]
+        # A row has more than k where others tie with the last: rows of their own lengths are no
+        # tensor.
+        if len(ids) == k * len(logits_BV):
+            ids_BK = ids.view(-1, k)
+            kept = shape_probabilities(logits_BV.gather(1, ids_BK), sampling)
+            return ids_BK.gather(1, _draw(kept, u_B)[:, None])[:, 0]
+    return _draw(shape_probabilities(logits_BV, sampling), u_B)
+
+
+@torch.inference_mode()
 def generate_ids(
     decoder: Decoder,
     prompt: Sequence[int],
@@ -94,41 +115,26 @@ def generate_ids(
     device = decoder.head_weight.device
     context = decoder.config.window_tokens
     kept = list(prompt) if len(prompt) < context else list(prompt)[-max(1, context // 2) :]
-    seen_BT = torch.tensor([kept] * n, device=device)
-    new_BT, cache, drawn = seen_BT, KeyValueCache(), []
+    new_BT, cache = torch.tensor([kept] * n, device=device), KeyValueCache()
+    seen = [new_BT]
     numbers, positions = torch.arange(n, device=device), torch.arange(max_tokens, device=device)
     # Drawn for all positions at once; each depends on seed, row and position alone.
-    u_BP = uniform(sampling.seed, "generate", (numbers[:, None] << 32) + positions)
+    u_PB = uniform(sampling.seed, "generate", (numbers << 32) + positions[:, None])
     ended_B = torch.zeros(n, dtype=torch.bool, device=device)
-    for position in range(max_tokens):
+    for u_B in u_PB:
         if cache.length + new_BT.shape[1] > context:
-            new_BT, cache = seen_BT[:, -max(1, context // 2) :], KeyValueCache()
+            new_BT, cache = torch.cat(seen, dim=1)[:, -max(1, context // 2) :], KeyValueCache()
         # .forward, not a call: a decoder compiled for training must not be compiled again for every
         # length.
         hidden_BTD = decoder.forward(new_BT, cache=cache)
-        probabilities = shape_probabilities(decoder.logits(hidden_BTD[:, -1]), sampling)
-        new_BT = _draw(probabilities, u_BP[:, position])[:, None]
-        seen_BT = torch.cat([seen_BT, new_BT], dim=1)
-        drawn.append(new_BT)
+        new_BT = sample(decoder.logits(hidden_BTD[:, -1]), sampling, u_B)[:, None]
+        seen.append(new_BT)
         for end in ends:
             ended_B |= new_BT[:, 0] == end
         if ends and bool(ended_B.all()):
             break
-    rows: list[list[int]] = torch.cat(drawn, dim=1).tolist()
+    rows: list[list[int]] = torch.cat(seen[1:], dim=1).tolist()
     return [list(takewhile(lambda id_: id_ not in ends, row)) for row in rows]
-
-
-def lay_out_for_generation(decoder: Decoder) -> None:
-    """Lay tall matrices of a decoder that is only read from now on by columns, on a CPU.
-
-    A token at a time, a product with a matrix takes as long as to read it, and MKL reads twice as
-    fast along the longer side. Values stay, and so do tables that rows are only looked up in.
-    """
-    # The head is a layer, unless it is the embedding.
-    layers = [m.weight for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
-    for weight in {*layers, decoder.head_weight}:
-        if weight.device.type == "cpu" and weight.shape[0] > weight.shape[1]:
-            weight.data = weight.data.T.contiguous().T
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:

@@ -28,7 +28,10 @@ def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Te
     as in torch."""
     if not _is_fused(x_XD):
         return plain_rms_norm(x_XD, weight_D, epsilon)
-    normed: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        normed: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
+    else:  # A Function takes as long as what it does to a few rows.
+        normed = x_XD * _inverse_root_mean_square(x_XD, epsilon)
     return normed if weight_D is None else normed * weight_D
 
 
@@ -88,10 +91,10 @@ class _SquaredReLU(torch.autograd.Function):
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """x W^T + b, in float32 on a CPU by oneDNN, which comes with torch and is faster on AMD's
     processors than the MKL that torch's own function calls (docs/speed.md)."""
-    is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
     is_large = x_XD.numel() >= FEWEST_ROWS * x_XD.shape[-1]
+    is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
     if not (
-        is_float32 and is_large and _is_fused(x_XD) and _has_onednn()
+        is_large and is_float32 and _is_fused(x_XD) and _has_onednn()
     ) or torch.is_autocast_enabled("cpu"):
         return F.linear(x_XD, weight_FD, bias_F)
     product: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]

@@ -90,7 +90,7 @@ class KeyValueCache:
 
     ids_BS: Tensor | None = None
     # With room for more positions than there are: to append one is not to copy all.
-    _rooms: dict[int, Tensor] = field(default_factory=dict)
+    _rooms: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
 
     def remember(self, ids_BT: Tensor) -> Tensor:
@@ -107,16 +107,17 @@ class KeyValueCache:
         """Append this layer's new keys and values (B, K, T, E); returns all of them (B, K, S,
         E)."""
         start = self._lengths.get(layer, 0)
-        stop, room = start + key.shape[2], self._rooms.get(layer)
-        if room is None or room.shape[3] < stop:
+        stop = self._lengths[layer] = start + key.shape[2]
+        if layer not in self._rooms or self._rooms[layer][0].shape[2] < stop:
             B, K, _, E = key.shape
-            larger = key.new_empty(2, B, K, 2 * stop, E)
-            if room is not None:
-                larger[:, :, :, :start] = room[:, :, :, :start]
-            room = self._rooms[layer] = larger
-        room[0, :, :, start:stop], room[1, :, :, start:stop] = key, value
-        self._lengths[layer] = stop
-        return room[0, :, :, :stop], room[1, :, :, :stop]
+            larger = key.new_empty(B, K, 2 * stop, E), value.new_empty(B, K, 2 * stop, E)
+            for old, new in zip(self._rooms.get(layer, ()), larger, strict=False):
+                new[:, :, :start] = old[:, :, :start]
+            self._rooms[layer] = larger
+        keys, values = self._rooms[layer]
+        keys[:, :, start:stop] = key
+        values[:, :, start:stop] = value
+        return keys[:, :, :stop], values[:, :, :stop]
 
 
 class Attention(nn.Module):
@@ -134,6 +135,8 @@ class Attention(nn.Module):
         self.key = Linear(d, d_kv, bias=has_bias)
         self.value = Linear(d, d_kv, bias=has_bias)
         self.output = Linear(d, d, bias=config.has_bias("output"))
+        # The weight and bias of query, key and value in one, where they are laid out so.
+        self.joint: tuple[Tensor, Tensor | None] | None = None
 
     def forward(
         self,
@@ -142,17 +145,27 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
         noise: Noise | None,
     ) -> Tensor:
-        query = self.query(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
-        key = self.key(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
-        value = self.value(x_BTD).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
-        if self.config.query_key_norm:
-            query, key = rms_norm(query, None, None), rms_norm(key, None, None)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.joint is None:
+            query, key = self._heads(self.query(x_BTD)), self._heads(self.key(x_BTD))
+            value = self._heads(self.value(x_BTD))
+            query, key = self._turn(query, rotation), self._turn(key, rotation)
+        else:
+            H, K = self.config.n_heads, self.config.kv_heads
+            heads = self._heads(linear(x_BTD, *self.joint))
+            turned, value = self._turn(heads[:, : H + K], rotation), heads[:, H + K :]
+            query, key = turned[:, :H], turned[:, H:]
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         mixed_BHTE = self._attend(query, key, value, noise)
         return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return torch.unflatten(x_BTD, -1, (-1, self.config.d_head)).transpose(1, 2)
+
+    def _turn(self, x_BHTE: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.config.query_key_norm:
+            x_BHTE = rms_norm(x_BHTE, None, None)
+        return x_BHTE if rotation is None else rotate(x_BHTE, rotation)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise | None) -> Tensor:
         T, S, grouped = query.shape[2], key.shape[2], key.shape[1] != query.shape[1]
@@ -198,13 +211,19 @@ class FeedForward(nn.Module):
         self.gate = Linear(d, f, bias=has_bias) if self.kind == "swiglu" else None
         self.up = Linear(d, f, bias=has_bias)
         self.down = Linear(f, d, bias=has_bias)
+        # Those of gate and up, likewise.
+        self.joint: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        up_BTF = self.up(x_BTD)
+        if self.joint is None:
+            up_BTF = self.up(x_BTD)
+            gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        else:
+            gate_BTF, up_BTF = linear(x_BTD, *self.joint).chunk(2, dim=-1)
         match self.kind:
             case "swiglu":
-                assert self.gate is not None
-                hidden_BTF = F.silu(self.gate(x_BTD)) * up_BTF
+                assert gate_BTF is not None
+                hidden_BTF = F.silu(gate_BTF) * up_BTF
             case "gelu":
                 hidden_BTF = F.gelu(up_BTF, approximate="tanh")
             case "relu":
