@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         config = compose([{"model": asdict(model.config)}])
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tensors = {f"model/{name}": values for name, values in model.parameters()}
-        state = {"imported": origin}
+        state = {"imported": origin, "begins_texts": model.tokenizer.begins_texts}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
         put_in_place(work, out)
     output.say(

@@ -62,27 +62,45 @@ def micro_batch_at(
     return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.from_numpy(samples))
 
 
-def evaluation_batches(
-    stream: Stream, *, context_length: int, rows: int, limit_tokens: int | None = None
-) -> Iterator[MicroBatch]:
-    """The whole stream in order, in windows that do not overlap: every id but the first is a target
-    once.
+def checked_stride(stride: int | None, context_length: int) -> int:
+    """Ids from the beginning of one window to that of the next: as many as a window has, unless
+    said otherwise. ValueError for a stride that would leave targets out."""
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise ValueError(f"the stride is {stride}; legal: 1 to the context of {context_length}")
+    return stride
 
-    With `limit_tokens` only every n-th window is taken, evenly spread, always the same ones, so
-    that about that many targets are counted. The last window is padded with targets that are not
-    counted.
+
+def evaluation_batches(
+    stream: Stream,
+    *,
+    context_length: int,
+    rows: int,
+    stride: int | None = None,
+    limit_tokens: int | None = None,
+) -> Iterator[MicroBatch]:
+    """The whole stream in order, in windows that begin every `stride` ids and by default do not
+    overlap: every id but the first is a target once.
+
+    Where windows overlap, what an earlier one counted is only context in the next. With
+    `limit_tokens` only every n-th window is taken, evenly spread, always the same ones, so that
+    about that many targets are counted. The last window is padded with targets that are not
+    counted. ValueError for a stride that would leave targets out.
     """
+    stride = checked_stride(stride, context_length)
     n_targets = stream.n_tokens - 1
-    n_windows = -(-n_targets // context_length)
-    stride = 1 if limit_tokens is None else max(1, -(-n_targets // limit_tokens))
-    chosen = range(0, n_windows, stride)
+    n_windows = 1 + max(0, -(-(n_targets - context_length) // stride)) if n_targets > 0 else 0
+    every = 1 if limit_tokens is None else max(1, -(-n_targets // limit_tokens))
+    chosen = range(0, n_windows, every)
     for first in range(0, len(chosen), rows):
         windows = chosen[first : first + rows]
         inputs = torch.zeros(len(windows), context_length, dtype=torch.int64)
         targets = torch.full_like(inputs, NOT_COUNTED)
         for row, window in enumerate(windows):
-            start = window * context_length
+            start = window * stride
             stop = min(start + context_length, n_targets)
+            counted = context_length - stride if window else 0
             ids = torch.from_numpy(stream.read(start, stop + 1))
-            inputs[row, : stop - start], targets[row, : stop - start] = ids[:-1], ids[1:]
+            inputs[row, : stop - start] = ids[:-1]
+            targets[row, counted : stop - start] = ids[1 + counted :]
         yield MicroBatch(inputs, targets, torch.tensor(list(windows)))

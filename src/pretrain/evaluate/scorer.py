@@ -1,8 +1,8 @@
 """Weights -> numbers: the log-probability of text, with every token counted once.
 
 The one scorer of the project: the training loop, `pretrain evaluate` and tests all come through
-here. Texts are read in windows of the context length that do not overlap, from an end-of-text on,
-so a token is predicted from at most T - 1 tokens before it in its window.
+here. Texts are read from a start-of-text on, in windows of the context length T that do not overlap
+unless a shorter stride is asked for. `continuations` does the same for what follows a context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.batches import MicroBatch, evaluation_batches
+from pretrain.data.batches import MicroBatch, checked_stride, evaluation_batches
 from pretrain.model import Objective
 from pretrain.tokenizer import Tokenizer
 from pretrain.world import World
@@ -101,18 +101,41 @@ def score_texts(
     *,
     world: World,
     precision: str = "fp32",
+    stride: int | None = None,
 ) -> Score:
+    """The sum of `score_each`."""
+    each = score_each(objective, tokenizer, texts, world=world, precision=precision, stride=stride)
+    return Score(sum(s.nats for s in each), sum(s.tokens for s in each), sum(s.bytes for s in each))
+
+
+def score_each(
+    objective: Objective,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    world: World,
+    precision: str = "fp32",
+    stride: int | None = None,
+) -> list[Score]:
     """Score some documents, each from a fresh start-of-text; the ends of documents are not
-    counted."""
+    counted. Windows begin every `stride` tokens, by default as many as the context has; ValueError
+    for more."""
     lengths = byte_lengths(tokenizer)
     context = objective.decoder.config.window_tokens
+    stride = checked_stride(stride, context)
     rows = max(1, EVALUATION_TOKENS // context)
-    total = Score(0.0, 0, 0)
+    scores = []
     for text in texts:
         ids = np.concatenate([[tokenizer.start_of_text], tokenizer.encode(text)]).astype(np.int64)
         # A short text is one short window: what would be padding is not computed.
         window = min(context, max(1, len(ids) - 1))
-        batches = evaluation_batches(Ids(ids), context_length=window, rows=rows)
-        part = score(objective, batches, byte_lengths_V=lengths, world=world, precision=precision)
-        total = Score(total.nats + part.nats, total.tokens + part.tokens, total.bytes + part.bytes)
-    return total
+        batches = evaluation_batches(
+            Ids(ids),
+            context_length=window,
+            rows=rows,
+            stride=min(stride, window),
+        )
+        scores.append(
+            score(objective, batches, byte_lengths_V=lengths, world=world, precision=precision)
+        )
+    return scores

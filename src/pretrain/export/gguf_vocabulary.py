@@ -56,8 +56,8 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_token_types(kinds)
     writer.add_bos_token_id(tokenizer.start_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
-    # Every document that was trained on began with this token.
-    writer.add_add_bos_token(True)
+    # Every document that a model of ours was trained on began with this token.
+    writer.add_add_bos_token(tokenizer.begins_texts)
 
 
 def _name_of_split(tokenizer: Tokenizer) -> str:
@@ -89,15 +89,24 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
                 raise FormatError("the vocabulary has no scores")
             pieces = list(zip(tokens, map(float, scores), map(int, kinds), strict=True))
             has_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-            return Tokenizer(library_of_pieces(pieces, has_prefix=has_prefix))
+            return _beginning(Tokenizer(library_of_pieces(pieces, has_prefix=has_prefix)), values)
         if model == "gpt2":
-            return Tokenizer(_byte_level(values, tokens, kinds))
+            return _beginning(Tokenizer(_byte_level(values, tokens, kinds)), values)
     except BaseException as error:
         # The library raises plain Exception, and its PanicException is not even one.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise FormatError(f"the tokenizer cannot be used: {error!s:.300}") from None
     raise FormatError(f"the tokenizer is of the kind {model!r:.60}; legal: gpt2, llama")
+
+
+def _beginning(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer, told whether texts begin with start-of-text; where the file does not say, as
+    llama.cpp has it for this vocabulary."""
+    split = _SPLITS.get(values.get("tokenizer.ggml.pre", ""), ("",))[0]
+    usual = tokenizer.space_prefix is not None or split == "llama3"
+    tokenizer.begins_texts = values.get("tokenizer.ggml.add_bos_token", usual) is True
+    return tokenizer
 
 
 def _byte_level(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Any:

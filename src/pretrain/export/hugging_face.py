@@ -37,6 +37,7 @@ from pretrain.export.layouts import (
 )
 from pretrain.model import ModelConfig
 from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.tokenizer.framing import puts_start
 
 NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """How numbers may be stored."""
@@ -181,6 +182,23 @@ def open_hugging_face(folder: Path) -> ForeignModel:
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
+    tokenizer = _vocabulary_of(folder)
+    tokenizer.begins_texts = _begins_texts(folder)
+    return tokenizer
+
+
+def _begins_texts(folder: Path) -> bool:
+    """Whether transformers puts a token before a text, by what the folder's files say."""
+    settings, whole = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    said = _read_json(settings).get("add_bos_token") if settings.is_file() else None
+    if isinstance(said, bool):
+        return said
+    if whole.is_file():
+        return puts_start(_read_json(whole))
+    return (folder / "tokenizer.model").is_file()  # SentencePiece, as Llama has it
+
+
+def _vocabulary_of(folder: Path) -> Tokenizer:
     try:
         return load_tokenizer(folder)
     except ValueError as error:

@@ -138,8 +138,9 @@ def generate_ids(
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
-    """The ids of a prompt behind a start-of-text, as every document stood in training."""
-    return [tokenizer.start_of_text, *(int(i) for i in tokenizer.encode(prompt, special=special))]
+    """The ids of a prompt as texts begin for this model: behind a start-of-text, as every document
+    stood in training, unless somebody else's tokenizer puts none there."""
+    return tokenizer.encode_prompt(prompt, special=special)
 
 
 def generate(

@@ -55,6 +55,9 @@ class Tokenizer:
     start_of_text: int
     """Id that a document begins with: a token of its own in Llama's vocabularies, else that of
     end-of-text, which stands between documents."""
+    begins_texts: bool
+    """Whether start_of_text stands before a prompt or a context: always for models trained here;
+    where somebody else's is opened, what its own files do."""
     sha256: str
     """Hash of the canonical tokenizer.json, which is what `save` writes."""
 
@@ -82,6 +85,7 @@ class Tokenizer:
         self.end_of_text = end_of_text_of(entries, special)
         start = STARTS.get(entries[self.end_of_text], "")
         self.start_of_text = self._special.get(start, self.end_of_text)
+        self.begins_texts = True
         self.kind = kind_of(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
@@ -141,6 +145,12 @@ class Tokenizer:
             else:
                 yield _fastly(fast, part)
 
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text that is to be continued, at least one: behind start_of_text where that is
+        how texts begin (`begins_texts`), and where there is no text."""
+        ids: list[int] = self.encode(text, special=special).tolist()
+        return ids if ids and not self.begins_texts else [self.start_of_text, *ids]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text is nothing, and bytes that are no UTF-8 become U+FFFD.
 
@@ -193,16 +203,18 @@ class Tokenizer:
         library = Library.from_str(self._canonical.decode())
         names = [f"<|unused_{id_}|>" for id_ in range(self.vocab_size, vocab_size)]
         library.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
-        return Tokenizer(library)
+        larger = Tokenizer(library)
+        larger.begins_texts = self.begins_texts
+        return larger
 
     def save(self, folder: str | Path, *, for_others: bool = False) -> Path:
         """Write `tokenizer.json` into `folder`, which is made if it is missing; returns the file's
-        path. `for_others`: other programs then put start-of-text before a text, as our prompts
+        path. `for_others`: other programs then put start-of-text before a text where our prompts
         have it; read here again, it is the same tokenizer."""
         os.makedirs(folder, exist_ok=True)
         path = Path(folder) / FILE_NAME
         content = self._canonical
-        if for_others:
+        if for_others and self.begins_texts:
             id_ = self.start_of_text
             framed = with_start(self.description, start=self.entry(id_), id_=id_)
             content = json.dumps(framed, ensure_ascii=False, separators=(",", ":")).encode()
