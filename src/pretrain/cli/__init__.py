@@ -27,7 +27,7 @@ VERBS = {
     "anneal": "make more steps with a finished run while its learning rate falls to 0",
     "prepare": "turn text into a prepared folder of token ids",
     "tokenizer": "train a tokenizer, encode, decode, or look inside one",
-    "evaluate": "nats, perplexity and bits per byte of a model on text",
+    "evaluate": "nats, perplexity and bits per byte of a model on text, and tasks",
     "generate": "continue a prompt",
     "next": "the distribution over the next token",
     "export": "write a model for transformers or llama.cpp, with a certificate",

@@ -1,18 +1,23 @@
-"""Score a model on text: nats, perplexity and bits per byte, every token counted once.
+"""Score a model on text, every token counted once, and on tasks.
 
 pretrain evaluate RUN                      the run's own held-out text, whole
 pretrain evaluate RUN --text a.txt b.txt   your own files, each by itself
 pretrain evaluate RUN --stride 64          windows that overlap: more context for each token
+pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
+pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own questions: docs/tasks.md
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli import scoring
 from pretrain.cli.models import HELP
-from pretrain.cli.output import Output
+from pretrain.cli.output import Output, plain
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
@@ -22,65 +27,77 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=HELP)
+    scoring.add_arguments(parser)
     parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="texts to score, in any format that prepare reads"
+        "--answers", metavar="FILE", help="write what was said to each example, a JSON line each"
     )
-    parser.add_argument(
-        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
-    )
-    parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="tokens from one window to the next [the context: windows do not overlap]",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    from pretrain.cli.models import open_model
-    from pretrain.corpus import list_files
+    asked = scoring.read_asked(arguments)
+    answers = Path(arguments.answers) if arguments.answers else None
+    if answers is not None:
+        answers.write_text("", encoding="utf-8")  # what cannot be written is said at once
+    model = scoring.open_scored(arguments.model, arguments)
 
-    for name in arguments.text or []:
-        list_files(name)  # a wrong path is said before a model is loaded
-    if arguments.stride is not None and arguments.stride < 1:
-        raise ValueError(f"--stride is {arguments.stride}; it must be at least 1")
-    model = open_model(arguments.model, device=arguments.device)
-
-    from pretrain.model import Objective
-
-    objective, stride = Objective(model.decoder), arguments.stride
-    protocol = text_protocol(model, stride)
-    output.say(f"{model.path}: {protocol}")
-    if arguments.text is None:
-        scores = {"held-out split": _score_split(model, objective, stride)}
-    else:
-        scores = {
-            name: _score_file(model, objective, name, arguments.text_field, stride)
-            for name in arguments.text
-        }
-    for name, row in scores.items():
+    protocol: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    if arguments.text is not None or not asked:
+        protocol["text"] = scoring.text_protocol(model, arguments.stride)
+        output.say(f"{model.path}: {protocol['text']}")
+        texts = _score_texts(model, arguments)
+    for name, row in texts.items():
         output.say(
             f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
             f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
             f"{row['bytes']:,} bytes"
         )
-    output.result({"text": scores, "protocol": {"text": protocol}})
+    tasks: dict[str, Any] = {}
+    for each in asked:
+        results = scoring.answers_of(model, each, arguments.stride)
+        name = each.task.name
+        protocol[name] = each.protocol(model, results)
+        tasks[name] = _task_row(each, results.statistics)
+        output.say(f"{name}: {protocol[name]}")
+        for metric, found in tasks[name]["metrics"].items():
+            output.say(_line(metric, found, is_main=metric == each.task.metric))
+        if answers is not None:
+            with open(answers, "a", encoding="utf-8") as file:
+                for line in results.lines:
+                    file.write(json.dumps(plain({"task": name, **line})) + "\n")
+    output.result({"text": texts, "tasks": tasks, "protocol": protocol})
     return 0
 
 
-def text_protocol(model: OpenModel, stride: int | None) -> str:
-    """How texts are scored, in a line. ValueError for a stride that does not fit the context."""
-    from pretrain.data.batches import checked_stride
+def _task_row(asked: scoring.Asked, statistics: Any) -> dict[str, Any]:
+    metrics = scoring.estimates(statistics, seed=asked.seed)
+    main = metrics[asked.task.metric]
+    return {
+        "metric": asked.task.metric,
+        **main,
+        "examples": len(asked.examples),
+        "metrics": metrics,
+    }
 
-    context = model.decoder.config.window_tokens
-    step = checked_stride(stride, context)
-    overlap = f"overlap by {context - step}" if step < context else "do not overlap"
-    start = model.tokenizer.entry(model.tokenizer.start_of_text)
-    return (
-        f"windows of {context} tokens that {overlap}, every token counted once, each text from "
-        f"{start} on, in {model.precision}"
-    )
+
+def _line(metric: str, found: dict[str, Any], *, is_main: bool) -> str:
+    error = "" if found["stderr"] is None else f" +- {found['stderr']:.4f}"
+    seen = ""
+    if is_main and found["detectable"] is not None:
+        seen = f"   another model is told apart from {found['detectable']:.4f} on"
+    return f"  {'*' if is_main else ' '} {metric:<24}{found['value']:.4f}{error}{seen}"
+
+
+def _score_texts(model: OpenModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    from pretrain.model import Objective
+
+    objective = Objective(model.decoder)
+    if arguments.text is None:
+        return {"held-out split": _score_split(model, objective, arguments.stride)}
+    return {
+        name: _score_file(model, objective, name, arguments.text_field, arguments.stride)
+        for name in arguments.text
+    }
 
 
 def _row(score: Score, words: int) -> dict[str, Any]:

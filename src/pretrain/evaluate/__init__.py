@@ -1,6 +1,9 @@
 """Weights -> numbers: nats, perplexity and bits per byte of text (`scorer`), log p(continuation |
 context) of pairs (`continuations`), and what simple models reach (`baselines`).
 
+A task is a definition (`tasks`) and examples from a file (`examples`); answers to them (`results`)
+become numbers (`metrics`) with errors, or a comparison of models (`errors`).
+
 There is one scorer, and everything that reports a number of a model goes through it.
 """
 
@@ -12,31 +15,51 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pretrain.evaluate.baselines import measure_baselines
     from pretrain.evaluate.continuations import Answer, Pair, encode_pair, score_pairs
+    from pretrain.evaluate.errors import compare, estimate
+    from pretrain.evaluate.examples import Example, read_examples
+    from pretrain.evaluate.results import Results, ask
     from pretrain.evaluate.scorer import Score, byte_lengths, score, score_each, score_texts
+    from pretrain.evaluate.tasks import Task, task_named
 
 _HOMES = {
     "Answer": "continuations",
+    "Example": "examples",
     "Pair": "continuations",
+    "Results": "results",
     "Score": "scorer",
+    "Task": "tasks",
+    "ask": "results",
     "byte_lengths": "scorer",
+    "compare": "errors",
     "encode_pair": "continuations",
+    "estimate": "errors",
     "measure_baselines": "baselines",
+    "read_examples": "examples",
     "score": "scorer",
     "score_each": "scorer",
     "score_pairs": "continuations",
     "score_texts": "scorer",
+    "task_named": "tasks",
 }
 __all__ = [
     "Answer",
+    "Example",
     "Pair",
+    "Results",
     "Score",
+    "Task",
+    "ask",
     "byte_lengths",
+    "compare",
     "encode_pair",
+    "estimate",
     "measure_baselines",
+    "read_examples",
     "score",
     "score_each",
     "score_pairs",
     "score_texts",
+    "task_named",
 ]
 
 

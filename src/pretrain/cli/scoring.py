@@ -1,0 +1,161 @@
+"""What `evaluate` and `compare` share: which texts and tasks are asked, and how a model answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.evaluate.examples import Example, kind_of_file, read_examples, with_shots
+from pretrain.evaluate.metrics import statistics_of_answer
+from pretrain.evaluate.tasks import Task, find_file, task_named, task_of_kind, with_metric
+
+if TYPE_CHECKING:
+    from pretrain.cli.models import OpenModel
+    from pretrain.evaluate.metrics import Array
+    from pretrain.evaluate.results import Results
+
+DATA_VARIABLE = "PRETRAIN_TASKS"
+_STARTS = {"model": None, "always": True, "never": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A task and its examples, as they are put to every model."""
+
+    task: Task
+    examples: list[Example]
+    shots: int
+    seed: int
+
+    def protocol(self, model: OpenModel, results: Results) -> str:
+        """How the task was asked, in a line."""
+        tokenizer, n = model.tokenizer, len(self.examples)
+        start = tokenizer.entry(tokenizer.start_of_text) if tokenizer.begins_texts else "nothing"
+        shots = f"{self.shots} shots of seed {self.seed}" if self.shots else "no shots"
+        cut = f", {results.n_cut:,} contexts cut from the left" if results.n_cut else ""
+        return (
+            f"{self.task.kind}, {n:,} example{'' if n == 1 else 's'}, {shots}, {start} before a "
+            f"context, {self.task.delimiter!r} behind it, in {model.precision}{cut}"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="texts to score, in any format that prepare reads"
+    )
+    parser.add_argument(
+        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from one window to the next [the context: windows do not overlap]",
+    )
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of the table in docs/tasks.md")
+    parser.add_argument(
+        "--task-data", metavar="DIR", help=f"folder with the tasks' files [${DATA_VARIABLE}]"
+    )
+    parser.add_argument(
+        "--task-file", nargs="+", metavar="FILE", help="your own, as docs/tasks.md says"
+    )
+    parser.add_argument("--metric", metavar="M", help="what the tasks are judged by [their own]")
+    parser.add_argument(
+        "--shots", type=int, default=0, metavar="K", help="solved examples before each [0]"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N examples of each [all]")
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="S", help="of shots and resampling [1]"
+    )
+    parser.add_argument(
+        "--start-of-text",
+        choices=_STARTS,
+        default="model",
+        help="whether one stands before a context [model: as the model's texts begin]",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+
+
+def read_asked(arguments: argparse.Namespace) -> list[Asked]:
+    """The tasks that are asked, read and checked before a model is loaded. ValueError for what is
+    missing or does not go together."""
+    from pretrain.corpus import list_files
+
+    for name in arguments.text or []:
+        list_files(name)  # a wrong path is said at once
+    for option, least in (("stride", 1), ("limit", 1), ("shots", 0), ("seed", 0)):
+        given = getattr(arguments, option)
+        if given is not None and given < least:
+            raise ValueError(f"--{option} is {given}; it must be at least {least}")
+    given = arguments.task_data or os.environ.get(DATA_VARIABLE)
+    folder = Path(given) if given else None
+    named = [name.strip() for name in (arguments.tasks or "").split(",") if name.strip()]
+    found = [(task, find_file(task, folder)) for task in map(task_named, dict.fromkeys(named))]
+    for name in dict.fromkeys(arguments.task_file or []):
+        task = task_of_kind(kind_of_file(Path(name)), Path(name))
+        found.append((replace(task, name=name), Path(name)))
+    if arguments.tasks is not None and not named:
+        raise ValueError("--tasks names no task")
+    return [_asked(task, path, arguments) for task, path in found]
+
+
+def _asked(task: Task, path: Path, arguments: argparse.Namespace) -> Asked:
+    if arguments.metric is not None:
+        task = with_metric(task, arguments.metric)
+    if task.kind == "answer":
+        statistics_of_answer(task.metric, "a", ["a"])  # a library that is missing is said at once
+    examples = read_examples(task, path, limit=arguments.limit)
+    examples = with_shots(task, examples, shots=arguments.shots, seed=arguments.seed)
+    return Asked(task, examples, arguments.shots, arguments.seed)
+
+
+def open_scored(name: str, arguments: argparse.Namespace) -> OpenModel:
+    """The model, beginning contexts as was asked for."""
+    from pretrain.cli.models import open_model
+
+    model = open_model(name, device=arguments.device)
+    begins = _STARTS[arguments.start_of_text]
+    if begins is not None:
+        model.tokenizer.begins_texts = begins
+    return model
+
+
+def answers_of(model: OpenModel, asked: Asked, stride: int | None) -> Results:
+    from pretrain.evaluate.results import ask
+
+    return ask(
+        model.decoder,
+        model.tokenizer,
+        asked.task,
+        asked.examples,
+        world=model.world,
+        precision=model.precision,
+        stride=stride,
+    )
+
+
+def text_protocol(model: OpenModel, stride: int | None) -> str:
+    """How texts are scored, in a line. ValueError for a stride that does not fit the context."""
+    from pretrain.data.batches import checked_stride
+
+    context = model.decoder.config.window_tokens
+    step = checked_stride(stride, context)
+    overlap = f"overlap by {context - step}" if step < context else "do not overlap"
+    start = model.tokenizer.entry(model.tokenizer.start_of_text)
+    return (
+        f"windows of {context} tokens that {overlap}, every token counted once, each text from "
+        f"{start} on, in {model.precision}"
+    )
+
+
+def estimates(statistics: Mapping[str, Array], *, seed: int) -> dict[str, dict[str, Any]]:
+    """Value, standard error and smallest difference of each metric."""
+    from dataclasses import asdict
+
+    from pretrain.evaluate.errors import estimate
+
+    return {name: asdict(estimate(name, rows, seed=seed)) for name, rows in statistics.items()}

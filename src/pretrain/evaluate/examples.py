@@ -1,0 +1,226 @@
+"""Files of tasks -> examples, and the shots before them.
+
+A file comes in, compressed or not, as JSON lines in the documented form (docs/tasks.md), as
+HellaSwag's six lines an example, as SQuAD's JSON, or as plain text; examples of one shape for all
+kinds go out. What is missing in a record, or is of the wrong type, is refused with file and line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.corpus import ReadingReport, list_files
+from pretrain.corpus.streams import DamagedStreamError, read_chunks
+from pretrain.evaluate.tasks import Kind, Task
+
+Record = Mapping[str, Any]
+
+# The fields by which a record in the documented form says what it asks.
+_TOLD_BY: tuple[tuple[str, Kind], ...] = (
+    ("context_options", "schema"),
+    ("choices", "choice"),
+    ("good", "pair"),
+    ("continuation", "cloze"),
+    ("answers", "answer"),
+    ("answer", "answer"),
+    ("text", "text"),
+)
+_CONTEXTS = ("context", "query", "question")
+_LINES_OF_AN_EXAMPLE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Each context with each continuation is an option; of contexts or continuations there is only
+    one. An open answer's continuations are its references."""
+
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    gold: int = 0
+    """The option that is right."""
+
+    def options(self, delimiter: str) -> list[tuple[str, str]]:
+        """Context and continuation of each option."""
+        return [(c, delimiter + after) for c in self.contexts for after in self.continuations]
+
+
+def read_examples(task: Task, path: Path, *, limit: int | None = None) -> list[Example]:
+    """The examples of a task's file, the first `limit` of them. ValueError where there are none,
+    or one is not of the task's form."""
+    examples: list[Example] = []
+    for place, record in _records(task.form, path):
+        if len(examples) == limit:
+            break
+        try:
+            examples.append(_example(task, record))
+        except _Missing as missing:
+            raise ValueError(f"{path}, {place}: {missing}") from None
+    if not examples:
+        raise ValueError(f"{path} holds no example")
+    return examples
+
+
+def kind_of_file(path: Path) -> Kind:
+    """What a file in the documented form asks, by its first record. ValueError where that says
+    nothing."""
+    for _, record in _records("jsonl", path):
+        for field, kind in _TOLD_BY:
+            if field in record:
+                return kind
+        fields = ", ".join(field for field, _ in _TOLD_BY)
+        raise ValueError(f"{path}: nothing says what is asked; legal: one of the fields {fields}")
+    raise ValueError(f"{path} holds no example")
+
+
+def with_shots(task: Task, examples: Sequence[Example], *, shots: int, seed: int) -> list[Example]:
+    """The examples with the task's description and `shots` solved ones before each context.
+
+    They are the same for all, drawn from the examples by `seed`; one that is asked itself gives its
+    place to the next. ValueError where there are not enough, or the kind has no context.
+    """
+    if shots and task.kind in ("pair", "text"):
+        raise ValueError(f"{task.name} is of the kind {task.kind}, which takes no shots")
+    if shots >= len(examples):
+        raise ValueError(f"{shots} shots of {len(examples)} examples; legal: fewer than there are")
+    drawn = random.Random(seed).sample(range(len(examples)), shots + 1) if shots else []
+    found = []
+    for number, example in enumerate(examples):
+        solved = [_solved(task, examples[n]) for n in drawn if n != number][:shots]
+        before = task.description + "".join(text + task.between for text in solved)
+        found.append(replace(example, contexts=tuple(before + c for c in example.contexts)))
+    return found
+
+
+def _solved(task: Task, example: Example) -> str:
+    return "".join(example.options(task.delimiter)[example.gold])
+
+
+class _Missing(Exception):
+    """A record is not of the documented form: what is meant instead."""
+
+
+def _records(form: str, path: Path) -> Iterator[tuple[str, Record]]:
+    """Each record of a file with its place. ValueError for a file that is no such file."""
+    text = _text_of(path)
+    if form == "text":
+        yield "all of it", {"text": text}
+    elif form == "squad":
+        yield from _squad(path, text)
+    elif form == "six lines":
+        lines = text.split("\n")
+        for first in range(0, len(lines) - _LINES_OF_AN_EXAMPLE + 1, _LINES_OF_AN_EXAMPLE):
+            context, gold, *choices = lines[first : first + _LINES_OF_AN_EXAMPLE]
+            yield f"line {first + 1}", {"context": context, "gold": gold, "choices": choices}
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                place = f"line {number}"
+                yield place, {"text": line} if form == "lines" else _object(line, path, place)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        data = b"".join(read_chunks(list_files(path)[0], report=ReadingReport()))
+        return data.decode("utf-8-sig")
+    except (DamagedStreamError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _object(line: str, path: Path, place: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, {place} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, {place} is {line:.60}; legal: an object")
+    return record
+
+
+def _squad(path: Path, text: str) -> Iterator[tuple[str, Record]]:
+    """SQuAD's JSON ("SQuAD", Rajpurkar et al., 2016): a record for each question."""
+    content = _object(text, path, "all of it")
+    try:
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    answers = [answer["text"] for answer in asked["answers"]]
+                    record = {"context": paragraph["context"], "question": asked["question"]}
+                    yield f"question {asked['id']}", {**record, "answers": answers}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not SQuAD's JSON: {error!r}") from None
+
+
+def _example(task: Task, record: Record) -> Example:
+    if task.kind == "text":
+        return Example(("",), (_string(record, "text"),))
+    if task.kind == "pair":
+        return Example(("",), (_string(record, "good"), _string(record, "bad")))
+    if task.kind == "schema":
+        contexts = _strings(record, "context_options")
+        return Example(contexts, (_string(record, "continuation"),), _gold(task, record, contexts))
+    context = _filled(task.context, record) if task.context else _context(record)
+    if task.kind == "cloze":
+        return Example((context,), (_string(record, "continuation"),))
+    if task.kind == "answer":
+        return Example((context,), _references(record))
+    choices = tuple(_filled(c, record) for c in task.choices) or _strings(record, "choices")
+    return Example((context,), choices, _gold(task, record, choices))
+
+
+def _context(record: Record) -> str:
+    name = next((name for name in _CONTEXTS if name in record), _CONTEXTS[0])
+    found = record.get(name)
+    if not isinstance(found, str):  # an empty one is legal: a start-of-text is the context
+        raise _Missing(f"{name} is {found!r:.60}; legal: a text")
+    return found
+
+
+def _filled(template: str, record: Record) -> str:
+    try:
+        return template.format_map(record)
+    except (KeyError, IndexError, AttributeError) as error:
+        raise _Missing(f"the field {error} of the prompt is not there") from None
+
+
+def _string(record: Record, name: str) -> str:
+    found = record.get(name)
+    if not (isinstance(found, str) and found):
+        raise _Missing(f"{name} is {found!r:.60}; legal: a text that is not empty")
+    return found
+
+
+def _strings(record: Record, name: str) -> tuple[str, ...]:
+    found = record.get(name)
+    if not (isinstance(found, list) and len(found) > 1 and all(isinstance(t, str) for t in found)):
+        raise _Missing(f"{name} is {found!r:.60}; legal: two texts or more")
+    if "" in found:
+        raise _Missing(f"{name} holds an empty text")
+    return tuple(found)
+
+
+def _references(record: Record) -> tuple[str, ...]:
+    """All texts that are right, each once: `answers` or `answer`, one or a list, and `aliases`."""
+    found = []
+    for name in ("answers", "answer", "aliases"):
+        each = record.get(name, [])
+        found += each if isinstance(each, list) else [each]
+    if not found or not all(isinstance(text, str) for text in found):
+        raise _Missing(f"the answers are {found!r:.60}; legal: a text or a list of them")
+    return tuple(dict.fromkeys(found))
+
+
+def _gold(task: Task, record: Record, options: Sequence[str]) -> int:
+    found = record.get(task.gold)
+    text = str(found)
+    number = task.labels.index(text) if text in task.labels else None
+    if number is None and not isinstance(found, bool) and text.isdecimal():
+        number = int(text)
+    if number is None or (task.labels and text not in task.labels) or number >= len(options):
+        legal = ", ".join(task.labels) or f"0 to {len(options) - 1}"
+        raise _Missing(f"{task.gold} is {found!r:.60}; legal: {legal}")
+    return number

@@ -1,0 +1,189 @@
+"""A model's answers to the examples of a task, and what they amount to.
+
+A decoder, its tokenizer and examples come in; statistics of every metric of the kind, and a line
+for each example, go out. All options of all examples are asked at once, so that rows of about the
+same length go through the model together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pretrain.evaluate.continuations import Answer, encode_pair, score_pairs
+from pretrain.evaluate.examples import Example
+from pretrain.evaluate.metrics import Array, statistics_of_answer
+from pretrain.evaluate.tasks import Task
+from pretrain.generate import Sampling, generate_ids
+from pretrain.model import Decoder
+from pretrain.tokenizer import Tokenizer
+from pretrain.world import World
+
+Rows = dict[str, list[tuple[float, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a model said to one task."""
+
+    statistics: dict[str, Array]
+    """By metric (examples, k): what metrics.value makes a number of."""
+    lines: list[dict[str, Any]]
+    """What was said to each example, for people to look at."""
+    n_cut: int
+    """Contexts that did not fit the model and lost their left."""
+
+
+def ask(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    world: World,
+    precision: str = "fp32",
+    stride: int | None = None,
+) -> Results:
+    """Ask a model all examples of a task. `stride` is of the windows of what is longer than the
+    context."""
+    if task.kind == "answer":
+        return _open_answers(decoder, tokenizer, task, examples, world=world, precision=precision)
+    asked = [pair for example in examples for pair in example.options(task.delimiter)]
+    before = _unconditional(task, examples) if task.kind == "choice" else []
+    pairs = [encode_pair(tokenizer, *pair) for pair in asked + before]
+    answers = score_pairs(decoder, pairs, world=world, precision=precision, stride=stride)
+    plain, alone = iter(answers[: len(asked)]), iter(answers[len(asked) :])
+    rows: Rows = {}
+    lines: list[dict[str, Any]] = []
+    for number, example in enumerate(examples):
+        options = [next(plain) for _ in example.options("")]
+        line: dict[str, Any] = {"example": number, "gold": example.gold}
+        line["options"] = [
+            {"log_p": -o.nats, "tokens": o.tokens, "is_greedy": o.is_greedy} for o in options
+        ]
+        if task.kind == "choice":
+            for option in line["options"]:
+                option["unconditional_log_p"] = -next(alone).nats
+        for metric, row in _ROWS[task.kind](example, options, line).items():
+            rows.setdefault(metric, []).append(row)
+        lines.append(line)
+    return Results(_arrays(rows), lines, sum(a.is_cut for a in answers[: len(asked)]))
+
+
+def _unconditional(task: Task, examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """The same choices without their question."""
+    return [(task.unconditional, task.delimiter + c) for e in examples for c in e.continuations]
+
+
+def _arrays(rows: Rows) -> dict[str, Array]:
+    return {metric: np.array(each, np.float64) for metric, each in rows.items()}
+
+
+def _chosen(example: Example, scores: Sequence[float], line: dict[str, Any], metric: str) -> Any:
+    """1 of 1 where the largest score is the right option's; of equal ones the first is taken."""
+    taken = int(np.argmax(scores))
+    line.setdefault("taken", {})[metric] = taken
+    return float(taken == example.gold), 1.0
+
+
+def _of_choices(
+    example: Example, options: Sequence[Answer], line: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    """Every normalisation that papers use, side by side: none (GPT-2), a token (GPT-3), a character
+    (Llama, lm-evaluation-harness' acc_norm), a byte (its acc_bytes), and the choice's own
+    probability without the question (GPT-3)."""
+    log_p = np.array([-option.nats for option in options])
+    texts = example.continuations
+    alone = np.array([option["unconditional_log_p"] for option in line["options"]])
+    scores = {
+        "accuracy": log_p,
+        "accuracy_per_token": log_p / [option.tokens for option in options],
+        "accuracy_per_character": log_p / [len(text) for text in texts],
+        "accuracy_per_byte": log_p / [len(text.encode("utf-8", "replace")) for text in texts],
+        "accuracy_unconditional": log_p - alone,
+    }
+    return {metric: _chosen(example, each, line, metric) for metric, each in scores.items()}
+
+
+def _of_options(
+    example: Example, options: Sequence[Answer], line: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    return {"accuracy": _chosen(example, [-o.nats for o in options], line, "accuracy")}
+
+
+def _of_clozes(
+    example: Example, options: Sequence[Answer], line: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    """The word is right where greedy decoding would write it; perplexity is a word's."""
+    (word,) = options
+    return {"accuracy": (float(word.is_greedy), 1.0), "perplexity": (word.nats, 1.0)}
+
+
+def _of_texts(
+    example: Example, options: Sequence[Answer], line: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    (whole,), (text,) = options, example.continuations
+    n_bytes = len(text.encode("utf-8", "replace"))
+    return {
+        "perplexity": (whole.nats, whole.tokens),
+        "word_perplexity": (whole.nats, len(text.split())),
+        "bits_per_byte": (whole.nats / math.log(2), n_bytes),
+    }
+
+
+_ROWS: dict[str, Callable[..., dict[str, tuple[float, ...]]]] = {
+    "choice": _of_choices,
+    "schema": _of_options,
+    "pair": _of_options,
+    "cloze": _of_clozes,
+    "text": _of_texts,
+}
+
+
+def _open_answers(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    world: World,
+    precision: str,
+) -> Results:
+    """Greedy answers, cut before the first of the task's stops."""
+    room = max(1, decoder.config.window_tokens - task.max_tokens)
+    # Ids after which nothing of the text is kept, so that nothing more needs to be written.
+    stops = [stop.encode() for stop in task.stops]
+    ends = {i for i in range(tokenizer.vocab_size) if _begins(tokenizer.token_bytes(i), stops)}
+    ends |= {tokenizer.start_of_text, tokenizer.end_of_text}
+    metrics = dict.fromkeys(("exact_match", "f1", task.metric))
+    rows: Rows = {metric: [] for metric in metrics}
+    lines: list[dict[str, Any]] = []
+    n_cut = 0
+    for number, example in enumerate(examples):
+        prompt = tokenizer.encode_prompt(example.contexts[0])
+        n_cut += len(prompt) > room
+        with world.autocast(precision):
+            (ids,) = generate_ids(
+                decoder,
+                prompt[-room:],
+                max_tokens=task.max_tokens,
+                sampling=Sampling(temperature=0.0),
+                ends=ends,
+            )
+        text = tokenizer.decode(ids)
+        answer = min((text.partition(stop)[0] for stop in task.stops), key=len, default=text)
+        for metric in metrics:
+            row = statistics_of_answer(metric, answer.strip(), example.continuations)
+            rows[metric].append(row)
+        lines.append(
+            {"example": number, "answer": answer.strip(), "references": list(example.continuations)}
+        )
+    return Results(_arrays(rows), lines, n_cut)
+
+
+def _begins(piece: bytes, stops: Sequence[bytes]) -> bool:
+    return any(piece.startswith(stop) for stop in stops)

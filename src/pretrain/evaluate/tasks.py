@@ -1,0 +1,137 @@
+"""Tasks: what each asks, which file it needs, and by which number a model is judged.
+
+The table is tasks.toml, one section a task; a file in the documented form (docs/tasks.md) is a task
+too, whose kind is told by the fields of its records. A name that is not in the table, a file that
+is not there, and one that is not the file of the definition are refused with what would be legal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.resources
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["choice", "cloze", "schema", "answer", "pair", "text"]
+# Of each kind all metrics there are, its own first.
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "choice": (
+        "accuracy",
+        "accuracy_per_token",
+        "accuracy_per_character",
+        "accuracy_per_byte",
+        "accuracy_unconditional",
+    ),
+    "cloze": ("accuracy", "perplexity"),
+    "schema": ("accuracy",),
+    "answer": ("f1", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"),
+    "pair": ("accuracy",),
+    "text": ("bits_per_byte", "word_perplexity", "perplexity"),
+}
+# Continuations that stand for themselves have no delimiter before them.
+_WITHOUT_DELIMITER: tuple[Kind, ...] = ("pair", "text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One task's definition."""
+
+    name: str
+    kind: Kind
+    metric: str
+    """The number that the task is known by; all of its kind are reported."""
+    file: str
+    """Name of the file, in whatever folder the user keeps it."""
+    sha256: str | None = None
+    """Hash of the file; None where everybody makes his own in the documented form."""
+    form: Literal["jsonl", "six lines", "squad", "text", "lines"] = "jsonl"
+    context: str = ""
+    """Template over a record's fields; empty: the record's own context, query or question."""
+    choices: tuple[str, ...] = ()
+    """Templates; none: the record's own choices."""
+    gold: str = "gold"
+    """The field that tells the right choice: its number, or one of `labels`."""
+    labels: tuple[str, ...] = ()
+    delimiter: str = " "
+    """Stands between a context and what follows it."""
+    unconditional: str = ""
+    """Context of the p(choice) that p(choice | context) is divided by; empty: a start-of-text."""
+    description: str = ""
+    """Stands before all shots and the context."""
+    between: str = "\n\n"
+    """Stands between shots."""
+    stops: tuple[str, ...] = ("\n",)
+    """An answer ends before the first of them."""
+    max_tokens: int = 32
+    papers: tuple[str, ...] = ()
+    source: str = ""
+
+
+@cache
+def tasks() -> dict[str, Task]:
+    """The table, by name."""
+    text = importlib.resources.files("pretrain.evaluate").joinpath("tasks.toml").read_text("utf-8")
+    return {name: _task(name, fields) for name, fields in tomllib.loads(text).items()}
+
+
+def _task(name: str, fields: Mapping[str, Any]) -> Task:
+    kind: Kind = fields["kind"]
+    usual = {"metric": METRICS[kind][0]}
+    if kind in _WITHOUT_DELIMITER:
+        usual["delimiter"] = ""
+    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    task = Task(name=name, **{**usual, **fields, **lists})
+    assert task.metric in METRICS[kind], name
+    return task
+
+
+def task_of_kind(kind: Kind, file: Path) -> Task:
+    """The task that a file in the documented form is, named after it."""
+    return _task(file.name, {"kind": kind, "file": str(file)})
+
+
+def with_metric(task: Task, metric: str) -> Task:
+    """The task judged by another number of its kind. ValueError for one of another kind."""
+    if metric not in METRICS[task.kind]:
+        raise ValueError(
+            f"metric {metric} does not go with {task.name}, which is of the kind {task.kind}; "
+            f"legal: {', '.join(METRICS[task.kind])}"
+        )
+    return replace(task, metric=metric)
+
+
+def task_named(name: str) -> Task:
+    """A task of the table. ValueError with the nearest names for another."""
+    table = tasks()
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3)
+    meant = f"; is it {' or '.join(near)}?" if near else ""
+    raise ValueError(f"there is no task {name!r}{meant} There are: {', '.join(sorted(table))}")
+
+
+def find_file(task: Task, folder: Path | None) -> Path:
+    """The file of a task in the user's folder. ValueError where it is not there, or another."""
+    what = f"task {task.name} needs the file {task.file} ({task.source})"
+    if folder is None:
+        raise ValueError(
+            f"{what}; name the folder that holds it: --task-data DIR, or the environment's "
+            "PRETRAIN_TASKS"
+        )
+    path = folder / task.file
+    if not path.is_file():
+        raise ValueError(f"{what}, and there is none in {folder}")
+    if task.sha256 is not None:
+        with open(path, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != task.sha256:
+            raise ValueError(
+                f"{path} is not the file of task {task.name}: its sha256 is {found}, not "
+                f"{task.sha256}; to score it all the same: --task-file {path}"
+            )
+    return path
