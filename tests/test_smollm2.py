@@ -17,7 +17,8 @@ from pretrain.generate import Sampling, generate
 from pretrain.generate.sampling import prompt_ids
 
 pytest.importorskip("gguf")
-LAMBADA = Path(__file__).parents[2] / "shared/data/eval/lambada.jsonl"
+DATA = Path(__file__).parents[2] / "shared/data/eval"
+LAMBADA = DATA / "lambada.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -79,4 +80,46 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
         furthest = max(furthest, abs(ours - other))
     print(f"LAMBADA: {right[0]} of 500 here, {right[1]} there; furthest {furthest:.1e} nats")
     assert right[0] == right[1] > 100
+    assert furthest < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lambada", "hellaswag", "piqa", "arc_easy", "winograd"])
+def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
+    name: str, foreign: ForeignModel, tmp_path: Path
+) -> None:
+    """Log-probabilities and answers of 50 examples; lm_eval is in no extra, so it is skipped where
+    nobody has installed it."""
+    from pretrain.evaluate import ask, read_examples, task_named
+    from pretrain.evaluate.tasks import find_file
+    from pretrain.world import open_world
+
+    instances = pytest.importorskip("lm_eval.api.instance")
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    if not DATA.is_dir():
+        pytest.skip("needs shared/data/eval")
+    decoder, task = foreign.build(), task_named(name)
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(
+        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
+    )
+    harness = models.HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=8)
+    examples = read_examples(task, find_file(task, DATA), limit=50)
+    pairs = [pair for example in examples for pair in example.options(" ")]
+    requests = [
+        instances.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
+        for pair in pairs
+    ]
+    theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))
+    lines = ask(decoder, foreign.tokenizer, task, examples, world=open_world("cpu")).lines
+    furthest = 0.0
+    for line in lines:
+        found = [next(theirs) for _ in line["options"]]
+        for option, (log_p, is_greedy) in zip(line["options"], found, strict=True):
+            furthest = max(furthest, abs(option["log_p"] - log_p))
+            assert option["is_greedy"] == is_greedy
+        best, *rest = sorted((log_p for log_p, _ in found), reverse=True)
+        if rest and best - rest[0] > 1e-3:
+            assert found[line["taken"]["accuracy"]][0] == best
+    print(f"{name}: furthest {furthest:.1e} nats over {len(pairs)} pairs")
     assert furthest < 1e-3

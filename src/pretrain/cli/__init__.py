@@ -28,6 +28,7 @@ VERBS = {
     "prepare": "turn text into a prepared folder of token ids",
     "tokenizer": "train a tokenizer, encode, decode, or look inside one",
     "evaluate": "nats, perplexity and bits per byte of a model on text, and tasks",
+    "compare": "models on the same texts or tasks, with interval and p-value",
     "generate": "continue a prompt",
     "next": "the distribution over the next token",
     "export": "write a model for transformers or llama.cpp, with a certificate",

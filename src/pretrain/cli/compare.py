@@ -1,0 +1,125 @@
+"""Compare models on the same texts or tasks: the paired difference, its interval and its p-value.
+
+pretrain compare RUN OTHER --text a.jsonl           bits per byte, over the documents of the texts
+pretrain compare RUN OTHER --tasks piqa --task-data DIR        over the examples of tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pretrain.cli import scoring
+from pretrain.cli.models import HELP
+from pretrain.cli.output import Output
+
+if TYPE_CHECKING:
+    from pretrain.cli.models import OpenModel
+    from pretrain.evaluate.metrics import Array
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"two or more; the others minus the first; {HELP}",
+    )
+    scoring.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    names: list[str] = list(dict.fromkeys(arguments.models))
+    if len(names) < 2:
+        raise ValueError(f"{' '.join(arguments.models)} is one model; compare needs two or more")
+    if not (arguments.text or arguments.tasks or arguments.task_file):
+        raise ValueError("compare needs what to ask: --text FILE, --tasks NAME or --task-file FILE")
+    asked = scoring.read_asked(arguments)
+    found: dict[str, dict[tuple[str, str], Array]] = {}
+    protocol: dict[str, dict[str, str]] = {}
+    for name in names:
+        output.say(f"{name} ...")
+        found[name], protocol[name] = _statistics(name, asked, arguments)
+        for said in protocol[name].values():
+            output.say(f"  {said}")
+    rows = [
+        _row(what, (names[0], found[names[0]][what]), (name, found[name][what]), arguments.seed)
+        for name in names[1:]
+        for what in found[names[0]]
+    ]
+    for row in rows:
+        output.say(_line(row))
+    output.result({"models": names, "comparisons": rows, "protocol": protocol})
+    return 0
+
+
+def _statistics(
+    name: str, asked: list[scoring.Asked], arguments: argparse.Namespace
+) -> tuple[dict[tuple[str, str], Array], dict[str, str]]:
+    """Of one model: statistics by what was asked and its metric, and how it was asked."""
+    model = scoring.open_scored(name, arguments)
+    found: dict[tuple[str, str], Array] = {}
+    protocol: dict[str, str] = {}
+    for text in arguments.text or []:
+        protocol["text"] = scoring.text_protocol(model, arguments.stride)
+        found[text, "bits_per_byte"] = _documents(model, text, arguments)
+    for each in asked:
+        results = scoring.answers_of(model, each, arguments.stride)
+        protocol[each.task.name] = f"{each.task.name}: {each.protocol(model, results)}"
+        found[each.task.name, each.task.metric] = results.statistics[each.task.metric]
+    return found, protocol
+
+
+def _documents(model: OpenModel, file: str, arguments: argparse.Namespace) -> Array:
+    """Bits and bytes of each document (documents, 2)."""
+    import numpy as np
+
+    from pretrain.corpus import read_documents
+    from pretrain.evaluate import score_each
+    from pretrain.model import Objective
+
+    texts = [d.text for d in read_documents(file, text_field=arguments.text_field)]
+    scores = score_each(
+        Objective(model.decoder),
+        model.tokenizer,
+        texts,
+        world=model.world,
+        precision=model.precision,
+        stride=arguments.stride,
+    )
+    return np.array([(s.nats / math.log(2), s.bytes) for s in scores], np.float64)
+
+
+def _row(
+    what: tuple[str, str], first: tuple[str, Array], second: tuple[str, Array], seed: int
+) -> dict[str, Any]:
+    from pretrain.evaluate.errors import compare
+    from pretrain.evaluate.metrics import value
+
+    on, metric = what
+    difference = compare(metric, second[1], first[1], seed=seed)
+    return {
+        "on": on,
+        "metric": metric,
+        "examples": len(first[1]),
+        "first": first[0],
+        "second": second[0],
+        "first_value": float(value(metric, first[1].sum(0))),
+        "second_value": float(value(metric, second[1].sum(0))),
+        **asdict(difference),
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    said = (
+        f"{row['on']}, {row['metric']}: {row['second']} {row['second_value']:.4f} - {row['first']} "
+        f"{row['first_value']:.4f} = {row['difference']:+.4f}"
+    )
+    if row["p"] is None:
+        return f"{said}; {row['examples']} document or example is too few for an interval"
+    return (
+        f"{said}, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}, p = {row['p']:.4f}, over "
+        f"{row['examples']:,} pairs; from {row['detectable']:.4f} on a difference is seen"
+    )
