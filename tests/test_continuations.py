@@ -146,6 +146,16 @@ def test_a_continuation_longer_than_the_context_is_counted_whole(model: OpenMode
     assert answer.nats == pytest.approx(by_hand(model, list(ids), 10, contexts), rel=1e-9)
 
 
+def test_greedy_is_asked_of_every_window(model: OpenModel) -> None:
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 400, CONTEXT + 1)]
+    with torch.no_grad():  # the second window reads the last of these alone
+        likeliest = model.decoder.logits(model.decoder(torch.tensor([ids[-1:]])))[0, -1].argmax()
+    pair = Pair((*ids, int(likeliest)), 1)
+    assert list(windows_of(pair, context_length=CONTEXT, stride=CONTEXT))[1][2] == 1
+    alone, whole = score_pairs(model.decoder, [Pair(pair.ids[-2:], 1), pair], world=model.world)
+    assert (alone.is_greedy, whole.is_greedy) == (True, False)
+
+
 def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model: OpenModel) -> None:
     tokenizer = model.tokenizer
     start = tokenizer.start_of_text

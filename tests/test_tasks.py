@@ -16,9 +16,10 @@ import torch
 
 from pretrain.cli import main
 from pretrain.cli.models import OpenModel, open_model
+from pretrain.evaluate import Answer
 from pretrain.evaluate.examples import Example, kind_of_file, read_examples, with_shots
 from pretrain.evaluate.metrics import exact_match, f1, normalized, statistics_of_answer, value
-from pretrain.evaluate.results import Results, ask
+from pretrain.evaluate.results import Results, _of_choices, ask
 from pretrain.evaluate.tasks import METRICS, Task, find_file, task_named, task_of_kind, tasks
 
 DATA = Path(__file__).parents[2] / "shared/data/eval"
@@ -226,6 +227,21 @@ def test_choices_are_judged_by_every_normalisation(model: OpenModel, tmp_path: P
         assert float(value(metric, results.statistics[metric].sum(0))) == sum(each) / 3
     # The normalisations are not one and the same.
     assert len({json.dumps(results.lines[0]["taken"][m]) for m in right}) > 1
+
+
+def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
+    """Log-probabilities under which each takes another choice."""
+    texts = ("ab", "éééé", "abcdef")
+    options = [Answer(nats, tokens, False, False) for nats, tokens in ((6, 1), (9, 2), (11, 4))]
+    line: dict[str, Any] = {"options": [{"unconditional_log_p": p} for p in (-7.0, -12.0, -10.0)]}
+    _of_choices(Example(("",), texts), options, line)
+    assert line["taken"] == {
+        "accuracy": 0,  # -6, -9, -11
+        "accuracy_per_token": 2,  # -6, -4.5, -2.75
+        "accuracy_per_character": 2,  # -3, -2.25, -1.83
+        "accuracy_per_byte": 1,  # -3, -1.13, -1.83
+        "accuracy_unconditional": 1,  # 1, 3, -1
+    }
 
 
 def test_a_cloze_is_right_where_greedy_decoding_writes_it(model: OpenModel, tmp_path: Path) -> None:
