@@ -62,6 +62,14 @@ def test_one_example_has_no_error() -> None:
     assert (found.difference, found.stderr, found.p) == (1.0, None, None)
 
 
+def test_equal_answers_show_nothing_of_what_could_be_seen() -> None:
+    rows = np.ones((5, 2))
+    found = estimate("accuracy", rows, seed=1)
+    assert (found.value, found.stderr, found.detectable) == (1.0, 0.0, None)
+    same = compare("accuracy", rows, rows, seed=1)
+    assert (same.difference, same.stderr, same.p, same.detectable) == (0.0, 0.0, 1.0, None)
+
+
 def test_a_difference_is_found_where_there_is_one() -> None:
     strong, weak = right_or_wrong(0.7, 400, seed=8), right_or_wrong(0.5, 400, seed=9)
     found = compare("accuracy", strong, weak, seed=1)

@@ -119,7 +119,8 @@ def _line(row: dict[str, Any]) -> str:
     )
     if row["p"] is None:
         return f"{said}; {row['examples']} document or example is too few for an interval"
+    seen = f"; from {row['detectable']:.4f} on a difference is seen" if row["detectable"] else ""
     return (
         f"{said}, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}, p = {row['p']:.4f}, over "
-        f"{row['examples']:,} pairs; from {row['detectable']:.4f} on a difference is seen"
+        f"{row['examples']:,} pairs{seen}"
     )

@@ -57,7 +57,8 @@ def estimate(metric: str, statistics: Array, *, seed: int) -> Estimate:
     if len(statistics) < 2:
         return Estimate(whole, None, None)
     spread = _finite_std(value(metric, _resampled(statistics, seed)))
-    detectable = None if spread is None else _detectable(math.sqrt(2) * spread)
+    # Where all examples gave the same, nothing is known of how they differ.
+    detectable = _detectable(math.sqrt(2) * spread) if spread else None
     return Estimate(whole, spread, detectable)
 
 
@@ -74,12 +75,13 @@ def compare(metric: str, first: Array, second: Array, *, seed: int) -> Differenc
     spread = _finite_std(drawn)
     if spread is None:
         return Difference(float(whole), None, None, None, None, None)
+    detectable = _detectable(spread) if spread else None
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
     exchanged = np.concatenate(list(_exchanged(metric, first, second, seed)))
     # A hair of rounding must not make an equal difference a smaller one.
     as_large = np.abs(exchanged) >= abs(float(whole)) * (1 - 1e-9) - 1e-15
     p = (1 + int(as_large.sum())) / (1 + len(exchanged))
-    return Difference(float(whole), spread, float(low), float(high), p, _detectable(spread))
+    return Difference(float(whole), spread, float(low), float(high), p, detectable)
 
 
 def _difference(metric: str, first: Array, second: Array) -> Array:
