@@ -179,7 +179,7 @@ def test_an_ordinary_page_is_let_pass(rule: Rule) -> None:
         (rules.torch_distributed, "pretrain.world", "import torch.distributed"),
         (rules.torch_distributed, "pretrain.checkpoint.save", "import torch.distributed"),
         (rules.environment_reads, "pretrain.world", "def f():\n    return os.environ"),
-        (rules.environment_reads, "pretrain.cli.train", "def f():\n    return os.environ"),
+        (rules.environment_reads, "pretrain.cli.verbs.train", "def f():\n    return os.environ"),
     ],
 )
 def test_the_rooms_for_it_may(rule: Rule, name: str, text: str) -> None:

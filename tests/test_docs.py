@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.cli import VERBS, doctor, main
-from pretrain.cli.verify import EXACT, NOT_JUDGED, Check
+from pretrain.cli import VERBS, main
+from pretrain.cli.verbs import doctor
+from pretrain.cli.verbs.verify import EXACT, NOT_JUDGED, Check
 from pretrain.config import SECTIONS
 from pretrain.model.families import FAMILIES
 from tiny import TINY

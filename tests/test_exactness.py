@@ -178,7 +178,7 @@ def test_a_run_that_died_before_it_was_decided_is_resumed(
     words = [str(corpus), *TINY, "--train.steps", "4", "--run", str(tmp_path / "run")]
     before = os.fork()
     if before == 0:
-        from pretrain.cli import train as verb
+        from pretrain.cli.verbs import train as verb
 
         name = {"preparing": "_prepare", "deciding": "_decide"}[stage]
         setattr(verb, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))

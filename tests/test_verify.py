@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.cli import main, verify
+from pretrain.cli import main
 from pretrain.cli.resuming import read_run
+from pretrain.cli.verbs import verify
 from tiny import TINY
 
 PLANTED = Path(__file__).with_name("planted_leg.py")
@@ -92,7 +93,7 @@ def test_a_machine_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All but the compiler, which takes longer than all the rest, and has a test of its own."""
-    from pretrain.cli import doctor
+    from pretrain.cli.verbs import doctor
 
     monkeypatch.chdir(tmp_path)
     skipped = verify.Check(verify.NOT_JUDGED, "not now")
@@ -115,7 +116,7 @@ def test_a_machine_is_looked_at(
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_eager_ones() -> None:
-    from pretrain.cli import doctor
+    from pretrain.cli.verbs import doctor
     from pretrain.world import open_world
 
     check = doctor._compiled(open_world("cpu"))

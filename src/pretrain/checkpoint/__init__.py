@@ -27,19 +27,12 @@ if TYPE_CHECKING:
         save_checkpoint,
     )
 
-_HOMES = {
-    "BackgroundSaver": "save",
-    "Checkpoint": "load",
-    "DamagedCheckpoint": "load",
-    "RunLock": "lock",
-    "checkpoint_name": "save",
-    "forget_after": "save",
-    "list_checkpoints": "load",
-    "newest_good": "load",
-    "open_checkpoint": "load",
-    "prune": "save",
-    "save_checkpoint": "save",
+_NAMES = {
+    "load": "Checkpoint DamagedCheckpoint list_checkpoints newest_good open_checkpoint",
+    "lock": "RunLock",
+    "save": "BackgroundSaver checkpoint_name forget_after prune save_checkpoint",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "BackgroundSaver",
     "Checkpoint",

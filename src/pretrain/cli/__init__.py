@@ -1,5 +1,5 @@
-"""The command line: one verb a file, each thin. `main` finds the verb, runs it, and turns errors
-into exit codes.
+"""The command line: one verb a file in `verbs`, each thin, and beside them what several share.
+`main` finds the verb, runs it, and turns errors into exit codes.
 
 0 done; 2 the user's mistake, in a sentence; 1 ours, with a traceback; 130 and 143 stopped by a
 signal with everything saved; 75 stopped by a full disk. Only the chosen verb's file is imported, so
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     yield_idle_cores()
     # A module cannot be called as Python's own word is.
-    module = import_module(f"pretrain.cli.{'importing' if verb == 'import' else verb}")
+    module = import_module(f"pretrain.cli.verbs.{'importing' if verb == 'import' else verb}")
     parser = argparse.ArgumentParser(
         prog=f"pretrain {verb}",
         description=module.__doc__,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.cli.output import Output
-from pretrain.cli.train import resume
+from pretrain.cli.verbs.train import resume
 from pretrain.train.signals import Ends
 
 

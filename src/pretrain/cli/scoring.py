@@ -15,6 +15,7 @@ from pretrain.evaluate.tasks import Task, find_file, task_named, task_of_kind, w
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
+    from pretrain.evaluate import Score
     from pretrain.evaluate.metrics import Array
     from pretrain.evaluate.results import Results
 
@@ -136,6 +137,26 @@ def answers_of(model: OpenModel, asked: Asked, stride: int | None) -> Results:
         precision=model.precision,
         stride=stride,
     )
+
+
+def score_documents(
+    model: OpenModel, file: str, arguments: argparse.Namespace
+) -> tuple[list[str], list[Score]]:
+    """The texts of a file, and what the model makes of each."""
+    from pretrain.corpus import read_documents
+    from pretrain.evaluate import score_each
+    from pretrain.model import Objective
+
+    texts = [document.text for document in read_documents(file, text_field=arguments.text_field)]
+    scores = score_each(
+        Objective(model.decoder),
+        model.tokenizer,
+        texts,
+        world=model.world,
+        precision=model.precision,
+        stride=arguments.stride,
+    )
+    return texts, scores
 
 
 def text_protocol(model: OpenModel, stride: int | None) -> str:

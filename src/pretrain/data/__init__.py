@@ -17,17 +17,14 @@ if TYPE_CHECKING:
     from pretrain.data.preparation import prepare
     from pretrain.data.shards import PreparedData, TokenStream, open_prepared
 
-_HOMES = {
-    "DataConfig": "config",
-    "MicroBatch": "batches",
-    "Order": "order",
-    "PreparedData": "shards",
-    "TokenStream": "shards",
-    "evaluation_batches": "batches",
-    "micro_batch_at": "batches",
-    "open_prepared": "shards",
-    "prepare": "preparation",
+_NAMES = {
+    "batches": "MicroBatch evaluation_batches micro_batch_at",
+    "config": "DataConfig",
+    "order": "Order",
+    "preparation": "prepare",
+    "shards": "PreparedData TokenStream open_prepared",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "DataConfig",
     "MicroBatch",

@@ -21,26 +21,16 @@ if TYPE_CHECKING:
     from pretrain.evaluate.scorer import Score, byte_lengths, score, score_each, score_texts
     from pretrain.evaluate.tasks import Task, task_named
 
-_HOMES = {
-    "Answer": "continuations",
-    "Example": "examples",
-    "Pair": "continuations",
-    "Results": "results",
-    "Score": "scorer",
-    "Task": "tasks",
-    "ask": "results",
-    "byte_lengths": "scorer",
-    "compare": "errors",
-    "encode_pair": "continuations",
-    "estimate": "errors",
-    "measure_baselines": "baselines",
-    "read_examples": "examples",
-    "score": "scorer",
-    "score_each": "scorer",
-    "score_pairs": "continuations",
-    "score_texts": "scorer",
-    "task_named": "tasks",
+_NAMES = {
+    "baselines": "measure_baselines",
+    "continuations": "Answer Pair encode_pair score_pairs",
+    "errors": "compare estimate",
+    "examples": "Example read_examples",
+    "results": "Results ask",
+    "scorer": "Score byte_lengths score score_each score_texts",
+    "tasks": "Task task_named",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "Answer",
     "Example",

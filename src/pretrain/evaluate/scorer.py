@@ -34,6 +34,9 @@ class Score:
     tokens: int
     bytes: int
 
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
     @property
     def nats_per_token(self) -> float:
         return self.nats / self.tokens if self.tokens else math.nan
@@ -105,7 +108,7 @@ def score_texts(
 ) -> Score:
     """The sum of `score_each`."""
     each = score_each(objective, tokenizer, texts, world=world, precision=precision, stride=stride)
-    return Score(sum(s.nats for s in each), sum(s.tokens for s in each), sum(s.bytes for s in each))
+    return sum(each, Score(0.0, 0, 0))
 
 
 def score_each(

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from pretrain.export.layouts import FormatError
     from pretrain.export.opening import open_foreign
 
-_HOMES = {
-    "Exported": "certificate",
-    "certify": "certificate",
-    "ForeignModel": "foreign",
-    "write_gguf": "gguf",
-    "write_hugging_face": "hugging_face",
-    "FormatError": "layouts",
-    "open_foreign": "opening",
+_NAMES = {
+    "certificate": "Exported certify",
+    "foreign": "ForeignModel",
+    "gguf": "write_gguf",
+    "hugging_face": "write_hugging_face",
+    "layouts": "FormatError",
+    "opening": "open_foreign",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "Exported",
     "ForeignModel",

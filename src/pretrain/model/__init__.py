@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from pretrain.model.layers import KeyValueCache
     from pretrain.model.objective import Objective
 
-_HOMES = {
-    "ModelConfig": "config",
-    "n_parameters": "config",
-    "Decoder": "decoder",
-    "build": "decoder",
-    "KeyValueCache": "layers",
-    "Objective": "objective",
+_NAMES = {
+    "config": "ModelConfig n_parameters",
+    "decoder": "Decoder build",
+    "layers": "KeyValueCache",
+    "objective": "Objective",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = ["Decoder", "KeyValueCache", "ModelConfig", "Objective", "build", "n_parameters"]
 
 

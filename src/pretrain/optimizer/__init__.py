@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from pretrain.optimizer.grouped import build_optimizer, clip_gradients
     from pretrain.optimizer.schedule import rate_at, schedule_at
 
-_HOMES = {
-    "OptimizerConfig": "config",
-    "ScheduleConfig": "config",
-    "build_optimizer": "grouped",
-    "clip_gradients": "grouped",
-    "rate_at": "schedule",
-    "schedule_at": "schedule",
+_NAMES = {
+    "config": "OptimizerConfig ScheduleConfig",
+    "grouped": "build_optimizer clip_gradients",
+    "schedule": "rate_at schedule_at",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",

@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from pretrain.train.loop import train
     from pretrain.train.steps import StepReport, train_step, training_steps
 
-_HOMES = {
-    "StepReport": "steps",
-    "TrainConfig": "config",
-    "train": "loop",
-    "train_step": "steps",
-    "training_steps": "steps",
+_NAMES = {
+    "config": "TrainConfig",
+    "loop": "train",
+    "steps": "StepReport train_step training_steps",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = ["StepReport", "TrainConfig", "train", "train_step", "training_steps"]
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
 from pretrain.cli.resuming import read_run
-from pretrain.cli.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
+from pretrain.cli.verbs.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
 
 if TYPE_CHECKING:
     import torch

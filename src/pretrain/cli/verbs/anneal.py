@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pretrain.cli.extend import add_run_arguments, go_on
 from pretrain.cli.output import Output
+from pretrain.cli.verbs.extend import add_run_arguments, go_on
 from pretrain.optimizer.continuation import Curve, anneal
 
 TAKES_SETTINGS = True

@@ -17,7 +17,7 @@ from pathlib import Path
 from pretrain.cli.continuing import Continuation, given_settings, was_begun
 from pretrain.cli.output import Output
 from pretrain.cli.resuming import read_run
-from pretrain.cli.train import add_accept, resume
+from pretrain.cli.verbs.train import add_accept, resume
 from pretrain.config import Layer, parse_overrides
 from pretrain.optimizer.continuation import Curve, extend
 

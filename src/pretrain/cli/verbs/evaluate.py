@@ -22,7 +22,6 @@ from pretrain.cli.output import Output, plain
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
     from pretrain.evaluate import Score
-    from pretrain.model import Objective
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,15 +88,16 @@ def _line(metric: str, found: dict[str, Any], *, is_main: bool) -> str:
 
 
 def _score_texts(model: OpenModel, arguments: argparse.Namespace) -> dict[str, Any]:
-    from pretrain.model import Objective
+    from pretrain.evaluate import Score
 
-    objective = Objective(model.decoder)
     if arguments.text is None:
-        return {"held-out split": _score_split(model, objective, arguments.stride)}
-    return {
-        name: _score_file(model, objective, name, arguments.text_field, arguments.stride)
-        for name in arguments.text
-    }
+        return {"held-out split": _score_split(model, arguments.stride)}
+    rows = {}
+    for name in arguments.text:
+        texts, scores = scoring.score_documents(model, name, arguments)
+        n_words = sum(len(text.split()) for text in texts)
+        rows[name] = _row(sum(scores, Score(0.0, 0, 0)), n_words)
+    return rows
 
 
 def _row(score: Score, words: int) -> dict[str, Any]:
@@ -110,29 +110,12 @@ def _row(score: Score, words: int) -> dict[str, Any]:
     }
 
 
-def _score_file(
-    model: OpenModel, objective: Objective, name: str, text_field: str | None, stride: int | None
-) -> dict[str, Any]:
-    from pretrain.corpus import read_documents
-    from pretrain.evaluate import score_texts
-
-    texts = [document.text for document in read_documents(name, text_field=text_field)]
-    score = score_texts(
-        objective,
-        model.tokenizer,
-        texts,
-        world=model.world,
-        precision=model.precision,
-        stride=stride,
-    )
-    return _row(score, sum(len(text.split()) for text in texts))
-
-
-def _score_split(model: OpenModel, objective: Objective, stride: int | None) -> dict[str, Any]:
+def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
     from pretrain.cli.places import prepared
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.scorer import EVALUATION_TOKENS
+    from pretrain.model import Objective
 
     seen = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")
     if seen is None:
@@ -155,7 +138,7 @@ def _score_split(model: OpenModel, objective: Objective, stride: int | None) -> 
         stride=stride,
     )
     result = score(
-        objective,
+        Objective(model.decoder),
         batches,
         byte_lengths_V=byte_lengths(model.tokenizer),
         world=model.world,

@@ -16,7 +16,6 @@ from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
 
 if TYPE_CHECKING:
-    from pretrain.cli.models import OpenModel
     from pretrain.evaluate.metrics import Array
 
 
@@ -59,37 +58,21 @@ def _statistics(
     name: str, asked: list[scoring.Asked], arguments: argparse.Namespace
 ) -> tuple[dict[tuple[str, str], Array], dict[str, str]]:
     """Of one model: statistics by what was asked and its metric, and how it was asked."""
+    import numpy as np
+
     model = scoring.open_scored(name, arguments)
     found: dict[tuple[str, str], Array] = {}
     protocol: dict[str, str] = {}
     for text in arguments.text or []:
         protocol["text"] = scoring.text_protocol(model, arguments.stride)
-        found[text, "bits_per_byte"] = _documents(model, text, arguments)
+        _, scores = scoring.score_documents(model, text, arguments)
+        bits = [(score.nats / math.log(2), score.bytes) for score in scores]
+        found[text, "bits_per_byte"] = np.array(bits, np.float64)
     for each in asked:
         results = scoring.answers_of(model, each, arguments.stride)
         protocol[each.task.name] = f"{each.task.name}: {each.protocol(model, results)}"
         found[each.task.name, each.task.metric] = results.statistics[each.task.metric]
     return found, protocol
-
-
-def _documents(model: OpenModel, file: str, arguments: argparse.Namespace) -> Array:
-    """Bits and bytes of each document (documents, 2)."""
-    import numpy as np
-
-    from pretrain.corpus import read_documents
-    from pretrain.evaluate import score_each
-    from pretrain.model import Objective
-
-    texts = [d.text for d in read_documents(file, text_field=arguments.text_field)]
-    scores = score_each(
-        Objective(model.decoder),
-        model.tokenizer,
-        texts,
-        world=model.world,
-        precision=model.precision,
-        stride=arguments.stride,
-    )
-    return np.array([(s.nats / math.log(2), s.bytes) for s in scores], np.float64)
 
 
 def _row(
