@@ -25,6 +25,7 @@ import generating
 import shakespeare
 import starting
 import throughput
+import waiting
 from rows import OURS, Row, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
@@ -41,12 +42,13 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
         yield from throughput.measure(
             nanogpt=nanogpt, litgpt=litgpt, rounds=asked.rounds + 2, compiled=compiled
         )
+    yield from waiting.measure(rounds=5 * asked.rounds)
     yield from generating.measure(nanogpt=nanogpt, rounds=asked.rounds)
     if asked.long:
         yield from corpus_size.measure(rounds=asked.rounds + 4)
     if nanogpt and asked.shakespeare:
         yield from shakespeare.measure(
-            nanogpt=Path(nanogpt), text=asked.shakespeare, rounds=asked.rounds
+            nanogpt=Path(nanogpt), text=asked.shakespeare, rounds=asked.rounds, far=asked.long
         )
 
 

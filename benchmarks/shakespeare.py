@@ -3,12 +3,15 @@ a CPU, and to 1.55 nats, which no table of counts reaches.
 
 python benchmarks/shakespeare.py --nanogpt CHECKOUT --text tinyshakespeare.txt [--rounds 3]
 
-In the first race nanoGPT runs its README's CPU recipe, unmodified, in the second the best setting
-of it that was found (LOG.md). Ours runs the recipe `characters` for so few steps that it is still
-better. Both get the whole machine, by turns. Both are scored over the whole last tenth of the text,
-each character once: ours by its summary.json, nanoGPT's checkpoint here, in windows of its context
-that do not overlap. Times are of whole processes, from the command to the prompt; nanoGPT's
-preparation of the text is not counted, ours is.
+In the first race nanoGPT runs its README's CPU recipe, unmodified, in the second (--far) the best
+setting of it that was found (LOG.md) for a time that we have; where it does not come to 1.55 nats,
+its time is less than what it would need. Ours runs the recipe `characters` for so few steps that it
+is there.
+
+Both get the whole machine, by turns. Both are scored over the whole last tenth of the text, each
+character once: ours by its summary.json, nanoGPT's checkpoint here, in windows of its context that
+do not overlap. Times are of whole processes, from the command to the prompt; nanoGPT's preparation
+of the text is not counted, ours is.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +54,9 @@ RACES = (
     Race(
         to="1.55 nats",
         nanogpt=ON_A_CPU + "--compile=False --block_size=128 --batch_size=16 --n_layer=4 "
-        "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 "
-        "--learning_rate=3e-3 --min_lr=3e-4 --eval_interval=2000",
-        steps=200,
+        "--n_head=4 --n_embd=128 --max_iters=3000 --lr_decay_iters=3000 --dropout=0.0 "
+        "--learning_rate=3e-3 --min_lr=3e-4 --eval_interval=3000",
+        steps=300,
     ),
 )
 COMMAND = "train characters --train.evaluate_every 1000000".split()
@@ -112,14 +115,12 @@ def by_ours(text: Path, run: Path, *, steps: int, seed: int) -> tuple[float, flo
     return seconds, summary["train_seconds"], summary["val_nats_per_token"]
 
 
-def measure(
-    *, nanogpt: Path, text: Path, rounds: int, races: Sequence[Race] = RACES
-) -> Iterator[Row]:
+def measure(*, nanogpt: Path, text: Path, rounds: int, far: bool = False) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         peer = shutil.copytree(nanogpt, Path(name) / "nanoGPT")
         shutil.copy(text, peer / "data/shakespeare_char/input.txt")
         timed([sys.executable, "data/shakespeare_char/prepare.py"], cwd=peer)
-        for race in races:
+        for race in RACES if far else RACES[:1]:
             yield from _run(race, peer, text, rounds=rounds)
 
 
@@ -142,6 +143,9 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, a plain file")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--far", action="store_true", help="the second race too, ten minutes a round"
+    )
     asked = parser.parse_args()
     print("\n".join(table(measure(**vars(asked)))))
     for race in RACES:
