@@ -19,7 +19,6 @@ from pretrain.export.architectures import KEYS, from_description, is_native, to_
 from pretrain.export.certificate import TEXTS
 from pretrain.export.layouts import deinterleave, interleave
 from pretrain.generate import Sampling, generate, generate_ids
-from pretrain.generate.sampling import prompt_ids
 from pretrain.model import Decoder, ModelConfig
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from test_sentencepiece import LLAMA, trained
@@ -206,7 +205,7 @@ def test_their_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == ours.end_of_text
     for text in (texts[0], *(TEXTS if kind != "characters" else ())):
         ids = ours.encode(text).tolist()
-        assert tokenizer(text)["input_ids"] == prompt_ids(ours, text)
+        assert tokenizer(text)["input_ids"] == ours.encode_prompt(text)
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
         if kind not in ("gpt", "characters"):
             assert tokenizer.decode(ids) == text
@@ -223,10 +222,10 @@ def test_a_start_of_its_own_stands_before_their_texts_and_is_dropped_here(tmp_pa
     folder = written(tmp_path / "out", decoder, ours)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert tokenizer(text)["input_ids"] == prompt_ids(ours, text)
+        assert tokenizer(text)["input_ids"] == ours.encode_prompt(text)
         assert tokenizer(text)["input_ids"][0] == ours.start_of_text != ours.end_of_text
     pair = tokenizer("a", "b")["input_ids"]
-    assert pair == [*prompt_ids(ours, "a"), *prompt_ids(ours, "b")]
+    assert pair == [*ours.encode_prompt("a"), *ours.encode_prompt("b")]
     content = json.loads((folder / "tokenizer.json").read_text())
     assert content["post_processor"]["type"] == "TemplateProcessing"
     again = load_tokenizer(folder)

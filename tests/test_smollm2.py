@@ -14,7 +14,6 @@ import torch
 
 from pretrain.export import ForeignModel, open_foreign, write_hugging_face
 from pretrain.generate import Sampling, generate
-from pretrain.generate.sampling import prompt_ids
 
 pytest.importorskip("gguf")
 DATA = Path(__file__).parents[2] / "shared/data/eval"
@@ -60,7 +59,7 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
     right, furthest = [0, 0], 0.0
     lines = LAMBADA.read_text(encoding="utf-8").splitlines()[:500]
     for line in map(json.loads, lines):
-        context = prompt_ids(foreign.tokenizer, line["context"])
+        context = foreign.tokenizer.encode_prompt(line["context"])
         word = " " + line["continuation"]
         ids = torch.tensor([context + foreign.tokenizer.encode(word).tolist()])
         # Their tokenizer begins a text as ours begins a prompt; a continuation begins nothing.

@@ -231,16 +231,18 @@ def test_choices_are_judged_by_every_normalisation(model: OpenModel, tmp_path: P
 
 def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
     """Log-probabilities under which each takes another choice."""
-    texts = ("ab", "éééé", "abcdef")
-    options = [Answer(nats, tokens, False, False) for nats, tokens in ((6, 1), (9, 2), (11, 4))]
-    line: dict[str, Any] = {"options": [{"unconditional_log_p": p} for p in (-7.0, -12.0, -10.0)]}
+    texts = ("a", "ab", "a" * 9, "é" * 8, "ab")
+    nats_tokens = ((2.0, 1), (5.0, 5), (9.0, 2), (9.6, 2), (8.0, 1))
+    options = [Answer(nats, tokens, False, False) for nats, tokens in nats_tokens]
+    alone = [{"unconditional_log_p": p} for p in (-2.0, -5.0, -9.0, -9.0, -20.0)]
+    line: dict[str, Any] = {"options": alone}
     _of_choices(Example(("",), texts), options, line)
     assert line["taken"] == {
-        "accuracy": 0,  # -6, -9, -11
-        "accuracy_per_token": 2,  # -6, -4.5, -2.75
-        "accuracy_per_character": 2,  # -3, -2.25, -1.83
-        "accuracy_per_byte": 1,  # -3, -1.13, -1.83
-        "accuracy_unconditional": 1,  # 1, 3, -1
+        "accuracy": 0,  # -2, -5, -9, -9.6, -8
+        "accuracy_per_token": 1,  # -2, -1, -4.5, -4.8, -8
+        "accuracy_per_character": 2,  # -2, -2.5, -1, -1.2, -4
+        "accuracy_per_byte": 3,  # -2, -2.5, -1, -0.6, -4
+        "accuracy_unconditional": 4,  # 0, 0, 0, -0.6, 12
     }
 
 
@@ -446,3 +448,33 @@ def test_the_hash_of_a_definition_is_of_the_whole_file(tmp_path: Path) -> None:
     path = written(tmp_path, RECORDS["choice"], "piqa.jsonl")
     task = replace(task_named("piqa"), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     assert find_file(task, tmp_path) == path
+
+
+def test_an_option_without_effect_is_refused(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, said = tmp_path / "a.txt", tmp_path / "said.jsonl"
+    text.write_text("the people of the union")
+    said.write_text("kept")
+    words = ["evaluate", str(finished_run), "--text", str(text)]
+    for more in (["--limit", "2"], ["--start-of-text", "never"], ["--answers", str(said)]):
+        assert main([*words, *more]) == 2
+        assert f"{more[0]} is for tasks" in capsys.readouterr().err
+    assert said.read_text() == "kept"
+
+
+def test_what_was_cut_is_said_once_an_example(model: OpenModel, tmp_path: Path) -> None:
+    context = model.decoder.config.window_tokens
+    long = "the people of the union " * context
+    task = task_of_kind("choice", tmp_path)
+    results = asked(model, task, [Example((long,), ("a", "b", "c")), Example(("the",), ("a", "b"))])
+    assert results.n_cut == 1
+    # A text is read to its end in windows: nothing of it is lost.
+    assert asked(model, task_of_kind("text", tmp_path), [Example(("",), (long,))]).n_cut == 0
+
+
+def test_a_record_with_two_prompts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text(json.dumps({"context": "A passage.", "question": "Who?", "answers": ["I"]}))
+    with pytest.raises(ValueError, match="line 1: context and question are one field"):
+        read_examples(task_of_kind("answer", path), path)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DATA_VARIABLE = "PRETRAIN_TASKS"
 _STARTS = {"model": None, "always": True, "never": False}
+# What a text does not ask for, and what it is when it was not given.
+_OF_TASKS = {"metric": None, "limit": None, "answers": None, "shots": 0, "start_of_text": "model"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,10 @@ class Asked:
     def protocol(self, model: OpenModel, results: Results) -> str:
         """How the task was asked, in a line."""
         tokenizer, n = model.tokenizer, len(self.examples)
-        start = tokenizer.entry(tokenizer.start_of_text) if tokenizer.begins_texts else "nothing"
+        begins = tokenizer.begins_texts or self.task.kind in ("pair", "text")
+        start = tokenizer.entry(tokenizer.start_of_text) if begins else "nothing"
         shots = f"{self.shots} shots of seed {self.seed}" if self.shots else "no shots"
-        cut = f", {results.n_cut:,} contexts cut from the left" if results.n_cut else ""
+        cut = f", {results.n_cut:,} of them cut from the left" if results.n_cut else ""
         return (
             f"{self.task.kind}, {n:,} example{'' if n == 1 else 's'}, {shots}, {start} before a "
             f"context, {self.task.delimiter!r} behind it, in {model.precision}{cut}"
@@ -88,6 +91,10 @@ def read_asked(arguments: argparse.Namespace) -> list[Asked]:
 
     for name in arguments.text or []:
         list_files(name)  # a wrong path is said at once
+    idle = [name for name, usual in _OF_TASKS.items() if getattr(arguments, name, usual) != usual]
+    if idle and not (arguments.tasks or arguments.task_file):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"{names} is for tasks; give --tasks or --task-file with it")
     for option, least in (("stride", 1), ("limit", 1), ("shots", 0), ("seed", 0)):
         given = getattr(arguments, option)
         if given is not None and given < least:
@@ -159,7 +166,7 @@ def score_documents(
     return texts, scores
 
 
-def text_protocol(model: OpenModel, stride: int | None) -> str:
+def text_protocol(model: OpenModel, stride: int | None, *, of: str = "each text") -> str:
     """How texts are scored, in a line. ValueError for a stride that does not fit the context."""
     from pretrain.data.batches import checked_stride
 
@@ -168,7 +175,7 @@ def text_protocol(model: OpenModel, stride: int | None) -> str:
     overlap = f"overlap by {context - step}" if step < context else "do not overlap"
     start = model.tokenizer.entry(model.tokenizer.start_of_text)
     return (
-        f"windows of {context} tokens that {overlap}, every token counted once, each text from "
+        f"windows of {context} tokens that {overlap}, every token counted once, {of} from "
         f"{start} on, in {model.precision}"
     )
 

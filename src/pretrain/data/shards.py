@@ -194,10 +194,18 @@ class TokenStream:
 def _read_at(file: BinaryIO, position: int, n_bytes: int) -> bytes:
     """The bytes from there on, fewer where the file ends. Threads and forked processes may share
     the file where a system reads by position, which Windows does not."""
-    if hasattr(os, "pread"):
-        return os.pread(file.fileno(), n_bytes, position)
-    file.seek(position)
-    return file.read(n_bytes)
+    parts = []
+    while n_bytes:  # a read may return less than it was asked for
+        if hasattr(os, "pread"):
+            part = os.pread(file.fileno(), n_bytes, position)
+        else:
+            file.seek(position)
+            part = file.read(n_bytes)
+        if not part:
+            break
+        parts.append(part)
+        position, n_bytes = position + len(part), n_bytes - len(part)
+    return b"".join(parts)
 
 
 class PreparedData:

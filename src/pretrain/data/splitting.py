@@ -19,7 +19,7 @@ from pretrain.data.manifest import SplitName
 VAL_BYTES = 400_000
 """Validation text aimed at by default: enough that the loss's standard error is well below 1 %."""
 MOST_VAL_BYTES = 2_000_000
-"""Of more text a five hundredth, up to this: to score it takes a small machine half a minute."""
+"""Of more text a five hundredth, up to this: it is scored at the end of a run, however short."""
 MIN_DOCUMENTS = 20
 """With fewer different documents, whole ones are too coarse a measure: each document's end is
 validation instead."""

@@ -104,11 +104,14 @@ def score_pairs(
     context = decoder.config.window_tokens
     stride = checked_stride(stride, context)
     windows: list[_Window] = []
+    cut: set[int] = set()
     for number, pair in enumerate(pairs):
         if not 1 <= pair.n_context < len(pair.ids):
             raise ValueError(f"{pair.n_context} of {len(pair.ids)} ids are context; legal: 1 up")
         for start, stop, n in windows_of(pair, context_length=context, stride=stride):
             inputs, targets = pair.ids[start:stop], pair.ids[stop + 1 - n : stop + 1]
+            if stop + 1 - n == pair.n_context and start:  # the first window
+                cut.add(number)
             windows.append(_Window(number, inputs, targets))
     nats, greedy = [0.0] * len(pairs), [True] * len(pairs)
     for batch in _batches(windows, batch_tokens):
@@ -118,8 +121,7 @@ def score_pairs(
             nats[window.pair] += part
             greedy[window.pair] &= likeliest
     return [
-        Answer(nats[n], len(p.ids) - p.n_context, greedy[n], len(p.ids) - 1 > context)
-        for n, p in enumerate(pairs)
+        Answer(nats[n], len(p.ids) - p.n_context, greedy[n], n in cut) for n, p in enumerate(pairs)
     ]
 
 

@@ -125,7 +125,10 @@ def _records(form: str, path: Path) -> Iterator[tuple[str, Record]]:
 
 def _text_of(path: Path) -> str:
     try:
-        data = b"".join(read_chunks(list_files(path)[0], report=ReadingReport()))
+        first, *more = list_files(path)
+        if more:
+            raise ValueError(f"{path} is {1 + len(more)} files; legal: one")
+        data = b"".join(read_chunks(first, report=ReadingReport()))
         return data.decode("utf-8-sig")
     except (DamagedStreamError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
@@ -173,7 +176,10 @@ def _example(task: Task, record: Record) -> Example:
 
 
 def _context(record: Record) -> str:
-    name = next((name for name in _CONTEXTS if name in record), _CONTEXTS[0])
+    names = [name for name in _CONTEXTS if name in record] or [_CONTEXTS[0]]
+    if len(names) > 1:
+        raise _Missing(f"{' and '.join(names)} are one field; legal: all of the prompt in one")
+    (name,) = names
     found = record.get(name)
     if not isinstance(found, str):  # an empty one is legal: a start-of-text is the context
         raise _Missing(f"{name} is {found!r:.60}; legal: a text")

@@ -35,7 +35,7 @@ class Results:
     lines: list[dict[str, Any]]
     """What was said to each example, for people to look at."""
     n_cut: int
-    """Contexts that did not fit the model and lost their left."""
+    """Examples of which a context did not fit the model and lost its left."""
 
 
 def ask(
@@ -59,8 +59,10 @@ def ask(
     plain, alone = iter(answers[: len(asked)]), iter(answers[len(asked) :])
     rows: Rows = {}
     lines: list[dict[str, Any]] = []
+    n_cut = 0
     for number, example in enumerate(examples):
         options = [next(plain) for _ in example.options("")]
+        n_cut += any(option.is_cut for option in options)
         line: dict[str, Any] = {"example": number, "gold": example.gold}
         line["options"] = [
             {"log_p": -o.nats, "tokens": o.tokens, "is_greedy": o.is_greedy} for o in options
@@ -71,7 +73,7 @@ def ask(
         for metric, row in _ROWS[task.kind](example, options, line).items():
             rows.setdefault(metric, []).append(row)
         lines.append(line)
-    return Results(_arrays(rows), lines, sum(a.is_cut for a in answers[: len(asked)]))
+    return Results(_arrays(rows), lines, n_cut)
 
 
 def _unconditional(task: Task, examples: Sequence[Example]) -> list[tuple[str, str]]:
@@ -154,7 +156,9 @@ def _open_answers(
     precision: str,
 ) -> Results:
     """Greedy answers, cut before the first of the task's stops."""
-    room = max(1, decoder.config.window_tokens - task.max_tokens)
+    window = decoder.config.window_tokens
+    # At least half of the window is the prompt's: an answer may outgrow it.
+    room = max(1, window // 2, window - task.max_tokens)
     # Ids after which nothing of the text is kept, so that nothing more needs to be written.
     stops = [stop.encode() for stop in task.stops]
     ends = {i for i in range(tokenizer.vocab_size) if _begins(tokenizer.token_bytes(i), stops)}

@@ -132,6 +132,6 @@ def find_file(task: Task, folder: Path | None) -> Path:
         if found != task.sha256:
             raise ValueError(
                 f"{path} is not the file of task {task.name}: its sha256 is {found}, not "
-                f"{task.sha256}; to score it all the same: --task-file {path}"
+                f"{task.sha256}; --task-file takes any file in the form of docs/tasks.md"
             )
     return path

@@ -26,7 +26,6 @@ import torch
 from pretrain import __version__
 from pretrain.evaluate import Score
 from pretrain.export.witness import CANNOT_RUN
-from pretrain.generate.sampling import prompt_ids
 from pretrain.model import Decoder
 from pretrain.model.random import uniform
 from pretrain.tokenizer import Tokenizer
@@ -162,7 +161,7 @@ def _request(exported: Exported, text: str, library: str, threads: int) -> dict[
     decoder, tokenizer = exported.decoder, exported.tokenizer
     context = decoder.config.window_tokens
     length = max(1, min(_LONGEST_ROW, context, _MOST_LOGITS // tokenizer.vocab_size // _ROWS))
-    start = prompt_ids(tokenizer, text)
+    start = tokenizer.encode_prompt(text)
     # The text itself, and ids from all over the vocabulary.
     index = torch.arange((_ROWS - 1) * length)
     scattered = (uniform(1, "certificate", index) * tokenizer.vocab_size).long()
@@ -268,7 +267,7 @@ def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any])
         if tokenizer.kind == "gpt":  # where words end, but not how many spaces, is in its ids
             decoded, back = "".join(decoded.split()), "".join(back.split())
         # llama.cpp keeps the space that SentencePiece puts before a text.
-        same = theirs == ids and prompt == prompt_ids(tokenizer, text)
+        same = theirs == ids and prompt == tokenizer.encode_prompt(text)
         if not same or decoded not in (back, (tokenizer.space_prefix or "") and f" {back}"):
             difference = {"text": text, "ours": ids, "theirs": theirs, "decoded": decoded}
             wrong.append({**difference, "their_prompt": prompt})

@@ -137,12 +137,6 @@ def generate_ids(
     return [list(takewhile(lambda id_: id_ not in ends, row)) for row in rows]
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
-    """The ids of a prompt as texts begin for this model: behind a start-of-text, as every document
-    stood in training, unless somebody else's tokenizer puts none there."""
-    return tokenizer.encode_prompt(prompt, special=special)
-
-
 def generate(
     decoder: Decoder,
     tokenizer: Tokenizer,
@@ -157,7 +151,7 @@ def generate(
     ends them. With `special` the names of special tokens in the prompt stand for them."""
     completions = generate_ids(
         decoder,
-        prompt_ids(tokenizer, prompt, special=special),
+        tokenizer.encode_prompt(prompt, special=special),
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
@@ -171,6 +165,6 @@ def next_distribution(
     decoder: Decoder, tokenizer: Tokenizer, prompt: str, *, special: bool = False
 ) -> Tensor:
     """Probabilities (V) of the token after `prompt`, in float64, on the CPU."""
-    ids = prompt_ids(tokenizer, prompt, special=special)[-decoder.config.window_tokens :]
+    ids = tokenizer.encode_prompt(prompt, special=special)[-decoder.config.window_tokens :]
     hidden_BTD = decoder.forward(torch.tensor([ids], device=decoder.head_weight.device))
     return decoder.logits(hidden_BTD[0, -1]).double().softmax(-1).cpu()

@@ -85,7 +85,7 @@ def rotate(x_BHTE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the positions seen so far, a pair (2, B, K, S, E) for each layer, and
+    """Keys and values of the positions seen so far, a pair of (B, K, S, E) for each layer, and
     their ids."""
 
     ids_BS: Tensor | None = None

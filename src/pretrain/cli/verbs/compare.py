@@ -101,7 +101,8 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['first_value']:.4f} = {row['difference']:+.4f}"
     )
     if row["p"] is None:
-        return f"{said}; {row['examples']} document or example is too few for an interval"
+        why = "one document or example is too few" if row["examples"] == 1 else "it is not finite"
+        return f"{said}; {why} for an interval"
     seen = f"; from {row['detectable']:.4f} on a difference is seen" if row["detectable"] else ""
     return (
         f"{said}, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}, p = {row['p']:.4f}, over "

@@ -36,13 +36,14 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     asked = scoring.read_asked(arguments)
     answers = Path(arguments.answers) if arguments.answers else None
     if answers is not None:
-        answers.write_text("", encoding="utf-8")  # what cannot be written is said at once
+        open(answers, "a").close()  # what cannot be written is said at once
     model = scoring.open_scored(arguments.model, arguments)
 
     protocol: dict[str, Any] = {}
     texts: dict[str, Any] = {}
     if arguments.text is not None or not asked:
-        protocol["text"] = scoring.text_protocol(model, arguments.stride)
+        of = "all of it, one document after the other," if arguments.text is None else "each text"
+        protocol["text"] = scoring.text_protocol(model, arguments.stride, of=of)
         output.say(f"{model.path}: {protocol['text']}")
         texts = _score_texts(model, arguments)
     for name, row in texts.items():
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"{row['bytes']:,} bytes"
         )
     tasks: dict[str, Any] = {}
+    lines: list[str] = []
     for each in asked:
         results = scoring.answers_of(model, each, arguments.stride)
         name = each.task.name
@@ -60,10 +62,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.say(f"{name}: {protocol[name]}")
         for metric, found in tasks[name]["metrics"].items():
             output.say(_line(metric, found, is_main=metric == each.task.metric))
-        if answers is not None:
-            with open(answers, "a", encoding="utf-8") as file:
-                for line in results.lines:
-                    file.write(json.dumps(plain({"task": name, **line})) + "\n")
+        lines += [json.dumps(plain({"task": name, **line})) + "\n" for line in results.lines]
+    if answers is not None:
+        answers.write_text("".join(lines), encoding="utf-8")
     output.result({"text": texts, "tasks": tasks, "protocol": protocol})
     return 0
 
