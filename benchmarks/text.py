@@ -5,8 +5,8 @@ python benchmarks/text.py --source CORPUS --out FOLDER --nanogpt CHECKOUT --nano
 The text is prepared once, and everybody gets the same ids; one document in a hundred is held out.
 Each contestant first tries --tries settings for --try-minutes each, and goes on with the one that
 models the held-out documents best: --minutes for each seed, by turns, with all cores to itself. The
-clock runs from a process' start until its weights are on the disk. Peers train by their own scripts
-with as many steps as fit, told by runs before; ours is told how many minutes are left. Scoring is
+clock runs from a process' start until its weights are on the disk. Everybody makes as many steps as
+fit, told by runs before; peers train by their own scripts. Scoring is
 outside the clock for all: every held-out token once, in windows of the contestant's own context.
 What was measured is in FOLDER/results.jsonl, and is not measured again.
 """
@@ -48,10 +48,9 @@ class Ran:
     seed: int
     minutes: float
     """of the clock that it was to fit"""
-    units: float
-    """steps of a peer; minutes that ours was told"""
-    unit_seconds: float
-    """of a typical step; a minute"""
+    steps: int
+    step_seconds: float
+    """of a typical step"""
     seconds: float
     """from the process' start until its weights were on the disk"""
     whole_seconds: float
@@ -126,20 +125,20 @@ class Contest:
         for ran in self.ran:
             if ran.asked == (who, setting, kind, minutes, seed):
                 return ran
-        units = PROBE[who] if kind in ("compiling", "probe") else self._units(who, setting, minutes)
+        steps = PROBE[who] if kind in ("compiling", "probe") else self._steps(who, setting, minutes)
         folder = self.out / "run"
         shutil.rmtree(folder, ignore_errors=True)
-        variables, words = words_of(who, setting, units)
+        variables, words = words_of(who, setting, steps)
         by = self._ours if who == OURS else self._peer
-        unit_seconds, seconds, whole, bits = by(who, variables, words, seed, kind in ("try", "run"))
+        step_seconds, seconds, whole, bits = by(who, variables, words, seed, kind in ("try", "run"))
         ran = Ran(
             who=who,
             setting=setting,
             kind=kind,
             seed=seed,
             minutes=minutes,
-            units=units,
-            unit_seconds=unit_seconds,
+            steps=steps,
+            step_seconds=step_seconds,
             seconds=seconds,
             whole_seconds=whole,
             bits_per_byte=bits,
@@ -151,20 +150,20 @@ class Contest:
         print(ran, file=sys.stderr, flush=True)
         return ran
 
-    def _units(self, who: str, setting: str, minutes: float) -> float:
+    def _steps(self, who: str, setting: str, minutes: float) -> int:
         """What fits into the clock, by the longest run of this setting and by the shortest."""
         known = sorted(
             (r for r in self.ran if (r.who, r.setting) == (who, setting) and r.kind != "compiling"),
-            key=lambda ran: ran.units,
+            key=lambda ran: ran.steps,
         )
         short, long = known[0], known[-1]
-        each = long.unit_seconds
-        if long.units > short.units:
+        each = long.step_seconds
+        if long.steps > short.steps:
             # What comes now and then, and is in no typical step.
-            slope = (long.seconds - short.seconds) / (long.units - short.units)
+            slope = (long.seconds - short.seconds) / (long.steps - short.steps)
             each = min(max(each, slope), 1.25 * each)
-        around = long.seconds - each * long.units
-        return max(PROBE[who], (PLANNED * 60 * minutes - around) / each)
+        around = long.seconds - each * long.steps
+        return max(PROBE[who], int((PLANNED * 60 * minutes - around) / each))
 
     def _ours(
         self, _: str, variables: dict[str, str], words: list[str], seed: int, __: bool
@@ -179,7 +178,8 @@ class Contest:
         counts = (summary["val_tokens"], summary["val_bytes"])
         assert counts == (self.text.n_targets, self.text.n_bytes), counts
         kept = [each.stat().st_mtime for each in folder.glob("checkpoints/*/manifest.json")]
-        return 60.0, max(kept) - began, whole, summary["val_bits_per_byte"]
+        step_seconds = summary["train_seconds"] / summary["steps"]
+        return step_seconds, max(kept) - began, whole, summary["val_bits_per_byte"]
 
     def _peer(
         self, who: str, variables: dict[str, str], words: list[str], seed: int, scored: bool
@@ -225,7 +225,7 @@ def table(tried: dict[str, list[Ran]], final: dict[str, list[Ran]]) -> Iterator[
         whole = spread([ran.whole_seconds for ran in runs], 0)
         yield f"| {who} | {bits} | {seconds} | {whole} | {runs[0].setting} |"
     for who, tries in tried.items():
-        variables, words = words_of(who, tries[0].setting, final[who][-1].units)
+        variables, words = words_of(who, tries[0].setting, final[who][-1].steps)
         before = [f"{name}={value}" for name, value in variables.items()]
         yield f"\n{who}: {' '.join([*before, *words])}"
         for ran in tries:

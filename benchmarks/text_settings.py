@@ -10,6 +10,8 @@ from itertools import dropwhile
 
 from rows import OURS
 
+from pretrain.world import open_world
+
 _BF16 = "AUTOCAST=bfloat16"
 _FAST = f"{_BF16} --compile=True"
 _CHAT = "NANOCHAT_DTYPE=bfloat16"
@@ -45,8 +47,8 @@ SETTINGS = {
         f"{_CHAT} --depth=3 {_TWICE} {_SMALL_BATCH}",
     ),
 }
-# Units of a short run that tells how long the others may be: minutes of ours, steps of others.
-PROBE = {OURS: 0.2, "nanoGPT": 20, "nanochat": 20}
+# Steps of a short run that tells how long the others may be.
+PROBE = {OURS: 40, "nanoGPT": 20, "nanochat": 20}
 
 
 def compiles(who: str, setting: str) -> bool:
@@ -54,15 +56,18 @@ def compiles(who: str, setting: str) -> bool:
     return who == "nanochat" or "--compile=True" in setting
 
 
-def words_of(who: str, setting: str, units: float) -> tuple[dict[str, str], list[str]]:
+def words_of(who: str, setting: str, steps: int) -> tuple[dict[str, str], list[str]]:
     """Environment variables, and the words that a contestant is told."""
     words = setting.split()
     flags = list(dropwhile(lambda word: not word.startswith("--"), words))
     variables = dict(word.split("=") for word in words[: len(words) - len(flags)])
     if who == OURS:
-        fixed = f"train english --train.device cpu --train.minutes {units:.3f}"
+        # As a run that is given minutes has it; but all are given steps, which other programs that
+        # run during a calibration do not change.
+        precision = "bf16" if open_world("cpu", threads=None).has_bf16_units() else "fp32"
+        fixed = f"train english --train.device cpu --train.precision {precision} "
+        fixed += f"--train.steps {steps}"
     elif who == "nanoGPT":
-        steps = int(units)
         # Its checkpoint is written at an evaluation: at the last step, which is the only one.
         fixed = (
             "--device=cpu --dtype=float32 --compile=False --block_size=256 --batch_size=8 "
@@ -76,6 +81,6 @@ def words_of(who: str, setting: str, units: float) -> tuple[dict[str, str], list
         fixed = (
             "--device-type=cpu --head-dim=64 --window-pattern=L --max-seq-len=256 "
             "--device-batch-size=16 --total-batch-size=4096 --eval-every=-1 "
-            f"--core-metric-every=-1 --sample-every=-1 --num-iterations={int(units)}"
+            f"--core-metric-every=-1 --sample-every=-1 --num-iterations={steps}"
         )
     return variables, [*fixed.split(), *flags]
