@@ -3,8 +3,8 @@ a CPU, and to 1.55 nats, which no table of counts reaches.
 
 python benchmarks/shakespeare.py --nanogpt CHECKOUT --text tinyshakespeare.txt [--rounds 3]
 
-In the first race nanoGPT runs its README's CPU recipe, unmodified, in the second (--far) the best
-setting of it that was found (LOG.md) for a time that we have; where it does not come to 1.55 nats,
+In the first race nanoGPT runs its README's CPU recipe, unmodified, in the second (--far) another
+setting, which learns faster (LOG.md), for a time that we have; where it does not come to 1.55 nats,
 its time is less than what it would need. Ours runs the recipe `characters` for so few steps that it
 is there.
 
