@@ -133,6 +133,16 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]
     return rows
 
 
+def test_a_second_model_that_cannot_be_asked_is_said_before_the_first_is(
+    finished_run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(finished_run), str(tmp_path / "none"), "--text", str(corpus)]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "none" in said.err
+    assert f"{finished_run} ..." not in said.out + said.err
+
+
 def test_compare_pairs_the_documents_of_texts(
     finished_run: Path,
     other_run: Path,

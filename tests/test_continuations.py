@@ -3,6 +3,7 @@ written out one token at a time, and to transformers."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: OpenModel) 
         pair = encode_pair(tokenizer, "of the", " sea")
         assert (pair.ids, pair.n_context) == (before[0].ids[1:], before[0].n_context - 1)
         assert encode_pair(tokenizer, "", " sea") == before[1]  # something has to stand there
+        assert not tokenizer.padded(tokenizer.vocab_size + 1).begins_texts
     finally:
         tokenizer.begins_texts = True
 
@@ -251,3 +253,18 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
             assert theirs.begins_texts is begins
             assert theirs.sha256 == tokenizer.sha256
     decoder.double()
+
+
+def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
+    model: OpenModel, tmp_path: Path
+) -> None:
+    from pretrain.export.hugging_face import _begins_texts
+
+    settings = tmp_path / "tokenizer_config.json"
+    for in_tokenizer in (True, False):
+        model.tokenizer.save(tmp_path, for_others=in_tokenizer)
+        for said, wanted in ((True, True), (False, False), (None, in_tokenizer)):
+            settings.write_text(json.dumps({"add_bos_token": said}))
+            assert _begins_texts(tmp_path) is wanted
+        settings.unlink()
+        assert _begins_texts(tmp_path) is in_tokenizer

@@ -165,6 +165,24 @@ def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
             assert back.encode(text).tolist() == ours.encode(text).tolist()
 
 
+def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> None:
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    pieces = load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA))
+    llama3 = train_tokenizer(texts, vocab_size=500, split="llama3")
+    gpt2 = train_tokenizer(texts, vocab_size=400)
+    bos, kind = "tokenizer.ggml.add_bos_token", gguf.GGUFValueType.BOOL
+    prefix = "tokenizer.ggml.add_space_prefix"
+    for ours, usual in ((pieces, True), (llama3, True), (gpt2, False)):
+        file = tmp_path / f"{ours.vocab_size}.gguf"
+        decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+        written(file, decoder, ours)
+        assert open_foreign(file).tokenizer.begins_texts is True  # as all of ours do
+        rewritten(file, keys={bos: (False, kind)})
+        assert open_foreign(file).tokenizer.begins_texts is False
+        rewritten(file, keys={bos: (None, kind), prefix: (False, kind)})
+        assert open_foreign(file).tokenizer.begins_texts is usual
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "kind", "message"),
     [

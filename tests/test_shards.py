@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_a_file_cut_off_under_a_run_is_an_error(folder: Path) -> None:
     assert len(stream.read(0, 100_000)) == 100_000
     with pytest.raises(ValueError, match=r"train\.bin: ends at byte 200,064: the file was cut off"):
         stream.read(99_000, 101_000)
+
+
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="read by position where a system can")
+def test_a_read_goes_on_until_all_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, plain = open_prepared(folder).split("train"), os.pread
+    wanted = stream.read(5, 5005)
+    monkeypatch.setattr(os, "pread", lambda file, n, at: plain(file, min(n, 999), at))
+    assert np.array_equal(stream.read(5, 5005), wanted)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is resident")

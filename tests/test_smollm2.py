@@ -90,8 +90,8 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
 ) -> None:
     """Log-probabilities and answers of 50 examples; lm_eval is in no extra, so it is skipped where
     nobody has installed it."""
+    from pretrain.cli.scoring import find_file, text_of
     from pretrain.evaluate import ask, read_examples, task_named
-    from pretrain.evaluate.tasks import find_file
     from pretrain.world import open_world
 
     instances = pytest.importorskip("lm_eval.api.instance")
@@ -104,7 +104,7 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
         tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
     )
     harness = models.HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=8)
-    examples = read_examples(task, find_file(task, DATA), limit=50)
+    examples = read_examples(task, text_of(find_file(task, DATA)), limit=50)
     pairs = [pair for example in examples for pair in example.options(" ")]
     requests = [
         instances.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)

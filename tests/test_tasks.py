@@ -16,11 +16,12 @@ import torch
 
 from pretrain.cli import main
 from pretrain.cli.models import OpenModel, open_model
+from pretrain.cli.scoring import find_file, text_of
 from pretrain.evaluate import Answer
-from pretrain.evaluate.examples import Example, kind_of_file, read_examples, with_shots
+from pretrain.evaluate.examples import Example, kind_of, read_examples, with_shots
 from pretrain.evaluate.metrics import exact_match, f1, normalized, statistics_of_answer, value
 from pretrain.evaluate.results import Results, _of_choices, ask
-from pretrain.evaluate.tasks import METRICS, Task, find_file, task_named, task_of_kind, tasks
+from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind, tasks
 
 DATA = Path(__file__).parents[2] / "shared/data/eval"
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -56,6 +57,10 @@ def written(folder: Path, records: list[dict[str, Any]], name: str = "mine.jsonl
     return path
 
 
+def examples_of(task: Task, path: Path, limit: int | None = None) -> list[Example]:
+    return read_examples(task, text_of(path), file=str(path), limit=limit)
+
+
 def asked(model: OpenModel, task: Task, examples: list[Example]) -> Results:
     return ask(model.decoder, model.tokenizer, task, examples, world=model.world)
 
@@ -77,13 +82,13 @@ def log_p(model: OpenModel, context: str, continuation: str) -> list[float]:
 @pytest.mark.parametrize("kind", RECORDS)
 def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
     path = written(tmp_path, RECORDS[kind])
-    assert kind_of_file(path) == kind
-    task = task_of_kind(kind_of_file(path), path)
-    assert len(read_examples(task, path)) == len(RECORDS[kind])
-    assert len(read_examples(task, path, limit=1)) == 1
+    assert kind_of(text_of(path)) == kind
+    task = task_of_kind(kind_of(text_of(path)), str(path))
+    assert len(examples_of(task, path)) == len(RECORDS[kind])
+    assert len(examples_of(task, path, limit=1)) == 1
     packed = tmp_path / "mine.jsonl.bz2"
     packed.write_bytes(bz2.compress(path.read_bytes()))
-    assert read_examples(task, packed) == read_examples(task, path)
+    assert examples_of(task, packed) == examples_of(task, path)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_a_record_that_is_none_is_refused_with_its_line(
     records = [RECORDS[kind][0], RECORDS[kind][0] | change]
     path = written(tmp_path, records)
     with pytest.raises(ValueError, match="line 2: .*" + said):
-        read_examples(task_of_kind(kind_of_file(path), path), path)
+        examples_of(task_of_kind(kind_of(text_of(path)), str(path)), path)
 
 
 def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
@@ -121,7 +126,7 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
         path = tmp_path / "mine.jsonl"
         path.write_text(content)
         with pytest.raises(ValueError, match=said):
-            kind_of_file(path)
+            kind_of(text_of(path))
 
 
 def test_every_definition_is_whole() -> None:
@@ -154,7 +159,7 @@ def test_definitions_read_the_files_they_name() -> None:
     counts = {}
     for name, task in there.items():
         assert task.sha256 is not None
-        counts[name] = len(read_examples(task, find_file(task, DATA)))
+        counts[name] = len(examples_of(task, find_file(task, DATA)))
     wanted = {"lambada": 5153, "hellaswag": 10042, "piqa": 1838, "winograd": 273, "xquad_en": 1190}
     assert wanted.items() <= counts.items()
 
@@ -162,24 +167,24 @@ def test_definitions_read_the_files_they_name() -> None:
 def test_prompts_are_made_of_a_record_s_fields(tmp_path: Path) -> None:
     record = {"context": "Ann fell.", "question": "Why?", "answerA": "ice", "answerB": "fog"}
     path = written(tmp_path, [record | {"answerC": "rain", "label": "2"}])
-    (example,) = read_examples(task_named("siqa"), path)
+    (example,) = examples_of(task_named("siqa"), path)
     assert example == Example(("Q: Ann fell. Why?\nA:",), ("ice", "fog", "rain"), gold=1)
     path = written(tmp_path, [record | {"label": "2"}])
     with pytest.raises(ValueError, match="field 'answerC' of the prompt is not there"):
-        read_examples(task_named("siqa"), path)
+        examples_of(task_named("siqa"), path)
     path = written(tmp_path, [record | {"answerC": "rain", "label": "4"}])
     with pytest.raises(ValueError, match="legal: 1, 2, 3"):
-        read_examples(task_named("siqa"), path)
+        examples_of(task_named("siqa"), path)
     path = written(tmp_path, [{"question": "who was it", "answer": ["Ahab"]}])
-    (example,) = read_examples(task_named("nq_open"), path)
+    (example,) = examples_of(task_named("nq_open"), path)
     assert example.contexts == ("Q: who was it?\nA:",)
 
 
 def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path) -> None:
     records = [{"query": f"Q{n}", "choices": [f"a{n}", f"b{n}"], "gold": n % 2} for n in range(9)]
     path = written(tmp_path, records)
-    task = task_of_kind("choice", path)
-    examples = read_examples(task, path)
+    task = task_of_kind("choice", str(path))
+    examples = examples_of(task, path)
     shown = with_shots(task, examples, shots=3, seed=1)
     assert shown == with_shots(task, examples, shots=3, seed=1)
     assert shown != with_shots(task, examples, shots=3, seed=2)
@@ -196,13 +201,13 @@ def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path
     with pytest.raises(ValueError, match="legal: fewer than there are"):
         with_shots(task, examples, shots=9, seed=1)
     with pytest.raises(ValueError, match="takes no shots"):
-        with_shots(task_of_kind("pair", path), examples, shots=1, seed=1)
+        with_shots(task_of_kind("pair", str(path)), examples, shots=1, seed=1)
 
 
 def test_choices_are_judged_by_every_normalisation(model: OpenModel, tmp_path: Path) -> None:
     path = written(tmp_path, RECORDS["choice"])
-    task = task_of_kind("choice", path)
-    results = asked(model, task, read_examples(task, path))
+    task = task_of_kind("choice", str(path))
+    results = asked(model, task, examples_of(task, path))
     right: dict[str, list[float]] = {metric: [] for metric in METRICS["choice"]}
     for record, line in zip(RECORDS["choice"], results.lines, strict=True):
         tokens = [log_p(model, record["query"], " " + c) for c in record["choices"]]
@@ -253,7 +258,7 @@ def test_a_cloze_is_right_where_greedy_decoding_writes_it(model: OpenModel, tmp_
     (ids,) = generate_ids(model.decoder, prompt, max_tokens=1, sampling=Sampling(temperature=0.0))
     word = model.tokenizer.decode(ids)
     # Whatever the tiny run writes, white space too, is the whole continuation.
-    task = replace(task_of_kind("cloze", tmp_path), delimiter="")
+    task = replace(task_of_kind("cloze", "mine"), delimiter="")
     words = [word, " Zanzibar"]
     results = asked(model, task, [Example(("the people of the",), (each,)) for each in words])
     assert results.statistics["accuracy"][:, 0].tolist() == [1.0, 0.0]
@@ -266,8 +271,8 @@ def test_schemas_compare_one_continuation_under_each_context(
     model: OpenModel, tmp_path: Path
 ) -> None:
     path = written(tmp_path, RECORDS["schema"])
-    task = task_of_kind("schema", path)
-    results = asked(model, task, read_examples(task, path))
+    task = task_of_kind("schema", str(path))
+    results = asked(model, task, examples_of(task, path))
     for record, line in zip(RECORDS["schema"], results.lines, strict=True):
         sums = [
             sum(log_p(model, c, " " + record["continuation"])) for c in record["context_options"]
@@ -277,8 +282,8 @@ def test_schemas_compare_one_continuation_under_each_context(
 
 
 def test_pairs_and_texts_stand_for_themselves(model: OpenModel, tmp_path: Path) -> None:
-    task = task_of_kind("pair", written(tmp_path, RECORDS["pair"]))
-    results = asked(model, task, read_examples(task, Path(task.file)))
+    task = task_of_kind("pair", str(written(tmp_path, RECORDS["pair"])))
+    results = asked(model, task, examples_of(task, Path(task.file)))
     good, bad = (sum(log_p(model, "", RECORDS["pair"][0][name])) for name in ("good", "bad"))
     assert [o["log_p"] for o in results.lines[0]["options"]] == pytest.approx([good, bad])
     assert results.statistics["accuracy"][0, 0] == float(good >= bad)
@@ -286,8 +291,8 @@ def test_pairs_and_texts_stand_for_themselves(model: OpenModel, tmp_path: Path) 
     from pretrain.evaluate import score_texts
     from pretrain.model import Objective
 
-    task = task_of_kind("text", written(tmp_path, RECORDS["text"]))
-    results = asked(model, task, read_examples(task, Path(task.file)))
+    task = task_of_kind("text", str(written(tmp_path, RECORDS["text"])))
+    results = asked(model, task, examples_of(task, Path(task.file)))
     texts = [record["text"] for record in RECORDS["text"]]
     score = score_texts(Objective(model.decoder), model.tokenizer, texts, world=model.world)
     sums = {metric: rows.sum(0) for metric, rows in results.statistics.items()}
@@ -308,11 +313,12 @@ def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
         sampling=Sampling(temperature=0.0),
     )[0]  # fmt: skip
     stop = text.strip()[len(text.strip()) // 2]
-    task = replace(task_of_kind("answer", path), stops=(stop, "\n"), max_tokens=12)
-    (example,) = read_examples(task, path)
-    (line,) = asked(model, task, [example]).lines
+    task = replace(task_of_kind("answer", str(path)), max_tokens=12)
+    (example,) = examples_of(task, path)
     wanted = min(text.split(stop)[0], text.split("\n")[0], key=len).strip()
-    assert line["answer"] == wanted
+    for stops in ((stop, "\n"), ("\n", stop)):
+        task = replace(task, stops=stops)
+        assert asked(model, task, [example]).lines[0]["answer"] == wanted
     if wanted:
         right = Example(example.contexts, (f"The {wanted}!",))
         results = asked(model, task, [right])
@@ -466,15 +472,42 @@ def test_an_option_without_effect_is_refused(
 def test_what_was_cut_is_said_once_an_example(model: OpenModel, tmp_path: Path) -> None:
     context = model.decoder.config.window_tokens
     long = "the people of the union " * context
-    task = task_of_kind("choice", tmp_path)
+    task = task_of_kind("choice", "mine")
     results = asked(model, task, [Example((long,), ("a", "b", "c")), Example(("the",), ("a", "b"))])
     assert results.n_cut == 1
     # A text is read to its end in windows: nothing of it is lost.
-    assert asked(model, task_of_kind("text", tmp_path), [Example(("",), (long,))]).n_cut == 0
+    assert asked(model, task_of_kind("text", "mine"), [Example(("",), (long,))]).n_cut == 0
+
+
+def test_half_of_the_window_is_left_to_a_prompt(model: OpenModel) -> None:
+    window = model.decoder.config.window_tokens
+    task = replace(task_of_kind("answer", "mine"), max_tokens=window)
+    prompts = ["The people", "the people of the union " * window]
+    results = asked(model, task, [Example((prompt,), ("x",)) for prompt in prompts])
+    assert 1 < len(model.tokenizer.encode_prompt(prompts[0])) <= window // 2
+    assert results.n_cut == 1
 
 
 def test_a_record_with_two_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"context": "A passage.", "question": "Who?", "answers": ["I"]}))
     with pytest.raises(ValueError, match="line 1: context and question are one field"):
-        read_examples(task_of_kind("answer", path), path)
+        examples_of(task_of_kind("answer", str(path)), path)
+
+
+def test_old_answers_outlive_a_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, said = written(tmp_path, RECORDS["choice"]), tmp_path / "said.jsonl"
+    said.write_text("kept")
+    words = ["--task-file", str(file), "--answers", str(said)]
+    assert main(["evaluate", str(tmp_path / "none"), *words]) == 2
+    assert "none" in capsys.readouterr().err
+    assert said.read_text() == "kept"
+
+
+def test_a_task_is_one_file(tmp_path: Path) -> None:
+    written(tmp_path, RECORDS["choice"], "a.jsonl")
+    written(tmp_path, RECORDS["choice"], "b.jsonl")
+    with pytest.raises(ValueError, match="is 2 files; legal: one"):
+        text_of(tmp_path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-# How often a thread of GNU's OpenMP looks whether there is more to do before it sleeps: some 60
+# How often a thread of GNU's OpenMP looks whether there is more to do before it sleeps: some 70
 # microseconds. Its own 300,000 keep a core from whoever has work, this program's other threads too.
 SPINS = 3000
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.evaluate.examples import Example, kind_of_file, read_examples, with_shots
+from pretrain.evaluate.examples import Example, kind_of, read_examples, with_shots
 from pretrain.evaluate.metrics import statistics_of_answer
-from pretrain.evaluate.tasks import Task, find_file, task_named, task_of_kind, with_metric
+from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
@@ -104,11 +105,47 @@ def read_asked(arguments: argparse.Namespace) -> list[Asked]:
     named = [name.strip() for name in (arguments.tasks or "").split(",") if name.strip()]
     found = [(task, find_file(task, folder)) for task in map(task_named, dict.fromkeys(named))]
     for name in dict.fromkeys(arguments.task_file or []):
-        task = task_of_kind(kind_of_file(Path(name)), Path(name))
-        found.append((replace(task, name=name), Path(name)))
+        task = task_of_kind(kind_of(text_of(Path(name)), file=name), name)
+        found.append((task, Path(name)))
     if arguments.tasks is not None and not named:
         raise ValueError("--tasks names no task")
     return [_asked(task, path, arguments) for task, path in found]
+
+
+def find_file(task: Task, folder: Path | None) -> Path:
+    """The file of a task in the user's folder. ValueError where it is not there, or another."""
+    what = f"task {task.name} needs the file {task.file} ({task.source})"
+    if folder is None:
+        raise ValueError(
+            f"{what}; name the folder that holds it: --task-data DIR, or the environment's "
+            "PRETRAIN_TASKS"
+        )
+    path = folder / task.file
+    if not path.is_file():
+        raise ValueError(f"{what}, and there is none in {folder}")
+    if task.sha256 is not None:
+        with open(path, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != task.sha256:
+            raise ValueError(
+                f"{path} is not the file of task {task.name}: its sha256 is {found}, not "
+                f"{task.sha256}; --task-file takes any file in the form of docs/tasks.md"
+            )
+    return path
+
+
+def text_of(path: Path) -> str:
+    """The text of one file, compressed or not. ValueError where it cannot be read."""
+    from pretrain.corpus import ReadingReport, list_files
+    from pretrain.corpus.streams import DamagedStreamError, read_chunks
+
+    first, *more = list_files(path)
+    if more:
+        raise ValueError(f"{path} is {1 + len(more)} files; legal: one")
+    try:
+        return b"".join(read_chunks(first, report=ReadingReport())).decode("utf-8-sig")
+    except (DamagedStreamError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _asked(task: Task, path: Path, arguments: argparse.Namespace) -> Asked:
@@ -116,7 +153,7 @@ def _asked(task: Task, path: Path, arguments: argparse.Namespace) -> Asked:
         task = with_metric(task, arguments.metric)
     if task.kind == "answer":
         statistics_of_answer(task.metric, "a", ["a"])  # a library that is missing is said at once
-    examples = read_examples(task, path, limit=arguments.limit)
+    examples = read_examples(task, text_of(path), file=str(path), limit=arguments.limit)
     examples = with_shots(task, examples, shots=arguments.shots, seed=arguments.seed)
     return Asked(task, examples, arguments.shots, arguments.seed)
 

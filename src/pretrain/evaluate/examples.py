@@ -1,6 +1,6 @@
-"""Files of tasks -> examples, and the shots before them.
+"""The text of a task's file -> examples, and the shots before them.
 
-A file comes in, compressed or not, as JSON lines in the documented form (docs/tasks.md), as
+Text comes in as JSON lines in the documented form (docs/tasks.md), as
 HellaSwag's six lines an example, as SQuAD's JSON, or as plain text; examples of one shape for all
 kinds go out. What is missing in a record, or is of the wrong type, is refused with file and line.
 """
@@ -11,11 +11,8 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from pretrain.corpus import ReadingReport, list_files
-from pretrain.corpus.streams import DamagedStreamError, read_chunks
 from pretrain.evaluate.tasks import Kind, Task
 
 Record = Mapping[str, Any]
@@ -49,32 +46,34 @@ class Example:
         return [(c, delimiter + after) for c in self.contexts for after in self.continuations]
 
 
-def read_examples(task: Task, path: Path, *, limit: int | None = None) -> list[Example]:
-    """The examples of a task's file, the first `limit` of them. ValueError where there are none,
-    or one is not of the task's form."""
+def read_examples(
+    task: Task, text: str, *, file: str = "the text", limit: int | None = None
+) -> list[Example]:
+    """The examples in the text of a task's file, the first `limit` of them. ValueError, with the
+    name of the `file`, where there are none, or one is not of the task's form."""
     examples: list[Example] = []
-    for place, record in _records(task.form, path):
+    for place, record in _records(task.form, text, file):
         if len(examples) == limit:
             break
         try:
             examples.append(_example(task, record))
         except _Missing as missing:
-            raise ValueError(f"{path}, {place}: {missing}") from None
+            raise ValueError(f"{file}, {place}: {missing}") from None
     if not examples:
-        raise ValueError(f"{path} holds no example")
+        raise ValueError(f"{file} holds no example")
     return examples
 
 
-def kind_of_file(path: Path) -> Kind:
-    """What a file in the documented form asks, by its first record. ValueError where that says
+def kind_of(text: str, *, file: str = "the text") -> Kind:
+    """What a text in the documented form asks, by its first record. ValueError where that says
     nothing."""
-    for _, record in _records("jsonl", path):
+    for _, record in _records("jsonl", text, file):
         for field, kind in _TOLD_BY:
             if field in record:
                 return kind
         fields = ", ".join(field for field, _ in _TOLD_BY)
-        raise ValueError(f"{path}: nothing says what is asked; legal: one of the fields {fields}")
-    raise ValueError(f"{path} holds no example")
+        raise ValueError(f"{file}: nothing says what is asked; legal: one of the fields {fields}")
+    raise ValueError(f"{file} holds no example")
 
 
 def with_shots(task: Task, examples: Sequence[Example], *, shots: int, seed: int) -> list[Example]:
@@ -104,13 +103,12 @@ class _Missing(Exception):
     """A record is not of the documented form: what is meant instead."""
 
 
-def _records(form: str, path: Path) -> Iterator[tuple[str, Record]]:
-    """Each record of a file with its place. ValueError for a file that is no such file."""
-    text = _text_of(path)
+def _records(form: str, text: str, file: str) -> Iterator[tuple[str, Record]]:
+    """Each record with its place. ValueError for a text that is no such file's."""
     if form == "text":
         yield "all of it", {"text": text}
     elif form == "squad":
-        yield from _squad(path, text)
+        yield from _squad(text, file)
     elif form == "six lines":
         lines = text.split("\n")
         for first in range(0, len(lines) - _LINES_OF_AN_EXAMPLE + 1, _LINES_OF_AN_EXAMPLE):
@@ -120,33 +118,22 @@ def _records(form: str, path: Path) -> Iterator[tuple[str, Record]]:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 place = f"line {number}"
-                yield place, {"text": line} if form == "lines" else _object(line, path, place)
+                yield place, {"text": line} if form == "lines" else _object(line, file, place)
 
 
-def _text_of(path: Path) -> str:
-    try:
-        first, *more = list_files(path)
-        if more:
-            raise ValueError(f"{path} is {1 + len(more)} files; legal: one")
-        data = b"".join(read_chunks(first, report=ReadingReport()))
-        return data.decode("utf-8-sig")
-    except (DamagedStreamError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _object(line: str, path: Path, place: str) -> Record:
+def _object(line: str, file: str, place: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, {place} is not JSON: {error}") from None
+        raise ValueError(f"{file}, {place} is not JSON: {error}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{path}, {place} is {line:.60}; legal: an object")
+        raise ValueError(f"{file}, {place} is {line:.60}; legal: an object")
     return record
 
 
-def _squad(path: Path, text: str) -> Iterator[tuple[str, Record]]:
+def _squad(text: str, file: str) -> Iterator[tuple[str, Record]]:
     """SQuAD's JSON ("SQuAD", Rajpurkar et al., 2016): a record for each question."""
-    content = _object(text, path, "all of it")
+    content = _object(text, file, "all of it")
     try:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
@@ -155,7 +142,7 @@ def _squad(path: Path, text: str) -> Iterator[tuple[str, Record]]:
                     record = {"context": paragraph["context"], "question": asked["question"]}
                     yield f"question {asked['id']}", {**record, "answers": answers}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not SQuAD's JSON: {error!r}") from None
+        raise ValueError(f"{file} is not SQuAD's JSON: {error!r}") from None
 
 
 def _example(task: Task, record: Record) -> Example:

@@ -1,20 +1,18 @@
 """Tasks: what each asks, which file it needs, and by which number a model is judged.
 
 The table is tasks.toml, one section a task; a file in the documented form (docs/tasks.md) is a task
-too, whose kind is told by the fields of its records. A name that is not in the table, a file that
-is not there, and one that is not the file of the definition are refused with what would be legal.
+too, whose kind is told by the fields of its records. A name that is not in the table is refused
+with what would be legal.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.resources
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["choice", "cloze", "schema", "answer", "pair", "text"]
@@ -90,9 +88,9 @@ def _task(name: str, fields: Mapping[str, Any]) -> Task:
     return task
 
 
-def task_of_kind(kind: Kind, file: Path) -> Task:
+def task_of_kind(kind: Kind, file: str) -> Task:
     """The task that a file in the documented form is, named after it."""
-    return _task(file.name, {"kind": kind, "file": str(file)})
+    return _task(file, {"kind": kind, "file": file})
 
 
 def with_metric(task: Task, metric: str) -> Task:
@@ -113,25 +111,3 @@ def task_named(name: str) -> Task:
     near = difflib.get_close_matches(name, table, n=3)
     meant = f"; is it {' or '.join(near)}?" if near else ""
     raise ValueError(f"there is no task {name!r}{meant} There are: {', '.join(sorted(table))}")
-
-
-def find_file(task: Task, folder: Path | None) -> Path:
-    """The file of a task in the user's folder. ValueError where it is not there, or another."""
-    what = f"task {task.name} needs the file {task.file} ({task.source})"
-    if folder is None:
-        raise ValueError(
-            f"{what}; name the folder that holds it: --task-data DIR, or the environment's "
-            "PRETRAIN_TASKS"
-        )
-    path = folder / task.file
-    if not path.is_file():
-        raise ValueError(f"{what}, and there is none in {folder}")
-    if task.sha256 is not None:
-        with open(path, "rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != task.sha256:
-            raise ValueError(
-                f"{path} is not the file of task {task.name}: its sha256 is {found}, not "
-                f"{task.sha256}; --task-file takes any file in the form of docs/tasks.md"
-            )
-    return path

@@ -104,7 +104,7 @@ def _beginning(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer, told whether texts begin with start-of-text; where the file does not say, as
     llama.cpp has it for this vocabulary."""
     split = _SPLITS.get(values.get("tokenizer.ggml.pre", ""), ("",))[0]
-    usual = tokenizer.space_prefix is not None or split == "llama3"
+    usual = values["tokenizer.ggml.model"] == "llama" or split == "llama3"
     tokenizer.begins_texts = values.get("tokenizer.ggml.add_bos_token", usual) is True
     return tokenizer
 

@@ -20,7 +20,11 @@ __all__ = [
     "lay_out_for_generation",
     "next_distribution",
 ]
-_HOMES = {**dict.fromkeys(__all__, "sampling"), "lay_out_for_generation": "layout"}
+_NAMES = {
+    "layout": "lay_out_for_generation",
+    "sampling": "Sampling generate generate_ids next_distribution",
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if not (arguments.text or arguments.tasks or arguments.task_file):
         raise ValueError("compare needs what to ask: --text FILE, --tasks NAME or --task-file FILE")
     asked = scoring.read_asked(arguments)
+    for name in names:  # a model that cannot be opened or read so is said before one is asked
+        scoring.text_protocol(scoring.open_scored(name, arguments), arguments.stride)
     found: dict[str, dict[tuple[str, str], Array]] = {}
     protocol: dict[str, dict[str, str]] = {}
     for name in names:
