@@ -108,6 +108,7 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.Mon
     Path("questions.jsonl").write_text(
         '{"query": "It was the", "choices": ["best", "sea"], "gold": 0}'
     )
+    Path("articles.jsonl").write_text('{"title": "Whale", "text": "A whale is a mammal."}')
     Path("books").mkdir()
     Path("books/one.txt").write_text("Call me Ishmael. " * 300)
     Path("mine.yaml").write_text("data: {source: my.txt}\n")

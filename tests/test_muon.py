@@ -130,3 +130,24 @@ def test_rates_that_were_found_at_one_width_follow_another(name: Any, scale: flo
         assert followed[parameter] == pytest.approx(expected), parameter
     with pytest.raises(ValueError, match="not the width"):
         rates(64, width=None)
+
+
+def test_rates_that_were_found_with_one_batch_grow_with_the_root_of_another() -> None:
+    given = {**model_defaults({"family": "fast"}), "size": 1, "context_length": 16}
+    decoder = build(
+        ModelConfig(**{**given, "ngram_rows": 8, "longest_ngram": 2}), vocab_size=50, seed=1
+    )
+
+    def rates(tuned: int | None, batch_tokens: int) -> list[float]:
+        config = OptimizerConfig(name="muon", learning_rate=1e-2, tuned_batch_tokens=tuned)
+        optimizer = build_optimizer(
+            decoder.named_parameters(), config=config, batch_tokens=batch_tokens
+        )
+        set_learning_rate(optimizer, 1e-2)
+        return [group["lr"] for group in optimizer.param_groups]
+
+    plain = rates(None, 4096)
+    assert len(plain) == 5
+    assert rates(None, 1024) == rates(4096, 4096) == plain
+    assert rates(1024, 4096) == pytest.approx([2 * rate for rate in plain])
+    assert rates(4096, 1024) == pytest.approx([rate / 2 for rate in plain])

@@ -26,9 +26,11 @@ VERBS = {
     "extend": "make more steps with a finished run, under a schedule that is printed first",
     "anneal": "make more steps with a finished run while its learning rate falls to 0",
     "prepare": "turn text into a prepared folder of token ids",
+    "demonstrate": "write a corpus that shows tasks, from articles and aligned sentences",
     "tokenizer": "train a tokenizer, encode, decode, or look inside one",
     "evaluate": "nats, perplexity and bits per byte of a model on text, and tasks",
     "compare": "models on the same texts or tasks, with interval and p-value",
+    "ask": "an answer to a task, such as a translation or a summary",
     "generate": "continue a prompt",
     "next": "the distribution over the next token",
     "export": "write a model for transformers or llama.cpp, with a certificate",
@@ -121,7 +123,7 @@ def take_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    rows = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
     return (
         "usage: pretrain VERB ...\n\nPre-train decoder-only language models on any text, by "
         f"next-token prediction.\n\n{rows}\n\nEvery verb takes --help and --json. "

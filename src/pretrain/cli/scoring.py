@@ -183,6 +183,34 @@ def answers_of(model: OpenModel, asked: Asked, stride: int | None) -> Results:
     )
 
 
+def conditions_of(model: OpenModel, asked: Asked, stride: int | None) -> dict[str, Any]:
+    """Nats a byte of the references with the task, with another and with none; how likely chance
+    makes such differences; and the metric of answers that need no model."""
+    from pretrain.evaluate import conditions
+    from pretrain.evaluate.errors import compare
+    from pretrain.evaluate.metrics import value
+
+    found = conditions.reference_nats(
+        model.decoder,
+        model.tokenizer,
+        asked.task,
+        asked.examples,
+        world=model.world,
+        precision=model.precision,
+        stride=stride,
+    )
+    metric, without = asked.task.metric, conditions.baselines(asked.task.metric, asked.examples)
+    return {
+        conditions.METRIC: {n: float(value(conditions.METRIC, r.sum(0))) for n, r in found.items()},
+        "p": {
+            name: compare(conditions.METRIC, found["task"], rows, seed=asked.seed).p
+            for name, rows in found.items()
+            if name != "task"
+        },
+        "baselines": {n: float(value(metric, rows.sum(0))) for n, rows in without.items()},
+    }
+
+
 def score_documents(
     model: OpenModel, file: str, arguments: argparse.Namespace
 ) -> tuple[list[str], list[Score]]:

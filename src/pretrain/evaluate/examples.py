@@ -11,9 +11,10 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 from typing import Any
 
-from pretrain.evaluate.tasks import Kind, Task
+from pretrain.evaluate.tasks import Kind, Task, tasks
 
 Record = Mapping[str, Any]
 
@@ -40,6 +41,8 @@ class Example:
     continuations: tuple[str, ...]
     gold: int = 0
     """The option that is right."""
+    input: str = ""
+    """What a task with the one field `input` was asked of."""
 
     def options(self, delimiter: str) -> list[tuple[str, str]]:
         """Context and continuation of each option."""
@@ -93,6 +96,30 @@ def with_shots(task: Task, examples: Sequence[Example], *, shots: int, seed: int
         before = task.description + "".join(text + task.between for text in solved)
         found.append(replace(example, contexts=tuple(before + c for c in example.contexts)))
     return found
+
+
+def prompt(task: Task, text: str) -> str:
+    """The context in which a text alone is asked about, without shots. ValueError for a task that
+    asks for more than a text, or for something else than an answer in words."""
+    if task.name not in askable():
+        raise ValueError(f"{task.name} is not asked of a text; legal: {', '.join(askable())}")
+    field = _fields(task)
+    asked = _filled(task.context, dict.fromkeys(field, text)) if field else text
+    return task.description + asked
+
+
+def askable() -> list[str]:
+    """Names of the tasks of the table that are asked of one text and answered in words."""
+    return [t.name for t in tasks().values() if t.kind == "answer" and len(_fields(t)) < 2]
+
+
+def _fields(task: Task) -> set[str]:
+    return {field for _, field, _, _ in Formatter().parse(task.context) if field}
+
+
+def demonstration(task: Task, records: Sequence[Record]) -> str:
+    """Records of a task, solved one after the other, as shots are: text for a corpus."""
+    return task.description + task.between.join(_solved(task, _example(task, r)) for r in records)
 
 
 def _solved(task: Task, example: Example) -> str:
@@ -157,7 +184,7 @@ def _example(task: Task, record: Record) -> Example:
     if task.kind == "cloze":
         return Example((context,), (_string(record, "continuation"),))
     if task.kind == "answer":
-        return Example((context,), _references(record))
+        return Example((context,), _references(record), input=str(record.get("input", "")))
     choices = tuple(_filled(c, record) for c in task.choices) or _strings(record, "choices")
     return Example((context,), choices, _gold(task, record, choices))
 

@@ -155,38 +155,53 @@ def _open_answers(
     world: World,
     precision: str,
 ) -> Results:
-    """Greedy answers, cut before the first of the task's stops."""
-    window = decoder.config.window_tokens
-    # At least half of the window is the prompt's: an answer may outgrow it.
-    room = max(1, window // 2, window - task.max_tokens)
-    # Ids after which nothing of the text is kept, so that nothing more needs to be written.
-    stops = [stop.encode() for stop in task.stops]
-    ends = {i for i in range(tokenizer.vocab_size) if _begins(tokenizer.token_bytes(i), stops)}
-    ends |= {tokenizer.start_of_text, tokenizer.end_of_text}
+    writer = Writer(decoder, tokenizer, task, world=world, precision=precision)
     metrics = dict.fromkeys(("exact_match", "f1", task.metric))
     rows: Rows = {metric: [] for metric in metrics}
     lines: list[dict[str, Any]] = []
     n_cut = 0
     for number, example in enumerate(examples):
-        prompt = tokenizer.encode_prompt(example.contexts[0])
-        n_cut += len(prompt) > room
-        with world.autocast(precision):
-            (ids,) = generate_ids(
-                decoder,
-                prompt[-room:],
-                max_tokens=task.max_tokens,
-                sampling=Sampling(temperature=0.0),
-                ends=ends,
-            )
-        text = tokenizer.decode(ids)
-        answer = min((text.partition(stop)[0] for stop in task.stops), key=len, default=text)
+        answer, is_cut = writer.answer(example.contexts[0])
+        n_cut += is_cut
         for metric in metrics:
-            row = statistics_of_answer(metric, answer.strip(), example.continuations)
+            row = statistics_of_answer(metric, answer, example.continuations)
             rows[metric].append(row)
         lines.append(
-            {"example": number, "answer": answer.strip(), "references": list(example.continuations)}
+            {"example": number, "answer": answer, "references": list(example.continuations)}
         )
     return Results(_arrays(rows), lines, n_cut)
+
+
+class Writer:
+    """Writes a model's answers to one task: greedily, up to the first of the task's stops."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, task: Task, *, world: World, precision: str
+    ) -> None:
+        self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
+        self._world, self._precision = world, precision
+        window = decoder.config.window_tokens
+        # At least half of the window is the prompt's: an answer may outgrow it.
+        self._room = max(1, window // 2, window - task.max_tokens)
+        # Ids after which nothing of the text is kept, so that nothing more needs to be written.
+        stops = [stop.encode() for stop in task.stops]
+        ends = {i for i in range(tokenizer.vocab_size) if _begins(tokenizer.token_bytes(i), stops)}
+        self._ends = ends | {tokenizer.start_of_text, tokenizer.end_of_text}
+
+    def answer(self, context: str) -> tuple[str, bool]:
+        """The answer, without white space around it, and whether the context lost its left."""
+        ids = self._tokenizer.encode_prompt(context)
+        with self._world.autocast(self._precision):
+            (found,) = generate_ids(
+                self._decoder,
+                ids[-self._room :],
+                max_tokens=self._task.max_tokens,
+                sampling=Sampling(temperature=0.0),
+                ends=self._ends,
+            )
+        text = self._tokenizer.decode(found)
+        answer = min((text.partition(stop)[0] for stop in self._task.stops), key=len, default=text)
+        return answer.strip(), len(ids) > self._room
 
 
 def _begins(piece: bytes, stops: Sequence[bytes]) -> bool:

@@ -66,6 +66,8 @@ class Task:
     stops: tuple[str, ...] = ("\n",)
     """An answer ends before the first of them."""
     max_tokens: int = 32
+    wrong: str = ""
+    """Another task that could be asked of the same inputs, to show what naming the task does."""
     papers: tuple[str, ...] = ()
     source: str = ""
 

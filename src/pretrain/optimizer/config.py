@@ -25,6 +25,9 @@ class OptimizerConfig:
     tuned_width: int | None = None
     """the width (model.d_model) that these rates were found at: at another one the head and hidden
     matrices take others, so that the best ones stay the best; empty: as they are at any width"""
+    tuned_batch_tokens: int | None = None
+    """the train.batch_tokens that these rates were found at: a larger batch takes higher ones, by
+    the root; empty: as they are with any batch"""
     momentum: float = 0.95
     """muon's memory of the gradient"""
     weight_decay: float = 0.1
@@ -53,11 +56,10 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 yield name, f"optimizer.{name} is {value}; it must be 0 or above"
-        if self.tuned_width is not None and not 1 <= self.tuned_width <= 1 << 20:
-            yield (
-                "tuned_width",
-                f"optimizer.tuned_width is {self.tuned_width}; it must be in [1, {1 << 20:,}]",
-            )
+        for name, most in (("tuned_width", 1 << 20), ("tuned_batch_tokens", 1 << 30)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                yield name, f"optimizer.{name} is {value}; it must be in [1, {most:,}]"
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)"
@@ -80,6 +82,12 @@ class OptimizerConfig:
             raise ValueError("optimizer.tuned_width is given, but not the width of the model")
         narrower = self.tuned_width / width
         return math.sqrt(narrower) if self.name == "muon" else narrower
+
+    def batch_scale(self, batch_tokens: int) -> float:
+        """By how much all rates are multiplied where a batch is not tuned_batch_tokens: the root of
+        its size, since so much less does the mean of more gradients wander ("On the SDEs and
+        Scaling Rules for Adaptive Gradient Algorithms", Malladi et al., 2022; Muon: LOG.md)."""
+        return math.sqrt(batch_tokens / (self.tuned_batch_tokens or batch_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,8 +98,8 @@ def build_optimizer(
 ) -> GroupedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
     lookup tables are not decayed. `width` is the model's, which a config with a tuned_width asks
-    for. Gradients are means over `batch_tokens` targets. Muon's products are made in
-    `precision`."""
+    for. Gradients are means over `batch_tokens` targets, to which the rates are fitted if the
+    config has tuned_batch_tokens. Muon's products are made in `precision`."""
     with_muon = config.name == "muon"
     # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
     embedding_rate, head_rate = (
@@ -126,6 +126,9 @@ def build_optimizer(
     members: dict[str, list[nn.Parameter]] = {role: [] for role in groups}
     for name, parameter in parameters:
         members[role_of(name, parameter)].append(parameter)
+    batch_scale = config.batch_scale(batch_tokens)
+    for group in groups.values():
+        group["rate_scale"] = batch_scale * group.get("rate_scale", 1.0)
     return GroupedOptimizer(
         [{"params": members[role], **group} for role, group in groups.items() if members[role]],
         lr=config.learning_rate,

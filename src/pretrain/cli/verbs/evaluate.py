@@ -21,7 +21,10 @@ from pretrain.cli.output import Output, plain
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
-    from pretrain.evaluate import Score
+    from pretrain.evaluate import Score, Task
+
+# Of a task that is asked in several ways, answers to read.
+EXAMPLES_SHOWN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +65,14 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.say(f"{name}: {protocol[name]}")
         for metric, found in tasks[name]["metrics"].items():
             output.say(_line(metric, found, is_main=metric == each.task.metric))
+        if each.task.wrong:
+            tasks[name] |= (conditions := scoring.conditions_of(model, each, arguments.stride))
+            output.say(_conditions_line(each.task, conditions))
+            for line in results.lines[:EXAMPLES_SHOWN]:
+                asked_of = each.examples[line["example"]].input
+                output.say(
+                    f"    {asked_of}\n    -> {line['answer']}\n    ({line['references'][0]})"
+                )
         lines += [json.dumps(plain({"task": name, **line})) + "\n" for line in results.lines]
     if answers is not None:
         answers.write_text("".join(lines), encoding="utf-8")
@@ -78,6 +89,16 @@ def _task_row(asked: scoring.Asked, statistics: Any) -> dict[str, Any]:
         "examples": len(asked.examples),
         "metrics": metrics,
     }
+
+
+def _conditions_line(task: Task, found: dict[str, Any]) -> str:
+    nats, p, words = found["nats_per_byte"], found["p"], found["baselines"]
+    return (
+        f"    nats/byte of the reference: {nats['task']:.4f} with the task; {nats['wrong']:.4f} "
+        f"with {task.wrong} instead (p = {p['wrong']:.4f}); {nats['none']:.4f} with none "
+        f"(p = {p['none']:.4f})\n    {task.metric} of the input itself {words['copy']:.4f}, of its "
+        f"first sentence {words['lead']:.4f}"
+    )
 
 
 def _line(metric: str, found: dict[str, Any], *, is_main: bool) -> str:

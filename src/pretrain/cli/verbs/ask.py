@@ -1,0 +1,42 @@
+"""Ask a model a task: its answer, conditioned on the input and the task in words.
+
+pretrain ask runs/multitask-1 --task translate-en-fr --input "Two dogs play in the snow."
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from pretrain.cli.models import HELP
+from pretrain.cli.output import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument(
+        "--task", required=True, metavar="NAME", help="translate-en-fr, answer, summarize, ..."
+    )
+    parser.add_argument("--input", required=True, metavar="TEXT", help="what is asked about")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    from pretrain.evaluate.examples import prompt
+    from pretrain.evaluate.tasks import task_named
+
+    task = task_named(arguments.task)
+    context = prompt(task, arguments.input)
+
+    from pretrain.cli.models import open_model
+    from pretrain.evaluate.results import Writer
+
+    model = open_model(arguments.model, device=arguments.device)
+    writer = Writer(
+        model.decoder, model.tokenizer, task, world=model.world, precision=model.precision
+    )
+    answer, is_cut = writer.answer(context)
+    if is_cut:
+        output.say("the model reads only the end of this, which is longer than its context:")
+    output.say(f"{context}{task.delimiter}{answer}")
+    output.result({"task": task.name, "prompt": context, "answer": answer})
+    return 0

@@ -1,0 +1,147 @@
+"""Write a corpus that shows tasks: articles, and demonstrations made from them and from aligned
+sentences, all plain text, for `pretrain train multitask`. What is in test/ is not in train/.
+
+  pretrain demonstrate wikipedia.jsonl --translations multi30k/ --out demonstrations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pretrain.cli.output import Output
+from pretrain.cli.scoring import text_of
+
+DEFAULT = "demonstrations"
+TEST_FRACTION = 0.02
+# Translations that stand in one document, under one heading.
+_TOGETHER = 4
+_ALIGNED = re.compile(r"(?P<name>.*(?P<split>train|test).*)\.(?P<language>en|fr|de)(\.\w+)?")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "articles",
+        nargs="+",
+        metavar="ARTICLES",
+        help="records with a title and a text, such as an encyclopedia as JSON lines",
+    )
+    parser.add_argument(
+        "--translations",
+        metavar="DIR",
+        help="sentences, a line each, as NAME.train.en, .fr, .de and NAME.test.en, ...",
+    )
+    parser.add_argument("--out", default=DEFAULT, metavar="DIR", help=f"folder to make [{DEFAULT}]")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    out = Path(arguments.out)
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose another --out")
+    aligned = list(_aligned(Path(arguments.translations))) if arguments.translations else []
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    files = Files(partial)
+    _write_articles(arguments.articles, files)
+    _write_translations(aligned, files)
+    files.close()
+    partial.rename(out)
+    for name, count in files.counts.items():
+        output.say(f"{count:>9,}  {out / name}")
+    output.result({"out": str(out), "documents": dict(files.counts)})
+    return 0
+
+
+class Files:
+    """The JSON lines that are being written, by name, and how many each has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.counts = folder, Counter[str]()
+        self._open: dict[str, TextIO] = {}
+
+    def add(self, name: str, record: dict[str, Any]) -> None:
+        if name not in self._open:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open[name] = path.open("w", encoding="utf-8")
+        self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.counts[name] += 1
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
+
+def _write_articles(sources: list[str], files: Files) -> None:
+    from pretrain.corpus import read_documents
+    from pretrain.corpus.demonstrations import is_for_test, of_article
+
+    for document in read_documents(sources):
+        is_test = is_for_test(document.title or document.id, TEST_FRACTION)
+        record = {"id": document.id, "title": document.title, "text": document.text}
+        files.add(f"{'test' if is_test else 'train'}/articles.jsonl", record)
+        for shown in of_article(document.title, document.text) if document.title else ():
+            if is_test:
+                files.add(f"test/{shown.task}.jsonl", _question(shown))
+            else:
+                record = {"id": f"{shown.task}:{document.id}", "text": _told(shown.task, [shown])}
+                files.add(f"train/{shown.task}.jsonl", record)
+
+
+def _question(shown: Any) -> dict[str, str]:
+    return {"input": shown.input, "answer": shown.answer}
+
+
+def _told(task: str, shown: list[Any]) -> str:
+    """Demonstrations of one task as a document: just as the task's own shots are written."""
+    from pretrain.evaluate.examples import demonstration
+    from pretrain.evaluate.tasks import task_named
+
+    return demonstration(task_named(task), [_question(each) for each in shown])
+
+
+def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Split, and a sentence by language. ValueError where the files are not aligned."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
+    for path in sorted(folder.iterdir()):
+        if match := _ALIGNED.fullmatch(path.name):
+            lines = text_of(path).splitlines()
+            found[match["split"], match["name"]][match["language"]] = lines
+    if {split for split, _ in found} != {"train", "test"}:
+        raise ValueError(f"{folder} has no files such as NAME.train.en and NAME.test.en")
+    for (split, name), languages in found.items():
+        counts = {language: len(lines) for language, lines in languages.items()}
+        if "en" not in counts or len(counts) < 2 or len(set(counts.values())) > 1:
+            raise ValueError(
+                f"{folder / name} has lines {counts}; legal: as many of en and of others"
+            )
+        for sentences in zip(*languages.values(), strict=True):
+            yield split, dict(zip(languages, map(str.strip, sentences), strict=True))
+
+
+def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files) -> None:
+    from pretrain.corpus.demonstrations import Demonstration, of_sentence
+
+    asked = {text for split, each in aligned if split == "test" for text in each.values()}
+    tasks: dict[str, list[Demonstration]] = defaultdict(list)
+    for split, sentence in aligned:
+        if not all(sentence.values()):
+            continue
+        if split == "train" and not asked.isdisjoint(sentence.values()):
+            continue  # it would be in both
+        for shown in sorted(of_sentence(sentence), key=lambda each: each.task):
+            if split == "test":
+                files.add(f"test/{shown.task}.jsonl", _question(shown))
+            else:
+                tasks[shown.task].append(shown)
+    for task, every in tasks.items():
+        for first in range(0, len(every), _TOGETHER):
+            text = _told(task, every[first : first + _TOGETHER])
+            files.add("train/translate.jsonl", {"id": f"{task}:{first}", "text": text})

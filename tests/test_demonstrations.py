@@ -1,0 +1,264 @@
+"""Demonstrations of tasks: made from articles and aligned sentences, asked again with the right
+task, a wrong one and none."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.cli import main
+from pretrain.cli.models import open_model
+from pretrain.corpus.demonstrations import is_for_test, of_article, of_sentence, sentences
+from pretrain.evaluate.conditions import baselines, reference_nats
+from pretrain.evaluate.examples import Example, askable, prompt
+from pretrain.evaluate.tasks import task_named, tasks
+from test_tasks import log_p, written
+from tiny import TINY
+
+DEFINITION = "A kestrel is a small falcon that hovers over open fields while it looks for voles."
+PASSAGE = (
+    "It nests in holes of trees and in old towers. The female lays up to six eggs in April. "
+    "Dr. St. John saw one take a sparrow in 1906. Its call is a shrill series of short notes."
+)
+ARTICLE = f"Kestrel\n\n{DEFINITION} {PASSAGE}\n\nAnd more words that are cut off"
+TRIPLES = [
+    ("A dog runs.", "Un chien court.", "Ein Hund läuft."),
+    ("Two men sit.", "Deux hommes sont assis.", "Zwei Männer sitzen."),
+    ("A cat sleeps.", "Un chat dort.", "Eine Katze schläft."),
+    ("A boy reads.", "Un garçon lit.", "Ein Junge liest."),
+    ("It rains.", "Il pleut.", "Es regnet."),
+    ("A girl sings.", "Une fille chante.", "Ein Mädchen singt."),
+]
+
+
+def test_an_article_shows_a_question_a_title_and_a_summary() -> None:
+    shown = {each.task: (each.input, each.answer) for each in of_article("Kestrel", ARTICLE)}
+    assert shown == {
+        "answer": ("What is Kestrel?", DEFINITION),
+        "title": (PASSAGE, "Kestrel"),
+        "summarize": (PASSAGE, DEFINITION),
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "Kestrel", DEFINITION, f"Kestrels everywhere! {PASSAGE} End.", "is " * 400],
+    ids=["empty", "title alone", "no passage", "no definition", "no sentence"],
+)
+def test_an_article_that_does_not_define_its_title_shows_nothing(text: str) -> None:
+    assert list(of_article("Kestrel", text)) == []
+
+
+def test_a_passage_is_of_whole_sentences_and_bounded() -> None:
+    long = " ".join(f"Sentence number {n} tells one more thing about it." for n in range(100))
+    (passage, _), *_ = [
+        (e.input, e.answer) for e in of_article("K", f"{DEFINITION} {long}") if e.task == "title"
+    ]
+    assert passage.endswith("about it.")
+    assert 500 < len(passage) <= 600
+
+
+def test_abbreviations_do_not_end_a_sentence() -> None:
+    assert sentences("Mr. A. B. Smith of the U.S. Navy came. He saw it!  Was it so? Yes") == [
+        "Mr. A. B. Smith of the U.S. Navy came.",
+        "He saw it!",
+        "Was it so?",
+        "Yes",
+    ]
+
+
+def test_a_sentence_is_translated_from_and_into_english() -> None:
+    shown = [(e.task, e.input, e.answer) for e in of_sentence({"en": "a", "fr": "b", "de": "c"})]
+    assert sorted(shown) == [
+        ("translate-de-en", "c", "a"),
+        ("translate-en-de", "a", "c"),
+        ("translate-en-fr", "a", "b"),
+        ("translate-fr-en", "b", "a"),
+    ]
+
+
+def sources(folder: Path, *, test: list[int], train: list[int], articles: int = 300) -> list[str]:
+    """The words of `pretrain demonstrate` over small sources."""
+    pages = [
+        {"id": str(n), "title": f"Bird {n}", "text": ARTICLE.replace("kestrel", f"bird {n}")}
+        for n in range(articles)
+    ]
+    aligned = folder / "aligned"
+    aligned.mkdir()
+    for split, numbers in (("train", train), ("test_2016", test)):
+        for place, language in enumerate(("en", "fr", "de")):
+            lines = [TRIPLES[n][place] for n in numbers]
+            (aligned / f"small.{split}.{language}").write_text("\n".join(lines) + "\n")
+    path = written(folder, pages, "birds.jsonl")
+    return ["demonstrate", str(path), "--translations", str(aligned), "--out", str(folder / "out")]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_is_asked_in_test_is_nowhere_in_train(tmp_path: Path) -> None:
+    assert main(sources(tmp_path, test=[1], train=[0, 1, 2, 3, 4, 5, 5])) == 0
+    train, test = tmp_path / "out/train", tmp_path / "out/test"
+    told = [r["text"] for path in sorted(train.iterdir()) for r in records(path)]
+    held = [n for n in range(300) if is_for_test(f"Bird {n}", 0.02)]
+    assert [r["title"] for r in records(test / "articles.jsonl")] == [f"Bird {n}" for n in held]
+    assert 0 < len(held) < 20
+    assert len(records(train / "articles.jsonl")) == 300 - len(held)
+    for name in ("answer", "title", "summarize"):
+        questions = records(test / f"{name}.jsonl")
+        assert len(questions) == len(held)
+        for question, n in zip(questions, held, strict=True):
+            named = re.compile(rf"bird {n}\b", re.IGNORECASE)
+            assert named.search(json.dumps(question))
+            assert not any(named.search(text) for text in told)
+    assert [r["input"] for r in records(test / "translate-en-fr.jsonl")] == ["Two men sit."]
+    assert not any(sentence in text for text in told for sentence in TRIPLES[1])
+    # Four in a document, under the words that `ask` begins with; the second holds what is left.
+    french = [r["text"] for r in records(train / "translate.jsonl") if "English = F" in r["text"]]
+    assert french == [
+        "English = French\nA dog runs. = Un chien court.\nA cat sleeps. = Un chat dort.\n"
+        "A boy reads. = Un garçon lit.\nIt rains. = Il pleut.",
+        "English = French\nA girl sings. = Une fille chante.\nA girl sings. = Une fille chante.",
+    ]
+    assert prompt(task_named("translate-en-fr"), "A dog runs.") == french[0].split(" Un chien")[0]
+
+
+def test_the_folder_appears_whole_and_is_never_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = sources(tmp_path, test=[1], train=[0], articles=3)
+    (tmp_path / "out.partial/train").mkdir(parents=True)
+    (tmp_path / "out.partial/train/old.jsonl").write_text("{}")
+    assert main(words) == 0
+    assert not (tmp_path / "out/train/old.jsonl").exists()
+    assert not (tmp_path / "out.partial").exists()
+    assert main(words) == 2
+    assert "out is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "said"),
+    [
+        ("small.train.fr", "one\ntwo\nthree\n", "'fr': 3"),
+        ("other.train.de", "one\n", "other.train has lines"),
+        ("other.test.en", "one\n", "other.test has lines"),
+    ],
+)
+def test_sentences_that_are_not_aligned_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, lines: str, said: str
+) -> None:
+    words = sources(tmp_path, test=[1], train=[0, 2], articles=3)
+    (tmp_path / "aligned" / name).write_text(lines)
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_sentences_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = sources(tmp_path, test=[1], train=[0], articles=3)
+    assert main([*words, "--translations", str(tmp_path)]) == 2
+    assert "has no files such as NAME.train.en" in capsys.readouterr().err
+
+
+def test_wrong_tasks_are_asked_of_the_same_input_and_are_other_words() -> None:
+    asked = [task for task in tasks().values() if task.wrong]
+    assert len(asked) == 7
+    for task in asked:
+        assert {task.name, task.wrong} <= set(askable())
+        assert prompt(task, "x") != prompt(task_named(task.wrong), "x")
+
+
+def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -> None:
+    model = open_model(str(finished_run), device="cpu")
+    model.decoder.double()
+    task = task_named("translate-en-fr")
+    inputs, answers = ["the people", "a sea"], [("Les gens.", "Du monde."), ("mer é",)]
+    examples = [
+        Example((prompt(task, text),), references, input=text)
+        for text, references in zip(inputs, answers, strict=True)
+    ]
+    found = reference_nats(model.decoder, model.tokenizer, task, examples, world=model.world)
+    words = {
+        "task": "English = French\n{} =",
+        "wrong": "English = German\n{} =",
+        "none": "{}",
+    }
+    assert found.keys() == words.keys()
+    for name, template in words.items():
+        for row, text, (first, *_) in zip(found[name], inputs, answers, strict=True):
+            expected = -sum(log_p(model, template.format(text), " " + first))
+            assert row[0] == pytest.approx(expected, abs=1e-9)
+            assert row[1] == len(first.encode())
+
+
+def test_baselines_are_the_input_and_its_first_sentence() -> None:
+    example = Example(("x",), ("Red birds sing.",), input="Red birds fly. They eat seeds.")
+    found = baselines("f1", [example])
+    # Two of three and six words are in the reference; two of three and three.
+    assert found["copy"].tolist() == [[pytest.approx(2 * 2 / (6 + 3)), 1.0]]
+    assert found["lead"].tolist() == [[pytest.approx(2 * 2 / (3 + 3)), 1.0]]
+
+
+@pytest.fixture(scope="module")
+def multitask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the recipe, small, on demonstrations where it looks for them."""
+    folder = tmp_path_factory.mktemp("multitask")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = sources(folder, test=[1, 3], train=[0, 2, 4, 5] * 20)
+        assert main(words[:-2]) == 0
+        sizes = [*TINY, "--model.d_model", "64", "--model.ngram_rows", "64"]
+        assert main(["train", "multitask", "--run", "run", *sizes, "--train.steps", "12"]) == 0
+    return folder
+
+
+def test_evaluate_shows_the_task_a_wrong_one_and_none(
+    multitask: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = str(multitask / "run"), str(multitask / "demonstrations/test")
+    words = ["evaluate", model, "--tasks", "translate-fr-en,title", "--task-data", data, "--json"]
+    assert main([*words, "--answers", str(multitask / "said.jsonl")]) == 0
+    said, people = capsys.readouterr()
+    rows = json.loads(said)["tasks"]
+    for name in ("translate-fr-en", "title"):
+        assert rows[name]["nats_per_byte"].keys() == {"task", "wrong", "none"}
+        assert rows[name]["p"].keys() == {"wrong", "none"}
+        assert all(0 < p <= 1 for p in rows[name]["p"].values())
+        assert rows[name]["baselines"].keys() == {"copy", "lead"}
+        assert f"{rows[name]['nats_per_byte']['wrong']:.4f} with {task_named(name).wrong}" in people
+    # What `ask` says of an input is what was judged.
+    answers = [r for r in records(multitask / "said.jsonl") if r["task"] == "translate-fr-en"]
+    question = "Deux hommes sont assis."
+    asked = ["ask", model, "--task", "translate-fr-en", "--input", question, "--json"]
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "task": "translate-fr-en",
+        "prompt": f"French = English\n{question} =",
+        "answer": answers[0]["answer"],
+    }
+
+
+def test_ask_says_when_the_input_is_cut(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ask", str(finished_run), "--task", "summarize", "--input", "the sea was wide " * 20]
+    assert main(words) == 0
+    assert "longer than its context" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "said"), [("piqa", "piqa is not asked of a text"), ("sumarize", "is it summarize")]
+)
+def test_ask_refuses_what_it_cannot_ask(
+    capsys: pytest.CaptureFixture[str], task: str, said: str
+) -> None:
+    assert main(["ask", "no-model", "--task", task, "--input", "x"]) == 2
+    assert said in capsys.readouterr().err
