@@ -136,6 +136,28 @@ def test_a_finished_run_is_told_in_one_offline_page(tmp_path: Path) -> None:
     assert write_report(run).read_text(encoding="utf-8") == page.source  # a function of the files
 
 
+def test_tasks_are_drawn_with_their_errors_and_told_in_a_table(tmp_path: Path) -> None:
+    def row(step: int, value: float, name: str = "piqa", **more: object) -> str:
+        record = {"kind": "task", "step": step, "task": name, "metric": "accuracy", "value": value}
+        usual = {"stderr": 0.05, "examples": 200, "chance": 0.5, "seconds": 1.5}
+        return json.dumps(record | usual | more) + "\n"
+
+    rows = row(20, 0.45) + row(40, 0.55) + row(40, 1.25, "<b>.txt", chance=None, stderr=None)
+    page = Page(write_report(make_run(tmp_path / "run", metrics=train_line(1) + rows)))
+    assert_harmless(page)
+    told = page.flat.partition("What it can do")[2]
+    assert re.search(r"piqa ?accuracy ?0.550 ± 0.050 ?0.500 ?200 ?40", told)
+    assert re.search(r"<b>.txt ?accuracy ?1.250 ?– ?200 ?40", told)
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert "piqa, accuracy, by step: piqa 0.45 to 0.55" in labels
+    # The band goes from 0.40 and 0.50 at step 20 to 0.50 and 0.60 at step 40, upon an axis from 0
+    # to 5 % above 0.60.
+    (band,) = re.findall('<polygon class="band" points="([^"]+)"', page.source)
+    top = 0.6 + 0.05 * (0.6 - 0.4)
+    corners = [(0, 0.4), (100, 0.5), (100, 0.6), (0, 0.5)]
+    assert band.split() == [f"{x:.2f},{(top - y) / top * 100:.2f}" for x, y in corners]
+
+
 def test_an_unfinished_run_says_how_far_it_came(tmp_path: Path) -> None:
     lines = "".join(train_line(step) for step in range(1, 26))
     run = make_run(tmp_path / "run", metrics=lines + train_line(26)[:-30], is_finished=False)

@@ -24,6 +24,7 @@ import yaml
 
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data.config import DataConfig
+from pretrain.evaluate.config import EvaluateConfig
 from pretrain.model.config import ModelConfig, model_defaults, replaced_by
 from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
 from pretrain.report.config import ReportConfig
@@ -45,6 +46,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 

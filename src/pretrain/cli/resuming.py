@@ -36,6 +36,8 @@ from pretrain.train.records import SUMMARY, Records, read_json
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
 
+# What changes nothing of what is trained, and so needs nobody's word.
+_FREE = "evaluate."
 # The fingerprint has these under its own names.
 _IN_FINGERPRINT = ("train.threads", "train.device")
 
@@ -52,9 +54,10 @@ def read_run(folder: Path) -> RunConfig:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its full name, as JSON has it."""
+    """Every setting that a run hangs on, by its full name, as JSON has it."""
     flat = {f"{s}.{k}": v for s, section in to_dict(config).items() for k, v in section.items()}
-    return {name: value for name, value in flat.items() if name not in _IN_FINGERPRINT}
+    hangs = {name: value for name, value in flat.items() if not name.startswith(_FREE)}
+    return {name: value for name, value in hangs.items() if name not in _IN_FINGERPRINT}
 
 
 def with_settings(config: RunConfig, values: dict[str, Any]) -> RunConfig:

@@ -1,4 +1,5 @@
-"""What `evaluate` and `compare` share: which texts and tasks are asked, and how a model answers."""
+"""What `evaluate`, `compare` and the tasks of `train` share: which texts and tasks are asked, and
+how a model answers."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example, kind_of, read_examples, with_shots
+from pretrain.evaluate.following import Followed, followed_text
 from pretrain.evaluate.metrics import statistics_of_answer
 from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
 
@@ -100,16 +103,53 @@ def read_asked(arguments: argparse.Namespace) -> list[Asked]:
         given = getattr(arguments, option)
         if given is not None and given < least:
             raise ValueError(f"--{option} is {given}; it must be at least {least}")
-    given = arguments.task_data or os.environ.get(DATA_VARIABLE)
-    folder = Path(given) if given else None
+    folder = task_folder(arguments.task_data)
     named = [name.strip() for name in (arguments.tasks or "").split(",") if name.strip()]
     found = [(task, find_file(task, folder)) for task in map(task_named, dict.fromkeys(named))]
     for name in dict.fromkeys(arguments.task_file or []):
-        task = task_of_kind(kind_of(text_of(Path(name)), file=name), name)
-        found.append((task, Path(name)))
+        found.append((own_task(name, name=name), Path(name)))
     if arguments.tasks is not None and not named:
         raise ValueError("--tasks names no task")
     return [_asked(task, path, arguments) for task, path in found]
+
+
+def task_folder(given: str | None) -> Path | None:
+    """The folder of the tasks' files: what was given, else what the environment says."""
+    folder = given or os.environ.get(DATA_VARIABLE)
+    return Path(folder) if folder else None
+
+
+def own_task(file: str, *, name: str) -> Task:
+    """The task that a file of the user's own asks."""
+    return task_of_kind(kind_of(text_of(Path(file)), file=file), name)
+
+
+def read_followed(config: EvaluateConfig) -> list[Followed]:
+    """What a run follows: the first examples of each task, by the names of tasks and files.
+    ValueError for what `pretrain evaluate` refuses, and for two files of one name."""
+    from pretrain.corpus import list_files, read_documents
+
+    folder, found = task_folder(config.task_data), []
+    for task in map(task_named, dict.fromkeys(config.tasks)):
+        found.append(_first_examples(task, find_file(task, folder), config.examples))
+    for file in config.task_files:
+        task = own_task(file, name=Path(file).name)
+        found.append(_first_examples(task, Path(file), config.examples))
+    for file in config.texts:
+        list_files(file)
+        texts = (document.text for document in read_documents(file))
+        found.append(followed_text(Path(file).name, texts, limit=config.examples))
+    names = [followed.task.name for followed in found]
+    if double := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"{min(double)} is followed twice; records tell tasks and files apart by their names"
+        )
+    return found
+
+
+def _first_examples(task: Task, path: Path, limit: int) -> Followed:
+    examples = _examples_of(task, path, limit=limit)
+    return Followed(task, tuple(with_shots(task, examples, shots=0, seed=1)))
 
 
 def find_file(task: Task, folder: Path | None) -> Path:
@@ -117,8 +157,8 @@ def find_file(task: Task, folder: Path | None) -> Path:
     what = f"task {task.name} needs the file {task.file} ({task.source})"
     if folder is None:
         raise ValueError(
-            f"{what}; name the folder that holds it: --task-data DIR, or the environment's "
-            "PRETRAIN_TASKS"
+            f"{what}; name the folder that holds it: --task-data DIR, in a config "
+            "evaluate.task_data, or the environment's PRETRAIN_TASKS"
         )
     path = folder / task.file
     if not path.is_file():
@@ -151,11 +191,15 @@ def text_of(path: Path) -> str:
 def _asked(task: Task, path: Path, arguments: argparse.Namespace) -> Asked:
     if arguments.metric is not None:
         task = with_metric(task, arguments.metric)
-    if task.kind == "answer":
-        statistics_of_answer(task.metric, "a", ["a"])  # a library that is missing is said at once
-    examples = read_examples(task, text_of(path), file=str(path), limit=arguments.limit)
+    examples = _examples_of(task, path, limit=arguments.limit)
     examples = with_shots(task, examples, shots=arguments.shots, seed=arguments.seed)
     return Asked(task, examples, arguments.shots, arguments.seed)
+
+
+def _examples_of(task: Task, path: Path, *, limit: int | None) -> list[Example]:
+    if task.kind == "answer":
+        statistics_of_answer(task.metric, "a", ["a"])  # a library that is missing is said at once
+    return read_examples(task, text_of(path), file=str(path), limit=limit)
 
 
 def open_scored(name: str, arguments: argparse.Namespace) -> OpenModel:

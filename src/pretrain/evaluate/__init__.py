@@ -2,7 +2,8 @@
 context) of pairs (`continuations`), and what simple models reach (`baselines`).
 
 A task is a definition (`tasks`) and examples from a file (`examples`); answers to them (`results`)
-become numbers (`metrics`) with errors, or a comparison of models (`errors`).
+become numbers (`metrics`) with errors, or a comparison of models (`errors`). Some are asked again
+and again while a model is trained (`following`, `config`).
 
 There is one scorer, and everything that reports a number of a model goes through it.
 """
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from pretrain.evaluate.continuations import Answer, Pair, encode_pair, score_pairs
     from pretrain.evaluate.errors import compare, estimate
     from pretrain.evaluate.examples import Example, read_examples
-    from pretrain.evaluate.results import Results, ask
+    from pretrain.evaluate.following import Followed
+    from pretrain.evaluate.results import Results, ask, ask_followed
     from pretrain.evaluate.scorer import Score, byte_lengths, score, score_each, score_texts
     from pretrain.evaluate.tasks import Task, task_named
 
@@ -26,7 +28,8 @@ _NAMES = {
     "continuations": "Answer Pair encode_pair score_pairs",
     "errors": "compare estimate",
     "examples": "Example read_examples",
-    "results": "Results ask",
+    "following": "Followed",
+    "results": "Results ask ask_followed",
     "scorer": "Score byte_lengths score score_each score_texts",
     "tasks": "Task task_named",
 }
@@ -34,11 +37,13 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()
 __all__ = [
     "Answer",
     "Example",
+    "Followed",
     "Pair",
     "Results",
     "Score",
     "Task",
     "ask",
+    "ask_followed",
     "byte_lengths",
     "compare",
     "encode_pair",

@@ -8,14 +8,17 @@ same length go through the model together.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pretrain.evaluate.continuations import Answer, encode_pair, score_pairs
+from pretrain.evaluate.errors import estimate
 from pretrain.evaluate.examples import Example
+from pretrain.evaluate.following import Followed
 from pretrain.evaluate.metrics import Array, statistics_of_answer
 from pretrain.evaluate.tasks import Task
 from pretrain.generate import Sampling, generate_ids
@@ -24,6 +27,10 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.world import World
 
 Rows = dict[str, list[tuple[float, ...]]]
+
+_SEED = 1  # of the bootstrap: what `pretrain evaluate` takes by default
+# Examples of each task that are timed before a run starts.
+_TIMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,49 @@ def ask(
             rows.setdefault(metric, []).append(row)
         lines.append(line)
     return Results(_arrays(rows), lines, n_cut)
+
+
+def ask_followed(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    followed: Followed,
+    *,
+    world: World,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """The task's metric over the examples, its standard error (None for one example), what guessing
+    reaches, and the seconds that it took: what `pretrain evaluate --limit` gives."""
+    began = time.perf_counter()
+    task, examples = followed.task, followed.examples
+    results = ask(decoder, tokenizer, task, examples, world=world, precision=precision)
+    found = estimate(task.metric, results.statistics[task.metric], seed=_SEED)
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "value": found.value,
+        "stderr": found.stderr,
+        "examples": len(examples),
+        "chance": followed.chance,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def asking_seconds(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    followed: Sequence[Followed],
+    *,
+    world: World,
+    precision: str = "fp32",
+) -> float:
+    """About how long it takes to ask everything once, from some examples of each. Caches warm up
+    meanwhile and small batches are slower, so it is rather less."""
+    seconds = 0.0
+    for each in followed:
+        some = replace(each, examples=each.examples[:_TIMED])
+        row = ask_followed(decoder, tokenizer, some, world=world, precision=precision)
+        seconds += row["seconds"] * len(each.examples) / len(some.examples)
+    return seconds
 
 
 def _unconditional(task: Task, examples: Sequence[Example]) -> list[tuple[str, str]]:

@@ -27,6 +27,13 @@ class Series(NamedTuple):
     name: str
     points: Sequence[Point]
     kind: Literal["noisy", "dots"] = "noisy"
+    errors: Sequence[float] = ()
+    """of each point, drawn as a band of one to either side"""
+
+    def borders(self) -> list[list[Point]]:
+        """The lower and the upper end of the band; nothing without errors."""
+        pairs = list(zip(self.points, self.errors, strict=False))
+        return [[(x, y + sign * e) for (x, y), e in pairs] for sign in (-1, 1) if pairs]
 
 
 class Bucket(NamedTuple):
@@ -80,7 +87,7 @@ def line_chart(
         keys = "".join(f'<span class="key {one.kind}">{text(one.name)}</span>' for one in series)
         label = f"{title}, {unit}: " + "; ".join(
             f"{name} {axis_number(points[0][1], 4)} to {axis_number(points[-1][1], 4)}"
-            for name, points, _ in series
+            for name, points, *_ in series
         )
         body = (
             f'<div class="legend">{keys}</div><div class="plot">'
@@ -98,6 +105,7 @@ def _frame(series: Sequence[Series], levels: Levels, *, with_zero: bool) -> _Fra
         tenth, ninetieth = values[len(values) // 10], values[(len(values) - 1) * 9 // 10]
         reach = 3 * (ninetieth - tenth) or math.inf
         shown += [y for y in values if tenth - reach <= y <= ninetieth + reach]
+        shown += [y for border in one.borders() for _, y in border]
     low, high = min(shown), max(shown)
     shown += [y for _, y in levels if 2 * low - high <= y <= 2 * high - low]
     low, high = min(shown), max(shown)
@@ -144,6 +152,7 @@ def _curve(one: Series, frame: _Frame) -> str:
     for css, points in lines.items():
         pairs = " ".join(f"{frame.x(x):.2f},{frame.y(y):.2f}" for x, y in points)
         drawn += f'<polyline class="{css}" points="{pairs}"/>'
+    drawn = _band(one, frame) + drawn
     drawn = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{drawn}</svg>'
     for x, y in lines[one.kind]:
         # A lone point is no line. The pointer upon a dot is told its values, without a script.
@@ -153,6 +162,15 @@ def _curve(one: Series, frame: _Frame) -> str:
                 f"<title>step {count(x)}: {axis_number(y, 4)}</title></circle>"
             )
     return drawn
+
+
+def _band(one: Series, frame: _Frame) -> str:
+    borders = [downsample(border, MOST_MEDIANS) for border in one.borders()]
+    if not borders:
+        return ""
+    around = [*borders[0], *reversed(borders[1])]
+    pairs = " ".join(f"{frame.x(x):.2f},{frame.y(y):.2f}" for x, _, y, _ in around)
+    return f'<polygon class="band" points="{pairs}"/>'
 
 
 def _levels(levels: Levels, frame: _Frame) -> str:

@@ -40,7 +40,7 @@ def write_report(run_dir: str | Path) -> Path:
 def render(run: Run) -> str:
     """The whole page as HTML. The same files give the same page."""
     css = files("pretrain.report").joinpath("page.css").read_text(encoding="utf-8")
-    parts = (_header, _tiles, _learning, _baselines, _sources, _samples, _settings)
+    parts = (_header, _tiles, _learning, _tasks, _baselines, _sources, _samples, _settings)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -120,6 +120,39 @@ def _learning(run: Run) -> str:
     )
     lead = "Lower is better. Dashed: what simple counting reaches on the held-out text."
     return _section("How it learned", f'{loss}<div class="trio">{small}</div>', lead)
+
+
+def _tasks(run: Run) -> str:
+    """A small chart for each task that was followed, and a table of the last values."""
+    by_name: dict[str, list[Record]] = {}
+    for row in run.tasks:
+        if number(row.get("value")) is not None and number(row.get("step")) is not None:
+            by_name.setdefault(str(row.get("task")), []).append(row)
+    charts, rows = "", ""
+    for name, found in by_name.items():
+        last, metric = found[-1], str(found[-1].get("metric")).replace("_", " ")
+        errors = [number(row.get("stderr")) for row in found]
+        known = [e for e in errors if e is not None]
+        series = Series(
+            name, curve(found, "value"), "dots", known if len(known) == len(found) else ()
+        )
+        chance, error = number(last.get("chance")), number(last.get("stderr"))
+        levels = [] if chance is None else [("chance", chance)]
+        charts += line_chart([series], name, f"{metric}, by step", levels, is_small=True)
+        value = decimal(number(last.get("value")), 3)
+        cells = (
+            value if error is None else f"{value} ± {decimal(error, 3)}",
+            decimal(chance, 3),
+            count(number(last.get("examples"))),
+            count(number(last.get("step"))),
+        )
+        rows += _row(name, *cells, note=metric)
+    table = _table(rows, "numbers", ("Value", "Chance", "Examples", "At step"))
+    lead = (
+        "Asked through training, always the same examples; a band, and what stands behind ±, is one"
+        " standard error over the examples."
+    )
+    return _section("What it can do", charts and f'<div class="trio">{charts}</div>{table}', lead)
 
 
 def _baselines(run: Run) -> str:

@@ -53,6 +53,7 @@ class Run:
         metrics, baselines = self._lines("metrics.jsonl"), self._record("baselines.json")
         self.train = [record for record in metrics if record.get("kind") == "train"]
         self.evaluations = [record for record in metrics if record.get("kind") == "evaluate"]
+        self.tasks = [record for record in metrics if record.get("kind") == "task"]
         self.samples = self._lines("samples.jsonl")
         entries = baselines.get("baselines")
         entries = entries if isinstance(entries, list) else []

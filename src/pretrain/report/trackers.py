@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
@@ -19,7 +20,7 @@ from pathlib import Path
 from pretrain.report.config import TRACKERS, require_packages
 from pretrain.report.run import Run, number, parse_record, read_run
 
-KINDS = ("train", "evaluate")  # of the records that are sent, each as a group of curves
+KINDS = ("train", "evaluate", "task")  # of the records that are sent, each as a group of curves
 SUFFIX = ".pretrain"  # of our event files, so that only our own are ever replaced
 
 Figures = dict[str, float]
@@ -54,7 +55,7 @@ def follow(
 
 def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
     """At each turn, what there is to send of the lines added to the file since the last turn."""
-    offset, inode, last_steps = 0, 0, dict.fromkeys(KINDS, -1.0)
+    offset, inode, trained_seconds, last_steps = 0, 0, 0.0, defaultdict[str, float](lambda: -1.0)
     while True:
         lines, fresh = b"", []
         if path.exists():  # the run may not have written its first line yet
@@ -69,11 +70,15 @@ def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
         for line in lines.split(b"\n"):
             record = parse_record(line) or {}
             kind, step = str(record.pop("kind", "")), number(record.pop("step", None))
-            if kind in KINDS and step is not None and step > last_steps[kind]:  # none twice
-                last_steps[kind] = step
-                numbers = {f"{kind}/{key}": number(value) for key, value in record.items()}
+            # Curves of each task are a group of their own.
+            group = f"task/{record.get('task')}" if kind == "task" else kind
+            if kind in KINDS and step is not None and step > last_steps[group]:  # none twice
+                last_steps[group] = step
+                numbers = {f"{group}/{key}": number(value) for key, value in record.items()}
                 figures = {name: value for name, value in numbers.items() if value is not None}
-                fresh.append((round(step), figures, figures.get(f"{kind}/seconds", 0.0)))
+                if kind != "task":  # its seconds are those of asking
+                    trained_seconds = figures.get(f"{kind}/seconds", 0.0)
+                fresh.append((round(step), figures, trained_seconds))
         yield fresh
 
 

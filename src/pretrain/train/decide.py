@@ -9,13 +9,15 @@ that is not whole windows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 from pretrain.data import MicroBatch, PreparedData
 from pretrain.data.mixed import MixedData
-from pretrain.evaluate import byte_lengths
+from pretrain.evaluate import Followed, byte_lengths
+from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.results import asking_seconds
 from pretrain.model import ModelConfig, Objective, build, n_parameters
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from pretrain.train.batches import TrainingBatches
@@ -36,6 +38,8 @@ EVALUATIONS = 10
 SHORT_RUN = 300
 # Seconds of the budget that a timed calibration may take, and its steps at most.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 2.5, 20
+# Seconds of asking tasks for each of training, where nobody says how often they are asked.
+TASKS_SHARE = 0.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Decided:
     model: ModelConfig
     schedule: ScheduleConfig
     train: TrainConfig
+    evaluate: EvaluateConfig
 
 
 def decide(
@@ -55,9 +60,11 @@ def decide(
     schedule: ScheduleConfig,
     train: TrainConfig,
     world: World,
+    evaluate: EvaluateConfig | None = None,
+    followed: Sequence[Followed] = (),
 ) -> Decided:
-    """Fill every empty field. Takes seconds when `train.minutes` must be turned into steps, else
-    none."""
+    """Fill every empty field. Takes seconds when `train.minutes` must be turned into steps, or
+    tasks are `followed`, else none."""
     context, batch_tokens = check_windows(model, train, n_tokens=data.shortest_tokens)
     model = replace(model, context_length=context)
     if model.ngram_rows and model.longest_ngram is None:
@@ -78,16 +85,48 @@ def decide(
     )
     if train.steps is None and train.minutes is None and isinstance(data, MixedData):
         train = replace(train, steps=_steps_of_epochs(data, batch_tokens))
+    evaluate = evaluate or EvaluateConfig()
+    if train.steps is None and train.minutes is None:
+        raise ValueError("nothing says how long to train: give train.steps or train.minutes")
+    pace = None
+    if train.steps is None or (followed and evaluate.every is None):
+        pace = measure_pace(data, model, optimizer, train, world, followed)
     if train.steps is None:
-        train = replace(train, steps=_steps_that_fit(data, model, optimizer, train, world))
+        assert pace is not None
+        fit = _steps_that_fit(data, model, train, pace, asked_every=evaluate.every)
+        train = replace(train, steps=fit)
     steps = train.steps
     assert steps is not None
     training_batches(data, model, train)  # the order, refused here if it cannot be
     every = train.evaluate_every or max(1, -(-steps // EVALUATIONS))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
+    if pace is not None and followed and evaluate.every is None:
+        evaluate = replace(evaluate, every=task_interval(train, pace))
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
-    return Decided(model, schedule, train)
+    return Decided(model, schedule, train, evaluate)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What was timed before the start."""
+
+    step_seconds: float
+    asking_seconds: float = 0.0
+    """of all tasks that are followed, once"""
+
+
+def task_interval(train: TrainConfig, pace: Pace) -> int:
+    """Steps between two times that tasks are asked: the fewest evaluations apart (whose steps are
+    saved, too) that cost no more than TASKS_SHARE of training, all in all. Where not even one does,
+    they are asked after the last step alone."""
+    steps, every = train.steps, train.evaluate_every
+    assert steps is not None
+    assert every is not None
+    times = int(TASKS_SHARE * steps * pace.step_seconds / max(pace.asking_seconds, 1e-9))
+    if times <= 1:
+        return steps
+    return min(steps, -(-steps // (times * every)) * every)
 
 
 def _refuse_what_no_memory_holds(model: ModelConfig, *, vocab_size: int) -> None:
@@ -133,16 +172,37 @@ def _compile(choice: Compile, world: World) -> Compile:
 def _steps_that_fit(
     data: PreparedData,
     model: ModelConfig,
+    train: TrainConfig,
+    pace: Pace,
+    *,
+    asked_every: int | None,
+) -> int:
+    """Updates that fit into `train.minutes`; with n-gram tables no more than one reading of the
+    text makes, or SHORT_RUN."""
+    assert train.minutes is not None
+    assert train.batch_tokens is not None
+    # An evaluation has no backward pass, which is two thirds of a step.
+    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
+    evaluating = EVALUATIONS * val_tokens / train.batch_tokens * pace.step_seconds / 3
+    asking = TASKS_SHARE * pace.step_seconds if pace.asking_seconds else 0.0
+    if asked_every is not None:
+        asking = pace.asking_seconds / asked_every
+    fit = max(1, int((60 * train.minutes - evaluating) / (pace.step_seconds + asking)))
+    return min(fit, most_steps(data, model, train) or fit)
+
+
+def measure_pace(
+    data: PreparedData,
+    model: ModelConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
     world: World,
-) -> int:
-    """Updates that fit into `train.minutes`, from timed steps of a copy that is thrown away; with
-    n-gram tables no more than one reading of the text makes, or SHORT_RUN."""
-    if train.minutes is None:
-        raise ValueError("nothing says how long to train: give train.steps or train.minutes")
-    assert train.batch_tokens is not None
-    steps = trial_steps(data, model, optimizer, train, world, steps=CALIBRATION_STEPS + 2)
+    followed: Sequence[Followed] = (),
+) -> Pace:
+    """Seconds of a step, and of asking tasks, by timed ones of copies that are thrown away. Where
+    the run is given steps, no more than about a hundredth of them."""
+    n_steps = min(CALIBRATION_STEPS, max(1, (train.steps or 10**9) // 100))
+    steps = trial_steps(data, model, optimizer, train, world, steps=n_steps + 2)
     seconds, began = [], time.perf_counter()
     last = began
     for report in steps:
@@ -156,11 +216,15 @@ def _steps_that_fit(
             break
     # The first quarter: what else a machine does now and then only ever makes a step slower.
     step_seconds = sorted(seconds)[len(seconds) // 4]
-    # An evaluation has no backward pass, which is two thirds of a step.
-    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
-    evaluating = EVALUATIONS * val_tokens / train.batch_tokens * step_seconds / 3
-    fit = max(1, int((60 * train.minutes - evaluating) / step_seconds))
-    return min(fit, most_steps(data, model, train) or fit)
+    if not followed:
+        return Pace(step_seconds)
+    decoder = build(
+        model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
+    )
+    return Pace(
+        step_seconds,
+        asking_seconds(decoder, data.tokenizer(), followed, world=world, precision=train.precision),
+    )
 
 
 def trial_steps(

@@ -10,18 +10,19 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_checkpoint
 from pretrain.data import PreparedData, evaluation_batches
-from pretrain.evaluate import Score, byte_lengths, measure_baselines, score
+from pretrain.evaluate import Followed, Score, byte_lengths, measure_baselines, score
 from pretrain.evaluate.scorer import EVALUATION_TOKENS
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
 from pretrain.train.config import TrainConfig
+from pretrain.train.following import ask_tasks, last_rows
 from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
 from pretrain.train.post_mortem import write_post_mortem
 from pretrain.train.records import SUMMARY, write_json
@@ -50,10 +51,13 @@ def train(
     began: float,
     first_weights: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
+    followed: Sequence[Followed] = (),
+    asked_every: int | None = None,
     ends: Ends = TO_THE_END,
 ) -> int:
     """Train to the end, or to a signal; returns an exit code. `began` is the command's start on
-    perf_counter. `first_weights` are those of another run that this one starts from."""
+    perf_counter. `first_weights` are those of another run that this one starts from; tasks that
+    are `followed` are asked every `asked_every` steps."""
     run = begin(
         folder,
         data=data,
@@ -63,6 +67,8 @@ def train(
         world=world,
         screen=screen,
         identity=identity,
+        followed=followed,
+        asked_every=asked_every,
     )
     if resume_from is not None:
         run.restore(resume_from)
@@ -84,6 +90,8 @@ def train(
         stop.nothing_to_lose = True
         if _evaluation_is_missing(run):
             _evaluate(run, stop)
+        if run.done and run.followed and due(run.done, run.asked_every, run.steps):
+            ask_tasks(run, stop)
         while run.done < run.steps:
             outcome = _make_steps(run, stop, rate, accept, clip=optimizer.clip, ends=ends)
             if outcome == "stopped":
@@ -134,6 +142,8 @@ def _make_steps(
             return "spike"
         _note_step(run, report, seconds=time.perf_counter() - clock)
         is_best = due(run.done, settings.evaluate_every, run.steps) and _evaluate(run, stop)
+        if run.followed and due(run.done, run.asked_every, run.steps):
+            ask_tasks(run, stop)
         stops = stop.received is not None or run.done == ends.stop_after
         if is_best or stops or due(run.done, settings.save_every, run.steps):
             run.save(wait=stops or run.done == run.steps)
@@ -360,6 +370,7 @@ def _finish(run: Run, began: float) -> None:
         "peak_memory_bytes": run.world.peak_memory_bytes(),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
+        **({"tasks": last_rows(run)} if run.followed else {}),
         **run.batches.source_tokens(run.done, epochs=True),
     }
     write_json(run.folder / SUMMARY, summary)

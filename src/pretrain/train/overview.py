@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.data import Order, PreparedData
 from pretrain.data.mixture import Mixture
+from pretrain.evaluate import Followed
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import most_steps
-from pretrain.train.screen import Screen, duration
+from pretrain.train.screen import Screen, duration, with_error
 from pretrain.world import World
 
 # Beyond about four passes repeated text teaches less and less: "Scaling Data-Constrained Language
@@ -76,6 +77,19 @@ def show_plan(
     _show_notes(screen, epochs=epochs, ends_early=ends_early)
 
 
+def show_followed(
+    screen: Screen, followed: Sequence[Followed], *, every: int | None, steps: int | None
+) -> None:
+    """Which tasks are asked, and how often."""
+    if not followed:
+        return
+    assert every is not None
+    assert steps is not None
+    names = ", ".join(f"{each.task.name} ({len(each.examples):,})" for each in followed)
+    often = "after the last step" if every >= steps else f"every {every:,} steps"
+    screen.facts([("asked", f"{names}, {often}")])
+
+
 def _show_notes(screen: Screen, *, epochs: float, ends_early: bool) -> None:
     if ends_early:
         screen.line(
@@ -108,6 +122,7 @@ def show_summary(screen: Screen, summary: Mapping[str, Any], *, folder: Path, re
         f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary.get("baselines", [])
     )
     seconds = summary["total_seconds"]
+    summary_tasks = summary.get("tasks", {}).items()
     screen.line()
     screen.line("done", style="bold green")
     screen.facts(
@@ -118,6 +133,7 @@ def show_summary(screen: Screen, summary: Mapping[str, Any], *, folder: Path, re
                 f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
             ),
             ("beside it", f"{beside} bits/byte"),
+            *((name, f"{r['metric']} {with_error(r)}") for name, r in summary_tasks),
             (
                 "cost",
                 f"{duration(seconds)}, {summary['tokens_per_second']:,.0f} tokens/s in training, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint.disk import refuse_little_room
 from pretrain.data import PreparedData
+from pretrain.evaluate import Followed
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state, role_of
@@ -54,6 +55,9 @@ class Run:
     saver: BackgroundSaver
     identity: Mapping[str, Any]
     """What each checkpoint says of the run: whose it is, and what its numbers hang on."""
+    followed: Sequence[Followed] = ()
+    """Tasks that are asked every `asked_every` steps, and after the last one."""
+    asked_every: int | None = None
     best: Best = field(default_factory=Best)
     watch: Watch = field(default_factory=lambda: Watch(0.0))
     finding: Finding | None = None
@@ -210,6 +214,8 @@ def begin(
     world: World,
     screen: Screen,
     identity: Mapping[str, Any],
+    followed: Sequence[Followed] = (),
+    asked_every: int | None = None,
 ) -> Run:
     """A run before its first step. OSError where the disk has no room for its checkpoints."""
     decoder = build(
@@ -250,6 +256,8 @@ def begin(
         records=Records(folder),
         saver=BackgroundSaver(folder / "checkpoints"),
         identity=identity,
+        followed=followed,
+        asked_every=asked_every,
     )
 
 

@@ -8,9 +8,9 @@ minute.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -26,6 +26,12 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def with_error(row: Mapping[str, Any]) -> str:
+    """`0.412 +- 0.035`: a task's value, and its standard error where there is one."""
+    value, error = row["value"], row["stderr"]
+    return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
 
 class Screen:
@@ -98,6 +104,12 @@ class Screen:
             f"{bits_per_byte:.3f} bits/byte{mark} | {duration(left_seconds)} left",
             style="bold",
         )
+
+    def tasks(self, done: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What tasks came to, all in one line."""
+        said = [f"{row['task']} {row['metric']} {with_error(row)}" for row in rows]
+        seconds = sum(row["seconds"] for row in rows)
+        self.line(f"step {done:>6,} | {'; '.join(said)} | asked in {seconds:.1f} s")
 
     def sample(self, text: str) -> None:
         """Text of the model's own making, on one line or more, never read as markup."""

@@ -16,13 +16,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.environment import only_writer, read_environment, write_environment
+from pretrain.cli.machine import mistakes_here, with_whole_paths
 from pretrain.cli.models import first_weights, with_first_weights
 from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED, new_run_folder, newest_run, prepared, read_target
@@ -38,6 +38,7 @@ from pretrain.cli.resuming import (
     summary_of,
     with_settings,
 )
+from pretrain.cli.scoring import read_followed
 from pretrain.cli.settings import settings_help
 from pretrain.config import (
     Layer,
@@ -48,9 +49,8 @@ from pretrain.config import (
     read_file,
     to_yaml,
 )
-from pretrain.corpus import list_files
 from pretrain.data.durable import replace_file
-from pretrain.data.shards import PreparedData, is_prepared
+from pretrain.data.shards import PreparedData
 from pretrain.report import require_packages, write_report
 from pretrain.train.changes import check_accepted, differences
 from pretrain.train.records import Records
@@ -60,6 +60,7 @@ from pretrain.train.windows import check_windows
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
     from pretrain.cli.continuing import Continuation
+    from pretrain.evaluate.following import Followed
     from pretrain.world import World
 
 TAKES_SETTINGS = True
@@ -103,10 +104,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.accept:
         raise ValueError("--accept goes with --resume: a new run has nothing that could change")
     name, layers = read_target(arguments.target)
-    config = _composed(arguments.target, layers, overrides, also=_mistakes_here)
+    config = _composed(arguments.target, layers, overrides, also=mistakes_here)
     if arguments.profile:
         return _profile(config, output)
-    return _start(_with_whole_path(config), new_run_folder(name, arguments.run), output, began)
+    return _start(with_whole_paths(config), new_run_folder(name, arguments.run), output, began)
 
 
 def _start(config: RunConfig, folder: Path, output: Output, began: float) -> int:
@@ -116,13 +117,16 @@ def _start(config: RunConfig, folder: Path, output: Output, began: float) -> int
     with only_writer(folder, output):
         replace_file(folder / ASKED, to_yaml(config).encode())
         try:
+            followed = read_followed(config.evaluate)
             data = _prepare(config, output)
             check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
-            config, world = _decide(config, folder, data, output)
+            config, world = _decide(config, folder, data, followed, output)
         except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
             _take_back(folder, new)
             raise
-        return _train(config, folder, data, world, output, began, resume_from=None)
+        return _train(
+            config, folder, data, world, output, began, followed=followed, resume_from=None
+        )
 
 
 def _profile(config: RunConfig, output: Output) -> int:
@@ -161,29 +165,6 @@ def _take_back(folder: Path, new: list[Path]) -> None:
             each.rmdir()
 
 
-def _mistakes_here(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """What a config cannot know of itself: whether this machine has its texts and packages, and
-    whether a new run has an end."""
-    for path in config.data.paths:
-        try:
-            if not is_prepared(path):
-                list_files(path)
-        except ValueError as error:
-            yield "data.source", str(error)
-    for tracker in config.report.to:
-        try:
-            require_packages([tracker])
-        except ValueError as error:
-            yield "report.to", str(error)
-    has_end = config.train.steps is not None or config.train.minutes is not None
-    # Sources of a list may be asked for as epochs, which end too.
-    if not has_end and isinstance(config.data.source, str):
-        yield (
-            "train.steps train.minutes data.source",
-            "nothing says how long to train: give train.steps or train.minutes",
-        )
-
-
 def _composed(
     target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules | None = None
 ) -> RunConfig:
@@ -193,32 +174,17 @@ def _composed(
     return with_first_weights(layers[:n_below], [*layers[n_below:], overrides], also=also)
 
 
-def _with_whole_path(config: RunConfig) -> RunConfig:
-    """The source as an absolute path, so that a resume from another folder finds it."""
-    texts = tuple(_whole(path) for path in config.corpus.evaluation_texts)
-    source = config.data.source
-    if isinstance(source, str):
-        source = _whole(source)
-    else:
-        source = tuple(replace(entry, path=_whole(entry.path)) for entry in source)
-    return replace(
-        config,
-        data=replace(config.data, source=source),
-        corpus=replace(config.corpus, evaluation_texts=texts),
-    )
-
-
-def _whole(path: str) -> str:
-    return path if path == "bundled" else str(Path(path).resolve())
-
-
 def _prepare(config: RunConfig, output: Output) -> PreparedData:
     output.say(f"text: {', '.join(config.data.paths)}")
     return prepared(config, progress=output.stages())
 
 
 def _decide(
-    config: RunConfig, folder: Path, data: PreparedData, output: Output
+    config: RunConfig,
+    folder: Path,
+    data: PreparedData,
+    followed: list[Followed],
+    output: Output,
 ) -> tuple[RunConfig, World]:
     """Fill what the config left open, and write it down, never to be decided again."""
     from pretrain.train.decide import decide
@@ -233,8 +199,11 @@ def _decide(
         schedule=config.schedule,
         train=config.train,
         world=world,
+        evaluate=config.evaluate,
+        followed=followed,
     )
-    config = replace(config, model=decided.model, schedule=decided.schedule, train=decided.train)
+    sections = {each.name: getattr(decided, each.name) for each in fields(decided)}
+    config = replace(config, **sections)
     data.tokenizer().save(folder / "tokenizer")
     text = to_yaml(config)
     write_environment(folder, text, world, _fingerprint(config, data, world))
@@ -263,6 +232,7 @@ def resume(
     stored = read_run(folder)
     wanted = _wanted(stored, target, overrides)
     require_packages(wanted.report.to)
+    followed = read_followed(wanted.evaluate)
     if continuation is not None:
         continuation.check(folder, wanted)
     elif is_finished(folder, stored):
@@ -281,15 +251,29 @@ def resume(
         found = Resumption(folder, stored, wanted, checkpoint, accepted=accepted, by=by)
         found.refuse_other_text()
         data = _prepare(found.wanted, output)
-        final, world = _settled(found, continuation, data, output)
+        final, world = _settled(found, continuation, data, followed, output)
         put_tokenizer(folder, data, output)
         set_aside(folder)
         output.say(_where_it_goes_on(folder, checkpoint))
-        return _train(final, folder, data, world, output, began, resume_from=checkpoint, ends=ends)
+        return _train(
+            final,
+            folder,
+            data,
+            world,
+            output,
+            began,
+            followed=followed,
+            resume_from=checkpoint,
+            ends=ends,
+        )
 
 
 def _settled(
-    found: Resumption, continuation: Continuation | None, data: PreparedData, output: Output
+    found: Resumption,
+    continuation: Continuation | None,
+    data: PreparedData,
+    followed: list[Followed],
+    output: Output,
 ) -> tuple[RunConfig, World]:
     """The settings under which the run goes on, with all that was accepted on the disk."""
     from pretrain.train.fingerprint import fingerprint
@@ -301,8 +285,20 @@ def _settled(
         final = continuation.extended(final, found.step)
         continuation.refuse_other_order(data, found.wanted, final)
     check_windows(final.model, final.train, n_tokens=data.shortest_tokens)
+    if followed and final.evaluate.every is None:  # the run follows nothing yet
+        final = _with_interval(final, data, world, followed)
     found.write(final, changes, output)
     return final, world
+
+
+def _with_interval(
+    config: RunConfig, data: PreparedData, world: World, followed: list[Followed]
+) -> RunConfig:
+    from pretrain.train.decide import measure_pace, task_interval
+
+    pace = measure_pace(data, config.model, config.optimizer, config.train, world, followed)
+    every = task_interval(config.train, pace)
+    return replace(config, evaluate=replace(config.evaluate, every=every))
 
 
 def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
@@ -317,11 +313,8 @@ def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
 def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
     """The run's settings, and over them what the command says."""
     layers = [] if target is None else read_target(target)[1]
-    asked = _composed(target, layers, overrides)
-    said = asked_settings(asked, [*layers, overrides])
-    if "data.source" in said or "corpus.evaluation_texts" in said:
-        said = asked_settings(_with_whole_path(asked), [*layers, overrides])
-    return with_settings(stored, said)
+    asked = with_whole_paths(_composed(target, layers, overrides))
+    return with_settings(stored, asked_settings(asked, [*layers, overrides]))
 
 
 def _newest(folder: Path, output: Output) -> Checkpoint | None:
@@ -351,15 +344,17 @@ def _train(
     output: Output,
     began: float,
     *,
+    followed: list[Followed],
     resume_from: Checkpoint | None,
     ends: Ends = TO_THE_END,
 ) -> int:
     from pretrain.train.loop import train
-    from pretrain.train.overview import show_plan, show_summary
+    from pretrain.train.overview import show_followed, show_plan, show_summary
     from pretrain.train.screen import Screen
 
     screen = Screen(output.people)
     show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
+    show_followed(screen, followed, every=config.evaluate.every, steps=config.train.steps)
     _follow(config, folder)
     run = read_environment(folder)["run"]
     code = train(
@@ -375,6 +370,8 @@ def _train(
         began=began,
         first_weights=first_weights(config),
         resume_from=resume_from,
+        followed=followed,
+        asked_every=config.evaluate.every,
         ends=ends,
     )
     report = write_report(folder)

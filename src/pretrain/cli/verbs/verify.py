@@ -80,7 +80,8 @@ def prove(folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
     work = Path(tempfile.mkdtemp(prefix="pretrain-verify-"))
     straight, broken, other = (work / name for name in ("straight", "killed", "micro-batch"))
     often = replace(config.train, save_every=k, evaluate_every=k)
-    settings = replace(config, train=often, report=replace(config.report, to=()))
+    asked = replace(config.evaluate, every=k)
+    settings = replace(config, train=often, evaluate=asked, report=replace(config.report, to=()))
     _run(_leg(folder, straight, settings), "--stop-after", 2 * k)
     _run(_leg(folder, broken, settings), "--die-after", k + max(1, k // 2))
     checks = {"killed": _killed(broken, k)}

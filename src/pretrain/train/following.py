@@ -1,0 +1,45 @@
+"""Tasks in the loop: what is followed is asked, and its rows go into the records.
+
+Nothing of the run changes by it: the model is read without dropout, and no state is drawn from.
+What has a row for this step is not asked again, so a signal between two tasks loses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.evaluate import ask_followed
+from pretrain.train.run import Run
+from pretrain.train.signals import StopSignals
+
+KIND = "task"
+_IN_SUMMARY = ("metric", "value", "stderr", "examples", "chance", "step")
+
+
+def ask_tasks(run: Run, stop: StopSignals) -> None:
+    """Ask what has no row for this step yet, until a signal comes: the rest is then the first thing
+    that a resume does."""
+    rows = [r for r in run.records.metrics() if r["kind"] == KIND and r["step"] == run.done]
+    asked = {row["task"] for row in rows}
+    tokenizer, new = run.data.tokenizer(), []
+    for followed in run.followed:
+        if followed.task.name in asked or stop.received is not None:
+            continue
+        row = ask_followed(
+            run.objective.decoder,
+            tokenizer,
+            followed,
+            world=run.world,
+            precision=run.settings.precision,
+        )
+        run.records.add_metrics({"kind": KIND, "step": run.done, **row})
+        new.append(row)
+    if new:
+        run.screen.tasks(run.done, new)
+
+
+def last_rows(run: Run) -> dict[str, dict[str, Any]]:
+    """By task, what it came to when it was last asked, for the summary."""
+    rows = {row["task"]: row for row in run.records.metrics() if row["kind"] == KIND}
+    names = [followed.task.name for followed in run.followed]
+    return {name: {key: rows[name][key] for key in _IN_SUMMARY} for name in names if name in rows}
