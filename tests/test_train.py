@@ -90,7 +90,7 @@ def test_a_run_writes_what_is_promised(finished_run: Path) -> None:
     names = {p.name for p in finished_run.iterdir()}
     assert names == {
         *"config.yaml tokenizer metrics.jsonl samples.jsonl checkpoints environment.json".split(),
-        *"baselines.json summary.json report.html".split(),
+        *"baselines.json predictions.json summary.json report.html".split(),
     }
     losses = [r["loss"] for r in records(finished_run) if r["kind"] == "train"]
     assert len(losses) == 12

@@ -3,7 +3,8 @@ context) of pairs (`continuations`), and what simple models reach (`baselines`).
 
 A task is a definition (`tasks`) and examples from a file (`examples`); answers to them (`results`)
 become numbers (`metrics`) with errors, or a comparison of models (`errors`). Some are asked again
-and again while a model is trained (`following`, `config`).
+and again while a model is trained (`following`, `config`). `cards` goes through a text token by
+token.
 
 There is one scorer, and everything that reports a number of a model goes through it.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretrain.evaluate.baselines import measure_baselines
+    from pretrain.evaluate.cards import Expectation, look_at, pieces
     from pretrain.evaluate.continuations import Answer, Pair, encode_pair, score_pairs
     from pretrain.evaluate.errors import compare, estimate
     from pretrain.evaluate.examples import Example, read_examples
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "baselines": "measure_baselines",
+    "cards": "Expectation look_at pieces",
     "continuations": "Answer Pair encode_pair score_pairs",
     "errors": "compare estimate",
     "examples": "Example read_examples",
@@ -37,6 +40,7 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()
 __all__ = [
     "Answer",
     "Example",
+    "Expectation",
     "Followed",
     "Pair",
     "Results",
@@ -48,7 +52,9 @@ __all__ = [
     "compare",
     "encode_pair",
     "estimate",
+    "look_at",
     "measure_baselines",
+    "pieces",
     "read_examples",
     "score",
     "score_each",

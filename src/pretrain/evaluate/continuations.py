@@ -22,7 +22,7 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.world import World
 
 # Rows of logits that exist at once: 256 x 50,257 float32 are 51 MB.
-_LOGIT_ROWS = 256
+LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,9 @@ def _score_batch(decoder: Decoder, rows: list[list[_Window]]) -> list[tuple[_Win
 def _nats_of(decoder: Decoder, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """-log p of each target (N), in float64 on the CPU, and whether it is the likeliest (N)."""
     nats, likeliest = [], []
-    for first in range(0, len(targets_N), _LOGIT_ROWS):
-        targets = targets_N[first : first + _LOGIT_ROWS]
-        logits_NV = decoder.logits(hidden_ND[first : first + _LOGIT_ROWS])
+    for first in range(0, len(targets_N), LOGIT_ROWS):
+        targets = targets_N[first : first + LOGIT_ROWS]
+        logits_NV = decoder.logits(hidden_ND[first : first + LOGIT_ROWS])
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         chosen_N1 = logits_NV.log_softmax(-1).gather(1, targets[:, None])
         nats.append(-chosen_N1[:, 0].cpu().double())

@@ -4,8 +4,8 @@
     metrics.jsonl --follow (a process of its own)--> TensorBoard | W&B offline
 
 `run` reads the files and forgives what is missing; `story` turns numbers into sentences, `units`
-into short texts, `chart` into SVG; `page` puts them together; `trackers` never runs inside the
-training loop. No torch here, and no other room.
+into short texts, `chart` into SVG, `heat_map` into coloured text; `page` puts them together;
+`trackers` never runs inside the training loop. No torch here, and no other room.
 """
 
 from __future__ import annotations
@@ -15,16 +15,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pretrain.report.config import ReportConfig, require_packages
+    from pretrain.report.heat_map import heat_map_page
     from pretrain.report.page import write_report
     from pretrain.report.run import Run, read_run
     from pretrain.report.trackers import follow
 
-__all__ = ["ReportConfig", "Run", "follow", "read_run", "require_packages", "write_report"]
+__all__ = [
+    "ReportConfig",
+    "Run",
+    "follow",
+    "heat_map_page",
+    "read_run",
+    "require_packages",
+    "write_report",
+]
 
 _HOME = {
     "ReportConfig": "config",
     "Run": "run",
     "follow": "trackers",
+    "heat_map_page": "heat_map",
     "read_run": "run",
     "require_packages": "config",
     "write_report": "page",

@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from pretrain.report.chart import Series, line_chart
-from pretrain.report.run import Record, Run, curve, number, read_run
+from pretrain.report.document import document
+from pretrain.report.heat_map import heat_map
+from pretrain.report.run import Record, Run, curve, number, read_run, records_in
 from pretrain.report.story import MODEL, ranking, state, verdict, warnings
 from pretrain.report.units import UNKNOWN, count, decimal, duration, short_count, size, text
 
-# Even a page that was tampered with may load nothing and run nothing.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 MOST_MOMENTS, MOST_SAMPLES, MOST_LETTERS = 12, 4, 1500  # steps shown, samples a step, text a sample
 NOTHING = "(nothing: it ended at once)"  # in place of an empty sample
 
@@ -39,15 +38,20 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page as HTML. The same files give the same page."""
-    css = files("pretrain.report").joinpath("page.css").read_text(encoding="utf-8")
-    parts = (_header, _tiles, _learning, _tasks, _baselines, _sources, _samples, _settings)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(f'{run.name}: {verdict(run)[0]}')}</title><style>\n{css}</style></head>\n"
-        f"<body><main>\n{''.join(part(run) for part in parts)}</main></body></html>\n"
+    parts = (
+        _header,
+        _tiles,
+        _learning,
+        _tasks,
+        _baselines,
+        _sources,
+        _samples,
+        _cards,
+        _surprises,
+        _settings,
     )
+    body = "".join(part(run) for part in parts)
+    return document(f"{run.name}: {verdict(run)[0]}", body)
 
 
 def _section(title: str, body: str, lead: str = "") -> str:
@@ -224,6 +228,44 @@ def _moment(run: Run, step: int, samples: Sequence[Record], *, is_open: bool) ->
     )
 
 
+def _cards(run: Run) -> str:
+    """Flash cards: a context, the likeliest tokens with a bar each, and the one that came."""
+    shown = ""
+    for one in records_in(run.predictions.get("cards")):
+        answer = one.get("answer")
+        answer = answer if isinstance(answer, dict) else {}
+        rows = "".join(
+            _row(
+                repr(str(row.get("text"))),
+                decimal(p := number(row.get("probability")), 3),
+                attributes=f'style="--share:{min(p or 0.0, 1.0):.1%}"'
+                + (' class="model"' if row.get("text") == answer.get("text") else ""),
+            )
+            for row in records_in(one.get("likeliest"))
+        )
+        probability, nats = (number(answer.get(key)) for key in ("probability", "nats"))
+        came = (
+            f"came {str(answer.get('text'))!r}: probability {decimal(probability, 4)}, rank "
+            f"{count(number(answer.get('rank')))}, {decimal(nats)} nats"
+        )
+        context = f'<p class="sample" dir="auto">…{text(one.get("context"))}<b>?</b></p>'
+        table = _table(rows, "numbers bars")
+        shown += f'<div class="card">{context}{table}<p class="about">{text(came)}</p></div>'
+    lead = (
+        "Flash cards from held-out text, at even distances: the five tokens that the model finds"
+        " likeliest, and the one that came, in colour where it is among them."
+    )
+    return _section("What comes next", shown and f'<div class="cards">{shown}</div>', lead)
+
+
+def _surprises(run: Run) -> str:
+    lead = (
+        "A held-out passage, token by token: the redder, the less the model foresaw it. The pointer"
+        " upon a token is told its nats, probability and rank."
+    )
+    return _section("What surprised it", heat_map(records_in(run.predictions.get("passage"))), lead)
+
+
 def _settings(run: Run) -> str:
     """The configuration as it is written, the environment, and commands to go on from here."""
     where = shlex.quote(run.folder.as_posix())
@@ -232,6 +274,10 @@ def _settings(run: Run) -> str:
         ("Go on training", "" if run.is_finished else f"pretrain train --run {where} --resume"),
         ("See it write", f'pretrain generate {where} --prompt "Once upon a time"'),
         ("Measure it on your own text", f"pretrain evaluate {where} --text FILE"),
+        (
+            "See what surprises it",
+            f"pretrain evaluate {where} --text FILE --heat-map surprises.html",
+        ),
     )
     blocks = "".join(
         f'<h3>{name}</h3><pre class="command">{text(line)}</pre>' for name, line in commands if line

@@ -44,6 +44,11 @@ def curve(records: Iterable[Record], key: str) -> list[Point]:
     return [(step, value) for step, value in pairs if step is not None and value is not None]
 
 
+def records_in(value: object) -> list[Record]:
+    """The objects of a list; nothing where it is none."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
 class Run:
     """What the files of a run directory say, read when it is made; records as in their files."""
 
@@ -55,9 +60,8 @@ class Run:
         self.evaluations = [record for record in metrics if record.get("kind") == "evaluate"]
         self.tasks = [record for record in metrics if record.get("kind") == "task"]
         self.samples = self._lines("samples.jsonl")
-        entries = baselines.get("baselines")
-        entries = entries if isinstance(entries, list) else []
-        self.baselines: list[Record] = [entry for entry in entries if isinstance(entry, dict)]
+        self.predictions = self._record("predictions.json")
+        self.baselines = records_in(baselines.get("baselines"))
         self.val_bytes = number(baselines.get("val_bytes"))
         self.config_text, self.config = self._text("config.yaml"), self._record("config.yaml")
         self.environment = self._record("environment.json")

@@ -23,6 +23,7 @@ from pretrain.model import ModelConfig
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
 from pretrain.train.config import TrainConfig
 from pretrain.train.following import ask_tasks, last_rows
+from pretrain.train.passage import PREDICTIONS, look_at_passage
 from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
 from pretrain.train.post_mortem import write_post_mortem
 from pretrain.train.records import SUMMARY, write_json
@@ -353,6 +354,7 @@ def _finish(run: Run, began: float) -> None:
         run.data.split("train"), run.data.split("val"), tokenizer=run.data.tokenizer()
     )
     write_json(run.folder / "baselines.json", baselines)
+    write_json(run.folder / PREDICTIONS, look_at_passage(run))
     summary = {
         "parameters": sum(p.numel() for p in run.objective.parameters()),
         "steps": run.done,

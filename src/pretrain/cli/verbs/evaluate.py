@@ -3,6 +3,7 @@
 pretrain evaluate RUN                      the run's own held-out text, whole
 pretrain evaluate RUN --text a.txt b.txt   your own files, each by itself
 pretrain evaluate RUN --stride 64          windows that overlap: more context for each token
+pretrain evaluate RUN --text a.txt --heat-map a.html         which words surprise the model
 pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
 pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own questions: docs/tasks.md
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
+from pretrain.cli.heat_maps import draw_texts
 from pretrain.cli.models import HELP
 from pretrain.cli.output import Output, plain
 
@@ -33,13 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers", metavar="FILE", help="write what was said to each example, a JSON line each"
     )
+    parser.add_argument(
+        "--heat-map", metavar="FILE", help="draw the texts as HTML, each token by its nats"
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     asked = scoring.read_asked(arguments)
+    if arguments.heat_map and arguments.text is None:
+        raise ValueError("--heat-map is for texts; give --text with it")
     answers = Path(arguments.answers) if arguments.answers else None
-    if answers is not None:
-        open(answers, "a").close()  # what cannot be written is said at once
+    for name in filter(None, (arguments.answers, arguments.heat_map)):
+        open(name, "a").close()  # what cannot be written is said at once
     model = scoring.open_scored(arguments.model, arguments)
 
     protocol: dict[str, Any] = {}
@@ -76,6 +83,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         lines += [json.dumps(plain({"task": name, **line})) + "\n" for line in results.lines]
     if answers is not None:
         answers.write_text("".join(lines), encoding="utf-8")
+    if arguments.heat_map:
+        draw_texts(model, arguments, output)
     output.result({"text": texts, "tasks": tasks, "protocol": protocol})
     return 0
 

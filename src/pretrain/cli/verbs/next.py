@@ -1,14 +1,20 @@
 """The distribution over the next token: what the model expects after a prompt, and how surely.
 
 pretrain next runs/english-1 --prompt "The United States of" --top 5
+pretrain next runs/english-1 --prompt "The United States of" --answer " America"   a flash card
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
+
+if TYPE_CHECKING:
+    from pretrain.cli.models import OpenModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special", action="store_true", help="special tokens in the prompt stand for themselves"
     )
+    parser.add_argument(
+        "--answer", metavar="TEXT", help="what does come: its probability and rank, token by token"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.top < 1:
         raise ValueError(f"--top is {arguments.top}; it must be at least 1")
+    if arguments.answer is not None and arguments.special:
+        raise ValueError("--answer goes with a prompt that is plain text; leave out --special")
     from pretrain.cli.models import open_model
 
     model = open_model(arguments.model, device=arguments.device)
+    if arguments.answer is not None:
+        return _show_card(model, arguments, output)
 
     from pretrain.generate import next_distribution
 
@@ -38,8 +51,48 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         {"id": i, "text": model.tokenizer.decode([i]), "probability": p}
         for i, p in zip(ids.tolist(), values.tolist(), strict=True)
     ]
+    _say(rows, output)
+    output.result({"tokens": rows})
+    return 0
+
+
+def _say(rows: list[dict[str, Any]], output: Output) -> None:
     for row in rows:
         bar = "#" * round(40 * row["probability"])
         output.say(f"{row['probability']:8.4f}  {row['text']!r:<16} {bar}")
-    output.result({"tokens": rows})
+
+
+def _show_card(model: OpenModel, arguments: argparse.Namespace, output: Output) -> int:
+    """What was expected, then what came."""
+    from pretrain.evaluate import encode_pair, look_at
+
+    tokenizer = model.tokenizer
+    pair = encode_pair(tokenizer, arguments.prompt, arguments.answer)
+    found = look_at(
+        model.decoder, pair, world=model.world, precision=model.precision, top=arguments.top
+    )
+    rows = [
+        {"id": i, "text": tokenizer.decode([i]), "probability": p} for i, p in found[0].likeliest
+    ]
+    answer = [
+        {
+            "id": each.id,
+            "text": tokenizer.decode([each.id]),
+            "probability": each.probability,
+            "rank": each.rank,
+            "nats": each.nats,
+        }
+        for each in found
+    ]
+    nats = math.fsum(each.nats for each in found)
+    _say(rows, output)
+    output.say("and what came:")
+    for row in answer:
+        output.say(
+            f"{row['probability']:8.4f}  {row['text']!r:<16} rank {row['rank']:,}, "
+            f"{row['nats']:.2f} nats"
+        )
+    if len(answer) > 1:
+        output.say(f"{math.exp(-nats):8.4f}  all of it, {nats:.2f} nats")
+    output.result({"tokens": rows, "answer": {"nats": nats, "tokens": answer}})
     return 0

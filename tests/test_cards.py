@@ -1,0 +1,204 @@
+"""Flash cards and heat maps: their numbers are the scorer's, and any text is drawn as text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.cli import main
+from pretrain.cli.models import OpenModel, open_model
+from pretrain.evaluate import Expectation, Pair, look_at, pieces, score_texts
+from pretrain.generate import next_distribution
+from pretrain.model import Objective
+from pretrain.report import write_report
+from pretrain.report.heat_map import heat_map, heat_map_page
+from pretrain.tokenizer import Tokenizer, load_tokenizer
+from test_report import Page, assert_harmless
+
+Capture = pytest.CaptureFixture[str]
+HOSTILE = "<script>alert(1)</script> \" onmouseover='x' & 東京 👩‍👩‍👧\n\tعربى e\u0301 "
+
+
+@pytest.fixture(scope="module")
+def model(finished_run: Path) -> OpenModel:
+    found = open_model(str(finished_run), device="cpu")
+    found.decoder.double()
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer(finished_run: Path) -> Tokenizer:
+    return load_tokenizer(finished_run / "tokenizer")
+
+
+def looked_at(model: OpenModel, text: str, **more: Any) -> list[Expectation]:
+    ids = model.tokenizer.encode(text).tolist()
+    return look_at(
+        model.decoder, Pair((model.tokenizer.start_of_text, *ids), 1), world=model.world, **more
+    )
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_nats_of_all_tokens_are_the_score_of_the_text(model: OpenModel, stride: int | None) -> None:
+    text = HOSTILE * 12  # many windows of 32 ids
+    found = looked_at(model, text, stride=stride)
+    whole = score_texts(
+        Objective(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
+    )
+    assert len(found) == whole.tokens
+    assert math.fsum(each.nats for each in found) == pytest.approx(whole.nats, rel=1e-12)
+    assert [each.id for each in found] == model.tokenizer.encode(text).tolist()
+
+
+def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: OpenModel) -> None:
+    text = "The people of the United States"
+    ids = model.tokenizer.encode(text).tolist()
+    for place, each in enumerate(looked_at(model, text, top=3)):
+        before = model.tokenizer.decode(ids[:place])
+        p = next_distribution(model.decoder, model.tokenizer, before)
+        assert each.probability == pytest.approx(float(p[ids[place]]), rel=1e-9)
+        assert each.rank == 1 + int((p > p[ids[place]]).sum())
+        best = p.topk(3)
+        assert [id_ for id_, _ in each.likeliest] == best.indices.tolist()
+        assert [q for _, q in each.likeliest] == pytest.approx(best.values.tolist())
+
+
+def test_a_pair_without_context_is_refused(model: OpenModel) -> None:
+    with pytest.raises(ValueError, match="0 of 2 ids are context; legal: 1 up"):
+        look_at(model.decoder, Pair((1, 2), 0), world=model.world)
+
+
+@given(st.text(max_size=60))
+def test_pieces_are_the_text_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text).tolist()
+    made = pieces(tokenizer, [Expectation(id_, 0.5, 2, ()) for id_ in ids])
+    assert "".join(piece["text"] for piece in made) == text
+    assert all(piece["text"] for piece in made)
+    assert sum(len(piece["nats"]) for piece in made) == len(ids)
+
+
+def test_bytes_of_a_character_are_joined_and_those_of_none_replaced(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("東").tolist()
+    assert len(ids) == 3
+    (piece,) = pieces(tokenizer, [Expectation(id_, 1.0, 3, ()) for id_ in ids])
+    assert piece == {"text": "東", "nats": [1.0] * 3, "ranks": [3] * 3}
+    (piece,) = pieces(tokenizer, [Expectation(id_, 1.0, 3, ()) for id_ in ids[:2]])
+    assert piece["text"] == "\ufffd"
+
+
+def test_next_shows_the_answer_s_probability_and_rank(finished_run: Path, capsys: Capture) -> None:
+    words = ["next", str(finished_run), "--prompt", "The people of the", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*words, "--answer", " United States", "--top", "3", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert "and what came:" in said.err
+    assert main([*words, "--top", "400", "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert [t["id"] for t in found["tokens"]] == [t["id"] for t in tokens[:3]]
+    first = found["answer"]["tokens"][0]
+    rank = [t["id"] for t in tokens].index(first["id"]) + 1
+    assert first["rank"] == rank
+    assert first["probability"] == pytest.approx(tokens[rank - 1]["probability"], rel=1e-4)
+    assert "".join(t["text"] for t in found["answer"]["tokens"]) == " United States"
+    nats = math.fsum(t["nats"] for t in found["answer"]["tokens"])
+    assert found["answer"]["nats"] == pytest.approx(nats)
+    assert main([*words, "--answer", "x", "--special"]) == 2
+    assert "leave out --special" in capsys.readouterr().err
+
+
+def titles(page: Page) -> list[str]:
+    return [value for name, value in page.attributes if name == "title"]
+
+
+def test_a_heat_map_draws_hostile_text_as_text(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"text": HOSTILE, "nats": [1.0, 1.5], "ranks": [2, 7]},
+        {"text": "sure", "nats": [0.0], "ranks": [1]},
+        {"text": "never", "nats": [25.0], "ranks": [4000]},
+        {"text": "broken", "nats": "<b>", "ranks": None},
+    ]
+    path = tmp_path / "map.html"
+    path.write_text(heat_map_page({"<i>a": rows}, model="'\"><b>", note="&"), encoding="utf-8")
+    page = Page(path)
+    assert_harmless(page)
+    assert HOSTILE.replace("\n", "↵\n") + "sureneverbroken" in page.text
+    assert titles(page) == [
+        "1.00 nats, probability 0.368, rank 2; 1.50 nats, probability 0.223, rank 7",
+        "0.00 nats, probability 1, rank 1",
+        "25.00 nats, probability 1.4e-11, rank 4,000",
+        "",
+    ]
+    shares = [value for name, value in page.attributes if name == "style"]
+    assert shares == ["--n:0.25", "--n:0.00", "--n:1.00", "--n:0.00"]
+    assert "4 tokens, 6.875 nats each" in page.text
+    assert "1 in 22,000" in page.text
+    assert heat_map([]) == ""
+
+
+def test_evaluate_draws_texts(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    file, drawn = tmp_path / "a.txt", tmp_path / "a.html"
+    file.write_text(HOSTILE * 5, encoding="utf-8")
+    words = ["evaluate", str(finished_run), "--device", "cpu", "--json"]
+    capsys.readouterr()
+    assert main([*words, "--text", str(file), "--heat-map", str(drawn)]) == 0
+    row = json.loads(capsys.readouterr().out)["text"][str(file)]
+    page = Page(drawn)
+    assert_harmless(page)
+    assert (HOSTILE * 5).strip().replace("\n", "↵\n") in page.text
+    nats = [float(n) for title in titles(page) for n in re.findall(r"([\d.]+) nats", title)]
+    assert len(nats) == row["tokens"]
+    assert sum(nats) == pytest.approx(row["nats"], abs=0.005 * len(nats))
+    assert main([*words, "--heat-map", str(drawn)]) == 2
+    assert "--heat-map is for texts" in capsys.readouterr().err
+
+
+def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run: Path) -> None:
+    kept = json.loads((finished_run / "predictions.json").read_text())
+    nats = [n for piece in kept["passage"] for n in piece["nats"]]
+    assert len(nats) == 400
+    text = "".join(piece["text"] for piece in kept["passage"])
+    model = open_model(str(finished_run), device="cpu")
+    again = looked_at(model, text)
+    assert [each.nats for each in again[:300]] == pytest.approx(nats[:300], rel=1e-4)
+    assert len(kept["cards"]) == 6
+    for card in kept["cards"]:
+        probabilities = [row["probability"] for row in card["likeliest"]]
+        assert len(probabilities) == 5
+        assert probabilities == sorted(probabilities, reverse=True)
+        answer = card["answer"]
+        assert answer["probability"] == pytest.approx(math.exp(-answer["nats"]))
+        if answer["rank"] <= 5:
+            assert card["likeliest"][answer["rank"] - 1]["text"] == answer["text"]
+        assert card["context"][-20:] in text
+    page = Page(write_report(finished_run))
+    assert_harmless(page)
+    assert page.source.count('<div class="card">') == 6
+    assert text.strip().replace("\n", "↵\n") in page.text
+    first = kept["cards"][0]["answer"]
+    assert f"came {first['text']!r}: probability {first['probability']:.4f}" in page.text
+
+
+def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    likeliest = [{"text": HOSTILE, "probability": 7}, {"text": 3}, None]
+    cards = [{"context": HOSTILE, "likeliest": likeliest, "answer": {"text": HOSTILE}}, 5, {}]
+    (tmp_path / "predictions.json").write_text(json.dumps({"cards": cards, "passage": 3}))
+    page = Page(write_report(tmp_path))
+    assert_harmless(page)
+    assert "<script>alert(1)</script>" in page.text
+    assert "--share:100.0%" in page.source
+
+
+def test_looking_draws_from_no_random_state(model: OpenModel) -> None:
+    before = torch.get_rng_state()
+    looked_at(model, "The people")
+    assert torch.equal(before, torch.get_rng_state())
