@@ -30,7 +30,7 @@ Rows = dict[str, list[tuple[float, ...]]]
 
 _SEED = 1  # of the bootstrap: what `pretrain evaluate` takes by default
 # Examples of each task that are timed before a run starts.
-_TIMED = 20
+_TIMED = 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pretrain.data.mixed import MixedData
 from pretrain.evaluate import Followed, byte_lengths
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.results import asking_seconds
-from pretrain.model import ModelConfig, Objective, build, n_parameters
+from pretrain.model import Decoder, ModelConfig, Objective, build, n_parameters
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
@@ -39,7 +39,7 @@ SHORT_RUN = 300
 # Seconds of the budget that a timed calibration may take, and its steps at most.
 CALIBRATION_SECONDS, CALIBRATION_STEPS = 2.5, 20
 # Seconds of asking tasks for each of training, where nobody says how often they are asked.
-TASKS_SHARE = 0.04
+TASKS_SHARE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +200,12 @@ def measure_pace(
     followed: Sequence[Followed] = (),
 ) -> Pace:
     """Seconds of a step, and of asking tasks, by timed ones of copies that are thrown away. Where
-    the run is given steps, no more than about a hundredth of them."""
-    n_steps = min(CALIBRATION_STEPS, max(1, (train.steps or 10**9) // 100))
-    steps = trial_steps(data, model, optimizer, train, world, steps=n_steps + 2)
+    the run is given steps, about a hundredth of them at most."""
+    n_steps = min(CALIBRATION_STEPS, max(1, (train.steps or 10**9) // 200))
+    decoder = build(
+        model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
+    )
+    steps = trial_steps(data, model, optimizer, train, world, steps=n_steps + 2, decoder=decoder)
     seconds, began = [], time.perf_counter()
     last = began
     for report in steps:
@@ -236,12 +239,14 @@ def trial_steps(
     *,
     steps: int,
     read: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
+    decoder: Decoder | None = None,
 ) -> Iterator[StepReport]:
-    """The first steps of a run, at hardly any rate, with a model that is thrown away; for
-    measurements. Batches are read through `read`."""
-    decoder = build(
-        model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
-    )
+    """The first steps of a run, at hardly any rate, with a model that is thrown away (`decoder`,
+    where there is one already); for measurements. Batches are read through `read`."""
+    if decoder is None:
+        decoder = build(
+            model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
+        )
     if train.compile == "on":
         decoder.compile(dynamic=False)
     objective = Objective(
