@@ -358,6 +358,20 @@ def test_tensorboard_gets_every_record_once(tmp_path: Path) -> None:
         assert [step for step, _ in scalars["evaluate/val_nats_per_token"]] == [40]
 
 
+def test_tensorboard_has_a_group_of_curves_for_each_task(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    lines = [
+        {"kind": "task", "step": step, "task": name, "value": value, "stderr": None, "seconds": 9}
+        for step, name, value in ((1, "piqa", 0.5), (1, "copa", 0.25), (2, "piqa", 0.75))
+    ]
+    metrics = train_line(1) + "".join(json.dumps(line) + "\n" for line in lines)
+    run = make_run(tmp_path / "run", metrics=metrics)
+    assert follow(run, ["tensorboard"]) == 4
+    scalars = read_events(run)
+    assert scalars["task/piqa/value"] == [(1, 0.5), (2, 0.75)]
+    assert scalars["task/copa/value"] == [(1, 0.25)]
+
+
 def test_a_follower_notices_a_file_that_was_cut_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = make_run(tmp_path / "run", metrics="", is_finished=False)
