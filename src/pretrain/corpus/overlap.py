@@ -1,22 +1,24 @@
-"""Which documents hold what will judge the model: n words in a row that an evaluation text has too.
+"""Which documents hold what will judge the model, and which texts a corpus holds: n words in a row
+that both have.
 
-Evaluation texts come in and become a table of hashes; documents are held against it. The corpus is
-walked once and only the evaluation texts are in memory, which is the reverse of the Bloom filters
-over the corpus of Radford et al., "Language Models are Unsupervised Multitask Learners", 2019,
-section 4, measures the same, and has no false alarms. Removal by 13 words in a row is that of Brown
-et al., "Language Models are Few-Shot Learners", 2020, appendix C.
+While a corpus is prepared, evaluation texts are a table of hashes that documents are held against
+as they go by: exact, and only these texts are in memory. Later the corpus is a Bloom filter that
+any text is held against, as in Radford et al., "Language Models are Unsupervised Multitask
+Learners", 2019, section 4; both count the same n-grams. Removal by 13 words in a row is that of
+Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.words import Hashes, ngram_hashes, word_hashes
+from pretrain.corpus.bloom import BloomFilter
+from pretrain.corpus.words import Hashes, ngram_hashes, windows_of, word_hashes
 
 REPORT_WORDS = 8
 REMOVE_WORDS = 13
@@ -39,8 +41,8 @@ class Overlaps:
 
     def __init__(self, texts: list[EvaluationText], remove: Hashes) -> None:
         self.texts = texts
-        self._report = _Table([text.grams for text in texts])
-        self._remove = _Table([remove])
+        self._report = HashTable([text.grams for text in texts])
+        self._remove = HashTable([remove])
 
     @staticmethod
     def of(texts: Iterable[tuple[str, str]]) -> Overlaps:
@@ -86,16 +88,57 @@ class Overlaps:
         rates: dict[str, dict[str, int | float]] = {}
         for text in self.texts:
             found = int(np.isin(text.grams, shared).sum())
-            rates[text.name] = {
-                "ngrams": len(text.grams),
-                "in_corpus": found,
-                "percent": round(100 * found / max(1, len(text.grams)), 3),
-            }
+            rates[text.name] = rate(len(text.grams), found)
         return rates
 
 
-class _Table:
+def rate(n_grams: int, n_found: int) -> dict[str, int | float]:
+    """How many of so many n-grams are in a corpus, as JSON; of none 0 %."""
+    percent = round(100 * n_found / max(1, n_grams), 3)
+    return {"ngrams": n_grams, "in_corpus": n_found, "percent": percent}
+
+
+def corpus_filter(pieces: Callable[[], Iterable[tuple[int, str]]]) -> BloomFilter:
+    """The REPORT_WORDS-grams of a corpus of documents, numbered and long ones in pieces as
+    `words.windows_of` takes them; `pieces` is called twice, once to count."""
+    n = REPORT_WORDS
+    counts = (len(words) - n + 1 for _, words in windows_of(pieces(), n))
+    corpus = BloomFilter.sized(sum(max(0, count) for count in counts))
+    for _, words in windows_of(pieces(), n):
+        corpus.add(ngram_hashes(words, n))
+    return corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One text held against a corpus."""
+
+    name: str
+    text: str
+    grams: Hashes
+    """Its different REPORT_WORDS-grams; a text of fewer words has none."""
+    is_found: NDArray[np.bool_]
+    """Which of them the corpus has, but for the filter's false positives."""
+
+    @property
+    def percent(self) -> float:
+        return float(100 * self.is_found.sum() / max(1, len(self.grams)))
+
+
+def look_up(texts: Iterable[tuple[str, str]], corpus: BloomFilter) -> list[Found]:
+    """Names and texts, each held against a corpus."""
+    found = []
+    for name, text in texts:
+        grams = np.unique(ngram_hashes(word_hashes(text), REPORT_WORDS))
+        found.append(Found(name, text, grams, corpus.holds(grams)))
+    return found
+
+
+class HashTable:
     """A set of hashes, quick to search for many at once."""
+
+    hashes: Hashes
+    """Sorted, each once."""
 
     def __init__(self, hashes: list[Hashes]) -> None:
         self.hashes = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
@@ -103,12 +146,17 @@ class _Table:
         self._filter[_low_bits(self.hashes)] = True
 
     def places_of(self, hashes: Hashes) -> NDArray[np.int64]:
-        """Where in the table those of the hashes stand that it holds."""
-        hashes = hashes[self._filter[_low_bits(hashes)]]
-        if not hashes.size or not self.hashes.size:
-            return np.empty(0, np.int64)
-        places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        return np.unique(places[self.hashes[places] == hashes])
+        """Where in the table those of the hashes stand that it holds, each place once."""
+        return np.unique(self.pairs(hashes)[1])
+
+    def pairs(self, hashes: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of the hashes the table holds, and where each of these stands in it."""
+        which = np.flatnonzero(self._filter[_low_bits(hashes)])
+        if not which.size:
+            return which, np.empty(0, np.int64)
+        places = np.minimum(np.searchsorted(self.hashes, hashes[which]), len(self.hashes) - 1)
+        is_there = self.hashes[places] == hashes[which]
+        return which[is_there], places[is_there]
 
 
 def _low_bits(hashes: Hashes) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ give a word a character. Nothing is refused.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -39,18 +39,33 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
     return mixed(found)
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text as they are hashed."""
+    lowered = text.lower()
+    inside, starts = _bounds(_points(lowered))
+    stops = np.append(starts, len(inside))[1:] - 1
+    bounds = zip(inside[starts].tolist(), inside[stops].tolist(), strict=True)
+    return [lowered[first : last + 1] for first, last in bounds]
+
+
+def windows_of(pieces: Iterable[tuple[int, str]], n: int) -> Iterator[tuple[int, Hashes]]:
+    """Hashes of the words of numbered documents, of which a long one may come in pieces: each but
+    its first begins with the last `n` - 1 words before it, so that every `n` in a row are once in
+    a window."""
+    document, before = -1, np.empty(0, np.uint64)
+    for number, text in pieces:
+        words = word_hashes(text)
+        if number == document:
+            words = np.concatenate([before, words])
+        yield number, words
+        document, before = number, words[max(0, len(words) - n + 1) :]
+
+
 def _hash_chunk(text: str) -> Hashes:
-    points = np.frombuffer(text.lower().encode("utf-32-le", "replace"), dtype="<u4")
-    kinds = _kinds()[np.minimum(points, 0x10000)]
-    inside = np.flatnonzero(kinds)
+    points = _points(text.lower())
+    inside, starts = _bounds(points)
     if not inside.size:
         return np.empty(0, np.uint64)
-    # A word begins where its neighbour on the left is none of its letters.
-    inner = kinds[inside]
-    begins = np.empty(len(inside), bool)
-    begins[0] = True
-    begins[1:] = (np.diff(inside) > 1) | (inner[1:] == _ALONE) | (inner[:-1] == _ALONE)
-    starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=len(inside))
     # The sum of letter times a multiplier of its place: one pass over all words at once.
     places = np.arange(len(inside)) - np.repeat(starts, lengths)
@@ -58,6 +73,21 @@ def _hash_chunk(text: str) -> Hashes:
         places % _N_MULTIPLIERS
     ]
     return mixed(np.add.reduceat(values, starts))
+
+
+def _points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "replace"), dtype="<u4")
+
+
+def _bounds(points: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which code points are in words, and the places in that list where words begin: where the
+    neighbour on the left is none of the word's letters."""
+    kinds = _kinds()[np.minimum(points, 0x10000)]
+    inside = np.flatnonzero(kinds)
+    inner = kinds[inside]
+    begins = np.ones(len(inside), bool)
+    begins[1:] = (np.diff(inside) > 1) | (inner[1:] == _ALONE) | (inner[:-1] == _ALONE)
+    return inside, np.flatnonzero(begins)
 
 
 def _chunks(text: str) -> Iterator[str]:
