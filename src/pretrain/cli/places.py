@@ -6,7 +6,7 @@ import glob
 import importlib.resources
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,36 @@ def prepared(
     if not found:
         found = [_from_cache(config, progress=progress)]
     return found[0] if isinstance(data.source, str) else MixedData(data, found)
+
+
+def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedData:
+    """The text that a run was trained on, told by the hashes in its fingerprint; where its sources
+    have moved or gone, from the cache. ValueError where it is another."""
+
+    def is_the_same(data: PreparedData) -> bool:
+        found = {
+            "tokenizer": data.manifest.tokenizer_sha256,
+            "training text": data.split("train").sha256,
+            "held-out text": data.split("val").sha256,
+        }
+        return found.items() <= fingerprint.items()
+
+    try:
+        data = prepared(config)
+    except ValueError:
+        found = map(open_prepared, filter(is_prepared, (cache_folder() / "prepared").glob("*")))
+        is_mixed = not isinstance(config.data.source, str)
+        for each in found:
+            data = MixedData(config.data, [each]) if is_mixed else each
+            if is_the_same(data):
+                return data
+        raise
+    if not is_the_same(data):
+        raise ValueError(
+            f"the text at {', '.join(config.data.paths)} has changed since the run; your own files "
+            "are scored with --text"
+        )
+    return data
 
 
 def _from_cache(

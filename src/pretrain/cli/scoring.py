@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.evaluate.config import EvaluateConfig
-from pretrain.evaluate.examples import Example, kind_of, read_examples, with_shots
+from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots
 from pretrain.evaluate.following import Followed, followed_text
 from pretrain.evaluate.metrics import statistics_of_answer
 from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
@@ -35,6 +35,8 @@ class Asked:
 
     task: Task
     examples: list[Example]
+    texts: list[str]
+    """Of each example, without shots, its context and what is right."""
     shots: int
     seed: int
 
@@ -192,8 +194,9 @@ def _asked(task: Task, path: Path, arguments: argparse.Namespace) -> Asked:
     if arguments.metric is not None:
         task = with_metric(task, arguments.metric)
     examples = _examples_of(task, path, limit=arguments.limit)
+    texts = [solved_text(task, example) for example in examples]
     examples = with_shots(task, examples, shots=arguments.shots, seed=arguments.seed)
-    return Asked(task, examples, arguments.shots, arguments.seed)
+    return Asked(task, examples, texts, arguments.shots, arguments.seed)
 
 
 def _examples_of(task: Task, path: Path, *, limit: int | None) -> list[Example]:

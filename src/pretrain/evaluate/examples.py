@@ -92,7 +92,7 @@ def with_shots(task: Task, examples: Sequence[Example], *, shots: int, seed: int
     drawn = random.Random(seed).sample(range(len(examples)), shots + 1) if shots else []
     found = []
     for number, example in enumerate(examples):
-        solved = [_solved(task, examples[n]) for n in drawn if n != number][:shots]
+        solved = [solved_text(task, examples[n]) for n in drawn if n != number][:shots]
         before = task.description + "".join(text + task.between for text in solved)
         found.append(replace(example, contexts=tuple(before + c for c in example.contexts)))
     return found
@@ -119,10 +119,13 @@ def _fields(task: Task) -> set[str]:
 
 def demonstration(task: Task, records: Sequence[Record]) -> str:
     """Records of a task, solved one after the other, as shots are: text for a corpus."""
-    return task.description + task.between.join(_solved(task, _example(task, r)) for r in records)
+    return task.description + task.between.join(
+        solved_text(task, _example(task, r)) for r in records
+    )
 
 
-def _solved(task: Task, example: Example) -> str:
+def solved_text(task: Task, example: Example) -> str:
+    """An example with what is right, as a text."""
     return "".join(example.options(task.delimiter)[example.gold])
 
 

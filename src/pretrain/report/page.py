@@ -14,8 +14,8 @@ from pathlib import Path
 from pretrain.report.chart import Series, line_chart
 from pretrain.report.document import document
 from pretrain.report.heat_map import heat_map
-from pretrain.report.run import Record, Run, curve, number, read_run, records_in
-from pretrain.report.story import MODEL, ranking, state, verdict, warnings
+from pretrain.report.run import Record, Run, curve, fields, number, read_run, records_in
+from pretrain.report.story import MODEL, memorised, ranking, state, verdict, warnings
 from pretrain.report.units import UNKNOWN, count, decimal, duration, short_count, size, text
 
 MOST_MOMENTS, MOST_SAMPLES, MOST_LETTERS = 12, 4, 1500  # steps shown, samples a step, text a sample
@@ -48,6 +48,7 @@ def render(run: Run) -> str:
         _samples,
         _cards,
         _surprises,
+        _overlap,
         _settings,
     )
     body = "".join(part(run) for part in parts)
@@ -264,6 +265,28 @@ def _surprises(run: Run) -> str:
         " upon a token is told its nats, probability and rank."
     )
     return _section("What surprised it", heat_map(records_in(run.predictions.get("passage"))), lead)
+
+
+def _overlap(run: Run) -> str:
+    """Two tables, where `pretrain evaluate --overlap` has written what is in the training text."""
+    names = ("8 in a row", "In training text", "Median", "Texts with none")
+    tables = ""
+    for part in ("sets", "writing"):
+        rows = ""
+        for name, row in fields(run.overlap.get(part)).items():
+            share, middle = (number(fields(row).get(k)) for k in ("percent", "median_percent"))
+            ngrams, without = (number(fields(row).get(k)) for k in ("ngrams", "without"))
+            percents = (UNKNOWN if v is None else f"{v:.2f} %" for v in (share, middle))
+            cells = (count(ngrams), *percents, count(without))
+            rows += _row(name, *cells, note=memorised(fields(row)))
+        tables += _table(rows, "numbers", names)
+    return _section(
+        "What it has seen before",
+        tables,
+        "Different 8 words in a row, case and punctuation aside, that stand in the training text "
+        "too: of what judges the model, and of what it writes. The held-out split is of the same "
+        "source, and so what the others are to be compared with.",
+    )
 
 
 def _settings(run: Run) -> str:

@@ -29,6 +29,11 @@ def number(value: object) -> float | None:
         return None
 
 
+def fields(value: object) -> Record:
+    """`value` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def parse_record(line: str | bytes) -> Record | None:
     """One line of a .jsonl file, or None where it is not a whole JSON object."""
     try:
@@ -66,6 +71,7 @@ class Run:
         self.config_text, self.config = self._text("config.yaml"), self._record("config.yaml")
         self.environment = self._record("environment.json")
         self.summary = self._record("summary.json")
+        self.overlap = self._record("overlap.json")
         self.is_finished = bool(self.summary)  # it is written at the end
 
     @property

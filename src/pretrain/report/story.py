@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from pretrain.report.run import Record, Run, curve, number
+from pretrain.report.run import Record, Run, curve, fields, number
 from pretrain.report.units import count, decimal, duration
 
 MODEL = "this model"
@@ -71,6 +71,27 @@ def warnings(run: Run) -> list[str]:
         files = "; ".join(f"{name} ({why})" for name, why in run.unreadable.items())
         found.append(f"Not everything could be read: {files}.")
     return found
+
+
+def memorised(row: Record) -> str:
+    """What is to be known of a row of overlap.json besides its numbers."""
+    told = []
+    if short := number(row.get("too_short")):
+        told.append(
+            f"{count(short)} of {count(number(row.get('examples')))} have fewer than 8 words"
+        )
+    if most := fields(row.get("most")):
+        percent = decimal(number(most.get("percent")), 1)
+        told.append(f"most, {percent} %: {most.get('example')}, “{most.get('begins')} …”")
+    if score := fields(row.get("score")):
+        values = [decimal(number(score.get(key)), 4) for key in ("value", "value_without")]
+        others = count(number(score.get("examples_without")))
+        told.append(f"{score.get('metric')} {values[0]}; of the {others} without any {values[1]}")
+    if longest := fields(row.get("longest")):
+        where = fields(longest.get("document")).get("id")
+        words = count(number(longest.get("words")))
+        told.append(f"longest, {words} words of {where}: “{longest.get('text')}”")
+    return ". ".join(told)
 
 
 def _beside(run: Run) -> str:

@@ -6,6 +6,7 @@ pretrain evaluate RUN --stride 64          windows that overlap: more context fo
 pretrain evaluate RUN --text a.txt --heat-map a.html         which words surprise the model
 pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
 pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own questions: docs/tasks.md
+pretrain evaluate RUN --overlap            and what it has seen before, also in its report
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pretrain.cli import scoring
 from pretrain.cli.heat_maps import draw_texts
 from pretrain.cli.models import HELP
 from pretrain.cli.output import Output, plain
+from pretrain.cli.overlap import measure, training_text
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
@@ -38,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heat-map", metavar="FILE", help="draw the texts as HTML, each token by its nats"
     )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="also which share of all this, and of what the model writes, is in its training text",
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -48,6 +55,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     for name in filter(None, (arguments.answers, arguments.heat_map)):
         open(name, "a").close()  # what cannot be written is said at once
     model = scoring.open_scored(arguments.model, arguments)
+    data = training_text(model) if arguments.overlap else None
 
     protocol: dict[str, Any] = {}
     texts: dict[str, Any] = {}
@@ -64,6 +72,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         )
     tasks: dict[str, Any] = {}
     lines: list[str] = []
+    answered = []
     for each in asked:
         results = scoring.answers_of(model, each, arguments.stride)
         name = each.task.name
@@ -80,12 +89,16 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                 output.say(
                     f"    {asked_of}\n    -> {line['answer']}\n    ({line['references'][0]})"
                 )
+        answered.append((each, results))
         lines += [json.dumps(plain({"task": name, **line})) + "\n" for line in results.lines]
     if answers is not None:
         answers.write_text("".join(lines), encoding="utf-8")
     if arguments.heat_map:
         draw_texts(model, arguments, output)
-    output.result({"text": texts, "tasks": tasks, "protocol": protocol})
+    content: dict[str, Any] = {"text": texts, "tasks": tasks, "protocol": protocol}
+    if data is not None:
+        content["overlap"] = measure(model, data, answered, arguments=arguments, output=output)
+    output.result(content)
     return 0
 
 
@@ -142,7 +155,7 @@ def _row(score: Score, words: int) -> dict[str, Any]:
 
 
 def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
-    from pretrain.cli.places import prepared
+    from pretrain.cli.places import text_of_run
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.scorer import EVALUATION_TOKENS
@@ -153,15 +166,8 @@ def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
         raise ValueError(
             f"{model.path} was not trained here and has no held-out text; score files with --text"
         )
-    data = prepared(model.config)
-    same_ids = data.manifest.tokenizer_sha256 == model.tokenizer.sha256
-    if not same_ids or data.split("val").sha256 != seen["held-out text"]:
-        raise ValueError(
-            f"the text at {', '.join(model.config.data.paths)} has changed since the run; "
-            "score files with --text instead"
-        )
+    stream = text_of_run(model.config, seen).split("val")
     context = model.decoder.config.window_tokens
-    stream = data.split("val")
     batches = evaluation_batches(
         stream,
         context_length=context,
