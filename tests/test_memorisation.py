@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,13 @@ def test_a_document_is_decoded_as_it_was(tokenizer: str, piece_tokens: int, tmp_
     assert found == set(texts)
 
 
-def test_n_grams_go_on_from_piece_to_piece_and_not_from_document_to_document() -> None:
-    words = SHIP.split()
-    pieces = [
-        (0, " ".join(words[:3])),
-        (0, ""),
-        (0, " ".join(words[3:5])),
-        (0, " ".join(words[5:])),
-    ]
+@pytest.mark.parametrize("first", range(15))
+@pytest.mark.parametrize("second", range(15))
+def test_n_grams_go_on_from_piece_to_piece_and_not_from_document_to_document(
+    first: int, second: int
+) -> None:
+    words, cuts = SHIP.split(), [0, *sorted((first, second)), 14]
+    pieces = [(0, " ".join(words[begin:end])) for begin, end in pairwise(cuts)]
     windows = windows_of([*pieces, (1, SEA)], 8)
     assert [gram for _, w in windows for gram in ngram_hashes(w, 8).tolist()] == [
         *ngram_hashes(word_hashes(SHIP), 8).tolist(),
@@ -230,6 +230,12 @@ def test_a_copy_is_found_with_its_length_and_its_document() -> None:
     found = longest_stretches(texts, enumerate(documents))
     assert found == [Stretch(60, 1, 13), None, None]
     assert longest_stretches([], enumerate(documents)) == []
+
+
+def test_a_stretch_ends_with_its_text() -> None:
+    words = words_of(SHIP)
+    first, second = " ".join(words[:8]), " ".join(words[1:9])  # the second goes on from the first
+    assert longest_stretches([first, second], [(0, SHIP)]) == [Stretch(8, 0, 0)] * 2
 
 
 def held_out(folder: Path, texts: list[str]) -> PreparedData:
