@@ -88,8 +88,7 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
 def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
     name: str, foreign: ForeignModel, tmp_path: Path
 ) -> None:
-    """Log-probabilities and answers of 50 examples; lm_eval is in no extra, so it is skipped where
-    nobody has installed it."""
+    """Log-probabilities and answers of 50 examples; skipped without the extra `harness`."""
     from pretrain.cli.scoring import find_file, text_of
     from pretrain.evaluate import ask, read_examples, task_named
     from pretrain.world import open_world

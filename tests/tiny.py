@@ -3,8 +3,28 @@ on."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 TINY = [
     *"--model.n_layers 2 --model.n_heads 2 --model.d_model 32 --model.context_length 32".split(),
     *"--train.batch_tokens 256 --train.evaluate_tokens 512 --train.threads 1".split(),
     *"--train.device cpu --tokenizer.vocab_size 400".split(),
 ]
+
+
+def write_llama(folder: Path, *, context_length: int, begins_texts: bool = True) -> Path:
+    """A random llama of 400 ids in transformers' form, whose texts begin with a start-of-text or do
+    not; unlike a run of a few steps, it minds what stands before."""
+    from oracles import config_of, random_decoder
+    from pretrain.corpus import read_documents
+    from pretrain.export import write_hugging_face
+    from pretrain.tokenizer import train_tokenizer
+
+    texts = [document.text for document in list(read_documents("bundled"))[:20]]
+    tokenizer = train_tokenizer(texts, vocab_size=400)
+    tokenizer.begins_texts = begins_texts
+    config = config_of("llama", context_length=context_length)
+    decoder = random_decoder(config, vocab_size=tokenizer.vocab_size)
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(folder, config=config, tokenizer=tokenizer, read=own.__getitem__)
+    return folder

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from pretrain.evaluate.results import Results
 
 DATA_VARIABLE = "PRETRAIN_TASKS"
-_STARTS = {"model": None, "always": True, "never": False}
+STARTS = {"model": None, "always": True, "never": False}
 # What a text does not ask for, and what it is when it was not given.
-_OF_TASKS = {"metric": None, "limit": None, "answers": None, "shots": 0, "start_of_text": "model"}
+_OF_TASKS = {
+    "metric": None,
+    "limit": None,
+    "answers": None,
+    "explain": None,
+    "shots": 0,
+    "start_of_text": "model",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--start-of-text",
-        choices=_STARTS,
+        choices=STARTS,
         default="model",
         help="whether one stands before a context [model: as the model's texts begin]",
     )
@@ -210,7 +217,7 @@ def open_scored(name: str, arguments: argparse.Namespace) -> OpenModel:
     from pretrain.cli.models import open_model
 
     model = open_model(name, device=arguments.device)
-    begins = _STARTS[arguments.start_of_text]
+    begins = STARTS[arguments.start_of_text]
     if begins is not None:
         model.tokenizer.begins_texts = begins
     return model

@@ -89,6 +89,19 @@ def windows_of(pair: Pair, *, context_length: int, stride: int) -> Iterator[tupl
         start, done = start + stride, stop + 1
 
 
+def rolled(ids: Sequence[int], *, start: int, context_length: int) -> list[Pair]:
+    """A text behind a `start`, in pairs that count each of its ids once, as lm-evaluation-harness
+    0.4 rolls over it: windows do not overlap, but that the last is as long as the others and counts
+    only what they left."""
+    whole = (start, *ids)
+    pairs = []
+    for done in range(0, len(ids), context_length):
+        last = min(done + context_length, len(ids))
+        first = max(0, last - context_length)
+        pairs.append(Pair(whole[first : last + 1], 1 + done - first))
+    return pairs
+
+
 @torch.no_grad()
 def score_pairs(
     decoder: Decoder,

@@ -233,10 +233,7 @@ class Writer:
         window = decoder.config.window_tokens
         # At least half of the window is the prompt's: an answer may outgrow it.
         self._room = max(1, window // 2, window - task.max_tokens)
-        # Ids after which nothing of the text is kept, so that nothing more needs to be written.
-        stops = [stop.encode() for stop in task.stops]
-        ends = {i for i in range(tokenizer.vocab_size) if _begins(tokenizer.token_bytes(i), stops)}
-        self._ends = ends | {tokenizer.start_of_text, tokenizer.end_of_text}
+        self._ends = ends_of(tokenizer, task.stops)
 
     def answer(self, context: str) -> tuple[str, bool]:
         """The answer, without white space around it, and whether the context lost its left."""
@@ -249,10 +246,18 @@ class Writer:
                 sampling=Sampling(temperature=0.0),
                 ends=self._ends,
             )
-        text = self._tokenizer.decode(found)
-        answer = min((text.partition(stop)[0] for stop in self._task.stops), key=len, default=text)
+        answer = cut_before(self._tokenizer.decode(found), self._task.stops)
         return answer.strip(), len(ids) > self._room
 
 
-def _begins(piece: bytes, stops: Sequence[bytes]) -> bool:
-    return any(piece.startswith(stop) for stop in stops)
+def ends_of(tokenizer: Tokenizer, stops: Sequence[str]) -> set[int]:
+    """Ids of which nothing is kept in an answer that ends before the first of `stops`, so that
+    nothing needs to be written after them."""
+    begins = tuple(stop.encode() for stop in stops)
+    ends = {i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i).startswith(begins)}
+    return ends | {tokenizer.start_of_text, tokenizer.end_of_text}
+
+
+def cut_before(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first of `stops`."""
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)

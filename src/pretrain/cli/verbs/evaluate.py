@@ -7,12 +7,14 @@ pretrain evaluate RUN --text a.txt --heat-map a.html         which words surpris
 pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
 pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own questions: docs/tasks.md
 pretrain evaluate RUN --overlap            and what it has seen before, also in its report
+pretrain evaluate RUN --tasks piqa --explain samples_piqa.jsonl   why lm-evaluation-harness differs
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ from pretrain.cli.overlap import measure, training_text
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
-    from pretrain.evaluate import Score, Task
+    from pretrain.evaluate import Results, Score, Task
+    from pretrain.evaluate.samples import Sample
 
 # Of a task that is asked in several ways, answers to read.
 EXAMPLES_SHOWN = 3
@@ -45,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also which share of all this, and of what the model writes, is in its training text",
     )
+    parser.add_argument(
+        "--explain",
+        metavar="FILE",
+        help="say where and why lm-evaluation-harness says otherwise: its samples_*.jsonl of the "
+        "task (--log_samples)",
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -54,6 +63,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     answers = Path(arguments.answers) if arguments.answers else None
     for name in filter(None, (arguments.answers, arguments.heat_map)):
         open(name, "a").close()  # what cannot be written is said at once
+    samples = _read_samples(arguments.explain, asked) if arguments.explain else None
     model = scoring.open_scored(arguments.model, arguments)
     data = training_text(model) if arguments.overlap else None
 
@@ -90,6 +100,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                     f"    {asked_of}\n    -> {line['answer']}\n    ({line['references'][0]})"
                 )
         answered.append((each, results))
+        if samples is not None:
+            tasks[name]["explained"] = _explained(model, each, results, samples, output)
         lines += [json.dumps(plain({"task": name, **line})) + "\n" for line in results.lines]
     if answers is not None:
         answers.write_text("".join(lines), encoding="utf-8")
@@ -100,6 +112,47 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         content["overlap"] = measure(model, data, answered, arguments=arguments, output=output)
     output.result(content)
     return 0
+
+
+def _read_samples(name: str, asked: list[scoring.Asked]) -> dict[int, Sample]:
+    from pretrain.evaluate.samples import read_samples
+
+    if len(asked) != 1 or asked[0].task.kind == "answer":
+        what = ", ".join(f"{each.task.name} ({each.task.kind})" for each in asked)
+        raise ValueError(f"--explain is for one task, and none of open answers; asked: {what}")
+    return read_samples(scoring.text_of(Path(name)), file=name)
+
+
+def _explained(
+    model: OpenModel,
+    asked: scoring.Asked,
+    results: Results,
+    samples: dict[int, Sample],
+    output: Output,
+) -> dict[str, Any]:
+    """Say how far two programs agree, and then a line for each example on which they do not."""
+    from pretrain.evaluate.explain import explain
+
+    found = explain(
+        model.decoder,
+        model.tokenizer,
+        asked.task,
+        asked.examples,
+        results,
+        samples,
+        world=model.world,
+        precision=model.precision,
+    )
+    causes = Counter(each.cause for each in found.differences)
+    said = ", ".join(f"{n:,} by {cause}" for cause, n in causes.most_common())
+    output.say(
+        f"{found.examples:,} examples that both were asked, of {len(asked.examples):,} here and "
+        f"{len(samples):,} there: {len(found.differences):,} differ{f' ({said})' if said else ''}, "
+        f"log p at most {found.furthest_nats:.1e} nats apart, {found.ties:,} ties"
+    )
+    for each in found.differences:
+        output.say(f"  example {each.example}: {each.cause}: {each.detail}")
+    return asdict(found) | {"causes": causes}
 
 
 def _task_row(asked: scoring.Asked, statistics: Any) -> dict[str, Any]:

@@ -1,0 +1,210 @@
+"""lm-evaluation-harness asks our model and its own class of the same weights: the same answers,
+example by example. Its half is skipped where it is not installed (extra `harness`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pretrain.cli import harness, main
+from pretrain.cli.harness import HarnessModel
+from pretrain.corpus import read_documents
+from pretrain.evaluate.continuations import rolled
+from tiny import write_llama
+
+CONTEXT = 64
+TEXTS = [document.text for document in list(read_documents("bundled"))[:20]]
+# What texts are made of: nothing, blanks at both sides, line breaks, letters of several bytes, and
+# more than the model's context.
+PAIRS = [
+    ("The people of the", " United States"),
+    ("The people of the ", "United States"),
+    ("The people of the\n", "States\n"),
+    ("", "The people"),
+    ("It was été", " in the 中文 sea"),
+    (TEXTS[0][:900], " people"),
+    (TEXTS[1][:900], TEXTS[2][:60]),
+]
+ROLLED = ["", "Yes.", TEXTS[3][:100], TEXTS[4][:1000]]
+WRITE = [
+    ("The people of the", {"until": ["\n\n", "e"], "max_gen_toks": 20}),
+    ("The people of the", {"until": "\n", "max_gen_toks": 30, "do_sample": False}),
+    (TEXTS[0][:900], {"until": [], "max_new_tokens": 20, "temperature": 0.0}),
+]
+
+
+def requests(arguments: list[tuple[Any, ...]]) -> list[Any]:
+    return [SimpleNamespace(args=each) for each in arguments]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["begins", "plain"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama whose texts begin with a start-of-text, or do not."""
+    path = tmp_path_factory.mktemp("llama")
+    return write_llama(path, context_length=CONTEXT, begins_texts=request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> HarnessModel:
+    return HarnessModel(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    pytest.importorskip("transformers")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    return huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
+
+
+def asked(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    instances = pytest.importorskip("lm_eval.api.instance")
+    return [
+        instances.Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments
+    ]
+
+
+def test_likelihoods_are_theirs(ours: HarnessModel, theirs: Any) -> None:
+    found = ours.loglikelihood(requests(PAIRS))
+    expected = theirs.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
+    for (log_p, is_greedy), (other, other_greedy) in zip(found, expected, strict=True):
+        assert log_p == pytest.approx(other, abs=1e-3)
+        assert is_greedy == other_greedy
+
+
+def test_rolling_likelihoods_are_theirs_but_for_the_start_that_they_count(
+    ours: HarnessModel, theirs: Any
+) -> None:
+    """Where the tokenizer begins a text, their class puts another start-of-text before that, and
+    counts the first as a token of the text."""
+    tokenizer = ours._model.tokenizer
+    texts = [(text,) for text in ROLLED]
+    found = ours.loglikelihood_rolling(requests(texts))
+    expected = theirs.loglikelihood_rolling(
+        asked("loglikelihood_rolling", texts), disable_tqdm=True
+    )
+    if tokenizer.begins_texts:
+        assert abs(found[1] - expected[1]) > 1
+        start = tokenizer.start_of_text
+        ids = [[start, *tokenizer.encode(text).tolist()] for text in ROLLED]
+        pairs = [rolled(each, start=start, context_length=CONTEXT) for each in ids]
+        found = [-sum(answer.nats for answer in ours._scored(each)) for each in pairs]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_is_written_is_theirs(ours: HarnessModel, theirs: Any) -> None:
+    found = ours.generate_until(requests(WRITE))
+    assert found == theirs.generate_until(asked("generate_until", WRITE), disable_tqdm=True)
+
+
+def test_windows_roll_as_their_interface_says() -> None:
+    """The example of LM.loglikelihood_rolling: ten tokens, a context of four."""
+    pairs = rolled(range(10), start=-1, context_length=4)
+    assert [(p.ids[:-1], p.ids[p.n_context :]) for p in pairs] == [
+        ((-1, 0, 1, 2), (0, 1, 2, 3)),
+        ((3, 4, 5, 6), (4, 5, 6, 7)),
+        ((5, 6, 7, 8), (8, 9)),
+    ]
+
+
+def test_what_is_written_ends_before_the_first_stop(ours: HarnessModel) -> None:
+    plain, cut, short = ours.generate_until(
+        requests(
+            [
+                ("The people", {"max_gen_toks": 30}),
+                ("The people", {"max_gen_toks": 30, "until": ["no such", "e"], "do_sample": None}),
+                ("The people", {"max_tokens": 3, "until": None, "temperature": 1, "top_k": 1}),
+            ]
+        )
+    )
+    assert "e" in plain
+    assert cut == plain[: plain.index("e")]
+    assert short
+    assert plain.startswith(short)
+    with pytest.raises(ValueError, match="num_beams cannot be asked of our generator; legal: unti"):
+        ours.generate_until(requests([("The people", {"num_beams": 4})]))
+
+
+def test_a_start_of_text_is_as_asked(folder: Path) -> None:
+    said = {
+        start: HarnessModel(str(folder), device="cpu", start_of_text=start).loglikelihood(
+            requests([("The people", " of")])
+        )[0][0]
+        for start in ("model", "always", "never")
+    }
+    assert abs(said["always"] - said["never"]) > 0.01
+    assert said["model"] in (said["always"], said["never"])
+    with pytest.raises(ValueError, match="start_of_text is 'no'; legal: model, always, never"):
+        HarnessModel(str(folder), start_of_text="no")
+
+
+def test_its_absence_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", None)
+    harness.register.cache_clear()
+    assert harness.main() == 2
+    assert "needs the package lm_eval: python -m pip install 'pretrain[harness]'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_its_own_command_runs_a_local_task_and_the_two_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The task is a file and a definition in its own form; each model is asked by the command, and
+    what was logged of each is held against `pretrain evaluate` of the file."""
+    for package in ("lm_eval", "datasets", "transformers"):
+        pytest.importorskip(package)
+    (tmp_path / "llama").mkdir()
+    folder = write_llama(tmp_path / "llama", context_length=CONTEXT)
+    records = [
+        {
+            "query": TEXTS[n][: 20 + 10 * n].rstrip(),
+            "choices": [text[:12] for text in TEXTS[5:8]],
+            "gold": n % 3,
+        }
+        for n in range(6)
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    definition = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(definition), encoding="utf-8")
+    # Its own index is of 14,000 files, a quarter of a minute to read.
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    evaluate = ["evaluate", str(folder), "--device", "cpu", "--task-file", str(file), "--json"]
+    for model, more, differ in (
+        ("hf", ",dtype=float32", 0),
+        ("pretrain", "", 0),
+        ("pretrain", ",start_of_text=never", 6),
+    ):
+        out = tmp_path / f"{model}{differ}"
+        words = [
+            *f"lm_eval --model {model} --model_args pretrained={folder}{more} --tasks mine".split(),
+            *f"--device cpu --include_path {tmp_path} --output_path {out} --log_samples".split(),
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        assert harness.main() == 0
+        (samples,) = out.rglob("samples_mine_*.jsonl")
+        capsys.readouterr()
+        assert main([*evaluate, "--explain", str(samples)]) == 0
+        explained = json.loads(capsys.readouterr().out)["tasks"][str(file)]["explained"]
+        assert explained["examples"] == 6
+        assert explained["causes"] == ({"start-of-text": differ} if differ else {})
+        assert differ or explained["furthest_nats"] < 1e-3
