@@ -220,6 +220,16 @@ def test_windows_of_a_text(model: OpenModel) -> None:
         assert cause(model, example, line(texts, [said]), kind="text")[0] == cause_there
 
 
+def test_other_spellings_of_samples_are_read(model: OpenModel) -> None:
+    """Lists, as before 0.4.3; a line for each filter; options again without their question."""
+    said = plainly(model, CONTEXT, [text for _, text in ASKED])
+    record = {"doc_id": 0, "arguments": ASKED, "resps": [[[log_p, False]] for log_p in said]}
+    again = [*ASKED, *(("", text) for _, text in ASKED)]
+    lines = [json.dumps(record), line([("", "x")], [0.0]), line(again, [*said, -1, -2, -3], 1)]
+    found = explained(model, task_of_kind("choice", "mine"), EXAMPLE, *lines)
+    assert (found.examples, found.differences) == (2, ())
+
+
 def test_nothing_is_made_up(model: OpenModel) -> None:
     said = plainly(model, CONTEXT, [text for _, text in ASKED])
     found = cause(model, EXAMPLE, line(ASKED, [said[0] - 0.25, *said[1:]]))

@@ -228,8 +228,9 @@ def _ways(task: Task, tokenizer: Tokenizer, window: int) -> Iterator[_Way]:
     if task.kind == "text":
         last = "the last window is a full one there"
         yield _Way("windows", last, lambda _, text: _rolled(tokenizer, text, window))
-        again = f"{start} is itself counted there"
-        yield _Way("start-of-text", again, lambda _, text: _rolled(tokenizer, text, window, True))
+        counted = f"{start} is itself counted there"
+        ids = [tokenizer.start_of_text]
+        yield _Way("start-of-text", counted, lambda _, text: _rolled(tokenizer, text, window, ids))
         return
     yield _Way("start-of-text", begins, lambda *texts: [encode_pair(other, *texts)])
     yield _Way("tokens", apart, lambda *texts: [_apart(tokenizer, *texts)])
@@ -242,9 +243,9 @@ def _ways(task: Task, tokenizer: Tokenizer, window: int) -> Iterator[_Way]:
         )
 
 
-def _rolled(tokenizer: Tokenizer, text: str, window: int, again: bool = False) -> list[Pair]:
-    start, ids = tokenizer.start_of_text, tokenizer.encode(text).tolist()
-    return rolled([start, *ids] if again else ids, start=start, context_length=window)
+def _rolled(tokenizer: Tokenizer, text: str, window: int, before: Sequence[int] = ()) -> list[Pair]:
+    ids = [*before, *tokenizer.encode(text).tolist()]
+    return rolled(ids, start=tokenizer.start_of_text, context_length=window)
 
 
 def _apart(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
