@@ -231,8 +231,8 @@ class _Mistakes:
 
 
 def compose(layers: Iterable[Layer], *, also: Rules | None = None) -> RunConfig:
-    """A RunConfig from layers, later ones winning, or one ValueError that names every mistake;
-    `also` has rules that only the caller knows."""
+    """A RunConfig from layers, later ones winning; or one ValueError that names every mistake, of
+    those rules too that only the caller knows (`also`)."""
     mistakes = _Mistakes()
     merged = _merge(layers, mistakes)
     try:
@@ -240,8 +240,7 @@ def compose(layers: Iterable[Layer], *, also: Rules | None = None) -> RunConfig:
     except ValueError as error:
         for key in ("preset", "family"):
             merged["model"].pop(key, None)
-        # What the user left to the preset is not known.
-        given = {f"model.{key}" for key in merged["model"]}
+        given = {f"model.{key}" for key in merged["model"]}  # the rest, the preset's, is not known
         mistakes.add(str(error), *(_names("model").keys() - given))
     built = {name: _build(kind, merged[name], name, mistakes) for name, kind in SECTIONS.items()}
     config = RunConfig(**built)

@@ -71,11 +71,7 @@ def train(
         followed=followed,
         asked_every=asked_every,
     )
-    if resume_from is not None:
-        run.restore(resume_from)
-    elif first_weights is not None:
-        load_weights(run.objective, first_weights)
-    run.take_up_records()
+    _take_up(run, resume_from, first_weights)
 
     def rate(step: int) -> float:
         peak = optimizer.learning_rate
@@ -89,10 +85,7 @@ def train(
     with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
         # Until a step is made, which may take a compiler minutes, there is nothing to be saved.
         stop.nothing_to_lose = True
-        if _evaluation_is_missing(run):
-            _evaluate(run, stop)
-        if run.done and run.followed and due(run.done, run.asked_every, run.steps):
-            ask_tasks(run, stop)
+        _catch_up(run, stop)
         while run.done < run.steps:
             outcome = _make_steps(run, stop, rate, accept, clip=optimizer.clip, ends=ends)
             if outcome == "stopped":
@@ -104,6 +97,23 @@ def train(
         stop.nothing_to_lose = True
         _finish(run, began)
     return 0
+
+
+def _take_up(run: Run, resume_from: Checkpoint | None, first_weights: Checkpoint | None) -> None:
+    """What the run begins with: its own state, another run's weights, or neither."""
+    if resume_from is not None:
+        run.restore(resume_from)
+    elif first_weights is not None:
+        load_weights(run.objective, first_weights)
+    run.take_up_records()
+
+
+def _catch_up(run: Run, stop: StopSignals) -> None:
+    """Measure what a signal kept from being measured after the last step."""
+    if _evaluation_is_missing(run):
+        _evaluate(run, stop)
+    if run.done and run.followed and due(run.done, run.asked_every, run.steps):
+        ask_tasks(run, stop)
 
 
 def due(done: int, every: int | None, steps: int) -> bool:

@@ -93,12 +93,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             output.say(_line(metric, found, is_main=metric == each.task.metric))
         if each.task.wrong:
             tasks[name] |= (conditions := scoring.conditions_of(model, each, arguments.stride))
-            output.say(_conditions_line(each.task, conditions))
-            for line in results.lines[:EXAMPLES_SHOWN]:
-                asked_of = each.examples[line["example"]].input
-                output.say(
-                    f"    {asked_of}\n    -> {line['answer']}\n    ({line['references'][0]})"
-                )
+            _say_conditions(each, results, conditions, output)
         answered.append((each, results))
         if samples is not None:
             tasks[name]["explained"] = _explained(model, each, results, samples, output)
@@ -164,6 +159,15 @@ def _task_row(asked: scoring.Asked, statistics: Any) -> dict[str, Any]:
         "examples": len(asked.examples),
         "metrics": metrics,
     }
+
+
+def _say_conditions(
+    each: scoring.Asked, results: Results, conditions: dict[str, Any], output: Output
+) -> None:
+    output.say(_conditions_line(each.task, conditions))
+    for line in results.lines[:EXAMPLES_SHOWN]:
+        text, reference = each.examples[line["example"]].input, line["references"][0]
+        output.say(f"    {text}\n    -> {line['answer']}\n    ({reference})")
 
 
 def _conditions_line(task: Task, found: dict[str, Any]) -> str:
