@@ -31,7 +31,7 @@ TRIPLES = [
     ("A cat sleeps.", "Un chat dort.", "Eine Katze schläft."),
     ("A boy reads.", "Un garçon lit.", "Ein Junge liest."),
     ("It rains.", "Il pleut.", "Es regnet."),
-    ("A girl sings.", "Une fille chante.", "Ein Mädchen singt."),
+    ("A man sings.", "Un homme chante.", "Ein Mann singt."),
 ]
 
 
@@ -123,7 +123,7 @@ def test_what_is_asked_in_test_is_nowhere_in_train(tmp_path: Path) -> None:
     assert french == [
         "English = French\nA dog runs. = Un chien court.\nA cat sleeps. = Un chat dort.\n"
         "A boy reads. = Un garçon lit.\nIt rains. = Il pleut.",
-        "English = French\nA girl sings. = Une fille chante.\nA girl sings. = Une fille chante.",
+        "English = French\nA man sings. = Un homme chante.\nA man sings. = Un homme chante.",
     ]
     assert prompt(task_named("translate-en-fr"), "A dog runs.") == french[0].split(" Un chien")[0]
 
@@ -255,7 +255,8 @@ def test_ask_says_when_the_input_is_cut(
 
 
 @pytest.mark.parametrize(
-    ("task", "said"), [("piqa", "piqa is not asked of a text"), ("sumarize", "is it summarize")]
+    ("task", "said"),
+    [("piqa", "piqa is not asked of a text"), ("translate-en-xx", "is it translate-en")],
 )
 def test_ask_refuses_what_it_cannot_ask(
     capsys: pytest.CaptureFixture[str], task: str, said: str
