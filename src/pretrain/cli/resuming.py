@@ -50,7 +50,11 @@ def read_run(folder: Path) -> RunConfig:
         raise ValueError(
             f"{folder} was imported, not trained; train on from it with --train.init_from {folder}"
         )
-    return compose([read_file(folder / "config.yaml")])
+    layer = read_file(folder / "config.yaml")
+    try:
+        return compose([layer])
+    except ValueError as error:  # nobody typed it: the file is damaged, or of another version
+        raise ValueError(f"{folder / 'config.yaml'}: {error}") from None
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

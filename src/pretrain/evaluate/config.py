@@ -41,7 +41,7 @@ class EvaluateConfig:
             try:
                 task_named(name)
             except ValueError as error:
-                yield "tasks", str(error)
+                yield "tasks", f"evaluate.tasks: {error}"
         for field in ("examples", "every"):
             value = getattr(self, field)
             if value is not None and not 1 <= value <= 10**10:
