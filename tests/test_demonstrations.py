@@ -159,6 +159,15 @@ def test_sentences_that_are_not_aligned_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_without_titles_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, [{"text": ARTICLE}, {"title": "", "text": ARTICLE}])
+    assert main(["demonstrate", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "no record has a title" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_sentences_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,9 @@ def _write_articles(sources: list[str], files: Files) -> None:
     from pretrain.corpus import read_documents
     from pretrain.corpus.demonstrations import is_for_test, of_article
 
+    n_titles = 0
     for document in read_documents(sources):
+        n_titles += bool(document.title)
         is_test = is_for_test(document.title or document.id, TEST_FRACTION)
         record = {"id": document.id, "title": document.title, "text": document.text}
         files.add(f"{'test' if is_test else 'train'}/articles.jsonl", record)
@@ -93,6 +95,9 @@ def _write_articles(sources: list[str], files: Files) -> None:
             else:
                 record = {"id": f"{shown.task}:{document.id}", "text": _told(shown.task, [shown])}
                 files.add(f"train/{shown.task}.jsonl", record)
+
+    if not n_titles:
+        raise ValueError(f"{', '.join(sources)}: no record has a title; legal: titles and texts")
 
 
 def _question(shown: Any) -> dict[str, str]:
