@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 
 _PASSAGE_CHARACTERS = (150, 600)
 _DEFINITION_CHARACTERS = (30, 250)
@@ -59,12 +60,10 @@ def sentences(text: str) -> list[str]:
 
 
 def of_sentence(languages: Mapping[str, str]) -> Iterator[Demonstration]:
-    """Translations between English and every other language of one sentence, both ways."""
-    for language in languages.keys() - {"en"}:
-        for source, target in (("en", language), (language, "en")):
-            yield Demonstration(
-                f"translate-{source}-{target}", languages[source], languages[target]
-            )
+    """Translations of one sentence from each of its languages into each other: only the name of the
+    task tells which one is asked."""
+    for source, target in permutations(languages, 2):
+        yield Demonstration(f"translate-{source}-{target}", languages[source], languages[target])
 
 
 def is_for_test(key: str, fraction: float) -> bool:

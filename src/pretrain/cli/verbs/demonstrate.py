@@ -19,7 +19,7 @@ from pretrain.cli.output import Output
 from pretrain.cli.scoring import text_of
 
 DEFAULT = "demonstrations"
-TEST_FRACTION = 0.02
+TEST_FRACTION = 0.04
 # Translations that stand in one document, under one heading.
 _TOGETHER = 4
 _ALIGNED = re.compile(r"(?P<name>.*(?P<split>train|test).*)\.(?P<language>en|fr|de)(\.\w+)?")
