@@ -83,7 +83,8 @@ class Arm:
         from pretrain.config import compose, parse_overrides
         from pretrain.model import Objective, build
         from pretrain.optimizer import build_optimizer
-        from pretrain.train.decide import decide, training_batches
+        from pretrain.train.build import training_batches
+        from pretrain.train.decide import decide
         from pretrain.world import open_world
 
         how = ARMS[arm]

@@ -28,7 +28,8 @@ from pretrain.config import compose
 from pretrain.model import Objective, build
 from pretrain.optimizer import build_optimizer
 from pretrain.optimizer.grouped import optimizer_state
-from pretrain.train.decide import decide, training_batches
+from pretrain.train.build import training_batches
+from pretrain.train.decide import decide
 from pretrain.train.records import Records
 from pretrain.train.steps import train_step
 from pretrain.train.watch import Watch

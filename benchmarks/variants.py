@@ -174,6 +174,7 @@ def soap() -> None:
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
+        held: muon.Matrices,
     ) -> None:
         slope = torch.stack(list(gradients))
         sides = (slope @ slope.mT, slope.mT @ slope)

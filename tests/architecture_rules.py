@@ -17,7 +17,7 @@ from architecture import Module, imports_of
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 # Of code: blank lines, comments and docstrings are asked for elsewhere and not counted here.
-MOST_LINES_OF_CODE = 17_500
+MOST_LINES_OF_CODE = 18_500
 
 BANNED_WORDS = frozenset(
     {"utils", "helpers", "common", "misc", "base", "manager", "wrapper", "process", "handle"}

@@ -360,7 +360,7 @@ def test_a_death_while_an_extension_is_written_down_loses_nothing(
             # The baselines are aside, the summary is not.
             patch.setattr(Path, "rename", lambda path, to: next(renames)(path, to))
         elif dies_in == "set_aside":
-            patch.setattr("pretrain.cli.verbs.train.set_aside", dying)
+            patch.setattr("pretrain.cli.going_on.set_aside", dying)
         else:
             patch.setattr(resuming_module, dies_in, dying)
         with pytest.raises(Killed):

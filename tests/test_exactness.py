@@ -126,9 +126,9 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*words, "--run", str(whole)) == 0
 
-    from pretrain.train import loop
+    from pretrain.train import evaluation
 
-    real, calls = loop.score, 0  # type: ignore[attr-defined]
+    real, calls = evaluation.score, 0  # type: ignore[attr-defined]
 
     def disturbed(objective: Any, micro_batches: Any, **rest: Any) -> Any:
         nonlocal calls
@@ -141,7 +141,7 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
         return real(objective, left, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "score", disturbed)
+        patch.setattr(evaluation, "score", disturbed)
         assert train(*words, "--run", str(parts)) == 128 + number
     assert [r["step"] for r in records(parts) if r["kind"] == "evaluate"] == [4]
     assert list_checkpoints(parts / "checkpoints")[-1].name == "step-00000008"
@@ -178,10 +178,10 @@ def test_a_run_that_died_before_it_was_decided_is_resumed(
     words = [str(corpus), *TINY, "--train.steps", "4", "--run", str(tmp_path / "run")]
     before = os.fork()
     if before == 0:
-        from pretrain.cli.verbs import train as verb
+        from pretrain.cli import beginning
 
-        name = {"preparing": "_prepare", "deciding": "_decide"}[stage]
-        setattr(verb, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        name = {"preparing": "text_of", "deciding": "_decide"}[stage]
+        setattr(beginning, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         main(["train", *words])
         os._exit(9)
     assert os.WTERMSIG(os.waitpid(before, 0)[1]) == signal.SIGKILL

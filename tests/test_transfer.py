@@ -14,7 +14,8 @@ from pretrain.data import evaluation_batches
 from pretrain.evaluate import byte_lengths, score
 from pretrain.model import Objective, build
 from pretrain.optimizer import build_optimizer, rate_at
-from pretrain.train.decide import decide, training_batches
+from pretrain.train.build import training_batches
+from pretrain.train.decide import decide
 from pretrain.train.steps import training_steps
 from pretrain.world import open_world
 

@@ -4,8 +4,7 @@ Values come in layers (a family's and preset's defaults, a recipe or file, the c
 later ones win. An unknown key names its nearest neighbour, a wrong value says what would be legal;
 one error lists every mistake, and all of it happens before torch is imported.
 
-Each section's class yields its `mistakes()`: the fields that one hangs on, and a sentence. Nothing
-is said that hangs on a field which is already known to be wrong.
+Each section's class yields its `mistakes()`: fields and a sentence. None is said of a wrong field.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from pretrain.data.config import DataConfig
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.model.config import ModelConfig, model_defaults, replaced_by
 from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
+from pretrain.parallel.config import ParallelConfig
 from pretrain.report.config import ReportConfig
 from pretrain.tokenizer.config import TokenizerConfig
 from pretrain.train.config import TrainConfig, mistakes_of_batch
 
 Layer = Mapping[str, Mapping[str, Any]]
-_LARGEST_FILE_BYTES = 1 << 18
-_LONGEST_NUMBER, _DEEPEST = 100, 50
+_LARGEST_FILE_BYTES, _LONGEST_NUMBER, _DEEPEST = 1 << 18, 100, 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +47,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def mistakes(self) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,8 @@
 """The processes of a run and the device of this one.
 
-One process is the same API with size 1, so nobody asks which it is. Threads are set deliberately
+One process is the same API with size 1, so nobody asks which it is. Where torchrun, or `pretrain
+train --parallel.processes`, has started several, they meet here, and say to each other what
+everybody must know: sums, and texts as bytes, never pickled objects. Threads are set deliberately
 here, and the environment is read here and in the command line only.
 """
 
@@ -8,18 +10,29 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # How often a thread of GNU's OpenMP looks whether there is more to do before it sleeps: some 70
 # microseconds. Its own 300,000 keep a core from whoever has work, this program's other threads too.
 SPINS = 3000
+# Where processes of one machine meet: a file, since a socket would be open to the whole network.
+MEETING_FILE = "PRETRAIN_MEETING_FILE"
+# The first process may prepare text for as long as it takes.
+PATIENCE_DAYS = 7
+# Those that wait in vain say so at about the same time, and then look who is there.
+ROLL_CALL_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +43,94 @@ class World:
     size: int
     device: torch.device
     threads: int
+    texts: ProcessGroup | None = None
+    """what the processes talk through beside the model's own traffic, where there are several"""
+    saving: ProcessGroup | None = None
+    """the same for a thread that saves, which must not share a group with the loop"""
+    roll_call: ProcessGroup | None = None
+    """the same for the moment when one of the others has failed: those are broken then"""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that writes files and talks to people."""
+        return self.rank == 0
+
+    def alone(self) -> World:
+        """The same process by itself, for what it does without the others."""
+        return World(0, 1, self.device, self.threads)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place: the same bits for each of them."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The numbers of each process, as float64, by rank; each gives as many."""
+        import torch
+        import torch.distributed as dist
+
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return [mine.tolist()]
+        all_of_them = mine.new_empty(self.size, len(numbers))
+        dist.all_gather(list(all_of_them.unbind()), mine, group=self.texts)
+        return all_of_them.tolist()
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums of numbers over all processes, in the order of ranks."""
+        return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
+
+    def gather_texts(self, text: str, *, group: ProcessGroup | None = None) -> list[str]:
+        """The text of each process, by rank."""
+        import torch
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return [text]
+        group = group or self.texts
+        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, 1, dtype=torch.int64)
+        dist.all_gather(list(sizes.unbind()), torch.tensor([len(mine)]), group=group)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        found = padded.new_empty(self.size, len(padded))
+        dist.all_gather(list(found.unbind()), padded, group=group)
+        return [
+            bytes(row[: int(n) - 1].tolist()).decode() for row, n in zip(found, sizes, strict=True)
+        ]
+
+    def share(self, text: str, *, group: ProcessGroup | None = None) -> str:
+        """The first process's text."""
+        return self.gather_texts(text if self.leads else "", group=group)[0]
+
+    def missing(self) -> str:
+        """Who does not answer, in words of torch's own roll call; empty if that cannot be told."""
+        import torch.distributed as dist
+
+        try:
+            limit = timedelta(seconds=ROLL_CALL_SECONDS)
+            dist.monitored_barrier(self.roll_call, timeout=limit, wait_all_ranks=True)
+        except RuntimeError as error:
+            found = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+            return "" if found is None else found[1]
+        return ""
+
+    def wait_for_leader(self) -> None:
+        """Go on when the first process comes here too, however long it has to work."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return
+        # Where the processes met they also leave word, for which there is no limit of time.
+        store = dist.distributed_c10d._get_default_store()
+        word = f"pretrain/leader/{store.add(f'pretrain/waits/{self.rank}', 1)}"
+        if self.leads:
+            store.set(word, "here")
+        else:
+            store.wait([word], timedelta(days=PATIENCE_DAYS))
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards has seen the work."""
@@ -92,10 +193,14 @@ def usable_cores() -> int:
 
 
 def open_world(
-    device: str = "auto", *, threads: int | None = None, deterministic: bool = False
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    deterministic: bool = False,
+    timeout_seconds: float = 600.0,
 ) -> World:
-    """Choose the device and set torch's threads; raises ValueError for a device that is not
-    there."""
+    """Choose the device, set torch's threads, and meet the other processes, if there are any, of
+    which each waits so long for the others; raises ValueError for a device that is not there."""
     import torch
 
     found = {
@@ -113,11 +218,56 @@ def open_world(
         # call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    threads = threads or usable_cores()
+    rank, size = int(os.environ.get("RANK", 0)), n_processes()
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    threads = threads or max(1, usable_cores() // beside)
     torch.set_num_threads(threads)
     # Numbers below 1e-38 take a slow path in the CPU, and no result of ours hangs on them.
     torch.set_flush_denormal(True)
-    return World(rank=0, size=1, device=torch.device(device), threads=threads)
+    if size == 1:
+        return World(rank=0, size=1, device=torch.device(device), threads=threads)
+    place = torch.device(device)
+    if device == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
+    groups = _join(rank, size, place, timeout_seconds)
+    return World(rank, size, place, threads, *groups)
+
+
+def n_processes() -> int:
+    """How many processes this one is said to be one of, by those who started it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def n_restarts() -> int:
+    """How often the processes of this run were started before, by those who started this one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _join(rank: int, size: int, device: torch.device, timeout_seconds: float) -> list[ProcessGroup]:
+    """Meet the other processes: at a file if one is named, else where torchrun says."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        met = os.environ.get(MEETING_FILE)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{met}" if met else "env://",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    limit = timedelta(seconds=timeout_seconds)
+    return [dist.new_group(backend="gloo", timeout=limit) for _ in range(3)]
+
+
+def leave_world(world: World) -> None:
+    """Part from the other processes, when all work together is done."""
+    import torch.distributed as dist
+
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def yield_idle_cores() -> None:

@@ -97,15 +97,19 @@ def unlink_then_rename() -> Edit:
 
 def in_place() -> Edit:
     """Files are written under the final name."""
-    real = saver_page._write_into
+    real_part, real_commit = saver_page._write_part, saver_page._commit
 
-    def write_into(folder: Path, **content: Any) -> None:
+    def write_part(folder: Path, *given: Any) -> dict[str, Any]:
         final = folder.with_name(folder.name.partition(".tmp-")[0].removeprefix("."))
         os.rename(folder, final)
-        real(final, **content)
+        return real_part(final, *given)
+
+    def commit(temporary: Path, final: Path, *given: Any) -> None:
+        real_commit(final, final, *given)
 
     return _both(
-        mock.patch.object(saver_page, "_write_into", write_into),
+        mock.patch.object(saver_page, "_write_part", write_part),
+        mock.patch.object(saver_page, "_commit", commit),
         mock.patch.object(saver_page, "_rename"),
     )
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pretrain.checkpoint.format import Place
     from pretrain.checkpoint.load import (
         Checkpoint,
         DamagedCheckpoint,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
 
 _NAMES = {
+    "format": "Place",
     "load": "Checkpoint DamagedCheckpoint list_checkpoints newest_good open_checkpoint",
     "lock": "RunLock",
     "save": "BackgroundSaver checkpoint_name forget_after prune save_checkpoint",
@@ -37,6 +39,7 @@ __all__ = [
     "BackgroundSaver",
     "Checkpoint",
     "DamagedCheckpoint",
+    "Place",
     "RunLock",
     "checkpoint_name",
     "forget_after",

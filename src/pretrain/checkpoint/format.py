@@ -41,6 +41,14 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a whole tensor of `shape` lies what one process holds of it."""
+
+    shape: tuple[int, ...]
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """A box of a tensor, row-major and without gaps, from byte `offset` of `file`."""
 
@@ -63,9 +71,11 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[Slice]]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box] | None = None
+) -> tuple[dict[str, Any], list[Slice]]:
     """Write one safetensors file; returns its entry for the manifest and each tensor's slice, in
-    order."""
+    order: all of it, but of those named in `boxes`, of which it is this box."""
     header: dict[str, dict[str, Any]] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -90,7 +100,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
         raise
     entry = {"bytes": file.bytes, "block_bytes": disk.BLOCK_BYTES, "sha256": file.hashes}
     slices = [
-        Slice(path.name, base + header[name]["data_offsets"][0], whole(tuple(tensor.shape)))
+        Slice(
+            path.name,
+            base + header[name]["data_offsets"][0],
+            (boxes or {}).get(name) or whole(tuple(tensor.shape)),
+        )
         for name, tensor in tensors.items()
     ]
     return entry, slices

@@ -145,10 +145,12 @@ class Checkpoint:
         offset = start - first * block_bytes
         return data[offset : offset + n_bytes]
 
-    def verify(self) -> None:
-        """Read and check every block of every file; raises DamagedCheckpoint at the first wrong
-        one."""
+    def verify(self, *, rank: int | None = None) -> None:
+        """Read and check every block of every file, or of those that the process `rank` has
+        written; raises DamagedCheckpoint at the first wrong one."""
         for name, entry in self._files.items():
+            if rank is not None and not name.endswith(f"-{rank:05d}.safetensors"):
+                continue
             for start in range(0, entry["bytes"], entry["block_bytes"]):
                 length = min(entry["block_bytes"], entry["bytes"] - start)
                 self._verified_bytes(name, start, length)

@@ -3,6 +3,7 @@ or not there.
 
 `save_checkpoint` does so at once; `BackgroundSaver` copies the tensors and does the rest while
 training goes on. Older checkpoints are deleted only after the new one was read back and verified.
+Of several processes each writes what it holds, and the first one commits when all have done so.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from pretrain.checkpoint.format import (
     FORMAT,
     MANIFEST,
     VERSION,
+    Place,
     manifest_hash,
     write_tensors,
 )
 from pretrain.checkpoint.load import DamagedCheckpoint, list_checkpoints, open_checkpoint, set_aside
+from pretrain.checkpoint.together import Processes
+from pretrain.world import World
 
 # Room that must be left beside the checkpoint itself, for metrics and samples.
 _RESERVE_BYTES = 16 << 20
@@ -39,32 +43,49 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    places: Mapping[str, Place] | None = None,
+    world: World | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN with tensors named GROUP/NAME (a file a group) and a JSON state.
 
-    Returns the path once everything is on the disk under its final name. Raises OSError when the
-    disk is full or fails; then older checkpoints are untouched, and nothing stands under that name,
-    or, where only the last fsync has failed, a whole checkpoint whose name a power loss may take.
-    A step is saved once: FileExistsError where it is there already.
+    In a `world` of several processes all call it, in a folder that they share, each with what it
+    holds: of a tensor in `places` it is a box. Returns the path once everything is on the disk
+    under its final name. Raises OSError when the disk is full or fails, for each process if it did
+    for one; then older checkpoints are untouched, and nothing stands under that name, or, where
+    only the last fsync has failed, a whole checkpoint whose name a power loss may take. A step is
+    saved once: FileExistsError where it is there already.
     """
-    disk.make_folder(folder)
-    _remove_leftovers(folder)
-    final = folder / checkpoint_name(step)
-    if final.exists():
-        raise FileExistsError(errno.EEXIST, "this step was saved before", str(final))
+    here = Processes(world)
+    final, places = folder / checkpoint_name(step), places or {}
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    n_files = 2 + len({name.partition("/")[0] for name in tensors})
-    disk.refuse_little_room(folder, n_bytes=int(1.05 * n_bytes) + _RESERVE_BYTES, n_files=n_files)
-    temporary = folder / f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    os.mkdir(temporary)
+    n_bytes = sum(json.loads(text) for text in here.gather(json.dumps(n_bytes)))
+
+    def begin() -> str:
+        disk.make_folder(folder)
+        _remove_leftovers(folder)
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, "this step was saved before", str(final))
+        n_files = 2 + here.size * len({name.partition("/")[0] for name in tensors})
+        room = int(1.05 * n_bytes) + _RESERVE_BYTES
+        disk.refuse_little_room(folder, n_bytes=room, n_files=n_files)
+        name = f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        os.mkdir(folder / name)
+        return name
+
+    temporary = folder / here.first(begin)
     try:
-        _write_into(temporary, step=step, tensors=tensors, state=state)
-        _rename(temporary, final)
+        written = here.each(lambda: json.dumps(_write_part(temporary, here.rank, tensors, places)))
+        here.first(lambda: _commit(temporary, final, step, written, state))
     except BaseException:
-        disk.remove_folder(temporary)
+        if here.rank == 0:
+            disk.remove_folder(temporary)
         raise
-    disk.sync_folder(folder)
+    here.first(lambda: disk.sync_folder(folder))
     return final
 
 
@@ -77,21 +98,39 @@ def _rename(temporary: Path, final: Path) -> None:
             raise
 
 
-def _write_into(
-    folder: Path, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
-) -> None:
+def _write_part(
+    folder: Path, rank: int, tensors: Mapping[str, Tensor], places: Mapping[str, Place]
+) -> dict[str, Any]:
+    """Write this process's files, one a group; returns what the manifest says of them."""
     files: dict[str, Any] = {}
     listed: dict[str, Any] = {}
+    boxes = {name: place.box for name, place in places.items()}
     for group in sorted({name.partition("/")[0] for name in tensors}):
-        members = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{group}/")}
-        path = folder / f"{group}-00000.safetensors"
-        files[path.name], slices = write_tensors(path, members)
+        members = {n: t for n, t in tensors.items() if n.startswith(f"{group}/")}
+        path = folder / f"{group}-{rank:05d}.safetensors"
+        inside = {n.partition("/")[2]: t for n, t in members.items()}
+        inside_boxes = {n.partition("/")[2]: boxes[n] for n in members if n in boxes}
+        files[path.name], slices = write_tensors(path, inside, inside_boxes)
         for (name, tensor), piece in zip(members.items(), slices, strict=True):
-            listed[f"{group}/{name}"] = {
+            shape = places[name].shape if name in places else tuple(tensor.shape)
+            listed[name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
+                "shape": list(shape),
                 "slices": [{"file": piece.file, "offset": piece.offset, "box": piece.box}],
             }
+    return {"files": files, "tensors": listed}
+
+
+def _commit(
+    temporary: Path, final: Path, step: int, written: list[str], state: Mapping[str, Any]
+) -> None:
+    """Put together what all processes wrote, and give it its name."""
+    files: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
+    for part in map(json.loads, written):
+        files |= part["files"]
+        for name, entry in part["tensors"].items():
+            listed.setdefault(name, {**entry, "slices": []})["slices"] += entry["slices"]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -102,8 +141,9 @@ def _write_into(
     }
     content["sha256"] = manifest_hash(json.loads(json.dumps(content)))
     # Last: a folder with a manifest is whole.
-    disk.write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
-    disk.sync_folder(folder)
+    disk.write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+    disk.sync_folder(temporary)
+    _rename(temporary, final)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -143,14 +183,22 @@ def forget_after(folder: Path, step: int) -> None:
     _remove_leftovers(folder)
 
 
-def verify_saved(path: Path) -> None:
-    """Read back a checkpoint that was just saved; OSError, and it is set aside, if the disk has not
-    kept what it was given."""
-    try:
-        open_checkpoint(path).verify()
-    except DamagedCheckpoint as error:
-        aside = set_aside(path)
-        raise OSError(errno.EIO, f"{error} (set aside as {aside.name})", str(path)) from None
+def verify_saved(path: Path, world: World | None = None) -> None:
+    """Read back a checkpoint that was just saved, each process what it wrote; OSError, and it is
+    set aside, if the disk has not kept what it was given."""
+    here = Processes(world)
+
+    def read_back() -> str:
+        try:
+            open_checkpoint(path).verify(rank=here.rank)
+        except DamagedCheckpoint as error:
+            return str(error)
+        return ""
+
+    complaints = [text for text in here.each(read_back) if text]
+    if complaints:
+        aside = here.first(lambda: set_aside(path).name)
+        raise OSError(errno.EIO, f"{complaints[0]} (set aside as {aside})", str(path))
 
 
 class BackgroundSaver:
@@ -161,8 +209,8 @@ class BackgroundSaver:
     like the process it may die at any moment, and costs no checkpoint that was there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, world: World | None = None) -> None:
+        self.folder, self._world = folder, world
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -173,21 +221,31 @@ class BackgroundSaver:
         step: int,
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
+        places: Mapping[str, Place] | None = None,
         before: Callable[[], None] = lambda: None,
-        after: Callable[[], object] = lambda: None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin to save. `before` runs ahead of the first byte, `after` once the new checkpoint is
-        verified: the time to forget older ones."""
+        verified: the time to forget older ones; both in the first process alone."""
         self.wait()
         copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
         def work() -> None:
+            here, world = Processes(self._world), self._world
             try:
-                before()
-                verify_saved(save_checkpoint(self.folder, step=step, tensors=copies, state=state))
-                after()
+                here.first(before)
+                path = save_checkpoint(
+                    self.folder,
+                    step=step,
+                    tensors=copies,
+                    state=state,
+                    places=places,
+                    world=world,
+                )
+                verify_saved(path, world)
+                here.first(after)
             except BaseException as error:
                 self._error = error
 

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         code = exit_code(error)
-        if code == 1:
+        if code == 1 and not hasattr(error, "exit_code"):
             traceback.print_exc()
         output.fail(explain(error), code)
         return code

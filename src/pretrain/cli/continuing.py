@@ -97,7 +97,7 @@ class Continuation:
     def refuse_other_order(self, data: PreparedData, old: RunConfig, new: RunConfig) -> None:
         """ValueError if samples that were seen would be others in the longer run."""
         from pretrain.data.mixture import Mixture
-        from pretrain.train.decide import training_batches
+        from pretrain.train.build import training_batches
 
         before, after = (training_batches(data, c.model, c.train).order for c in (old, new))
         if isinstance(before, Mixture) and isinstance(after, Mixture):

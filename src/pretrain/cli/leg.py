@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
-from pretrain.cli.verbs.train import resume
 from pretrain.train.signals import Ends
 
 

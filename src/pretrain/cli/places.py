@@ -70,6 +70,11 @@ def new_run_folder(name: str, asked: str | None) -> Path:
     return folder
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a run that can be resumed, decided or not."""
+    return any((folder / name).is_file() for name in ("config.yaml", ASKED))
+
+
 def _is_vacant(folder: Path) -> bool:
     """Whether nothing is in a folder but what a run leaves that was killed before it was
     decided."""

@@ -78,6 +78,8 @@ def evaluation_batches(
     rows: int,
     stride: int | None = None,
     limit_tokens: int | None = None,
+    rank: int = 0,
+    size: int = 1,
 ) -> Iterator[MicroBatch]:
     """The whole stream in order, in windows that begin every `stride` ids and by default do not
     overlap: every id but the first is a target once.
@@ -85,15 +87,20 @@ def evaluation_batches(
     Where windows overlap, what an earlier one counted is only context in the next. With
     `limit_tokens` only every n-th window is taken, evenly spread, always the same ones, so that
     about that many targets are counted. The last window is padded with targets that are not
-    counted. ValueError for a stride that would leave targets out.
+    counted. Of `size` processes each gets every `size`-th batch, and as many as the others, the
+    last one perhaps of nothing that counts. ValueError for a stride that would leave targets out.
     """
     stride = checked_stride(stride, context_length)
     n_targets = stream.n_tokens - 1
     n_windows = 1 + max(0, -(-(n_targets - context_length) // stride)) if n_targets > 0 else 0
     every = 1 if limit_tokens is None else max(1, -(-n_targets // limit_tokens))
     chosen = range(0, n_windows, every)
-    for first in range(0, len(chosen), rows):
-        windows = chosen[first : first + rows]
+    for first in range(0, len(chosen), rows * size):
+        windows = chosen[first + rank * rows :][:rows]
+        if not windows:
+            nothing = torch.zeros(1, context_length, dtype=torch.int64)
+            yield MicroBatch(nothing, torch.full_like(nothing, NOT_COUNTED), torch.zeros(1).long())
+            continue
         inputs = torch.zeros(len(windows), context_length, dtype=torch.int64)
         targets = torch.full_like(inputs, NOT_COUNTED)
         for row, window in enumerate(windows):

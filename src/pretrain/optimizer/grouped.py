@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.optimizer.adagrad import update_rows
 from pretrain.optimizer.config import OptimizerConfig
-from pretrain.optimizer.muon import update_matrices
+from pretrain.optimizer.muon import Matrices, update_matrices
 
 # A row of a lookup table is read rarely and may learn fast when it is.
 LOOKUP_RATE = 4.0
@@ -29,8 +29,11 @@ FIRST_SQUARE = 2.0
 class GroupedOptimizer(torch.optim.AdamW):
     """AdamW, but for groups whose `rule` is muon or adagrad."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], **defaults: Any) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, matrices: Matrices, **defaults: Any
+    ) -> None:
         super().__init__([{"rule": "adamw", **group} for group in groups], **defaults)
+        self._matrices = matrices
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -54,16 +57,17 @@ class GroupedOptimizer(torch.optim.AdamW):
     def _update_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
-            by_shape[parameter.shape].append(parameter)
-        for shape, alike in by_shape.items():
+            by_shape[self._matrices.shape_of(parameter)].append(parameter)
+        for alike in by_shape.values():
             update_matrices(
-                list(alike),
-                [self._memory(p, "momentum", shape) for p in alike],
+                alike,
+                [self._memory(p, "momentum", p.shape) for p in alike],
                 [p.grad for p in alike if p.grad is not None],
                 rate=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 dtype=group["dtype"],
+                held=self._matrices,
             )
 
     def _memory(
@@ -95,11 +99,13 @@ def build_optimizer(
     width: int | None = None,
     batch_tokens: int = 8192,
     precision: str = "fp32",
+    matrices: Matrices | None = None,
 ) -> GroupedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
     lookup tables are not decayed. `width` is the model's, which a config with a tuned_width asks
     for. Gradients are means over `batch_tokens` targets, to which the rates are fitted if the
-    config has tuned_batch_tokens. Muon's products are made in `precision`."""
+    config has tuned_batch_tokens. Muon's products are made in `precision`, of `matrices` that may
+    be laid over processes."""
     with_muon = config.name == "muon"
     # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
     embedding_rate, head_rate = (
@@ -131,6 +137,7 @@ def build_optimizer(
         group["rate_scale"] = batch_scale * group.get("rate_scale", 1.0)
     return GroupedOptimizer(
         [{"params": members[role], **group} for role, group in groups.items() if members[role]],
+        matrices=matrices or Matrices(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -161,15 +168,23 @@ def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return values
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], *, limit: float) -> float:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    *,
+    limit: float,
+    joint: Callable[[float], float] | None = None,
+) -> float:
     """Scale all gradients so that their joint norm is at most `limit` (0: no limit); returns the
-    norm before.
+    norm before. Where other processes hold more of them, `joint` makes the square of all gradients'
+    norm from that of these.
 
     A norm that is not finite leaves the gradients alone: the caller decides, and no NaN is spread
     by a scale.
     """
     gradients = gradient_values(parameters)
     total = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if joint is not None:
+        total = math.sqrt(joint(total**2))
     if limit and math.isfinite(total) and total > limit:
         # Not limit / (total + eps) as torch has it: the norm after clipping is `limit` itself.
         torch._foreach_mul_(gradients, limit / total)

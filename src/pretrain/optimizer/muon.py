@@ -8,9 +8,10 @@ et al., 2025).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Five steps of the polynomial iteration that converges fastest to the polar factor from singular
 # values in [1e-3, 1]: "The Polar Express" (Amsel et al., 2025), algorithm 1 with a safety factor of
@@ -41,9 +42,23 @@ def orthogonalize(matrices_NMK: Tensor, *, dtype: torch.dtype = torch.float32) -
     return (x.mT if is_tall else x).to(matrices_NMK.dtype)
 
 
+class Matrices:
+    """How the rule comes to whole matrices: here they are."""
+
+    def shape_of(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of the matrix that a parameter is (part of)."""
+        return parameter.shape
+
+    def orthogonalized(
+        self, parameters: Sequence[nn.Parameter], rows: Sequence[Tensor], *, dtype: torch.dtype
+    ) -> Sequence[Tensor]:
+        """What matrices of one shape become, of which a parameter each holds `rows`."""
+        return orthogonalize(torch.stack(list(rows)), dtype=dtype).unbind()
+
+
 @torch.no_grad()
 def update_matrices(
-    matrices: list[Tensor],
+    parameters: list[nn.Parameter],
     memories: list[Tensor],
     gradients: list[Tensor],
     *,
@@ -51,12 +66,14 @@ def update_matrices(
     momentum: float,
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
+    held: Matrices,
 ) -> None:
     """Move matrices of one shape together, in place: few large products instead of many small."""
     torch._foreach_lerp_(memories, gradients, 1 - momentum)
     # Nesterov's look ahead.
     ahead = torch._foreach_lerp(gradients, memories, momentum)
-    updates = orthogonalize(torch.stack(list(ahead)), dtype=dtype).unbind()
+    updates = held.orthogonalized(parameters, ahead, dtype=dtype)
+    matrices: list[Tensor] = list(parameters)
     torch._foreach_mul_(matrices, 1 - rate * weight_decay)
-    size = ADAMW_RMS * math.sqrt(max(matrices[0].shape))
-    torch._foreach_add_(matrices, updates, alpha=-rate * size)
+    size = ADAMW_RMS * math.sqrt(max(held.shape_of(parameters[0])))
+    torch._foreach_add_(matrices, list(updates), alpha=-rate * size)

@@ -18,8 +18,8 @@ from pretrain.train.watch import Rollback, position_of
 
 @dataclass(slots=True)
 class TrainingBatches:
-    """Step s takes samples [s R, (s + 1) R), R rows a batch, whatever the micro-batch; after a
-    rollback later ones."""
+    """Step s takes samples [s R, (s + 1) R), R rows a batch, whatever the micro-batch and however
+    many processes share them; after a rollback later ones."""
 
     stream: TokenStream
     context_length: int
@@ -28,11 +28,14 @@ class TrainingBatches:
     batch_rows: int
     micro_batch_rows: int
     byte_lengths_V: Tensor
+    rank: int = 0
+    size: int = 1
+    """processes that share a batch, the first rows for the first"""
     rollbacks: list[Rollback] = field(default_factory=list)
     n_bytes: int = 0
-    """bytes of text behind the targets of the step that was handed out last"""
+    """bytes of text behind the targets of the step that was handed out last, of this process"""
     checksum: int = 0
-    """CRC-32 over the ids of that step: what it read, for whoever compares runs"""
+    """the sum of the CRC-32 of each window of that step, of this process"""
 
     def position(self, step: int) -> int:
         """The batch that a step reads, counted from the start of the data."""
@@ -56,21 +59,25 @@ class TrainingBatches:
 
     def at(self, step: int) -> Iterator[MicroBatch]:
         self.n_bytes = self.checksum = 0
-        first = self.position(step) * self.batch_rows
-        end = first + self.batch_rows
-        for sample in range(first, end, self.micro_batch_rows):
+        each = -(-self.batch_rows // self.size)
+        start = self.position(step) * self.batch_rows
+        first = start + self.rank * each
+        end = min(first + each, start + self.batch_rows)
+        rows = min(self.micro_batch_rows, each)
+        # As many micro-batches for everybody: processes wait for each other at each.
+        for sample in range(first, first + each, rows):
             batch = micro_batch_at(
                 self.stream,
                 context_length=self.context_length,
                 seed=self.seed,
                 sample=sample,
-                rows=self.micro_batch_rows,
+                rows=rows,
                 order=self.order,
             )
-            n = min(end - sample, self.micro_batch_rows)
+            n = max(0, min(end - sample, rows))
             self.n_bytes += int(self.byte_lengths_V[batch.targets[:n]].sum())
             windows = torch.cat([batch.inputs[:n], batch.targets[:n, -1:]], dim=1)
-            self.checksum = zlib.crc32(windows.numpy().data, self.checksum)
+            self.checksum += sum(zlib.crc32(window.data) for window in windows.numpy())
             # Rows beyond the batch weigh nothing: all micro-batches have one shape, as a compiler
             # wants it, whether or not they divide the batch.
             batch.targets[n:] = NOT_COUNTED

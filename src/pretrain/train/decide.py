@@ -15,12 +15,13 @@ from typing import cast
 
 from pretrain.data import MicroBatch, PreparedData
 from pretrain.data.mixed import MixedData
-from pretrain.evaluate import Followed, byte_lengths
+from pretrain.evaluate import Followed
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.results import asking_seconds
-from pretrain.model import Decoder, ModelConfig, Objective, build, n_parameters
-from pretrain.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
-from pretrain.train.batches import TrainingBatches
+from pretrain.model import ModelConfig, n_parameters
+from pretrain.optimizer import OptimizerConfig, ScheduleConfig
+from pretrain.parallel import ParallelConfig
+from pretrain.train.build import build_model, build_updates, training_batches
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
 from pretrain.train.steps import StepReport, training_steps
 from pretrain.train.windows import check_windows
@@ -49,6 +50,7 @@ class Decided:
     model: ModelConfig
     schedule: ScheduleConfig
     train: TrainConfig
+    parallel: ParallelConfig
     evaluate: EvaluateConfig
 
 
@@ -60,6 +62,7 @@ def decide(
     schedule: ScheduleConfig,
     train: TrainConfig,
     world: World,
+    parallel: ParallelConfig | None = None,
     evaluate: EvaluateConfig | None = None,
     followed: Sequence[Followed] = (),
 ) -> Decided:
@@ -71,7 +74,9 @@ def decide(
         small = data.manifest.vocab_size < SMALL_VOCABULARY
         model = replace(model, longest_ngram=6 if small else 3)
     _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
-    rows = batch_tokens // context
+    parallel = replace(parallel or ParallelConfig(), processes=world.size)
+    parallel.laid_out(world.size)  # refused here if it cannot be
+    rows = -(-batch_tokens // context // world.size)
     if train.steps is not None:
         train = replace(train, minutes=None)  # what is left of a recipe, and decides nothing
     train = replace(
@@ -90,21 +95,21 @@ def decide(
         raise ValueError("nothing says how long to train: give train.steps or train.minutes")
     pace = None
     if train.steps is None or (followed and evaluate.every is None):
-        pace = measure_pace(data, model, optimizer, train, world, followed)
+        pace = measure_pace(data, model, optimizer, train, parallel, world, followed)
     if train.steps is None:
         assert pace is not None
         fit = _steps_that_fit(data, model, train, pace, asked_every=evaluate.every)
         train = replace(train, steps=fit)
     steps = train.steps
     assert steps is not None
-    training_batches(data, model, train)  # the order, refused here if it cannot be
+    training_batches(data, model, train, world)  # the order, refused here if it cannot be
     every = train.evaluate_every or max(1, -(-steps // EVALUATIONS))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
     if pace is not None and followed and evaluate.every is None:
         evaluate = replace(evaluate, every=task_interval(train, pace))
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
-    return Decided(model, schedule, train, evaluate)
+    return Decided(model, schedule, train, parallel, evaluate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +201,14 @@ def measure_pace(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    parallel: ParallelConfig,
     world: World,
     followed: Sequence[Followed] = (),
 ) -> Pace:
     """Seconds of a step, and of asking tasks, by timed ones of copies that are thrown away. Where
     the run is given steps, about a hundredth of them at most."""
     n_steps = min(CALIBRATION_STEPS, max(1, (train.steps or 10**9) // 200))
-    decoder = build(
-        model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
-    )
-    steps = trial_steps(data, model, optimizer, train, world, steps=n_steps + 2, decoder=decoder)
+    steps = trial_steps(data, model, optimizer, train, parallel, world, steps=n_steps + 2)
     seconds, began = [], time.perf_counter()
     last = began
     for report in steps:
@@ -215,19 +218,22 @@ def measure_pace(
         if report.step >= 2 or now - began > CALIBRATION_SECONDS:
             seconds.append(now - last)
         last = now
-        if seconds and now - began > CALIBRATION_SECONDS:
+        # The first process has the clock, and all stop at one step.
+        if world.gather([bool(seconds) and now - began > CALIBRATION_SECONDS])[0][0]:
             break
     # The first quarter: what else a machine does now and then only ever makes a step slower.
     step_seconds = sorted(seconds)[len(seconds) // 4]
-    if not followed:
-        return Pace(step_seconds)
-    decoder = build(
-        model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
-    )
-    return Pace(
-        step_seconds,
-        asking_seconds(decoder, data.tokenizer(), followed, world=world, precision=train.precision),
-    )
+    asking = 0.0
+    if followed:
+        trial = build_model(data, model, train, parallel, world)
+        asking = asking_seconds(
+            trial.objective.decoder,
+            data.tokenizer(),
+            followed,
+            world=world,
+            precision=train.precision,
+        )
+    return Pace(*world.gather([step_seconds, asking])[0])
 
 
 def trial_steps(
@@ -235,35 +241,19 @@ def trial_steps(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
+    parallel: ParallelConfig,
     world: World,
     *,
     steps: int,
     read: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
-    decoder: Decoder | None = None,
 ) -> Iterator[StepReport]:
-    """The first steps of a run, at hardly any rate, with a model that is thrown away (`decoder`,
-    where there is one already); for measurements. Batches are read through `read`."""
-    if decoder is None:
-        decoder = build(
-            model, vocab_size=data.manifest.vocab_size, seed=train.seed, device=world.device
-        )
-    if train.compile == "on":
-        decoder.compile(dynamic=False)
-    objective = Objective(
-        decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
-    )
-    batches = training_batches(data, model, train)
-    assert train.batch_tokens is not None
-    updates = build_optimizer(
-        decoder.named_parameters(),
-        config=optimizer,
-        width=model.d_model,
-        batch_tokens=train.batch_tokens,
-        precision=train.precision,
-    )
+    """The first steps of a run, at hardly any rate, with a model that is thrown away, for
+    measurements. Batches are read through `read`."""
+    batches = training_batches(data, model, train, world)
+    trial = build_model(data, model, train, parallel, world)
     return training_steps(
-        objective,
-        updates,
+        trial,
+        build_updates(trial, optimizer, train),
         lambda step: read(batches.at(step)),
         rate_at=lambda step: optimizer.learning_rate * 1e-3,
         steps=steps,
@@ -279,24 +269,3 @@ def most_steps(data: PreparedData, model: ModelConfig, train: TrainConfig) -> in
     if not model.ngram_rows or train.minutes is None or isinstance(data, MixedData):
         return None
     return max(SHORT_RUN, -(-data.split("train").n_tokens // train.batch_tokens))
-
-
-def training_batches(data: PreparedData, model: ModelConfig, train: TrainConfig) -> TrainingBatches:
-    """The run's batches, from a config whose empty fields are filled."""
-    assert train.batch_tokens is not None
-    assert train.micro_batch_rows is not None
-    rows = train.batch_tokens // model.window_tokens
-    # A calibration does not know the steps yet; any order is as quick.
-    known = {} if train.steps is None else {"steps": train.steps}
-    order = data.order(
-        context_length=model.window_tokens, seed=train.seed, batch_rows=rows, **known
-    )
-    return TrainingBatches(
-        stream=data.split("train"),
-        order=order,
-        context_length=model.window_tokens,
-        seed=train.seed,
-        batch_rows=rows,
-        micro_batch_rows=train.micro_batch_rows,
-        byte_lengths_V=byte_lengths(data.tokenizer()),
-    )

@@ -23,7 +23,7 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
     asked = {row["task"] for row in rows}
     tokenizer, new = run.data.tokenizer(), []
     for followed in run.followed:
-        if followed.task.name in asked or stop.received is not None:
+        if followed.task.name in asked or stop.breaks_off(run.world):
             continue
         row = ask_followed(
             run.objective.decoder,

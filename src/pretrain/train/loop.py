@@ -11,17 +11,19 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_checkpoint
-from pretrain.data import PreparedData, evaluation_batches
-from pretrain.evaluate import Followed, Score, byte_lengths, measure_baselines, score
-from pretrain.evaluate.scorer import EVALUATION_TOKENS
+from pretrain.data import PreparedData
+from pretrain.evaluate import Followed, measure_baselines
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
+from pretrain.parallel import ParallelConfig
 from pretrain.train.config import TrainConfig
+from pretrain.train.evaluation import evaluate_split
 from pretrain.train.following import ask_tasks, last_rows
 from pretrain.train.passage import PREDICTIONS, look_at_passage
 from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
@@ -46,6 +48,7 @@ def train(
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
     settings: TrainConfig,
+    parallel: ParallelConfig,
     world: World,
     screen: Screen,
     identity: Mapping[str, Any],
@@ -56,15 +59,15 @@ def train(
     asked_every: int | None = None,
     ends: Ends = TO_THE_END,
 ) -> int:
-    """Train to the end, or to a signal; returns an exit code. `began` is the command's start on
-    perf_counter. `first_weights` are those of another run that this one starts from; tasks that
-    are `followed` are asked every `asked_every` steps."""
+    """Train to the end, or to a signal; returns an exit code. The command `began` on perf_counter.
+    `first_weights` are another run's; what is `followed` is asked every `asked_every` steps."""
     run = begin(
         folder,
         data=data,
         model=model,
         optimizer=optimizer,
         settings=settings,
+        parallel=parallel,
         world=world,
         screen=screen,
         identity=identity,
@@ -72,10 +75,8 @@ def train(
         asked_every=asked_every,
     )
     _take_up(run, resume_from, first_weights)
-
-    def rate(step: int) -> float:
-        peak = optimizer.learning_rate
-        return rate_at(step, config=schedule, learning_rate=peak, steps=run.steps)
+    peak = optimizer.learning_rate
+    rate = partial(rate_at, config=schedule, learning_rate=peak, steps=run.steps)
 
     def accept(step: int, loss: float, grad_norm: float) -> bool:
         stop.nothing_to_lose = False
@@ -104,7 +105,7 @@ def _take_up(run: Run, resume_from: Checkpoint | None, first_weights: Checkpoint
     if resume_from is not None:
         run.restore(resume_from)
     elif first_weights is not None:
-        load_weights(run.objective, first_weights)
+        load_weights(run.model, first_weights)
     run.take_up_records()
 
 
@@ -135,7 +136,7 @@ def _make_steps(
     """Steps until something ends them, with all that happens between them."""
     settings = run.settings
     updates = training_steps(
-        run.objective,
+        run.model,
         run.optimizer,
         run.batches.at,
         rate_at=rate,
@@ -155,7 +156,7 @@ def _make_steps(
         is_best = due(run.done, settings.evaluate_every, run.steps) and _evaluate(run, stop)
         if run.followed and due(run.done, run.asked_every, run.steps):
             ask_tasks(run, stop)
-        stops = stop.received is not None or run.done == ends.stop_after
+        stops = stop.ends_run(run.world) or run.done == ends.stop_after
         if is_best or stops or due(run.done, settings.save_every, run.steps):
             run.save(wait=stops or run.done == run.steps)
         run.poll_saver()
@@ -177,18 +178,21 @@ def _look_into(run: Run, step: int, loss: float, grad_norm: float, *, clip: floa
     finding, action = run.finding, run.settings.spike_action
     assert finding is not None
     makes_it = finding.kind == SPIKE and action == "warn"
-    written = write_post_mortem(
-        run.folder,
-        step=step,
-        finding=finding,
-        loss=loss,
-        grad_norm=grad_norm,
-        clip=clip,
-        objective=run.objective,
-        data=run.data,
-        batches=run.batches,
-        records=run.records.metrics(),
-    )
+    norms = run.model.gradient_norms()
+    written = None
+    if run.world.leads:
+        written = write_post_mortem(
+            run.folder,
+            step=step,
+            finding=finding,
+            loss=loss,
+            grad_norm=grad_norm,
+            clip=clip,
+            gradient_norms=norms,
+            data=run.data,
+            batches=run.batches,
+            records=run.records.metrics(),
+        )
     what = f"the loss is {loss:.3f}, the gradient's norm {grad_norm:.3g}"
     if finding.kind == SPIKE:
         what += f", {finding.z_score:.1f} standard deviations above the steps before"
@@ -215,7 +219,9 @@ def _roll_back(run: Run, first_weights: Checkpoint | None) -> None:
             "optimizer.learning_rate may help"
         )
     run.finish_saving()
-    forget_after(run.checkpoints, target)
+    if run.world.leads:
+        forget_after(run.checkpoints, target)
+    run.world.wait_for_leader()
     if target:
         run.restore(open_checkpoint(run.checkpoints / checkpoint_name(target)))
     else:
@@ -233,7 +239,8 @@ def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
     run.train_seconds += seconds
     loss, finding, batches = report.nats_per_token, run.finding, run.batches
     run.watch.note(loss, finding)
-    bits_per_byte = report.nats / math.log(2) / batches.n_bytes if batches.n_bytes else math.nan
+    n_bytes, checksum = run.world.total(batches.n_bytes, batches.checksum)
+    bits_per_byte = report.nats / math.log(2) / n_bytes if n_bytes else math.nan
     tokens = run.done * (run.settings.batch_tokens or 0)
     wrong = {} if finding is None else {"finding": finding.kind, "z_score": finding.z_score}
     run.records.add_metrics(
@@ -245,7 +252,7 @@ def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
             "bits_per_byte": bits_per_byte,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
-            "ids": batches.checksum,
+            "ids": int(checksum),
             "tokens_per_second": report.count / seconds,
             "seconds": run.train_seconds,
             "epoch": tokens / run.data.split("train").n_tokens,
@@ -268,26 +275,6 @@ def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
         rate=report.learning_rate,
         speed=report.count / seconds,
     )
-
-
-def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) -> Score | None:
-    """The held-out split, or the fixed part of it that is looked at during training; None if a
-    signal came meanwhile."""
-    context = run.objective.decoder.config.window_tokens
-    batches = evaluation_batches(
-        run.data.split("val"),
-        context_length=context,
-        rows=max(1, EVALUATION_TOKENS // context),
-        limit_tokens=None if whole else run.settings.evaluate_tokens,
-    )
-    result = score(
-        run.objective,
-        (batch for batch in batches if stop is None or stop.received is None),
-        byte_lengths_V=byte_lengths(run.data.tokenizer()),
-        world=run.world,
-        precision=run.settings.precision,
-    )
-    return result if stop is None or stop.received is None else None
 
 
 def _evaluation_is_missing(run: Run) -> bool:
@@ -355,16 +342,19 @@ def _finish(run: Run, began: float) -> None:
     best = run.folder / "checkpoints" / checkpoint_name(run.best.step or run.done)
     if best != chosen and best.exists():
         chosen = best
-        load_weights(run.objective, open_checkpoint(chosen))
+        load_weights(run.model, open_checkpoint(chosen))
     result = evaluate_split(run, whole=True)
     assert result is not None
     tokens = run.done * (run.settings.batch_tokens or 0)
+    predictions, peaks = look_at_passage(run), run.world.gather([run.world.peak_memory_bytes()])
+    if not run.world.leads:
+        return
     run.screen.line("scoring count tables and xz on the same held-out tokens ...")
     baselines = measure_baselines(
         run.data.split("train"), run.data.split("val"), tokenizer=run.data.tokenizer()
     )
     write_json(run.folder / "baselines.json", baselines)
-    write_json(run.folder / PREDICTIONS, look_at_passage(run))
+    write_json(run.folder / PREDICTIONS, predictions)
     summary = {
         "parameters": sum(p.numel() for p in run.objective.parameters()),
         "steps": run.done,
@@ -379,7 +369,7 @@ def _finish(run: Run, began: float) -> None:
         "train_seconds": run.train_seconds,
         "stalled_seconds": run.stalled_seconds,
         "total_seconds": time.perf_counter() - began,
-        "peak_memory_bytes": run.world.peak_memory_bytes(),
+        "peak_memory_bytes": int(max(peak for (peak,) in peaks)),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
         **({"tasks": last_rows(run)} if run.followed else {}),

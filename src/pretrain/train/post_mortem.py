@@ -6,17 +6,14 @@ It is written while the step's gradients still exist, into the folder `post-mort
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pretrain.data import PreparedData
 from pretrain.data.trace import Tracer
-from pretrain.model import Objective
-from pretrain.optimizer.grouped import gradient_values
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.records import write_json
 from pretrain.train.watch import Finding
@@ -35,7 +32,7 @@ def write_post_mortem(
     loss: float,
     grad_norm: float,
     clip: float,
-    objective: Objective,
+    gradient_norms: Mapping[str, float],
     data: PreparedData,
     batches: TrainingBatches,
     records: Iterable[Mapping[str, Any]],
@@ -54,7 +51,7 @@ def write_post_mortem(
         "loss": loss,
         "grad_norm": grad_norm,
         # Gradients have been clipped by now.
-        "gradient_norms": _norms(objective, max(1.0, grad_norm / clip) if clip else 1.0),
+        "gradient_norms": _scaled(gradient_norms, max(1.0, grad_norm / clip) if clip else 1.0),
         "documents": _documents(step, data, batches),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "last_steps": [
@@ -66,14 +63,9 @@ def write_post_mortem(
     return path
 
 
-def _norms(objective: Objective, factor: float) -> dict[str, float | None]:
-    """Norm of each parameter's gradient, before clipping; None where it is not finite."""
-    found: dict[str, float | None] = {}
-    for name, parameter in objective.decoder.named_parameters():
-        for values in gradient_values([parameter]):
-            norm = float(torch.linalg.vector_norm(values.double())) * factor
-            found[name] = norm if norm < float("inf") else None
-    return found
+def _scaled(norms: Mapping[str, float], factor: float) -> dict[str, float | None]:
+    """Norms as they were before clipping; None where one is not finite."""
+    return {n: norm * factor if math.isfinite(norm) else None for n, norm in norms.items()}
 
 
 def _documents(step: int, data: PreparedData, batches: TrainingBatches) -> list[dict[str, Any]]:

@@ -69,7 +69,9 @@ def profile_steps(
         data=data, model=model, optimizer=optimizer, schedule=schedule, train=train, world=world
     )
     model, train = decided.model, decided.train
-    steps = trial_steps(data, model, optimizer, train, world, steps=ALL_STEPS, read=_as_data)
+    steps = trial_steps(
+        data, model, optimizer, train, decided.parallel, world, steps=ALL_STEPS, read=_as_data
+    )
     seconds = [_next_seconds(steps, world) for _ in range(WARM_STEPS + TIMED_STEPS)][WARM_STEPS:]
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if world.device.type == "cuda" else []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.durable import replace_file, sync_folder
+from pretrain.world import World
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 
@@ -66,19 +67,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """The growing files of one run directory."""
+    """The growing files of one run directory; or, in a process that `writes` none, what the first
+    one wrote, in memory, without the steps of its own time."""
 
     folder: Path
+    writes: bool = True
+    _told: list[dict[str, Any]] = field(default_factory=list)
     _sums: dict[str, Any] = field(default_factory=dict)
     """The hash of each file so far, once it was asked for."""
 
+    def take_up(self, world: World) -> None:
+        """Let each process know the metrics that the first one has."""
+        if world.size > 1:
+            told = json.loads(world.share(json.dumps(self.metrics() if self.writes else [])))
+            self._told[:] = told if not self.writes else []
+
     def add_metrics(self, record: Mapping[str, Any]) -> None:
+        if not self.writes and record["kind"] != "train":
+            self._told.append({k: _plain(v) for k, v in record.items()})
         self._append(METRICS, record)
 
     def add_sample(self, record: Mapping[str, Any]) -> None:
         self._append(SAMPLES, record)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         text = json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False)
         path, line = self.folder / name, f"{text}\n".encode()
         with _stopping_if_it_fails(path), open(path, "ab") as file:
@@ -115,11 +129,15 @@ class Records:
         sync_folder(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:
+        if not self.writes:
+            return self._told
         return [record for record, _ in _lines(self.folder / METRICS)]
 
     def cut_back(self, step: int) -> None:
         """Drop the records of later steps than `step`; they are kept in NAME.cut-1, NAME.cut-2,
         ..."""
+        if not self.writes:
+            return
         for name in (METRICS, SAMPLES):
             path = self.folder / name
             lines = _lines(path)

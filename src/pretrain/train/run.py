@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.checkpoint import (
     BackgroundSaver,
     Checkpoint,
+    Place,
     checkpoint_name,
     list_checkpoints,
     newest_good,
@@ -23,12 +24,13 @@ from pretrain.checkpoint import (
 from pretrain.checkpoint.disk import refuse_little_room
 from pretrain.data import PreparedData
 from pretrain.evaluate import Followed
-from pretrain.model import ModelConfig, Objective, build
-from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.model import ModelConfig, Objective
+from pretrain.optimizer import OptimizerConfig
 from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state, role_of
+from pretrain.parallel import Parallel, ParallelConfig
 from pretrain.train.batches import TrainingBatches
+from pretrain.train.build import build_model, build_updates, training_batches
 from pretrain.train.config import TrainConfig
-from pretrain.train.decide import training_batches
 from pretrain.train.records import METRICS, Best, CannotSave, Records
 from pretrain.train.screen import Screen
 from pretrain.train.watch import Finding, Watch, rollbacks_of
@@ -46,7 +48,8 @@ class Run:
     folder: Path
     data: PreparedData
     batches: TrainingBatches
-    objective: Objective
+    model: Parallel
+    """the objective, and this process's share of it"""
     optimizer: torch.optim.Optimizer
     settings: TrainConfig
     world: World
@@ -77,34 +80,62 @@ class Run:
         return self.settings.steps
 
     @property
+    def objective(self) -> Objective:
+        return self.model.objective
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on and that is a tensor."""
-        parameters = list(self.objective.decoder.named_parameters())
-        model = {f"model/{name}": p for name, p in parameters}
+        """Everything that the next step depends on, that is a tensor, and that this process is to
+        save."""
+        if not self.model.is_first_copy:
+            return {}
+        parameters = self.model.named_parameters()
+        found = {f"model/{name}": p.detach() for name, p in parameters}
         state = optimizer_state(self.optimizer, parameters)
-        return {**model, **{f"optimizer/{name}": t for name, t in state.items()}}
+        found |= {f"optimizer/{name}": t for name, t in state.items()}
+        if self.world.leads:
+            return found
+        # What each has in full, such as a count of steps, is the first one's to save.
+        laid_over = self.places(found)
+        return {name: tensor for name, tensor in found.items() if name in laid_over}
+
+    def places(self, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+        """Where in the whole ones lie those tensors of which this process holds a box."""
+        found = {}
+        for name, tensor in tensors.items():
+            owner = name.split("/")[1]
+            if (place := self.model.place_of(owner, tensor.ndim)) is not None:
+                found[name] = Place(*place)
+        return found
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put back weights, optimizer and place of a checkpoint."""
-        load_weights(self.objective, checkpoint)
-        tensors = {
-            name: checkpoint.read(f"optimizer/{name}").to(self.world.device)
-            for name in checkpoint.names("optimizer")
-        }
-        parameters = self.objective.decoder.named_parameters()
+        load_weights(self.model, checkpoint)
+        parameters = self.model.named_parameters()
+        held = dict(parameters)
+        names = [n for n in checkpoint.names("optimizer") if n.rsplit("/", 1)[0] in held]
+        tensors = {name: self._read_state(checkpoint, name) for name in names}
         self.optimizer.state.clear()
         restore_optimizer_state(self.optimizer, parameters, tensors)
         self.done = checkpoint.step
         self.train_seconds = checkpoint.state["train_seconds"]
         self.position = checkpoint.state["position"]
 
+    def _read_state(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """What this process holds of a tensor of the optimizer."""
+        shape = checkpoint.shape(f"optimizer/{name}")
+        place = self.model.place_of(name.split("/")[0], len(shape))
+        box = None if place is None else place[1]
+        return checkpoint.read(f"optimizer/{name}", box).to(self.world.device)
+
     def take_up_records(self) -> None:
         """Cut the records back to where the weights are, and read from them what follows from
         them."""
         self.records.cut_back(self.done)
+        self.records.take_up(self.world)
         records = self.records.metrics()
         self.best = Best.of(records)
         off = self.settings.spike_action == "off"
@@ -120,16 +151,9 @@ class Run:
 
     def start_over(self, first_weights: Checkpoint | None) -> None:
         """Put back the weights that the run began with."""
-        decoder = self.objective.decoder
-        first = build(
-            decoder.config,
-            vocab_size=decoder.vocab_size,
-            seed=self.settings.seed,
-            device=self.world.device,
-        )
-        decoder.load_state_dict(first.state_dict())
+        self.model.initialize(self.settings.seed)
         if first_weights is not None:
-            load_weights(self.objective, first_weights)
+            load_weights(self.model, first_weights)
         self.optimizer.state.clear()
         self.done, self.position = 0, None
 
@@ -147,7 +171,7 @@ class Run:
         state = {
             "train_seconds": self.train_seconds,
             "position": self.batches.position(self.done),
-            "records": self.records.sums(),
+            "records": self.records.sums() if self.world.leads else {},
             **self.identity,
         }
 
@@ -159,9 +183,11 @@ class Run:
         try:
             self.saver.wait()
             if not (self.checkpoints / checkpoint_name(self.done)).exists():
+                tensors = self.tensors()
                 self.saver.save(
                     step=self.done,
-                    tensors=self.tensors(),
+                    tensors=tensors,
+                    places=self.places(tensors),
                     state=state,
                     before=self.records.sync,
                     after=forget,
@@ -197,11 +223,13 @@ class Run:
         )
 
 
-def load_weights(objective: Objective, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
+def load_weights(model: Parallel, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into a model of the same shape: of each what this process
+    holds."""
+    model.let_go()
     with torch.no_grad():
-        for name, parameter in objective.decoder.named_parameters():
-            parameter.copy_(checkpoint.read(f"model/{name}"))
+        for name, part in model.parts.items():
+            part.local.copy_(checkpoint.read(f"model/{name}", part.box))
 
 
 def begin(
@@ -211,6 +239,7 @@ def begin(
     model: ModelConfig,
     optimizer: OptimizerConfig,
     settings: TrainConfig,
+    parallel: ParallelConfig,
     world: World,
     screen: Screen,
     identity: Mapping[str, Any],
@@ -218,43 +247,27 @@ def begin(
     asked_every: int | None = None,
 ) -> Run:
     """A run before its first step. OSError where the disk has no room for its checkpoints."""
-    decoder = build(
-        model, vocab_size=data.manifest.vocab_size, seed=settings.seed, device=world.device
-    )
+    laid_out = build_model(data, model, settings, parallel, world)
     # Weights, and two numbers of memory beside each that is no row of a table; two checkpoints, of
     # which a run that goes on has one already.
     n_bytes = sum(
         p.numel() * p.element_size() * (1 if role_of(name, p) == "lookup" else 3)
-        for name, p in decoder.named_parameters()
+        for name, p in laid_out.objective.decoder.named_parameters()
     )
     n_new = 1 if list_checkpoints(folder / "checkpoints") else 2
-    refuse_little_room(folder, n_bytes=n_new * n_bytes, n_files=20)
-    assert settings.batch_tokens is not None
-    if settings.compile == "on":
-        decoder.compile(dynamic=False)
-    objective = Objective(
-        decoder,
-        seed=settings.seed,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-    )
+    if world.leads:
+        refuse_little_room(folder, n_bytes=n_new * n_bytes, n_files=20)
     return Run(
         folder=folder,
         data=data,
-        batches=training_batches(data, model, settings),
-        objective=objective,
-        optimizer=build_optimizer(
-            decoder.named_parameters(),
-            config=optimizer,
-            width=model.d_model,
-            batch_tokens=settings.batch_tokens,
-            precision=settings.precision,
-        ),
+        batches=training_batches(data, model, settings, world),
+        model=laid_out,
+        optimizer=build_updates(laid_out, optimizer, settings),
         settings=settings,
         world=world,
         screen=screen,
-        records=Records(folder),
-        saver=BackgroundSaver(folder / "checkpoints"),
+        records=Records(folder, writes=world.leads),
+        saver=BackgroundSaver(folder / "checkpoints", world),
         identity=identity,
         followed=followed,
         asked_every=asked_every,

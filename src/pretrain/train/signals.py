@@ -10,6 +10,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from pretrain.world import World
+
 
 class Ends(NamedTuple):
     """Where a run ends before its last step, if anywhere, as proofs of a resume need it."""
@@ -39,6 +41,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.nothing_to_lose = False
+        # Not `received`: where others had it first, this process's own is not its second.
+        self._agreed: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -62,7 +66,22 @@ class StopSignals:
         if self.nothing_to_lose or not first:
             raise Stopped(number)
 
+    def ends_run(self, world: World) -> bool:
+        """Whether a signal came; of several processes to any, so that all stop at one step."""
+        if world.size == 1:
+            self._agreed = self.received
+        else:
+            found = [int(n) for (n,) in world.gather([self.received or 0]) if n]
+            self._agreed = found[0] if found else None
+        return self._agreed is not None
+
+    def breaks_off(self, world: World) -> bool:
+        """Whether to leave an evaluation undone. Several processes end it: each waits for the
+        others."""
+        return self.received is not None and world.size == 1
+
     @property
     def exit_code(self) -> int:
         """128 plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for a plain kill."""
-        return 0 if self.received is None else 128 + self.received
+        number = self._agreed or self.received
+        return 0 if number is None else 128 + number

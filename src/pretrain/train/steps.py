@@ -17,7 +17,8 @@ import torch
 
 from pretrain.data.batches import MicroBatch
 from pretrain.model import Objective
-from pretrain.optimizer.grouped import clip_gradients, gradient_values, set_learning_rate
+from pretrain.optimizer.grouped import gradient_values, set_learning_rate
+from pretrain.parallel import Parallel
 from pretrain.world import World
 
 
@@ -47,7 +48,7 @@ Accept = Callable[[int, float, float], bool]
 
 
 def train_step(
-    objective: Objective,
+    objective: Objective | Parallel,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[MicroBatch],
     *,
@@ -63,20 +64,14 @@ def train_step(
     A loss or gradient that is not finite makes no update, nor does one that `accept` does not want
     or a batch without targets: weights and optimizer stay as they were, bit for bit.
     """
+    model = Parallel(objective, objective, world) if isinstance(objective, Objective) else objective
     set_learning_rate(optimizer, rate)
     optimizer.zero_grad(set_to_none=True)
-    all_nats, all_counts = [], []
-    for batch in micro_batches:
-        with world.autocast(precision):
-            batch_nats, batch_count = objective(batch.to(world.device))
-        batch_nats.backward()
-        all_nats.append(batch_nats.detach())
-        all_counts.append(batch_count)
-    # Read once a step: a look at each micro-batch would make a GPU wait.
-    nats, count = float(torch.stack(all_nats).sum()), int(torch.stack(all_counts).sum())
-    parameters = list(objective.parameters())
-    torch._foreach_div_(gradient_values(parameters), max(1, count))
-    norm = clip_gradients(parameters, limit=clip)
+    nats, count = model.backward(micro_batches, precision)
+    # What came back is the mean of the processes' sums.
+    values = gradient_values(parameter for _, parameter in model.named_parameters())
+    torch._foreach_div_(values, max(1, count) / world.size)
+    norm = model.clip(clip)
     updated = count > 0 and math.isfinite(nats) and math.isfinite(norm)
     if accept is not None:
         updated = accept(step, nats / max(1, count), norm) and updated
@@ -86,7 +81,7 @@ def train_step(
 
 
 def training_steps(
-    objective: Objective,
+    objective: Objective | Parallel,
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Iterable[MicroBatch]],
     *,
@@ -102,10 +97,11 @@ def training_steps(
 
     `batch_at(step)` gives the micro-batches of a step, `rate_at(step)` its learning rate.
     """
-    objective.train()
+    model = Parallel(objective, objective, world) if isinstance(objective, Objective) else objective
+    model.objective.train()
     for step in range(first_step, steps):
         yield train_step(
-            objective,
+            model,
             optimizer,
             batch_at(step),
             step=step,

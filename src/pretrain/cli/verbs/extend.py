@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.cli.continuing import Continuation, given_settings, was_begun
+from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
 from pretrain.cli.resuming import read_run
-from pretrain.cli.verbs.train import add_accept, resume
+from pretrain.cli.verbs.train import add_accept
 from pretrain.config import Layer, parse_overrides
 from pretrain.optimizer.continuation import Curve, extend
 

@@ -1,0 +1,116 @@
+"""A run that begins: a command's settings come in, and its folder says from then on what was asked
+for, and soon what was decided.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli.environment import only_writer, write_environment
+from pretrain.cli.models import with_first_weights
+from pretrain.cli.output import Output
+from pretrain.cli.places import ASKED
+from pretrain.cli.processes import (
+    refuse_differences,
+)
+from pretrain.cli.scoring import read_followed
+from pretrain.cli.training import fingerprint_of, opened_world, text_of, train_run
+from pretrain.config import (
+    Layer,
+    Rules,
+    RunConfig,
+    to_yaml,
+)
+from pretrain.data.durable import replace_file
+from pretrain.data.shards import PreparedData
+from pretrain.train.windows import check_windows
+
+if TYPE_CHECKING:
+    from pretrain.evaluate.following import Followed
+    from pretrain.world import World
+
+
+def composed(
+    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules | None = None
+) -> RunConfig:
+    # What a recipe says of the architecture gives way to train.init_from; what the user says must
+    # fit it.
+    n_below = 0 if (target or "").lower().endswith((".yaml", ".yml")) else len(layers)
+    return with_first_weights(layers[:n_below], [*layers[n_below:], overrides], also=also)
+
+
+def start(
+    config: RunConfig, folder: Path, output: Output, began: float, world: World | None
+) -> int:
+    """Begin a run. From the first moment its folder says what was asked for, so that a run that is
+    killed before anything could be decided can be resumed too."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    leads = world is None or world.leads
+    with only_writer(folder, output) if leads else nullcontext():
+        if leads:
+            replace_file(folder / ASKED, to_yaml(config).encode())
+        try:
+            followed = read_followed(config.evaluate)
+            data = text_of(config, output, world)
+            check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
+            world = world or opened_world(config)
+            config = _decide(config, folder, data, followed, output, world)
+        except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
+            if leads:
+                _take_back(folder, new)
+            raise
+        return train_run(
+            config, folder, data, world, output, began, followed=followed, resume_from=None
+        )
+
+
+def _take_back(folder: Path, new: list[Path]) -> None:
+    """Leave nothing of a run that could not begin, and none of the `new` folders."""
+    (folder / ASKED).unlink(missing_ok=True)
+    (folder / "run.lock").unlink(missing_ok=True)
+    with suppress(OSError):
+        for each in new:
+            each.rmdir()
+
+
+def _decide(
+    config: RunConfig,
+    folder: Path,
+    data: PreparedData,
+    followed: list[Followed],
+    output: Output,
+    world: World,
+) -> RunConfig:
+    """Fill what the config left open, and write it down, never to be decided again."""
+    from pretrain.train.decide import decide
+
+    if config.train.steps is None and config.train.minutes is not None:
+        output.say(f"measuring how many steps fit into {config.train.minutes:g} min ...")
+    decided = decide(
+        data=data,
+        model=config.model,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        train=config.train,
+        parallel=config.parallel,
+        world=world,
+        evaluate=config.evaluate,
+        followed=followed,
+    )
+    sections = {each.name: getattr(decided, each.name) for each in fields(decided)}
+    config = replace(config, **sections)
+    refuse_differences(world, fingerprint_of(config, data, world))
+    if not world.leads:
+        world.wait_for_leader()
+        return config
+    data.tokenizer().save(folder / "tokenizer")
+    text = to_yaml(config)
+    write_environment(folder, text, world, fingerprint_of(config, data, world))
+    # Last: from now on a resume goes by it.
+    replace_file(folder / "config.yaml", text.encode())
+    (folder / ASKED).unlink()
+    world.wait_for_leader()
+    return config

@@ -1,0 +1,200 @@
+"""A run that goes on, with whatever of it the disk has kept, or that starts anew where nothing was
+decided yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli.beginning import composed, start
+from pretrain.cli.environment import only_writer, read_environment
+from pretrain.cli.machine import with_whole_paths
+from pretrain.cli.models import first_weights
+from pretrain.cli.output import Output
+from pretrain.cli.places import ASKED, prepared, read_target
+from pretrain.cli.processes import (
+    join,
+    refuse_differences,
+)
+from pretrain.cli.resuming import (
+    Resumption,
+    asked_settings,
+    is_finished,
+    put_tokenizer,
+    read_run,
+    report_is_due,
+    set_aside,
+    settings_of,
+    summary_of,
+    with_settings,
+)
+from pretrain.cli.scoring import read_followed
+from pretrain.cli.training import fingerprint_of, opened_world, text_of, train_run
+from pretrain.config import (
+    Layer,
+    RunConfig,
+    compose,
+    read_file,
+)
+from pretrain.data.shards import PreparedData
+from pretrain.parallel.config import ParallelConfig
+from pretrain.report import require_packages, write_report
+from pretrain.train.changes import check_accepted, differences
+from pretrain.train.records import Records
+from pretrain.train.signals import TO_THE_END, Ends
+from pretrain.train.windows import check_windows
+from pretrain.world import n_processes
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.cli.continuing import Continuation
+    from pretrain.evaluate.following import Followed
+    from pretrain.world import World
+
+
+def resume(
+    folder: Path,
+    target: str | None,
+    overrides: Layer,
+    output: Output,
+    began: float,
+    *,
+    accepted: tuple[str, ...] = (),
+    continuation: Continuation | None = None,
+    ends: Ends = TO_THE_END,
+) -> int:
+    """Go on with a run; with a `continuation`, with a finished one, to more steps."""
+    if (folder / ASKED).is_file() and not (folder / "config.yaml").is_file():
+        asked = _wanted(compose([read_file(folder / ASKED)]), target, overrides)
+        world, output = join(asked, output)
+        output.say(f"{folder} was stopped before anything was decided: it starts anew")
+        return start(asked, folder, output, began, world)
+    stored = read_run(folder)
+    wanted = _wanted(stored, target, overrides)
+    require_packages(wanted.report.to)
+    followed = read_followed(wanted.evaluate)
+    if continuation is not None:
+        continuation.check(folder, wanted)
+    elif is_finished(folder, stored):
+        changes = differences(settings_of(stored), settings_of(wanted))
+        check_accepted(changes, {c.word for c in changes}.intersection(accepted))
+        output.say(f"{folder} is finished: there is nothing left to train")
+        if report_is_due(folder):  # it died in between
+            write_report(folder)
+        output.result({"run": str(folder), **summary_of(folder)})
+        return 0
+    joined, output = join(wanted, output)
+    if joined is not None and not joined.leads:
+        return _follow_leader(folder, joined, output, began)
+    with only_writer(folder, output):
+        checkpoint = continuation.checkpoint(folder) if continuation else _newest(folder, output)
+        by = "accept" if continuation is None else continuation.verb
+        found = Resumption(folder, stored, wanted, checkpoint, accepted=accepted, by=by)
+        found.refuse_other_text()
+        data = text_of(found.wanted, output)
+        world = joined or opened_world(found.wanted)
+        final = _settled(found, continuation, data, followed, output, world)
+        put_tokenizer(folder, data, output)
+        set_aside(folder)
+        output.say(_where_it_goes_on(folder, checkpoint))
+        world.wait_for_leader()
+        world.share("" if checkpoint is None else checkpoint.path.name)
+        refuse_differences(world, fingerprint_of(final, data, world))
+        return train_run(
+            final,
+            folder,
+            data,
+            world,
+            output,
+            began,
+            followed=followed,
+            resume_from=checkpoint,
+            ends=ends,
+        )
+
+
+def _follow_leader(folder: Path, world: World, output: Output, began: float) -> int:
+    """Go on with a run as the first process has settled it."""
+    from pretrain.checkpoint import open_checkpoint
+
+    world.wait_for_leader()
+    name = world.share("")
+    config = read_run(folder)
+    data = prepared(config)
+    refuse_differences(world, fingerprint_of(config, data, world))
+    return train_run(
+        config,
+        folder,
+        data,
+        world,
+        output,
+        began,
+        followed=read_followed(config.evaluate),
+        resume_from=open_checkpoint(folder / "checkpoints" / name) if name else None,
+    )
+
+
+def _settled(
+    found: Resumption,
+    continuation: Continuation | None,
+    data: PreparedData,
+    followed: list[Followed],
+    output: Output,
+    world: World,
+) -> RunConfig:
+    """The settings under which the run goes on, with all that was accepted on the disk."""
+    from pretrain.train.fingerprint import fingerprint
+
+    changes = found.settle(fingerprint(data, world, first_weights(found.wanted)), data)
+    final = found.wanted
+    if continuation is not None:
+        final = continuation.extended(final, found.step)
+        continuation.refuse_other_order(data, found.wanted, final)
+    check_windows(final.model, final.train, n_tokens=data.shortest_tokens)
+    if followed and final.evaluate.every is None:  # the run follows nothing yet
+        final = _with_interval(final, data, world, followed)
+    found.write(final, changes, output)
+    return final
+
+
+def _with_interval(
+    config: RunConfig, data: PreparedData, world: World, followed: list[Followed]
+) -> RunConfig:
+    from pretrain.train.decide import measure_pace, task_interval
+
+    alone = world.alone()
+    sections = (config.model, config.optimizer, config.train, ParallelConfig())
+    pace = measure_pace(data, *sections, alone, followed)
+    every = task_interval(config.train, pace)
+    return replace(config, evaluate=replace(config.evaluate, every=every))
+
+
+def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
+    made = max((record["step"] for record in Records(folder).metrics()), default=0)
+    if checkpoint is None:
+        text, lost = f"{folder} has no checkpoint yet: it starts anew, as it was decided", made
+    else:
+        text, lost = f"resuming {folder} after step {checkpoint.step:,}", made - checkpoint.step
+    return text + (f"; {lost:,} steps were made after it, and are made again" * (lost > 0))
+
+
+def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
+    """The run's settings, and over them what the command says."""
+    layers = [] if target is None else read_target(target)[1]
+    asked = with_whole_paths(composed(target, layers, overrides))
+    wanted = with_settings(stored, asked_settings(asked, [*layers, overrides]))
+    # As many as there are, whatever was asked for; another number is a change like others.
+    return replace(wanted, parallel=replace(wanted.parallel, processes=n_processes()))
+
+
+def _newest(folder: Path, output: Output) -> Checkpoint | None:
+    from pretrain.train.run import newest_of
+
+    checkpoint, complaints = newest_of(folder, run=read_environment(folder)["run"])
+    for complaint in complaints:
+        output.say(complaint)
+    if checkpoint is None and complaints:
+        raise ValueError(f"no checkpoint of {folder} is whole; nothing can be resumed")
+    return checkpoint

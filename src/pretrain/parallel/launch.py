@@ -1,0 +1,68 @@
+"""Processes of one machine, started and watched by torch's elastic agent, which is torchrun's own.
+
+A command comes in; an exit code goes out, or PeerDied, with the last words of the process that
+failed. They meet where the environment says.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from pretrain.parallel.peers import PeerDied
+
+# As torchrun has it: what one signal asks for is a checkpoint; one that is stopped never answers.
+_GRACE_SECONDS = 30
+_LAST_LINES = 20
+
+
+def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
+    """Run `command` in `n` processes to its end, with logs in `folder`; only the first one's words
+    are seen. A signal is passed on to all, and 128 plus its number is the exit code."""
+    # What the agent has to say is said here, in words of the run.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        run_id=secrets.token_hex(4),
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{folder}/agents",
+        rdzv_configs={"store_type": "file"},
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(folder), redirects=dict.fromkeys(range(1, n), Std.ALL)
+        ),
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        shutdown_timeout=_GRACE_SECONDS,
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        # What a killed one leaves behind fails a moment later, and may be seen at once.
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        first, _ = error.get_first_failure()
+        rank = min(codes, key=lambda rank: (codes[rank] >= 0, rank != first))
+        raise _died(rank, codes[rank], folder) from None
+    return 0
+
+
+def _died(rank: int, code: int, folder: Path) -> PeerDied:
+    """The error of the first process that failed, with its last words."""
+    if code < 0:
+        text = f"process {rank} was killed by {signal.Signals(-code).name}"
+        return PeerDied(text, 1)
+    said = [line for path in folder.glob(f"*/*/{rank}/stderr.log") for line in path.open()]
+    words = "".join(["\n", *said[-_LAST_LINES:]]).rstrip()
+    return PeerDied(f"process {rank} ended with exit code {code}{words}", code)

@@ -1,0 +1,152 @@
+"""A model over several processes, as a step of training sees it in one of them.
+
+Micro-batches come in; gradients of nats, summed over all processes, are left on the parameters that
+this process updates: whole ones, or its rows. In one process it is the objective itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.model import Objective
+from pretrain.model.decoder import initial_value
+from pretrain.model.objective import Batch
+from pretrain.optimizer.grouped import clip_gradients, gradient_values
+from pretrain.optimizer.muon import Matrices
+from pretrain.parallel.muon import SharedMatrices
+from pretrain.parallel.rows import mean_rows_
+from pretrain.parallel.shards import Box, Part, whole_part
+from pretrain.world import World
+
+
+@dataclass(slots=True)
+class Parallel:
+    """An objective, and this process's share of it."""
+
+    objective: Objective
+    module: Callable[[Batch], tuple[Tensor, Tensor]]
+    """what is called: the objective, or what sums its gradients over processes"""
+    world: World
+    n_copies: int = 1
+    mesh: DeviceMesh | None = None
+    """where weights are laid over processes: the axes data and shard, or shard alone"""
+    tables: list[nn.Parameter] = field(default_factory=list)
+    """those of which a step names the rows that it has read"""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """what this process holds, by the decoder's names"""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            named = self.objective.decoder.named_parameters()
+            self.parts = {name: whole_part(parameter) for name, parameter in named}
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What this process updates: whole parameters, or its rows of them, if it has any."""
+        return [(name, p.local) for name, p in self.parts.items() if p.local.numel()]
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether what this process holds is to be saved by it, and not by another."""
+        return self.world.leads if self.mesh is None else self.world.rank < self.mesh.size(-1)
+
+    def place_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], Box] | None:
+        """The whole shape of a parameter, or of an optimizer's memory of so many dims beside it,
+        and the box of it that this process holds; None where that is all of it."""
+        part = self.parts[name]
+        if part.local is part.whole or not n_dims:
+            return None
+        return tuple(part.shape[:n_dims]), part.box[:n_dims]
+
+    @property
+    def matrices(self) -> Matrices:
+        """For an optimizer whose rule is one of whole matrices."""
+        if self.mesh is None:
+            return Matrices()
+        group = self.mesh["shard"].get_group()
+        return SharedMatrices({p.local: p for p in self.parts.values()}, group)
+
+    def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
+        """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
+        the count of all processes."""
+        self.let_go()
+        self.objective.zero_grad(set_to_none=True)
+        all_nats, all_counts = [], []
+        for batch, is_last in with_last(batches):
+            with self._summing(is_last):
+                with self.world.autocast(precision):
+                    batch_nats, batch_count = self.module(batch.to(self.world.device))
+                batch_nats.backward()  # type: ignore[no-untyped-call]
+            all_nats.append(batch_nats.detach())
+            all_counts.append(batch_count)
+        for part in self.parts.values():
+            part.take_gradient()
+        if self.tables:
+            mean_rows_(self.tables, self.world.size)
+        # Read once a step: a look at each micro-batch would make a GPU wait.
+        nats, count = torch.stack(all_nats).sum(), torch.stack(all_counts).sum()
+        if self.world.size > 1:
+            nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))
+        return float(nats), int(count)
+
+    def let_go(self) -> None:
+        """Let go of weights that an evaluation has gathered, and that stand in the place of this
+        process's own: they keep others from being read, and gradients from being forgotten."""
+        if self.mesh is not None:
+            cast(Any, self.objective.decoder).reshard()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each parameter's gradient, of all processes; all of them call this."""
+        squares = []
+        for part in self.parts.values():
+            values = gradient_values([part.local])
+            squares.append(sum(float(v.double().square().sum()) for v in values))
+        if self.mesh is not None:
+            squares = [total / self.n_copies for total in self.world.total(*squares)]
+        return {name: math.sqrt(total) for name, total in zip(self.parts, squares, strict=True)}
+
+    def _summing(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Sum gradients over copies after the last micro-batch only."""
+        if isinstance(self.module, DistributedDataParallel) and not is_last:
+            return self.module.no_sync()
+        if self.mesh is not None and self.n_copies > 1:
+            cast(Any, self.objective.decoder).set_requires_all_reduce(is_last)
+        return nullcontext()
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients to a joint norm of at most `limit` (0: no limit); returns the norm
+        before."""
+        parameters = [p for _, p in self.named_parameters()]
+        return clip_gradients(parameters, limit=limit, joint=self._joint if self.mesh else None)
+
+    def _joint(self, squares: float) -> float:
+        return self.world.total(squares)[0] / self.n_copies
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Give each parameter that this process holds its values at the start of training."""
+        config = self.objective.decoder.config
+        for name, part in self.parts.items():
+            start, stop = part.elements
+            values = initial_value(
+                config, name, part.shape, start, stop, seed=seed, device=self.world.device
+            )
+            part.local.copy_(values.view_as(part.local))
+
+
+def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each item, and whether it is the last."""
+    walk = iter(items)
+    for held in walk:
+        for following in walk:
+            yield held, False
+            held = following
+        yield held, True

@@ -1,0 +1,87 @@
+"""What a run works with, built from its settings: the model over all processes, its optimizer, its
+batches.
+
+A trial (`decide`) and a run build the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain.data import PreparedData
+from pretrain.evaluate import byte_lengths
+from pretrain.model import ModelConfig, Objective, build
+from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.parallel import Parallel, ParallelConfig, parallelize
+from pretrain.train.batches import TrainingBatches
+from pretrain.train.config import TrainConfig
+from pretrain.world import World
+
+
+def build_model(
+    data: PreparedData,
+    model: ModelConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    world: World,
+) -> Parallel:
+    """The objective with its first weights, laid over the processes of `world`."""
+    is_cut = parallel.shard > 1
+    decoder = build(
+        model,
+        vocab_size=data.manifest.vocab_size,
+        seed=None if is_cut else train.seed,
+        device=torch.device("meta") if is_cut else world.device,
+    )
+    if train.compile == "on":
+        # Where weights are gathered block by block, a graph cannot reach over several.
+        for module in decoder.blocks.values() if is_cut else [decoder]:
+            module.compile(dynamic=False)
+    objective = Objective(
+        decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
+    )
+    laid_out = parallelize(objective, parallel.laid_out(world.size), world)
+    if is_cut:
+        laid_out.initialize(train.seed)
+    return laid_out
+
+
+def build_updates(
+    model: Parallel, optimizer: OptimizerConfig, train: TrainConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of what this process holds."""
+    assert train.batch_tokens is not None
+    return build_optimizer(
+        model.named_parameters(),
+        config=optimizer,
+        width=model.objective.decoder.config.d_model,
+        batch_tokens=train.batch_tokens,
+        precision=train.precision,
+        matrices=model.matrices,
+    )
+
+
+def training_batches(
+    data: PreparedData, model: ModelConfig, train: TrainConfig, world: World | None = None
+) -> TrainingBatches:
+    """The run's batches, from a config whose empty fields are filled; with a `world` only this
+    process's rows of each."""
+    assert train.batch_tokens is not None
+    assert train.micro_batch_rows is not None
+    rows = train.batch_tokens // model.window_tokens
+    # A calibration does not know the steps yet; any order is as quick.
+    known = {} if train.steps is None else {"steps": train.steps}
+    order = data.order(
+        context_length=model.window_tokens, seed=train.seed, batch_rows=rows, **known
+    )
+    return TrainingBatches(
+        stream=data.split("train"),
+        order=order,
+        context_length=model.window_tokens,
+        seed=train.seed,
+        batch_rows=rows,
+        micro_batch_rows=train.micro_batch_rows,
+        byte_lengths_V=byte_lengths(data.tokenizer()),
+        rank=0 if world is None else world.rank,
+        size=1 if world is None else world.size,
+    )

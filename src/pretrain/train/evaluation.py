@@ -1,0 +1,34 @@
+"""The held-out split in the loop: each process scores its batches of it, and all know the sum."""
+
+from __future__ import annotations
+
+from pretrain.data import evaluation_batches
+from pretrain.evaluate import Score, byte_lengths, score
+from pretrain.evaluate.scorer import EVALUATION_TOKENS
+from pretrain.train.run import Run
+from pretrain.train.signals import StopSignals
+
+
+def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) -> Score | None:
+    """The held-out split, or the fixed part of it that is looked at during training; None if a
+    signal came meanwhile."""
+    context = run.objective.decoder.config.window_tokens
+    batches = evaluation_batches(
+        run.data.split("val"),
+        context_length=context,
+        rows=max(1, EVALUATION_TOKENS // context),
+        limit_tokens=None if whole else run.settings.evaluate_tokens,
+        rank=run.world.rank,
+        size=run.world.size,
+    )
+    own = score(
+        run.objective,
+        (batch for batch in batches if stop is None or not stop.breaks_off(run.world)),
+        byte_lengths_V=byte_lengths(run.data.tokenizer()),
+        world=run.world,
+        precision=run.settings.precision,
+    )
+    if stop is not None and stop.breaks_off(run.world):
+        return None
+    nats, tokens, n_bytes = run.world.total(own.nats, own.tokens, own.bytes)
+    return Score(nats, int(tokens), int(n_bytes))

@@ -1,0 +1,264 @@
+"""What the tests of several processes let each of them do; `processes.Pool` finds these by name.
+
+Torch is imported inside, in the process that needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from pretrain.parallel import ParallelConfig
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"dropout": 0.1, "tied_head": True},
+    "llama": {"n_kv_heads": 2},
+    "fast": {"ngram_rows": 256, "longest_ngram": 2},
+}
+VOCAB, CONTEXT, SEED, RATE = 67, 16, 3, 1e-2
+
+
+class Trainee:
+    """A small model in the world that the environment says, and what trains it."""
+
+    def __init__(self, family: str, data: int, shard: int, optimizer: str) -> None:
+        from oracles import config_of
+        from pretrain.model import Objective, build
+        from pretrain.optimizer import OptimizerConfig, build_optimizer
+        from pretrain.parallel import parallelize
+        from pretrain.world import open_world
+
+        self.world = open_world("cpu", threads=1)
+        config = config_of(family, context_length=CONTEXT, **FAMILIES[family])
+        place, seed = ("cpu", SEED) if shard == 1 else ("meta", None)
+        decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
+        layout = ParallelConfig(data=data, shard=shard).laid_out(self.world.size)
+        self.model = parallelize(Objective(decoder, seed=SEED), layout, self.world)
+        if shard > 1:
+            self.model.initialize(SEED)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(),
+            config=OptimizerConfig(name=optimizer, learning_rate=RATE),  # type: ignore[arg-type]
+            batch_tokens=8 * CONTEXT,
+            matrices=self.model.matrices,
+        )
+
+    def held(self) -> dict[str, Any]:
+        """Boxes of weights, and their numbers."""
+        return {n: (p.box, p.local.detach().numpy().copy()) for n, p in self.model.parts.items()}
+
+    def evaluate(self, ids: Any) -> float:
+        """Nats of some ids: what a run asks between two steps."""
+        import torch
+
+        from pretrain.data import evaluation_batches
+        from pretrain.evaluate import score
+
+        each = {"rank": self.world.rank, "size": self.world.size}
+        batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
+        ones = torch.ones(VOCAB, dtype=torch.int64)
+        own = score(self.model.objective, batches, byte_lengths_V=ones, world=self.world)
+        return self.world.total(own.nats)[0]
+
+
+def train(
+    family: str, data: int, shard: int, optimizer: str, *, steps: int, rows: int, dtype: str
+) -> dict[str, Any]:
+    """Some steps, with an evaluation after each second one; what they came to."""
+    import torch
+
+    from pretrain.data.order import Order
+    from pretrain.evaluate.scorer import Ids
+    from pretrain.train.batches import TrainingBatches
+    from pretrain.train.steps import training_steps
+
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        trainee = Trainee(family, data, shard, optimizer)
+        first = trainee.held()
+        ids = Ids(np.random.default_rng(0).integers(0, VOCAB, 4000))
+        batches = TrainingBatches(
+            stream=ids,  # type: ignore[arg-type]
+            context_length=CONTEXT,
+            seed=SEED,
+            order=Order(ids.n_tokens, CONTEXT, SEED),
+            batch_rows=rows,
+            micro_batch_rows=2,
+            byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
+            rank=trainee.world.rank,
+            size=trainee.world.size,
+        )
+        reports, evaluations, checksums = [], [], []
+        for report in training_steps(
+            trainee.model,
+            trainee.optimizer,
+            batches.at,
+            rate_at=lambda step: RATE,
+            steps=steps,
+            clip=1.0,
+            world=trainee.world,
+        ):
+            reports.append(report)
+            checksums.append(trainee.world.total(batches.checksum)[0])
+            if report.step % 2:
+                evaluations.append(trainee.evaluate(ids))
+        return {
+            "losses": [r.nats_per_token for r in reports],
+            "norms": [r.grad_norm for r in reports],
+            "counts": [r.count for r in reports],
+            "evaluations": evaluations,
+            "checksums": checksums,
+            "norm of each": trainee.model.gradient_norms(),
+            "first": first,
+            "last": trainee.held(),
+        }
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def save(folder: str, data: int, shard: int) -> None:
+    """A step, and a checkpoint of it, written by all processes together."""
+    run = _run_of(folder, data, shard, fresh=True)
+    run.save(wait=True)
+
+
+def load(folder: str, data: int, shard: int) -> dict[str, Any]:
+    """The tensors of that checkpoint that this process holds, and their boxes."""
+    from pretrain.checkpoint import open_checkpoint
+    from pretrain.optimizer.grouped import optimizer_state
+
+    run = _run_of(folder, data, shard, fresh=False)
+    run.restore(open_checkpoint(Path(folder) / "checkpoints" / "step-00000001"))
+    parameters = run.model.named_parameters()
+    tensors = {f"model/{name}": p.detach() for name, p in parameters}
+    state = optimizer_state(run.optimizer, parameters)
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
+    places = run.places(tensors)
+    return {
+        name: (places[name].box if name in places else None, tensor.numpy().copy())
+        for name, tensor in tensors.items()
+    }
+
+
+def _run_of(folder: str, data: int, shard: int, *, fresh: bool) -> Any:
+    import torch
+
+    from pretrain.checkpoint import BackgroundSaver
+    from pretrain.train.config import TrainConfig
+    from pretrain.train.records import Records
+    from pretrain.train.run import Run
+
+    trainee = Trainee("fast", data, shard, "muon")
+    if fresh:
+        # Other numbers than zeros in every memory, the same ones whatever the layout.
+        for part in trainee.model.parts.values():
+            whole = torch.arange(part.shape.numel(), dtype=torch.float32).view(part.shape)
+            part.local.grad = whole[tuple(slice(*pair) for pair in part.box)] * 1e-4
+        trainee.optimizer.step()
+    world = trainee.world
+    return Run(
+        folder=Path(folder),
+        data=None,  # type: ignore[arg-type]
+        batches=_NoBatches(),  # type: ignore[arg-type]
+        model=trainee.model,
+        optimizer=trainee.optimizer,
+        settings=TrainConfig(steps=1),
+        world=world,
+        screen=None,  # type: ignore[arg-type]
+        records=Records(Path(folder), writes=world.leads),
+        saver=BackgroundSaver(Path(folder) / "checkpoints", world),
+        identity={},
+        done=1,
+    )
+
+
+class _NoBatches:
+    @staticmethod
+    def position(step: int) -> int:
+        return step
+
+
+def fail_to_save(folder: str, failing: int) -> str:
+    """A save in which one process meets a full disk; what each is told."""
+    import torch
+
+    from pretrain.checkpoint import save as page
+    from pretrain.world import open_world
+
+    world = open_world("cpu", threads=1)
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    tensors = {"model/x": torch.ones(3)} if world.leads else {"model/y": torch.ones(2)}
+    disk_is_full = mock.patch.object(page, "write_tensors", full)
+    try:
+        with disk_is_full if world.rank == failing else nullcontext():
+            page.save_checkpoint(Path(folder), step=1, tensors=tensors, state={}, world=world)
+    except OSError as error:
+        return f"{error.errno} {error}"
+    return "saved"
+
+
+def talk() -> dict[str, Any]:
+    """What processes say to each other."""
+    import torch
+
+    from pretrain.world import open_world
+
+    world = open_world("cpu", threads=1)
+    world.wait_for_leader()
+    return {
+        "rank": world.rank,
+        "leads": world.leads,
+        "texts": world.gather_texts("é" * world.rank),
+        "shared": world.share(f"from {world.rank}"),
+        "numbers": world.gather([world.rank, 0.5]),
+        "total": world.total(world.rank + 1, 1e15 + world.rank),
+        "sum": world.sum_(torch.tensor([1.0, world.rank])).tolist(),
+        "alone": world.alone().total(world.rank)[0],
+    }
+
+
+def differ() -> str:
+    """Processes that would not compute the same."""
+    from pretrain.cli.processes import refuse_differences
+    from pretrain.world import open_world
+
+    world = open_world("cpu", threads=1)
+    refuse_differences(world, {"seed": 1})
+    try:
+        refuse_differences(world, {"seed": 1, "code": "abc" if world.rank < 1 else "abd"})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def listeners() -> list[str]:
+    """The addresses at which this process listens, as /proc has them."""
+    import os
+
+    from pretrain.world import open_world
+
+    open_world("cpu", threads=1)
+    mine = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            mine.add(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            continue
+    found = []
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            (
+                _,
+                local,
+                _,
+                state,
+                *_,
+            ) = fields = line.split()
+            if state == "0A" and f"socket:[{fields[9]}]" in mine:
+                found.append(local.partition(":")[0])
+    return found

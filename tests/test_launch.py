@@ -1,0 +1,178 @@
+"""`pretrain train --parallel.processes 2`, as a user has it: equal to one process, and to itself
+when a process is killed, stopped, or told to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint import open_checkpoint
+from tiny import TINY
+
+STEPS = 24
+WORDS = [*TINY, "--train.steps", str(STEPS), "--train.save_every", "4", "--model.family", "fast"]
+WORDS += ["--train.evaluate_every", "8", "--model.ngram_rows", "512"]
+PATIENCE_SECONDS = 120
+
+
+def start(corpus: Path, run: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pretrain", "train", str(corpus), "--run", str(run)]
+    return subprocess.Popen(
+        [*command, *WORDS, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(started: subprocess.Popen[str], code: int = 0) -> str:
+    said, _ = started.communicate(timeout=PATIENCE_SECONDS)
+    assert started.returncode == code, said
+    return said
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+def members(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes of the run, by rank."""
+    path = Path(f"/proc/{launcher.pid}/task")
+    found = {}
+    for children in path.glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks = [int(w.partition(b"=")[2]) for w in words if w.startswith(b"RANK=")]
+            found.update(dict.fromkeys(ranks, pid))
+    return [found[rank] for rank in sorted(found)]
+
+
+def is_saved(run: Path, step: int) -> bool:
+    return (run / f"checkpoints/step-{step:08d}").is_dir()
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    checkpoint = open_checkpoint(run / f"checkpoints/step-{STEPS:08d}")
+    names = [f"{g}/{n}" for g in ("model", "optimizer") for n in checkpoint.names(g)]
+    return {name: checkpoint.read(name).tolist() for name in names}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbs."""
+    run = tmp_path_factory.mktemp("launched") / "whole"
+    said = finish(start(corpus, run, "--parallel.processes", "2"))
+    assert "x processes 2" in said
+    assert said.count("held-out text: ") == 3  # one process speaks
+    return run
+
+
+def test_two_processes_are_one_run(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    finish(start(corpus, tmp_path / "one"))
+    assert losses(whole) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (json.loads((r / "summary.json").read_text()) for r in (tmp_path / "one", whole))
+    for name in ("steps", "tokens", "parameters", "val_tokens", "val_bytes"):
+        assert one[name] == two[name]
+    assert two["val_bits_per_byte"] == pytest.approx(one["val_bits_per_byte"], rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_and_the_run_goes_on_by_itself(
+    corpus: Path, whole: Path, tmp_path: Path, rank: int
+) -> None:
+    started = start(corpus, tmp_path / "run", "--parallel.processes", "2")
+    wait_for(lambda: is_saved(tmp_path / "run", 8))
+    os.kill(members(started)[rank], signal.SIGKILL)
+    said = finish(started)
+    assert f"process {rank} was killed by SIGKILL" in said
+    assert "Traceback" not in said
+    assert losses(tmp_path / "run") == losses(whole)
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_a_signal_ends_all_processes_at_one_step_and_the_resume_is_exact(
+    corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    started = start(corpus, run, "--parallel.processes", "2")
+    wait_for(lambda: is_saved(run, 8))
+    started.terminate()
+    said = finish(started, code=128 + signal.SIGTERM)
+    assert "stopped and saved" in said
+    command = [sys.executable, "-m", "pretrain", "train", "--resume", "--run", str(run)]
+    subprocess.run(command, check=True, timeout=PATIENCE_SECONDS, capture_output=True)
+    assert losses(run) == losses(whole)
+    assert numbers(run) == numbers(whole)
+
+
+def test_a_process_that_does_not_answer_is_named(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--parallel.processes", "2", "--parallel.timeout_seconds", "5"]
+    started = start(corpus, run, *words)
+    wait_for(lambda: is_saved(run, 8))
+    stopped = members(started)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    line = ""
+    assert started.stdout is not None
+    while "waits for the others" not in line:
+        line = started.stdout.readline()
+        assert line, "it ended without a word"
+    assert "after 5 seconds there is no answer from process 1" in line
+    started.kill()
+    os.kill(stopped, signal.SIGCONT)
+    wait_for(lambda: not Path(f"/proc/{stopped}").exists() or _is_dead(stopped))
+
+
+def test_no_process_outlives_its_launcher(corpus: Path, tmp_path: Path) -> None:
+    started = start(corpus, tmp_path / "run", "--parallel.processes", "2")
+    wait_for(lambda: is_saved(tmp_path / "run", 8))
+    pids = members(started)
+    assert len(pids) == 2
+    started.kill()
+    started.wait()
+    wait_for(lambda: all(_is_dead(pid) for pid in pids))
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
+    corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain.cli import main
+
+    run = tmp_path / "run"
+    started = start(corpus, run, "--parallel.processes", "2", "--parallel.shard", "2")
+    wait_for(lambda: is_saved(run, 8))
+    started.terminate()
+    finish(started, code=128 + signal.SIGTERM)
+    words = ["train", "--resume", "--run", str(run), "--parallel.processes", "1"]
+    assert main(words) == 2
+    assert "parallel.processes: 2 -> 1   (--accept parallel.processes)" in capsys.readouterr().err
+    words += ["--parallel.shard", "1", "--accept", "parallel.processes"]
+    assert main([*words, "--accept", "parallel.shard"]) == 0
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)

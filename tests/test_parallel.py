@@ -1,0 +1,178 @@
+"""Several processes compute, save and say what one does, for every family and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import parallel_jobs as jobs
+from pretrain.parallel import ParallelConfig
+from processes import Pool
+
+LAYOUTS = {"ddp 2": (2, 1), "ddp 4": (4, 1), "fsdp 2": (1, 2), "fsdp 4": (1, 4), "hsdp": (2, 2)}
+SHORT = [("gpt2", "adamw", layout) for layout in LAYOUTS]
+SHORT += [("fast", "muon", layout) for layout in LAYOUTS] + [("llama", "muon", "hsdp")]
+REST = [
+    (family, optimizer, layout)
+    for family in jobs.FAMILIES
+    for optimizer in ("adamw", "muon")
+    for layout in LAYOUTS
+    if (family, optimizer, layout) not in SHORT
+]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    found = Pool()
+    yield found
+    found.close()
+
+
+def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
+    """Whole tensors from the boxes of all processes; one without a box is whole."""
+    found: dict[str, Any] = {}
+    for name in answers[0]:
+        parts = [answer[name] for answer in answers if name in answer]
+        box, values = parts[0]
+        if box is None or not box:
+            found[name] = values
+            continue
+        shape = [max(box[d][1] for box, _ in parts) for d in range(len(box))]
+        whole = np.full(shape, np.nan, values.dtype)
+        for box, values in parts:
+            whole[tuple(slice(*pair) for pair in box)] = values
+        assert not np.isnan(whole).any(), name
+        found[name] = whole
+    return found
+
+
+def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, steps: int) -> None:
+    """In float64, where what is left is a matter of rounding alone."""
+    data, shard = LAYOUTS[layout]
+    words: dict[str, Any] = {"steps": steps, "rows": rows, "dtype": "float64"}
+    alone = jobs.train(family, 1, 1, optimizer, **words)
+    answers = pool.run(data * shard, jobs.train, family, data, shard, optimizer, **words)
+    for answer in answers:
+        for name in ("losses", "norms", "evaluations"):
+            assert answer[name] == answers[0][name]
+            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-9)
+        assert answer["counts"] == alone["counts"]
+        assert answer["checksums"] == alone["checksums"]
+        # Gradients that a rule has used are gone in one process as in several.
+        for name, norm in alone["norm of each"].items():
+            assert answer["norm of each"][name] == pytest.approx(norm, rel=1e-7)
+    for name, values in assembled([answer["first"] for answer in answers]).items():
+        np.testing.assert_array_equal(values, alone["first"][name][1])
+    for name, values in assembled([answer["last"] for answer in answers]).items():
+        np.testing.assert_allclose(values, alone["last"][name][1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "optimizer", "layout"), SHORT)
+def test_several_processes_compute_what_one_does(
+    pool: Pool, family: str, optimizer: str, layout: str
+) -> None:
+    check(pool, family, optimizer, layout, rows=8, steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "optimizer", "layout"), REST)
+def test_so_do_all_others_for_fifty_steps(
+    pool: Pool, family: str, optimizer: str, layout: str
+) -> None:
+    check(pool, family, optimizer, layout, rows=8, steps=50)
+
+
+@pytest.mark.parametrize("layout", ["ddp 4", "fsdp 2"])
+def test_a_batch_that_does_not_divide_is_the_same_batch(pool: Pool, layout: str) -> None:
+    """Of 7 rows the last of four processes has one, and rows that weigh nothing."""
+    check(pool, "gpt2", "adamw", layout, rows=7, steps=3)
+
+
+@pytest.mark.parametrize("saved_by", [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)])
+def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
+    pool: Pool, tmp_path: Path, saved_by: tuple[int, int]
+) -> None:
+    data, shard = saved_by
+    pool.run(data * shard, jobs.save, str(tmp_path), data, shard)
+    files = {p.name for p in (tmp_path / "checkpoints/step-00000001").iterdir()}
+    assert len(files) == 1 + 2 * shard
+    whole = assembled(pool.run(1, jobs.load, str(tmp_path), 1, 1))
+    assert {"model/token_embedding.weight", "optimizer/ngrams.hashed.2.weight/squares"} <= set(
+        whole
+    )
+    for data, shard in ((2, 1), (1, 2), (1, 4), (2, 2)):
+        answers = pool.run(data * shard, jobs.load, str(tmp_path), data, shard)
+        found = assembled(answers)
+        assert found.keys() == whole.keys()
+        for name, values in whole.items():
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_layouts_save_the_same_numbers(pool: Pool, tmp_path: Path) -> None:
+    """The step before the save is one of every rule, Muon's with its owners too."""
+    for data, shard in ((1, 1), (1, 2), (2, 2)):
+        folder = tmp_path / f"{data} {shard}"
+        folder.mkdir()
+        pool.run(data * shard, jobs.save, str(folder), data, shard)
+    one, *others = [
+        assembled(pool.run(1, jobs.load, str(path), 1, 1)) for path in sorted(tmp_path.iterdir())
+    ]
+    for other in others:
+        for name, values in one.items():
+            np.testing.assert_allclose(other[name], values, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_for_one_fails_for_all(pool: Pool, tmp_path: Path, failing: int) -> None:
+    told = pool.run(2, jobs.fail_to_save, str(tmp_path), failing)
+    assert all("No space left" in text for text in told)
+    assert f"process {failing}" in told[1 - failing]
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_talk_in_texts_and_sums(pool: Pool) -> None:
+    for rank, said in enumerate(pool.run(3, jobs.talk)):
+        assert (said["rank"], said["leads"]) == (rank, rank == 0)
+        assert said["texts"] == ["", "é", "éé"]
+        assert said["shared"] == "from 0"
+        assert said["numbers"] == [[0, 0.5], [1, 0.5], [2, 0.5]]
+        assert said["total"] == [6, 3e15 + 3]
+        assert said["sum"] == [3.0, 3.0]
+        assert said["alone"] == rank
+
+
+def test_processes_that_differ_refuse_to_start(pool: Pool) -> None:
+    said = pool.run(2, jobs.differ)
+    assert said == ["process 0 and process 1 differ, and must not: code: abc and abd"] * 2
+
+
+def test_only_this_machine_is_listened_to(pool: Pool) -> None:
+    for found in pool.run(2, jobs.listeners):
+        assert found
+        assert set(found) == {"0100007F"}  # 127.0.0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"processes": 0}, "parallel.processes is 0; it must be at least 1"),
+        (
+            {"processes": 4, "shard": 3},
+            "parallel.data 1 x parallel.shard 3 is 3, and there are 4 processes",
+        ),
+        ({"processes": 4, "data": 4, "shard": 2}, "is 8, and there are 4 processes"),
+    ],
+)
+def test_axes_that_cannot_be_are_refused(settings: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ParallelConfig(**settings)
+
+
+def test_axes_are_filled_from_the_processes() -> None:
+    assert ParallelConfig(shard=2).laid_out(8) == ParallelConfig(processes=8, data=4, shard=2)
+    with pytest.raises(ValueError, match="there are 3 processes"):
+        ParallelConfig(shard=2).laid_out(3)
