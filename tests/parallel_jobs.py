@@ -6,6 +6,7 @@ Torch is imported inside, in the process that needs it.
 from __future__ import annotations
 
 import errno
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ VOCAB, CONTEXT, SEED, RATE = 67, 16, 3, 1e-2
 class Trainee:
     """A small model in the world that the environment says, and what trains it."""
 
-    def __init__(self, family: str, data: int, shard: int, optimizer: str) -> None:
+    def __init__(
+        self, family: str, data: int, shard: int, optimizer: str, elastic: bool = False
+    ) -> None:
         from oracles import config_of
         from pretrain.model import Objective, build
         from pretrain.optimizer import OptimizerConfig, build_optimizer
@@ -37,7 +40,8 @@ class Trainee:
         config = config_of(family, context_length=CONTEXT, **FAMILIES[family])
         place, seed = ("cpu", SEED) if shard == 1 else ("meta", None)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
-        layout = ParallelConfig(data=data, shard=shard).laid_out(self.world.size)
+        layout = ParallelConfig(data=data, shard=shard, elastic=elastic)
+        layout = layout.laid_out(self.world.size)
         self.model = parallelize(Objective(decoder, seed=SEED), layout, self.world)
         if shard > 1:
             self.model.initialize(SEED)
@@ -57,17 +61,25 @@ class Trainee:
         import torch
 
         from pretrain.data import evaluation_batches
-        from pretrain.evaluate import score
+        from pretrain.evaluate.scorer import score_batches
 
         each = {"rank": self.world.rank, "size": self.world.size}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
-        own = score(self.model.objective, batches, byte_lengths_V=ones, world=self.world)
-        return self.world.total(own.nats)[0]
+        own = score_batches(self.model.objective, batches, byte_lengths_V=ones, world=self.world)
+        return math.fsum(self.world.gather_all([each.nats for each in own]))
 
 
 def train(
-    family: str, data: int, shard: int, optimizer: str, *, steps: int, rows: int, dtype: str
+    family: str,
+    data: int,
+    shard: int,
+    optimizer: str,
+    *,
+    steps: int,
+    rows: int,
+    dtype: str = "float32",
+    elastic: bool = False,
 ) -> dict[str, Any]:
     """Some steps, with an evaluation after each second one; what they came to."""
     import torch
@@ -75,11 +87,12 @@ def train(
     from pretrain.data.order import Order
     from pretrain.evaluate.scorer import Ids
     from pretrain.train.batches import TrainingBatches
+    from pretrain.train.build import rows_of
     from pretrain.train.steps import training_steps
 
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        trainee = Trainee(family, data, shard, optimizer)
+        trainee = Trainee(family, data, shard, optimizer, elastic)
         first = trainee.held()
         ids = Ids(np.random.default_rng(0).integers(0, VOCAB, 4000))
         batches = TrainingBatches(
@@ -90,8 +103,12 @@ def train(
             batch_rows=rows,
             micro_batch_rows=2,
             byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
-            rank=trainee.world.rank,
-            size=trainee.world.size,
+            own_rows=rows_of(
+                trainee.world.rank,
+                trainee.world.size,
+                rows,
+                micro_batch_rows=2 if elastic else None,
+            ),
         )
         reports, evaluations, checksums = [], [], []
         for report in training_steps(

@@ -128,7 +128,7 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
 
     from pretrain.train import evaluation
 
-    real, calls = evaluation.score, 0  # type: ignore[attr-defined]
+    real, calls = evaluation.score_batches, 0  # type: ignore[attr-defined]
 
     def disturbed(objective: Any, micro_batches: Any, **rest: Any) -> Any:
         nonlocal calls
@@ -141,7 +141,7 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
         return real(objective, left, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "score", disturbed)
+        patch.setattr(evaluation, "score_batches", disturbed)
         assert train(*words, "--run", str(parts)) == 128 + number
     assert [r["step"] for r in records(parts) if r["kind"] == "evaluate"] == [4]
     assert list_checkpoints(parts / "checkpoints")[-1].name == "step-00000008"

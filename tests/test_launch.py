@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -176,3 +177,33 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     words += ["--parallel.shard", "1", "--accept", "parallel.processes"]
     assert main([*words, "--accept", "parallel.shard"]) == 0
     assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_two_torchruns_meet_and_go_on_after_a_death(
+    corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    """As on two hosts, which share a folder."""
+    run, port = tmp_path / "run", free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    command += ["-m", "--", "pretrain", "train", str(corpus), "--run", str(run), *WORDS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    hosts = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        for _ in range(2)
+    ]
+    wait_for(lambda: is_saved(run, 8))
+    os.kill(members(hosts[1])[0], signal.SIGKILL)
+    for host in hosts:
+        finish(host)
+    assert losses(run) == losses(whole)
+    assert numbers(run) == numbers(whole)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

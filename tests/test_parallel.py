@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 import parallel_jobs as jobs
 from pretrain.parallel import ParallelConfig
+from pretrain.parallel.elastic import Branches
 from processes import Pool
 
 LAYOUTS = {"ddp 2": (2, 1), "ddp 4": (4, 1), "fsdp 2": (1, 2), "fsdp 4": (1, 4), "hsdp": (2, 2)}
@@ -92,6 +94,31 @@ def test_a_batch_that_does_not_divide_is_the_same_batch(pool: Pool, layout: str)
     check(pool, "gpt2", "adamw", layout, rows=7, steps=3)
 
 
+@pytest.mark.parametrize(("family", "optimizer"), [("gpt2", "adamw"), ("fast", "muon")])
+@pytest.mark.parametrize("rows", [8, 13])
+def test_the_elastic_order_is_the_same_bits_on_any_number_of_processes(
+    pool: Pool, family: str, optimizer: str, rows: int
+) -> None:
+    """Micro-batches of two rows, the seventh of one: branches that are not full, too."""
+    words: dict[str, Any] = {"steps": 5, "rows": rows, "elastic": True}
+    alone = jobs.train(family, 1, 1, optimizer, **words)
+    for size in (2, 3, 4):
+        for answer in pool.run(size, jobs.train, family, size, 1, optimizer, **words):
+            for name in ("losses", "norms", "counts", "evaluations", "checksums"):
+                assert answer[name] == alone[name], (size, name)
+            for name, (_, values) in alone["last"].items():
+                np.testing.assert_array_equal(answer["last"][name][1], values)
+
+
+def test_every_leaf_of_the_tree_has_one_process() -> None:
+    for size, n_leaves in itertools.product(range(1, 10), range(1, 20)):
+        branches = Branches(size, n_leaves)
+        leaves = [leaf for rank in range(size) for leaf in branches.leaves(rank)]
+        assert leaves == list(range(n_leaves))
+        owners = [branches.owner(b) for rank in range(size) for b in branches.of(rank)]
+        assert owners == [branches.owner(b) for b in range(branches.n)]
+
+
 @pytest.mark.parametrize("saved_by", [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)])
 def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
     pool: Pool, tmp_path: Path, saved_by: tuple[int, int]
@@ -167,7 +194,7 @@ def test_only_this_machine_is_listened_to(pool: Pool) -> None:
         ({"processes": 4, "data": 4, "shard": 2}, "is 8, and there are 4 processes"),
     ],
 )
-def test_axes_that_cannot_be_are_refused(settings: dict[str, int], sentence: str) -> None:
+def test_axes_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ParallelConfig(**settings)
 

@@ -79,6 +79,12 @@ class World:
         dist.all_gather(list(all_of_them.unbind()), mine, group=self.texts)
         return all_of_them.tolist()
 
+    def gather_all(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers of all processes in a row, of which each may give as many as it has."""
+        most = int(max(n for (n,) in self.gather([len(numbers)])))
+        rows = self.gather([len(numbers), *numbers, *[0.0] * (most - len(numbers))])
+        return [number for n, *row in rows for number in row[: int(n)]]
+
     def total(self, *numbers: float) -> list[float]:
         """Sums of numbers over all processes, in the order of ranks."""
         return [sum(column) for column in zip(*self.gather(numbers), strict=True)]

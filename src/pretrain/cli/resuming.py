@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
 
 # What changes nothing of what is trained, and so needs nobody's word.
-_FREE = "evaluate."
+_FREE = ("evaluate.", "parallel.timeout_seconds")
+# Nor these, where gradients are summed in an order that does not hang on them.
+_PROCESSES = ("parallel.processes", "parallel.data")
 # The fingerprint has these under its own names.
 _IN_FINGERPRINT = ("train.threads", "train.device")
 
@@ -60,7 +62,8 @@ def read_run(folder: Path) -> RunConfig:
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """Every setting that a run hangs on, by its full name, as JSON has it."""
     flat = {f"{s}.{k}": v for s, section in to_dict(config).items() for k, v in section.items()}
-    hangs = {name: value for name, value in flat.items() if not name.startswith(_FREE)}
+    free = (*_FREE, *(_PROCESSES if config.parallel.elastic else ()))
+    hangs = {name: value for name, value in flat.items() if not name.startswith(free)}
     return {name: value for name, value in hangs.items() if name not in _IN_FINGERPRINT}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,27 +70,33 @@ class Ids:
 
 
 @torch.no_grad()
-def score(
+def score_batches(
     objective: Objective,
     batches: Iterable[MicroBatch],
     *,
     byte_lengths_V: Tensor,
     world: World,
     precision: str = "fp32",
-) -> Score:
-    """Nats, tokens and bytes of the targets in `batches`, without dropout; the objective's mode is
-    put back."""
+) -> list[Score]:
+    """Nats, tokens and bytes of the targets in each of `batches`, without dropout; the objective's
+    mode is put back."""
     was_training = objective.training
     objective.eval()
-    nats, tokens, n_bytes = 0.0, 0, 0
+    found = []
     for batch in batches:
         with world.autocast(precision):
-            batch_nats, batch_count = objective(batch.to(world.device))
-        nats += float(batch_nats)
-        tokens += int(batch_count)
-        n_bytes += int(byte_lengths_V[batch.targets[batch.targets >= 0]].sum())
+            nats, count = objective(batch.to(world.device))
+        n_bytes = byte_lengths_V[batch.targets[batch.targets >= 0]].sum()
+        found.append(Score(float(nats), int(count), int(n_bytes)))
     objective.train(was_training)
-    return Score(nats, tokens, n_bytes)
+    return found
+
+
+def score(objective: Objective, batches: Iterable[MicroBatch], **how: Any) -> Score:
+    """The exact sum of `score_batches`, whatever their order."""
+    found = score_batches(objective, batches, **how)
+    nats = math.fsum(each.nats for each in found)
+    return Score(nats, sum(each.tokens for each in found), sum(each.bytes for each in found))
 
 
 def byte_lengths(tokenizer: Tokenizer) -> Tensor:

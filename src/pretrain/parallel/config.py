@@ -17,6 +17,9 @@ class ParallelConfig:
     make"""
     shard: int = 1
     """processes over which the weights of one copy are laid, and their rows of a batch (FSDP)"""
+    elastic: bool = False
+    """sum gradients in an order that does not hang on the number of processes, so that a run is the
+    same bit for bit on any (data axis alone)"""
     timeout_seconds: float = 600.0
     """how long processes wait for one that does not answer before they name it and end"""
 
@@ -40,6 +43,8 @@ class ParallelConfig:
                 "timeout_seconds",
                 f"parallel.timeout_seconds is {self.timeout_seconds}; it must be {legal}",
             )
+        if self.elastic and self.shard > 1:
+            yield "elastic shard", f"parallel.elastic goes with parallel.shard 1, not {self.shard}"
         if self.processes > 1 and not wrong:
             yield from self._mistakes_of_axes(self.processes)
 

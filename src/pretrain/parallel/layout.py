@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.model import Objective
 from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.elastic import Elastic
 from pretrain.parallel.model import Parallel
 from pretrain.parallel.shards import Part
 from pretrain.world import World
@@ -24,6 +25,8 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
     With `shard` above 1 the objective comes without memory (device meta), so that no process ever
     holds it whole, and must be given values: `Parallel.initialize`, or those of a checkpoint.
     """
+    if config.elastic:
+        return Elastic(objective, objective, world, n_copies=world.size)
     if world.size == 1:
         return Parallel(objective, objective, world)
     assert config.data is not None

@@ -97,6 +97,11 @@ class Parallel:
             nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))
         return float(nats), int(count)
 
+    @property
+    def mean_over(self) -> int:
+        """Of how many sums `backward` leaves the mean."""
+        return self.world.size
+
     def let_go(self) -> None:
         """Let go of weights that an evaluation has gathered, and that stand in the place of this
         process's own: they keep others from being read, and gradients from being forgotten."""

@@ -28,9 +28,9 @@ class TrainingBatches:
     batch_rows: int
     micro_batch_rows: int
     byte_lengths_V: Tensor
-    rank: int = 0
-    size: int = 1
-    """processes that share a batch, the first rows for the first"""
+    own_rows: range
+    """those rows of each batch that this process reads; the last may be beyond it, and weigh
+    nothing"""
     rollbacks: list[Rollback] = field(default_factory=list)
     n_bytes: int = 0
     """bytes of text behind the targets of the step that was handed out last, of this process"""
@@ -59,13 +59,11 @@ class TrainingBatches:
 
     def at(self, step: int) -> Iterator[MicroBatch]:
         self.n_bytes = self.checksum = 0
-        each = -(-self.batch_rows // self.size)
         start = self.position(step) * self.batch_rows
-        first = start + self.rank * each
-        end = min(first + each, start + self.batch_rows)
-        rows = min(self.micro_batch_rows, each)
-        # As many micro-batches for everybody: processes wait for each other at each.
-        for sample in range(first, first + each, rows):
+        first, stop = start + self.own_rows.start, start + self.own_rows.stop
+        end = min(stop, start + self.batch_rows)
+        rows = max(1, min(self.micro_batch_rows, stop - first))
+        for sample in range(first, stop, rows):
             batch = micro_batch_at(
                 self.stream,
                 context_length=self.context_length,

@@ -13,6 +13,7 @@ from pretrain.evaluate import byte_lengths
 from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.parallel import Parallel, ParallelConfig, parallelize
+from pretrain.parallel.elastic import Branches
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import TrainConfig
 from pretrain.world import World
@@ -62,9 +63,13 @@ def build_updates(
 
 
 def training_batches(
-    data: PreparedData, model: ModelConfig, train: TrainConfig, world: World | None = None
+    data: PreparedData,
+    model: ModelConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig | None = None,
+    world: World | None = None,
 ) -> TrainingBatches:
-    """The run's batches, from a config whose empty fields are filled; with a `world` only this
+    """The run's batches, from a config whose empty fields are filled; in a `world` only this
     process's rows of each."""
     assert train.batch_tokens is not None
     assert train.micro_batch_rows is not None
@@ -74,6 +79,8 @@ def training_batches(
     order = data.order(
         context_length=model.window_tokens, seed=train.seed, batch_rows=rows, **known
     )
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    is_elastic = parallel is not None and parallel.elastic
     return TrainingBatches(
         stream=data.split("train"),
         order=order,
@@ -82,6 +89,19 @@ def training_batches(
         batch_rows=rows,
         micro_batch_rows=train.micro_batch_rows,
         byte_lengths_V=byte_lengths(data.tokenizer()),
-        rank=0 if world is None else world.rank,
-        size=1 if world is None else world.size,
+        own_rows=rows_of(
+            rank, size, rows, micro_batch_rows=train.micro_batch_rows if is_elastic else None
+        ),
     )
+
+
+def rows_of(rank: int, size: int, batch_rows: int, *, micro_batch_rows: int | None) -> range:
+    """The rows of a batch that one of `size` processes reads, the first ones for the first. All
+    have as many micro-batches, since each waits for the others at each; but where these are given,
+    as the elastic order has it, branches of a tree over them."""
+    if micro_batch_rows is None:
+        each = -(-batch_rows // size)
+        return range(rank * each, (rank + 1) * each)
+    n_leaves = -(-batch_rows // micro_batch_rows)
+    leaves = Branches(size, n_leaves).leaves(rank)
+    return range(leaves.start * micro_batch_rows, leaves.stop * micro_batch_rows)

@@ -76,13 +76,15 @@ def decide(
     _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
     parallel = replace(parallel or ParallelConfig(), processes=world.size)
     parallel.laid_out(world.size)  # refused here if it cannot be
-    rows = -(-batch_tokens // context // world.size)
+    rows = batch_tokens // context
+    # The elastic order is one of micro-batches that are the same for any number of processes.
+    each = rows if parallel.elastic else -(-rows // world.size)
     if train.steps is not None:
         train = replace(train, minutes=None)  # what is left of a recipe, and decides nothing
     train = replace(
         train,
         batch_tokens=batch_tokens,
-        micro_batch_rows=train.micro_batch_rows or micro_batch_rows(rows, model, world.device.type),
+        micro_batch_rows=train.micro_batch_rows or micro_batch_rows(each, model, world.device.type),
         device=cast(Device, world.device.type),
         threads=world.threads,
         precision=decided_precision(train, world),
@@ -102,7 +104,7 @@ def decide(
         train = replace(train, steps=fit)
     steps = train.steps
     assert steps is not None
-    training_batches(data, model, train, world)  # the order, refused here if it cannot be
+    training_batches(data, model, train, parallel, world)  # the order, refused here if it cannot be
     every = train.evaluate_every or max(1, -(-steps // EVALUATIONS))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
     if pace is not None and followed and evaluate.every is None:
@@ -249,7 +251,7 @@ def trial_steps(
 ) -> Iterator[StepReport]:
     """The first steps of a run, at hardly any rate, with a model that is thrown away, for
     measurements. Batches are read through `read`."""
-    batches = training_batches(data, model, train, world)
+    batches = training_batches(data, model, train, parallel, world)
     trial = build_model(data, model, train, parallel, world)
     return training_steps(
         trial,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from pretrain.data import evaluation_batches
-from pretrain.evaluate import Score, byte_lengths, score
-from pretrain.evaluate.scorer import EVALUATION_TOKENS
+from pretrain.evaluate import Score, byte_lengths
+from pretrain.evaluate.scorer import EVALUATION_TOKENS, score_batches
 from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals
 
@@ -21,7 +23,7 @@ def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) ->
         rank=run.world.rank,
         size=run.world.size,
     )
-    own = score(
+    own = score_batches(
         run.objective,
         (batch for batch in batches if stop is None or not stop.breaks_off(run.world)),
         byte_lengths_V=byte_lengths(run.data.tokenizer()),
@@ -30,5 +32,7 @@ def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) ->
     )
     if stop is not None and stop.breaks_off(run.world):
         return None
-    nats, tokens, n_bytes = run.world.total(own.nats, own.tokens, own.bytes)
+    nats = math.fsum(run.world.gather_all([each.nats for each in own]))
+    counts = (sum(each.tokens for each in own), sum(each.bytes for each in own))
+    tokens, n_bytes = run.world.total(*counts)
     return Score(nats, int(tokens), int(n_bytes))

@@ -260,7 +260,7 @@ def begin(
     return Run(
         folder=folder,
         data=data,
-        batches=training_batches(data, model, settings, world),
+        batches=training_batches(data, model, settings, parallel, world),
         model=laid_out,
         optimizer=build_updates(laid_out, optimizer, settings),
         settings=settings,

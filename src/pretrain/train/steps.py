@@ -68,9 +68,8 @@ def train_step(
     set_learning_rate(optimizer, rate)
     optimizer.zero_grad(set_to_none=True)
     nats, count = model.backward(micro_batches, precision)
-    # What came back is the mean of the processes' sums.
     values = gradient_values(parameter for _, parameter in model.named_parameters())
-    torch._foreach_div_(values, max(1, count) / world.size)
+    torch._foreach_div_(values, max(1, count) / model.mean_over)
     norm = model.clip(clip)
     updated = count > 0 and math.isfinite(nats) and math.isfinite(norm)
     if accept is not None:
