@@ -87,7 +87,8 @@ def serve(folder: str, threads: int) -> None:
             yield batch
             began = time.perf_counter()
 
-    updates = trial_steps(**sections, model=model, train=train, steps=ENDLESS, read=read)
+    sections |= {"parallel": decided.parallel, "model": model, "train": train}
+    updates = trial_steps(**sections, steps=ENDLESS, read=read)
     for _ in sys.stdin:
         began = time.perf_counter()
         next(training_batches(open_prepared(folder), model, train).at(0))

@@ -179,6 +179,22 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
 
 
+def test_the_doctor_sees_whether_processes_can_train_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pretrain", "doctor", "--processes", "2", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--device", "cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["processes"] == 2
+    assert found["wrong"] == []
+    assert set(found["checks"]) == {
+        *("meeting", "versions", "clocks", "folder", "sums", "copies", "shards", "elastic")
+    }
+    assert "(legal 1e-09)" in found["checks"]["copies"]["found"]
+
+
 def test_two_torchruns_meet_and_go_on_after_a_death(
     corpus: Path, whole: Path, tmp_path: Path
 ) -> None:

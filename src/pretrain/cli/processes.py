@@ -140,7 +140,7 @@ def launch(
     failures, before = 0, progress()
     while True:
         try:
-            return _attempt(words, n)
+            return launch_once(words, n)
         except PeerDied as error:
             now = progress()
             failures, before = (1, now) if now != before else (failures + 1, now)
@@ -150,7 +150,9 @@ def launch(
             words = again
 
 
-def _attempt(words: Sequence[str], n: int) -> int:
+def launch_once(words: Sequence[str], n: int) -> int:
+    """Run `pretrain WORDS` in `n` processes of this machine; returns an exit code. PeerDied when
+    one fails."""
     from pretrain.parallel.launch import run_processes
 
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:

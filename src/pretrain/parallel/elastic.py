@@ -113,7 +113,7 @@ class Elastic(Parallel):
             batch_nats.backward()
             number = branches.of(world.rank).start + place // branches.leaves_each
             trees[number].grow([_coalesced(parameter.grad) for parameter in parameters])
-            nats[place], count = float(batch_nats), count + int(batch_count)
+            nats[place], count = float(batch_nats.detach()), count + int(batch_count)
         sums = {number: tree.total() for number, tree in trees.items() if tree.has_grown}
         for parameter, gradient in zip(parameters, gather(sums, parameters, branches), strict=True):
             parameter.grad = gradient

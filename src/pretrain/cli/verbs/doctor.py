@@ -1,7 +1,9 @@
 """Check this machine in about a minute: that what it computes repeats, resumes, compiles and is
-kept.
+kept; or several processes, that they meet, agree, and compute what one does.
 
 pretrain doctor
+pretrain doctor --processes 4                                          on this machine
+torchrun --nnodes 2 --nproc-per-node 8 ... -m pretrain doctor          on each of two
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.meeting import meet
 from pretrain.cli.output import Output
+from pretrain.cli.processes import launch_once
 from pretrain.cli.resuming import read_run
+from pretrain.cli.trial import STEPS, furthest, losses
 from pretrain.cli.verbs.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
+from pretrain.world import n_processes
 
 if TYPE_CHECKING:
-    import torch
-
-    from pretrain.data import MicroBatch
-    from pretrain.model import ModelConfig
     from pretrain.world import World
 
 _SETTINGS = (
@@ -31,16 +33,24 @@ _SETTINGS = (
     "--model.context_length 32 --model.dropout 0.1 "
     "--train.batch_tokens 512 --train.micro_batch_rows 8 --train.steps 40"
 ).split()
-_STEPS, _SAVED_BYTES = 8, 64 << 20
+_SAVED_BYTES = 64 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="how many meet [1]")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     from pretrain.world import describe_machine, open_world
 
+    if n_processes() > 1:
+        return meet(arguments.device, output)
+    if arguments.processes < 1:
+        raise ValueError(f"--processes is {arguments.processes}; it must be at least 1")
+    if arguments.processes > 1:
+        words = ["doctor", "--device", arguments.device, *["--json"] * arguments.json]
+        return launch_once(words, arguments.processes)
     world = open_world(arguments.device)
     machine = {**describe_machine(), "device": world.device.type, "threads": world.threads}
     for name, value in machine.items():
@@ -87,60 +97,13 @@ def _disk() -> Check:
     return Check(AGREES, "saved to the disk at {:,.0f} MB/s, verified at {:,.0f}".format(*speeds))
 
 
-def _losses(world: World, dtype: torch.dtype, rows: int, *, compiled: bool = False) -> list[float]:
-    """Losses of some steps of a small model with dropout on fixed random text."""
-    from pretrain.model import ModelConfig, Objective, build
-    from pretrain.model.config import model_defaults
-    from pretrain.optimizer import OptimizerConfig, build_optimizer
-    from pretrain.train import training_steps
-
-    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 32, "dropout": 0.1}
-    config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
-    decoder = build(config, vocab_size=211, seed=1, device=world.device).to(dtype)
-    if compiled:
-        decoder.compile(dynamic=False)
-    objective = Objective(decoder, seed=1)
-    optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
-    reports = training_steps(
-        objective,
-        optimizer,
-        lambda step: _batches(config, step, rows),
-        rate_at=lambda step: 3e-3,
-        steps=_STEPS,
-        world=world,
-    )
-    return [report.nats_per_token for report in reports]
-
-
-def _batches(config: ModelConfig, step: int, rows: int) -> list[MicroBatch]:
-    import torch
-
-    from pretrain.data import MicroBatch
-
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, 211, (16, config.window_tokens + 1), generator=generator)
-    samples = torch.arange(16 * step, 16 * step + 16)
-    return [
-        MicroBatch(
-            ids[i : i + rows, :-1].contiguous(),
-            ids[i : i + rows, 1:].contiguous(),
-            samples[i : i + rows],
-        )
-        for i in range(0, 16, rows)
-    ]
-
-
-def _furthest(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
-
-
 def _repeat(world: World) -> Check:
     import torch
 
-    one, other = (_losses(world, torch.float32, 16) for _ in range(2))
+    one, other = (losses(world, torch.float32, 16) for _ in range(2))
     if one == other:
-        return Check(AGREES, f"{_STEPS} steps twice, with dropout: the same losses to the bit")
-    return Check(DIFFERS, f"losses differ by {_furthest(one, other):.1e} from one run to the next")
+        return Check(AGREES, f"{STEPS} steps twice, with dropout: the same losses to the bit")
+    return Check(DIFFERS, f"losses differ by {furthest(one, other):.1e} from one run to the next")
 
 
 def _accumulation(world: World) -> Check:
@@ -152,7 +115,7 @@ def _accumulation(world: World) -> Check:
     if world.device.type == "cpu":
         kinds[torch.float64] = 1e-9
     for dtype, bound in kinds.items():
-        far = _furthest(_losses(world, dtype, 16), _losses(world, dtype, 4))
+        far = furthest(losses(world, dtype, 16), losses(world, dtype, 4))
         found.append(f"{far:.1e} in {str(dtype).removeprefix('torch.')} (legal {bound:.0e})")
         most = max(most, far / bound)
     return Check(AGREES if most <= 1 else DIFFERS, "16 rows against 4 x 4: " + ", ".join(found))
@@ -163,12 +126,12 @@ def _compiled(world: World) -> Check:
 
     began = time.perf_counter()
     try:
-        compiled = _losses(world, torch.float32, 16, compiled=True)
+        compiled = losses(world, torch.float32, 16, compiled=True)
     except Exception as error:  # no compiler is no fault of a machine that never compiles
         first = (str(error).strip().splitlines() or [""])[0]
         return Check(NOT_JUDGED, f"torch.compile does not work here: {first[:100]}")
     seconds = time.perf_counter() - began
-    far = _furthest(_losses(world, torch.float32, 16), compiled)
+    far = furthest(losses(world, torch.float32, 16), compiled)
     text = f"losses differ by {far:.1e} from eager ones (legal 1e-05), {seconds:.0f} s to compile"
     return Check(AGREES if far <= 1e-5 else DIFFERS, text)
 

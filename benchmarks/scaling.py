@@ -1,0 +1,153 @@
+"""Weak scaling: two processes of one thread, each with as many rows, beside one of one thread.
+
+python benchmarks/scaling.py [--rounds 5] [--recipe english] [--steps 20]
+
+In a round each of three makes some steps of the recipe, one after another: a process alone; two
+that sum gradients while the backward pass goes on; two whose gradients are all in one bucket, which
+is full when the pass is over. Time stamps say when the sum of the first bucket began and when the
+last one was full, which is the end of the pass. Nothing else should run: each process is to have a
+core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rows import OURS, Row, spread, table
+
+from pretrain.cli.places import prepared, read_target
+from pretrain.config import compose
+from pretrain.world import MEETING_FILE
+
+WARM_STEPS = 4
+ALONE, TOGETHER, AFTERWARDS = "1 process", "2 processes", "2 processes, summed afterwards"
+
+
+def member(recipe: str, steps: int, kind: str, answer: str) -> None:
+    """One process of a round; the first one writes its answer."""
+    import torch
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.nn.parallel import DistributedDataParallel
+
+    from pretrain.parallel import ParallelConfig, layout
+    from pretrain.train.decide import decide, trial_steps
+    from pretrain.world import leave_world, open_world
+
+    config = compose(read_target(recipe)[1])
+    world, data = open_world("cpu", threads=1), prepared(config)
+    tokens = (config.train.batch_tokens or 8192) * world.size
+    train = replace(config.train, steps=steps, batch_tokens=tokens, precision="fp32", minutes=None)
+    sections: dict[str, Any] = {"data": data, "optimizer": config.optimizer, "world": world}
+    decided = decide(
+        **sections,
+        model=config.model,
+        schedule=config.schedule,
+        train=train,
+        parallel=ParallelConfig(processes=world.size),
+    )
+    begun: list[float] = []
+
+    class Watched(DistributedDataParallel):
+        """Notes when the sum of each bucket begins."""
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            self.register_comm_hook(None, noting)
+
+    def noting(state: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        begun.append(time.perf_counter())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    all_in_one = partial(Watched, bucket_cap_mb=1 << 20)
+    kinds = {ALONE: Watched, TOGETHER: Watched, AFTERWARDS: all_in_one}
+    with mock.patch.object(layout, "DistributedDataParallel", kinds[kind]):
+        sections |= {"parallel": decided.parallel, "model": decided.model, "train": decided.train}
+        updates = trial_steps(**sections, steps=steps)
+        seconds, shares = [], []
+        last = time.perf_counter()
+        for report in updates:
+            now = time.perf_counter()
+            if report.step >= WARM_STEPS:
+                seconds.append(now - last)
+                shares.append((len(begun), begun[-1] - begun[0] if begun else 0.0))
+            begun.clear()
+            last = time.perf_counter()
+    if world.leads:
+        found = {
+            "tokens_per_second": report.count / statistics.median(seconds),
+            "buckets": statistics.median(n for n, _ in shares),
+            "under_way_seconds": statistics.median(s for _, s in shares),
+            "step_seconds": statistics.median(seconds),
+            "memory": world.peak_memory_bytes(),
+        }
+        Path(answer).write_text(json.dumps(found))
+    leave_world(world)
+
+
+def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
+    """What the members of one kind come to."""
+    from pretrain.parallel.launch import run_processes
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        os.environ[MEETING_FILE] = f"{folder}/meeting"
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.environ["OMP_NUM_THREADS"] = "1"
+        words = [sys.executable, __file__, "--member", kind, "--answer", f"{folder}/answer"]
+        words += ["--recipe", recipe, "--steps", str(steps)]
+        run_processes(words, 1 if kind == ALONE else 2, Path(folder))
+        found: dict[str, float] = json.loads(Path(f"{folder}/answer").read_text())
+        return found
+
+
+def measure(*, rounds: int, recipe: str, steps: int) -> Iterator[Row]:
+    kinds = (ALONE, TOGETHER, AFTERWARDS)
+    turns = [{kind: ask(recipe, steps, kind) for kind in kinds} for _ in range(rounds)]
+    for kind in kinds:
+        ratios = [t[kind]["tokens_per_second"] / t[ALONE]["tokens_per_second"] for t in turns]
+        last = turns[-1][kind]
+        note = f"{spread(ratios)} times one process"
+        if kind != ALONE:
+            note += (
+                f"; of a step of {last['step_seconds']:.2f} s the backward pass goes on for "
+                f"{last['under_way_seconds']:.3f} s after the first of {last['buckets']:.0f} sums"
+            )
+        yield Row(
+            what=f"weak scaling of the recipe {recipe}, a thread a process",
+            who=f"{OURS}, {kind}",
+            unit="tokens/s",
+            values=tuple(turn[kind]["tokens_per_second"] for turn in turns),
+            memory=int(last["memory"]),
+            note=note,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recipe", default="english")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--member", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.member:
+        member(asked.recipe, asked.steps, asked.member, asked.answer)
+        return
+    rows = measure(rounds=asked.rounds, recipe=asked.recipe, steps=asked.steps)
+    print("\n".join(table(list(rows))))
+
+
+if __name__ == "__main__":
+    main()
