@@ -27,9 +27,7 @@ VOCAB, CONTEXT, SEED, RATE = 67, 16, 3, 1e-2
 class Trainee:
     """A small model in the world that the environment says, and what trains it."""
 
-    def __init__(
-        self, family: str, data: int, shard: int, optimizer: str, elastic: bool = False
-    ) -> None:
+    def __init__(self, family: str, optimizer: str, **axes: Any) -> None:
         from oracles import config_of
         from pretrain.model import Objective, build
         from pretrain.optimizer import OptimizerConfig, build_optimizer
@@ -38,12 +36,12 @@ class Trainee:
 
         self.world = open_world("cpu", threads=1)
         config = config_of(family, context_length=CONTEXT, **FAMILIES[family])
-        place, seed = ("cpu", SEED) if shard == 1 else ("meta", None)
+        self.layout = ParallelConfig(**axes).laid_out(self.world.size)
+        is_cut = self.layout.cuts_weights
+        place, seed = ("meta", None) if is_cut else ("cpu", SEED)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
-        layout = ParallelConfig(data=data, shard=shard, elastic=elastic)
-        layout = layout.laid_out(self.world.size)
-        self.model = parallelize(Objective(decoder, seed=SEED), layout, self.world)
-        if shard > 1:
+        self.model = parallelize(Objective(decoder, seed=SEED), self.layout, self.world)
+        if is_cut:
             self.model.initialize(SEED)
         self.optimizer = build_optimizer(
             self.model.named_parameters(),
@@ -63,23 +61,23 @@ class Trainee:
         from pretrain.data import evaluation_batches
         from pretrain.evaluate.scorer import score_batches
 
-        each = {"rank": self.world.rank, "size": self.world.size}
+        alike = self.model.n_alike
+        each = {"rank": self.world.rank // alike, "size": self.world.size // alike}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
         own = score_batches(self.model.objective, batches, byte_lengths_V=ones, world=self.world)
+        own = own if self.world.rank % alike == 0 else []
         return math.fsum(self.world.gather_all([each.nats for each in own]))
 
 
 def train(
     family: str,
-    data: int,
-    shard: int,
     optimizer: str,
     *,
     steps: int,
     rows: int,
     dtype: str = "float32",
-    elastic: bool = False,
+    **axes: Any,
 ) -> dict[str, Any]:
     """Some steps, with an evaluation after each second one; what they came to."""
     import torch
@@ -92,7 +90,7 @@ def train(
 
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        trainee = Trainee(family, data, shard, optimizer, elastic)
+        trainee = Trainee(family, optimizer, **axes)
         first = trainee.held()
         ids = Ids(np.random.default_rng(0).integers(0, VOCAB, 4000))
         batches = TrainingBatches(
@@ -104,10 +102,9 @@ def train(
             micro_batch_rows=2,
             byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
             own_rows=rows_of(
-                trainee.world.rank,
-                trainee.world.size,
+                *trainee.layout.rows(trainee.world.rank),
                 rows,
-                micro_batch_rows=2 if elastic else None,
+                micro_batch_rows=2 if trainee.layout.elastic else None,
             ),
         )
         reports, evaluations, checksums = [], [], []
@@ -121,7 +118,8 @@ def train(
             world=trainee.world,
         ):
             reports.append(report)
-            checksums.append(trainee.world.total(batches.checksum)[0])
+            share = trainee.layout.rows(0)[1] / trainee.world.size
+            checksums.append(trainee.world.total(batches.checksum)[0] * share)
             if report.step % 2:
                 evaluations.append(trainee.evaluate(ids))
         return {
@@ -138,18 +136,18 @@ def train(
         torch.set_default_dtype(torch.float32)
 
 
-def save(folder: str, data: int, shard: int) -> None:
+def save(folder: str, axes: dict[str, int]) -> None:
     """A step, and a checkpoint of it, written by all processes together."""
-    run = _run_of(folder, data, shard, fresh=True)
+    run = _run_of(folder, axes, fresh=True)
     run.save(wait=True)
 
 
-def load(folder: str, data: int, shard: int) -> dict[str, Any]:
+def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     """The tensors of that checkpoint that this process holds, and their boxes."""
     from pretrain.checkpoint import open_checkpoint
     from pretrain.optimizer.grouped import optimizer_state
 
-    run = _run_of(folder, data, shard, fresh=False)
+    run = _run_of(folder, axes, fresh=False)
     run.restore(open_checkpoint(Path(folder) / "checkpoints" / "step-00000001"))
     parameters = run.model.named_parameters()
     tensors = {f"model/{name}": p.detach() for name, p in parameters}
@@ -162,7 +160,7 @@ def load(folder: str, data: int, shard: int) -> dict[str, Any]:
     }
 
 
-def _run_of(folder: str, data: int, shard: int, *, fresh: bool) -> Any:
+def _run_of(folder: str, axes: dict[str, int], *, fresh: bool) -> Any:
     import torch
 
     from pretrain.checkpoint import BackgroundSaver
@@ -170,7 +168,7 @@ def _run_of(folder: str, data: int, shard: int, *, fresh: bool) -> Any:
     from pretrain.train.records import Records
     from pretrain.train.run import Run
 
-    trainee = Trainee("fast", data, shard, "muon")
+    trainee = Trainee("fast", "muon", **axes)
     if fresh:
         # Other numbers than zeros in every memory, the same ones whatever the layout.
         for part in trainee.model.parts.values():
@@ -183,6 +181,7 @@ def _run_of(folder: str, data: int, shard: int, *, fresh: bool) -> Any:
         data=None,  # type: ignore[arg-type]
         batches=_NoBatches(),  # type: ignore[arg-type]
         model=trainee.model,
+        parallel=trainee.layout,
         optimizer=trainee.optimizer,
         settings=TrainConfig(steps=1),
         world=world,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,21 @@ from pretrain.parallel import ParallelConfig
 from pretrain.parallel.elastic import Branches
 from processes import Pool
 
-LAYOUTS = {"ddp 2": (2, 1), "ddp 4": (4, 1), "fsdp 2": (1, 2), "fsdp 4": (1, 4), "hsdp": (2, 2)}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "ddp 2": {"data": 2},
+    "ddp 4": {"data": 4},
+    "fsdp 2": {"shard": 2},
+    "fsdp 4": {"shard": 4},
+    "hsdp": {"data": 2, "shard": 2},
+    "tp 2": {"tensor": 2},
+    "tp x fsdp": {"shard": 2, "tensor": 2},
+    "tp x ddp": {"data": 2, "tensor": 2},
+    "cp 2": {"context": 2},
+    "cp x tp": {"context": 2, "tensor": 2},
+}
 SHORT = [("gpt2", "adamw", layout) for layout in LAYOUTS]
-SHORT += [("fast", "muon", layout) for layout in LAYOUTS] + [("llama", "muon", "hsdp")]
+SHORT += [("fast", "muon", layout) for layout in LAYOUTS]
+SHORT += [("llama", "muon", layout) for layout in ("hsdp", "tp x fsdp", "cp 2")]
 REST = [
     (family, optimizer, layout)
     for family in jobs.FAMILIES
@@ -54,10 +67,10 @@ def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
 
 def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, steps: int) -> None:
     """In float64, where what is left is a matter of rounding alone."""
-    data, shard = LAYOUTS[layout]
+    axes = LAYOUTS[layout]
     words: dict[str, Any] = {"steps": steps, "rows": rows, "dtype": "float64"}
-    alone = jobs.train(family, 1, 1, optimizer, **words)
-    answers = pool.run(data * shard, jobs.train, family, data, shard, optimizer, **words)
+    alone = jobs.train(family, optimizer, **words)
+    answers = pool.run(math.prod(axes.values()), jobs.train, family, optimizer, **words, **axes)
     for answer in answers:
         for name in ("losses", "norms", "evaluations"):
             assert answer[name] == answers[0][name]
@@ -101,9 +114,9 @@ def test_the_elastic_order_is_the_same_bits_on_any_number_of_processes(
 ) -> None:
     """Micro-batches of two rows, the seventh of one: branches that are not full, too."""
     words: dict[str, Any] = {"steps": 5, "rows": rows, "elastic": True}
-    alone = jobs.train(family, 1, 1, optimizer, **words)
+    alone = jobs.train(family, optimizer, **words)
     for size in (2, 3, 4):
-        for answer in pool.run(size, jobs.train, family, size, 1, optimizer, **words):
+        for answer in pool.run(size, jobs.train, family, optimizer, **words):
             for name in ("losses", "norms", "counts", "evaluations", "checksums"):
                 assert answer[name] == alone[name], (size, name)
             for name, (_, values) in alone["last"].items():
@@ -119,38 +132,40 @@ def test_every_leaf_of_the_tree_has_one_process() -> None:
         assert owners == [branches.owner(b) for b in range(branches.n)]
 
 
-@pytest.mark.parametrize("saved_by", [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    "saved_by", ["one", "ddp 2", "fsdp 2", "fsdp 4", "hsdp", "tp x fsdp", "cp 2"]
+)
 def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
-    pool: Pool, tmp_path: Path, saved_by: tuple[int, int]
+    pool: Pool, tmp_path: Path, saved_by: str
 ) -> None:
-    data, shard = saved_by
-    pool.run(data * shard, jobs.save, str(tmp_path), data, shard)
+    axes = LAYOUTS.get(saved_by, {})
+    size, within = math.prod(axes.values()), math.prod(n for a, n in axes.items() if a != "data")
+    pool.run(size, jobs.save, str(tmp_path), axes)
     files = {p.name for p in (tmp_path / "checkpoints/step-00000001").iterdir()}
-    assert len(files) == 1 + 2 * shard
-    whole = assembled(pool.run(1, jobs.load, str(tmp_path), 1, 1))
-    assert {"model/token_embedding.weight", "optimizer/ngrams.hashed.2.weight/squares"} <= set(
-        whole
-    )
-    for data, shard in ((2, 1), (1, 2), (1, 4), (2, 2)):
-        answers = pool.run(data * shard, jobs.load, str(tmp_path), data, shard)
+    assert len(files) == 1 + 2 * within
+    whole = assembled(pool.run(1, jobs.load, str(tmp_path), {}))
+    assert {"model/head.weight", "optimizer/ngrams.hashed.2.weight/squares"} <= whole.keys()
+    for name in ("ddp 2", "fsdp 2", "fsdp 4", "hsdp", "tp x fsdp"):
+        answers = pool.run(
+            math.prod(LAYOUTS[name].values()), jobs.load, str(tmp_path), LAYOUTS[name]
+        )
         found = assembled(answers)
         assert found.keys() == whole.keys()
-        for name, values in whole.items():
-            np.testing.assert_array_equal(found[name], values, err_msg=name)
+        for tensor, values in whole.items():
+            np.testing.assert_array_equal(found[tensor], values, err_msg=tensor)
 
 
 def test_layouts_save_the_same_numbers(pool: Pool, tmp_path: Path) -> None:
     """The step before the save is one of every rule, Muon's with its owners too."""
-    for data, shard in ((1, 1), (1, 2), (2, 2)):
-        folder = tmp_path / f"{data} {shard}"
+    for name in ("one", "fsdp 2", "hsdp", "tp x fsdp"):
+        axes, folder = LAYOUTS.get(name, {}), tmp_path / name
         folder.mkdir()
-        pool.run(data * shard, jobs.save, str(folder), data, shard)
-    one, *others = [
-        assembled(pool.run(1, jobs.load, str(path), 1, 1)) for path in sorted(tmp_path.iterdir())
-    ]
-    for other in others:
-        for name, values in one.items():
-            np.testing.assert_allclose(other[name], values, rtol=1e-5, atol=1e-7, err_msg=name)
+        pool.run(math.prod(axes.values()), jobs.save, str(folder), axes)
+    one = assembled(pool.run(1, jobs.load, str(tmp_path / "one"), {}))
+    for name in ("fsdp 2", "hsdp", "tp x fsdp"):
+        other = assembled(pool.run(1, jobs.load, str(tmp_path / name), {}))
+        for tensor, values in one.items():
+            np.testing.assert_allclose(other[tensor], values, rtol=1e-5, atol=1e-7, err_msg=tensor)
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -52,6 +52,7 @@ class RunConfig:
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """What does not fit between sections: full names of fields, and a sentence."""
+        yield from self.parallel.mistakes_of_model(self.model)
         context, batch = self.model.context_length, self.train.batch_tokens
         # A context longer than a batch may be too long for the text, which is better said later.
         if context is not None and batch is not None and context <= batch:

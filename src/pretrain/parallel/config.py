@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 _MOST = 1 << 20
+
+
+class Sizes(Protocol):
+    """What axes must divide, of a model's config."""
+
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def feed_forward_width(self) -> int: ...
+    @property
+    def context_length(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +31,11 @@ class ParallelConfig:
     """copies of the model, each with its own rows of a batch; empty: as many as the processes
     make"""
     shard: int = 1
-    """processes over which the weights of one copy are laid, and their rows of a batch (FSDP)"""
+    """processes over which the weights of one copy are laid, each with rows of its own (FSDP)"""
+    tensor: int = 1
+    """processes that share heads, feed-forward columns and vocabulary, and see the same rows"""
+    context: int = 1
+    """processes that share windows, each with a stretch of every one; weights are laid over them"""
     elastic: bool = False
     """sum gradients in an order that does not hang on the number of processes, so that a run is the
     same bit for bit on any (data axis alone)"""
@@ -30,7 +49,7 @@ class ParallelConfig:
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """What is wrong: the fields that it hangs on, and a sentence."""
         wrong = False
-        for name in ("processes", "data", "shard"):
+        for name in ("processes", "data", "shard", "tensor", "context"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _MOST:
                 legal = "at least 1" if value < 1 else f"at most {_MOST:,}"
@@ -43,24 +62,65 @@ class ParallelConfig:
                 "timeout_seconds",
                 f"parallel.timeout_seconds is {self.timeout_seconds}; it must be {legal}",
             )
-        if self.elastic and self.shard > 1:
-            yield "elastic shard", f"parallel.elastic goes with parallel.shard 1, not {self.shard}"
-        if self.processes > 1 and not wrong:
+        if wrong:
+            return
+        for name in ("shard", "tensor", "context"):
+            if self.elastic and getattr(self, name) > 1:
+                yield (
+                    f"elastic {name}",
+                    f"parallel.elastic goes with parallel.{name} 1, not {getattr(self, name)}",
+                )
+        if self.processes > 1:
             yield from self._mistakes_of_axes(self.processes)
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether a process holds less than all weights."""
+        return self._within_copy > 1
+
+    @property
+    def _within_copy(self) -> int:
+        return self.shard * self.context * self.tensor
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """Which of how many parts of a batch a process reads; those of one context and tensor axis
+        read the same. The axes must be filled."""
+        assert self.data is not None
+        return rank // (self.context * self.tensor), self.data * self.shard
+
     def _mistakes_of_axes(self, n_processes: int) -> Iterator[tuple[str, str]]:
-        data = self.data or max(1, n_processes // self.shard)
-        if data * self.shard != n_processes:
+        data = self.data or max(1, n_processes // self._within_copy)
+        axes = {"data": data, "shard": self.shard, "context": self.context, "tensor": self.tensor}
+        if math.prod(axes.values()) != n_processes:
+            shown = {name: n for name, n in axes.items() if n > 1 or name in ("data", "shard")}
+            product = " x ".join(f"parallel.{name} {n}" for name, n in shown.items())
             yield (
-                "processes data shard",
-                f"parallel.data {data} x parallel.shard {self.shard} is {data * self.shard}, and "
-                f"there are {n_processes} processes; the product of the axes must be that number",
+                " ".join(["processes", *axes]),
+                f"{product} is {math.prod(axes.values())}, and there are {n_processes} processes; "
+                "the product of the axes must be that number",
             )
+
+    def mistakes_of_model(self, model: Sizes) -> Iterator[tuple[str, str]]:
+        """What the axes do not divide: the fields that it hangs on, and a sentence."""
+        sizes = {
+            ("tensor", "n_heads"): model.n_heads,
+            ("tensor", "n_kv_heads"): model.kv_heads,
+            ("tensor", "d_ff"): model.feed_forward_width,
+            ("context", "context_length"): model.context_length or 0,
+        }
+        for (axis, name), value in sizes.items():
+            n = getattr(self, axis)
+            if value % n:
+                yield (
+                    f"parallel.{axis} model.{name}",
+                    f"model.{name} {value:,} is not a multiple of parallel.{axis} {n}, over which "
+                    "it is shared",
+                )
 
     def laid_out(self, n_processes: int) -> ParallelConfig:
         """The same with every axis filled, for so many processes; ValueError where the axes do not
         multiply to them."""
         for _, mistake in self._mistakes_of_axes(n_processes):
             raise ValueError(mistake)
-        data = n_processes // self.shard
+        data = n_processes // self._within_copy
         return replace(self, processes=n_processes, data=data)

@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.model import Objective
@@ -22,9 +21,8 @@ from pretrain.model.decoder import initial_value
 from pretrain.model.objective import Batch
 from pretrain.optimizer.grouped import clip_gradients, gradient_values
 from pretrain.optimizer.muon import Matrices
-from pretrain.parallel.muon import SharedMatrices
 from pretrain.parallel.rows import mean_rows_
-from pretrain.parallel.shards import Box, Part, whole_part
+from pretrain.parallel.shards import Box, Part, cut, whole_part
 from pretrain.world import World
 
 
@@ -36,9 +34,8 @@ class Parallel:
     module: Callable[[Batch], tuple[Tensor, Tensor]]
     """what is called: the objective, or what sums its gradients over processes"""
     world: World
-    n_copies: int = 1
-    mesh: DeviceMesh | None = None
-    """where weights are laid over processes: the axes data and shard, or shard alone"""
+    n_alike: int = 1
+    """processes that see the same rows, of which each count is one"""
     tables: list[nn.Parameter] = field(default_factory=list)
     """those of which a step names the rows that it has read"""
     parts: dict[str, Part] = field(default_factory=dict)
@@ -53,10 +50,9 @@ class Parallel:
         """What this process updates: whole parameters, or its rows of them, if it has any."""
         return [(name, p.local) for name, p in self.parts.items() if p.local.numel()]
 
-    @property
-    def is_first_copy(self) -> bool:
-        """Whether what this process holds is to be saved by it, and not by another."""
-        return self.world.leads if self.mesh is None else self.world.rank < self.mesh.size(-1)
+    def saves(self, name: str) -> bool:
+        """Whether it is this process that saves its part of a parameter."""
+        return self.world.leads
 
     def place_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], Box] | None:
         """The whole shape of a parameter, or of an optimizer's memory of so many dims beside it,
@@ -69,10 +65,7 @@ class Parallel:
     @property
     def matrices(self) -> Matrices:
         """For an optimizer whose rule is one of whole matrices."""
-        if self.mesh is None:
-            return Matrices()
-        group = self.mesh["shard"].get_group()
-        return SharedMatrices({p.local: p for p in self.parts.values()}, group)
+        return Matrices()
 
     def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
         """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
@@ -83,7 +76,7 @@ class Parallel:
         for batch, is_last in with_last(batches):
             with self._summing(is_last):
                 with self.world.autocast(precision):
-                    batch_nats, batch_count = self.module(batch.to(self.world.device))
+                    batch_nats, batch_count = self._called(batch.to(self.world.device))
                 batch_nats.backward()  # type: ignore[no-untyped-call]
             all_nats.append(batch_nats.detach())
             all_counts.append(batch_count)
@@ -95,56 +88,60 @@ class Parallel:
         nats, count = torch.stack(all_nats).sum(), torch.stack(all_counts).sum()
         if self.world.size > 1:
             nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))
-        return float(nats), int(count)
+        return float(nats) / self.n_alike, int(count) // self.n_alike
 
-    @property
-    def mean_over(self) -> int:
-        """Of how many sums `backward` leaves the mean."""
-        return self.world.size
-
-    def let_go(self) -> None:
-        """Let go of weights that an evaluation has gathered, and that stand in the place of this
-        process's own: they keep others from being read, and gradients from being forgotten."""
-        if self.mesh is not None:
-            cast(Any, self.objective.decoder).reshard()
-
-    def gradient_norms(self) -> dict[str, float]:
-        """The norm of each parameter's gradient, of all processes; all of them call this."""
-        squares = []
-        for part in self.parts.values():
-            values = gradient_values([part.local])
-            squares.append(sum(float(v.double().square().sum()) for v in values))
-        if self.mesh is not None:
-            squares = [total / self.n_copies for total in self.world.total(*squares)]
-        return {name: math.sqrt(total) for name, total in zip(self.parts, squares, strict=True)}
+    def _called(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.module(batch)
 
     def _summing(self, is_last: bool) -> AbstractContextManager[Any]:
         """Sum gradients over copies after the last micro-batch only."""
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
-        if self.mesh is not None and self.n_copies > 1:
-            cast(Any, self.objective.decoder).set_requires_all_reduce(is_last)
         return nullcontext()
+
+    @property
+    def mean_over(self) -> int:
+        """Of how many sums `backward` leaves the mean."""
+        return self.world.size // self.n_alike
+
+    def let_go(self) -> None:
+        """Let go of weights that were gathered, where they are laid over processes."""
 
     def clip(self, limit: float) -> float:
         """Scale the gradients to a joint norm of at most `limit` (0: no limit); returns the norm
         before."""
-        parameters = [p for _, p in self.named_parameters()]
-        return clip_gradients(parameters, limit=limit, joint=self._joint if self.mesh else None)
+        return clip_gradients((p for _, p in self.named_parameters()), limit=limit)
 
-    def _joint(self, squares: float) -> float:
-        return self.world.total(squares)[0] / self.n_copies
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each parameter's gradient, of all processes; all of them call this."""
+        return {name: math.sqrt(square) for name, square in self._squares().items()}
+
+    def _squares(self) -> dict[str, float]:
+        """The squared norm of each gradient."""
+        found = {}
+        for name, part in self.parts.items():
+            values = gradient_values([part.local])
+            found[name] = sum(float(v.double().square().sum()) for v in values)
+        return found
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Give each parameter that this process holds its values at the start of training."""
-        config = self.objective.decoder.config
+        decoder = self.objective.decoder
         for name, part in self.parts.items():
-            start, stop = part.elements
+            # All columns of its rows, if it has but some: an element's number is its place.
+            rows = part.box[0] if part.box else (0, 1)
+            row = math.prod(part.shape[1:])
             values = initial_value(
-                config, name, part.shape, start, stop, seed=seed, device=self.world.device
-            )
-            part.local.copy_(values.view_as(part.local))
+                decoder.config,
+                name,
+                part.shape,
+                rows[0] * row,
+                rows[1] * row,
+                seed=seed,
+                device=self.world.device,
+            ).view(rows[1] - rows[0], *part.shape[1:])
+            part.local.copy_(cut(values, ((0, rows[1] - rows[0]), *part.box[1:])))
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

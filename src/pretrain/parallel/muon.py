@@ -8,53 +8,72 @@ Scalable for LLM Training" (Liu et al., 2025), without a copy of the products on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.optimizer.muon import Matrices, orthogonalize
-from pretrain.parallel.shards import Part
+from pretrain.parallel.shards import Map, Part, cut
 
 
 class SharedMatrices(Matrices):
-    """Matrices of which this process holds some rows each, as the others of `group` do."""
+    """Matrices of which this process holds a box each, as the others of `group` do."""
 
-    def __init__(self, parts: Mapping[nn.Parameter, Part], group: dist.ProcessGroup) -> None:
-        self._parts, self._group = parts, group
-        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, parts: Mapping[str, Part], boxes: Map, group: dist.ProcessGroup) -> None:
+        self._names = {part.local: name for name, part in parts.items()}
+        self._parts, self._boxes, self._group = parts, boxes, group
+        self._ranks = dist.get_process_group_ranks(group)
+        self._rank = dist.get_rank(group)
 
     def shape_of(self, parameter: nn.Parameter) -> torch.Size:
-        return self._parts[parameter].shape
+        return self._parts[self._names[parameter]].shape
 
     def orthogonalized(
         self, parameters: Sequence[nn.Parameter], rows: Sequence[Tensor], *, dtype: torch.dtype
     ) -> list[Tensor]:
-        """The local rows of what the whole matrices become."""
-        M, K = self.shape_of(parameters[0])
-        heights = [len(part) for part in torch.empty(M, 0).chunk(self._size)]
-        heights += [0] * (self._size - len(heights))
-        mine = heights[self._rank]
-        n_owned = [len(rows[owner :: self._size]) for owner in range(self._size)]
-        sent = torch.cat(
-            [t.reshape(-1) for owner in range(self._size) for t in rows[owner :: self._size]]
-        )
-        sizes_out = [n * mine * K for n in n_owned]
-        sizes_in = [n_owned[self._rank] * height * K for height in heights]
+        """The local boxes of what the whole matrices become."""
+        names, size = [self._names[parameter] for parameter in parameters], len(self._ranks)
+        owned = [list(range(owner, len(rows), size)) for owner in range(size)]
+        mine = owned[self._rank]
+        sent = torch.cat([rows[i].reshape(-1) for numbers in owned for i in numbers])
+        sizes_out = [sum(rows[i].numel() for i in numbers) for numbers in owned]
+        whole = sent.new_empty(len(mine), *self.shape_of(parameters[0]))
+        # Views into what this process owns, in the order in which they come: by rank.
+        views = [
+            [cut(whole[n], self._box(names[i], rank)) for n, i in enumerate(mine)]
+            for rank in self._ranks
+        ]
+        sizes_in = [sum(view.numel() for view in some) for some in views]
+        received = self._exchange(sent, sizes_out, sizes_in)
+        for view, piece in _in_order(views, received):
+            view.copy_(piece)
+        if mine:
+            whole.copy_(orthogonalize(whole, dtype=dtype))
+        answer = [view.reshape(-1) for some in views for view in some]
+        returned = self._exchange(torch.cat(answer) if answer else sent[:0], sizes_in, sizes_out)
+        found = [torch.empty_like(row) for row in rows]
+        for place, piece in _in_order([[found[i] for i in numbers] for numbers in owned], returned):
+            place.copy_(piece)
+        return found
+
+    def _box(self, name: str, rank: int) -> tuple[tuple[int, int], ...]:
+        box = self._boxes.box(name, rank)
+        assert box is not None
+        return box
+
+    def _exchange(self, sent: Tensor, sizes_out: list[int], sizes_in: list[int]) -> Tensor:
         received = sent.new_empty(sum(sizes_in))
         dist.all_to_all_single(received, sent, sizes_in, sizes_out, group=self._group)
-        pieces = [
-            piece.view(n_owned[self._rank], height, K)
-            for piece, height in zip(torch.split(received, sizes_in), heights, strict=True)
-        ]
-        whole_NMK = torch.cat(pieces, dim=1)
-        if len(whole_NMK):
-            whole_NMK = orthogonalize(whole_NMK, dtype=dtype)
-        answer = torch.cat([piece.reshape(-1) for piece in torch.split(whole_NMK, heights, dim=1)])
-        returned = torch.empty_like(sent)
-        dist.all_to_all_single(returned, answer, sizes_out, sizes_in, group=self._group)
-        found: list[Tensor] = [sent] * len(rows)
-        for owner, flat in enumerate(torch.split(returned, sizes_out)):
-            for place, row in enumerate(flat.view(n_owned[owner], mine, K)):
-                found[owner + place * self._size] = row
-        return found
+        return received
+
+
+def _in_order(places: list[list[Tensor]], flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each place with its numbers, which lie one after another in `flat`."""
+    row = [place for some in places for place in some]
+    stops = list(accumulate(place.numel() for place in row))
+    return [
+        (place, flat[stop - place.numel() : stop].view(place.shape))
+        for place, stop in zip(row, stops, strict=True)
+    ]

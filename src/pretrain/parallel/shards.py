@@ -1,17 +1,21 @@
 """What one process holds of a parameter: a box of it, as a plain tensor that an optimizer updates.
 
 The parameter of a model that is laid over processes comes in; the box, and a local parameter that
-shares its memory, go out. Rules that look at each number, or at each row, need no more.
+shares its memory, go out. Rules that look at each number, or at each row, need no more. A `Map`
+knows what all the others hold.
 """
 
 from __future__ import annotations
 
-import math
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pretrain.world import World
 
 Box = tuple[tuple[int, int], ...]
 
@@ -29,23 +33,64 @@ class Part:
     box: Box
     """(start, stop) a dim"""
 
-    @property
-    def elements(self) -> tuple[int, int]:
-        """The numbers of the box's elements in the whole, in a row since only the first dim is
-        cut."""
-        row = math.prod(self.shape[1:])
-        if not self.shape:
-            return 0, 1
-        return self.box[0][0] * row, self.box[0][1] * row
-
     def take_gradient(self) -> None:
         """Let the local parameter have the gradient of its box."""
         if self.local is self.whole:
             return
-        gradient: Any = self.whole.grad
-        self.local.grad = None if gradient is None else gradient.to_local()
+        gradient, whole = self.whole.grad, cast(Any, self.whole)
+        # It may come as it was made: a sum that is not yet made, or more than the box.
+        laid = (
+            None
+            if gradient is None
+            else cast(Any, gradient).redistribute(whole.device_mesh, whole.placements)
+        )
+        self.local.grad = None if laid is None else laid.to_local()
 
 
 def whole_part(parameter: nn.Parameter) -> Part:
     """All of a parameter."""
     return Part(parameter, parameter, parameter.shape, tuple((0, n) for n in parameter.shape))
+
+
+def part_of(parameter: nn.Parameter) -> Part:
+    """This process's box of a parameter, where that is laid over several."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    data = parameter.detach()
+    if not isinstance(data, DTensor):
+        return whole_part(parameter)
+    local_shape, offset = compute_local_shape_and_global_offset(
+        data.shape, data.device_mesh, data.placements
+    )
+    box = tuple((start, start + n) for start, n in zip(offset, local_shape, strict=True))
+    return Part(parameter, nn.Parameter(data.to_local()), parameter.shape, box)
+
+
+def cut(whole: Tensor, box: Box) -> Tensor:
+    """A view of the box of a whole tensor."""
+    return whole[tuple(slice(*pair) for pair in box)]
+
+
+class Map:
+    """Which process holds which box of each parameter."""
+
+    def __init__(self, parts: Mapping[str, Part], world: World) -> None:
+        told = world.gather_texts(json.dumps({name: part.box for name, part in parts.items()}))
+        self._boxes = [
+            {name: tuple(map(tuple, box)) for name, box in json.loads(text).items()}
+            for text in told
+        ]
+        self._rank = world.rank
+
+    def box(self, name: str, rank: int) -> Box | None:
+        return self._boxes[rank].get(name)
+
+    def holders(self, name: str) -> list[int]:
+        """The ranks of those that hold what this process holds, itself too."""
+        mine = self._boxes[self._rank][name]
+        return [rank for rank, boxes in enumerate(self._boxes) if boxes.get(name) == mine]
+
+    def is_first(self, name: str) -> bool:
+        """Whether this process is the first of those that hold its box: to save it is its task."""
+        return self.holders(name)[0] == self._rank

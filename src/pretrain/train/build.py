@@ -27,7 +27,7 @@ def build_model(
     world: World,
 ) -> Parallel:
     """The objective with its first weights, laid over the processes of `world`."""
-    is_cut = parallel.shard > 1
+    is_cut = parallel.cuts_weights
     decoder = build(
         model,
         vocab_size=data.manifest.vocab_size,
@@ -79,7 +79,9 @@ def training_batches(
     order = data.order(
         context_length=model.window_tokens, seed=train.seed, batch_rows=rows, **known
     )
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    number, n = 0, 1
+    if parallel is not None and world is not None:
+        number, n = parallel.laid_out(world.size).rows(world.rank)
     is_elastic = parallel is not None and parallel.elastic
     return TrainingBatches(
         stream=data.split("train"),
@@ -90,13 +92,13 @@ def training_batches(
         micro_batch_rows=train.micro_batch_rows,
         byte_lengths_V=byte_lengths(data.tokenizer()),
         own_rows=rows_of(
-            rank, size, rows, micro_batch_rows=train.micro_batch_rows if is_elastic else None
+            number, n, rows, micro_batch_rows=train.micro_batch_rows if is_elastic else None
         ),
     )
 
 
 def rows_of(rank: int, size: int, batch_rows: int, *, micro_batch_rows: int | None) -> range:
-    """The rows of a batch that one of `size` processes reads, the first ones for the first. All
+    """The rows of a batch that one of `size` readers has, the first ones for the first. All
     have as many micro-batches, since each waits for the others at each; but where these are given,
     as the elastic order has it, branches of a tree over them."""
     if micro_batch_rows is None:

@@ -75,10 +75,10 @@ def decide(
         model = replace(model, longest_ngram=6 if small else 3)
     _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
     parallel = replace(parallel or ParallelConfig(), processes=world.size)
-    parallel.laid_out(world.size)  # refused here if it cannot be
+    _, n_readers = parallel.laid_out(world.size).rows(0)
     rows = batch_tokens // context
     # The elastic order is one of micro-batches that are the same for any number of processes.
-    each = rows if parallel.elastic else -(-rows // world.size)
+    each = rows if parallel.elastic else -(-rows // n_readers)
     if train.steps is not None:
         train = replace(train, minutes=None)  # what is left of a recipe, and decides nothing
     train = replace(

@@ -239,7 +239,7 @@ def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
     run.train_seconds += seconds
     loss, finding, batches = report.nats_per_token, run.finding, run.batches
     run.watch.note(loss, finding)
-    n_bytes, checksum = run.world.total(batches.n_bytes, batches.checksum)
+    n_bytes, checksum = run.read_by_all()
     bits_per_byte = report.nats / math.log(2) / n_bytes if n_bytes else math.nan
     tokens = run.done * (run.settings.batch_tokens or 0)
     wrong = {} if finding is None else {"finding": finding.kind, "z_score": finding.z_score}

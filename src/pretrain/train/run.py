@@ -50,6 +50,7 @@ class Run:
     batches: TrainingBatches
     model: Parallel
     """the objective, and this process's share of it"""
+    parallel: ParallelConfig
     optimizer: torch.optim.Optimizer
     settings: TrainConfig
     world: World
@@ -90,9 +91,7 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, that is a tensor, and that this process is to
         save."""
-        if not self.model.is_first_copy:
-            return {}
-        parameters = self.model.named_parameters()
+        parameters = [(n, p) for n, p in self.model.named_parameters() if self.model.saves(n)]
         found = {f"model/{name}": p.detach() for name, p in parameters}
         state = optimizer_state(self.optimizer, parameters)
         found |= {f"optimizer/{name}": t for name, t in state.items()}
@@ -110,6 +109,12 @@ class Run:
             if (place := self.model.place_of(owner, tensor.ndim)) is not None:
                 found[name] = Place(*place)
         return found
+
+    def read_by_all(self) -> tuple[int, int]:
+        """Bytes and checksum of what the step has read; processes that read the same are one."""
+        n_bytes, checksum = self.world.total(self.batches.n_bytes, self.batches.checksum)
+        _, n = self.parallel.laid_out(self.world.size).rows(self.world.rank)
+        return int(n_bytes) * n // self.world.size, int(checksum) * n // self.world.size
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put back weights, optimizer and place of a checkpoint."""
@@ -262,6 +267,7 @@ def begin(
         data=data,
         batches=training_batches(data, model, settings, parallel, world),
         model=laid_out,
+        parallel=parallel,
         optimizer=build_updates(laid_out, optimizer, settings),
         settings=settings,
         world=world,
