@@ -37,7 +37,7 @@ def x0_skips() -> None:
 
     def forward(self: Any, ids_BT: Tensor, *, cache: Any = None, noise: Any = None) -> Tensor:
         positions_T = torch.arange(ids_BT.shape[1])
-        x = x0 = self._embed(ids_BT, positions_T, cache)
+        x = x0 = self.embed(ids_BT, positions_T, cache, noise)
         rotation = rotation_at(positions_T, self.config)
         for i, block in enumerate(self.blocks.values()):
             x = block(x + self.x0_bias[i] * x0, rotation, cache, noise)

@@ -17,7 +17,7 @@ from architecture import Module, imports_of
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 # Of code: blank lines, comments and docstrings are asked for elsewhere and not counted here.
-MOST_LINES_OF_CODE = 18_500
+MOST_LINES_OF_CODE = 19_500
 
 BANNED_WORDS = frozenset(
     {"utils", "helpers", "common", "misc", "base", "manager", "wrapper", "process", "handle"}
@@ -55,7 +55,8 @@ HARMLESS_CALLS = frozenset(
     """
     bool bytes dict float frozenset getattr int len list max min range round set sorted str sum
     tuple zip TypeVar ParamSpec NewType namedtuple NamedTuple auto cast field fields partial
-    property dataclass dataclass_transform lru_cache cache wraps total_ordering overload
+    property staticmethod dataclass dataclass_transform lru_cache cache wraps overload
+    total_ordering
     contextmanager MappingProxyType Path PurePosixPath Decimal Fraction Struct getLogger
     re.compile math.log math.sqrt math.exp math.ceil textwrap.dedent logging.getLogger
     dataclasses.dataclass dataclasses.field dataclasses.fields functools.lru_cache

@@ -61,12 +61,12 @@ class Trainee:
         from pretrain.data import evaluation_batches
         from pretrain.evaluate.scorer import score_batches
 
-        alike = self.model.n_alike
-        each = {"rank": self.world.rank // alike, "size": self.world.size // alike}
+        number, n = self.model.scored
+        each = {"rank": number, "size": n}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
         own = score_batches(self.model.objective, batches, byte_lengths_V=ones, world=self.world)
-        own = own if self.world.rank % alike == 0 else []
+        own = own if self.model.counts else []
         return math.fsum(self.world.gather_all([each.nats for each in own]))
 
 

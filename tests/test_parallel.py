@@ -27,10 +27,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp x ddp": {"data": 2, "tensor": 2},
     "cp 2": {"context": 2},
     "cp x tp": {"context": 2, "tensor": 2},
+    "pp 2": {"pipeline": 2},
+    "pp x fsdp": {"pipeline": 2, "shard": 2},
+    "pp x tp": {"pipeline": 2, "tensor": 2},
 }
 SHORT = [("gpt2", "adamw", layout) for layout in LAYOUTS]
 SHORT += [("fast", "muon", layout) for layout in LAYOUTS]
-SHORT += [("llama", "muon", layout) for layout in ("hsdp", "tp x fsdp", "cp 2")]
+SHORT += [("llama", "muon", layout) for layout in ("hsdp", "tp x fsdp", "cp 2", "pp 2")]
 REST = [
     (family, optimizer, layout)
     for family in jobs.FAMILIES
@@ -50,7 +53,7 @@ def pool() -> Iterator[Pool]:
 def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
     """Whole tensors from the boxes of all processes; one without a box is whole."""
     found: dict[str, Any] = {}
-    for name in answers[0]:
+    for name in dict.fromkeys(name for answer in answers for name in answer):
         parts = [answer[name] for answer in answers if name in answer]
         box, values = parts[0]
         if box is None or not box:
@@ -133,7 +136,7 @@ def test_every_leaf_of_the_tree_has_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    "saved_by", ["one", "ddp 2", "fsdp 2", "fsdp 4", "hsdp", "tp x fsdp", "cp 2"]
+    "saved_by", ["one", "ddp 2", "fsdp 4", "hsdp", "tp x fsdp", "cp 2", "pp x tp"]
 )
 def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
     pool: Pool, tmp_path: Path, saved_by: str
@@ -145,7 +148,7 @@ def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
     assert len(files) == 1 + 2 * within
     whole = assembled(pool.run(1, jobs.load, str(tmp_path), {}))
     assert {"model/head.weight", "optimizer/ngrams.hashed.2.weight/squares"} <= whole.keys()
-    for name in ("ddp 2", "fsdp 2", "fsdp 4", "hsdp", "tp x fsdp"):
+    for name in ("ddp 2", "fsdp 2", "fsdp 4", "hsdp", "tp x fsdp", "pp x fsdp"):
         answers = pool.run(
             math.prod(LAYOUTS[name].values()), jobs.load, str(tmp_path), LAYOUTS[name]
         )

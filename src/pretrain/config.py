@@ -54,7 +54,7 @@ class RunConfig:
         """What does not fit between sections: full names of fields, and a sentence."""
         yield from self.parallel.mistakes_of_model(self.model)
         context, batch = self.model.context_length, self.train.batch_tokens
-        # A context longer than a batch may be too long for the text, which is better said later.
+        # A longer context than a batch may be too long for the text, which is better said later.
         if context is not None and batch is not None and context <= batch:
             yield from mistakes_of_batch(
                 batch, context_length=context, micro_batch_rows=self.train.micro_batch_rows
@@ -64,9 +64,7 @@ class RunConfig:
 SECTIONS: dict[str, type[Any]] = {f.name: f.default_factory for f in fields(RunConfig)}  # type: ignore[misc]
 Rules = Callable[[RunConfig], Iterable[tuple[str, str]]]
 
-
 # --- YAML, version 1.2's core schema -----------------------------------------------------------
-
 
 _NUMBER = re.compile(
     r"""^(?:[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?

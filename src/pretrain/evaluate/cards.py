@@ -60,7 +60,7 @@ def look_at(
     for start, stop, n in windows_of(
         pair, context_length=context, stride=checked_stride(stride, context)
     ):
-        inputs_BT = torch.tensor([pair.ids[start:stop]], device=decoder.head_weight.device)
+        inputs_BT = torch.tensor([pair.ids[start:stop]], device=decoder.device)
         with world.autocast(precision):
             hidden_TD = decoder.forward(inputs_BT)[0, -n:]
             for first in range(0, n, LOGIT_ROWS):

@@ -153,7 +153,7 @@ def _batches(windows: list[_Window], batch_tokens: int) -> Iterator[list[list[_W
 
 def _score_batch(decoder: Decoder, rows: list[list[_Window]]) -> list[tuple[_Window, float, bool]]:
     """Each window, the nats of its targets, and whether all are the likeliest."""
-    device = decoder.head_weight.device
+    device = decoder.device
     # Attention looks back only, so ids that fill up a row's right change nothing of it.
     inputs_BT = torch.zeros(len(rows), len(rows[0][0].inputs), dtype=torch.int64)
     for b, row in enumerate(rows):

@@ -214,7 +214,7 @@ def _ask(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 @torch.no_grad()
 def _compare_logits(exported: Exported, request: dict[str, Any], theirs: Any) -> dict[str, Any]:
     decoder = exported.decoder
-    rows = torch.tensor(request["rows"], device=decoder.head_weight.device)
+    rows = torch.tensor(request["rows"], device=decoder.device)
     ours = decoder.logits(decoder.forward(rows)).float().cpu()
     found = torch.from_numpy(np.array(theirs, np.float32))
     if found.shape != ours.shape:
@@ -248,7 +248,7 @@ def _compare_greedy(
     """Their continuation, each token of which must be our likeliest after the ones before; where
     two are within the tolerance of one another either is right."""
     decoder, prompt = exported.decoder, request["prompt"]
-    ids = torch.tensor([prompt + theirs[:-1]], device=decoder.head_weight.device)
+    ids = torch.tensor([prompt + theirs[:-1]], device=decoder.device)
     logits = decoder.logits(decoder.forward(ids))[0, len(prompt) - 1 :].float().cpu()
     chosen = logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
     tolerance = 2 * _tolerance(exported, library, logits)

@@ -29,7 +29,7 @@ def lay_out_for_generation(decoder: Decoder) -> None:
     fast along the longer side; all are in one piece of memory with large pages. Tables that rows
     are only looked up in stay where they are.
     """
-    if decoder.head_weight.device.type != "cpu":
+    if decoder.device.type != "cpu":
         return
     head = decoder.token_embedding if decoder.head is None else decoder.head
     layers = [m for m in decoder.blocks.modules() if isinstance(m, nn.Linear)]

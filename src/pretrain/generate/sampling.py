@@ -112,7 +112,7 @@ def generate_ids(
         raise ValueError("generation needs at least one id to start from")
     if max_tokens < 1 or n < 1:
         raise ValueError(f"max-tokens is {max_tokens} and n is {n}; both must be at least 1")
-    device = decoder.head_weight.device
+    device = decoder.device
     context = decoder.config.window_tokens
     kept = list(prompt) if len(prompt) < context else list(prompt)[-max(1, context // 2) :]
     new_BT, cache = torch.tensor([kept] * n, device=device), KeyValueCache()
@@ -166,5 +166,5 @@ def next_distribution(
 ) -> Tensor:
     """Probabilities (V) of the token after `prompt`, in float64, on the CPU."""
     ids = tokenizer.encode_prompt(prompt, special=special)[-decoder.config.window_tokens :]
-    hidden_BTD = decoder.forward(torch.tensor([ids], device=decoder.head_weight.device))
+    hidden_BTD = decoder.forward(torch.tensor([ids], device=decoder.device))
     return decoder.logits(hidden_BTD[0, -1]).double().softmax(-1).cpu()

@@ -64,16 +64,21 @@ class Decoder(nn.Module):
         if stop > self.config.window_tokens:
             raise ValueError(f"{stop} ids do not fit the context of {self.config.window_tokens}")
         positions_T = torch.arange(start, stop, device=ids_BT.device)
-        x_BTD = self._embed(ids_BT, positions_T, cache)
-        x_BTD = drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
+        x_BTD = self.embed(ids_BT, positions_T, cache, noise)
         turns = self.config.position == "rotary"
         rotation = rotation_at(positions_T, self.config) if turns else None
         for block in self.blocks.values():
             x_BTD = block(x_BTD, rotation, cache, noise)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
-    def _embed(self, ids_BT: Tensor, positions_T: Tensor, cache: KeyValueCache | None) -> Tensor:
-        """What the first block reads (B, T, D), before dropout."""
+    def embed(
+        self,
+        ids_BT: Tensor,
+        positions_T: Tensor,
+        cache: KeyValueCache | None,
+        noise: Noise | None,
+    ) -> Tensor:
+        """What the first block reads (B, T, D)."""
         x_BTD = self.token_embedding(ids_BT)
         if self.config.scaled_embedding:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
@@ -86,7 +91,12 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + sinusoids_at(positions_T, self.config.d_model).to(x_BTD.dtype)
         if self.config.embedding_norm:
             x_BTD = rms_norm(x_BTD, None, None)
-        return x_BTD  # type: ignore[no-any-return]
+        return drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @property
     def head_weight(self) -> Tensor:

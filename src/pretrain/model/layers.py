@@ -101,7 +101,7 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        return self._lengths.get(0, 0)
+        return next(iter(self._lengths.values()), 0)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append this layer's new keys and values (B, K, T, E); returns all of them (B, K, S,

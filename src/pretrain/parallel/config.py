@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 _MOST = 1 << 20
+_AXES = ("data", "shard", "context", "tensor", "pipeline")
 
 
 class Sizes(Protocol):
     """What axes must divide, of a model's config."""
 
+    @property
+    def n_layers(self) -> int: ...
     @property
     def n_heads(self) -> int: ...
     @property
@@ -36,6 +39,8 @@ class ParallelConfig:
     """processes that share heads, feed-forward columns and vocabulary, and see the same rows"""
     context: int = 1
     """processes that share windows, each with a stretch of every one; weights are laid over them"""
+    pipeline: int = 1
+    """processes that have some layers each, between which micro-batches are passed on"""
     elastic: bool = False
     """sum gradients in an order that does not hang on the number of processes, so that a run is the
     same bit for bit on any (data axis alone)"""
@@ -49,7 +54,7 @@ class ParallelConfig:
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """What is wrong: the fields that it hangs on, and a sentence."""
         wrong = False
-        for name in ("processes", "data", "shard", "tensor", "context"):
+        for name in ("processes", *_AXES):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _MOST:
                 legal = "at least 1" if value < 1 else f"at most {_MOST:,}"
@@ -64,12 +69,18 @@ class ParallelConfig:
             )
         if wrong:
             return
-        for name in ("shard", "tensor", "context"):
+        for name in _AXES[1:]:
             if self.elastic and getattr(self, name) > 1:
                 yield (
                     f"elastic {name}",
                     f"parallel.elastic goes with parallel.{name} 1, not {getattr(self, name)}",
                 )
+        if self.context > 1 and self.pipeline > 1:
+            yield (
+                "context pipeline",
+                f"parallel.context {self.context} goes with parallel.pipeline 1, not "
+                f"{self.pipeline}",
+            )
         if self.processes > 1:
             yield from self._mistakes_of_axes(self.processes)
 
@@ -80,17 +91,18 @@ class ParallelConfig:
 
     @property
     def _within_copy(self) -> int:
-        return self.shard * self.context * self.tensor
+        return self.shard * self.context * self.tensor * self.pipeline
 
     def rows(self, rank: int) -> tuple[int, int]:
-        """Which of how many parts of a batch a process reads; those of one context and tensor axis
-        read the same. The axes must be filled."""
+        """Which of how many parts of a batch a process reads; those of one context, tensor and
+        pipeline axis read the same. The axes must be filled."""
         assert self.data is not None
-        return rank // (self.context * self.tensor), self.data * self.shard
+        n = self.data * self.shard
+        return rank // (self.context * self.tensor) % n, n
 
     def _mistakes_of_axes(self, n_processes: int) -> Iterator[tuple[str, str]]:
         data = self.data or max(1, n_processes // self._within_copy)
-        axes = {"data": data, "shard": self.shard, "context": self.context, "tensor": self.tensor}
+        axes = {"data": data, **{name: getattr(self, name) for name in _AXES[1:]}}
         if math.prod(axes.values()) != n_processes:
             shown = {name: n for name, n in axes.items() if n > 1 or name in ("data", "shard")}
             product = " x ".join(f"parallel.{name} {n}" for name, n in shown.items())
@@ -108,6 +120,12 @@ class ParallelConfig:
             ("tensor", "d_ff"): model.feed_forward_width,
             ("context", "context_length"): model.context_length or 0,
         }
+        if self.pipeline > model.n_layers:
+            yield (
+                "parallel.pipeline model.n_layers",
+                f"parallel.pipeline {self.pipeline} is more than the {model.n_layers} layers of "
+                "the model",
+            )
         for (axis, name), value in sizes.items():
             n = getattr(self, axis)
             if value % n:

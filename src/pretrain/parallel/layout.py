@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.model import Objective
@@ -54,6 +55,10 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
 
     meshes = _arrange(config, world)
     decoder, laid = objective.decoder, meshes.laid
+    if config.pipeline > 1:
+        from pretrain.parallel.pipeline import Pipe, keep_layers
+
+        keep_layers(decoder, dist.get_rank(meshes.pipeline), config.pipeline)
     if config.tensor > 1:
         from pretrain.parallel.tensor import lay_over_tensor_axis
 
@@ -69,28 +74,37 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
         objective,
         objective,
         world,
-        n_alike=config.tensor,
+        n_alike=config.tensor * config.pipeline,
+        n_counting=config.tensor,
         parts={name: part_of(parameter) for name, parameter in decoder.named_parameters()},
         meshes=meshes,
+        pipe=Pipe(objective, meshes.pipeline) if config.pipeline > 1 else None,
     )
 
 
 def _arrange(config: ParallelConfig, world: World) -> Meshes:
-    """Ranks by axis: tensor within context within shard within data, so that those that talk most
-    are neighbours."""
+    """Ranks by axis: tensor within context within shard within data within pipeline, so that those
+    that talk most are neighbours."""
     from pretrain.parallel.sharded import Meshes
 
     assert config.data is not None
-    n_laid, kind = config.shard * config.context, world.device.type
-    windows = init_device_mesh(
-        kind,
-        (config.data * config.shard, config.context, config.tensor),
-        mesh_dim_names=("rows", "context", "tensor"),
+    n_laid, n_stages, kind = config.shard * config.context, config.pipeline, world.device.type
+    n_rows = config.data * config.shard
+
+    def arranged(**axes: int) -> DeviceMesh:
+        return init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    stages = arranged(pipeline=n_stages, within=world.size // n_stages)
+    windows = arranged(before=n_stages * n_rows, context=config.context, tensor=config.tensor)
+    copies = arranged(before=n_stages * config.data, holders=n_laid * config.tensor)
+    laid = arranged(pipeline=n_stages, data=config.data, laid=n_laid, tensor=config.tensor)
+    # Those that have the two ends of a pipeline; every process takes part in making each group.
+    within = world.size // n_stages
+    pairs = [dist.new_group(sorted({n, world.size - within + n})) for n in range(within)]
+    return Meshes(
+        laid,
+        windows["context"].get_group(),
+        copies["holders"].get_group(),
+        stages["pipeline"].get_group(),
+        pairs[world.rank % within],
     )
-    copies = init_device_mesh(
-        kind, (config.data, n_laid * config.tensor), mesh_dim_names=("data", "holders")
-    )
-    laid = init_device_mesh(
-        kind, (config.data, n_laid, config.tensor), mesh_dim_names=("data", "laid", "tensor")
-    )
-    return Meshes(laid, windows["context"].get_group(), copies["holders"].get_group())

@@ -35,7 +35,9 @@ class Parallel:
     """what is called: the objective, or what sums its gradients over processes"""
     world: World
     n_alike: int = 1
-    """processes that see the same rows, of which each count is one"""
+    """processes that have the same rows, and parts of a model"""
+    n_counting: int = 1
+    """of them, those that come to the nats"""
     tables: list[nn.Parameter] = field(default_factory=list)
     """those of which a step names the rows that it has read"""
     parts: dict[str, Part] = field(default_factory=dict)
@@ -50,9 +52,20 @@ class Parallel:
         """What this process updates: whole parameters, or its rows of them, if it has any."""
         return [(name, p.local) for name, p in self.parts.items() if p.local.numel()]
 
-    def saves(self, name: str) -> bool:
-        """Whether it is this process that saves its part of a parameter."""
+    def saves(self, name: str, *, is_whole: bool = False) -> bool:
+        """Whether it is this process that saves its part of a parameter, or what `is_whole` beside
+        it, as a count of steps is."""
         return self.world.leads
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Which of how many parts of a text this process evaluates; some may have the same one."""
+        return self.world.rank, self.world.size
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this process finds counts, and not what another finds of the same part."""
+        return True
 
     def place_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], Box] | None:
         """The whole shape of a parameter, or of an optimizer's memory of so many dims beside it,
@@ -72,6 +85,19 @@ class Parallel:
         the count of all processes."""
         self.let_go()
         self.objective.zero_grad(set_to_none=True)
+        nats, count = self._pass(batches, precision)
+        for part in self.parts.values():
+            part.take_gradient()
+        self._sum_ends()
+        if self.tables:
+            mean_rows_(self.tables, self.world.size)
+        # Read once a step: a look at each micro-batch would make a GPU wait.
+        if self.world.size > 1:
+            nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))
+        return float(nats) / self.n_counting, int(count) // self.n_counting
+
+    def _pass(self, batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
+        """Forward and back with all micro-batches; this process's nats and count."""
         all_nats, all_counts = [], []
         for batch, is_last in with_last(batches):
             with self._summing(is_last):
@@ -80,15 +106,10 @@ class Parallel:
                 batch_nats.backward()  # type: ignore[no-untyped-call]
             all_nats.append(batch_nats.detach())
             all_counts.append(batch_count)
-        for part in self.parts.values():
-            part.take_gradient()
-        if self.tables:
-            mean_rows_(self.tables, self.world.size)
-        # Read once a step: a look at each micro-batch would make a GPU wait.
-        nats, count = torch.stack(all_nats).sum(), torch.stack(all_counts).sum()
-        if self.world.size > 1:
-            nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))
-        return float(nats) / self.n_alike, int(count) // self.n_alike
+        return torch.stack(all_nats).sum(), torch.stack(all_counts).sum()
+
+    def _sum_ends(self) -> None:
+        """Make one gradient of those of a parameter that is in two places of a pipeline."""
 
     def _called(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self.module(batch)
@@ -104,8 +125,12 @@ class Parallel:
         """Of how many sums `backward` leaves the mean."""
         return self.world.size // self.n_alike
 
+    def gather(self) -> None:
+        """Have the weights at hand that are not read within the decoder's own call: embedding and
+        head, where they are laid over processes."""
+
     def let_go(self) -> None:
-        """Let go of weights that were gathered, where they are laid over processes."""
+        """Let go of them."""
 
     def clip(self, limit: float) -> float:
         """Scale the gradients to a joint norm of at most `limit` (0: no limit); returns the norm

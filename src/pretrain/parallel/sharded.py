@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from pretrain.optimizer.muon import Matrices
 from pretrain.parallel.context import PartOfNoise, Stretches
 from pretrain.parallel.model import Parallel
 from pretrain.parallel.muon import SharedMatrices
+from pretrain.parallel.pipeline import Pipe
 from pretrain.parallel.shards import Map
 
 
@@ -29,7 +31,11 @@ class Meshes:
     context: dist.ProcessGroup
     """those that share a window"""
     holders: dist.ProcessGroup
-    """those that hold a copy of the model together"""
+    """those that hold a copy of the model, or of some layers of it, together"""
+    pipeline: dist.ProcessGroup
+    """those that have its layers, one after another"""
+    ends: dist.ProcessGroup
+    """the first and the last of them"""
 
     @property
     def stretch(self) -> tuple[int, int]:
@@ -47,6 +53,8 @@ class Sharded(Parallel):
     """Each process holds a box of each parameter, and knows who holds the others."""
 
     meshes: Meshes | None = None
+    pipe: Pipe | None = None
+    """this process's layers among others', where there is a pipeline axis"""
     boxes: Map = field(init=False)
     _stretch_tokens: int = 0
     """those of each window that this process reads at the moment, where it does not read all"""
@@ -56,13 +64,33 @@ class Sharded(Parallel):
         self.boxes = Map(self.parts, self.world)
         self.objective.decoder.register_forward_pre_hook(self._part_of_window, with_kwargs=True)
 
-    def saves(self, name: str) -> bool:
-        return self.boxes.is_first(name)
+    def saves(self, name: str, *, is_whole: bool = False) -> bool:
+        return self.boxes.is_first(name, of_any_box=is_whole)
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        n = self.world.size // self.n_alike
+        return self.world.rank // self._n_tensor % n, n
+
+    @property
+    def counts(self) -> bool:
+        assert self.meshes is not None
+        is_last = self.pipe is None or self.pipe.is_last
+        return is_last and self.meshes.heads[0] == 0
+
+    @property
+    def _n_tensor(self) -> int:
+        assert self.meshes is not None
+        return self.meshes.heads[1]
 
     @property
     def matrices(self) -> Matrices:
         assert self.meshes is not None
         return SharedMatrices(self.parts, self.boxes, self.meshes.holders)
+
+    def gather(self) -> None:
+        if isinstance(self.objective.decoder, FSDPModule):
+            self.objective.decoder.unshard()
 
     def let_go(self) -> None:
         """What an evaluation has gathered stands in the place of this process's own: it keeps other
@@ -76,6 +104,20 @@ class Sharded(Parallel):
         if isinstance(decoder, FSDPModule) and self.meshes.laid["data"].size() > 1:
             decoder.set_requires_all_reduce(is_last)
         return nullcontext()
+
+    def _sum_ends(self) -> None:
+        """Where the embedding is the head, two processes of a pipeline have slopes of it."""
+        name = "token_embedding.weight"
+        if self.pipe is None or self.objective.decoder.config.tied_head is False:
+            return
+        if name in self.parts:
+            assert self.meshes is not None
+            dist.all_reduce(self.parts[name].local.grad, group=self.meshes.ends)
+
+    def _pass(self, batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
+        if self.pipe is None:
+            return Parallel._pass(self, batches, precision)
+        return self.pipe.run(list(batches), self.world, precision)
 
     def _called(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Nats and count of this process's stretch of each window."""
@@ -110,8 +152,9 @@ class Sharded(Parallel):
 
     def _squares(self) -> dict[str, float]:
         mine = Parallel._squares(self)
-        shares = [square / len(self.boxes.holders(name)) for name, square in mine.items()]
-        return dict(zip(mine, self.world.total(*shares), strict=True))
+        shares = {name: square / len(self.boxes.holders(name)) for name, square in mine.items()}
+        totals = self.world.total(*(shares.get(name, 0.0) for name in self.boxes.names))
+        return dict(zip(self.boxes.names, totals, strict=True))
 
     def clip(self, limit: float) -> float:
         norm = math.sqrt(sum(self._squares().values()))

@@ -86,11 +86,18 @@ class Map:
     def box(self, name: str, rank: int) -> Box | None:
         return self._boxes[rank].get(name)
 
+    @property
+    def names(self) -> list[str]:
+        """Those of all parameters, in one order for everybody."""
+        return sorted({name for boxes in self._boxes for name in boxes})
+
     def holders(self, name: str) -> list[int]:
         """The ranks of those that hold what this process holds, itself too."""
         mine = self._boxes[self._rank][name]
         return [rank for rank, boxes in enumerate(self._boxes) if boxes.get(name) == mine]
 
-    def is_first(self, name: str) -> bool:
-        """Whether this process is the first of those that hold its box: to save it is its task."""
-        return self.holders(name)[0] == self._rank
+    def is_first(self, name: str, *, of_any_box: bool = False) -> bool:
+        """Whether this process is the first of those that hold its box, or any box: to save it is
+        its task."""
+        having = [rank for rank, boxes in enumerate(self._boxes) if name in boxes]
+        return (having if of_any_box else self.holders(name))[0] == self._rank

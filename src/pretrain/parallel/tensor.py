@@ -47,8 +47,9 @@ def lay_over_tensor_axis(objective: Objective, mesh: DeviceMesh) -> None:
             layer = block.get_submodule(name)
             layer.forward = partial(nn.Linear.forward, cast(nn.Linear, layer))
         parallelize_module(block, mesh, plan)
-    by_vocabulary = RowwiseParallel(input_layouts=Replicate())
-    parallelize_module(decoder, mesh, {"token_embedding": by_vocabulary})
+    if decoder.token_embedding is not None:  # not every process of a pipeline has it
+        by_vocabulary = RowwiseParallel(input_layouts=Replicate())
+        parallelize_module(decoder, mesh, {"token_embedding": by_vocabulary})
     if decoder.head is not None:
         laid = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
         decoder.head.weight = nn.Parameter(laid)

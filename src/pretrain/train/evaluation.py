@@ -14,17 +14,15 @@ from pretrain.train.signals import StopSignals
 def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) -> Score | None:
     """The held-out split, or the fixed part of it that is looked at during training; None if a
     signal came meanwhile."""
-    # Processes that share a model's tensors see the same batches, and the first of them counts.
-    alike = run.model.n_alike
-    counts_here = run.world.rank % alike == 0
+    number, n = run.model.scored
     context = run.objective.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
         context_length=context,
         rows=max(1, EVALUATION_TOKENS // context),
         limit_tokens=None if whole else run.settings.evaluate_tokens,
-        rank=run.world.rank // alike,
-        size=run.world.size // alike,
+        rank=number,
+        size=n,
     )
     own = score_batches(
         run.objective,
@@ -35,7 +33,7 @@ def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) ->
     )
     if stop is not None and stop.breaks_off(run.world):
         return None
-    own = own if counts_here else []
+    own = own if run.model.counts else []
     nats = math.fsum(run.world.gather_all([each.nats for each in own]))
     counts = (sum(each.tokens for each in own), sum(each.bytes for each in own))
     tokens, n_bytes = run.world.total(*counts)

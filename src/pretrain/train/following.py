@@ -22,6 +22,7 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
     rows = [r for r in run.records.metrics() if r["kind"] == KIND and r["step"] == run.done]
     asked = {row["task"] for row in rows}
     tokenizer, new = run.data.tokenizer(), []
+    run.model.gather()
     for followed in run.followed:
         if followed.task.name in asked or stop.breaks_off(run.world):
             continue

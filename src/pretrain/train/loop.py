@@ -19,7 +19,7 @@ from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_
 from pretrain.data import PreparedData
 from pretrain.evaluate import Followed, measure_baselines
 from pretrain.generate import Sampling, generate
-from pretrain.model import ModelConfig
+from pretrain.model import ModelConfig, n_parameters
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
 from pretrain.parallel import ParallelConfig
 from pretrain.train.config import TrainConfig
@@ -315,6 +315,7 @@ def _evaluate(run: Run, stop: StopSignals) -> bool:
         best=is_best,
     )
     sampling = Sampling(temperature=0.8, seed=run.settings.seed)
+    run.model.gather()
     text = generate(
         run.objective.decoder,
         run.data.tokenizer(),
@@ -349,6 +350,7 @@ def _finish(run: Run, began: float) -> None:
     predictions, peaks = look_at_passage(run), run.world.gather([run.world.peak_memory_bytes()])
     if not run.world.leads:
         return
+    decoder = run.objective.decoder
     run.screen.line("scoring count tables and xz on the same held-out tokens ...")
     baselines = measure_baselines(
         run.data.split("train"), run.data.split("val"), tokenizer=run.data.tokenizer()
@@ -356,7 +358,7 @@ def _finish(run: Run, began: float) -> None:
     write_json(run.folder / "baselines.json", baselines)
     write_json(run.folder / PREDICTIONS, predictions)
     summary = {
-        "parameters": sum(p.numel() for p in run.objective.parameters()),
+        "parameters": n_parameters(decoder.config, vocab_size=decoder.vocab_size),
         "steps": run.done,
         "tokens": tokens,
         "epochs": tokens / run.data.split("train").n_tokens,

@@ -25,6 +25,7 @@ def look_at_passage(run: Run) -> dict[str, Any]:
     passage = max(documents, key=len)[:PASSAGE_TOKENS].tolist()
     if not passage:
         return {"passage": [], "cards": []}
+    run.model.gather()
     return predictions(
         run.objective.decoder,
         tokenizer,

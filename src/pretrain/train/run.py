@@ -91,15 +91,16 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, that is a tensor, and that this process is to
         save."""
-        parameters = [(n, p) for n, p in self.model.named_parameters() if self.model.saves(n)]
+        parameters = self.model.named_parameters()
         found = {f"model/{name}": p.detach() for name, p in parameters}
         state = optimizer_state(self.optimizer, parameters)
         found |= {f"optimizer/{name}": t for name, t in state.items()}
-        if self.world.leads:
-            return found
-        # What each has in full, such as a count of steps, is the first one's to save.
-        laid_over = self.places(found)
-        return {name: tensor for name, tensor in found.items() if name in laid_over}
+        places, saves = self.places(found), self.model.saves
+        return {
+            name: tensor
+            for name, tensor in found.items()
+            if saves(name.split("/")[1], is_whole=name not in places)
+        }
 
     def places(self, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
         """Where in the whole ones lie those tensors of which this process holds a box."""
