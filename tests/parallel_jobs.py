@@ -108,7 +108,14 @@ def train(
             ),
         )
         reports, evaluations, checksums = [], [], []
-        for report in training_steps(
+        kept = 0
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        updates = training_steps(
             trainee.model,
             trainee.optimizer,
             batches.at,
@@ -116,7 +123,13 @@ def train(
             steps=steps,
             clip=1.0,
             world=trainee.world,
-        ):
+        )
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        while True:
+            with hooks if axes.get("recompute") and trainee.world.size == 1 else nullcontext():
+                report = next(updates, None)
+            if report is None:
+                break
             reports.append(report)
             share = trainee.layout.rows(0)[1] / trainee.world.size
             checksums.append(trainee.world.total(batches.checksum)[0] * share)
@@ -128,6 +141,7 @@ def train(
             "counts": [r.count for r in reports],
             "evaluations": evaluations,
             "checksums": checksums,
+            "kept bytes": kept,
             "norm of each": trainee.model.gradient_norms(),
             "first": first,
             "last": trainee.held(),

@@ -14,6 +14,7 @@ import pytest
 import parallel_jobs as jobs
 from pretrain.parallel import ParallelConfig
 from pretrain.parallel.elastic import Branches
+from pretrain.train.stragglers import WINDOW, Stragglers
 from processes import Pool
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -102,6 +103,25 @@ def test_so_do_all_others_for_fifty_steps(
     pool: Pool, family: str, optimizer: str, layout: str
 ) -> None:
     check(pool, family, optimizer, layout, rows=8, steps=50)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("family", jobs.FAMILIES)
+def test_activations_that_are_made_again_are_the_same(family: str, kind: str) -> None:
+    words: dict[str, Any] = {"steps": 3, "rows": 4}
+    kept, made = (jobs.train(family, "adamw", **words, recompute=how) for how in ("none", kind))
+    assert made["losses"] == kept["losses"]
+    assert made["norms"] == kept["norms"]
+    assert made["kept bytes"] < 0.9 * kept["kept bytes"]
+
+
+@pytest.mark.parametrize("layout", ["fsdp 2", "tp 2", "cp 2", "pp 2"])
+def test_so_they_are_in_several_processes(pool: Pool, layout: str) -> None:
+    axes, words = LAYOUTS[layout], {"steps": 3, "rows": 4, "recompute": "full"}
+    alone = jobs.train("gpt2", "adamw", steps=3, rows=4, dtype="float64")
+    for answer in pool.run(2, jobs.train, "gpt2", "adamw", dtype="float64", **words, **axes):
+        np.testing.assert_allclose(answer["losses"], alone["losses"], rtol=1e-9)
+        np.testing.assert_allclose(answer["norms"], alone["norms"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("layout", ["ddp 4", "fsdp 2"])
@@ -221,3 +241,21 @@ def test_axes_are_filled_from_the_processes() -> None:
     assert ParallelConfig(shard=2).laid_out(8) == ParallelConfig(processes=8, data=4, shard=2)
     with pytest.raises(ValueError, match="there are 3 processes"):
         ParallelConfig(shard=2).laid_out(3)
+
+
+def test_a_slow_process_is_named_once_and_its_recovery_too() -> None:
+    seen = Stragglers()
+    said = [seen.note([1.0, 1.1, 1.7, 0.9]) for _ in range(WINDOW)]
+    assert said[:-1] == [[]] * (WINDOW - 1)
+    assert said[-1] == [
+        "process 2 is slow: in 20 steps its forward passes went at 59% of the others' speed, and "
+        "all wait for it"
+    ]
+    assert not any(seen.note([1.0, 1.1, 1.7, 0.9]) for _ in range(WINDOW))
+    again = [seen.note([1.0, 1.1, 1.2, 0.9]) for _ in range(WINDOW)][-1]
+    assert again == ["process 2 is as fast as the others again"]
+
+
+def test_one_process_is_never_slow() -> None:
+    seen = Stragglers()
+    assert not any(seen.note([5.0]) for _ in range(2 * WINDOW))

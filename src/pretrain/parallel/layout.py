@@ -17,6 +17,7 @@ from pretrain.model import Objective
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.elastic import Elastic
 from pretrain.parallel.model import Parallel
+from pretrain.parallel.recompute import recompute
 from pretrain.parallel.shards import part_of
 from pretrain.world import World
 
@@ -31,6 +32,8 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
     no process ever holds it whole, and must be given values: `Parallel.initialize`, or those of a
     checkpoint.
     """
+    if not config.cuts_weights:
+        recompute(objective.decoder, config.recompute)
     if config.elastic:
         return Elastic(objective, objective, world)
     if world.size == 1:
@@ -63,6 +66,7 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
         from pretrain.parallel.tensor import lay_over_tensor_axis
 
         lay_over_tensor_axis(objective, laid["tensor"])
+    recompute(decoder, config.recompute)
     if config.data * config.shard * config.context > 1:
         over = laid["laid"] if config.data == 1 else laid["data", "laid"]
         for block in decoder.blocks.values():

@@ -7,6 +7,7 @@ this process updates: whole ones, or its rows. In one process it is the objectiv
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +43,9 @@ class Parallel:
     """those of which a step names the rows that it has read"""
     parts: dict[str, Part] = field(default_factory=dict)
     """what this process holds, by the decoder's names"""
+
+    forward_seconds: float = 0.0
+    """in which this process went forward in the last step"""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -83,6 +87,7 @@ class Parallel:
     def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
         """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
         the count of all processes."""
+        self.forward_seconds = 0.0
         self.let_go()
         self.objective.zero_grad(set_to_none=True)
         nats, count = self._pass(batches, precision)
@@ -101,8 +106,10 @@ class Parallel:
         all_nats, all_counts = [], []
         for batch, is_last in with_last(batches):
             with self._summing(is_last):
+                began = time.perf_counter()
                 with self.world.autocast(precision):
                     batch_nats, batch_count = self._called(batch.to(self.world.device))
+                self.forward_seconds += time.perf_counter() - began
                 batch_nats.backward()  # type: ignore[no-untyped-call]
             all_nats.append(batch_nats.detach())
             all_counts.append(batch_count)

@@ -20,7 +20,7 @@ from pretrain.data import PreparedData
 from pretrain.world import World
 
 # The rooms whose code decides what a step computes.
-_COMPUTING_ROOMS = ("data", "model", "optimizer", "train")
+_COMPUTING_ROOMS = ("data", "model", "optimizer", "parallel", "train")
 
 
 @cache

@@ -33,6 +33,7 @@ from pretrain.train.build import build_model, build_updates, training_batches
 from pretrain.train.config import TrainConfig
 from pretrain.train.records import METRICS, Best, CannotSave, Records
 from pretrain.train.screen import Screen
+from pretrain.train.stragglers import Stragglers
 from pretrain.train.watch import Finding, Watch, rollbacks_of
 from pretrain.world import World
 
@@ -63,6 +64,7 @@ class Run:
     """Tasks that are asked every `asked_every` steps, and after the last one."""
     asked_every: int | None = None
     best: Best = field(default_factory=Best)
+    stragglers: Stragglers = field(default_factory=Stragglers)
     watch: Watch = field(default_factory=lambda: Watch(0.0))
     finding: Finding | None = None
     """What is wrong with the step at hand, if anything."""
@@ -112,10 +114,15 @@ class Run:
         return found
 
     def read_by_all(self) -> tuple[int, int]:
-        """Bytes and checksum of what the step has read; processes that read the same are one."""
-        n_bytes, checksum = self.world.total(self.batches.n_bytes, self.batches.checksum)
+        """Bytes and checksum of what the step has read; processes that read the same are one. Says
+        it if one of them is slow."""
+        own = (self.batches.n_bytes, self.batches.checksum, self.model.forward_seconds)
+        n_bytes, checksums, seconds = zip(*self.world.gather(own), strict=True)
+        for sentence in self.stragglers.note(seconds):
+            self.screen.line(sentence, style="yellow")
         _, n = self.parallel.laid_out(self.world.size).rows(self.world.rank)
-        return int(n_bytes) * n // self.world.size, int(checksum) * n // self.world.size
+        size = self.world.size
+        return int(sum(n_bytes)) * n // size, int(sum(checksums)) * n // size
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put back weights, optimizer and place of a checkpoint."""
