@@ -55,16 +55,26 @@ def whole_part(parameter: nn.Parameter) -> Part:
 def part_of(parameter: nn.Parameter) -> Part:
     """This process's box of a parameter, where that is laid over several."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     data = parameter.detach()
     if not isinstance(data, DTensor):
         return whole_part(parameter)
-    local_shape, offset = compute_local_shape_and_global_offset(
-        data.shape, data.device_mesh, data.placements
-    )
-    box = tuple((start, start + n) for start, n in zip(offset, local_shape, strict=True))
-    return Part(parameter, nn.Parameter(data.to_local()), parameter.shape, box)
+    mesh, coordinate = data.device_mesh, data.device_mesh.get_coordinate()
+    assert coordinate is not None
+    box = [(0, n) for n in data.shape]
+    # Inner axes have cut first: the tensor axis before that over which weights are laid.
+    for placement, n, number in list(zip(data.placements, mesh.shape, coordinate, strict=True))[
+        ::-1
+    ]:
+        if not placement.is_replicate():
+            dim = cast(Any, placement).dim
+            start, stop = box[dim]
+            each = -(-(stop - start) // n)
+            first = min(start + number * each, stop)
+            box[dim] = first, min(first + each, stop)
+    local = data.to_local()
+    assert list(local.shape) == [stop - start for start, stop in box], "torch cuts otherwise"
+    return Part(parameter, nn.Parameter(local), parameter.shape, tuple(box))
 
 
 def cut(whole: Tensor, box: Box) -> Tensor:
