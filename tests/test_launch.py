@@ -97,7 +97,7 @@ def test_two_processes_are_one_run(corpus: Path, whole: Path, tmp_path: Path) ->
     assert two["val_bits_per_byte"] == pytest.approx(one["val_bits_per_byte"], rel=1e-4)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_is_named_and_the_run_goes_on_by_itself(
     corpus: Path, whole: Path, tmp_path: Path, rank: int
 ) -> None:
@@ -161,6 +161,7 @@ def _is_dead(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_the_doctor_sees_whether_processes_can_train_together(tmp_path: Path) ->
     assert "(legal 1e-09)" in found["checks"]["copies"]["found"]
 
 
+@pytest.mark.slow
 def test_two_torchruns_meet_and_go_on_after_a_death(
     corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
