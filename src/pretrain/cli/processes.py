@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output
-from pretrain.cli.places import ASKED
+from pretrain.cli.places import ASKED, is_begun
 from pretrain.config import Layer, RunConfig, compose, read_file
 from pretrain.parallel.peers import PeerDied
 from pretrain.world import MEETING_FILE, n_processes
@@ -123,20 +123,23 @@ def launch_train(arguments: argparse.Namespace, folder: Path, n: int, output: Ou
     def progress() -> list[str]:
         return sorted(path.name for path in folder.glob("checkpoints/step-*"))
 
-    return launch(begun, resumed, n, output, progress=progress)
+    def again() -> list[str]:
+        return resumed if is_begun(folder) else begun
+
+    return launch(begun, again, n, output, progress=progress)
 
 
 def launch(
     words: Sequence[str],
-    again: Sequence[str],
+    again: Callable[[], Sequence[str]],
     n: int,
     output: Output,
     *,
     progress: Callable[[], Any],
 ) -> int:
-    """Run `pretrain WORDS` in `n` processes of this machine, and `pretrain AGAIN` when one was
-    killed; returns an exit code. PeerDied when one fails otherwise, or too often: so many times
-    without another `progress`."""
+    """Run `pretrain WORDS` in `n` processes of this machine, and what is to be said `again` when
+    one was killed; returns an exit code. PeerDied when one fails otherwise, or too often: so many
+    times without another `progress`."""
     failures, before = 0, progress()
     while True:
         try:
@@ -147,7 +150,7 @@ def launch(
             if error.exit_code != 1 or failures > MOST_RESTARTS:
                 raise
             output.say(f"{error}\nall processes were ended, and start again")
-            words = again
+            words = again()
 
 
 def launch_once(words: Sequence[str], n: int) -> int:
