@@ -219,7 +219,7 @@ def test_processes_talk_in_texts_and_sums(pool: Pool) -> None:
 
 def test_processes_that_differ_refuse_to_start(pool: Pool) -> None:
     said = pool.run(2, jobs.differ)
-    assert said == ["process 0 and process 1 differ, and must not: code: abc and abd"] * 2
+    assert said == ["process 0 and process 1 differ, and must not: code: abc and xyz"] * 2
 
 
 def test_only_this_machine_is_listened_to(pool: Pool) -> None:

@@ -158,4 +158,6 @@ def _told(gradient: Tensor | None, parameter: nn.Parameter, owner: int, size: in
         values = parameter.new_empty(n, *parameter.shape[1:])
     dist.broadcast(rows, owner)
     dist.broadcast(values, owner)
-    return torch.sparse_coo_tensor(rows, values, parameter.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(
+        rows, values, parameter.shape, is_coalesced=True, check_invariants=False
+    )

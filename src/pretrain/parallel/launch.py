@@ -50,10 +50,12 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:
-        # What a killed one leaves behind fails a moment later, and may be seen at once.
+        # What a killed one leaves behind fails a moment later, and may be seen at once; those that
+        # the agent ended then did nothing wrong.
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         first, _ = error.get_first_failure()
-        rank = min(codes, key=lambda rank: (codes[rank] >= 0, rank != first))
+        ended = -signal.SIGTERM
+        rank = min(codes, key=lambda r: (codes[r] == ended, codes[r] >= 0, r != first))
         raise _died(rank, codes[rank], folder) from None
     return 0
 
