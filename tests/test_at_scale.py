@@ -38,6 +38,7 @@ def test_8b_on_64_devices(pool: Pool) -> None:
     assert found["calls"] == {"gather": 2 * found["layers"] + 1, "scatter": found["layers"] + 1}
 
 
+@pytest.mark.slow
 def test_a_gather_too_many_is_seen(pool: Pool) -> None:
     (found,) = pool.run(1, jobs.trace, "llama3-8b", size=64, tokens=1024, shard=64, plant=True)
     assert found["calls"]["gather"] == 2 * found["layers"] + 2

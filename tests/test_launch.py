@@ -111,6 +111,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on_by_itself(
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_processes_at_one_step_and_the_resume_is_exact(
     corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_signal_ends_all_processes_at_one_step_and_the_resume_is_exact(
     assert numbers(run) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_is_named(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["--parallel.processes", "2", "--parallel.timeout_seconds", "5"]
@@ -180,6 +182,7 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_doctor_sees_whether_processes_can_train_together(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pretrain", "doctor", "--processes", "2", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

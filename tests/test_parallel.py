@@ -32,9 +32,12 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp x fsdp": {"pipeline": 2, "shard": 2},
     "pp x tp": {"pipeline": 2, "tensor": 2},
 }
-SHORT = [("gpt2", "adamw", layout) for layout in LAYOUTS]
-SHORT += [("fast", "muon", layout) for layout in ("ddp 2", "hsdp", "tp x fsdp", "cp 2", "pp x tp")]
-SHORT += [("llama", "muon", layout) for layout in ("tp x fsdp", "cp 2", "pp 2")]
+SHORT = [
+    ("gpt2", "adamw", layout)
+    for layout in ("ddp 2", "fsdp 2", "hsdp", "tp x fsdp", "cp 2", "pp x tp")
+]
+SHORT += [("fast", "muon", layout) for layout in ("ddp 2", "tp x fsdp", "pp x fsdp")]
+SHORT += [("llama", "muon", layout) for layout in ("hsdp", "cp x tp")]
 REST = [
     (family, optimizer, layout)
     for family in jobs.FAMILIES
@@ -105,8 +108,7 @@ def test_so_do_all_others_for_fifty_steps(
     check(pool, family, optimizer, layout, rows=8, steps=50)
 
 
-@pytest.mark.parametrize("kind", ["selective", "full"])
-@pytest.mark.parametrize("family", jobs.FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "full"), ("fast", "selective")])
 def test_activations_that_are_made_again_are_the_same(family: str, kind: str) -> None:
     words: dict[str, Any] = {"steps": 3, "rows": 4}
     kept, made = (jobs.train(family, "adamw", **words, recompute=how) for how in ("none", kind))
@@ -115,7 +117,7 @@ def test_activations_that_are_made_again_are_the_same(family: str, kind: str) ->
     assert made["kept bytes"] < 0.9 * kept["kept bytes"]
 
 
-@pytest.mark.parametrize("layout", ["fsdp 2", "tp 2", "cp 2", "pp 2"])
+@pytest.mark.parametrize("layout", ["tp 2", "pp 2"])
 def test_so_they_are_in_several_processes(pool: Pool, layout: str) -> None:
     axes, words = LAYOUTS[layout], {"steps": 3, "rows": 4, "recompute": "full"}
     alone = jobs.train("gpt2", "adamw", steps=3, rows=4, dtype="float64")
@@ -139,7 +141,7 @@ def test_the_elastic_order_is_the_same_bits_on_any_number_of_processes(
     """Micro-batches of two rows, the seventh of one: branches that are not full, too."""
     words: dict[str, Any] = {"steps": 5, "rows": rows, "elastic": True}
     alone = jobs.train(family, optimizer, **words)
-    for size in (2, 3, 4):
+    for size in (2, 3):
         for answer in pool.run(size, jobs.train, family, optimizer, **words):
             for name in ("losses", "norms", "counts", "evaluations", "checksums"):
                 assert answer[name] == alone[name], (size, name)
@@ -172,7 +174,7 @@ def check_checkpoint(pool: Pool, folder: Path, saved_by: str, read_by: Sequence[
             np.testing.assert_array_equal(found[tensor], values, err_msg=tensor)
 
 
-@pytest.mark.parametrize("saved_by", ["one", "fsdp 4", "tp x fsdp", "pp x tp"])
+@pytest.mark.parametrize("saved_by", ["fsdp 4", "pp x tp"])
 def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
     pool: Pool, tmp_path: Path, saved_by: str
 ) -> None:

@@ -8,7 +8,6 @@ kept: the loss walks over the rows in chunks and makes both gradients on the way
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -203,9 +202,6 @@ class Objective(nn.Module):
     never nats.
     """
 
-    # Made from whole logits' chunks; what equals it may be set in its place.
-    cross_entropy: Callable[..., Tensor] = staticmethod(linear_cross_entropy)
-
     def __init__(
         self,
         decoder: Decoder,
@@ -217,6 +213,12 @@ class Objective(nn.Module):
         super().__init__()
         self.decoder, self.seed = decoder, seed
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+
+    def cross_entropy(
+        self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, **how: float
+    ) -> Tensor:
+        """Nats of the targets; what equals it may be set in its place."""
+        return linear_cross_entropy(hidden_ND, weight_VD, targets_N, **how)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(nats, count): the sum of -log p(target | context), and how many targets were counted."""

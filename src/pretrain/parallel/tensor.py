@@ -53,7 +53,7 @@ def lay_over_tensor_axis(objective: Objective, mesh: DeviceMesh) -> None:
     if decoder.head is not None:
         laid = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
         decoder.head.weight = nn.Parameter(laid)
-    objective.cross_entropy = partial(_cross_entropy, mesh)
+    objective.cross_entropy = partial(_cross_entropy, mesh)  # type: ignore[method-assign]
     decoder.logits = partial(_logits, decoder, mesh)  # type: ignore[method-assign]
 
 
