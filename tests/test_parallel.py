@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 
 import parallel_jobs as jobs
+from pretrain.cli import processes as processes_page
+from pretrain.cli.output import Output
+from pretrain.cli.processes import MOST_RESTARTS
 from pretrain.parallel import ParallelConfig
 from pretrain.parallel.elastic import Branches
+from pretrain.parallel.peers import PeerDied
 from pretrain.train.stragglers import WINDOW, Stragglers
 from processes import Pool
 
@@ -268,3 +272,30 @@ def test_a_slow_process_is_named_once_and_its_recovery_too() -> None:
 def test_one_process_is_never_slow() -> None:
     seen = Stragglers()
     assert not any(seen.note([5.0]) for _ in range(2 * WINDOW))
+
+
+def test_processes_that_do_not_say_how_long_they_take_are_not_slow() -> None:
+    seen = Stragglers()
+    assert not any(seen.note([0.0, 0.0]) for _ in range(2 * WINDOW))
+
+
+@pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MOST_RESTARTS), (True, 10)])
+def test_what_fails_without_getting_on_is_not_started_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, moves: bool, starts: int
+) -> None:
+    said: list[Sequence[str]] = []
+
+    def fail(words: Sequence[str], n: int) -> int:
+        said.append(words)
+        raise PeerDied("process 1 was killed by SIGKILL", 2 if len(said) == 10 else 1)
+
+    monkeypatch.setattr(processes_page, "launch_once", fail)
+    with pytest.raises(PeerDied):
+        processes_page.launch(
+            ["first"],
+            lambda: ["again"],
+            2,
+            Output(json=False),
+            progress=lambda: len(said) if moves else 0,
+        )
+    assert said == [["first"], *[["again"]] * (starts - 1)]

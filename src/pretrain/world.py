@@ -105,12 +105,23 @@ class World:
         found = padded.new_empty(self.size, len(padded))
         dist.all_gather(list(found.unbind()), padded, group=group)
         return [
-            bytes(row[: int(n) - 1].tolist()).decode() for row, n in zip(found, sizes, strict=True)
+            row[: int(n) - 1].numpy().tobytes().decode()
+            for row, n in zip(found, sizes, strict=True)
         ]
 
-    def share(self, text: str, *, group: ProcessGroup | None = None) -> str:
+    def share(self, text: str) -> str:
         """The first process's text."""
-        return self.gather_texts(text if self.leads else "", group=group)[0]
+        import torch
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return text
+        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        size = torch.tensor([len(mine)])
+        dist.broadcast(size, 0, group=self.texts)
+        told = mine if self.leads else mine.new_empty(int(size))
+        dist.broadcast(told, 0, group=self.texts)
+        return told[:-1].numpy().tobytes().decode()
 
     def missing(self) -> str:
         """Who does not answer, in words of torch's own roll call; empty if that cannot be told."""

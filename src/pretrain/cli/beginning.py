@@ -13,17 +13,10 @@ from pretrain.cli.environment import only_writer, write_environment
 from pretrain.cli.models import with_first_weights
 from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED
-from pretrain.cli.processes import (
-    refuse_differences,
-)
+from pretrain.cli.processes import opened_world, refuse_differences
 from pretrain.cli.scoring import read_followed
-from pretrain.cli.training import fingerprint_of, opened_world, text_of, train_run
-from pretrain.config import (
-    Layer,
-    Rules,
-    RunConfig,
-    to_yaml,
-)
+from pretrain.cli.training import fingerprint_of, text_of, train_run
+from pretrain.config import Layer, Rules, RunConfig, to_yaml
 from pretrain.data.durable import replace_file
 from pretrain.data.shards import PreparedData
 from pretrain.train.windows import check_windows

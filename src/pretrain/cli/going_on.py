@@ -14,10 +14,7 @@ from pretrain.cli.machine import with_whole_paths
 from pretrain.cli.models import first_weights
 from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED, prepared, read_target
-from pretrain.cli.processes import (
-    join,
-    refuse_differences,
-)
+from pretrain.cli.processes import join, opened_world, refuse_differences
 from pretrain.cli.resuming import (
     Resumption,
     asked_settings,
@@ -31,13 +28,8 @@ from pretrain.cli.resuming import (
     with_settings,
 )
 from pretrain.cli.scoring import read_followed
-from pretrain.cli.training import fingerprint_of, opened_world, text_of, train_run
-from pretrain.config import (
-    Layer,
-    RunConfig,
-    compose,
-    read_file,
-)
+from pretrain.cli.training import fingerprint_of, text_of, train_run
+from pretrain.config import Layer, RunConfig, compose, read_file
 from pretrain.data.shards import PreparedData
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report import require_packages, write_report

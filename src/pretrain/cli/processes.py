@@ -57,16 +57,21 @@ def join(config: RunConfig, output: Output) -> tuple[World | None, Output]:
     if n_processes() == 1:
         return None, output
     _die_with_parent()
+    world = opened_world(config)
+    return world, output if world.leads else Silent()
+
+
+def opened_world(config: RunConfig) -> World:
+    """The world that a run's settings ask for."""
     from pretrain.world import open_world
 
     train = config.train
-    world = open_world(
+    return open_world(
         train.device,
         threads=train.threads,
         deterministic=train.deterministic,
         timeout_seconds=config.parallel.timeout_seconds,
     )
-    return world, output if world.leads else Silent()
 
 
 @contextmanager

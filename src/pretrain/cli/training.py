@@ -15,16 +15,9 @@ from pretrain.cli.environment import read_environment
 from pretrain.cli.models import first_weights
 from pretrain.cli.output import Output
 from pretrain.cli.places import prepared
-from pretrain.cli.processes import (
-    losing_others,
-)
-from pretrain.cli.resuming import (
-    settings_of,
-    summary_of,
-)
-from pretrain.config import (
-    RunConfig,
-)
+from pretrain.cli.processes import losing_others
+from pretrain.cli.resuming import settings_of, summary_of
+from pretrain.config import RunConfig
 from pretrain.data.shards import PreparedData
 from pretrain.report import write_report
 from pretrain.train.signals import TO_THE_END, Ends
@@ -44,13 +37,6 @@ def text_of(config: RunConfig, output: Output, world: World | None = None) -> Pr
     if world is not None and world.leads:
         world.wait_for_leader()
     return data
-
-
-def opened_world(config: RunConfig) -> World:
-    from pretrain.world import open_world
-
-    train = config.train
-    return open_world(train.device, threads=train.threads, deterministic=train.deterministic)
 
 
 def fingerprint_of(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:

@@ -9,6 +9,7 @@ whole branches of the tree; what they came to is gathered, and each process adds
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,14 +107,19 @@ class Elastic(Parallel):
         trees = {number: Tree() for number in branches.of(world.rank)}
         parameters = [part.whole for part in self.parts.values()]
         nats, count = [0.0] * (branches.leaves_each * len(trees)), 0
+        self.forward_seconds = 0.0
         for place, batch in enumerate(own):
             self.objective.zero_grad(set_to_none=True)
+            began = time.perf_counter()
             with world.autocast(precision):
                 batch_nats, batch_count = self.objective(batch.to(world.device))
+            self.forward_seconds += time.perf_counter() - began
             batch_nats.backward()
             number = branches.of(world.rank).start + place // branches.leaves_each
             trees[number].grow([_coalesced(parameter.grad) for parameter in parameters])
             nats[place], count = float(batch_nats.detach()), count + int(batch_count)
+        # A process may have more leaves than another: that does not make it slow.
+        self.forward_seconds /= max(1, len(own))
         sums = {number: tree.total() for number, tree in trees.items() if tree.has_grown}
         for parameter, gradient in zip(parameters, gather(sums, parameters, branches), strict=True):
             parameter.grad = gradient
@@ -144,7 +150,8 @@ def _told(gradient: Tensor | None, parameter: nn.Parameter, owner: int, size: in
     is_here = dist.get_rank() == owner
     if is_here and gradient is None:
         gradient = torch.zeros_like(parameter)
-    n_rows = torch.tensor([-1 if gradient is None or not gradient.is_sparse else gradient._nnz()])
+    n = -1 if gradient is None or not gradient.is_sparse else gradient._nnz()
+    n_rows = torch.tensor([n], device=parameter.device)
     dist.broadcast(n_rows, owner)
     if n_rows < 0:
         dense = gradient if is_here and gradient is not None else torch.empty_like(parameter)
@@ -154,7 +161,7 @@ def _told(gradient: Tensor | None, parameter: nn.Parameter, owner: int, size: in
     if gradient is not None and is_here:
         rows, values = gradient.indices().contiguous(), gradient.values().contiguous()
     else:
-        rows = torch.empty(1, n, dtype=torch.int64)
+        rows = torch.empty(1, n, dtype=torch.int64, device=parameter.device)
         values = parameter.new_empty(n, *parameter.shape[1:])
     dist.broadcast(rows, owner)
     dist.broadcast(values, owner)

@@ -68,11 +68,8 @@ class StopSignals:
 
     def ends_run(self, world: World) -> bool:
         """Whether a signal came; of several processes to any, so that all stop at one step."""
-        if world.size == 1:
-            self._agreed = self.received
-        else:
-            found = [int(n) for (n,) in world.gather([self.received or 0]) if n]
-            self._agreed = found[0] if found else None
+        found = [int(n) for (n,) in world.gather([self.received or 0]) if n]
+        self._agreed = found[0] if found else None
         return self._agreed is not None
 
     def breaks_off(self, world: World) -> bool:

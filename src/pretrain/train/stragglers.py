@@ -30,7 +30,8 @@ class Stragglers:
         if self._steps < WINDOW or len(seconds) == 1:
             return []
         middle = statistics.median_low(self._sums)
-        speeds = [middle / max(each, 1e-9) for each in self._sums]
+        # Processes of a pipeline do different work, and do not say how long it takes.
+        speeds = [middle / each if each else 1.0 for each in self._sums]
         slow = {rank for rank, speed in enumerate(speeds) if speed < SLOW}
         said = [
             f"process {rank} is slow: in {WINDOW} steps its forward passes went at "

@@ -26,10 +26,11 @@ from pretrain.cli.processes import (
     join,
     launch_train,
     must_launch,
+    opened_world,
     processes_of_run,
 )
 from pretrain.cli.settings import settings_help
-from pretrain.cli.training import opened_world, text_of
+from pretrain.cli.training import text_of
 from pretrain.config import RunConfig, parse_overrides
 from pretrain.world import n_restarts
 
