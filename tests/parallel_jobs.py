@@ -28,6 +28,8 @@ class Trainee:
     """A small model in the world that the environment says, and what trains it."""
 
     def __init__(self, family: str, optimizer: str, **axes: Any) -> None:
+        import torch
+
         from oracles import config_of
         from pretrain.model import Objective, build
         from pretrain.optimizer import OptimizerConfig, build_optimizer
@@ -49,6 +51,10 @@ class Trainee:
             batch_tokens=8 * CONTEXT,
             matrices=self.model.matrices,
         )
+        for group in self.optimizer.param_groups:
+            # A float32's last bit, where Muon's products are made in it, is 1e-8 of a weight.
+            if "dtype" in group:
+                group["dtype"] = torch.get_default_dtype()
 
     def held(self) -> dict[str, Any]:
         """Boxes of weights, and their numbers."""

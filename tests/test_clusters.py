@@ -53,6 +53,15 @@ def test_its_commands_are_legal(name: str) -> None:
     assert f"{folder}/config.yaml" in text.replace("$run", folder)
 
 
+@pytest.mark.parametrize("name", ["slurm.sbatch", "kubernetes.yaml", "skypilot.yaml"])
+def test_restarts_do_not_meet_at_addresses_of_the_dead(name: str) -> None:
+    """Without it they do, three times of four (`test_launch`'s two torchruns)."""
+    found = re.search(
+        r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE\W+(?:value\W+)?1", (FOLDER / name).read_text()
+    )
+    assert found is not None
+
+
 def test_the_operator_starts_as_many_as_the_command_expects() -> None:
     spec = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())["spec"]
     worker = spec["pytorchReplicaSpecs"]["Worker"]

@@ -81,6 +81,7 @@ def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, st
     axes = LAYOUTS[layout]
     words: dict[str, Any] = {"steps": steps, "rows": rows, "dtype": "float64"}
     alone = jobs.train(family, optimizer, **words)
+    assert alone["counts"] == [rows * jobs.CONTEXT] * steps
     answers = pool.run(math.prod(axes.values()), jobs.train, family, optimizer, **words, **axes)
     for answer in answers:
         for name in ("losses", "norms", "evaluations"):
