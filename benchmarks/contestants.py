@@ -7,9 +7,10 @@ many steps took; an empty line ends the process with its peak memory. So a calle
 contestants step by turns, of which only one works at a time.
 
 Everybody gets the same architecture (that of GPT-2; litgpt, which has no learned positions, turns
-queries and keys instead), the same precision (float32), batch, gradient clipping and AdamW. Others
-use their own model and loss, and the step of their own training script; what is torch's own and
-faster (AdamW's fused kernel) is theirs too, even where their script does not use it on a CPU.
+queries and keys instead), the same precision (float32; on a GPU bfloat16 by autocast), batch,
+micro-batches, gradient clipping and AdamW. Others use their own model and loss, and the step of
+their own training script; what is torch's own and faster (AdamW's fused kernel, pinned batches on a
+GPU, no wait for the loss) is theirs too, even where their script does not use it.
 """
 
 from __future__ import annotations
@@ -39,10 +40,17 @@ class Shape:
     batch_tokens: int = 4096
     compiled: bool = False
     threads: int = 2
+    device: str = "cpu"
+    micro_batch_tokens: int = 1 << 30
+    """that others take at once; a step sums over its micro-batches"""
 
     @property
     def rows(self) -> int:
         return self.batch_tokens // self.context
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.device == "cuda" else "fp32"
 
     def model(self) -> ModelConfig:
         """Ours."""
@@ -54,16 +62,16 @@ class Shape:
         return json.dumps(asdict(self))
 
 
-def batches_of(shape: Shape) -> Callable[[], tuple[Any, Any]]:
-    """Ids and targets, new ones for each step; nothing hangs on what they are."""
+def batches_of(shape: Shape) -> Callable[[int], list[tuple[Any, Any]]]:
+    """Ids and targets by so many rows, new ones for each step; nothing hangs on what they are."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     size = (shape.rows, shape.context + 1)
 
-    def draw() -> tuple[Any, Any]:
-        ids = torch.randint(0, shape.vocab_size, size, generator=generator)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    def draw(rows: int) -> list[tuple[Any, Any]]:
+        parts = torch.randint(0, shape.vocab_size, size, generator=generator).split(rows)
+        return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in parts]
 
     return draw
 
@@ -78,23 +86,23 @@ def pretrain(shape: Shape) -> Step:
     from pretrain.train.steps import train_step
     from pretrain.world import open_world
 
-    model, world = shape.model(), open_world("cpu", threads=shape.threads)
-    decoder = build(model, vocab_size=shape.vocab_size, seed=1)
-    if shape.compiled:
-        decoder.compile(dynamic=False)
+    model, world = shape.model(), open_world(shape.device, threads=shape.threads)
+    decoder = build(model, vocab_size=shape.vocab_size, seed=1, device=world.device)
     objective = Objective(decoder).train()
+    if shape.compiled:
+        objective.compile_parts()
     optimizer = build_optimizer(
         decoder.named_parameters(), config=OptimizerConfig(), batch_tokens=shape.batch_tokens
     )
-    rows, draw = micro_batch_rows(shape.rows, model, "cpu"), batches_of(shape)
+    rows, draw = micro_batch_rows(shape.rows, model, shape.device), batches_of(shape)
+    how = {"clip": 1.0, "world": world, "precision": shape.precision}
 
     def step() -> object:
-        inputs, targets = draw()
+        samples = torch.arange(shape.rows).split(rows)
         parts = [
-            MicroBatch(inputs[at : at + rows], targets[at : at + rows], torch.arange(at, at + rows))
-            for at in range(0, shape.rows, rows)
+            MicroBatch(*ids, numbers) for ids, numbers in zip(draw(rows), samples, strict=True)
         ]
-        return train_step(objective, optimizer, parts, step=0, rate=1e-3, clip=1.0, world=world)
+        return train_step(objective, optimizer, parts, step=0, rate=1e-3, **how)
 
     return step
 
@@ -106,15 +114,23 @@ def plain_step(
     import torch
 
     draw, parameters = batches_of(shape), list(model.parameters())
+    rows = max(1, min(shape.rows, shape.micro_batch_tokens // shape.context))
+    on_gpu = shape.device == "cuda"
     model.train()
 
     def step() -> object:
-        loss = loss_of(*draw())
-        loss.backward()
+        parts = draw(rows)
+        for ids, targets in parts:
+            if on_gpu:
+                ids = ids.pin_memory().to(shape.device, non_blocking=True)
+                targets = targets.pin_memory().to(shape.device, non_blocking=True)
+            with torch.autocast(shape.device, dtype=torch.bfloat16, enabled=on_gpu):
+                loss = loss_of(ids, targets) / len(parts)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss
 
     return step
 
@@ -125,8 +141,10 @@ def nanogpt(shape: Shape) -> Step:
 
     sizes = {"n_layer": shape.n_layers, "n_head": shape.n_heads, "n_embd": shape.d_model}
     window = {"block_size": shape.context, "vocab_size": shape.vocab_size}
-    model = GPT(GPTConfig(**sizes, **window, dropout=0.0, bias=True))
-    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    if shape.device == "cuda":
+        window["vocab_size"] = -(-shape.vocab_size // 64) * 64  # as its train.py has it
+    model = GPT(GPTConfig(**sizes, **window, dropout=0.0, bias=True)).to(shape.device)
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), shape.device).param_groups
     optimizer = torch.optim.AdamW(
         [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
         lr=1e-3,
@@ -152,7 +170,7 @@ def transformers(shape: Shape) -> Step:
         attn_pdrop=0.0,
         use_cache=False,
     )
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config).to(shape.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     run = torch.compile(model) if shape.compiled else model
 
@@ -182,7 +200,7 @@ def litgpt(shape: Shape) -> Step:
         bias=True,
         lm_head_bias=False,
     )
-    model = GPT(config)
+    model = GPT(config).to(shape.device)
     model.lm_head.weight = model.transformer.wte.weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     run = torch.compile(model) if shape.compiled else model
@@ -206,6 +224,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(shape.threads)
+    if shape.device == "cuda" and name != "pretrain":
+        torch.backends.cuda.matmul.allow_tf32 = True  # as nanoGPT's train.py does
     # What they print while they are built is not an answer.
     with contextlib.redirect_stdout(sys.stderr):
         step = CONTESTANTS[name](shape)
@@ -216,9 +236,12 @@ def main() -> None:
             began = time.perf_counter()
             for _ in range(int(line)):
                 step()
+            if shape.device == "cuda":
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - began
         print(seconds, flush=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(torch.cuda.max_memory_allocated() if shape.device == "cuda" else peak, flush=True)
     os._exit(0)
 
 

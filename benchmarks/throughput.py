@@ -1,9 +1,12 @@
 """Training tokens a second and memory: ours beside nanoGPT, transformers and litgpt, by turns.
 
 python benchmarks/throughput.py --nanogpt CHECKOUT --litgpt CHECKOUT [--rounds 5] [--compiled]
+    [--device cuda]
 
 All train the same GPT-2 (d 384, 6 layers, T 256) with the same batch in float32, over a vocabulary
-of 4,096 and of 50,257; `contestants.py` says what each does. A round gives everybody some steps,
+of 4,096 and of 50,257; on a GPU the one of 124 million parameters (d 768, 12 layers, T 1024, V
+50,257), in bfloat16, 131,072 tokens a step; `contestants.py` says what each does. A round gives
+everybody some steps,
 one after the other; a ratio is one of a round, so that what else the machine does falls out of it.
 The share of the ceiling is that of the best matrix product at the model's own shapes, by whichever
 library, measured in the same rounds: what `pretrain train --profile` calls so.
@@ -16,6 +19,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from asked import Asked
 from contestants import Shape
@@ -27,6 +31,16 @@ from pretrain.train.profile import ceiling_flops
 from pretrain.world import open_world
 
 HERE = Path(__file__).resolve().parent
+GPT2_ON_A_GPU: dict[str, Any] = {
+    "d_model": 768,
+    "n_layers": 12,
+    "n_heads": 12,
+    "context": 1024,
+    "vocab_size": 50_257,
+    "batch_tokens": 1 << 17,
+    "micro_batch_tokens": 1 << 15,
+    "device": "cuda",
+}
 
 
 def contestant(name: str, shape: Shape, path: str | None) -> Asked:
@@ -42,11 +56,12 @@ def contestant(name: str, shape: Shape, path: str | None) -> Asked:
 def compare(
     shape: Shape, paths: dict[str, str | None], *, rounds: int, steps: int
 ) -> Iterator[Row]:
-    model, world = shape.model(), open_world("cpu", threads=shape.threads)
-    train = TrainConfig(steps=1, precision="fp32", micro_batch_rows=shape.rows)
+    model, world = shape.model(), open_world(shape.device, threads=shape.threads)
+    rows = min(shape.rows, shape.micro_batch_tokens // shape.context)
+    train = TrainConfig(steps=1, precision=shape.precision, micro_batch_rows=rows)
     everybody = {name: contestant(name, shape, path) for name, path in paths.items()}
     for each in everybody.values():
-        each.ask("2")  # caches, memory, compilers
+        each.ask("3")  # caches, memory, compilers
     per_second: dict[str, list[float]] = {name: [] for name in everybody}
     ceilings = []
     for _ in range(rounds):
@@ -57,20 +72,28 @@ def compare(
     ours = per_second[OURS]
     per_token = training_flops(model, vocab_size=shape.vocab_size)
     shares = [speed * per_token / most for speed, most in zip(ours, ceilings, strict=True)]
-    used = f"{statistics.median(shares):.0%} of {statistics.median(ceilings) / 1e9:.0f} GFLOP/s"
+    used = f"{statistics.median(shares):.0%} of {statistics.median(ceilings) / 1e9:,.0f} GFLOP/s"
     how = "compiled" if shape.compiled else "eager"
     what = f"training, vocabulary {shape.vocab_size:,}, {how}"
     yield from rows_of(what, "tokens/s", per_second, memory=peaks, notes={OURS: used})
 
 
 def measure(
-    *, nanogpt: str | None, litgpt: str | None, rounds: int, steps: int = 3, compiled: bool = False
+    *,
+    nanogpt: str | None,
+    litgpt: str | None,
+    rounds: int,
+    steps: int = 3,
+    compiled: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Row]:
     paths = {OURS: None, "transformers": None}
     paths |= {"nanoGPT": nanogpt} if nanogpt else {}
     paths |= {"litgpt": litgpt} if litgpt else {}
-    for vocab_size in (4096, 50_257):
-        shape = Shape(compiled=compiled, vocab_size=vocab_size)
+    shapes = [Shape(compiled=compiled, vocab_size=vocab_size) for vocab_size in (4096, 50_257)]
+    if device == "cuda":
+        shapes = [Shape(compiled=compiled, **GPT2_ON_A_GPU)]
+    for shape in shapes:
         yield from compare(shape, paths, rounds=rounds, steps=steps)
 
 
@@ -81,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each, in a round")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile, everybody")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     asked = parser.parse_args()
     print("\n".join(table(measure(**vars(asked)))))
 

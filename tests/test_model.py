@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from oracles import config_of, random_decoder
 from pretrain.data.batches import MicroBatch
 from pretrain.model import (
     Decoder,
@@ -110,22 +112,63 @@ def test_targets_that_are_not_counted_add_nothing(decoder: Decoder) -> None:
     assert float(nats) == pytest.approx(float(shorter), rel=1e-6)
 
 
+WAYS = ["a CPU's", "a GPU's", "a GPU's, compiled"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """How the loss walks over the rows, whatever the device here; compiled once, for one shape."""
+    blocks = {"cpu": 3 * V} if request.param == WAYS[0] else {}
+    monkeypatch.setattr("pretrain.model.objective.BLOCK_LOGITS", blocks)
+    return {"compiled": request.param == WAYS[2]}
+
+
 @pytest.mark.parametrize("rows", [1, 7, 64])
-def test_the_chunked_loss_equals_the_plain_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunked_loss_equals_the_plain_one(
+    rows: int, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way["compiled"] and rows != 64:
+        pytest.skip("each number of rows is compiled anew, which takes seconds")
     monkeypatch.setattr("pretrain.model.objective.CHUNK_LOGITS", {"cpu": rows * V})
     monkeypatch.setattr("pretrain.model.objective.LEAST_ROWS", 1)
-    monkeypatch.setattr("pretrain.model.objective.BLOCK_LOGITS", 3 * V)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, V, (40,), generator=generator)
     targets[5], targets[39] = NOT_COUNTED, NOT_COUNTED
     results = []
-    for function in (linear_cross_entropy, plain_linear_cross_entropy):
+    functions: list[Any] = [partial(linear_cross_entropy, **way), plain_linear_cross_entropy]
+    for function in functions:
         nats = function(hidden, weight, targets)
         results.append((nats, *torch.autograd.grad(3 * nats, (hidden, weight))))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "fast"])
+def test_layers_that_read_the_same_are_one_product_on_a_gpu(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(family, n_kv_heads=2) if family == "llama" else config_of(family)
+    decoder = random_decoder(config, vocab_size=V).double()
+    ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(4))
+    answers = []
+    for separate_on in ({"cpu"}, set()):
+        monkeypatch.setattr("pretrain.model.layers.SEPARATE_ON", separate_on)
+        nats, _ = Objective(decoder)(batch_of(ids))
+        parameters = [p for n, p in decoder.named_parameters() if "ngrams" not in n]
+        answers.append([nats, *torch.autograd.grad(nats, parameters)])
+    for separate, joint in zip(*answers, strict=True):
+        torch.testing.assert_close(joint, separate, rtol=1e-10, atol=1e-10)
+    products = []
+
+    def counting(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        products.append(weight.shape)
+        return fused.linear(x, weight, bias)
+
+    monkeypatch.setattr("pretrain.model.layers.linear", counting)
+    Objective(decoder)(batch_of(ids))
+    assert len(products) == 4 * config.n_layers
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.3])
@@ -155,14 +198,16 @@ def test_fused_functions_and_their_gradients_equal_the_plain_ones(epsilon: float
 
 @pytest.mark.parametrize("extra", [{"smoothing": 0.1}, {"z_loss": 0.01}])
 def test_what_is_added_to_the_objective_changes_gradients_and_never_nats(
-    extra: dict[str, float],
+    extra: dict[str, Any], way: dict[str, Any]
 ) -> None:
+    if way["compiled"] and "smoothing" in extra:
+        pytest.skip("one compilation of the two is enough")
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, V, (40,), generator=generator)
     targets[5] = NOT_COUNTED
-    nats = linear_cross_entropy(hidden, weight, targets, **extra)
+    nats = linear_cross_entropy(hidden, weight, targets, **extra, **way)
     plain = plain_linear_cross_entropy(hidden, weight, targets)
     whole = plain_linear_cross_entropy(hidden, weight, targets, **extra)
     torch.testing.assert_close(nats, plain, rtol=1e-12, atol=0)
@@ -198,9 +243,9 @@ def test_the_chunked_loss_never_has_whole_logits(monkeypatch: pytest.MonkeyPatch
     """Whole logits would be 256 MB here, in 1,024 rows."""
     rooms = []
 
-    def room(n: int, *, like: torch.Tensor) -> torch.Tensor:
+    def room(n: int, width: int, *, like: torch.Tensor) -> torch.Tensor:
         rooms.append(n)
-        return like.new_empty(n, len(like))
+        return like.new_empty(n, width)
 
     monkeypatch.setattr("pretrain.model.objective._padded_rows", room)
     hidden = torch.randn(1024, 8, requires_grad=True)

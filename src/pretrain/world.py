@@ -245,7 +245,14 @@ def open_world(
         return World(rank=0, size=1, device=torch.device(device), threads=threads)
     place = torch.device(device)
     if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        here, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if here >= n_gpus:
+            raise ValueError(
+                f"each process needs a GPU of its own; there are {beside} processes on this "
+                f"machine, and GPUs: {n_gpus}. Give --parallel.processes {n_gpus} or fewer, or "
+                "train.device cpu"
+            )
+        place = torch.device("cuda", here)
         torch.cuda.set_device(place)
     groups = _join(rank, size, place, timeout_seconds)
     return World(rank, size, place, threads, *groups)

@@ -40,9 +40,10 @@ def losses(
     is_cut = layout.shard > 1
     place, seed = (torch.device("meta"), None) if is_cut else (world.device, _SEED)
     decoder = build(config, vocab_size=_IDS, seed=seed, device=place).to(dtype)
+    objective = Objective(decoder, seed=_SEED)
     if compiled:
-        decoder.compile(dynamic=False)
-    model = parallelize(Objective(decoder, seed=_SEED), layout, world)
+        objective.compile_parts()
+    model = parallelize(objective, layout, world)
     if is_cut:
         model.initialize(_SEED)
     own = rows_of(world.rank, world.size, _ROWS, micro_batch_rows=rows if layout.elastic else None)

@@ -31,6 +31,22 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+# Where one product gains nothing over several.
+SEPARATE_ON = {"cpu"}
+
+
+def side_by_side(x: Tensor, *layers: nn.Linear | None) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias of layers that read the same x in one, so that they are one product; None
+    where that gains nothing, or parts of them lie in other processes."""
+    there: list[nn.Linear] = [layer for layer in layers if layer is not None]
+    is_whole = all(type(layer.weight) is nn.Parameter for layer in there)
+    if x.device.type in SEPARATE_ON or len(there) < 2 or not is_whole:
+        return None
+    biases: list[Tensor] = [layer.bias for layer in there if layer.bias is not None]
+    weight = torch.cat([layer.weight for layer in there])
+    return weight, torch.cat(biases) if biases else None
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -145,15 +161,15 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
         noise: Noise | None,
     ) -> Tensor:
-        if self.joint is None:
+        joint = self.joint or side_by_side(x_BTD, self.query, self.key, self.value)
+        if joint is None:
             query, key = self._heads(self.query(x_BTD)), self._heads(self.key(x_BTD))
             value = self._heads(self.value(x_BTD))
             query, key = self._turn(query, rotation), self._turn(key, rotation)
         else:
             H, K = self.config.n_heads, self.config.kv_heads
-            heads = self._heads(linear(x_BTD, *self.joint))
-            turned, value = self._turn(heads[:, : H + K], rotation), heads[:, H + K :]
-            query, key = turned[:, :H], turned[:, H:]
+            both, value = torch.split(self._heads(linear(x_BTD, *joint)), [H + K, K], dim=1)
+            query, key = torch.split(self._turn(both, rotation), [H, K], dim=1)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         mixed_BHTE = self._attend(query, key, value, noise)
@@ -215,11 +231,12 @@ class FeedForward(nn.Module):
         self.joint: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.joint is None:
+        joint = self.joint or side_by_side(x_BTD, self.gate, self.up)
+        if joint is None:
             up_BTF = self.up(x_BTD)
             gate_BTF = None if self.gate is None else self.gate(x_BTD)
         else:
-            gate_BTF, up_BTF = linear(x_BTD, *self.joint).chunk(2, dim=-1)
+            gate_BTF, up_BTF = linear(x_BTD, *joint).chunk(2, dim=-1)
         match self.kind:
             case "swiglu":
                 assert gate_BTF is not None

@@ -8,6 +8,8 @@ kept: the loss walks over the rows in chunks and makes both gradients on the way
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -22,13 +24,17 @@ NOT_COUNTED = -100
 # Logits that exist at once, and the rows that are taken all the same: products of fewer rows than
 # that walk through the whole head for little.
 CHUNK_LOGITS = {"cpu": 1 << 21}
-CHUNK_LOGITS_OF_A_GPU = 1 << 28
+CHUNK_LOGITS_OF_A_GPU = 1 << 29
 LEAST_ROWS = 512
 # What is done to each logit is done to so many at a time, which stay in a CPU core's cache.
-BLOCK_LOGITS = 1 << 20
+BLOCK_LOGITS = {"cpu": 1 << 20}
 # Rows of exactly V numbers may lie so that their beginnings drive each other out of the cache: MKL
 # then takes 1.4 times as long (V 50,257). Rows of a few numbers more do not.
 ROW_PADDING = 16
+# A GPU's fast products want rows of a multiple of so many numbers (V 50,257 is odd).
+ROW_MULTIPLE = 64
+# Nats of some rows, and the slope of the objective by their logits, from logits and targets.
+_Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Batch(Protocol):
@@ -59,6 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         smoothing: float,
         z_loss: float,
+        compiled: bool,
     ) -> Tensor:
         # The sum is kept in float64 where there is one, so that it hardly depends on how rows are
         # grouped.
@@ -67,37 +74,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_gradients = any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden_ND) if with_gradients else None
         d_weight = torch.zeros_like(weight_VD) if with_gradients else None
+        V, how = weight_VD.shape[0], (smoothing, z_loss, total_type)
+        rows = _rows_at_once(hidden_ND, V)
         weight = weight_VD.to(hidden_ND.dtype)
-        rows, block_rows = _rows_at_once(hidden_ND, weight)
-        room = _padded_rows(rows, like=weight_VD)
+        if hidden_ND.device.type in BLOCK_LOGITS:
+            slope_of = _slopes_by_block(weight, rows, weight_VD.dtype, *how)
+        else:
+            # Columns beyond V have no probability and no slope.
+            weight = F.pad(weight, (0, 0, 0, -V % ROW_MULTIPLE))
+            slope_of = _slopes_at_once(weight, V, *how, compiled=compiled)
         for start in range(0, hidden_ND.shape[0], rows):
             hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
-            logits_NV = room[: len(hidden)]
-            if hidden.dtype == room.dtype:
-                torch.mm(hidden, weight.T, out=logits_NV)
-            else:
-                logits_NV.copy_(hidden @ weight.T)
-            for first in range(0, len(hidden), block_rows):
-                block = slice(first, first + block_rows)
-                nats += _nats_then_slope_(
-                    logits_NV[block], targets[block], smoothing, z_loss, total_type
-                )
+            chunk_nats, slope_NV = slope_of(hidden, targets)
+            nats += chunk_nats
             if d_hidden is None or d_weight is None:
                 continue
             # Rows that do not count are struck out where they are narrow, not over the vocabulary.
             counted_N1 = (targets != NOT_COUNTED)[:, None]
-            slope_NV = logits_NV.to(hidden.dtype)
             torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
             counted_hidden = hidden * counted_N1
-            if hidden.dtype == d_weight.dtype:
+            if hidden.dtype == d_weight.dtype and slope_NV.shape[1] == V:
                 d_weight.addmm_(slope_NV.T, counted_hidden)
             else:
-                d_weight += slope_NV.T @ counted_hidden
+                d_weight += (slope_NV.T @ counted_hidden)[:V]
+            del slope_NV  # before the next chunk takes its memory
         ctx.save_for_backward(d_hidden, d_weight)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             d_hidden * slopes[0].to(d_hidden.dtype),
@@ -105,20 +110,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _rows_at_once(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[int, int]:
-    """Rows of a chunk, and of a block of it."""
-    V, device_type = weight_VD.shape[0], hidden_ND.device.type
-    chunk = CHUNK_LOGITS.get(device_type, CHUNK_LOGITS_OF_A_GPU)
-    rows = max(1, min(max(LEAST_ROWS, chunk // V), hidden_ND.shape[0]))
-    return rows, max(1, BLOCK_LOGITS // V) if device_type == "cpu" else rows
+def _rows_at_once(hidden_ND: Tensor, V: int) -> int:
+    """Rows of a chunk; a power of 2 on a GPU, so that chunks are alike, as a compiler wants it."""
+    device_type = hidden_ND.device.type
+    rows = max(LEAST_ROWS, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS_OF_A_GPU) // V)
+    if device_type not in BLOCK_LOGITS:
+        rows = 1 << rows.bit_length() - 1
+    return max(1, min(rows, hidden_ND.shape[0]))
 
 
-def _padded_rows(n: int, *, like: Tensor) -> Tensor:
-    """Room for `n` rows as long as `like` (V, D) has, which do not lie end to end."""
-    V = like.shape[0]
+def _slopes_by_block(
+    weight_VD: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    smoothing: float,
+    z_loss: float,
+    total_type: torch.dtype,
+) -> _Slope:
+    """For a CPU: logits of a chunk in one room, and their slopes in their place, by blocks that fit
+    its cache."""
+    V = weight_VD.shape[0]
+    room_NV = _padded_rows(rows, V, like=weight_VD.new_empty((), dtype=dtype))
+    block_rows = max(1, BLOCK_LOGITS["cpu"] // V)
+
+    def slope_of(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = room_NV[: len(hidden_ND)]
+        if hidden_ND.dtype == dtype:
+            torch.mm(hidden_ND, weight_VD.T, out=logits_NV)
+        else:
+            logits_NV.copy_(hidden_ND @ weight_VD.T)
+        nats = torch.zeros((), dtype=total_type, device=hidden_ND.device)
+        for first in range(0, len(hidden_ND), block_rows):
+            block = slice(first, first + block_rows)
+            nats += _nats_then_slope_(
+                logits_NV[block], targets_N[block], smoothing, z_loss, total_type
+            )
+        return nats, logits_NV.to(hidden_ND.dtype)
+
+    return slope_of
+
+
+def _padded_rows(n: int, V: int, *, like: Tensor) -> Tensor:
+    """Room for `n` rows of V, which do not lie end to end."""
     return like.new_empty(n, -(-V // ROW_PADDING) * ROW_PADDING + ROW_PADDING)[:, :V]
 
 
@@ -143,6 +180,58 @@ def _nats_then_slope_(
     return nats
 
 
+def _slopes_at_once(
+    weight_PD: Tensor,
+    V: int,
+    smoothing: float,
+    z_loss: float,
+    total_type: torch.dtype,
+    *,
+    compiled: bool,
+) -> _Slope:
+    """For a GPU: all of a chunk; compiled, its logits are read twice and their slopes written, in
+    the precision of the products, while float32 stays within the chip."""
+    function = _compiled_nats_and_slope() if compiled else _nats_and_slope
+
+    def slope_of(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        return function(hidden_ND @ weight_PD.T, targets_N, V, smoothing, z_loss, total_type)
+
+    return slope_of
+
+
+def _nats_and_slope(
+    logits_NP: Tensor,
+    targets_N: Tensor,
+    V: int,
+    smoothing: float,
+    z_loss: float,
+    total_type: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As `_nats_then_slope_`, of logits with columns beyond V, in operations that a compiler makes
+    one of."""
+    exact_NP = logits_NP.to(torch.promote_types(logits_NP.dtype, torch.float32))
+    columns_P = torch.arange(logits_NP.shape[1], device=logits_NP.device)
+    if logits_NP.shape[1] > V:
+        exact_NP = exact_NP.masked_fill(columns_P >= V, float("-inf"))
+    counted_N, picked_N = targets_N != NOT_COUNTED, targets_N.clamp(min=0)
+    log_sum_N = exact_NP.logsumexp(1)
+    chosen_N = logits_NP.gather(1, picked_N[:, None])[:, 0].to(exact_NP.dtype)
+    nats = torch.where(counted_N, log_sum_N - chosen_N, 0).sum(dtype=total_type)
+    slope_NP = (exact_NP - log_sum_N[:, None]).exp()
+    if z_loss:
+        slope_NP = slope_NP * (1 + 2 * z_loss * log_sum_N[:, None])
+    is_target_NP = columns_P == picked_N[:, None]
+    slope_NP = torch.where(is_target_NP, slope_NP - (1 - smoothing), slope_NP)
+    if smoothing:
+        slope_NP = torch.where(columns_P < V, slope_NP - smoothing / V, slope_NP)
+    return nats, slope_NP.to(logits_NP.dtype)
+
+
+@cache
+def _compiled_nats_and_slope() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_nats_and_slope, dynamic=False)
+
+
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -150,6 +239,7 @@ def linear_cross_entropy(
     *,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
+    compiled: bool = False,
 ) -> Tensor:
     """Nats (a scalar, summed) of the targets (N) under the logits hidden @ weight.T, without those
     logits.
@@ -159,12 +249,13 @@ def linear_cross_entropy(
     smoothing, and that share is spread evenly over the vocabulary ("Rethinking the Inception
     Architecture for Computer Vision", Szegedy et al., 2016). So it is with `z_loss`, the weight of
     the squared log of the softmax's sum ("PaLM", Chowdhery et al., 2022).
+    Where it is `compiled`, what a GPU does to each logit is one kernel; a CPU has its own way.
     """
     device_type = hidden_ND.device.type
     if torch.is_autocast_enabled(device_type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device_type))
     nats: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, smoothing, z_loss
+        hidden_ND, weight_VD, targets_N, smoothing, z_loss, compiled
     )
     return nats
 
@@ -213,12 +304,22 @@ class Objective(nn.Module):
         super().__init__()
         self.decoder, self.seed = decoder, seed
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.is_compiled = False
+
+    def compile_parts(self, *, by_block: bool = False) -> None:
+        """Have the decoder, or each of its blocks, and the loss made by torch's compiler, for
+        batches of one shape."""
+        self.is_compiled = True
+        for module in self.decoder.blocks.values() if by_block else [self.decoder]:
+            module.compile(dynamic=False)
 
     def cross_entropy(
         self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, **how: float
     ) -> Tensor:
         """Nats of the targets; what equals it may be set in its place."""
-        return linear_cross_entropy(hidden_ND, weight_VD, targets_N, **how)
+        return linear_cross_entropy(
+            hidden_ND, weight_VD, targets_N, compiled=self.is_compiled, **how
+        )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(nats, count): the sum of -log p(target | context), and how many targets were counted."""

@@ -10,7 +10,9 @@ import logging
 import secrets
 import signal
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,8 +21,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pretrain.parallel.peers import PeerDied
 
-# As torchrun has it: what one signal asks for is a checkpoint; one that is stopped never answers.
-_GRACE_SECONDS = 30
+# Settings that releases before torch 2.13 do not all have. The seconds are what torchrun has, too:
+# what one signal asks for is a checkpoint, and a process that is stopped never answers.
+_SINCE: dict[str, Any] = {
+    "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+    "shutdown_timeout": 30,
+}
 _LAST_LINES = 20
 
 
@@ -29,6 +35,7 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
     are seen. A signal is passed on to all, and 128 plus its number is the exit code."""
     # What the agent has to say is said here, in words of the run.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    known = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -42,8 +49,7 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
         logs_specs=DefaultLogsSpecs(
             log_dir=str(folder), redirects=dict.fromkeys(range(1, n), Std.ALL)
         ),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
-        shutdown_timeout=_GRACE_SECONDS,
+        **{name: value for name, value in _SINCE.items() if name in known},
     )
     try:
         elastic_launch(config, command[0])(*command[1:])

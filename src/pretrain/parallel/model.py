@@ -150,11 +150,14 @@ class Parallel:
 
     def _squares(self) -> dict[str, float]:
         """The squared norm of each gradient."""
-        found = {}
-        for name, part in self.parts.items():
-            values = gradient_values([part.local])
-            found[name] = sum(float(v.double().square().sum()) for v in values)
-        return found
+        norms = {
+            name: torch.linalg.vector_norm(values, dtype=torch.float64)
+            for name, part in self.parts.items()
+            for values in gradient_values([part.local])
+        }
+        # Read at once: each look makes a GPU wait.
+        read = torch.stack(list(norms.values())).square().tolist() if norms else []
+        return dict.fromkeys(self.parts, 0.0) | dict(zip(norms, read, strict=True))
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

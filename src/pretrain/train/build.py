@@ -6,6 +6,10 @@ A trial (`decide`) and a run build the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 
 from pretrain.data import PreparedData
@@ -17,6 +21,21 @@ from pretrain.parallel.elastic import Branches
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import TrainConfig
 from pretrain.world import World
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """A function in which nothing is compiled, for what has other shapes than a step's: a compiler
+    would take longer than it saves."""
+
+    @wraps(function)
+    def run(*given: Given.args, **named: Given.kwargs) -> Result:
+        with torch.compiler.set_stance("force_eager"):
+            return function(*given, **named)
+
+    return run
 
 
 def build_model(
@@ -34,13 +53,12 @@ def build_model(
         seed=None if is_cut else train.seed,
         device=torch.device("meta") if is_cut else world.device,
     )
-    if train.compile == "on":
-        # Where weights are gathered block by block, a graph cannot reach over several.
-        for module in decoder.blocks.values() if is_cut else [decoder]:
-            module.compile(dynamic=False)
     objective = Objective(
         decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
     )
+    if train.compile == "on":
+        # Where weights are gathered block by block, a graph cannot reach over several.
+        objective.compile_parts(by_block=is_cut)
     laid_out = parallelize(objective, parallel.laid_out(world.size), world)
     if is_cut:
         laid_out.initialize(train.seed)

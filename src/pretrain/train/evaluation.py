@@ -7,10 +7,12 @@ import math
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Score, byte_lengths
 from pretrain.evaluate.scorer import EVALUATION_TOKENS, score_batches
+from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals
 
 
+@uncompiled
 def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) -> Score | None:
     """The held-out split, or the fixed part of it that is looked at during training; None if a
     signal came meanwhile."""

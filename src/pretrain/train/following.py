@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pretrain.evaluate import ask_followed
+from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals
 
@@ -16,6 +17,7 @@ KIND = "task"
 _IN_SUMMARY = ("metric", "value", "stderr", "examples", "chance", "step")
 
 
+@uncompiled
 def ask_tasks(run: Run, stop: StopSignals) -> None:
     """Ask what has no row for this step yet, until a signal comes: the rest is then the first thing
     that a resume does."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.evaluate.cards import predictions
+from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 
 PREDICTIONS = "predictions.json"
@@ -15,6 +16,7 @@ PASSAGE_TOKENS = 400
 _SEARCHED_TOKENS = 20_000
 
 
+@uncompiled
 def look_at_passage(run: Run) -> dict[str, Any]:
     """Pieces and cards of the beginning of the longest document among the first held-out ones."""
     tokenizer, stream = run.data.tokenizer(), run.data.split("val")
