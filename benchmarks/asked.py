@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -26,8 +27,9 @@ class Asked:
     def ask(self, line: str = "") -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # one that has ended has no answer either
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise SystemExit(f"no answer from python {' '.join(self._words)}; run it to see why")

@@ -22,6 +22,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "fast": {"ngram_rows": 256, "longest_ngram": 2},
 }
 VOCAB, CONTEXT, SEED, RATE = 67, 16, 3, 1e-2
+MOST_PROCESSES = 4
+
+
+def device_here() -> str:
+    """GPUs, by NCCL, where the largest layout has one for each process; else this CPU, by gloo."""
+    import torch
+
+    return "cuda" if torch.cuda.device_count() >= MOST_PROCESSES else "cpu"
 
 
 class Trainee:
@@ -36,11 +44,11 @@ class Trainee:
         from pretrain.parallel import parallelize
         from pretrain.world import open_world
 
-        self.world = open_world("cpu", threads=1)
+        self.world = open_world(device_here(), threads=1)
         config = config_of(family, context_length=CONTEXT, **FAMILIES[family])
         self.layout = ParallelConfig(**axes).laid_out(self.world.size)
         is_cut = self.layout.cuts_weights
-        place, seed = ("meta", None) if is_cut else ("cpu", SEED)
+        place, seed = ("meta", None) if is_cut else (self.world.device, SEED)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
         self.model = parallelize(Objective(decoder, seed=SEED), self.layout, self.world)
         if is_cut:
@@ -58,7 +66,8 @@ class Trainee:
 
     def held(self) -> dict[str, Any]:
         """Boxes of weights, and their numbers."""
-        return {n: (p.box, p.local.detach().numpy().copy()) for n, p in self.model.parts.items()}
+        parts = self.model.parts.items()
+        return {name: (p.box, p.local.detach().cpu().numpy().copy()) for name, p in parts}
 
     def evaluate(self, ids: Any) -> float:
         """Nats of some ids: what a run asks between two steps."""
@@ -175,7 +184,7 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
     places = run.places(tensors)
     return {
-        name: (places[name].box if name in places else None, tensor.numpy().copy())
+        name: (places[name].box if name in places else None, tensor.cpu().numpy().copy())
         for name, tensor in tensors.items()
     }
 
@@ -193,7 +202,8 @@ def _run_of(folder: str, axes: dict[str, int], *, fresh: bool) -> Any:
         # Other numbers than zeros in every memory, the same ones whatever the layout.
         for part in trainee.model.parts.values():
             whole = torch.arange(part.shape.numel(), dtype=torch.float32).view(part.shape)
-            part.local.grad = whole[tuple(slice(*pair) for pair in part.box)] * 1e-4
+            mine = whole[tuple(slice(*pair) for pair in part.box)] * 1e-4
+            part.local.grad = mine.to(trainee.world.device)
         trainee.optimizer.step()
     world = trainee.world
     return Run(

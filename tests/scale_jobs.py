@@ -14,7 +14,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.data import MicroBatch
@@ -56,6 +58,38 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
 
 
+class Kept:
+    """Bytes that the way back will read and that are no weight's: each piece of memory once."""
+
+    def __init__(self, decoder: Decoder, vocab_size: int) -> None:
+        self.bytes = 0
+        self._seen: dict[int, Tensor] = {}
+        self._decoder, self._vocab_size = decoder, vocab_size
+
+    def __enter__(self) -> Kept:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        memory = _here(tensor).untyped_storage()
+        weights = {_here(p).untyped_storage()._cdata for p in self._decoder.parameters()}
+        # The head's gradient is made on the way forward; it is the size of the head.
+        is_head = tensor.shape[:1] == (self._vocab_size,)
+        if memory._cdata not in weights and memory._cdata not in self._seen and not is_head:
+            self._seen[memory._cdata] = tensor  # so that its place is not another's
+            self.bytes += memory.nbytes()
+        return tensor
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def trace(
     preset: str, *, size: int, tokens: int, plant: bool = False, **axes: Any
 ) -> dict[str, Any]:
@@ -72,6 +106,7 @@ def trace(
         mock.patch.object(layout, "_arrange", return_value=meshes),
         mock.patch.object(sharded, "Map"),
         mock.patch.object(Objective, "to_empty"),
+        mock.patch.object(DeviceMesh, "_concatenate", staticmethod(_really_concatenated)),
     ):
         decoder = Decoder(config, vocab_size=VOCAB)
         sizes = {name: p.numel() for name, p in decoder.named_parameters()}
@@ -80,8 +115,10 @@ def trace(
         held = sum(part.local.numel() for part in model.parts.values())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = MicroBatch(ids, ids.clone(), torch.zeros(1, dtype=torch.int64))
+        kept = Kept(decoder, VOCAB)
         with moved:
-            nats, _ = model.module(batch)
+            with kept:
+                nats, _ = model.module(batch)
             if plant:
                 block: Any = decoder.blocks["0"]
                 block.unshard()
@@ -98,8 +135,19 @@ def trace(
         "gradients": sum(slope.numel() for slope in slopes if slope is not None),
         "bytes": dict(moved.bytes),
         "calls": dict(moved.calls),
+        "kept": kept.bytes,
+        "width": config.d_model,
         "layers": config.n_layers,
     }
+
+
+_concatenate = DeviceMesh._concatenate
+
+
+def _really_concatenated(meshes: list[DeviceMesh]) -> DeviceMesh:
+    """Which process is where must be known, also where tensors have no numbers."""
+    with unset_fake_temporarily():
+        return _concatenate(meshes)
 
 
 def _store() -> Any:

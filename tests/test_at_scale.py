@@ -27,8 +27,21 @@ def gathered(found: dict[str, Any]) -> int:
     return int(REAL * (2 * found["parameters"] - found["in the ends"]))
 
 
+# Numbers that a block keeps for the way back, for each token and each of the D numbers of a hidden
+# state, in float32: after both norms what was normed and what came of it (4); queries, keys and
+# values, the latter two of a quarter of the heads (1.5); what attention mixed (1); gate,
+# silu(gate), up and their product (4 x 3.5 D). With recompute there is its input alone.
+KEPT = 4 + 1.5 + 1 + 4 * 3.5
+KEPT_RECOMPUTED = 1.0
+
+
+def kept(found: dict[str, Any], tokens: int, each: float) -> float:
+    return float(REAL * each * tokens * found["width"] * found["layers"])
+
+
 def test_8b_on_64_devices(pool: Pool) -> None:
     (found,) = pool.run(1, jobs.trace, "llama3-8b", size=64, tokens=8192, shard=64)
+    assert found["kept"] == pytest.approx(kept(found, 8192, KEPT), rel=0.15)
     assert found["parameters"] == 8_030_261_248  # the published model's
     assert found["held"] == pytest.approx(found["parameters"] / 64, rel=0.01)
     assert found["gradients"] == found["held"]
@@ -36,6 +49,27 @@ def test_8b_on_64_devices(pool: Pool) -> None:
     assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
     assert set(found["calls"]) == {"gather", "scatter"}
     assert found["calls"] == {"gather": 2 * found["layers"] + 1, "scatter": found["layers"] + 1}
+
+
+def test_8b_with_its_heads_and_columns_on_8_of_64_devices(pool: Pool) -> None:
+    """ "Megatron-LM", section 3: hidden states are summed twice in a block on the way forward, and
+    twice on the way back; once more after the embedding, and before the head's slopes go back."""
+    axes: dict[str, Any] = {"size": 64, "tokens": 4096, "shard": 8, "tensor": 8}
+    (found,) = pool.run(1, jobs.trace, "llama3-8b", **axes)
+    assert found["held"] == pytest.approx(found["parameters"] / 64, rel=0.01)
+    assert found["bytes"]["gather"] == pytest.approx(gathered(found) / 8, rel=0.01)
+    assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"] / 8, rel=0.01)
+    hidden = REAL * 4096 * found["width"]
+    assert found["bytes"]["reduce"] == pytest.approx((4 * found["layers"] + 2) * hidden, rel=0.01)
+    # All that heads and columns have is an eighth; what norms make is whole everywhere.
+    assert found["kept"] == pytest.approx(kept(found, 4096, 4 + (KEPT - 4) / 8), rel=0.15)
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_keep_their_input(pool: Pool) -> None:
+    axes: dict[str, Any] = {"size": 64, "tokens": 8192, "shard": 64, "recompute": "full"}
+    (found,) = pool.run(1, jobs.trace, "llama3-8b", **axes)
+    assert found["kept"] == pytest.approx(kept(found, 8192, KEPT_RECOMPUTED), rel=0.15)
 
 
 @pytest.mark.slow

@@ -76,6 +76,37 @@ def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
     return found
 
 
+# Of those that take minutes together, the ones that are looked at each time.
+SHORT_FLOAT32 = [("gpt2", "tp x fsdp"), ("llama", "cp 2"), ("fast", "pp x fsdp")]
+REST_FLOAT32 = [
+    (family, layout)
+    for family in jobs.FAMILIES
+    for layout in LAYOUTS
+    if (family, layout) not in SHORT_FLOAT32
+]
+
+
+def check_float32(pool: Pool, family: str, layout: str) -> None:
+    """Losses of twenty steps by AdamW, and of what is evaluated between."""
+    axes = LAYOUTS[layout]
+    words: dict[str, Any] = {"steps": 20, "rows": 8}
+    alone = jobs.train(family, "adamw", **words)
+    for answer in pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **words, **axes):
+        for name in ("losses", "evaluations"):
+            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "layout"), SHORT_FLOAT32)
+def test_twenty_steps_in_float32_agree_too(pool: Pool, family: str, layout: str) -> None:
+    check_float32(pool, family, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), REST_FLOAT32)
+def test_so_they_do_in_all_others(pool: Pool, family: str, layout: str) -> None:
+    check_float32(pool, family, layout)
+
+
 def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, steps: int) -> None:
     """In float64, where what is left is a matter of rounding alone."""
     axes = LAYOUTS[layout]

@@ -26,7 +26,7 @@ def test_flops_are_what_torch_counts_of_a_step(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Torch's counter does not know oneDNN's product, nor addmm_ in place.
-    monkeypatch.setattr("pretrain.model.fused._has_onednn", lambda: False)
+    monkeypatch.setattr("pretrain.model.fused._takes_onednn", lambda: False)
     monkeypatch.setattr(
         "pretrain.model.objective.linear_cross_entropy",
         lambda *given, **named: plain_linear_cross_entropy(*given),

@@ -89,12 +89,12 @@ class _SquaredReLU(torch.autograd.Function):
 
 
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """x W^T + b, in float32 on a CPU by oneDNN, which comes with torch and is faster on AMD's
-    processors than the MKL that torch's own function calls (docs/speed.md)."""
+    """x W^T + b, in float32 on a CPU that is not Intel's by oneDNN, which comes with torch and is
+    faster there than the MKL that torch's own function calls (docs/speed.md)."""
     is_large = x_XD.numel() >= FEWEST_ROWS * x_XD.shape[-1]
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
     if not (
-        is_large and is_float32 and _is_fused(x_XD) and _has_onednn()
+        is_large and is_float32 and _is_fused(x_XD) and _takes_onednn()
     ) or torch.is_autocast_enabled("cpu"):
         return F.linear(x_XD, weight_FD, bias_F)
     product: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
@@ -102,9 +102,12 @@ def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
 
 
 @lru_cache
-def _has_onednn() -> bool:
+def _takes_onednn() -> bool:
     is_there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    # Releases before torch 2.13 do not say whose processor it is.
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    is_intels = str(known.get("cpu_name", "")).startswith("Intel")
+    return is_there and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not is_intels
 
 
 def _times_transposed(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:

@@ -24,7 +24,8 @@ NOT_COUNTED = -100
 # Logits that exist at once, and the rows that are taken all the same: products of fewer rows than
 # that walk through the whole head for little.
 CHUNK_LOGITS = {"cpu": 1 << 21}
-CHUNK_LOGITS_OF_A_GPU = 1 << 29
+# On a GPU, where a compiler keeps all but logits and slopes within the chip, and where it does not.
+CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 1 << 29, 1 << 27
 LEAST_ROWS = 512
 # What is done to each logit is done to so many at a time, which stay in a CPU core's cache.
 BLOCK_LOGITS = {"cpu": 1 << 20}
@@ -75,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_ND) if with_gradients else None
         d_weight = torch.zeros_like(weight_VD) if with_gradients else None
         V, how = weight_VD.shape[0], (smoothing, z_loss, total_type)
-        rows = _rows_at_once(hidden_ND, V)
+        rows = _rows_at_once(hidden_ND, V, compiled=compiled and with_gradients)
         weight = weight_VD.to(hidden_ND.dtype)
         if hidden_ND.device.type in BLOCK_LOGITS:
             slope_of = _slopes_by_block(weight, rows, weight_VD.dtype, *how)
@@ -89,6 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats += chunk_nats
             if d_hidden is None or d_weight is None:
                 continue
+            slope_NV = slope_NV.to(hidden.dtype)
             # Rows that do not count are struck out where they are narrow, not over the vocabulary.
             counted_N1 = (targets != NOT_COUNTED)[:, None]
             torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
@@ -114,10 +116,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _rows_at_once(hidden_ND: Tensor, V: int) -> int:
+def _rows_at_once(hidden_ND: Tensor, V: int, *, compiled: bool) -> int:
     """Rows of a chunk; a power of 2 on a GPU, so that chunks are alike, as a compiler wants it."""
     device_type = hidden_ND.device.type
-    rows = max(LEAST_ROWS, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS_OF_A_GPU) // V)
+    on_a_gpu = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS_EAGER
+    rows = max(LEAST_ROWS, CHUNK_LOGITS.get(device_type, on_a_gpu) // V)
     if device_type not in BLOCK_LOGITS:
         rows = 1 << rows.bit_length() - 1
     return max(1, min(rows, hidden_ND.shape[0]))
@@ -149,7 +152,7 @@ def _slopes_by_block(
             nats += _nats_then_slope_(
                 logits_NV[block], targets_N[block], smoothing, z_loss, total_type
             )
-        return nats, logits_NV.to(hidden_ND.dtype)
+        return nats, logits_NV
 
     return slope_of
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
 )
@@ -46,6 +47,8 @@ def lay_over_tensor_axis(objective: Objective, mesh: DeviceMesh) -> None:
             # The model's own faster product knows plain tensors only.
             layer = block.get_submodule(name)
             layer.forward = partial(nn.Linear.forward, cast(nn.Linear, layer))
+        # What several of them read becomes one tensor of all processes: its slopes are summed once.
+        plan |= {"attention": _read_by_several(4), "feed_forward": _read_by_several(1)}
         parallelize_module(block, mesh, plan)
     if decoder.token_embedding is not None:  # not every process of a pipeline has it
         by_vocabulary = RowwiseParallel(input_layouts=Replicate())
@@ -55,6 +58,12 @@ def lay_over_tensor_axis(objective: Objective, mesh: DeviceMesh) -> None:
         decoder.head.weight = nn.Parameter(laid)
     objective.cross_entropy = partial(_cross_entropy, mesh)  # type: ignore[method-assign]
     decoder.logits = partial(_logits, decoder, mesh)  # type: ignore[method-assign]
+
+
+def _read_by_several(n_arguments: int) -> PrepareModuleInput:
+    """For a module whose first argument several of its layers read."""
+    layouts = (Replicate(), *(None,) * (n_arguments - 1))
+    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 
 def _logits(decoder: Decoder, mesh: DeviceMesh, hidden: Tensor) -> Tensor:
@@ -136,16 +145,17 @@ def _slope(
     first, V, smoothing, z_loss = how
     logits_NW = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted_N = targets_N != NOT_COUNTED
-    places_N = targets_N - first
-    is_here_N = counted_N & (places_N >= 0) & (places_N < logits_NW.shape[1])
-    least = torch.finfo(logits_NW.dtype).min
-    largest_N = (
-        logits_NW.amax(1) if logits_NW.shape[1] else logits_NW.new_full(counted_N.shape, least)
-    )
+    # Which rows have their target here is not asked, since a GPU would have to wait for the answer.
+    W, places_N1 = logits_NW.shape[1], (targets_N - first)[:, None]
+    is_here_N1 = counted_N[:, None] & (places_N1 >= 0) & (places_N1 < W)
+    if W:
+        places_N1 = places_N1.clamp(0, W - 1)
+        largest_N = logits_NW.amax(1)
+        chosen_N = torch.where(is_here_N1, logits_NW.gather(1, places_N1), 0)[:, 0]
+    else:
+        largest_N = logits_NW.new_full(counted_N.shape, torch.finfo(logits_NW.dtype).min)
+        chosen_N = torch.zeros_like(largest_N)
     dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
-    chosen_N = torch.zeros_like(largest_N)
-    rows_M = is_here_N.nonzero()[:, 0]
-    chosen_N[rows_M] = logits_NW[rows_M, places_N[rows_M]]
     slope_NW = (logits_NW - largest_N[:, None]).exp_()
     both = torch.stack([slope_NW.sum(1), chosen_N])
     dist.all_reduce(both, group=group)
@@ -155,7 +165,8 @@ def _slope(
     slope_NW /= total_N[:, None]
     if z_loss:
         slope_NW *= (1 + 2 * z_loss * log_sum_N)[:, None]
-    slope_NW[rows_M, places_N[rows_M]] += smoothing - 1.0
+    if W:
+        slope_NW.scatter_add_(1, places_N1, (smoothing - 1.0) * is_here_N1.to(slope_NW.dtype))
     if smoothing:
         slope_NW -= smoothing / V
     return slope_NW * counted_N[:, None], nats
