@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.data import MicroBatch
-from pretrain.model import Decoder, ModelConfig, Objective
+from pretrain.model import Decoder, ModelConfig, Objective, build
 from pretrain.model.config import model_defaults
 from pretrain.parallel import ParallelConfig, layout, sharded
-from pretrain.world import World
+from pretrain.world import World, open_world
 
 VOCAB = 128_256
 
@@ -43,10 +43,9 @@ class Moved(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = str(func)
-        if name.startswith(("c10d.", "_c10d_functional.")) and "wait" not in name:
-            kind = next(k for k in ("gather", "scatter", "reduce", "broadcast") if k in name)
-            kind = "scatter" if "scatter" in name else kind
+        name, kinds = str(func), ("scatter", "gather", "reduce", "broadcast")
+        kind = next((k for k in kinds if k in name), "")
+        if name.startswith(("c10d.", "_c10d_functional.")) and kind and "wait" not in name:
             self.bytes[kind] += max(t.numel() * t.element_size() for t in _tensors(args))
             self.calls[kind] += 1
         return func(*args, **(kwargs or {}))
@@ -138,6 +137,32 @@ def trace(
         "kept": kept.bytes,
         "width": config.d_model,
         "layers": config.n_layers,
+    }
+
+
+def count(rows: int, **axes: Any) -> dict[str, Any]:
+    """What is moved in one micro-batch of a small llama by processes that are there."""
+    from oracles import T, V, config_of
+
+    world = open_world("cpu", threads=1)
+    config = config_of("llama", n_kv_heads=2)
+    decoder = build(config, vocab_size=V, seed=None, device="meta")
+    sizes = {name: p.numel() for name, p in decoder.named_parameters()}
+    parallel = ParallelConfig(**axes).laid_out(world.size)
+    model = layout.parallelize(Objective(decoder, seed=1), parallel, world)
+    model.initialize(1)
+    ids = torch.zeros(rows, T, dtype=torch.int64)
+    with Moved() as moved:
+        nats, _ = model.module(MicroBatch(ids, ids.clone(), torch.arange(rows)))
+        nats.backward()  # type: ignore[no-untyped-call]
+    return {
+        "parameters": sum(sizes.values()),
+        "in the ends": sum(n for name, n in sizes.items() if not name.startswith("blocks.")),
+        "bytes": dict(moved.bytes),
+        "calls": dict(moved.calls),
+        "width": config.d_model,
+        "layers": config.n_layers,
+        "tokens": rows * T,
     }
 
 

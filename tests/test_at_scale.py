@@ -65,6 +65,27 @@ def test_8b_with_its_heads_and_columns_on_8_of_64_devices(pool: Pool) -> None:
     assert found["kept"] == pytest.approx(kept(found, 4096, 4 + (KEPT - 4) / 8), rel=0.15)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_that_are_there_move_as_much(pool: Pool, size: int) -> None:
+    for found in pool.run(size, jobs.count, 2, shard=size):
+        assert found["calls"] == {
+            "gather": 2 * found["layers"] + 1,
+            "scatter": found["layers"] + 1,
+        }
+        # Rows that do not divide are filled up: the vocabulary has 67.
+        assert found["bytes"]["gather"] == pytest.approx(gathered(found), rel=0.01)
+        assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
+    for found in pool.run(size, jobs.count, 2, tensor=2):
+        hidden = REAL * found["tokens"] * found["width"]
+        # Of each row its largest logit, the sum, and the target's.
+        loss = 3 * REAL * found["tokens"]
+        among_heads = (4 * found["layers"] + 2) * hidden + loss
+        between_copies = found["bytes"]["reduce"] - among_heads
+        assert between_copies == pytest.approx(
+            0 if size == 2 else REAL * found["parameters"] / 2, rel=0.05
+        )
+
+
 @pytest.mark.slow
 def test_recomputed_blocks_keep_their_input(pool: Pool) -> None:
     axes: dict[str, Any] = {"size": 64, "tokens": 8192, "shard": 64, "recompute": "full"}
