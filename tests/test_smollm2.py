@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,50 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
     print(f"LAMBADA: {right[0]} of 500 here, {right[1]} there; furthest {furthest:.1e} nats")
     assert right[0] == right[1] > 100
     assert furthest < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [8192, 2048])
+def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
+    stride: int, foreign: ForeignModel, tmp_path: Path
+) -> None:
+    """The beginning of WikiText-2, each token once, with all that a window gives before it."""
+    from pretrain.evaluate import score_texts
+    from pretrain.model import Objective
+    from pretrain.world import open_world
+
+    transformers = pytest.importorskip("transformers")
+    file = DATA / "wikitext2-raw.valid.txt"
+    if not file.is_file():
+        pytest.skip("needs wikitext2-raw.valid.txt")
+    text = file.read_text(encoding="utf-8")[:40_000]
+    decoder = foreign.build()
+    score = score_texts(
+        Objective(decoder), foreign.tokenizer, [text], world=open_world("cpu"), stride=stride
+    )
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(
+        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    nats, done = 0.0, 0  # the targets up to here are counted
+    for start in range(0, len(ids) - 1, stride):
+        stop = min(start + decoder.config.window_tokens, len(ids) - 1)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids[start:stop]])).logits[0]
+        log_p = logits.log_softmax(-1)
+        for place in range(done, stop):
+            nats -= float(log_p[place - start, ids[place + 1]])
+        done = stop
+        if stop == len(ids) - 1:
+            break
+    words = len(text.split())
+    print(f"stride {stride}: {score.per_word(words):.4f} here, {math.exp(nats / words):.4f} there")
+    assert score.tokens == len(ids) - 1
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.per_word(words) == pytest.approx(math.exp(nats / words), rel=1e-4)
 
 
 @pytest.mark.slow

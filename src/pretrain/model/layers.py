@@ -36,11 +36,13 @@ SEPARATE_ON = {"cpu"}
 
 
 def side_by_side(x: Tensor, *layers: nn.Linear | None) -> tuple[Tensor, Tensor | None] | None:
-    """The weight and bias of layers that read the same x in one, so that they are one product; None
-    where that gains nothing, or parts of them lie in other processes."""
+    """In training, the weight and bias of layers that read the same x in one, so that they are one
+    product; None where that gains nothing, or parts of them lie in other processes."""
     there: list[nn.Linear] = [layer for layer in layers if layer is not None]
     is_whole = all(type(layer.weight) is nn.Parameter for layer in there)
-    if x.device.type in SEPARATE_ON or len(there) < 2 or not is_whole:
+    # To put weights together takes longer than to read them for a few tokens.
+    gains = torch.is_grad_enabled() and x.device.type not in SEPARATE_ON and len(there) > 1
+    if not gains or not is_whole:
         return None
     biases: list[Tensor] = [layer.bias for layer in there if layer.bias is not None]
     weight = torch.cat([layer.weight for layer in there])
