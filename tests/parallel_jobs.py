@@ -41,9 +41,11 @@ class Trainee:
         from oracles import config_of
         from pretrain.model import Objective, build
         from pretrain.optimizer import OptimizerConfig, build_optimizer
-        from pretrain.parallel import parallelize
+        from pretrain.parallel import parallelize, tensor
         from pretrain.world import open_world
 
+        # Several chunks, of a vocabulary that does not divide.
+        tensor._CHUNK_LOGITS = 300
         self.world = open_world(device_here(), threads=1)
         config = config_of(family, context_length=CONTEXT, **FAMILIES[family])
         self.layout = ParallelConfig(**axes).laid_out(self.world.size)

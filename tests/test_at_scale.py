@@ -65,7 +65,7 @@ def test_8b_with_its_heads_and_columns_on_8_of_64_devices(pool: Pool) -> None:
     assert found["kept"] == pytest.approx(kept(found, 4096, 4 + (KEPT - 4) / 8), rel=0.15)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_processes_that_are_there_move_as_much(pool: Pool, size: int) -> None:
     for found in pool.run(size, jobs.count, 2, shard=size):
         assert found["calls"] == {

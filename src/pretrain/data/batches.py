@@ -38,7 +38,7 @@ class MicroBatch(NamedTuple):
     """the global number of each row's window (B), int64"""
 
     def to(self, device: torch.device) -> MicroBatch:
-        if device.type == "cuda":
+        if device.type == "cuda" and self.inputs.device.type == "cpu":
             # Else a copy waits for all that the GPU has been told to do before it.
             self = MicroBatch(*(part.pin_memory() for part in self))
         return MicroBatch(*(part.to(device, non_blocking=True) for part in self))

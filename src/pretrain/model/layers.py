@@ -31,22 +31,23 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-# Where one product gains nothing over several.
-SEPARATE_ON = {"cpu"}
-
-
 def side_by_side(x: Tensor, *layers: nn.Linear | None) -> tuple[Tensor, Tensor | None] | None:
-    """In training, the weight and bias of layers that read the same x in one, so that they are one
-    product; None where that gains nothing, or parts of them lie in other processes."""
+    """The weight and bias of layers that read the same x in one, so that they are one product; None
+    where that gains nothing, or parts of them lie in other processes."""
     there: list[nn.Linear] = [layer for layer in layers if layer is not None]
     is_whole = all(type(layer.weight) is nn.Parameter for layer in there)
-    # To put weights together takes longer than to read them for a few tokens.
-    gains = torch.is_grad_enabled() and x.device.type not in SEPARATE_ON and len(there) > 1
-    if not gains or not is_whole:
+    if len(there) < 2 or not is_whole or not _joins(x):
         return None
     biases: list[Tensor] = [layer.bias for layer in there if layer.bias is not None]
     weight = torch.cat([layer.weight for layer in there])
     return weight, torch.cat(biases) if biases else None
+
+
+def _joins(x: Tensor) -> bool:
+    """Whether one product is faster: on a GPU, in training, by a compiler, which puts the weights
+    together once more on the way back rather than keep them."""
+    on_gpu = x.device.type == "cuda"
+    return on_gpu and torch.is_grad_enabled() and torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.RMSNorm):

@@ -88,17 +88,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
             chunk_nats, slope_NV = slope_of(hidden, targets)
             nats += chunk_nats
-            if d_hidden is None or d_weight is None:
-                continue
-            slope_NV = slope_NV.to(hidden.dtype)
-            # Rows that do not count are struck out where they are narrow, not over the vocabulary.
-            counted_N1 = (targets != NOT_COUNTED)[:, None]
-            torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
-            counted_hidden = hidden * counted_N1
-            if hidden.dtype == d_weight.dtype and slope_NV.shape[1] == V:
-                d_weight.addmm_(slope_NV.T, counted_hidden)
-            else:
-                d_weight += (slope_NV.T @ counted_hidden)[:V]
+            if d_hidden is not None and d_weight is not None:
+                slope_NV = slope_NV.to(hidden.dtype)
+                # Rows that do not count are struck out where they are narrow.
+                counted_N1 = (targets != NOT_COUNTED)[:, None]
+                torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
+                counted_hidden = hidden * counted_N1
+                if hidden.dtype == d_weight.dtype and slope_NV.shape[1] == V:
+                    d_weight.addmm_(slope_NV.T, counted_hidden)
+                else:
+                    d_weight += (slope_NV.T @ counted_hidden)[:V]
             del slope_NV  # before the next chunk takes its memory
         ctx.save_for_backward(d_hidden, d_weight)
         return nats

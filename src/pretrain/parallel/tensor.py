@@ -93,8 +93,11 @@ def _cross_entropy(
     local = weight.to_local()
     each = -(-weight.shape[0] // mesh.size())
     first = min(mesh.get_local_rank() * each, weight.shape[0])
+    # The same for all, also where the vocabulary does not divide: they sum chunk by chunk.
+    rows = max(1, _CHUNK_LOGITS // each)
+    how = (first, weight.shape[0], smoothing, z_loss)
     nats: Tensor = _VocabularyCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, local, targets_N, (first, weight.shape[0], smoothing, z_loss), mesh.get_group()
+        hidden_ND, local, targets_N, rows, how, mesh.get_group()
     )
     return nats
 
@@ -108,13 +111,13 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_WD: Tensor,
         targets_N: Tensor,
+        rows: int,
         how: tuple[int, int, float, float],
         group: dist.ProcessGroup,
     ) -> Tensor:
         d_hidden, d_weight = torch.empty_like(hidden_ND), torch.zeros_like(weight_WD)
         weight = weight_WD.to(hidden_ND.dtype)
         nats = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        rows = max(1, _CHUNK_LOGITS // max(1, len(weight)))
         for start in range(0, len(hidden_ND), rows):
             hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
             slope, chunk_nats = _slope(hidden @ weight.T, targets, how, group)
@@ -126,12 +129,13 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         slope = slopes[0]
         return (
             d_hidden * slope.to(d_hidden.dtype),
             d_weight * slope.to(d_weight.dtype),
+            None,
             None,
             None,
             None,

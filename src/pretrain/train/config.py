@@ -48,7 +48,7 @@ class TrainConfig:
     """arithmetic of matrix products; auto takes bf16 where a GPU has it, or a CPU that trains for
     minutes instead of steps, else fp32"""
     compile: Compile = "auto"
-    """compile the decoder with torch.compile; auto does on cuda, where the warm-up pays"""
+    """compile decoder and loss with torch.compile; auto does on cuda, where the warm-up pays"""
     deterministic: bool = False
     """refuse GPU kernels whose result varies from run to run (CPU runs never use any)"""
     label_smoothing: float = 0.0

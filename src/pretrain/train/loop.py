@@ -22,6 +22,7 @@ from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
 from pretrain.parallel import ParallelConfig
+from pretrain.train.build import uncompiled
 from pretrain.train.config import TrainConfig
 from pretrain.train.evaluation import evaluate_split
 from pretrain.train.following import ask_tasks, last_rows
@@ -316,7 +317,7 @@ def _evaluate(run: Run, stop: StopSignals) -> bool:
     )
     sampling = Sampling(temperature=0.8, seed=run.settings.seed)
     run.model.gather()
-    text = generate(
+    text = uncompiled(generate)(
         run.objective.decoder,
         run.data.tokenizer(),
         "",
