@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import SECTIONS, Layer, compose, parse_overrides, read_file
@@ -689,6 +689,7 @@ def test_junk_in_a_field_is_taken_or_refused_by_its_name(field: tuple[str, str],
 
 @settings(deadline=None)
 @given(a=st.sampled_from(FIELDS), b=st.sampled_from(FIELDS), junk=JUNK)
+@example(a=("model", "family"), b=("model", "rope_low_factor"), junk=4)
 def test_no_mistake_hides_another(a: tuple[str, str], b: tuple[str, str], junk: Any) -> None:
     """A wrong type beside junk: what is said of the junk alone is said here too."""
     wrong: dict[str, dict[str, Any]] = {a[0]: {a[1]: {"no": "value"}}}
@@ -699,7 +700,9 @@ def test_no_mistake_hides_another(a: tuple[str, str], b: tuple[str, str], junk: 
     if a != b:
         alone = said_of({b[0]: {b[1]: junk}})
         for mistake in mistakes_in(alone) if alone else []:
-            assert mistake in said or f"{a[0]}.{a[1]}" in mistake
+            # A wrong family leaves all that it decides open, and nothing is compared with that.
+            is_open = a == ("model", "family") and mistake.count("model.") > 1
+            assert mistake in said or f"{a[0]}.{a[1]}" in mistake or is_open
 
 
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
