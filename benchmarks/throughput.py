@@ -6,10 +6,9 @@ python benchmarks/throughput.py --nanogpt CHECKOUT --litgpt CHECKOUT [--rounds 5
 All train the same GPT-2 (d 384, 6 layers, T 256) with the same batch in float32, over a vocabulary
 of 4,096 and of 50,257; on a GPU the one of 124 million parameters (d 768, 12 layers, T 1024, V
 50,257), in bfloat16, 131,072 tokens a step; `contestants.py` says what each does. A round gives
-everybody some steps,
-one after the other; a ratio is one of a round, so that what else the machine does falls out of it.
-The share of the ceiling is that of the best matrix product at the model's own shapes, by whichever
-library, measured in the same rounds: what `pretrain train --profile` calls so.
+everybody some steps, one after the other; a ratio is one of a round, so that what else the machine
+does falls out of it. The share of the ceiling is that of the best matrix product at the model's own
+shapes, by whichever library, measured in the same rounds: what `pretrain train --profile` calls so.
 """
 
 from __future__ import annotations

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from pretrain.checkpoint import open_checkpoint
+from pretrain.parallel.launch import _SINCE
 from tiny import TINY
 
 STEPS = 24
@@ -86,6 +89,11 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "x processes 2" in said
     assert said.count("held-out text: ") == 3  # one process speaks
     return run
+
+
+def test_this_release_of_torch_has_all_that_is_asked_of_its_launcher() -> None:
+    """What one lacks is left out without a word, and so would be a name with a mistake."""
+    assert _SINCE.keys() <= {field.name for field in fields(LaunchConfig)}
 
 
 def test_two_processes_are_one_run(corpus: Path, whole: Path, tmp_path: Path) -> None:

@@ -256,6 +256,14 @@ def test_the_chunked_loss_never_has_whole_logits(monkeypatch: pytest.MonkeyPatch
     assert rooms == [512]
 
 
+def test_onednn_is_for_processors_that_are_not_intels(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    for name, takes in (("Intel Xeon", False), ("AMD EPYC", is_there), (None, is_there)):
+        known = {} if name is None else {"cpu_name": name}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert fused._takes_onednn.__wrapped__() == takes
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_linear_layer_by_onednn_is_torchs_own(
     has_bias: bool, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from pretrain.parallel import ParallelConfig
 from pretrain.parallel.elastic import Branches
 from pretrain.parallel.peers import PeerDied
 from pretrain.train.stragglers import WINDOW, Stragglers
+from pretrain.world import open_world
 from processes import Pool
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -242,6 +243,15 @@ def test_a_save_that_fails_for_one_fails_for_all(pool: Pool, tmp_path: Path, fai
     assert all("No space left" in text for text in told)
     assert f"process {failing}" in told[1 - failing]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="there are 2 processes on this machine, and GPUs: 1"):
+        open_world("cuda", threads=1)
 
 
 def test_processes_talk_in_texts_and_sums(pool: Pool) -> None:

@@ -1,0 +1,78 @@
+"""What torch's compiler is asked for, and what it is not; that it computes the same is in
+`test_verify` and `test_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.cli import main
+from pretrain.model import ModelConfig
+from pretrain.model.config import model_defaults
+from pretrain.optimizer import OptimizerConfig
+from pretrain.parallel import ParallelConfig
+from pretrain.train import decide as page
+from pretrain.train.config import Compile, TrainConfig
+from pretrain.world import open_world
+from tiny import TINY
+
+
+def test_a_run_compiles_its_step_and_nothing_else(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out text, tasks' passages and samples have other shapes, each of which would be compiled
+    for half a minute."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **how: compile_module(module, backend=count, **how),
+    )
+    words = [str(corpus), *TINY, "--train.compile", "on", "--train.steps", "4"]
+    words += ["--train.evaluate_every", "2", "--run", str(tmp_path / "run")]
+    assert main(["train", *words]) == 0
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiled", "first", "expected"),
+    [
+        # A compiler's minute is not a step's; a step that takes so long by itself is.
+        ("on", 60.0, 0.1),
+        ("off", 60.0, 60.0),
+        ("off", 0.5, 0.1),
+    ],
+)
+def test_a_step_is_timed_without_its_compiler(
+    compiled: Compile, first: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+
+    def steps(*given: Any, steps: int, **named: Any) -> Iterator[Any]:
+        nonlocal clock
+        for step in range(steps):
+            clock += first if step == 0 else 0.1
+            yield SimpleNamespace(step=step)
+
+    monkeypatch.setattr(page, "trial_steps", steps)
+    monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: clock))
+    pace = page.measure_pace(
+        None,  # type: ignore[arg-type]
+        ModelConfig(**model_defaults({"family": "gpt2"})),
+        OptimizerConfig(),
+        TrainConfig(minutes=1.0, compile=compiled),
+        ParallelConfig(),
+        open_world("cpu", threads=1),
+    )
+    assert pace.step_seconds == pytest.approx(expected)
