@@ -61,7 +61,7 @@ train: $(train_ready)
 	$(run) -m pretrain train $(ARGS)
 
 test: $(dev_ready)
-	$(TEST_ENV) $(run) -m pytest -n $(WORKERS) --dist loadfile --durations 10 -m "not slow" $(TESTS)
+	$(TEST_ENV) $(run) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow" $(TESTS)
 
 test-long: $(dev_ready)
 	$(TEST_ENV) $(run) -m pytest --durations 0 -m slow --timeout 3600 $(TESTS)

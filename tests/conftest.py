@@ -12,6 +12,10 @@ import pytest
 from tiny import TINY
 
 
+# Files of minutes, which two workers take first: none then works alone at the end.
+LONG_FILES = ("test_docs.py", "test_verify.py", "test_parallel.py", "test_faults.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine or this command cannot run."""
     if not config.getoption("-m"):
@@ -19,6 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(slow)
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if on_gpu and not _has_cuda():
         for item in on_gpu:

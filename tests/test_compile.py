@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.model import ModelConfig
+from pretrain.model import ModelConfig, Objective
 from pretrain.model.config import model_defaults
 from pretrain.optimizer import OptimizerConfig
 from pretrain.parallel import ParallelConfig
@@ -22,27 +22,36 @@ from pretrain.world import open_world
 from tiny import TINY
 
 
+@pytest.mark.parametrize("by_block", [False, True])
 def test_a_run_compiles_its_step_and_nothing_else(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_block: bool
 ) -> None:
-    """Held-out text, tasks' passages and samples have other shapes, each of which would be compiled
-    for half a minute."""
+    """Held-out text, a passage and samples have other shapes, each of which would take the compiler
+    as long. Block by block is how it goes where weights are laid over processes."""
     graphs = []
+    compile_parts = Objective.compile_parts
+    monkeypatch.setattr(
+        Objective,
+        "compile_parts",
+        lambda objective, **how: compile_parts(objective, by_block=by_block),
+    )
 
     def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda module, **how: compile_module(module, backend=count, **how),
-    )
+    compile_module, modules = torch.nn.Module.compile, []
+
+    def compile_counted(module: torch.nn.Module, **how: Any) -> None:
+        modules.append(type(module).__name__)
+        compile_module(module, backend=count, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_counted)
     words = [str(corpus), *TINY, "--train.compile", "on", "--train.steps", "4"]
     words += ["--train.evaluate_every", "2", "--run", str(tmp_path / "run")]
     assert main(["train", *words]) == 0
-    assert len(graphs) == 1
+    assert modules == (["Block", "Block"] if by_block else ["Decoder"])
+    assert len(graphs) == 1  # blocks are alike, and share theirs
 
 
 @pytest.mark.parametrize(
