@@ -11,7 +11,6 @@ import pytest
 
 from tiny import TINY
 
-
 # Files of minutes, which two workers take first: none then works alone at the end.
 LONG_FILES = ("test_docs.py", "test_verify.py", "test_parallel.py", "test_faults.py")
 
