@@ -78,7 +78,7 @@ def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
 
 
 # Of those that take minutes together, the ones that are looked at each time.
-SHORT_FLOAT32 = [("gpt2", "tp x fsdp"), ("llama", "cp 2")]
+SHORT_FLOAT32 = [("gpt2", "tp x fsdp")]
 REST_FLOAT32 = [
     (family, layout)
     for family in jobs.FAMILIES

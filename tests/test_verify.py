@@ -62,9 +62,9 @@ def test_micro_batches_are_compared_in_float32(
     ("fault", "stays"),
     [
         ("order", []),
-        ("randomness", ["order"]),
+        pytest.param("randomness", ["order"], marks=pytest.mark.slow),
         ("optimizer", ["order"]),
-        ("schedule", ["order"]),
+        pytest.param("schedule", ["order"], marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_found(
