@@ -129,7 +129,7 @@ def test_the_chunked_loss_equals_the_plain_one(
 ) -> None:
     if way["compiled"] and rows != 64:
         pytest.skip("each number of rows is compiled anew, which takes seconds")
-    monkeypatch.setattr("pretrain.model.objective.CHUNK_LOGITS", {"cpu": rows * V})
+    monkeypatch.setattr("pretrain.model.objective.CHUNK_BYTES", {"cpu": rows * V * 8})
     monkeypatch.setattr("pretrain.model.objective.LEAST_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -237,6 +237,17 @@ def test_what_is_added_to_the_objective_ends_with_training(
     plain = slope(Objective(decoder).eval())
     assert torch.equal(slope(whole.eval()), plain)
     assert not torch.allclose(slope(whole.train()), plain)
+
+
+def test_a_target_too_unlikely_for_a_number_still_has_its_nats(way: dict[str, Any]) -> None:
+    """e^-300 is no float32, and its logarithm is."""
+    hidden = torch.tensor([[1.0], [2.0], [0.1]], requires_grad=True)
+    weight = torch.linspace(-300, 0, V)[:, None].requires_grad_()
+    targets = torch.tensor([0, 1, NOT_COUNTED])
+    nats = linear_cross_entropy(hidden, weight, targets, **way)
+    plain = plain_linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(nats, plain.double(), rtol=1e-6, atol=0)
+    assert 800 < float(nats.detach()) < 1000
 
 
 def test_the_chunked_loss_never_has_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ from pretrain.model.random import Noise
 
 # A target of -100 is not counted: padding at the end of an evaluation.
 NOT_COUNTED = -100
-# Logits that exist at once, and the rows that are taken all the same: products of fewer rows than
-# that walk through the whole head for little.
-CHUNK_LOGITS = {"cpu": 1 << 21}
+# Room of the logits that exist at once, or their number, and the rows that are taken all the same:
+# products of fewer rows than that walk through the whole head for little.
+CHUNK_BYTES = {"cpu": 1 << 23}
 # On a GPU, where a compiler keeps all but logits and slopes within the chip, and where it does not.
 CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 1 << 29, 1 << 27
 LEAST_ROWS = 512
@@ -76,8 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_ND) if with_gradients else None
         d_weight = torch.zeros_like(weight_VD) if with_gradients else None
         V, how = weight_VD.shape[0], (smoothing, z_loss, total_type)
-        rows = _rows_at_once(hidden_ND, V, compiled=compiled and with_gradients)
         weight = weight_VD.to(hidden_ND.dtype)
+        rows = _rows_at_once(hidden_ND, V, compiled=compiled and with_gradients)
         if hidden_ND.device.type in BLOCK_LOGITS:
             slope_of = _slopes_by_block(weight, rows, weight_VD.dtype, *how)
         else:
@@ -118,8 +118,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _rows_at_once(hidden_ND: Tensor, V: int, *, compiled: bool) -> int:
     """Rows of a chunk; a power of 2 on a GPU, so that chunks are alike, as a compiler wants it."""
     device_type = hidden_ND.device.type
-    on_a_gpu = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS_EAGER
-    rows = max(LEAST_ROWS, CHUNK_LOGITS.get(device_type, on_a_gpu) // V)
+    logits = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS_EAGER
+    if device_type in CHUNK_BYTES:
+        logits = CHUNK_BYTES[device_type] // hidden_ND.element_size()
+    rows = max(LEAST_ROWS, logits // V)
     if device_type not in BLOCK_LOGITS:
         rows = 1 << rows.bit_length() - 1
     return max(1, min(rows, hidden_ND.shape[0]))
@@ -128,28 +130,26 @@ def _rows_at_once(hidden_ND: Tensor, V: int, *, compiled: bool) -> int:
 def _slopes_by_block(
     weight_VD: Tensor,
     rows: int,
-    dtype: torch.dtype,
+    exact: torch.dtype,
     smoothing: float,
     z_loss: float,
     total_type: torch.dtype,
 ) -> _Slope:
-    """For a CPU: logits of a chunk in one room, and their slopes in their place, by blocks that fit
-    its cache."""
+    """For a CPU: logits of a chunk in one room, and their slopes in their place; in between they
+    are `exact`, in blocks that fit its cache."""
     V = weight_VD.shape[0]
-    room_NV = _padded_rows(rows, V, like=weight_VD.new_empty((), dtype=dtype))
-    block_rows = max(1, BLOCK_LOGITS["cpu"] // V)
+    logits_room_NV = _padded_rows(rows, V, like=weight_VD)
+    block_rows = min(rows, max(1, BLOCK_LOGITS["cpu"] // V))
+    room_2BV = weight_VD.new_empty((2, block_rows, V), dtype=exact)
 
     def slope_of(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = room_NV[: len(hidden_ND)]
-        if hidden_ND.dtype == dtype:
-            torch.mm(hidden_ND, weight_VD.T, out=logits_NV)
-        else:
-            logits_NV.copy_(hidden_ND @ weight_VD.T)
+        logits_NV = logits_room_NV[: len(hidden_ND)]
+        torch.mm(hidden_ND, weight_VD.T, out=logits_NV)
         nats = torch.zeros((), dtype=total_type, device=hidden_ND.device)
         for first in range(0, len(hidden_ND), block_rows):
             block = slice(first, first + block_rows)
             nats += _nats_then_slope_(
-                logits_NV[block], targets_N[block], smoothing, z_loss, total_type
+                logits_NV[block], targets_N[block], room_2BV, smoothing, z_loss, total_type
             )
         return nats, logits_NV
 
@@ -162,24 +162,32 @@ def _padded_rows(n: int, V: int, *, like: Tensor) -> Tensor:
 
 
 def _nats_then_slope_(
-    logits_NV: Tensor, targets_N: Tensor, smoothing: float, z_loss: float, total_type: torch.dtype
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    room_2BV: Tensor,
+    smoothing: float,
+    z_loss: float,
+    total_type: torch.dtype,
 ) -> Tensor:
     """Summed nats of some rows, whose logits become, in place, the slope of the objective."""
+    exact_NV, slope_NV = room_2BV[:, : len(logits_NV)].unbind()
+    exact_NV.copy_(logits_NV)
+    torch.softmax(exact_NV, 1, out=slope_NV)
     counted_N1, picked_N1 = (targets_N != NOT_COUNTED)[:, None], targets_N.clamp(min=0)[:, None]
-    chosen_N1, largest_N1 = logits_NV.gather(1, picked_N1), logits_NV.amax(1, keepdim=True)
-    slope_NV = logits_NV.softmax(1)
-    # log sum exp from the largest probability, which never underflows as others may.
-    log_sum_N1 = largest_N1 - slope_NV.amax(1, keepdim=True).log()
-    nats = torch.where(counted_N1, log_sum_N1 - chosen_N1, 0).sum(dtype=total_type)
+    p_N1 = slope_NV.gather(1, picked_N1)
+    log_p_N1 = p_N1.log()
+    if (p_N1 < torch.finfo(p_N1.dtype).tiny).any():  # too unlikely for its logarithm
+        log_p_N1 = exact_NV.gather(1, picked_N1) - exact_NV.logsumexp(1, keepdim=True)
     if z_loss:
         # d (z log_sum^2) / d logits = 2 z log_sum softmax.
+        log_sum_N1 = exact_NV.gather(1, picked_N1) - log_p_N1
         slope_NV *= 1 + 2 * z_loss * log_sum_N1
     # d nats / d logits = softmax - one_hot.
-    slope_NV.scatter_add_(1, picked_N1, torch.full_like(chosen_N1, smoothing - 1.0))
+    slope_NV.scatter_add_(1, picked_N1, torch.full_like(p_N1, smoothing - 1.0))
     if smoothing:
         slope_NV -= smoothing / slope_NV.shape[1]
     logits_NV.copy_(slope_NV)
-    return nats
+    return -torch.where(counted_N1, log_p_N1, 0).sum(dtype=total_type)
 
 
 def _slopes_at_once(
