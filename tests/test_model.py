@@ -26,6 +26,7 @@ from pretrain.model import (
 from pretrain.model.config import model_defaults
 from pretrain.model.decoder import initial_value
 from pretrain.model.families import FAMILIES, PRESETS
+from pretrain.model.layers import rotation_at
 from pretrain.model.ngrams import NgramEmbedding, followers, ngram_hashes
 from pretrain.model.objective import (
     NOT_COUNTED,
@@ -177,23 +178,32 @@ def test_fused_functions_and_their_gradients_equal_the_plain_ones(epsilon: float
     x = torch.randn(3, 5, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True)
     slope = torch.randn(3, 4, 5, 8, generator=generator, dtype=torch.float64)
+    angles = rotation_at(torch.arange(5), config_of("llama"))
 
     def pairs() -> list[list[tuple[Any, ...]]]:
         turned = x.transpose(1, 2)  # as queries and keys come
         norms = [f(turned, weight, epsilon) for f in (fused.rms_norm, fused.plain_rms_norm)]
         bare = [f(turned, None, epsilon) for f in (fused.rms_norm, fused.plain_rms_norm)]
         squares = [f(turned) for f in (fused.squared_relu, fused.plain_squared_relu)]
+        rotated = [f(turned, *angles) for f in (fused.rotate, fused.plain_rotate)]
         return [
             [(y, *torch.autograd.grad(y, leaves, slope, allow_unused=True)) for y in both]
-            for both, leaves in ((norms, (x, weight)), (bare, (x,)), (squares, (x,)))
+            for both, leaves in (
+                (norms, (x, weight)),
+                (bare, (x,)),
+                (squares, (x,)),
+                (rotated, (x,)),
+            )
         ]
 
     for ours, plain in pairs():
         for one, other in zip(ours, plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     with_gradients = fused.rms_norm(x, weight, epsilon)
-    with torch.no_grad():  # another path, of the same bits
+    rotated = fused.rotate(x.transpose(1, 2), *angles)
+    with torch.no_grad():  # other paths, of the same bits
         assert torch.equal(fused.rms_norm(x, weight, epsilon), with_gradients)
+        assert torch.equal(fused.rotate(x.transpose(1, 2), *angles), rotated)
 
 
 @pytest.mark.parametrize("extra", [{"smoothing": 0.1}, {"z_loss": 0.01}])

@@ -88,6 +88,44 @@ class _SquaredReLU(torch.autograd.Function):
         return slope.mul_(2)
 
 
+def rotate(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Pair i of each vector, its elements i and i + E/2, turned by the angle whose cosine and sine
+    stand at both places."""
+    if not _is_fused(x_XTE):
+        return plain_rotate(x_XTE, cos_TE, sin_TE)
+    if not torch.is_grad_enabled():
+        return _turned(x_XTE, cos_TE, sin_TE)
+    turned: Tensor = _Rotation.apply(x_XTE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
+    return turned
+
+
+def plain_rotate(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    first, second = x_XTE.chunk(2, dim=-1)
+    return x_XTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
+
+
+def _turned(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    turned = x_XTE * cos_TE
+    (into_first, into_second), (first, second) = turned.chunk(2, -1), x_XTE.chunk(2, -1)
+    sin_first, sin_second = sin_TE.chunk(2, -1)
+    into_first.addcmul_(second, sin_first, value=-1)
+    into_second.addcmul_(first, sin_second)
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TE, sin_TE)
+        ctx.dtype = x_XTE.dtype
+        return _turned(x_XTE, cos_TE, sin_TE)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        cos_TE, sin_TE = ctx.saved_tensors
+        return _turned(slopes[0], cos_TE, -sin_TE).to(ctx.dtype), None, None  # turned back
+
+
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """x W^T + b, in float32 on a CPU that is not Intel's by oneDNN, which comes with torch and is
     faster there than the MKL that torch's own function calls (docs/speed.md)."""

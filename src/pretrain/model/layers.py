@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.fused import linear, rms_norm, squared_relu
+from pretrain.model.fused import linear, rms_norm, rotate, squared_relu
 from pretrain.model.random import Noise
 
 ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range(4)
@@ -94,12 +94,6 @@ def sinusoids_at(positions_T: Tensor, d_model: int) -> Tensor:
     places = torch.arange(0, d_model, 2, device=positions_T.device).float() / d_model
     angles = positions_T.float()[:, None] / 10_000**places
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
-def rotate(x_BHTE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    cos_TE, sin_TE = rotation
-    first, second = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
 
 
 @dataclass
@@ -184,7 +178,7 @@ class Attention(nn.Module):
     def _turn(self, x_BHTE: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.config.query_key_norm:
             x_BHTE = rms_norm(x_BHTE, None, None)
-        return x_BHTE if rotation is None else rotate(x_BHTE, rotation)
+        return x_BHTE if rotation is None else rotate(x_BHTE, *rotation)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise | None) -> Tensor:
         T, S, grouped = query.shape[2], key.shape[2], key.shape[1] != query.shape[1]
