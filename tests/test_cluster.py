@@ -80,6 +80,7 @@ def kill_one_at_work(folder: Path, killed: list[int]) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="looks at /proc")
 def test_ray_with_a_worker_killed(
     corpus: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

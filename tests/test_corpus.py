@@ -273,11 +273,11 @@ def test_garbage_under_a_compressed_name(
 
 
 def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "BOMB_BYTES", 1 << 20)
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * (1 << 24)))
-    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "' + b" " * (1 << 24)))
-    (tmp_path / "c.csv.bz2").write_bytes(bz2.compress(b"text\n" + b"a\n" * (1 << 23)))
-    (tmp_path / "d.html.gz").write_bytes(gzip.compress(b"<html>" + b"a" * (1 << 24)))
+    monkeypatch.setattr(streams, "BOMB_BYTES", 1 << 18)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * (1 << 22)))
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "' + b" " * (1 << 22)))
+    (tmp_path / "c.csv.bz2").write_bytes(bz2.compress(b"text\n" + b"a\n" * (1 << 21)))
+    (tmp_path / "d.html.gz").write_bytes(gzip.compress(b"<html>" + b"a" * (1 << 22)))
     report = ReadingReport()
     found = {document.source for document in read_documents(tmp_path, report=report)}
     assert report.n_partial_files == 4

@@ -44,6 +44,7 @@ def test_a_run_is_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((run / "verification.json").read_text())["verdict"] == "exact"
 
 
+@pytest.mark.slow
 def test_micro_batches_are_compared_in_float32(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,7 +62,7 @@ def test_micro_batches_are_compared_in_float32(
 @pytest.mark.parametrize(
     ("fault", "stays"),
     [
-        ("order", []),
+        pytest.param("order", [], marks=pytest.mark.slow),
         pytest.param("randomness", ["order"], marks=pytest.mark.slow),
         ("optimizer", ["order"]),
         pytest.param("schedule", ["order"], marks=pytest.mark.slow),
