@@ -18,8 +18,22 @@ from pretrain.cli import main
 from pretrain.cli.models import OpenModel, open_model
 from pretrain.cli.scoring import find_file, text_of
 from pretrain.evaluate import Answer
-from pretrain.evaluate.examples import Example, kind_of, read_examples, with_shots
-from pretrain.evaluate.metrics import exact_match, f1, normalized, statistics_of_answer, value
+from pretrain.evaluate.examples import (
+    Example,
+    compared_part,
+    kind_of,
+    read_examples,
+    solved_text,
+    with_shots,
+)
+from pretrain.evaluate.metrics import (
+    exact_match,
+    f1,
+    final_answer,
+    normalized,
+    statistics_of_answer,
+    value,
+)
 from pretrain.evaluate.results import Results, _of_choices, ask
 from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind, tasks
 
@@ -266,9 +280,12 @@ def test_a_cloze_is_right_where_greedy_decoding_writes_it(model: OpenModel, tmp_
     words = [word, " Zanzibar"]
     results = asked(model, task, [Example(("the people of the",), (each,)) for each in words])
     assert results.statistics["accuracy"][:, 0].tolist() == [1.0, 0.0]
-    nats = [-sum(log_p(model, "the people of the", each)) for each in words]
+    each_token = [log_p(model, "the people of the", each) for each in words]
+    nats = [-sum(tokens) for tokens in each_token]
     found = float(value("perplexity", results.statistics["perplexity"].sum(0)))
     assert found == pytest.approx(math.exp(sum(nats) / 2), rel=1e-9)
+    found = float(value("token_perplexity", results.statistics["token_perplexity"].sum(0)))
+    assert found == pytest.approx(math.exp(sum(nats) / sum(map(len, each_token))), rel=1e-9)
 
 
 def test_schemas_compare_one_continuation_under_each_context(
@@ -327,6 +344,39 @@ def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
         right = Example(example.contexts, (f"The {wanted}!",))
         results = asked(model, task, [right])
         assert results.statistics["exact_match"][0, 0] == exact_match(wanted, [f"The {wanted}!"])
+
+
+def test_of_a_solution_its_last_number_is_compared(tmp_path: Path) -> None:
+    solved = {"question": "2 + 2", "answer": "One and one is two.\nTwice that.\n#### 1,004"}
+    path = written(tmp_path, [solved])
+    (example,) = examples_of(task_named("gsm8k"), path)
+    assert solved_text(task_named("gsm8k"), example).endswith("Twice that.\n#### 1,004")
+    for said, is_right in (
+        ("I think\n#### 1004", 1.0),
+        ("#### 7, no:\n#### $1004.", 1.0),
+        ("#### -1004", 0.0),
+        ("#### 10.04", 0.0),
+        ("1004", 0.0),
+    ):
+        parts = [compared_part(task_named("gsm8k"), t) for t in (said, *example.continuations)]
+        assert final_answer(parts[0], parts[1:]) == is_right, said
+    math = "so it is.\nFinal Answer: The final answer is $\\frac12$. I hope it is correct."
+    assert compared_part(task_named("math"), math) == "$\\frac12$."
+    assert final_answer("$\\frac12$.", ["\\frac{1}{2}", "\\frac12"]) == 1.0
+    path = written(tmp_path, [{"question": "2 + 2", "answer": "4"}])
+    with pytest.raises(ValueError, match="nothing behind '####'"):
+        examples_of(task_named("gsm8k"), path)
+
+
+def test_what_a_model_writes_before_the_mark_does_not_count(model: OpenModel) -> None:
+    task = replace(task_of_kind("answer", "mine"), answer_after=" ", metric="final_answer")
+    ask_of = Example(("The people of",), ("x y",))
+    (line,) = asked(model, task, [ask_of]).lines
+    last = line["answer"].rpartition(" ")[2] if " " in line["answer"] else ""
+    right = Example(ask_of.contexts, (f"some other {last}.",))
+    for example, is_right in ((right, float(bool(last))), (ask_of, 0.0)):
+        found = asked(model, task, [example]).statistics["final_answer"][0, 0]
+        assert found == is_right
 
 
 def test_answers_are_compared_as_squad_compares_them() -> None:

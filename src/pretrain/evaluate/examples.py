@@ -129,6 +129,17 @@ def solved_text(task: Task, example: Example) -> str:
     return "".join(example.options(task.delimiter)[example.gold])
 
 
+def compared_part(task: Task, text: str) -> str:
+    """What of an answer, or of a reference, is held against the other; of one without the task's
+    `answer_after` nothing."""
+    if not task.answer_after:
+        return text
+    part = text.rpartition(task.answer_after)[2] if task.answer_after in text else ""
+    for stop in task.stops:
+        part = part.partition(stop)[0]
+    return part.strip()
+
+
 class _Missing(Exception):
     """A record is not of the documented form: what is meant instead."""
 
@@ -187,7 +198,10 @@ def _example(task: Task, record: Record) -> Example:
     if task.kind == "cloze":
         return Example((context,), (_string(record, "continuation"),))
     if task.kind == "answer":
-        return Example((context,), _references(record), input=str(record.get("input", "")))
+        references = _references(record)
+        if not all(compared_part(task, text) for text in references if task.answer_after):
+            raise _Missing(f"an answer has nothing behind {task.answer_after!r}, which is compared")
+        return Example((context,), references, input=str(record.get("input", "")))
     choices = tuple(_filled(c, record) for c in task.choices) or _strings(record, "choices")
     return Example((context,), choices, _gold(task, record, choices))
 

@@ -21,6 +21,7 @@ from pretrain.corpus.formats import missing_package
 Array = NDArray[np.float64]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PART_OF_A_NUMBER = re.compile(r"[\s$]|(?<=\d),(?=\d{3})")
 _PUNCTUATION = frozenset(string.punctuation)
 _LARGEST_EXPONENT = 700.0
 
@@ -48,6 +49,16 @@ def exact_match(answer: str, references: Iterable[str]) -> float:
     return float(normalized(answer) in {normalized(reference) for reference in references})
 
 
+def final_answer(answer: str, references: Iterable[str]) -> float:
+    """1 where the answer is one of the references as mathematics reads them, sign by sign: without
+    white space, dollar signs, commas between thousands and a point at the end; else 0."""
+
+    def written(text: str) -> str:
+        return _NO_PART_OF_A_NUMBER.sub("", text).removesuffix(".")
+
+    return float(written(answer) in {written(reference) for reference in references})
+
+
 def f1(answer: str, references: Iterable[str]) -> float:
     """The harmonic mean of precision and recall of normalised words, of the best reference."""
     return max(_word_f1(normalized(answer).split(), normalized(r).split()) for r in references)
@@ -69,6 +80,8 @@ def statistics_of_answer(metric: str, answer: str, references: Sequence[str]) ->
             return _chrf(answer, references), 1.0
         case "exact_match":
             return exact_match(answer, references), 1.0
+        case "final_answer":
+            return final_answer(answer, references), 1.0
         case "f1":
             return f1(answer, references), 1.0
     return _rouge(metric, answer, references), 1.0

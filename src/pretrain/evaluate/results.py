@@ -17,7 +17,7 @@ import numpy as np
 
 from pretrain.evaluate.continuations import Answer, encode_pair, score_pairs
 from pretrain.evaluate.errors import estimate
-from pretrain.evaluate.examples import Example
+from pretrain.evaluate.examples import Example, compared_part
 from pretrain.evaluate.following import Followed
 from pretrain.evaluate.metrics import Array, statistics_of_answer
 from pretrain.evaluate.tasks import Task
@@ -172,7 +172,11 @@ def _of_clozes(
 ) -> dict[str, tuple[float, ...]]:
     """The word is right where greedy decoding would write it; perplexity is a word's."""
     (word,) = options
-    return {"accuracy": (float(word.is_greedy), 1.0), "perplexity": (word.nats, 1.0)}
+    return {
+        "accuracy": (float(word.is_greedy), 1.0),
+        "perplexity": (word.nats, 1.0),
+        "token_perplexity": (word.nats, word.tokens),
+    }
 
 
 def _of_texts(
@@ -213,9 +217,9 @@ def _open_answers(
     for number, example in enumerate(examples):
         answer, is_cut = writer.answer(example.contexts[0])
         n_cut += is_cut
+        compared, *references = (compared_part(task, t) for t in (answer, *example.continuations))
         for metric in metrics:
-            row = statistics_of_answer(metric, answer, example.continuations)
-            rows[metric].append(row)
+            rows[metric].append(statistics_of_answer(metric, compared, references))
         lines.append(
             {"example": number, "answer": answer, "references": list(example.continuations)}
         )

@@ -25,9 +25,9 @@ METRICS: dict[Kind, tuple[str, ...]] = {
         "accuracy_per_byte",
         "accuracy_unconditional",
     ),
-    "cloze": ("accuracy", "perplexity"),
+    "cloze": ("accuracy", "perplexity", "token_perplexity"),
     "schema": ("accuracy",),
-    "answer": ("f1", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"),
+    "answer": ("f1", "exact_match", "final_answer", "rouge1", "rouge2", "rougeL", "bleu", "chrf"),
     "pair": ("accuracy",),
     "text": ("bits_per_byte", "word_perplexity", "perplexity"),
 }
@@ -66,6 +66,8 @@ class Task:
     stops: tuple[str, ...] = ("\n",)
     """An answer ends before the first of them."""
     max_tokens: int = 32
+    answer_after: str = ""
+    """Only what follows the last of it is compared, of an answer and of its references."""
     wrong: str = ""
     """Another task that could be asked of the same inputs, to show what naming the task does."""
     papers: tuple[str, ...] = ()
