@@ -35,7 +35,9 @@ def device_here() -> str:
 class Trainee:
     """A small model in the world that the environment says, and what trains it."""
 
-    def __init__(self, family: str, optimizer: str, **axes: Any) -> None:
+    def __init__(
+        self, family: str, optimizer: str, *, precision: str = "fp32", **axes: Any
+    ) -> None:
         import torch
 
         from oracles import config_of
@@ -52,7 +54,8 @@ class Trainee:
         is_cut = self.layout.cuts_weights
         place, seed = ("meta", None) if is_cut else (self.world.device, SEED)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
-        self.model = parallelize(Objective(decoder, seed=SEED), self.layout, self.world)
+        objective, self.precision = Objective(decoder, seed=SEED), precision
+        self.model = parallelize(objective, self.layout, self.world, precision=precision)
         if is_cut:
             self.model.initialize(SEED)
         self.optimizer = build_optimizer(
@@ -82,9 +85,26 @@ class Trainee:
         each = {"rank": number, "size": n}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
-        own = score_batches(self.model.objective, batches, byte_lengths_V=ones, world=self.world)
+        own = score_batches(
+            self.model.objective,
+            batches,
+            byte_lengths_V=ones,
+            world=self.world,
+            precision=self.precision,
+        )
         own = own if self.model.counts else []
         return math.fsum(self.world.gather_all([each.nats for each in own]))
+
+    def sample(self) -> list[int]:
+        """A few ids that it writes, as a run does beside an evaluation."""
+        from pretrain.generate import Sampling, generate_ids
+
+        self.model.gather()
+        with self.world.autocast(self.model.read_in):
+            (ids,) = generate_ids(
+                self.model.objective.decoder, [1, 2], max_tokens=8, sampling=Sampling(seed=SEED)
+            )
+        return ids
 
 
 def train(
@@ -140,6 +160,7 @@ def train(
             steps=steps,
             clip=1.0,
             world=trainee.world,
+            precision=trainee.precision,
         )
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         while True:
@@ -160,6 +181,7 @@ def train(
             "checksums": checksums,
             "kept bytes": kept,
             "norm of each": trainee.model.gradient_norms(),
+            "sample": trainee.sample(),
             "first": first,
             "last": trainee.held(),
         }
@@ -191,7 +213,7 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _run_of(folder: str, axes: dict[str, int], *, fresh: bool) -> Any:
+def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     import torch
 
     from pretrain.checkpoint import BackgroundSaver

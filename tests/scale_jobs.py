@@ -140,7 +140,7 @@ def trace(
     }
 
 
-def count(rows: int, **axes: Any) -> dict[str, Any]:
+def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
     """What is moved in one micro-batch of a small llama by processes that are there."""
     from oracles import T, V, config_of
 
@@ -149,10 +149,10 @@ def count(rows: int, **axes: Any) -> dict[str, Any]:
     decoder = build(config, vocab_size=V, seed=None, device="meta")
     sizes = {name: p.numel() for name, p in decoder.named_parameters()}
     parallel = ParallelConfig(**axes).laid_out(world.size)
-    model = layout.parallelize(Objective(decoder, seed=1), parallel, world)
+    model = layout.parallelize(Objective(decoder, seed=1), parallel, world, precision=precision)
     model.initialize(1)
     ids = torch.zeros(rows, T, dtype=torch.int64)
-    with Moved() as moved:
+    with Moved() as moved, world.autocast(precision):
         nats, _ = model.module(MicroBatch(ids, ids.clone(), torch.arange(rows)))
         nats.backward()  # type: ignore[no-untyped-call]
     return {

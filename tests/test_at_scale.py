@@ -75,6 +75,13 @@ def test_processes_that_are_there_move_as_much(pool: Pool, size: int) -> None:
         # Rows that do not divide are filled up: the vocabulary has 67.
         assert found["bytes"]["gather"] == pytest.approx(gathered(found), rel=0.01)
         assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
+    for found in pool.run(size, jobs.count, 2, shard=size, precision="bf16"):
+        # Blocks are gathered in two bytes a number; slopes are summed in four.
+        in_blocks = found["parameters"] - found["in the ends"]
+        assert found["bytes"]["gather"] == pytest.approx(
+            2 * 2 * in_blocks + REAL * found["in the ends"], rel=0.01
+        )
+        assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
     for found in pool.run(size, jobs.count, 2, tensor=2):
         hidden = REAL * found["tokens"] * found["width"]
         # Of each row its largest logit, the sum, and the target's.

@@ -249,6 +249,29 @@ def test_what_is_added_to_the_objective_ends_with_training(
     assert not torch.allclose(slope(whole.train()), plain)
 
 
+@pytest.mark.parametrize("vocab_size", [67, 500])
+def test_in_bfloat16_the_loss_is_nearly_what_it_is(vocab_size: int) -> None:
+    """Also where memory that nobody has written holds numbers that are none."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(48, 32, generator=generator)
+    weight = torch.randn(vocab_size, 32, generator=generator)
+    targets = torch.randint(0, vocab_size, (48,), generator=generator)
+    found = []
+    torch.use_deterministic_algorithms(True)  # fills it so
+    try:
+        for is_narrow in (False, True):
+            leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow):
+                nats = linear_cross_entropy(leaves[0], leaves[1], targets)
+            found.append((nats, *torch.autograd.grad(nats, leaves)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact, narrow = found
+    torch.testing.assert_close(narrow[0], exact[0], rtol=2e-3, atol=0)
+    for one, other in zip(narrow[1:], exact[1:], strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.02
+
+
 def test_a_target_too_unlikely_for_a_number_still_has_its_nats(way: dict[str, Any]) -> None:
     """e^-300 is no float32, and its logarithm is."""
     hidden = torch.tensor([[1.0], [2.0], [0.1]], requires_grad=True)

@@ -108,6 +108,43 @@ def test_so_they_do_in_all_others(pool: Pool, family: str, layout: str) -> None:
     check_float32(pool, family, layout)
 
 
+SHORT_BFLOAT16 = [("gpt2", "fsdp 2")]
+REST_BFLOAT16 = [
+    (family, layout)
+    for family in jobs.FAMILIES
+    for layout in LAYOUTS
+    if (family, layout) not in SHORT_BFLOAT16
+]
+
+
+def check_bfloat16(pool: Pool, family: str, layout: str) -> None:
+    """Losses of six steps by AdamW, by products in bfloat16 of weights that are gathered in it, to
+    the digits that it has."""
+    axes, words = LAYOUTS[layout], {"steps": 6, "rows": 8}
+    alone = jobs.train(family, "adamw", precision="bf16", **words)  # type: ignore[arg-type]
+    exact = jobs.train(family, "adamw", **words)  # type: ignore[arg-type]
+    named: dict[str, Any] = {"precision": "bf16", **words, **axes}
+    answers = pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **named)
+    for answer in answers:
+        assert answer["sample"] == answers[0]["sample"]
+        for name in ("losses", "evaluations"):
+            np.testing.assert_allclose(answer[name], alone[name], rtol=2e-4)
+            assert answer[name] != exact[name]
+        for _, values in answer["last"].values():
+            assert values.dtype == np.float32
+
+
+@pytest.mark.parametrize(("family", "layout"), SHORT_BFLOAT16)
+def test_in_bfloat16_they_agree_to_its_digits(pool: Pool, family: str, layout: str) -> None:
+    check_bfloat16(pool, family, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), REST_BFLOAT16)
+def test_in_bfloat16_so_do_all_others(pool: Pool, family: str, layout: str) -> None:
+    check_bfloat16(pool, family, layout)
+
+
 def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, steps: int) -> None:
     """In float64, where what is left is a matter of rounding alone."""
     axes = LAYOUTS[layout]
@@ -121,6 +158,7 @@ def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, st
             np.testing.assert_allclose(answer[name], alone[name], rtol=1e-9)
         assert answer["counts"] == alone["counts"]
         assert answer["checksums"] == alone["checksums"]
+        assert answer["sample"] == alone["sample"]
         # Gradients that a rule has used are gone in one process as in several.
         for name, norm in alone["norm of each"].items():
             assert answer["norm of each"][name] == pytest.approx(norm, rel=1e-7)

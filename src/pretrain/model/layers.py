@@ -22,7 +22,7 @@ ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range
 
 def build_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layer":
-        return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.has_bias("norm"))
+        return LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.has_bias("norm"))
     return RMSNorm(config.d_model, eps=config.norm_epsilon)
 
 
@@ -50,9 +50,20 @@ def _joins(x: Tensor) -> bool:
     return on_gpu and torch.is_grad_enabled() and torch.compiler.is_compiling()
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else _as_exact(p, x) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, _as_exact(self.weight, x), self.eps)
+
+
+def _as_exact(weight_D: Tensor, x: Tensor) -> Tensor:
+    """A weight as exact as x: one that other processes hold may have come in bfloat16."""
+    return weight_D.to(torch.promote_types(weight_D.dtype, x.dtype))
 
 
 def rotation_at(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
     from pretrain.parallel.sharded import Meshes
 
 
-def parallelize(objective: Objective, config: ParallelConfig, world: World) -> Parallel:
+def parallelize(
+    objective: Objective, config: ParallelConfig, world: World, *, precision: str = "fp32"
+) -> Parallel:
     """Lay an objective over the processes of `world`, by a config whose axes are filled.
 
     Where weights are laid over processes the objective comes without memory (device meta), so that
     no process ever holds it whole, and must be given values: `Parallel.initialize`, or those of a
-    checkpoint.
+    checkpoint. For the `precision` bf16 blocks are gathered in bfloat16, as their products read
+    them; what each process keeps, and sums of gradients, are float32.
     """
     if not config.cuts_weights:
         recompute(objective.decoder, config.recompute)
@@ -52,7 +56,7 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
         )
         return Parallel(objective, copies, world, tables=list(tables.values()))
     # Half a second that one process need not spend.
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from pretrain.parallel.sharded import Sharded
 
@@ -69,8 +73,10 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
     recompute(decoder, config.recompute)
     if config.data * config.shard * config.context > 1:
         over = laid["laid"] if config.data == 1 else laid["data", "laid"]
+        narrow = torch.bfloat16 if precision == "bf16" else None
+        policy = MixedPrecisionPolicy(narrow, narrow and torch.float32, cast_forward_inputs=False)
         for block in decoder.blocks.values():
-            fully_shard(block, mesh=over)
+            fully_shard(block, mesh=over, mp_policy=policy)
         # With embedding and head: where they are one parameter, it must be in one group.
         fully_shard(decoder, mesh=over)
     objective.to_empty(device=world.device)
@@ -81,6 +87,7 @@ def parallelize(objective: Objective, config: ParallelConfig, world: World) -> P
         n_alike=config.tensor * config.pipeline,
         n_counting=config.tensor,
         parts={name: part_of(parameter) for name, parameter in decoder.named_parameters()},
+        read_in=precision,
         meshes=meshes,
         pipe=Pipe(objective, meshes.pipeline) if config.pipeline > 1 else None,
     )

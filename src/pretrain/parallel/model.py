@@ -41,6 +41,8 @@ class Parallel:
     """of them, those that come to the nats"""
     tables: list[nn.Parameter] = field(default_factory=list)
     """those of which a step names the rows that it has read"""
+    read_in: str = "fp32"
+    """the precision in which weights come that a pass reads, and so that of its products"""
     parts: dict[str, Part] = field(default_factory=dict)
     """what this process holds, by the decoder's names"""
 

@@ -59,7 +59,8 @@ def build_model(
     if train.compile == "on":
         # Where weights are gathered block by block, a graph cannot reach over several.
         objective.compile_parts(by_block=is_cut)
-    laid_out = parallelize(objective, parallel.laid_out(world.size), world)
+    axes = parallel.laid_out(world.size)
+    laid_out = parallelize(objective, axes, world, precision=train.precision)
     if is_cut:
         laid_out.initialize(train.seed)
     return laid_out

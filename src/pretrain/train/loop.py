@@ -317,13 +317,14 @@ def _evaluate(run: Run, stop: StopSignals) -> bool:
     )
     sampling = Sampling(temperature=0.8, seed=run.settings.seed)
     run.model.gather()
-    text = uncompiled(generate)(
-        run.objective.decoder,
-        run.data.tokenizer(),
-        "",
-        max_tokens=SAMPLE_TOKENS,
-        sampling=sampling,
-    )[0]
+    with run.world.autocast(run.model.read_in):
+        text = uncompiled(generate)(
+            run.objective.decoder,
+            run.data.tokenizer(),
+            "",
+            max_tokens=SAMPLE_TOKENS,
+            sampling=sampling,
+        )[0]
     run.screen.sample(text)
     run.records.add_sample(
         {
