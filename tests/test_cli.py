@@ -238,3 +238,28 @@ def test_several_sources_make_one_prepared_folder_and_one_tokenizer(
     assert main(["prepare", sources[0], sources[0], "--out", str(tmp_path / "twice")]) == 2
     assert "would be read twice" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "s3://bucket/texts"],
+        ["train", "--data.source=gs://bucket/texts"],
+        ["train", "--run", "s3://bucket/run"],
+        ["prepare", "a.txt", "s3://bucket/texts", "--out", "here"],
+        ["export", "run", "--format", "hf", "--out", "s3://bucket/run"],
+    ],
+)
+def test_an_address_is_refused_and_no_folder_is_made_of_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert "://bucket" in (said := capsys.readouterr().err)
+    assert "copy it first" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_said_to_a_model_may_be_an_address(finished_run: Path) -> None:
+    words = ["generate", str(finished_run), "--prompt", "https://x", "--max-tokens", "2"]
+    assert main(words) == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ VERBS = {
     "report": "write a run's report.html",
     "trace": "which documents a step saw, and which steps saw a document",
 }
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://")
+# What is said to a model, and not where something lies.
+_SAID = {"prompt", "input", "answer"}
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
 _USERS_ERRNO = {
     errno.EACCES,
@@ -89,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output(json=arguments.json)
     try:
         arguments.settings = settings
+        _refuse_addresses(arguments)
         return int(module.run(arguments, output))
     except KeyboardInterrupt as stop:
         code = getattr(stop, "exit_code", 130)
@@ -120,6 +125,18 @@ def take_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in word and rest:
             settings.append(rest.pop(0))
     return settings, kept
+
+
+def _refuse_addresses(arguments: argparse.Namespace) -> None:
+    """ValueError for a file or folder that lies on no disk: its path would be another's."""
+    for name, value in vars(arguments).items():
+        for word in value if isinstance(value, list) else [value]:
+            _, _, after = str(word).rpartition("=")
+            if name not in _SAID and _ADDRESS.match(after):
+                raise ValueError(
+                    f"{after} is an address, and files are read from disks and written to them; "
+                    "copy it first (aws s3 sync, gcloud storage rsync), or mount it (mountpoint-s3)"
+                )
 
 
 def _overview() -> str:
