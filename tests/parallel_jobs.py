@@ -144,6 +144,11 @@ def train(
                 micro_batch_rows=2 if trainee.layout.elastic else None,
             ),
         )
+        read: set[str] = set()  # types in which blocks read their weights
+        for block in trainee.model.objective.decoder.blocks.values():
+            block.feed_forward.up.register_forward_pre_hook(
+                lambda layer, given: read.add(str(layer.weight.dtype))
+            )
         reports, evaluations, checksums = [], [], []
         kept = 0
 
@@ -182,6 +187,7 @@ def train(
             "kept bytes": kept,
             "norm of each": trainee.model.gradient_norms(),
             "sample": trainee.sample(),
+            "read": sorted(read),
             "first": first,
             "last": trainee.held(),
         }

@@ -245,7 +245,8 @@ def test_several_sources_make_one_prepared_folder_and_one_tokenizer(
     [
         ["train", "s3://bucket/texts"],
         ["train", "--data.source=gs://bucket/texts"],
-        ["train", "--run", "s3://bucket/run"],
+        ["train", "--run", "s3://bucket/run=1"],
+        ["train", "--data.source", "S3://bucket/texts"],
         ["prepare", "a.txt", "s3://bucket/texts", "--out", "here"],
         ["export", "run", "--format", "hf", "--out", "s3://bucket/run"],
     ],
@@ -260,6 +261,10 @@ def test_an_address_is_refused_and_no_folder_is_made_of_it(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_said_to_a_model_may_be_an_address(finished_run: Path) -> None:
+def test_what_is_said_to_a_model_may_be_an_address_and_a_document_s_name(
+    finished_run: Path, capsys: Capture
+) -> None:
     words = ["generate", str(finished_run), "--prompt", "https://x", "--max-tokens", "2"]
     assert main(words) == 0
+    assert main(["trace", str(finished_run), "--document", "https://x"]) == 2
+    assert "an address" not in capsys.readouterr().err

@@ -280,12 +280,12 @@ def test_a_cloze_is_right_where_greedy_decoding_writes_it(model: OpenModel, tmp_
     words = [word, " Zanzibar"]
     results = asked(model, task, [Example(("the people of the",), (each,)) for each in words])
     assert results.statistics["accuracy"][:, 0].tolist() == [1.0, 0.0]
-    each_token = [log_p(model, "the people of the", each) for each in words]
-    nats = [-sum(tokens) for tokens in each_token]
+    nats = [-sum(log_p(model, "the people of the", each)) for each in words]
     found = float(value("perplexity", results.statistics["perplexity"].sum(0)))
     assert found == pytest.approx(math.exp(sum(nats) / 2), rel=1e-9)
-    found = float(value("token_perplexity", results.statistics["token_perplexity"].sum(0)))
-    assert found == pytest.approx(math.exp(sum(nats) / sum(map(len, each_token))), rel=1e-9)
+    found = float(value("bits_per_byte", results.statistics["bits_per_byte"].sum(0)))
+    n_bytes = sum(len(each.encode()) for each in words)
+    assert found == pytest.approx(sum(nats) / math.log(2) / n_bytes, rel=1e-9)
 
 
 def test_schemas_compare_one_continuation_under_each_context(
@@ -352,11 +352,12 @@ def test_of_a_solution_its_last_number_is_compared(tmp_path: Path) -> None:
     (example,) = examples_of(task_named("gsm8k"), path)
     assert solved_text(task_named("gsm8k"), example).endswith("Twice that.\n#### 1,004")
     for said, is_right in (
-        ("I think\n#### 1004", 1.0),
+        ("I think\n#### 1004\nSo it is 1004.", 1.0),
         ("#### 7, no:\n#### $1004.", 1.0),
         ("#### -1004", 0.0),
         ("#### 10.04", 0.0),
         ("1004", 0.0),
+        ("#### 10,04", 0.0),
     ):
         parts = [compared_part(task_named("gsm8k"), t) for t in (said, *example.continuations)]
         assert final_answer(parts[0], parts[1:]) == is_right, said

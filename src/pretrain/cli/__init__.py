@@ -41,9 +41,9 @@ VERBS = {
     "report": "write a run's report.html",
     "trace": "which documents a step saw, and which steps saw a document",
 }
-_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://")
-# What is said to a model, and not where something lies.
-_SAID = {"prompt", "input", "answer"}
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# What is said to a model, and names of documents; not where something lies.
+_SAID = {"prompt", "input", "answer", "document"}
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
 _USERS_ERRNO = {
     errno.EACCES,
@@ -130,11 +130,11 @@ def take_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _refuse_addresses(arguments: argparse.Namespace) -> None:
     """ValueError for a file or folder that lies on no disk: its path would be another's."""
     for name, value in vars(arguments).items():
-        for word in value if isinstance(value, list) else [value]:
-            _, _, after = str(word).rpartition("=")
-            if name not in _SAID and _ADDRESS.match(after):
+        for word in map(str, value if isinstance(value, list) else [value]):
+            place = word.partition("=")[2] if word.startswith("--") else word
+            if name not in _SAID and _ADDRESS.match(place):
                 raise ValueError(
-                    f"{after} is an address, and files are read from disks and written to them; "
+                    f"{place} is an address, and files are read from disks and written to them; "
                     "copy it first (aws s3 sync, gcloud storage rsync), or mount it (mountpoint-s3)"
                 )
 

@@ -130,14 +130,14 @@ def solved_text(task: Task, example: Example) -> str:
 
 
 def compared_part(task: Task, text: str) -> str:
-    """What of an answer, or of a reference, is held against the other; of one without the task's
-    `answer_after` nothing."""
+    """What of an answer, or of a reference, is held against the other: all of it, or the line
+    behind the task's `answer_after`."""
     if not task.answer_after:
         return text
     part = text.rpartition(task.answer_after)[2] if task.answer_after in text else ""
     for stop in task.stops:
         part = part.partition(stop)[0]
-    return part.strip()
+    return part.strip().partition("\n")[0]
 
 
 class _Missing(Exception):

@@ -21,7 +21,7 @@ from pretrain.corpus.formats import missing_package
 Array = NDArray[np.float64]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PART_OF_A_NUMBER = re.compile(r"[\s$]|(?<=\d),(?=\d{3})")
+_NO_PART_OF_A_NUMBER = re.compile(r"[\s$]|(?<=\d),(?=\d{3}(?!\d))")
 _PUNCTUATION = frozenset(string.punctuation)
 _LARGEST_EXPONENT = 700.0
 

@@ -171,11 +171,12 @@ def _of_clozes(
     example: Example, options: Sequence[Answer], line: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
     """The word is right where greedy decoding would write it; perplexity is a word's."""
-    (word,) = options
+    (word,), (text,) = options, example.continuations
+    n_bytes = len(text.encode("utf-8", "replace"))
     return {
         "accuracy": (float(word.is_greedy), 1.0),
         "perplexity": (word.nats, 1.0),
-        "token_perplexity": (word.nats, word.tokens),
+        "bits_per_byte": (word.nats / math.log(2), n_bytes),
     }
 
 
@@ -210,7 +211,9 @@ def _open_answers(
     precision: str,
 ) -> Results:
     writer = Writer(decoder, tokenizer, task, world=world, precision=precision)
-    metrics = dict.fromkeys(("exact_match", "f1", task.metric))
+    # Words that are compared without punctuation say nothing of numbers.
+    usual = () if task.answer_after else ("exact_match", "f1")
+    metrics = dict.fromkeys((*usual, task.metric))
     rows: Rows = {metric: [] for metric in metrics}
     lines: list[dict[str, Any]] = []
     n_cut = 0

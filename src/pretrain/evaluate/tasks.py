@@ -25,7 +25,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {
         "accuracy_per_byte",
         "accuracy_unconditional",
     ),
-    "cloze": ("accuracy", "perplexity", "token_perplexity"),
+    "cloze": ("accuracy", "perplexity", "bits_per_byte"),
     "schema": ("accuracy",),
     "answer": ("f1", "exact_match", "final_answer", "rouge1", "rouge2", "rougeL", "bleu", "chrf"),
     "pair": ("accuracy",),

@@ -179,7 +179,7 @@ def _nats_then_slope_(
     counted_N1, picked_N1 = (targets_N != NOT_COUNTED)[:, None], targets_N.clamp(min=0)[:, None]
     p_N1 = slope_NV.gather(1, picked_N1)
     log_p_N1 = p_N1.log()
-    if (p_N1 < torch.finfo(p_N1.dtype).tiny).any():  # too unlikely for its logarithm
+    if _has_lost(p_N1):
         log_p_N1 = exact_NV.gather(1, picked_N1) - exact_NV.logsumexp(1, keepdim=True)
     if z_loss:
         # d (z log_sum^2) / d logits = 2 z log_sum softmax.
@@ -191,6 +191,11 @@ def _nats_then_slope_(
         slope_NV -= smoothing / slope_NV.shape[1]
     logits_NV.copy_(slope_NV)
     return -torch.where(counted_N1, log_p_N1, 0).sum(dtype=total_type)
+
+
+def _has_lost(p_N1: Tensor) -> bool:
+    """Whether one of these is so unlikely that it has no number, and its logarithm has."""
+    return bool((p_N1 < torch.finfo(p_N1.dtype).tiny).any())
 
 
 def _slopes_at_once(

@@ -33,8 +33,8 @@ def parallelize(
 
     Where weights are laid over processes the objective comes without memory (device meta), so that
     no process ever holds it whole, and must be given values: `Parallel.initialize`, or those of a
-    checkpoint. For the `precision` bf16 blocks are gathered in bfloat16, as their products read
-    them; what each process keeps, and sums of gradients, are float32.
+    checkpoint. For the `precision` bf16 blocks are gathered in bfloat16, their norms too; what each
+    process keeps, and sums of gradients, are float32.
     """
     if not config.cuts_weights:
         recompute(objective.decoder, config.recompute)

@@ -144,7 +144,7 @@ class Pipe:
         """Logits of the last process's hidden states, for everybody."""
         V = self._objective.decoder.vocab_size
         if self.is_last:
-            logits = self._whole_logits(hidden).contiguous()
+            logits = self._whole_logits(hidden).to(hidden.dtype).contiguous()
         else:
             logits = hidden.new_empty(*hidden.shape[:-1], V)
         dist.broadcast(logits, group=self._group, group_src=self._size - 1)
