@@ -146,7 +146,7 @@ def train(
         )
         read: set[str] = set()  # types in which blocks read their weights
         for block in trainee.model.objective.decoder.blocks.values():
-            block.feed_forward.up.register_forward_pre_hook(
+            block.get_submodule("feed_forward.up").register_forward_pre_hook(
                 lambda layer, given: read.add(str(layer.weight.dtype))
             )
         reports, evaluations, checksums = [], [], []
