@@ -178,7 +178,8 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     from pretrain.cli import main
 
     run = tmp_path / "run"
-    started = start(corpus, run, "--parallel.processes", "2", "--parallel.shard", "2")
+    words = ["--parallel.processes", "2", "--parallel.shard", "2", "--train.precision", "bf16"]
+    started = start(corpus, run, *words)
     wait_for(lambda: is_saved(run, 8))
     started.terminate()
     finish(started, code=128 + signal.SIGTERM)
@@ -187,7 +188,7 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     assert "parallel.processes: 2 -> 1   (--accept parallel.processes)" in capsys.readouterr().err
     words += ["--parallel.shard", "1", "--accept", "parallel.processes"]
     assert main([*words, "--accept", "parallel.shard"]) == 0
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)  # which is in float32
 
 
 @pytest.mark.slow
