@@ -44,17 +44,7 @@ def parallelize(
         return Parallel(objective, objective, world)
     assert config.data is not None
     if not config.cuts_weights:
-        on_gpu = [world.device] if world.device.type == "cuda" else None
-        ngrams = objective.decoder.ngrams
-        tables = dict(ngrams.named_parameters()) if ngrams and ngrams.sparse_gradients else {}
-        names = [f"decoder.ngrams.{name}" for name in tables]
-        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(objective, names)  # type: ignore[no-untyped-call]
-        # Weights are a function of the seed, and so the same everywhere.
-        copies = DistributedDataParallel(
-            objective, device_ids=on_gpu, init_sync=False, gradient_as_bucket_view=True
-        )
-        return Parallel(objective, copies, world, tables=list(tables.values()))
+        return _copied(objective, world)
     # Half a second that one process need not spend.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -91,6 +81,23 @@ def parallelize(
         meshes=meshes,
         pipe=Pipe(objective, meshes.pipeline) if config.pipeline > 1 else None,
     )
+
+
+def _copied(objective: Objective, world: World) -> Parallel:
+    """Copies of the whole model, whose gradients are summed while they are made."""
+    ngrams = objective.decoder.ngrams
+    tables = dict(ngrams.named_parameters()) if ngrams and ngrams.sparse_gradients else {}
+    names = [f"decoder.ngrams.{name}" for name in tables]
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(objective, names)  # type: ignore[no-untyped-call]
+    # Weights are a function of the seed, and so the same everywhere.
+    copies = DistributedDataParallel(
+        objective,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        init_sync=False,
+        gradient_as_bucket_view=True,
+    )
+    return Parallel(objective, copies, world, tables=list(tables.values()))
 
 
 def _arrange(config: ParallelConfig, world: World) -> Meshes:
