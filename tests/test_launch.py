@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,8 +76,8 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-def numbers(run: Path) -> dict[str, Any]:
-    checkpoint = open_checkpoint(run / f"checkpoints/step-{STEPS:08d}")
+def numbers(run: Path, step: int = STEPS) -> dict[str, Any]:
+    checkpoint = open_checkpoint(run / f"checkpoints/step-{step:08d}")
     names = [f"{g}/{n}" for g in ("model", "optimizer") for n in checkpoint.names(g)]
     return {name: checkpoint.read(name).tolist() for name in names}
 
@@ -189,6 +190,35 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     words += ["--parallel.shard", "1", "--accept", "parallel.processes"]
     assert main([*words, "--accept", "parallel.shard"]) == 0
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)  # which is in float32
+
+
+@pytest.mark.slow
+def test_two_processes_extend_a_run_and_prove_it(
+    corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pretrain.cli import main
+
+    command = [sys.executable, "-m", "pretrain", "extend", "RUN", "--train.steps", "200"]
+    one, two = tmp_path / "undisturbed", tmp_path / "killed"
+    for run in (one, two):
+        shutil.copytree(whole, run)
+        command[4] = str(run)
+        started = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if run == two:
+            wait_for(lambda: is_saved(two, STEPS + 16))
+            os.kill(members(started)[1], signal.SIGKILL)
+        said = finish(started)
+        assert ("process 1 was killed by SIGKILL" in said) == (run == two)
+    assert len(losses(one)) == 200
+    assert losses(one) == losses(two)
+    assert numbers(one, 200) == numbers(two, 200)
+    capsys.readouterr()
+    assert main(["verify", str(one), "--steps", "4", "--json"]) == 0
+    proof = json.loads(capsys.readouterr().out)
+    assert proof["verdict"] == "exact"
+    assert proof["checks"]["micro-batch"]["verdict"] == "agrees"
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def resume(
         return 0
     joined, output = join(wanted, output)
     if joined is not None and not joined.leads:
-        return _follow_leader(folder, joined, output, began)
+        return _follow_leader(folder, joined, output, began, ends)
     with only_writer(folder, output):
         checkpoint = continuation.checkpoint(folder) if continuation else _newest(folder, output)
         by = "accept" if continuation is None else continuation.verb
@@ -107,7 +107,7 @@ def resume(
         )
 
 
-def _follow_leader(folder: Path, world: World, output: Output, began: float) -> int:
+def _follow_leader(folder: Path, world: World, output: Output, began: float, ends: Ends) -> int:
     """Go on with a run as the first process has settled it."""
     from pretrain.checkpoint import open_checkpoint
 
@@ -125,6 +125,7 @@ def _follow_leader(folder: Path, world: World, output: Output, began: float) -> 
         began,
         followed=read_followed(config.evaluate),
         resume_from=open_checkpoint(folder / "checkpoints" / name) if name else None,
+        ends=ends,
     )
 
 

@@ -1,5 +1,5 @@
-"""One leg of a proof, in a process of its own: a run that goes on to a given step and stops, or
-dies.
+"""One leg of a proof, in as many processes as its run has: it goes on to a given step and stops,
+or dies.
 
 `verify` starts it as python -m pretrain.cli.leg FOLDER --stop-after N | --die-after N.
 """
@@ -7,6 +7,8 @@ dies.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from pathlib import Path
 
 from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
+from pretrain.cli.processes import launch_once, processes_of_run
+from pretrain.parallel.peers import PeerDied
 from pretrain.train.signals import Ends
 
 
@@ -24,6 +28,14 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--die-after", type=int)
     asked = parser.parse_args(words)
+    if (n := processes_of_run(asked.folder, {})) > 1:
+        try:
+            return launch_once(words, n, module="pretrain.cli.leg")
+        except PeerDied as error:
+            if asked.die_after is None:
+                raise
+            print(error, file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGKILL)  # as those that it has started did
     ends = Ends(asked.stop_after, asked.die_after)
     return resume(asked.folder, None, {}, Output(json=False), began, ends=ends)
 

@@ -125,13 +125,22 @@ def launch_train(arguments: argparse.Namespace, folder: Path, n: int, output: Ou
     if arguments.resume:
         begun = resumed = [*begun, "--resume", *accepted]
 
-    def progress() -> list[str]:
-        return sorted(path.name for path in folder.glob("checkpoints/step-*"))
-
     def again() -> list[str]:
         return resumed if is_begun(folder) else begun
 
-    return launch(begun, again, n, output, progress=progress)
+    return launch(begun, again, n, output, progress=lambda: _saved(folder))
+
+
+def launch_continuation(arguments: argparse.Namespace, verb: str, n: int, output: Output) -> int:
+    """Let `n` processes extend or anneal a run; the same words again go on with what they began."""
+    accepted = [word for each in arguments.accept for word in ("--accept", each)]
+    words = [verb, arguments.run, *arguments.settings, *accepted, *["--json"] * arguments.json]
+    folder = Path(arguments.run)
+    return launch(words, lambda: words, n, output, progress=lambda: _saved(folder))
+
+
+def _saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoints/step-*"))
 
 
 def launch(
@@ -158,9 +167,9 @@ def launch(
             words = again()
 
 
-def launch_once(words: Sequence[str], n: int) -> int:
-    """Run `pretrain WORDS` in `n` processes of this machine; returns an exit code. PeerDied when
-    one fails."""
+def launch_once(words: Sequence[str], n: int, *, module: str = "pretrain") -> int:
+    """Run `python -m MODULE WORDS` in `n` processes of this machine; returns an exit code. PeerDied
+    when one fails."""
     from pretrain.parallel.launch import run_processes
 
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
@@ -169,7 +178,7 @@ def launch_once(words: Sequence[str], n: int) -> int:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        return run_processes([sys.executable, "-m", "pretrain", *words], n, Path(folder))
+        return run_processes([sys.executable, "-m", module, *words], n, Path(folder))
 
 
 def _die_with_parent() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from pretrain.cli.continuing import Continuation, given_settings, was_begun
 from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
+from pretrain.cli.processes import launch_continuation, processes_of_run
 from pretrain.cli.resuming import read_run
 from pretrain.cli.verbs.train import add_accept
 from pretrain.config import Layer, parse_overrides
@@ -73,6 +74,8 @@ def go_on(
     given = given_settings(overrides, takes)
     if given.get("train.steps") is None:
         raise ValueError(f"{verb} needs --train.steps N, the new total, above {stored.train.steps}")
+    if (n := processes_of_run(folder, overrides)) > 1:
+        return launch_continuation(arguments, verb, n, output)
     if was_begun(folder, stored, verb, given):
         return resume(folder, None, overrides, output, began, accepted=accepted)
     rest: Layer = {
