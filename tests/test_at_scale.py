@@ -51,6 +51,7 @@ def test_8b_on_64_devices(pool: Pool) -> None:
     assert found["calls"] == {"gather": 2 * found["layers"] + 1, "scatter": found["layers"] + 1}
 
 
+@pytest.mark.slow
 def test_8b_with_its_heads_and_columns_on_8_of_64_devices(pool: Pool) -> None:
     """ "Megatron-LM", section 3: hidden states are summed twice in a block on the way forward, and
     twice on the way back; once more after the embedding, and before the head's slopes go back."""

@@ -129,6 +129,7 @@ echo "Submitted batch job 1"
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs bash")
 def test_what_slurm_would_run(
     corpus: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

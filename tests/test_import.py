@@ -124,8 +124,14 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "nothing before a prompt": (_no_start, "tokenizer"),
 }
 
+# One of the model and one of the tokenizer: each is asked about by a process of its own.
+IN_SHORT = ("one number", "nothing before a prompt")
 
-@pytest.mark.parametrize("fault", FAULTS)
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in FAULTS],
+)
 def test_a_planted_fault_fails_the_export(
     fault: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -107,6 +107,7 @@ def test_every_unit_may_be_the_last(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
 
 
+@pytest.mark.slow
 def test_death_inside_a_unit(
     corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ PLANTED = Path(__file__).with_name("planted_leg.py")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify") / "run"
     words = ["--model.family", "gpt2", "--model.dropout", "0.1", "--train.micro_batch_rows", "4"]
+    words += ["--train.precision", "fp32"]
     assert (
         main(["train", str(corpus), "--run", str(folder), *TINY, *words, "--train.steps", "30"])
         == 0
