@@ -2,9 +2,10 @@
 
 python benchmarks/scaling.py [--rounds 5] [--recipe english] [--steps 20]
 
-In a round each of three makes some steps of the recipe, one after another: a process alone; two
-that sum gradients while the backward pass goes on; two whose gradients are all in one bucket, which
-is full when the pass is over. Time stamps say when the sum of the first bucket began and when the
+In a round each of four makes some steps of the recipe, one after another: a process alone; two that
+train each its own model at the same time and share nothing but the machine, which is the most that
+two can do; two that sum gradients while the backward pass goes on; two whose gradients are all in
+one bucket, which is full when the pass is over. Time stamps say when the sum of the first bucket began and when the
 last one was full, which is the end of the pass. Nothing else should run: each process is to have a
 core.
 """
@@ -32,7 +33,8 @@ from pretrain.config import compose
 from pretrain.world import MEETING_FILE
 
 WARM_STEPS = 4
-ALONE, TOGETHER, AFTERWARDS = "1 process", "2 processes", "2 processes, summed afterwards"
+ALONE, APART = "1 process", "2 processes, a model each"
+TOGETHER, AFTERWARDS = "2 processes", "2 processes, summed afterwards"
 
 
 def member(recipe: str, steps: int, kind: str, answer: str) -> None:
@@ -46,6 +48,9 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     from pretrain.world import leave_world, open_world
 
     config = compose(read_target(recipe)[1])
+    answers = os.environ["RANK"] == "0"
+    if kind == APART:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     world, data = open_world("cpu", threads=1), prepared(config)
     tokens = (config.train.batch_tokens or 8192) * world.size
     train = replace(config.train, steps=steps, batch_tokens=tokens, precision="fp32", minutes=None)
@@ -75,7 +80,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, bucket_cap_mb=1 << 20, **named)
 
-    kinds = {ALONE: Watched, TOGETHER: Watched, AFTERWARDS: AllInOne}
+    kinds = {ALONE: Watched, APART: Watched, TOGETHER: Watched, AFTERWARDS: AllInOne}
     with mock.patch.object(layout, "DistributedDataParallel", kinds[kind]):
         sections |= {"parallel": decided.parallel, "model": decided.model, "train": decided.train}
         updates = trial_steps(**sections, steps=steps)
@@ -88,9 +93,10 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
                 shares.append((len(begun), begun[-1] - begun[0] if begun else 0.0))
             begun.clear()
             last = time.perf_counter()
-    if world.leads:
+    if answers:
+        models = 2 if kind == APART else 1
         found = {
-            "tokens_per_second": report.count / statistics.median(seconds),
+            "tokens_per_second": models * report.count / statistics.median(seconds),
             "buckets": statistics.median(n for n, _ in shares),
             "under_way_seconds": statistics.median(s for _, s in shares),
             "step_seconds": statistics.median(seconds),
@@ -116,13 +122,13 @@ def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
 
 
 def measure(*, rounds: int, recipe: str, steps: int) -> Iterator[Row]:
-    kinds = (ALONE, TOGETHER, AFTERWARDS)
+    kinds = (ALONE, APART, TOGETHER, AFTERWARDS)
     turns = [{kind: ask(recipe, steps, kind) for kind in kinds} for _ in range(rounds)]
     for kind in kinds:
         ratios = [t[kind]["tokens_per_second"] / t[ALONE]["tokens_per_second"] for t in turns]
         last = turns[-1][kind]
         note = f"{spread(ratios)} times one process"
-        if kind != ALONE:
+        if kind in (TOGETHER, AFTERWARDS):
             note += (
                 f"; of a step of {last['step_seconds']:.2f} s the backward pass goes on for "
                 f"{last['under_way_seconds']:.3f} s after the first of {last['buckets']:.0f} sums"

@@ -680,6 +680,7 @@ FIELDS = [(name, field.name) for name, kind in SECTIONS.items() for field in fie
 
 
 @settings(deadline=None)
+@example(field=("schedule", "anneal"), junk=True)
 @given(field=st.sampled_from(FIELDS), junk=JUNK)
 def test_junk_in_a_field_is_taken_or_refused_by_its_name(field: tuple[str, str], junk: Any) -> None:
     section, key = field

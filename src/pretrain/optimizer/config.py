@@ -155,8 +155,8 @@ class ScheduleConfig:
         if not self.past and (self.origin_step or self.start_fraction or self.anneal):
             yield (
                 "past origin_step start_fraction anneal",
-                "schedule.origin_step, start_fraction and anneal are written by pretrain extend "
-                "and anneal, with schedule.past; a new run has none of them",
+                "schedule.origin_step, schedule.start_fraction and schedule.anneal are written by "
+                "pretrain extend and anneal, with schedule.past; a new run has none of them",
             )
 
 
