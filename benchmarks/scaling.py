@@ -5,9 +5,9 @@ python benchmarks/scaling.py [--rounds 5] [--recipe english] [--steps 20]
 In a round each of four makes some steps of the recipe, one after another: a process alone; two that
 train each its own model at the same time and share nothing but the machine, which is the most that
 two can do; two that sum gradients while the backward pass goes on; two whose gradients are all in
-one bucket, which is full when the pass is over. Time stamps say when the sum of the first bucket began and when the
-last one was full, which is the end of the pass. Nothing else should run: each process is to have a
-core.
+one bucket, which is full when the pass is over. Time stamps say when the sum of the first bucket
+began and when the last one was full, which is the end of the pass. Nothing else should run: each
+process is to have a core.
 """
 
 from __future__ import annotations

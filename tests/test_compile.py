@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +54,16 @@ def test_a_run_compiles_its_step_and_nothing_else(
     assert main(["train", *words]) == 0
     assert modules == (["Block", "Block"] if by_block else ["Decoder"])
     assert len(graphs) == 1  # blocks are alike, and share theirs
+
+
+def test_what_is_not_compiled_does_not_import_the_compiler(corpus: Path, tmp_path: Path) -> None:
+    """It takes a second and a half of every start, and torch's optimizers do so, as does its own
+    drawing of first weights."""
+    words = ["train", str(corpus), *TINY, "--train.steps", "2", "--run", str(tmp_path / "run")]
+    asked = "import sys; from pretrain.cli import main; assert main(sys.argv[1:]) == 0; "
+    asked += "print(sorted({'torch', 'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", asked, *words], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "['torch']", done.stderr
 
 
 @pytest.mark.parametrize(

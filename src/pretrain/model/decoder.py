@@ -18,7 +18,9 @@ from pretrain.model.fused import rms_norm
 from pretrain.model.layers import (
     EMBEDDING_SITE,
     Block,
+    Embedding,
     KeyValueCache,
+    Linear,
     build_norm,
     drop,
     rotation_at,
@@ -37,9 +39,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
+        self.token_embedding = Embedding(vocab_size, config.d_model)
         self.position_embedding = (
-            nn.Embedding(config.window_tokens, config.d_model)
+            Embedding(config.window_tokens, config.d_model)
             if config.position == "learned"
             else None
         )
@@ -48,7 +50,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         # After a norm at the end of each block there is nothing left to normalise.
         self.final_norm = build_norm(config) if config.norm_place == "before" else None
-        self.head = None if config.tied_head else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.head = None if config.tied_head else Linear(config.d_model, vocab_size, bias=False)
 
     def forward(
         self, ids_BT: Tensor, *, cache: KeyValueCache | None = None, noise: Noise | None = None
@@ -153,7 +155,12 @@ def build(
     device = torch.device(device)
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size=vocab_size)
-    decoder.to_empty(device=device)
+
+    # `to_empty` would import a library of algebra to see how a tensor without memory would lie.
+    def with_memory(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device=device)
+
+    decoder._apply(with_memory)  # type: ignore[no-untyped-call]
     if decoder.ngrams is not None:
         # A dense gradient costs a pass over whole tables, which only a GPU does not notice.
         decoder.ngrams.sparse_gradients = device.type == "cpu"

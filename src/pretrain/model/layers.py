@@ -26,7 +26,16 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return RMSNorm(config.d_model, eps=config.norm_epsilon)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: `build` gives the values. Torch's own draw, of a tensor without memory, would
+        import its compiler, which takes a second and a half."""
+
+
 class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing, as for `Embedding`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 

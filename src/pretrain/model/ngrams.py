@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.config import LONGEST_NGRAM, ModelConfig
+from pretrain.model.layers import Embedding
 
 # Odd 32-bit multipliers, one for each place of a gram counted from its last id.
 _MULTIPLIERS = (
@@ -41,10 +42,10 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.rows, d = config.ngram_rows, config.d_model
         lengths = config.ngram_lengths
-        self.hashed = nn.ModuleDict({str(n): nn.Embedding(self.rows, d) for n in lengths})
+        self.hashed = nn.ModuleDict({str(n): Embedding(self.rows, d) for n in lengths})
         # Row 0 is for "it did not occur before".
         recalled = range(1, config.recall + 1)
-        self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
+        self.recalled = nn.ModuleDict({str(n): Embedding(vocab_size + 1, d) for n in recalled})
 
     def forward(self, ids_BT: Tensor, before_BP: Tensor) -> Tensor:
         """The sum of all embeddings (B, T, D) at `ids_BT`, which follow the ids `before_BP`.

@@ -6,6 +6,7 @@ A trial (`decide`) and a run build the same.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -32,6 +33,8 @@ def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @wraps(function)
     def run(*given: Given.args, **named: Given.kwargs) -> Result:
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes long
+            return function(*given, **named)
         with torch.compiler.set_stance("force_eager"):
             return function(*given, **named)
 
