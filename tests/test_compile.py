@@ -66,6 +66,29 @@ def test_what_is_not_compiled_does_not_import_the_compiler(corpus: Path, tmp_pat
     assert done.stdout.splitlines()[-1] == "['torch']", done.stderr
 
 
+def pace_of(monkeypatch: pytest.MonkeyPatch, compiled: Compile, seconds: list[float]) -> Any:
+    """What is measured of steps that take so long, and how many of them are made."""
+    clock, made = 0.0, 0
+
+    def steps(*given: Any, steps: int, **named: Any) -> Iterator[Any]:
+        nonlocal clock, made
+        for step in range(steps):
+            clock, made = clock + seconds[min(step, len(seconds) - 1)], made + 1
+            yield SimpleNamespace(step=step)
+
+    monkeypatch.setattr(page, "trial_steps", steps)
+    monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: clock))
+    pace = page.measure_pace(
+        None,  # type: ignore[arg-type]
+        ModelConfig(**model_defaults({"family": "gpt2"})),
+        OptimizerConfig(),
+        TrainConfig(minutes=1.0, batch_tokens=256, compile=compiled),
+        ParallelConfig(),
+        open_world("cpu", threads=1),
+    )
+    return pace.step_seconds, made
+
+
 @pytest.mark.parametrize(
     ("compiled", "first", "expected"),
     [
@@ -78,22 +101,15 @@ def test_what_is_not_compiled_does_not_import_the_compiler(corpus: Path, tmp_pat
 def test_a_step_is_timed_without_its_compiler(
     compiled: Compile, first: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = 0.0
+    seconds, _ = pace_of(monkeypatch, compiled, [first, 0.1])
+    assert seconds == pytest.approx(expected)
 
-    def steps(*given: Any, steps: int, **named: Any) -> Iterator[Any]:
-        nonlocal clock
-        for step in range(steps):
-            clock += first if step == 0 else 0.1
-            yield SimpleNamespace(step=step)
 
-    monkeypatch.setattr(page, "trial_steps", steps)
-    monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: clock))
-    pace = page.measure_pace(
-        None,  # type: ignore[arg-type]
-        ModelConfig(**model_defaults({"family": "gpt2"})),
-        OptimizerConfig(),
-        TrainConfig(minutes=1.0, compile=compiled),
-        ParallelConfig(),
-        open_world("cpu", threads=1),
-    )
-    assert pace.step_seconds == pytest.approx(expected)
+@pytest.mark.parametrize(("each", "made"), [(0.59, 3), (0.61, 5)])
+def test_no_more_is_timed_than_decides(
+    each: float, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute, and a text that 100 steps have read: at 0.6 s a step it is enough."""
+    monkeypatch.setattr(page, "most_steps", lambda *_: 100)
+    monkeypatch.setattr(page, "_evaluating_steps", lambda *_: 0.0)
+    assert pace_of(monkeypatch, "off", [each])[1] == made

@@ -187,15 +187,29 @@ def _steps_that_fit(
     """Updates that fit into `train.minutes`; with n-gram tables no more than one reading of the
     text makes, or SHORT_RUN."""
     assert train.minutes is not None
-    assert train.batch_tokens is not None
-    # An evaluation has no backward pass, which is two thirds of a step.
-    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
-    evaluating = EVALUATIONS * val_tokens / train.batch_tokens * pace.step_seconds / 3
+    evaluating = _evaluating_steps(data, train) * pace.step_seconds
     asking = TASKS_SHARE * pace.step_seconds if pace.asking_seconds else 0.0
     if asked_every is not None:
         asking = pace.asking_seconds / asked_every
     fit = max(1, int((60 * train.minutes - evaluating) / (pace.step_seconds + asking)))
     return min(fit, most_steps(data, model, train) or fit)
+
+
+def _evaluating_steps(data: PreparedData, train: TrainConfig) -> float:
+    """Steps that take as long as all evaluations: these have no backward pass, which is two thirds
+    of a step."""
+    assert train.batch_tokens is not None
+    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
+    return EVALUATIONS * val_tokens / train.batch_tokens / 3
+
+
+def _fast_enough(data: PreparedData, model: ModelConfig, train: TrainConfig) -> float:
+    """Seconds of a step at which `train.minutes` are enough for all that is to be read; 0 where
+    there is always more."""
+    most = None if train.steps else most_steps(data, model, train)
+    if most is None or train.minutes is None:
+        return 0.0
+    return 60 * train.minutes / (most + _evaluating_steps(data, train))
 
 
 def measure_pace(
@@ -207,8 +221,10 @@ def measure_pace(
     world: World,
     followed: Sequence[Followed] = (),
 ) -> Pace:
-    """Seconds of a step, and of asking tasks, by timed ones of copies that are thrown away. Where
-    the run is given steps, about a hundredth of them at most."""
+    """Seconds of a step, and of asking tasks, by timed ones of copies that are thrown away: about a
+    hundredth of the run's steps at most, where it is given them, and none after one that is fast
+    enough for all there is to read."""
+    fast_enough = 0.0 if followed else _fast_enough(data, model, train)
     n_steps = min(CALIBRATION_STEPS, max(1, (train.steps or 10**9) // 200))
     steps = trial_steps(data, model, optimizer, train, parallel, world, steps=n_steps + 2)
     seconds, began = [], time.perf_counter()
@@ -223,7 +239,8 @@ def measure_pace(
             seconds.append(now - last)
         last = now
         # The first process has the clock, and all stop at one step.
-        if world.gather([bool(seconds) and now - began > CALIBRATION_SECONDS])[0][0]:
+        is_long = now - began > CALIBRATION_SECONDS
+        if world.gather([bool(seconds) and (is_long or seconds[-1] <= fast_enough)])[0][0]:
             break
     # The first quarter: what else a machine does now and then only ever makes a step slower.
     step_seconds = sorted(seconds)[len(seconds) // 4]
