@@ -165,6 +165,9 @@ def test_compare_pairs_the_documents_of_texts(
     assert row["low"] < row["difference"] < row["high"] < 0  # twelve steps are more than three
     assert row["p"] < 0.01
     file = tmp_path / "one.txt"
+    file.write_text("")
+    assert main(["compare", *names, "--text", str(file)]) == 2
+    assert "one.txt holds no text" in capsys.readouterr().err
     file.write_text("The people of the United States.")
     (row,) = ask(capsys, *names, "--text", str(file))
     assert (row["examples"], row["p"], row["low"]) == (1, None, None)

@@ -14,7 +14,7 @@ from pretrain.cli import main
 from pretrain.cli.models import open_model
 from pretrain.corpus.demonstrations import is_for_test, of_article, of_sentence, sentences
 from pretrain.evaluate.conditions import baselines, reference_nats
-from pretrain.evaluate.examples import Example, askable, prompt
+from pretrain.evaluate.examples import Example, askable, prompt, with_shots
 from pretrain.evaluate.tasks import task_named, tasks
 from test_tasks import log_p, written
 from tiny import TINY
@@ -42,6 +42,12 @@ def test_an_article_shows_a_question_a_title_and_a_summary() -> None:
         "title": (PASSAGE, "Kestrel"),
         "summarize": (PASSAGE, DEFINITION),
     }
+
+
+def test_a_title_is_taken_off_only_where_it_stands_above() -> None:
+    below = ARTICLE.removeprefix("Kestrel\n\n")
+    for title, text in (("Kestrel", ARTICLE), ("Kestrel", below), ("A kestrel", below)):
+        assert next(of_article(title, text)).answer == DEFINITION
 
 
 @pytest.mark.parametrize(
@@ -161,6 +167,17 @@ def test_sentences_that_are_not_aligned_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_only_line_ends_end_a_sentence_s_line(tmp_path: Path) -> None:
+    words = sources(tmp_path, test=[1], train=[], articles=3)
+    (tmp_path / "aligned/small.train.en").write_text("A dog\u2028runs.\nA cat.\n")
+    (tmp_path / "aligned/small.train.fr").write_text("Un chien.\nUn\x85chat.\n")
+    for path in (tmp_path / "aligned").glob("*.train.de"):
+        path.unlink()
+    assert main(words) == 0
+    shown = (tmp_path / "out/train/translate.jsonl").read_text()
+    assert "A cat. = Un\\u0085chat." in shown or "A cat. = Un\x85chat." in shown
+
+
 def test_texts_without_titles_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +212,7 @@ def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -
         Example((prompt(task, text),), references, input=text)
         for text, references in zip(inputs, answers, strict=True)
     ]
+    examples = with_shots(task, examples, shots=1, seed=1)  # which none of the conditions has
     found = reference_nats(model.decoder, model.tokenizer, task, examples, world=model.world)
     words = {
         "task": "English = French\n{} =",

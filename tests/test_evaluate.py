@@ -3,6 +3,7 @@ they should be."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
 import math
@@ -17,7 +18,7 @@ from pretrain.cli import main
 from pretrain.cli.models import open_model
 from pretrain.corpus import read_documents
 from pretrain.data import evaluation_batches
-from pretrain.evaluate import Score, score_texts
+from pretrain.evaluate import Score, score_each, score_texts
 from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
 from pretrain.evaluate.scorer import Ids
 from pretrain.model import Objective
@@ -86,6 +87,63 @@ def test_evaluate_repeats_the_number_of_the_summary(
     summary = json.loads((finished_run / "summary.json").read_text())
     assert found["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], rel=1e-9)
     assert found["tokens"] == summary["val_tokens"]
+
+
+def test_words_end_with_their_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the last word of one is not the first of the next."""
+    texts = [f"{n} words end here{n}" for n in range(900)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    run = str(tmp_path / "run")
+    words = ["train", str(tmp_path / "short.jsonl"), "--run", run, *TINY, "--train.steps", "2"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["evaluate", run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]["held-out split"]
+    held_out = found["words"] / 4
+    assert found["bytes"] == pytest.approx(19.5 * held_out, rel=0.1)
+
+
+def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer may put a space before a text, and fold what it reads."""
+    model = open_model(str(finished_run), device="cpu")
+    texts = ["Ein Übermaß", ""]
+    objective = Objective(model.decoder)
+    plain = score_each(objective, model.tokenizer, texts, world=model.world)
+    lengths = model.tokenizer.byte_lengths() + 1
+    monkeypatch.setattr(type(model.tokenizer), "byte_lengths", lambda _: lengths)
+    assert score_each(objective, model.tokenizer, texts, world=model.world) == plain
+    assert [each.bytes for each in plain] == [13, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt.gz", gzip.compress(b"a long text " * 500)[:40], "a part of a text would be scored"),
+    ],
+)
+def test_a_text_that_is_not_whole_is_not_scored(
+    name: str,
+    content: bytes,
+    said: str,
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main(["evaluate", str(finished_run), "--text", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_passed_over_is_said(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one text"}\n{"text": 3}\n')
+    assert main(["evaluate", str(finished_run), "--text", str(tmp_path / "a.jsonl")]) == 0
+    assert "8 bytes; documents skipped: 1; " in " ".join(capsys.readouterr().out.split())
 
 
 def reference_kneser_ney(train: list[int], val: list[int], v: int, order: int) -> float:

@@ -4,9 +4,11 @@ out by hand or made by somebody else's library."""
 from __future__ import annotations
 
 import bz2
+import copy
 import hashlib
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,36 @@ def test_a_record_that_is_none_is_refused_with_its_line(
         examples_of(task_of_kind(kind_of(text_of(path)), str(path)), path)
 
 
+@pytest.mark.parametrize(
+    ("name", "record", "said"),
+    [
+        ("mbpp", {"text": "t", "code": "c", "test_list": None}, "is not there"),
+        ("mbpp", {"text": "t", "code": "c", "test_list": "assert"}, "legal: a list of texts"),
+        ("snli", {"premise": None, "hypothesis": "h", "label": 0}, "premise is None"),
+        ("snli", {"premise": "p", "hypothesis": ["a"], "label": 0}, "legal: a text or a number"),
+        (
+            "siqa",
+            {"context": "c", "question": "q", "answerA": "", "answerB": "b", "answerC": "c"},
+            "one of the choices is empty",
+        ),
+    ],
+)
+def test_what_does_not_fill_a_template_is_refused(
+    name: str, record: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    labelled = {"label": "1", "label_ab": "A", "gold": 0, **record}
+    with pytest.raises(ValueError, match="line 1: .*" + said):
+        examples_of(task_named(name), written(tmp_path, [labelled]))
+
+
+def test_line_ends_of_another_system_are_no_text(tmp_path: Path) -> None:
+    task = task_named("lm1b")
+    plain, other = tmp_path / "plain.txt", tmp_path / "other.txt"
+    plain.write_bytes(b"one line\nanother\n")
+    other.write_bytes(b"one line\r\nanother\r\n")
+    assert examples_of(task, plain) == examples_of(task, other)
+
+
 def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     for content, said in (
         ("", "holds no example"),
@@ -217,6 +249,16 @@ def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path
         fronts.add(tuple(shots))
     assert len(fronts) <= 4  # the same for all but those who are in them
     with pytest.raises(ValueError, match="legal: fewer than there are"):
+        with_shots(task, examples, shots=9, seed=1)
+    # Nor one that asks the same, of which there may be several.
+    path = written(tmp_path, [*records, records[2], records[2]], "twice.jsonl")
+    examples = examples_of(task, path)
+    for seed in range(20):
+        for example in with_shots(task, examples, shots=3, seed=seed):
+            *shots, asked_last = example.contexts[0].split("\n\n")
+            assert len(shots) == 3
+            assert not any(shot.startswith(f"{asked_last} ") for shot in shots)
+    with pytest.raises(ValueError, match="9 shots of 8 examples that ask something else"):
         with_shots(task, examples, shots=9, seed=1)
     with pytest.raises(ValueError, match="takes no shots"):
         with_shots(task_of_kind("pair", str(path)), examples, shots=1, seed=1)
@@ -307,7 +349,14 @@ def test_pairs_and_texts_stand_for_themselves(model: OpenModel, tmp_path: Path) 
     results = asked(model, task, examples_of(task, Path(task.file)))
     good, bad = (sum(log_p(model, "", RECORDS["pair"][0][name])) for name in ("good", "bad"))
     assert [o["log_p"] for o in results.lines[0]["options"]] == pytest.approx([good, bad])
-    assert results.statistics["accuracy"][0, 0] == float(good >= bad)
+    assert results.statistics["accuracy"][0, 0] == float(good > bad)
+    alike = [Example(("",), ("the same", "the same"))]
+    assert asked(model, task, alike).statistics["accuracy"].tolist() == [[0.5, 1]]
+    broken = copy.deepcopy(model.decoder)
+    with torch.no_grad():
+        broken.token_embedding.weight.fill_(math.nan)
+    said = ask(broken, model.tokenizer, task, alike, world=model.world).statistics["accuracy"]
+    assert said.tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
 
     from pretrain.evaluate import score_texts
     from pretrain.model import Objective
@@ -387,6 +436,8 @@ def test_answers_are_compared_as_squad_compares_them() -> None:
     assert f1("the black cat", ["cat", "a black dog"]) == pytest.approx(2 / 3)
     assert f1("dog", ["cat"]) == 0
     assert f1("the", ["a"]) == 1  # nothing on both sides
+    assert f1(" ", ["A"]) == exact_match("", ["A"]) == 0  # no answer at all
+    assert f1("", ["cat", ""]) == exact_match("", ["cat", ""]) == 1
     assert f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
 
 
@@ -414,6 +465,19 @@ def test_rouge_is_of_the_best_reference() -> None:
     found = statistics_of_answer("rouge1", "the black cat", ["a dog", "the cat"])
     assert found == pytest.approx((0.8, 1.0))
     assert statistics_of_answer("rougeL", "cats", ["cat"])[0] == 1  # stems are compared
+    for text in ("Москва — столица России", "東京は日本の首都です", "un été"):
+        assert statistics_of_answer("rouge1", text, [text])[0] == 1
+    assert statistics_of_answer("rouge1", "un éte", ["un été"])[0] == 0.5
+
+
+def test_words_of_rouge_are_the_library_s() -> None:
+    scorers = pytest.importorskip("rouge_score.rouge_scorer")
+    draw = random.Random(1)
+    theirs = scorers.RougeScorer(["rougeL"], use_stemmer=True)
+    for _ in range(200):
+        one, other = ("".join(draw.choices("abS ing_-'9.\n", k=40)) for _ in range(2))
+        wanted = theirs.score(other, one)["rougeL"].fmeasure
+        assert statistics_of_answer("rougeL", one, [other])[0] == pytest.approx(wanted)
 
 
 def ask_cli(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

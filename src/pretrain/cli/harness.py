@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -75,7 +76,14 @@ class HarnessModel:
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What the model writes after each prompt, cut before the first of its `until`."""
-        return [self._written(*request.args) for request in requests]
+        # A request that is repeated asks for another sample.
+        asked: Counter[str] = Counter()
+        written = []
+        for request in requests:
+            prompt, settings = request.args
+            asked[prompt] += 1
+            written.append(self._written(prompt, settings, seed=asked[prompt]))
+        return written
 
     def get_model_info(self) -> dict[str, Any]:
         """What its results say of the model beside the arguments."""
@@ -92,7 +100,7 @@ class HarnessModel:
         model = self._model
         return score_pairs(model.decoder, pairs, world=model.world, precision=model.precision)
 
-    def _written(self, prompt: str, settings: Mapping[str, Any]) -> str:
+    def _written(self, prompt: str, settings: Mapping[str, Any], *, seed: int) -> str:
         from pretrain.evaluate.results import cut_before, ends_of
         from pretrain.generate import Sampling, generate_ids
 
@@ -107,7 +115,7 @@ class HarnessModel:
                 model.decoder,
                 tokenizer.encode_prompt(prompt)[-max(1, room) :],
                 max_tokens=max_tokens,
-                sampling=Sampling(**how),
+                sampling=Sampling(**how, seed=seed),
                 ends=self._ends[stops],
             )
         return cut_before(tokenizer.decode(ids), stops)

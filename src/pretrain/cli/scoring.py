@@ -54,9 +54,13 @@ class Asked:
         start = tokenizer.entry(tokenizer.start_of_text) if begins else "nothing"
         shots = f"{self.shots} shots of seed {self.seed}" if self.shots else "no shots"
         cut = f", {results.n_cut:,} of them cut from the left" if results.n_cut else ""
+        behind = f"{self.task.delimiter!r} behind it"
+        if self.task.kind == "answer":
+            stops = " or ".join(map(repr, self.task.stops))
+            behind = f"at most {self.task.max_tokens} tokens written greedily, to the first {stops}"
         return (
             f"{self.task.kind}, {n:,} example{'' if n == 1 else 's'}, {shots}, {start} before a "
-            f"context, {self.task.delimiter!r} behind it, in {model.precision}{cut}"
+            f"context, {behind}, in {model.precision}{cut}"
         )
 
 
@@ -192,9 +196,10 @@ def text_of(path: Path) -> str:
     if more:
         raise ValueError(f"{path} is {1 + len(more)} files; legal: one")
     try:
-        return b"".join(read_chunks(first, report=ReadingReport())).decode("utf-8-sig")
+        text = b"".join(read_chunks(first, report=ReadingReport())).decode("utf-8-sig")
     except (DamagedStreamError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    return text.replace("\r\n", "\n")
 
 
 def _asked(task: Task, path: Path, arguments: argparse.Namespace) -> Asked:
@@ -265,15 +270,35 @@ def conditions_of(model: OpenModel, asked: Asked, stride: int | None) -> dict[st
     }
 
 
+def read_texts(file: str, text_field: str | None) -> tuple[list[str], str]:
+    """The texts of a file, and what of it was skipped or repaired, in words. ValueError for one
+    that is cut off, and where no text is left."""
+    from pretrain.corpus import ReadingReport, read_documents
+
+    report = ReadingReport()
+    texts = [each.text for each in read_documents(file, text_field=text_field, report=report)]
+    if report.n_partial_files:
+        raise ValueError(f"{report.problems[-1]}: a part of a text would be scored")
+    first = f"; {report.problems[0]}" if report.problems else ""
+    if not any(texts):
+        raise ValueError(f"{file} holds no text{first}")
+    counts = {
+        "files skipped": report.n_skipped_files,
+        "documents skipped": report.n_skipped_records,
+        "documents repaired": report.n_repaired,
+    }
+    said = ", ".join(f"{what}: {n:,}" for what, n in counts.items() if n)
+    return texts, said and said + first
+
+
 def score_documents(
     model: OpenModel, file: str, arguments: argparse.Namespace
-) -> tuple[list[str], list[Score]]:
-    """The texts of a file, and what the model makes of each."""
-    from pretrain.corpus import read_documents
+) -> tuple[list[str], list[Score], str]:
+    """The texts of a file, what the model makes of each, and what was passed over, in words."""
     from pretrain.evaluate import score_each
     from pretrain.model import Objective
 
-    texts = [document.text for document in read_documents(file, text_field=arguments.text_field)]
+    texts, passed_over = read_texts(file, arguments.text_field)
     scores = score_each(
         Objective(model.decoder),
         model.tokenizer,
@@ -282,7 +307,7 @@ def score_documents(
         precision=model.precision,
         stride=arguments.stride,
     )
-    return texts, scores
+    return texts, scores, passed_over
 
 
 def text_protocol(model: OpenModel, stride: int | None, *, of: str = "each text") -> str:

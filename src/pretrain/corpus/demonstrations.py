@@ -36,7 +36,8 @@ def of_article(title: str, text: str) -> Iterator[Demonstration]:
     """A question about the title and the sentence that defines it; and for the passage behind that
     sentence, its title and, as a summary, the sentence. Nothing where the article does not begin
     with a definition, or has no passage."""
-    lead = text.removeprefix(title).split()
+    # A title stands above many a text, and where it does not, the text may begin with its words.
+    lead = text.removeprefix(f"{title}\n").split()
     shortest, longest = _PASSAGE_CHARACTERS
     # Of a long article only the beginning is looked at.
     definition, *others = sentences(" ".join(lead[: longest // 2]))

@@ -36,10 +36,11 @@ def reference_nats(
     precision: str = "fp32",
     stride: int | None = None,
 ) -> dict[str, Array]:
-    """By condition, of each example the nats and the bytes of its first reference (examples, 2)."""
+    """By condition, of each example the nats and the bytes of its first reference (examples, 2).
+    None has shots, which would say more than the name of a task."""
     wrong = task_named(task.wrong)
     texts = {
-        "task": [(e.contexts[0], task.delimiter) for e in examples],
+        "task": [(prompt(task, e.input), task.delimiter) for e in examples],
         "wrong": [(prompt(wrong, e.input), wrong.delimiter) for e in examples],
         "none": [(e.input, task.delimiter) for e in examples],
     }

@@ -82,17 +82,25 @@ def kind_of(text: str, *, file: str = "the text") -> Kind:
 def with_shots(task: Task, examples: Sequence[Example], *, shots: int, seed: int) -> list[Example]:
     """The examples with the task's description and `shots` solved ones before each context.
 
-    They are the same for all, drawn from the examples by `seed`; one that is asked itself gives its
-    place to the next. ValueError where there are not enough, or the kind has no context.
+    They are the same for all, drawn from the examples by `seed`; one that is asked itself, or asks
+    the same, gives its place to the next. ValueError where there are not enough, or the kind has no
+    context.
     """
     if shots and task.kind in ("pair", "text"):
         raise ValueError(f"{task.name} is of the kind {task.kind}, which takes no shots")
     if shots >= len(examples):
         raise ValueError(f"{shots} shots of {len(examples)} examples; legal: fewer than there are")
-    drawn = random.Random(seed).sample(range(len(examples)), shots + 1) if shots else []
+    draw, everything = random.Random(seed), range(len(examples))
+    drawn = draw.sample(everything, shots + 1) if shots else []
+    asked = [e.contexts if any(e.contexts) else e.continuations for e in examples]
+    if len(set(asked)) < len(asked) and shots:  # more may have to give their place
+        drawn = list(dict.fromkeys([*drawn, *draw.sample(everything, len(examples))]))
+    texts = {n: solved_text(task, examples[n]) for n in drawn}
     found = []
-    for number, example in enumerate(examples):
-        solved = [solved_text(task, examples[n]) for n in drawn if n != number][:shots]
+    for same, example in zip(asked, examples, strict=True):
+        solved = [text for n, text in texts.items() if asked[n] != same][:shots]
+        if len(solved) < shots:
+            raise ValueError(f"{shots} shots of {len(solved)} examples that ask something else")
         before = task.description + "".join(text + task.between for text in solved)
         found.append(replace(example, contexts=tuple(before + c for c in example.contexts)))
     return found
@@ -151,8 +159,10 @@ def _records(form: str, text: str, file: str) -> Iterator[tuple[str, Record]]:
     elif form == "squad":
         yield from _squad(text, file)
     elif form == "six lines":
-        lines = text.split("\n")
-        for first in range(0, len(lines) - _LINES_OF_AN_EXAMPLE + 1, _LINES_OF_AN_EXAMPLE):
+        lines = text.removesuffix("\n").split("\n") if text else []
+        if len(lines) % _LINES_OF_AN_EXAMPLE:
+            raise ValueError(f"{file} has {len(lines)} lines; legal: six for each example")
+        for first in range(0, len(lines), _LINES_OF_AN_EXAMPLE):
             context, gold, *choices = lines[first : first + _LINES_OF_AN_EXAMPLE]
             yield f"line {first + 1}", {"context": context, "gold": gold, "choices": choices}
     else:
@@ -203,6 +213,8 @@ def _example(task: Task, record: Record) -> Example:
             raise _Missing(f"an answer has nothing behind {task.answer_after!r}, which is compared")
         return Example((context,), references, input=str(record.get("input", "")))
     choices = tuple(_filled(c, record) for c in task.choices) or _strings(record, "choices")
+    if "" in choices:
+        raise _Missing("one of the choices is empty")
     return Example((context,), choices, _gold(task, record, choices))
 
 
@@ -217,10 +229,23 @@ def _context(record: Record) -> str:
     return found
 
 
+class _Filling(Formatter):
+    """Texts and numbers in the place of fields, and nothing else."""
+
+    def get_field(self, name: str, args: Any, kwargs: Any) -> Any:
+        first = kwargs[name.partition("[")[0]]
+        found, used = super().get_field(name, args, kwargs)
+        is_part = isinstance(first, str) and "[" in name
+        if isinstance(found, bool) or not isinstance(found, str | int | float) or is_part:
+            legal = "a list of texts" if is_part else "a text or a number"
+            raise _Missing(f"{name} is {first if is_part else found!r:.60}; legal: {legal}")
+        return found, used
+
+
 def _filled(template: str, record: Record) -> str:
     try:
-        return template.format_map(record)
-    except (KeyError, IndexError, AttributeError) as error:
+        return _Filling().vformat(template, (), record)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise _Missing(f"the field {error} of the prompt is not there") from None
 
 

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PART_OF_A_NUMBER = re.compile(r"[\s$]|(?<=\d),(?=\d{3}(?!\d))")
+_WORD = re.compile(r"[^\W_]+")
 _PUNCTUATION = frozenset(string.punctuation)
 _LARGEST_EXPONENT = 700.0
 
@@ -45,7 +46,10 @@ def normalized(answer: str) -> str:
 
 
 def exact_match(answer: str, references: Iterable[str]) -> float:
-    """1 where the normalised answer is one of the references, else 0."""
+    """1 where the normalised answer is one of the references, else 0. No answer is none of them,
+    though nothing is left of a reference such as "A"."""
+    if not answer.strip():
+        return float(any(not reference.strip() for reference in references))
     return float(normalized(answer) in {normalized(reference) for reference in references})
 
 
@@ -61,6 +65,8 @@ def final_answer(answer: str, references: Iterable[str]) -> float:
 
 def f1(answer: str, references: Iterable[str]) -> float:
     """The harmonic mean of precision and recall of normalised words, of the best reference."""
+    if not answer.strip():
+        return exact_match(answer, references)
     return max(_word_f1(normalized(answer).split(), normalized(r).split()) for r in references)
 
 
@@ -110,13 +116,30 @@ def _chrf(answer: str, references: Sequence[str]) -> float:
 
 
 def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
-    """ROUGE's F of the best reference, 0 to 1 ("ROUGE", Lin, 2004)."""
+    """ROUGE's F of the best reference, 0 to 1 ("ROUGE", Lin, 2004); words are those of rouge_score
+    where all is ASCII."""
+    scorer = _rouge_scorer(kind)
+    return max(float(scorer.score(r, answer)[kind].fmeasure) for r in references)
+
+
+def _rouge_scorer(kind: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise missing_package(kind, "rouge-score", extra="tasks") from error
-    scorer = RougeScorer([kind], use_stemmer=True)
-    return max(float(scorer.score(r, answer)[kind].fmeasure) for r in references)
+    plain = DefaultTokenizer(use_stemmer=True)
+
+    class Words:
+        """The library's own words, which are of a-z and 0-9; letters of others are not dropped."""
+
+        def tokenize(self, text: str) -> list[str]:
+            words = _WORD.findall(text.lower())
+            return [
+                w for word in words for w in (plain.tokenize(word) if word.isascii() else [word])
+            ]
+
+    return RougeScorer([kind], tokenizer=Words())
 
 
 def _sacrebleu() -> Any:

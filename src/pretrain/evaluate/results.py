@@ -136,10 +136,11 @@ def _arrays(rows: Rows) -> dict[str, Array]:
 
 
 def _chosen(example: Example, scores: Sequence[float], line: dict[str, Any], metric: str) -> Any:
-    """1 of 1 where the largest score is the right option's; of equal ones the first is taken."""
+    """1 of 1 where the largest score is the right option's; of equal ones the first is taken. A
+    model that has no numbers is not right: nan."""
     taken = int(np.argmax(scores))
     line.setdefault("taken", {})[metric] = taken
-    return float(taken == example.gold), 1.0
+    return math.nan if np.isnan(scores).any() else float(taken == example.gold), 1.0
 
 
 def _of_choices(
@@ -192,10 +193,19 @@ def _of_texts(
     }
 
 
+def _of_pairs(
+    example: Example, options: Sequence[Answer], line: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    """A half where both are as likely: the good one always stands first."""
+    good, bad = (option.nats for option in options)
+    right, count = _chosen(example, [-good, -bad], line, "accuracy")
+    return {"accuracy": (0.5 if good == bad else right, count)}
+
+
 _ROWS: dict[str, Callable[..., dict[str, tuple[float, ...]]]] = {
     "choice": _of_choices,
     "schema": _of_options,
-    "pair": _of_options,
+    "pair": _of_pairs,
     "cloze": _of_clozes,
     "text": _of_texts,
 }

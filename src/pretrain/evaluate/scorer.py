@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,8 +128,8 @@ def score_each(
     stride: int | None = None,
 ) -> list[Score]:
     """Score some documents, each from a fresh start-of-text; the ends of documents are not
-    counted. Windows begin every `stride` tokens, by default as many as the context has; ValueError
-    for more."""
+    counted; bytes are those of the texts, whatever a tokenizer makes of them. Windows begin every
+    `stride` tokens, by default as many as the context has; ValueError for more."""
     lengths = byte_lengths(tokenizer)
     context = objective.decoder.config.window_tokens
     stride = checked_stride(stride, context)
@@ -145,7 +145,6 @@ def score_each(
             rows=rows,
             stride=min(stride, window),
         )
-        scores.append(
-            score(objective, batches, byte_lengths_V=lengths, world=world, precision=precision)
-        )
+        found = score(objective, batches, byte_lengths_V=lengths, world=world, precision=precision)
+        scores.append(replace(found, bytes=len(text.encode("utf-8", "replace"))))
     return scores

@@ -67,7 +67,9 @@ def _statistics(
     protocol: dict[str, str] = {}
     for text in arguments.text or []:
         protocol["text"] = scoring.text_protocol(model, arguments.stride)
-        _, scores = scoring.score_documents(model, text, arguments)
+        _, scores, passed_over = scoring.score_documents(model, text, arguments)
+        if passed_over:
+            protocol[text] = f"{text}: {passed_over}"
         bits = [(score.nats / math.log(2), score.bytes) for score in scores]
         found[text, "bits_per_byte"] = np.array(bits, np.float64)
     for each in asked:

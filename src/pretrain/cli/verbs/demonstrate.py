@@ -117,7 +117,8 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
     for path in sorted(folder.iterdir()):
         if match := _ALIGNED.fullmatch(path.name):
-            lines = text_of(path).splitlines()
+            # Not splitlines: some signs at which that cuts stand within sentences.
+            lines = text_of(path).removesuffix("\n").split("\n")
             found[match["split"], match["name"]][match["language"]] = lines
     if {split for split, _ in found} != {"train", "test"}:
         raise ValueError(f"{folder} has no files such as NAME.train.en and NAME.test.en")

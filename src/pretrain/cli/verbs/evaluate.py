@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.say(
             f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
             f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
-            f"{row['bytes']:,} bytes"
+            f"{row['bytes']:,} bytes" + ("; " + row["passed_over"] if "passed_over" in row else "")
         )
     tasks: dict[str, Any] = {}
     lines: list[str] = []
@@ -195,9 +195,10 @@ def _score_texts(model: OpenModel, arguments: argparse.Namespace) -> dict[str, A
         return {"held-out split": _score_split(model, arguments.stride)}
     rows = {}
     for name in arguments.text:
-        texts, scores = scoring.score_documents(model, name, arguments)
+        texts, scores, passed_over = scoring.score_documents(model, name, arguments)
         n_words = sum(len(text.split()) for text in texts)
         rows[name] = _row(sum(scores, Score(0.0, 0, 0)), n_words)
+        rows[name] |= {"passed_over": passed_over} if passed_over else {}
     return rows
 
 
@@ -215,6 +216,7 @@ def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
     from pretrain.cli.places import text_of_run
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
+    from pretrain.evaluate.documents import document_texts
     from pretrain.evaluate.scorer import EVALUATION_TOKENS
     from pretrain.model import Objective
 
@@ -238,5 +240,6 @@ def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
         world=model.world,
         precision=model.precision,
     )
-    words = len(model.tokenizer.decode(stream.read(0, stream.n_tokens).tolist()).split())
+    documents = document_texts(stream, model.tokenizer, piece_tokens=stream.n_tokens)
+    words = sum(len(text.split()) for _, text in documents)
     return _row(result, words)

@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     from pretrain.generate import next_distribution
 
-    probabilities = next_distribution(
-        model.decoder, model.tokenizer, arguments.prompt, special=arguments.special
-    )
+    with model.world.autocast(model.precision):
+        probabilities = next_distribution(
+            model.decoder, model.tokenizer, arguments.prompt, special=arguments.special
+        )
     values, ids = probabilities.topk(min(arguments.top, len(probabilities)))
     rows = [
         {"id": i, "text": model.tokenizer.decode([i]), "probability": p}
