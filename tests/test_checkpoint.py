@@ -326,11 +326,11 @@ def test_a_background_save_holds_the_numbers_of_its_moment(
     saver.save(step=1, tensors=live, state={}, after=lambda: forgotten.append("old ones"))
     for tensor in live.values():
         tensor.mul_(0)
-    saver.poll()  # nothing has failed, and nothing is waited for
+    assert not saver.poll()  # nothing has failed, and nothing is waited for
     assert forgotten == []
     assert list_checkpoints(tmp_path / "c") == []
     may_end.set()
-    saver.wait()
+    assert saver.wait()
     assert forgotten == ["old ones"]
     found = open_checkpoint(list_checkpoints(tmp_path / "c")[0])
     assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors().items())
@@ -349,8 +349,8 @@ def test_what_a_background_save_could_not_do_is_said_once(
         saver.save(step=1, tensors=tensors(), state={}, after=lambda: forgotten.append(1))
         with pytest.raises(OSError, match="input/output"):
             saver.wait()
-    saver.poll()
-    saver.wait()
+    assert not saver.poll()
+    assert not saver.wait()  # so a failure is followed by no success
     saver.save(step=2, tensors=tensors(), state={}, after=lambda: forgotten.append(2))
     saver.wait()
     assert forgotten == [2]

@@ -222,6 +222,15 @@ def test_two_processes_extend_a_run_and_prove_it(
 
 
 @pytest.mark.slow
+def test_a_program_is_told_once_what_was_wrong(whole: Path) -> None:
+    command = [sys.executable, "-m", "pretrain", "extend", str(whole), "--train.steps", "3"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "train.steps 3 is not more than" in json.loads(done.stdout)["error"]
+    assert done.stderr.count("is not more than") == 1
+
+
+@pytest.mark.slow
 def test_the_doctor_sees_whether_processes_can_train_together(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pretrain", "doctor", "--processes", "2", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

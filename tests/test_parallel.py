@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,18 @@ import numpy as np
 import pytest
 
 import parallel_jobs as jobs
+from pretrain.cli import going_on, leg, main
 from pretrain.cli import processes as processes_page
 from pretrain.cli.output import Output
 from pretrain.cli.processes import MOST_RESTARTS
+from pretrain.cli.resuming import read_run
+from pretrain.config import read_file
+from pretrain.model import ModelConfig, n_parameters
+from pretrain.model.config import model_defaults
 from pretrain.parallel import ParallelConfig
 from pretrain.parallel.elastic import Branches
 from pretrain.parallel.peers import PeerDied
+from pretrain.train import decide as decide_page
 from pretrain.train.stragglers import WINDOW, Stragglers
 from pretrain.world import open_world
 from processes import Pool
@@ -77,6 +87,16 @@ def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
     return found
 
 
+def test_one_that_holds_no_row_of_a_matrix_lends_its_hand(pool: Pool) -> None:
+    check(pool, "thin llama", "muon", "fsdp 4", rows=8, steps=3)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_one_that_does_not_answer_is_named_by_all_others(pool: Pool, absent: int) -> None:
+    said = pool.run(3, jobs.who_is_missing, absent)
+    assert said == ["" if rank == absent else str(absent) for rank in range(3)]
+
+
 # Of those that take minutes together, the ones that are looked at each time.
 SHORT_FLOAT32 = [("gpt2", "tp x fsdp")]
 REST_FLOAT32 = [
@@ -106,6 +126,77 @@ def test_twenty_steps_in_float32_agree_too(pool: Pool, family: str, layout: str)
 @pytest.mark.parametrize(("family", "layout"), REST_FLOAT32)
 def test_so_they_do_in_all_others(pool: Pool, family: str, layout: str) -> None:
     check_float32(pool, family, layout)
+
+
+def test_sizes_that_are_decided_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(**model_defaults({"family": "llama"}))
+    model = replace(model, context_length=128)
+    axes = ParallelConfig(context=3, processes=3).laid_out(3)
+    with pytest.raises(ValueError, match=r"context_length 128 is not a multiple of .*context 3"):
+        decide_page._refuse_what_does_not_fit(model, axes, vocab_size=100)
+
+
+def test_memory_is_asked_for_what_a_machine_is_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(**model_defaults({"family": "llama"}))
+    whole = 8 * n_parameters(model, vocab_size=1000)
+    monkeypatch.setattr(decide_page, "memory_bytes", lambda: whole // 2)
+    for beside, fits in ((1, True), (2, True), (3, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+        axes = ParallelConfig(shard=4, processes=4).laid_out(4)
+        with nullcontext() if fits else pytest.raises(ValueError, match="this machine has"):
+            decide_page._refuse_what_does_not_fit(model, axes, vocab_size=1000)
+
+
+def written(folder: Path, **parallel: int) -> Path:
+    """A run's folder that says no more than how it is laid."""
+    config = {"model": {"n_heads": 3, "d_model": 48, "d_ff": 96}, "parallel": parallel}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "environment.json").write_text("{}")
+    return folder
+
+
+def test_a_run_s_axes_go_with_its_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = written(tmp_path, processes=3, tensor=3)
+    assert processes_page.processes_of_run(run, {}) == 3
+    assert processes_page.processes_of_run(run, {"parallel": {"tensor": 1}}) == 3
+    assert processes_page.processes_of_run(run, {"parallel": {"processes": 6}}) == 6
+    stored = read_run(run)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    wanted = going_on._wanted(stored, None, {"parallel": {"processes": 6, "data": 2}})
+    assert (wanted.parallel.processes, wanted.parallel.data) == (6, 2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match=r"parallel.tensor 3 is 3, and there are 1 processes"):
+        going_on._wanted(stored, None, {})
+
+
+def test_a_continuation_that_no_processes_can_make_changes_nothing(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    config = read_file(run / "config.yaml")
+    parallel = {**config["parallel"], "processes": 2, "shard": 2}
+    (run / "config.yaml").write_text(json.dumps({**config, "parallel": parallel}))
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    words = ["extend", str(run), "--train.steps", "24", "--parallel.processes", "1"]
+    assert main([*words, "--accept", "parallel.processes"]) == 2
+    assert "and there are 1 processes" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert before == after
+
+
+def test_a_leg_that_fails_is_no_leg_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*given: Any, **named: Any) -> int:
+        raise PeerDied("the disk is full", 75)
+
+    monkeypatch.setattr(leg, "launch_once", fails)
+    run = written(tmp_path, processes=2)
+    assert leg.main([str(run), "--die-after", "3"]) == 75
+    assert "the disk is full" in capsys.readouterr().err
 
 
 SHORT_BFLOAT16 = [("gpt2", "fsdp 2")]

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,8 +47,6 @@ class World:
     """what the processes talk through beside the model's own traffic, where there are several"""
     saving: ProcessGroup | None = None
     """the same for a thread that saves, which must not share a group with the loop"""
-    roll_call: ProcessGroup | None = None
-    """the same for the moment when one of the others has failed: those are broken then"""
 
     @property
     def leads(self) -> bool:
@@ -124,16 +122,22 @@ class World:
         return told[:-1].numpy().tobytes().decode()
 
     def missing(self) -> str:
-        """Who does not answer, in words of torch's own roll call; empty if that cannot be told."""
+        """Who does not answer, as numbers in a text: everybody leaves word where the processes met,
+        and the same ones are missing for each."""
         import torch.distributed as dist
 
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+        absent = {f"pretrain/here/{rank}": rank for rank in range(self.size)}
+        end = time.monotonic() + ROLL_CALL_SECONDS
         try:
-            limit = timedelta(seconds=ROLL_CALL_SECONDS)
-            dist.monitored_barrier(self.roll_call, timeout=limit, wait_all_ranks=True)
-        except RuntimeError as error:
-            found = re.search(r"Ranks? ([\d, ]+) failed", str(error))
-            return "" if found is None else found[1]
-        return ""
+            store.set(f"pretrain/here/{self.rank}", "here")
+            while absent and time.monotonic() < end:
+                absent = {word: rank for word, rank in absent.items() if not store.check([word])}
+                time.sleep(0.1)
+        except RuntimeError:  # under torchrun the first process may be the one that keeps it
+            return "0" if self.rank else ""
+        return ", ".join(map(str, absent.values()))
 
     def wait_for_leader(self) -> None:
         """Go on when the first process comes here too, however long it has to work."""
@@ -236,8 +240,7 @@ def open_world(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     rank, size = int(os.environ.get("RANK", 0)), n_processes()
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    threads = threads or max(1, usable_cores() // beside)
+    threads = threads or max(1, usable_cores() // n_beside())
     torch.set_num_threads(threads)
     # Numbers below 1e-38 take a slow path in the CPU, and no result of ours hangs on them.
     torch.set_flush_denormal(True)
@@ -248,7 +251,7 @@ def open_world(
         here, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if here >= n_gpus:
             raise ValueError(
-                f"each process needs a GPU of its own; there are {beside} processes on this "
+                f"each process needs a GPU of its own; there are {n_beside()} processes on this "
                 f"machine, and GPUs: {n_gpus}. Give --parallel.processes {n_gpus} or fewer, or "
                 "train.device cpu"
             )
@@ -261,6 +264,11 @@ def open_world(
 def n_processes() -> int:
     """How many processes this one is said to be one of, by those who started it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def n_beside() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
 
 
 def n_restarts() -> int:
@@ -283,7 +291,7 @@ def _join(rank: int, size: int, device: torch.device, timeout_seconds: float) ->
             device_id=device if device.type == "cuda" else None,
         )
     limit = timedelta(seconds=timeout_seconds)
-    return [dist.new_group(backend="gloo", timeout=limit) for _ in range(3)]
+    return [dist.new_group(backend="gloo", timeout=limit) for _ in range(2)]
 
 
 def leave_world(world: World) -> None:

@@ -260,16 +260,17 @@ class BackgroundSaver:
             self._copies[name] = kept
         return kept.copy_(tensor.detach(), non_blocking=True)
 
-    def poll(self) -> None:
-        """Raise what went wrong, if the save has come to its end."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+    def poll(self) -> bool:
+        """Whether a save has come to its end by now; raises what went wrong with it."""
+        return self._thread is not None and not self._thread.is_alive() and self.wait()
 
-    def wait(self) -> None:
-        """Wait for the end of the save at hand, and raise what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+    def wait(self) -> bool:
+        """Wait for the end of the save at hand, and raise what went wrong; whether there was
+        one."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return thread is not None

@@ -107,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code == 1 and not hasattr(error, "exit_code"):
             traceback.print_exc()
-        output.fail(explain(error), code)
+        from pretrain.cli.processes import tell_launcher
+
+        if not tell_launcher(explain(error)):
+            output.fail(explain(error), code)
         return code
 
 

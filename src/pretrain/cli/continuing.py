@@ -123,9 +123,13 @@ def _bends(given: dict[str, Any]) -> dict[str, Any]:
 
 def given_settings(overrides: Layer, takes: tuple[str, ...]) -> dict[str, Any]:
     """The settings of the command that are for the added steps, checked."""
-    asked = to_dict(compose([overrides]))
-    said = {f"{s}.{k}": asked[s][k] for s, keys in overrides.items() for k in keys}
-    mine = {k: v for k, v in said.items() if k in (*_ALSO, *takes)}
+    # The others may go with what the run is, and not with what is usual.
+    named = {
+        s: {k: v for k, v in keys.items() if f"{s}.{k}" in (*_ALSO, *takes)}
+        for s, keys in overrides.items()
+    }
+    asked = to_dict(compose([named]))
+    mine = {f"{s}.{k}": asked[s][k] for s, keys in named.items() for k in keys}
     return {k: v for k, v in mine.items() if v is not None or k == "train.patience"}
 
 

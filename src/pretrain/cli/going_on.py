@@ -29,7 +29,7 @@ from pretrain.cli.resuming import (
 )
 from pretrain.cli.scoring import read_followed
 from pretrain.cli.training import fingerprint_of, text_of, train_run
-from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
 from pretrain.data.shards import PreparedData
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report import require_packages, write_report
@@ -37,7 +37,7 @@ from pretrain.train.changes import check_accepted, differences
 from pretrain.train.records import Records
 from pretrain.train.signals import TO_THE_END, Ends
 from pretrain.train.windows import check_windows
-from pretrain.world import n_processes
+from pretrain.world import leave_world, n_processes
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -72,11 +72,7 @@ def resume(
     elif is_finished(folder, stored):
         changes = differences(settings_of(stored), settings_of(wanted))
         check_accepted(changes, {c.word for c in changes}.intersection(accepted))
-        output.say(f"{folder} is finished: there is nothing left to train")
-        if report_is_due(folder):  # it died in between
-            write_report(folder)
-        output.result({"run": str(folder), **summary_of(folder)})
-        return 0
+        return _say_finished(folder, wanted, output)
     joined, output = join(wanted, output)
     if joined is not None and not joined.leads:
         return _follow_leader(folder, joined, output, began, ends)
@@ -105,6 +101,19 @@ def resume(
             resume_from=checkpoint,
             ends=ends,
         )
+
+
+def _say_finished(folder: Path, config: RunConfig, output: Output) -> int:
+    joined, output = join(config, output)
+    if joined is None or joined.leads:
+        output.say(f"{folder} is finished: there is nothing left to train")
+        if report_is_due(folder):  # it died in between
+            write_report(folder)
+        output.result({"run": str(folder), **summary_of(folder)})
+    if joined is not None:
+        joined.wait_for_leader()
+        leave_world(joined)
+    return 0
 
 
 def _follow_leader(folder: Path, world: World, output: Output, began: float, ends: Ends) -> int:
@@ -157,6 +166,11 @@ def _with_interval(
 ) -> RunConfig:
     from pretrain.train.decide import measure_pace, task_interval
 
+    if world.size > 1:  # a step of all of them cannot be timed by the first one
+        raise ValueError(
+            "tasks that several processes begin to follow need --evaluate.every N: how often they "
+            "are asked is measured where a run begins"
+        )
     alone = world.alone()
     sections = (config.model, config.optimizer, config.train, ParallelConfig())
     pace = measure_pace(data, *sections, alone, followed)
@@ -175,11 +189,20 @@ def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
 
 def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
     """The run's settings, and over them what the command says."""
-    layers = [] if target is None else read_target(target)[1]
-    asked = with_whole_paths(composed(target, layers, overrides))
-    wanted = with_settings(stored, asked_settings(asked, [*layers, overrides]))
-    # As many as there are, whatever was asked for; another number is a change like others.
-    return replace(wanted, parallel=replace(wanted.parallel, processes=n_processes()))
+    layers = [*([] if target is None else read_target(target)[1]), overrides]
+    # Axes go with the processes that there are, as many as were asked for or not, and the run's own
+    # model; all else is read as the command says it.
+    rest: list[Layer] = [
+        {s: keys for s, keys in layer.items() if s != "parallel"} for layer in layers
+    ]
+    asked = with_whole_paths(composed(target, rest[:-1], rest[-1]))
+    wanted = with_settings(stored, asked_settings(asked, rest))
+    own, here = to_dict(stored), {"parallel": {"processes": n_processes()}}
+    said = [{"parallel": layer["parallel"]} for layer in layers if "parallel" in layer]
+    axes = compose([{name: own[name] for name in ("model", "parallel")}, *said, here]).parallel
+    axes.laid_out(n_processes())
+    # Another number of processes is a change like others.
+    return replace(wanted, parallel=axes)
 
 
 def _newest(folder: Path, output: Output) -> Checkpoint | None:

@@ -32,9 +32,9 @@ def main(words: Sequence[str]) -> int:
         try:
             return launch_once(words, n, module="pretrain.cli.leg")
         except PeerDied as error:
-            if asked.die_after is None:
-                raise
-            print(error, file=sys.stderr)
+            if asked.die_after is None or "SIGKILL" not in str(error):
+                print(error, file=sys.stderr)
+                return error.exit_code
             os.kill(os.getpid(), signal.SIGKILL)  # as those that it has started did
     ends = Ends(asked.stop_after, asked.die_after)
     return resume(asked.folder, None, {}, Output(json=False), began, ends=ends)

@@ -110,8 +110,11 @@ def processes_of_run(folder: Path, overrides: Layer) -> int:
     if n_processes() > 1:
         return 1
     names = [name for name in ("config.yaml", ASKED) if (folder / name).is_file()]
-    stored = dict(read_file(folder / names[0]).get("parallel", {})) if names else {}
-    return compose([{"parallel": {**stored, **overrides.get("parallel", {})}}]).parallel.processes
+    # No more than this number: whether the rest goes with the model is for who knows both.
+    layers = [read_file(folder / names[0]) if names else {}, overrides]
+    sections = [each.get("parallel") for each in layers]
+    said = [s["processes"] for s in sections if isinstance(s, Mapping) and "processes" in s]
+    return compose([{"parallel": {"processes": n}} for n in said]).parallel.processes
 
 
 def launch_train(arguments: argparse.Namespace, folder: Path, n: int, output: Output) -> int:
@@ -131,12 +134,26 @@ def launch_train(arguments: argparse.Namespace, folder: Path, n: int, output: Ou
     return launch(begun, again, n, output, progress=lambda: _saved(folder))
 
 
-def launch_continuation(arguments: argparse.Namespace, verb: str, n: int, output: Output) -> int:
-    """Let `n` processes extend or anneal a run; the same words again go on with what they began."""
+def launch_continuation(
+    arguments: argparse.Namespace,
+    verb: str,
+    n: int,
+    output: Output,
+    *,
+    is_under_way: Callable[[], bool],
+) -> int:
+    """Let `n` processes extend or anneal a run; once that `is_under_way` it is a run like others,
+    which goes on."""
     accepted = [word for each in arguments.accept for word in ("--accept", each)]
-    words = [verb, arguments.run, *arguments.settings, *accepted, *["--json"] * arguments.json]
+    said = ["--json"] * arguments.json
+    words = [verb, arguments.run, *arguments.settings, *accepted, *said]
+    resumed = ["train", "--resume", "--run", arguments.run, *said]
     folder = Path(arguments.run)
-    return launch(words, lambda: words, n, output, progress=lambda: _saved(folder))
+
+    def again() -> list[str]:
+        return resumed if is_under_way() else words
+
+    return launch(words, again, n, output, progress=lambda: _saved(folder))
 
 
 def _saved(folder: Path) -> list[str]:
@@ -179,6 +196,16 @@ def launch_once(words: Sequence[str], n: int, *, module: str = "pretrain") -> in
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return run_processes([sys.executable, "-m", module, *words], n, Path(folder))
+
+
+def tell_launcher(reason: str) -> bool:
+    """Leave word why this process fails, for the one that has started it to say; whether there is
+    one."""
+    met, rank = os.environ.get(MEETING_FILE), os.environ.get("RANK")
+    if met is None or rank is None:
+        return False
+    Path(f"{met}.{rank}").write_text(reason, encoding="utf-8")
+    return True
 
 
 def _die_with_parent() -> None:

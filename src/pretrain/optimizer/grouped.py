@@ -145,7 +145,10 @@ def build_optimizer(
     }
     members: dict[str, list[nn.Parameter]] = {role: [] for role in groups}
     for name, parameter in parameters:
-        members[role_of(name, parameter)].append(parameter)
+        role = role_of(name, parameter)
+        # Muon's matrices are put together by all that hold them, also who holds no row of this one.
+        if parameter.numel() or groups[role].get("rule") == "muon":
+            members[role].append(parameter)
     batch_scale = config.batch_scale(batch_tokens)
     for group in groups.values():
         group["rate_scale"] = batch_scale * group.get("rate_scale", 1.0)

@@ -21,11 +21,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pretrain.parallel.peers import PeerDied
 
-# Settings that releases before torch 2.13 do not all have. The seconds are what torchrun has, too:
-# what one signal asks for is a checkpoint, and a process that is stopped never answers.
+# What one signal asks for is a checkpoint, after the step, the evaluation and the save at hand; a
+# process that is stopped never answers. A second signal does not wait.
+PATIENCE_SECONDS = 600
+# Settings that releases before torch 2.13 do not all have.
 _SINCE: dict[str, Any] = {
     "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
-    "shutdown_timeout": 30,
+    "shutdown_timeout": PATIENCE_SECONDS,
 }
 _LAST_LINES = 20
 
@@ -67,10 +69,16 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
 
 
 def _died(rank: int, code: int, folder: Path) -> PeerDied:
-    """The error of the first process that failed, with its last words."""
+    """The error of the first process that failed, with the word that it has left, or its last
+    ones."""
     if code < 0:
         text = f"process {rank} was killed by {signal.Signals(-code).name}"
         return PeerDied(text, 1)
+    if (left := folder / f"meeting.{rank}").is_file():
+        reason = left.read_text(encoding="utf-8")
+        # What the user can put right is no matter of who has found it.
+        is_said = code == 2 or reason.startswith("process ")
+        return PeerDied(reason if is_said else f"process {rank}: {reason}", code)
     said = [line for path in folder.glob(f"*/*/{rank}/stderr.log") for line in path.open()]
     words = "".join(["\n", *said[-_LAST_LINES:]]).rstrip()
     return PeerDied(f"process {rank} ended with exit code {code}{words}", code)

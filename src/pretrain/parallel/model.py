@@ -56,7 +56,12 @@ class Parallel:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What this process updates: whole parameters, or its rows of them, if it has any."""
-        return [(name, p.local) for name, p in self.parts.items() if p.local.numel()]
+        return [(name, p) for name, p in self.held_parameters() if p.numel()]
+
+    def held_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The same with those of which it has no row: an optimizer of whole matrices may need its
+        hand all the same."""
+        return [(name, part.local) for name, part in self.parts.items()]
 
     def saves(self, name: str, *, is_whole: bool = False) -> bool:
         """Whether it is this process that saves its part of a parameter, or what `is_whole` beside

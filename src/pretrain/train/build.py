@@ -75,7 +75,7 @@ def build_updates(
     """The optimizer of what this process holds."""
     assert train.batch_tokens is not None
     return build_optimizer(
-        model.named_parameters(),
+        model.held_parameters(),
         config=optimizer,
         width=model.objective.decoder.config.d_model,
         batch_tokens=train.batch_tokens,

@@ -25,7 +25,7 @@ from pretrain.train.build import build_model, build_updates, training_batches, u
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
 from pretrain.train.steps import StepReport, training_steps
 from pretrain.train.windows import check_windows
-from pretrain.world import World, memory_bytes
+from pretrain.world import World, memory_bytes, n_beside
 
 # Rows that go through the model at once: on a CPU as many as fill its caches with a layer's
 # activations, 3 MB each.
@@ -73,9 +73,10 @@ def decide(
     if model.ngram_rows and model.longest_ngram is None:
         small = data.manifest.vocab_size < SMALL_VOCABULARY
         model = replace(model, longest_ngram=6 if small else 3)
-    _refuse_what_no_memory_holds(model, vocab_size=data.manifest.vocab_size)
     parallel = replace(parallel or ParallelConfig(), processes=world.size)
-    _, n_readers = parallel.laid_out(world.size).rows(0)
+    axes = parallel.laid_out(world.size)
+    _refuse_what_does_not_fit(model, axes, vocab_size=data.manifest.vocab_size)
+    _, n_readers = axes.rows(0)
     rows = batch_tokens // context
     # The elastic order is one of micro-batches that are the same for any number of processes.
     each = rows if parallel.elastic else -(-rows // n_readers)
@@ -136,14 +137,20 @@ def task_interval(train: TrainConfig, pace: Pace) -> int:
     return min(steps, -(-steps // (times * every)) * every)
 
 
-def _refuse_what_no_memory_holds(model: ModelConfig, *, vocab_size: int) -> None:
-    """ValueError for a model of which not even weights and gradients fit here, before anything of
-    it is built."""
+def _refuse_what_does_not_fit(model: ModelConfig, axes: ParallelConfig, *, vocab_size: int) -> None:
+    """ValueError, before anything of it is built, for a model whose sizes the axes do not divide,
+    now that all of them are known, or of which not even weights and gradients fit here."""
+    for _, mistake in axes.mistakes_of_model(model):
+        raise ValueError(mistake)
     n, there = n_parameters(model, vocab_size=vocab_size), memory_bytes()
-    if there is not None and 2 * 4 * n > there:
+    assert axes.data is not None
+    # Of a copy each process has a part, and several of them may be on this machine.
+    share = n_beside() * axes.data / axes.processes
+    if there is not None and 2 * 4 * n * share > there:
         raise ValueError(
-            f"a model of {n:,} parameters needs {8 * n:,} bytes for weights and gradients alone, "
-            f"and this machine has {there:,}; lower model.d_model, n_layers or ngram_rows"
+            f"a model of {n:,} parameters needs {int(8 * n * share):,} bytes for weights and "
+            f"gradients alone, and this machine has {there:,}; lower model.d_model, n_layers or "
+            "ngram_rows"
         )
 
 

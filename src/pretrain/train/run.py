@@ -191,10 +191,9 @@ class Run:
         def forget() -> None:
             keep, every = settings.keep_checkpoints, settings.keep_every
             prune(self.checkpoints, keep=keep, protect=protect, every=every)
-            self.failed_saves = 0
 
         try:
-            self.saver.wait()
+            self._note_saved(self.saver.wait())
             if not (self.checkpoints / checkpoint_name(self.done)).exists():
                 tensors = self.tensors()
                 self.saver.save(
@@ -206,7 +205,7 @@ class Run:
                     after=forget,
                 )
             if wait:
-                self.saver.wait()
+                self._note_saved(self.saver.wait())
         except OSError as error:
             self._failed(error, at_once=wait)
         self.stalled_seconds += time.perf_counter() - began
@@ -214,9 +213,14 @@ class Run:
     def poll_saver(self) -> None:
         """Say it if a save has failed."""
         try:
-            self.saver.poll()
+            self._note_saved(self.saver.poll())
         except OSError as error:
             self._failed(error, at_once=False)
+
+    def _note_saved(self, saved: bool) -> None:
+        """Failures count in a row, and in each process alike."""
+        if saved:
+            self.failed_saves = 0
 
     def finish_saving(self) -> None:
         """Wait for the save at hand; CannotSave if it fails."""

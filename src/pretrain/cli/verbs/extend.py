@@ -75,7 +75,10 @@ def go_on(
     if given.get("train.steps") is None:
         raise ValueError(f"{verb} needs --train.steps N, the new total, above {stored.train.steps}")
     if (n := processes_of_run(folder, overrides)) > 1:
-        return launch_continuation(arguments, verb, n, output)
+        steps = given["train.steps"]
+        return launch_continuation(
+            arguments, verb, n, output, is_under_way=lambda: read_run(folder).train.steps == steps
+        )
     if was_begun(folder, stored, verb, given):
         return resume(folder, None, overrides, output, began, accepted=accepted)
     rest: Layer = {

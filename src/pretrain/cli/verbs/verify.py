@@ -28,6 +28,7 @@ from pretrain.cli.output import Output
 from pretrain.cli.resuming import read_run, settings_of
 from pretrain.config import RunConfig, to_yaml
 from pretrain.train.records import METRICS, SAMPLES, Records, write_json
+from pretrain.world import n_processes
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     folder = Path(arguments.run)
+    if n_processes() > 1:
+        raise ValueError("verify starts the processes of its legs itself: give it without torchrun")
     config = read_run(folder)
     steps = config.train.steps or 0
     k = min(arguments.steps, (steps - 1) // 2)
@@ -161,7 +164,7 @@ def _killed(folder: Path, k: int) -> Check:
     """That the kill landed where it was meant to."""
     from pretrain.checkpoint import list_checkpoints
 
-    made = max(record["step"] for record in Records(folder).metrics())
+    made = max((record["step"] for record in Records(folder).metrics()), default=0)
     saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
     if saved[-1:] != [f"step-{k:08d}"] or made <= k:
         return Check(DIFFERS, f"{made} steps made, and saved were {', '.join(saved) or 'none'}")
