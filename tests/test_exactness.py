@@ -117,11 +117,19 @@ def test_a_batch_without_targets_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "evaluation_of"),
+    [(signal.SIGTERM, 8), (signal.SIGINT, 12), (signal.SIGUSR1, 8)],
+)
 def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    evaluation_of: int,
 ) -> None:
-    """It is broken off, the step is saved, and the resume begins with that evaluation."""
+    """It is broken off, the step is saved, and the resume begins with that evaluation, also with
+    the last one."""
     words = [str(corpus), *TINY, *DROPOUT, "--train.steps", "12", "--train.evaluate_every", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*words, "--run", str(whole)) == 0
@@ -133,7 +141,7 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
     def disturbed(objective: Any, micro_batches: Any, **rest: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls != 2:
+        if calls != evaluation_of // 4:
             return real(objective, micro_batches, **rest)
         os.kill(os.getpid(), number)
         left = list(micro_batches)
@@ -143,8 +151,10 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "score_batches", disturbed)
         assert train(*words, "--run", str(parts)) == 128 + number
-    assert [r["step"] for r in records(parts) if r["kind"] == "evaluate"] == [4]
-    assert list_checkpoints(parts / "checkpoints")[-1].name == "step-00000008"
+    done = [r["step"] for r in records(parts) if r["kind"] == "evaluate"]
+    assert done == list(range(4, evaluation_of, 4))
+    assert list_checkpoints(parts / "checkpoints")[-1].name == f"step-{evaluation_of:08d}"
+    assert not (parts / "summary.json").exists()
     assert train("--resume", "--run", str(parts)) == 0
     assert_same_run(whole, parts)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from oracles import config_of, random_decoder
 from pretrain.data.batches import MicroBatch
@@ -548,3 +549,21 @@ def test_attention_with_and_without_noise_agrees_when_nothing_is_dropped(decoder
     torch.testing.assert_close(
         decoder(ids, noise=Noise(1, torch.arange(2))), decoder(ids), rtol=1e-6, atol=1e-7
     )
+
+
+def test_what_nobody_goes_back_through_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's weight asks for them also where an evaluation does not."""
+    made, real = [], torch.zeros_like
+
+    def counted(tensor: torch.Tensor, **named: Any) -> torch.Tensor:
+        made.append(tuple(tensor.shape))
+        return real(tensor, **named)
+
+    monkeypatch.setattr(torch, "zeros_like", counted)
+    hidden, weight = torch.randn(6, 4), nn.Parameter(torch.randn(9, 4))
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, torch.arange(6))
+    assert made == []
+    with_them = linear_cross_entropy(hidden, weight, torch.arange(6))
+    assert made == [(9, 4)]
+    assert float(without) == float(with_them.detach())

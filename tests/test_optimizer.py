@@ -47,6 +47,10 @@ def test_the_shapes_are_what_their_names_say() -> None:
     assert curve("wsd", decay_fraction=0.4)[60] == pytest.approx(1.0)
     assert curve("wsd", decay_fraction=0.4)[80] == pytest.approx(0.5)
     assert curve("wsd", decay_fraction=0.4)[-1] == pytest.approx(1 / 40)
+    # A warm-up that reaches into the decay is not cut off: no step falls from the peak.
+    late = curve("wsd", warmup=90, decay_fraction=0.6)
+    assert late[90] == pytest.approx(1.0)
+    assert max(a - b for a, b in pairwise(late)) < 0.11
     assert curve("inverse_sqrt")[43] == pytest.approx(0.5)
     assert curve("linear", warmup=0)[0] == 1.0
 

@@ -434,6 +434,12 @@ def test_patience_stops_a_run_that_no_longer_improves(corpus: Path, tmp_path: Pa
     best = min(evaluations, key=lambda r: r["val_nats_per_token"])
     assert evaluations[-1]["step"] == best["step"] + 4
     assert summary["checkpoint"] == f"checkpoints/step-{best['step']:08d}"
+    # So it does where it died before it could say so.
+    before = records(run)
+    (run / "summary.json").unlink()
+    assert train("--resume", "--run", str(run)) == 0
+    assert records(run) == before
+    assert json.loads((run / "summary.json").read_text())["steps"] == summary["steps"]
 
 
 def test_best_is_a_function_of_the_records() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import DamagedCheckpoint, list_checkpoints
 from pretrain.cli import main
 from pretrain.data import MicroBatch
+from pretrain.train.post_mortem import _clipped_by, _scaled
+from pretrain.train.records import Best
 from pretrain.train.steps import train_step
 from pretrain.train.watch import (
     LEAST_STEPS,
@@ -274,3 +276,49 @@ def test_checkpoints_of_what_was_given_up_are_gone_before_the_records_are(
     assert list_checkpoints(killed / "checkpoints")[-1].name == "step-00000040"
     assert main(["train", "--resume", "--run", str(killed)]) == 0
     assert_same_run(whole, killed)
+
+
+def test_a_rollback_goes_to_what_is_there(tmp_path: Path) -> None:
+    """The step that was due, else the newest; and where there is nothing, nothing is deleted."""
+    from types import SimpleNamespace
+
+    from pretrain.checkpoint import save_checkpoint
+    from pretrain.train import rollback
+    from pretrain.world import open_world
+
+    settings = SimpleNamespace(save_every=20)
+    run: Any = SimpleNamespace(
+        settings=settings, done=45, world=open_world("cpu"), checkpoints=tmp_path, folder=tmp_path
+    )
+    with pytest.raises(ValueError, match="nothing is saved that"):
+        rollback._target(run)
+    for step, target in ((30, 30), (43, 43), (40, 40)):
+        save_checkpoint(tmp_path, step=step, tensors={"model/w": torch.ones(2)}, state={})
+        assert rollback._target(run) == target
+    (file,) = (tmp_path / "step-00000040").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedCheckpoint):
+        rollback._target(run)
+    assert len(list_checkpoints(tmp_path)) == 3
+    run.done = 19
+    assert rollback._target(run) == 0
+
+
+def test_a_best_evaluation_is_the_same_from_records() -> None:
+    best = Best()
+    values = [2.0, math.nan, 1.5, math.nan, 1.6]
+    for step, nats in enumerate(values):
+        best.note(step, nats)
+    lines = [
+        {"kind": "evaluate", "step": n, "val_nats_per_token": None if math.isnan(v) else v}
+        for n, v in enumerate(values)
+    ]
+    assert Best.of(lines) == best
+    assert (best.step, best.since) == (2, 2)
+
+
+def test_norms_that_were_not_clipped_are_not_scaled_back() -> None:
+    norms = {"a": 2.0, "b": 0.0, "c": math.inf}
+    assert _scaled(norms, _clipped_by(1.0, math.inf)) == {"a": 2.0, "b": 0.0, "c": None}
+    assert _scaled({"a": 0.5}, _clipped_by(1.0, 4.0)) == {"a": 2.0}
+    assert _scaled({"a": 0.5}, _clipped_by(1.0, 0.5)) == {"a": 0.5}

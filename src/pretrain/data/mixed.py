@@ -110,6 +110,11 @@ class MixedData(PreparedData):
         sizes = {portion.source: portion.n_tokens for portion in self.portions}
         if any(entry.epochs is None for entry in self._config.source):
             return None
+        if len({entry.stage for entry in self._config.source}) > 1:
+            raise ValueError(
+                "data.source: epochs say how much is read of each source, and stages when: with "
+                "both give train.steps, of which a stage is a share"
+            )
         return round(sum((e.epochs or 0) * sizes[e.path] for e in self._config.source))
 
     @property

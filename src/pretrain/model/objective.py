@@ -67,12 +67,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
         z_loss: float,
         compiled: bool,
+        learns: bool,
     ) -> Tensor:
         # The sum is kept in float64 where there is one, so that it hardly depends on how rows are
         # grouped.
         total_type = torch.float32 if hidden_ND.device.type == "mps" else torch.float64
         nats = torch.zeros((), dtype=total_type, device=hidden_ND.device)
-        with_gradients = any(ctx.needs_input_grad[:2])
+        # What is needed says nothing of whether anybody will go back.
+        with_gradients = learns and any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden_ND) if with_gradients else None
         d_weight = torch.zeros_like(weight_VD) if with_gradients else None
         V, how = weight_VD.shape[0], (smoothing, z_loss, total_type)
@@ -103,15 +105,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             d_hidden * slopes[0].to(d_hidden.dtype),
             d_weight * slopes[0].to(d_weight.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -273,7 +272,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device_type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device_type))
     nats: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, smoothing, z_loss, compiled
+        hidden_ND, weight_VD, targets_N, smoothing, z_loss, compiled, torch.is_grad_enabled()
     )
     return nats
 

@@ -57,5 +57,6 @@ def _share(step: int, shape: ScheduleConfig | PastSchedule, steps: int) -> float
         case "cosine":
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
-            decay_steps = max(1.0, shape.decay_fraction * steps)
+            # A decay that would begin within the warm-up begins at its end.
+            decay_steps = max(1.0, min(shape.decay_fraction * steps, steps - warmup))
             return floor + (1 - floor) * min(1.0, (steps - step) / decay_steps)

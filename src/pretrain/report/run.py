@@ -75,6 +75,12 @@ class Run:
         self.is_finished = bool(self.summary)  # it is written at the end
 
     @property
+    def scored_step(self) -> int:
+        """The step whose weights the final score is of: the best one that was kept."""
+        name = str(self.summary.get("checkpoint", "")).rpartition("step-")[2]
+        return int(name) if name.isdecimal() else self.last_step
+
+    @property
     def last_step(self) -> int:
         """The number of updates done, as far as the files know; 0 for a run that just began."""
         last = [*self.train[-1:], *self.evaluations[-1:]] or [{"step": self.summary.get("steps")}]

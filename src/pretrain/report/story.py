@@ -19,7 +19,7 @@ def ranking(run: Run) -> list[tuple[float, Record]]:
         "name": MODEL,
         "bits_per_byte": run.figure("val_bits_per_byte"),
         "perplexity": run.figure("val_perplexity"),
-        "note": f"after {count(run.last_step)} steps",
+        "note": f"after {count(run.scored_step)} steps",
     }
     pairs = [(number(entry.get("bits_per_byte")), entry) for entry in (*run.baselines, model)]
     ranks = [(bits, entry) for bits, entry in pairs if bits is not None]
@@ -39,7 +39,9 @@ def verdict(run: Run) -> tuple[str, str]:
     """One sentence in two parts, of which the first is to be emphasised."""
     bits, loss = run.figure("val_bits_per_byte"), run.figure("loss")
     seconds = run.figure("train_seconds")
-    after = f"after {count(run.last_step)} steps"
+    after = f"after {count(run.scored_step)} steps"
+    if run.scored_step < run.last_step:
+        after += f", the best of {count(run.last_step)},"
     after += "" if seconds is None else f" and {duration(seconds)}"
     if bits is not None:
         size = "" if run.val_bytes is None else f"{count(run.val_bytes)} bytes of "

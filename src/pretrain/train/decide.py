@@ -8,6 +8,7 @@ that is not whole windows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -250,7 +251,8 @@ def measure_pace(
         if world.gather([bool(seconds) and (is_long or seconds[-1] <= fast_enough)])[0][0]:
             break
     # The first quarter: what else a machine does now and then only ever makes a step slower.
-    step_seconds = sorted(seconds)[len(seconds) // 4]
+    # Others than the first may have none, whose clocks began later.
+    step_seconds = sorted(seconds)[len(seconds) // 4] if seconds else math.nan
     asking = 0.0
     if followed:
         trial = build_model(data, model, train, parallel, world)

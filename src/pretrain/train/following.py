@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.evaluate import ask_followed
+from pretrain.evaluate import Followed, ask_followed
 from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals
@@ -21,13 +21,11 @@ _IN_SUMMARY = ("metric", "value", "stderr", "examples", "chance", "step")
 def ask_tasks(run: Run, stop: StopSignals) -> None:
     """Ask what has no row for this step yet, until a signal comes: the rest is then the first thing
     that a resume does."""
-    rows = [r for r in run.records.metrics() if r["kind"] == KIND and r["step"] == run.done]
-    asked = {row["task"] for row in rows}
     tokenizer, new = run.data.tokenizer(), []
     run.model.gather()
-    for followed in run.followed:
-        if followed.task.name in asked or stop.breaks_off(run.world):
-            continue
+    for followed in missing_tasks(run):
+        if stop.breaks_off(run.world):
+            break
         row = ask_followed(
             run.objective.decoder,
             tokenizer,
@@ -39,6 +37,13 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
         new.append(row)
     if new:
         run.screen.tasks(run.done, new)
+
+
+def missing_tasks(run: Run) -> list[Followed]:
+    """What is followed and has no row for this step yet."""
+    rows = [r for r in run.records.metrics() if r["kind"] == KIND and r["step"] == run.done]
+    asked = {row["task"] for row in rows}
+    return [each for each in run.followed if each.task.name not in asked]
 
 
 def last_rows(run: Run) -> dict[str, dict[str, Any]]:

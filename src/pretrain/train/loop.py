@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.checkpoint import Checkpoint, checkpoint_name, forget_after, open_checkpoint
+from pretrain.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from pretrain.data import PreparedData
 from pretrain.evaluate import Followed, measure_baselines
 from pretrain.generate import Sampling, generate
@@ -25,16 +25,16 @@ from pretrain.parallel import ParallelConfig
 from pretrain.train.build import uncompiled
 from pretrain.train.config import TrainConfig
 from pretrain.train.evaluation import evaluate_split
-from pretrain.train.following import ask_tasks, last_rows
+from pretrain.train.following import ask_tasks, last_rows, missing_tasks
 from pretrain.train.passage import PREDICTIONS, look_at_passage
-from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
 from pretrain.train.post_mortem import write_post_mortem
 from pretrain.train.records import SUMMARY, write_json
+from pretrain.train.rollback import roll_back
 from pretrain.train.run import Run, begin, load_weights
 from pretrain.train.screen import Screen
 from pretrain.train.signals import TO_THE_END, Ends, StopSignals
 from pretrain.train.steps import Accept, StepReport, training_steps
-from pretrain.train.watch import MOST_IN_A_ROW, MOST_ROLLBACKS, NOT_FINITE, SPIKE, Rollback
+from pretrain.train.watch import MOST_IN_A_ROW, NOT_FINITE, SPIKE
 from pretrain.world import World
 
 SAMPLE_TOKENS = 60
@@ -88,14 +88,14 @@ def train(
         # Until a step is made, which may take a compiler minutes, there is nothing to be saved.
         stop.nothing_to_lose = True
         _catch_up(run, stop)
-        while run.done < run.steps:
+        while run.done < run.steps and not run.has_lost_patience:
             outcome = _make_steps(run, stop, rate, accept, clip=optimizer.clip, ends=ends)
             if outcome == "stopped":
                 return stop.exit_code
             if outcome == "no better":
                 break
             if outcome == "spike":
-                _roll_back(run, first_weights)
+                roll_back(run, first_weights)
         stop.nothing_to_lose = True
         _finish(run, began)
     return 0
@@ -105,6 +105,7 @@ def _take_up(run: Run, resume_from: Checkpoint | None, first_weights: Checkpoint
     """What the run begins with: its own state, another run's weights, or neither."""
     if resume_from is not None:
         run.restore(resume_from)
+        run.earlier_seconds = run.train_seconds
     elif first_weights is not None:
         load_weights(run.model, first_weights)
     run.take_up_records()
@@ -158,15 +159,16 @@ def _make_steps(
         if run.followed and due(run.done, run.asked_every, run.steps):
             ask_tasks(run, stop)
         stops = stop.ends_run(run.world) or run.done == ends.stop_after
-        if is_best or stops or due(run.done, settings.save_every, run.steps):
+        is_kept = settings.keep_every is not None and run.done % settings.keep_every == 0
+        if is_best or stops or is_kept or due(run.done, settings.save_every, run.steps):
             run.save(wait=stops or run.done == run.steps)
         run.poll_saver()
         if run.done == ends.die_after:
             run.saver.wait()
             os.kill(os.getpid(), signal.SIGKILL)
-        if stops and run.done < run.steps:
+        if stops and (run.done < run.steps or _is_unmeasured(run)):
             return "stopped"
-        if settings.patience is not None and run.best.since >= settings.patience:
+        if run.has_lost_patience:
             run.screen.line(f"no better evaluation in the last {run.best.since}: stopping here")
             run.save(wait=True)
             return "no better"
@@ -201,38 +203,6 @@ def _look_into(run: Run, step: int, loss: float, grad_norm: float, *, clip: floa
     at = "" if written is None else f"; see {written}"
     run.screen.line(f"step {step + 1:,}: {what}; {then}{at}", style="yellow")
     return makes_it
-
-
-def _roll_back(run: Run, first_weights: Checkpoint | None) -> None:
-    """Go back to the last checkpoint that was due, and pass over the data since then."""
-    every = run.settings.save_every
-    assert every is not None
-    wrong, target = run.done, run.done // every * every
-    back = Rollback(
-        target,
-        # All from the first batch that will not be read again to the one that went wrong.
-        run.batches.position(wrong) + 1 - run.batches.position(target),
-    )
-    if sum(b.step == target for b in run.batches.rollbacks) >= MOST_ROLLBACKS:
-        raise ValueError(
-            f"the loss jumps again and again after step {target:,}; {MOST_ROLLBACKS} rollbacks did "
-            f"not help. The files in {run.folder / POST_MORTEMS} say what was read; a lower "
-            "optimizer.learning_rate may help"
-        )
-    run.finish_saving()
-    if run.world.leads:
-        forget_after(run.checkpoints, target)
-    run.world.wait_for_leader()
-    if target:
-        run.restore(open_checkpoint(run.checkpoints / checkpoint_name(target)))
-    else:
-        run.start_over(first_weights)
-    run.records.cut_back(target)
-    run.records.add_metrics({"kind": "rollback", "step": target, "batches": back.batches})
-    run.take_up_records()
-    run.screen.line(
-        f"back to step {target:,}; {back.batches:,} batches of data are passed over", style="yellow"
-    )
 
 
 def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
@@ -284,6 +254,13 @@ def _evaluation_is_missing(run: Run) -> bool:
         return False
     records = run.records.metrics()
     return not any(r["kind"] == "evaluate" and r["step"] == run.done for r in records)
+
+
+def _is_unmeasured(run: Run) -> bool:
+    """Whether a signal broke off what is measured after the last step."""
+    if run.world.size > 1:
+        return False
+    return _evaluation_is_missing(run) or bool(missing_tasks(run))
 
 
 def _evaluate(run: Run, stop: StopSignals) -> bool:
@@ -372,7 +349,7 @@ def _finish(run: Run, began: float) -> None:
         "tokens_per_second": tokens / run.train_seconds,
         "train_seconds": run.train_seconds,
         "stalled_seconds": run.stalled_seconds,
-        "total_seconds": time.perf_counter() - began,
+        "total_seconds": run.earlier_seconds + time.perf_counter() - began,
         "peak_memory_bytes": int(max(peak for (peak,) in peaks)),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],

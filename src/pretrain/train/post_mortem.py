@@ -51,7 +51,7 @@ def write_post_mortem(
         "loss": loss,
         "grad_norm": grad_norm,
         # Gradients have been clipped by now.
-        "gradient_norms": _scaled(gradient_norms, max(1.0, grad_norm / clip) if clip else 1.0),
+        "gradient_norms": _scaled(gradient_norms, _clipped_by(clip, grad_norm)),
         "documents": _documents(step, data, batches),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "last_steps": [
@@ -61,6 +61,11 @@ def write_post_mortem(
     }
     write_json(path, content)
     return path
+
+
+def _clipped_by(clip: float, norm: float) -> float:
+    """What gradients have been divided by: those of a norm that is not finite are left alone."""
+    return max(1.0, norm / clip) if clip and math.isfinite(norm) else 1.0
 
 
 def _scaled(norms: Mapping[str, float], factor: float) -> dict[str, float | None]:

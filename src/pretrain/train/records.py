@@ -196,6 +196,7 @@ class Best:
     def of(records: list[dict[str, Any]]) -> Best:
         best = Best()
         for record in records:
-            if record["kind"] == "evaluate" and record["val_nats_per_token"] is not None:
-                best.note(record["step"], record["val_nats_per_token"])
+            if record["kind"] == "evaluate":
+                nats = record["val_nats_per_token"]  # null where it was no number
+                best.note(record["step"], math.nan if nats is None else nats)
         return best

@@ -74,6 +74,8 @@ class Run:
     """the batch, counted from the start of the data, that a checkpoint says comes next"""
     train_seconds: float = 0.0
     stalled_seconds: float = 0.0
+    earlier_seconds: float = 0.0
+    """of training, in processes before this one"""
     """time for which training stood still, this time, because of checkpoints"""
     failed_saves: int = 0
 
@@ -168,7 +170,13 @@ class Run:
         if first_weights is not None:
             load_weights(self.model, first_weights)
         self.optimizer.state.clear()
-        self.done, self.position = 0, None
+        self.done, self.position, self.train_seconds = 0, None, 0.0
+
+    @property
+    def has_lost_patience(self) -> bool:
+        """Whether so many evaluations were no better that the run ends here."""
+        patience = self.settings.patience
+        return patience is not None and self.best.since >= patience
 
     def save(self, *, wait: bool = False) -> None:
         """Save this step, and then forget all but the newest, the best and the milestones.
@@ -194,6 +202,9 @@ class Run:
 
         try:
             self._note_saved(self.saver.wait())
+        except OSError as error:  # of the save before, which says nothing of this one
+            self._failed(error, at_once=False)
+        try:
             if not (self.checkpoints / checkpoint_name(self.done)).exists():
                 tensors = self.tensors()
                 self.saver.save(
@@ -225,7 +236,7 @@ class Run:
     def finish_saving(self) -> None:
         """Wait for the save at hand; CannotSave if it fails."""
         try:
-            self.saver.wait()
+            self._note_saved(self.saver.wait())
         except OSError as error:
             self._failed(error, at_once=True)
 
