@@ -94,7 +94,11 @@ def test_bytes_of_a_character_are_joined_and_those_of_none_replaced(tokenizer: T
     assert piece["text"] == "\ufffd"
 
 
-def test_next_shows_the_answer_s_probability_and_rank(finished_run: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_next_shows_the_answer_s_probability_and_rank(
+    finished_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(OpenModel, "precision", precision)
     words = ["next", str(finished_run), "--prompt", "The people of the", "--device", "cpu"]
     capsys.readouterr()
     assert main([*words, "--answer", " United States", "--top", "3", "--json"]) == 0

@@ -130,6 +130,15 @@ def test_what_is_written_ends_before_the_first_stop(ours: HarnessModel) -> None:
         ours.generate_until(requests([("The people", {"num_beams": 4})]))
 
 
+def test_a_request_that_is_repeated_asks_for_another_sample(ours: HarnessModel) -> None:
+    again = requests(
+        [("The people", {"max_gen_toks": 20, "do_sample": True, "temperature": 1})] * 3
+    )
+    found = ours.generate_until(again)
+    assert len(set(found)) == 3
+    assert ours.generate_until(again) == found
+
+
 def test_a_start_of_text_is_as_asked(folder: Path) -> None:
     said = {
         start: HarnessModel(str(folder), device="cpu", start_of_text=start).loglikelihood(

@@ -130,6 +130,7 @@ def test_a_signal_ends_all_processes_at_one_step_and_the_resume_is_exact(
     started.terminate()
     said = finish(started, code=128 + signal.SIGTERM)
     assert "stopped and saved" in said
+    assert "death signal" not in said  # as torch's agent would put it
     command = [sys.executable, "-m", "pretrain", "train", "--resume", "--run", str(run)]
     subprocess.run(command, check=True, timeout=PATIENCE_SECONDS, capture_output=True)
     assert losses(run) == losses(whole)
@@ -150,9 +151,8 @@ def test_a_process_that_does_not_answer_is_named(corpus: Path, tmp_path: Path) -
         line = started.stdout.readline()
         assert line, "it ended without a word"
     assert "after 5 seconds there is no answer from process 1" in line
-    started.kill()
-    os.kill(stopped, signal.SIGCONT)
-    wait_for(lambda: not Path(f"/proc/{stopped}").exists() or _is_dead(stopped))
+    assert _is_dead(stopped)
+    assert f"resuming {run} after step" in finish(started)
 
 
 def test_no_process_outlives_its_launcher(corpus: Path, tmp_path: Path) -> None:
@@ -186,9 +186,11 @@ def test_a_run_goes_on_in_another_number_of_processes_once_that_is_accepted(
     finish(started, code=128 + signal.SIGTERM)
     words = ["train", "--resume", "--run", str(run), "--parallel.processes", "1"]
     assert main(words) == 2
+    assert "data 1 x parallel.shard 2 is 2, and there are 1 proc" in capsys.readouterr().err
+    words += ["--parallel.shard", "1"]
+    assert main(words) == 2
     assert "parallel.processes: 2 -> 1   (--accept parallel.processes)" in capsys.readouterr().err
-    words += ["--parallel.shard", "1", "--accept", "parallel.processes"]
-    assert main([*words, "--accept", "parallel.shard"]) == 0
+    assert main([*words, "--accept", "parallel.processes", "--accept", "parallel.shard"]) == 0
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)  # which is in float32
 
 
@@ -228,6 +230,18 @@ def test_a_program_is_told_once_what_was_wrong(whole: Path) -> None:
     assert done.returncode == 2
     assert "train.steps 3 is not more than" in json.loads(done.stdout)["error"]
     assert done.stderr.count("is not more than") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["pretrain", "torch.distributed.run"])
+def test_a_finished_run_says_so_once(whole: Path, module: str) -> None:
+    words = ["train", "--resume", "--run", str(whole), "--json"]
+    if module != "pretrain":
+        words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "pretrain", *words]
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == STEPS
+    assert done.stderr.count("is finished: there is nothing left to train") == 1
 
 
 @pytest.mark.slow

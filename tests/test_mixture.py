@@ -177,6 +177,9 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
     epochs = MixedData(DataConfig(source=sources(texts, epochs=4.0)), [data])
     n_first, n_second = (portion.n_tokens for portion in epochs.portions)
     assert epochs.asked_tokens == n_first + 4 * n_second
+    staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
+    with pytest.raises(ValueError, match=r"and stages when: with both give train\.steps"):
+        _ = MixedData(staged, [data]).asked_tokens
     refusing = MixedData(DataConfig(source=sources(texts), exhausted="refuse"), [data])
     with pytest.raises(ValueError, match=r"letters\.jsonl' [\d.]+ times, and data\.exhausted"):
         refusing.order(context_length=16, seed=1, steps=2000, batch_rows=4)

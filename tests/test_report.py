@@ -179,6 +179,12 @@ def test_bad_news_is_told_as_well(tmp_path: Path) -> None:
     assert "held-out loss was lowest at step 1 (4.90) and has risen since" in page.flat
 
 
+def test_a_score_is_told_with_the_step_whose_weights_it_is_of(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"checkpoint": "checkpoints/step-20"}))
+    assert "after 20 steps, the best of 40, and 3 min 2 s" in Page(write_report(run)).flat
+
+
 def test_almost_nothing_is_enough_and_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     assert "No numbers yet" in Page(write_report(tmp_path)).text

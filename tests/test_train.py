@@ -3,6 +3,7 @@ lose nothing."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import list_checkpoints, open_checkpoint
+from pretrain.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
 from pretrain.config import compose
 from pretrain.corpus import read_documents
@@ -27,6 +29,7 @@ from pretrain.model import ModelConfig, Objective, build
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from pretrain.train.decide import decide
 from pretrain.train.records import Best, Records
+from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals
 from pretrain.train.steps import train_step, training_steps
 from pretrain.world import open_world
@@ -114,6 +117,60 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     assert saved[-1:] == ([] if stop_at == 1 else [f"step-{stop_at:08d}"])
     assert train("--resume", "--run", str(parts)) == 0
     assert_same_run(whole, parts)
+
+
+def test_milestones_are_saved_and_kept_between_all_else(corpus: Path, tmp_path: Path) -> None:
+    words = [str(corpus), *TINY, "--train.steps", "10", "--train.evaluate_every", "10"]
+    words += ["--train.save_every", "5", "--train.keep_checkpoints", "2", "--train.keep_every", "3"]
+    assert train(*words, "--run", str(tmp_path / "run")) == 0
+    kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == [f"step-{step:08d}" for step in (3, 6, 9, 10)]
+
+
+def test_a_save_that_failed_is_told_and_forgotten_once_the_next_is_good(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Three failures end a run; three that are not in a row do not."""
+    failing = {2, 6, 10}
+
+    def save(folder: Path, *, step: int, **rest: Any) -> Path:
+        if step in failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_checkpoint(folder, step=step, **rest)
+
+    monkeypatch.setattr("pretrain.checkpoint.save.save_checkpoint", save)
+    words = [str(corpus), *TINY, "--train.steps", "12", "--train.save_every", "2"]
+    words += ["--train.evaluate_every", "12", "--train.keep_checkpoints", "9"]
+    assert train(*words, "--run", str(tmp_path / "run")) == 0
+    kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == [f"step-{step:08d}" for step in (4, 8, 12)]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("No space left on device; training goes on") == 3
+    words[words.index("--train.save_every") + 1] = "1"
+    failing = {5, 6, 7}
+    assert train(*words, "--run", str(tmp_path / "full")) == 75
+    assert "make room, then: --resume" in capsys.readouterr().err
+
+
+def test_seconds_in_all_are_those_of_every_process(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(corpus), *TINY, "--train.steps", "6", "--run", str(tmp_path)]
+    stop_after(monkeypatch, 3)
+    assert train(*words) == 143
+    real = Run.restore
+
+    def restore(run: Run, checkpoint: Checkpoint) -> None:
+        real(run, checkpoint)
+        run.train_seconds += 1000  # as if it had trained for that long before
+
+    monkeypatch.setattr(Run, "restore", restore)
+    assert train("--resume", "--run", str(tmp_path)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 1000 < summary["train_seconds"] < summary["total_seconds"] < 1200
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_cuts_its_records_back(

@@ -84,11 +84,17 @@ def test_a_planted_fault_is_found(
 
 
 def test_what_cannot_be_proven_is_refused(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert main(["verify", str(run), "--steps", "0"]) == 2
     assert "there must be one at least in each half" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
+    assert main(["verify", str(run)]) == 2
+    assert "give it without torchrun" in capsys.readouterr().err
 
 
 def test_a_machine_is_looked_at(

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -124,20 +125,34 @@ class World:
     def missing(self) -> str:
         """Who does not answer, as numbers in a text: everybody leaves word where the processes met,
         and the same ones are missing for each."""
+        absent: list[int] | None = None
+
+        def call() -> None:
+            nonlocal absent
+            with suppress(RuntimeError):
+                absent = self._absent()
+
+        # Under torchrun the first process keeps the words; one that is cut off from it is never
+        # told so.
+        calling = threading.Thread(target=call, daemon=True)
+        calling.start()
+        calling.join(2 * ROLL_CALL_SECONDS)
+        if absent is None:
+            return "0" if self.rank else ""
+        return ", ".join(map(str, absent))
+
+    def _absent(self) -> list[int]:
         import torch.distributed as dist
 
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
-        absent = {f"pretrain/here/{rank}": rank for rank in range(self.size)}
+        store.set(f"pretrain/here/{self.rank}", "here")
+        absent = list(range(self.size))
         end = time.monotonic() + ROLL_CALL_SECONDS
-        try:
-            store.set(f"pretrain/here/{self.rank}", "here")
-            while absent and time.monotonic() < end:
-                absent = {word: rank for word, rank in absent.items() if not store.check([word])}
-                time.sleep(0.1)
-        except RuntimeError:  # under torchrun the first process may be the one that keeps it
-            return "0" if self.rank else ""
-        return ", ".join(map(str, absent.values()))
+        while absent and time.monotonic() < end:
+            absent = [rank for rank in absent if not store.check([f"pretrain/here/{rank}"])]
+            time.sleep(0.1)
+        return absent
 
     def wait_for_leader(self) -> None:
         """Go on when the first process comes here too, however long it has to work."""

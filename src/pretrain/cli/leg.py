@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> int:
         try:
             return launch_once(words, n, module="pretrain.cli.leg")
         except PeerDied as error:
-            if asked.die_after is None or "SIGKILL" not in str(error):
+            if asked.die_after is None or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
                 return error.exit_code
             os.kill(os.getpid(), signal.SIGKILL)  # as those that it has started did

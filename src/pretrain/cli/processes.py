@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED, is_begun
 from pretrain.config import Layer, RunConfig, compose, read_file
-from pretrain.parallel.peers import PeerDied
+from pretrain.parallel.peers import NO_ANSWER, PeerDied
 from pretrain.world import MEETING_FILE, n_processes
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def losing_others(world: World, waited: float) -> Iterator[None]:
             raise
         text = f"process {world.rank} on {platform.node()} waits for the others in vain"
         if "imed out" in str(error) and (missing := world.missing()):
-            text += f": after {waited:g} seconds there is no answer from process {missing}"
+            text += f": after {waited:g} seconds {NO_ANSWER} {missing}"
         raise PeerDied(text, 1) from None
 
 
@@ -209,8 +209,9 @@ def tell_launcher(reason: str) -> bool:
 
 
 def _die_with_parent() -> None:
-    """Be killed when the launcher is: nobody would end a process that waits for others."""
-    if sys.platform != "linux" or MEETING_FILE not in os.environ:
+    """Be killed when torch's agent is, ours or torchrun's: nobody would end a process that waits
+    for others."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     import ctypes
 

@@ -19,6 +19,7 @@ from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
 
 if TYPE_CHECKING:
     from pretrain.cli.models import OpenModel
+    from pretrain.corpus import ReadingReport
     from pretrain.evaluate import Score
     from pretrain.evaluate.metrics import Array
     from pretrain.evaluate.results import Results
@@ -140,7 +141,7 @@ def own_task(file: str, *, name: str) -> Task:
 def read_followed(config: EvaluateConfig) -> list[Followed]:
     """What a run follows: the first examples of each task, by the names of tasks and files.
     ValueError for what `pretrain evaluate` refuses, and for two files of one name."""
-    from pretrain.corpus import list_files, read_documents
+    from pretrain.corpus import ReadingReport, list_files, read_documents
 
     folder, found = task_folder(config.task_data), []
     for task in map(task_named, dict.fromkeys(config.tasks)):
@@ -150,8 +151,10 @@ def read_followed(config: EvaluateConfig) -> list[Followed]:
         found.append(_first_examples(task, Path(file), config.examples))
     for file in config.texts:
         list_files(file)
-        texts = (document.text for document in read_documents(file))
+        report = ReadingReport()
+        texts = (document.text for document in read_documents(file, report=report))
         found.append(followed_text(Path(file).name, texts, limit=config.examples))
+        _refuse_partial(report)
     names = [followed.task.name for followed in found]
     if double := {name for name in names if names.count(name) > 1}:
         raise ValueError(
@@ -277,8 +280,7 @@ def read_texts(file: str, text_field: str | None) -> tuple[list[str], str]:
 
     report = ReadingReport()
     texts = [each.text for each in read_documents(file, text_field=text_field, report=report)]
-    if report.n_partial_files:
-        raise ValueError(f"{report.problems[-1]}: a part of a text would be scored")
+    _refuse_partial(report)
     first = f"; {report.problems[0]}" if report.problems else ""
     if not any(texts):
         raise ValueError(f"{file} holds no text{first}")
@@ -289,6 +291,11 @@ def read_texts(file: str, text_field: str | None) -> tuple[list[str], str]:
     }
     said = ", ".join(f"{what}: {n:,}" for what, n in counts.items() if n)
     return texts, said and said + first
+
+
+def _refuse_partial(report: ReadingReport) -> None:
+    if report.n_partial_files:
+        raise ValueError(f"{report.problems[-1]}: a part of a text would be scored")
 
 
 def score_documents(

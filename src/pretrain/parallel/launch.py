@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pretrain.parallel.peers import PeerDied
+from pretrain.parallel.peers import NO_ANSWER, PeerDied
 
 # What one signal asks for is a checkpoint, after the step, the evaluation and the save at hand; a
 # process that is stopped never answers. A second signal does not wait.
@@ -36,7 +36,8 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
     """Run `command` in `n` processes to its end, with logs in `folder`; only the first one's words
     are seen. A signal is passed on to all, and 128 plus its number is the exit code."""
     # What the agent has to say is said here, in words of the run.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     known = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(
         min_nodes=1,
@@ -58,14 +59,25 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:
-        # What a killed one leaves behind fails a moment later, and may be seen at once; those that
-        # the agent ended then did nothing wrong.
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         first, _ = error.get_first_failure()
-        ended = -signal.SIGTERM
-        rank = min(codes, key=lambda r: (codes[r] == ended, codes[r] >= 0, r != first))
+
+        def after(rank: int) -> tuple[bool, ...]:
+            # One that does not answer is killed by the agent, after the others have said so; what a
+            # killed one leaves behind fails a moment later, and may be seen at once; those that the
+            # agent ended then did nothing wrong.
+            code, says_it = codes[rank], NO_ANSWER in _word(rank, folder)
+            return not says_it, code == -signal.SIGTERM, code >= 0, rank != first
+
+        rank = min(codes, key=after)
         raise _died(rank, codes[rank], folder) from None
     return 0
+
+
+def _word(rank: int, folder: Path) -> str:
+    """What a process has left word of, before it failed."""
+    left = folder / f"meeting.{rank}"
+    return left.read_text(encoding="utf-8") if left.is_file() else ""
 
 
 def _died(rank: int, code: int, folder: Path) -> PeerDied:
@@ -73,9 +85,8 @@ def _died(rank: int, code: int, folder: Path) -> PeerDied:
     ones."""
     if code < 0:
         text = f"process {rank} was killed by {signal.Signals(-code).name}"
-        return PeerDied(text, 1)
-    if (left := folder / f"meeting.{rank}").is_file():
-        reason = left.read_text(encoding="utf-8")
+        return PeerDied(text, 1, signal=-code)
+    if reason := _word(rank, folder):
         # What the user can put right is no matter of who has found it.
         is_said = code == 2 or reason.startswith("process ")
         return PeerDied(reason if is_said else f"process {rank}: {reason}", code)

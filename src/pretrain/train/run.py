@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,9 @@ class Run:
     position: int | None = None
     """the batch, counted from the start of the data, that a checkpoint says comes next"""
     train_seconds: float = 0.0
-    stalled_seconds: float = 0.0
     earlier_seconds: float = 0.0
     """of training, in processes before this one"""
+    stalled_seconds: float = 0.0
     """time for which training stood still, this time, because of checkpoints"""
     failed_saves: int = 0
 
@@ -200,11 +200,9 @@ class Run:
             keep, every = settings.keep_checkpoints, settings.keep_every
             prune(self.checkpoints, keep=keep, protect=protect, every=every)
 
-        try:
-            self._note_saved(self.saver.wait())
-        except OSError as error:  # of the save before, which says nothing of this one
-            self._failed(error, at_once=False)
-        try:
+        self._has_ended(self.saver.wait)  # the save before, which says nothing of this one
+
+        def begin() -> bool:
             if not (self.checkpoints / checkpoint_name(self.done)).exists():
                 tensors = self.tensors()
                 self.saver.save(
@@ -215,30 +213,27 @@ class Run:
                     before=self.records.sync,
                     after=forget,
                 )
-            if wait:
-                self._note_saved(self.saver.wait())
-        except OSError as error:
-            self._failed(error, at_once=wait)
+            return wait and self.saver.wait()
+
+        self._has_ended(begin, at_once=wait)
         self.stalled_seconds += time.perf_counter() - began
 
     def poll_saver(self) -> None:
         """Say it if a save has failed."""
-        try:
-            self._note_saved(self.saver.poll())
-        except OSError as error:
-            self._failed(error, at_once=False)
-
-    def _note_saved(self, saved: bool) -> None:
-        """Failures count in a row, and in each process alike."""
-        if saved:
-            self.failed_saves = 0
+        self._has_ended(self.saver.poll)
 
     def finish_saving(self) -> None:
         """Wait for the save at hand; CannotSave if it fails."""
+        self._has_ended(self.saver.wait, at_once=True)
+
+    def _has_ended(self, ask: Callable[[], bool], *, at_once: bool = False) -> None:
+        """Ask whether a save has ended, and count its failures: in a row, and in each process
+        alike."""
         try:
-            self._note_saved(self.saver.wait())
+            if ask():
+                self.failed_saves = 0
         except OSError as error:
-            self._failed(error, at_once=True)
+            self._failed(error, at_once=at_once)
 
     def _failed(self, error: OSError, *, at_once: bool) -> None:
         self.failed_saves += 1
