@@ -40,7 +40,7 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
     yield from starting.measure(rounds=asked.rounds)
     for compiled in (False, True) if asked.long else (False,):
         yield from throughput.measure(
-            nanogpt=nanogpt, litgpt=litgpt, rounds=asked.rounds + 2, compiled=compiled
+            nanogpt=nanogpt, litgpt=litgpt, rounds=asked.rounds + 2, steps=2, compiled=compiled
         )
     yield from waiting.measure(rounds=5 * asked.rounds)
     yield from generating.measure(nanogpt=nanogpt, rounds=asked.rounds)

@@ -69,3 +69,11 @@ def finished_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     words = ["train", str(corpus), "--run", str(folder), *TINY, "--train.steps", "12"]
     assert main(words) == 0
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_samples() -> None:
+    """A sample is most of what an evaluation of a tiny model costs, and as good when it is short."""
+    from pretrain.train import loop
+
+    loop.SAMPLE_TOKENS = 8

@@ -97,6 +97,11 @@ def test_prepare_and_tokenizer_refuse(here: Path, capsys: Capture) -> None:
     assert sorted(here.rglob("*")) == before
 
 
+def test_more_processes_than_memory_are_not_started(here: Path, capsys: Capture) -> None:
+    for words in (["doctor", "--processes"], ["train", "good.jsonl", "--parallel.processes"]):
+        assert "1,000,000 processes do not fit" in refused(capsys, *words, "1000000")
+
+
 def test_strict_stops_at_the_first_bad_record(here: Path, capsys: Capture) -> None:
     Path("bad.jsonl").write_bytes(Path("good.jsonl").read_bytes() + b'{"text": 5}\nnot json\n')
     assert "bad.jsonl" in refused(capsys, "prepare", "bad.jsonl", "--out", "o", "--strict")

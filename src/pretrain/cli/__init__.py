@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; text for people goes to stderr"
     )
+    if hasattr(module, "epilog") and {"-h", "--help"} & {*rest}:
+        parser.epilog = module.epilog()
     settings, rest = take_settings(rest) if hasattr(module, "TAKES_SETTINGS") else ([], rest)
     try:
         arguments = parser.parse_args(rest)

@@ -24,13 +24,15 @@ from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED, is_begun
 from pretrain.config import Layer, RunConfig, compose, read_file
 from pretrain.parallel.peers import NO_ANSWER, PeerDied
-from pretrain.world import MEETING_FILE, n_processes
+from pretrain.world import MEETING_FILE, memory_bytes, n_processes
 
 if TYPE_CHECKING:
     from pretrain.world import World
 
 # Restarts in a row without a new checkpoint: what fails so often fails always.
 MOST_RESTARTS = 3
+# What a process holds before it has a model.
+BYTES_OF_PROCESS = 300_000_000
 # How gloo and NCCL say that a process of the run is not there.
 _LOST = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed out")
 
@@ -189,6 +191,12 @@ def launch_once(words: Sequence[str], n: int, *, module: str = "pretrain") -> in
     when one fails."""
     from pretrain.parallel.launch import run_processes
 
+    n_bytes = memory_bytes()
+    if n_bytes is not None and n * BYTES_OF_PROCESS > n_bytes:
+        raise ValueError(
+            f"{n:,} processes do not fit this machine, which has {n_bytes / 1e9:,.0f} GB of memory; "
+            f"legal: up to {n_bytes // BYTES_OF_PROCESS}"
+        )
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
         os.environ[MEETING_FILE] = f"{folder}/meeting"
         # No socket of this run is open to the network: agent and processes meet at files.

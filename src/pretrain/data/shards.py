@@ -214,21 +214,23 @@ class PreparedData:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._tokenizer: Tokenizer | None = None
         self._streams: Mapping[str, TokenStream] = {
             name: TokenStream(folder, info, vocab_size=manifest.vocab_size)
             for name, info in manifest.streams.items()
         }
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that wrote the ids."""
-        tokenizer = load_tokenizer(self.folder / "tokenizer")
-        if tokenizer.vocab_size != self.manifest.vocab_size:
+        """The tokenizer that wrote the ids; the same object each time."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.folder / "tokenizer")
+        n = self._tokenizer.vocab_size
+        if n != self.manifest.vocab_size:
             raise ValueError(
-                f"{self.folder}: the tokenizer has {tokenizer.vocab_size} entries, the manifest "
-                "says "
+                f"{self.folder}: the tokenizer has {n} entries, the manifest says "
                 f"{self.manifest.vocab_size}"
             )
-        return tokenizer
+        return self._tokenizer
 
     def split(self, name: SplitName) -> TokenStream:
         """The stream "train" or "val"."""

@@ -35,6 +35,7 @@ from pretrain.config import RunConfig, parse_overrides
 from pretrain.world import n_restarts
 
 TAKES_SETTINGS = True
+epilog = settings_help
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
     add_accept(parser)
-    parser.epilog = settings_help()
 
 
 def add_accept(parser: argparse.ArgumentParser) -> None:
