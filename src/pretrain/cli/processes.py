@@ -194,8 +194,8 @@ def launch_once(words: Sequence[str], n: int, *, module: str = "pretrain") -> in
     n_bytes = memory_bytes()
     if n_bytes is not None and n * BYTES_OF_PROCESS > n_bytes:
         raise ValueError(
-            f"{n:,} processes do not fit this machine, which has {n_bytes / 1e9:,.0f} GB of memory; "
-            f"legal: up to {n_bytes // BYTES_OF_PROCESS}"
+            f"{n:,} processes do not fit this machine, which has {n_bytes / 1e9:,.0f} GB of "
+            f"memory; legal: up to {n_bytes // BYTES_OF_PROCESS}"
         )
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
         os.environ[MEETING_FILE] = f"{folder}/meeting"
