@@ -157,7 +157,7 @@ def test_a_skipped_step_changes_no_bit(
     """The poisoned step is the last before a checkpoint, and the one before it is saved too."""
     poison(monkeypatch, with_nan=with_nan)
     action = "warn" if with_nan else "skip"  # what is not finite is skipped whatever is asked
-    words = ["--train.save_every", str(POISONED), "--train.keep_every", "1"]
+    words = ["--train.save_every", str(POISONED)]
     run = tmp_path / "run"
     stop_after(monkeypatch, POISONED + 1)
     whole = ["train", str(corpus), *SETTINGS, "--train.spike_action", action, "--run", str(run)]
