@@ -3,6 +3,7 @@ runs."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -125,6 +126,61 @@ def test_a_name_is_a_recipe_then_a_config_file_then_text(
     config = (tmp_path / "runs" / "mine-1" / "config.yaml").read_text()
     assert "family: gpt2" in config
     assert "n_layers: 2" in config  # the command line wins
+
+
+def test_training_goes_on_without_a_reader(corpus: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pretrain",
+        "train",
+        str(corpus),
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    training = subprocess.Popen([*command, *TINY, "--train.steps", "3"], stdout=subprocess.PIPE)
+    assert training.stdout is not None
+    assert b"text" in training.stdout.readline()
+    training.stdout.close()  # as `head` does
+    assert training.wait() == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_terminal_without_a_letter_ends_no_run(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", str(finished_run), "--prompt", "été", "--max-tokens", "4"]
+    for more in ([], ["--json"]):
+        written = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert main([*words, *more]) == 0
+        if more:
+            assert len(json.loads(written.getvalue())["completions"]) == 1
+        else:
+            assert written.getvalue().startswith(rb"\xe9t\xe9")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "there is no verb 'trian'; there are: train,"),
+        (["train", "--steps", "3"], "unrecognized arguments: --steps; see pretrain train --help"),
+        (["trace", "x", "--step", "y"], "argument --step: invalid int value: 'y'; see pretrain tr"),
+    ],
+    ids=["verb", "option", "value"],
+)
+def test_a_program_is_told_of_every_mistake(capsys: Capture, words: list[str], said: str) -> None:
+    assert main([*words, "--json"]) == 2
+    assert said in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_evaluate_writes_over_nothing(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("The people of the United States.\n")
+    words = ["evaluate", str(finished_run), "--text", str(file), "--heat-map", str(file)]
+    assert main(words) == 2
+    assert "mine.txt is there already" in capsys.readouterr().err
+    assert file.read_text().startswith("The people")
 
 
 def test_own_text_of_five_kilobytes_needs_only_its_path(

@@ -83,6 +83,19 @@ def test_a_planted_fault_is_found(
     assert "the legs are kept" in said[-1]
 
 
+def test_a_proof_that_is_broken_off_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(verify, "_run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        verify.prove(run, read_run(run), 4, say=lambda text: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_proven_is_refused(
     run: Path,
     tmp_path: Path,

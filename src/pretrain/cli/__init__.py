@@ -16,7 +16,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from types import TracebackType
+from typing import NoReturn
 
 from pretrain import __version__
 from pretrain.cli.output import Output
@@ -60,6 +62,9 @@ _USERS_ERRNO = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal cannot show must end no run
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -67,15 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pretrain {__version__}")
         return 0
     verb, rest = words[0], words[1:]
+    output = Output(json="--json" in rest)
     if verb not in VERBS:
-        print(
-            f"pretrain: there is no verb {verb!r}; there are: {', '.join(VERBS)}", file=sys.stderr
-        )
+        output.fail(f"there is no verb {verb!r}; there are: {', '.join(VERBS)}", 2)
         return 2
     yield_idle_cores()
     # A module cannot be called as Python's own word is.
     module = import_module(f"pretrain.cli.verbs.{'importing' if verb == 'import' else verb}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"pretrain {verb}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,13 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, rest = take_settings(rest) if hasattr(module, "TAKES_SETTINGS") else ([], rest)
     try:
         arguments = parser.parse_args(rest)
-    except SystemExit as stop:  # argparse has already said what was wrong
-        return int(stop.code or 0)
-    output = Output(json=arguments.json)
-    try:
         arguments.settings = settings
         _refuse_addresses(arguments)
         return int(module.run(arguments, output))
+    except SystemExit as stop:  # argparse has shown its help
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         code = getattr(stop, "exit_code", 130)
         output.fail(str(stop) or "stopped", code)
@@ -114,6 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not tell_launcher(explain(error)):
             output.fail(explain(error), code)
         return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose refusals are said as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def take_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -56,7 +56,8 @@ class Output:
     def result(self, content: Mapping[str, Any]) -> None:
         """The machine-readable answer; without --json it is not printed."""
         if self.json:
-            print(json.dumps(plain(content), ensure_ascii=False), flush=True)
+            escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+            print(json.dumps(plain(content), ensure_ascii=escaped), flush=True)
 
     def fail(self, reason: str, code: int) -> None:
         print(f"pretrain: {reason}", file=sys.stderr, flush=True)

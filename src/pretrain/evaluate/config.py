@@ -28,7 +28,7 @@ class EvaluateConfig:
     """examples of each task, its first ones; of a text so many passages of at most 2,000
     characters"""
     every: int | None = None
-    """steps between; empty: a multiple of train.evaluate_every that costs less than 5 % of the
+    """steps between; empty: a multiple of train.evaluate_every that costs less than 3 % of the
     run's time, measured once at the start"""
 
     def __post_init__(self) -> None:

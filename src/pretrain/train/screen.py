@@ -7,6 +7,7 @@ minute.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,11 +35,17 @@ def with_error(row: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
 
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on without whoever read this, such as `head`: rich would end the program."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Screen:
     """Writes for people to `file`; never to standard output when that must carry JSON."""
 
     def __init__(self, file: TextIO) -> None:
-        self._console = Console(file=file, highlight=False, soft_wrap=True)
+        self._console = _Screen(file=file, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._last_line = 0.0

@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError("--heat-map is for texts; give --text with it")
     answers = Path(arguments.answers) if arguments.answers else None
     for name in filter(None, (arguments.answers, arguments.heat_map)):
+        if Path(name).exists() and Path(name).stat().st_size:
+            raise ValueError(f"{name} is there already; name another file, or delete it")
         open(name, "a").close()  # what cannot be written is said at once
     samples = _read_samples(arguments.explain, asked) if arguments.explain else None
     model = scoring.open_scored(arguments.model, arguments)

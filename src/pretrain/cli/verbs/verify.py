@@ -81,6 +81,21 @@ def prove(folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
     kept."""
     say(f"{folder}: {k} + {k} steps, killed between, against {2 * k} steps, by its own settings")
     work = Path(tempfile.mkdtemp(prefix="pretrain-verify-"))
+    try:
+        result = _prove_in(work, folder, config, k, say=say)
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    if result["verdict"] == DIFFERS:
+        say(f"the legs are kept in {work}")
+    else:
+        shutil.rmtree(work)
+    return result
+
+
+def _prove_in(
+    work: Path, folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
+) -> dict[str, Any]:
     straight, broken, other = (work / name for name in ("straight", "killed", "micro-batch"))
     often = replace(config.train, save_every=k, evaluate_every=k)
     asked = replace(config.evaluate, every=k)
@@ -107,10 +122,6 @@ def prove(folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
     environment = read_environment(straight)
     environment["fingerprint"].pop("settings")
     differs = any(check.verdict == DIFFERS for check in checks.values())
-    if differs:
-        say(f"the legs are kept in {work}")
-    else:
-        shutil.rmtree(work)
     return {
         "verdict": DIFFERS if differs else EXACT,
         "steps": [k, 2 * k],
