@@ -210,17 +210,18 @@ REST_BFLOAT16 = [
 
 def check_bfloat16(pool: Pool, family: str, layout: str) -> None:
     """Losses of six steps by AdamW, by products in bfloat16 of weights that are gathered in it, to
-    the digits that it has."""
+    half of its last digit. One process alone is 4e-4 from float32, of the layouts none further than
+    5e-4: partial sums of a matrix, keys and values are rounded before they travel."""
     axes, words = LAYOUTS[layout], {"steps": 6, "rows": 8}
     alone = jobs.train(family, "adamw", precision="bf16", **words)  # type: ignore[arg-type]
     named: dict[str, Any] = {"precision": "bf16", **words, **axes}
     answers = pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **named)
     for answer in answers:
         assert answer["sample"] == answers[0]["sample"]
-        is_gathered = bool({"shard", "context"} & set(axes))
+        is_gathered = bool({"shard", "context"} & set(axes)) or {"data", "tensor"} <= set(axes)
         assert answer["read"] == ["torch.bfloat16" if is_gathered else "torch.float32"]
         for name in ("losses", "evaluations"):
-            np.testing.assert_allclose(answer[name], alone[name], rtol=2e-4)
+            np.testing.assert_allclose(answer[name], alone[name], rtol=2**-10)
         for _, values in answer["last"].values():
             assert values.dtype == np.float32
 
