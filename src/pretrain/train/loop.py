@@ -75,6 +75,7 @@ def train(
         followed=followed,
         asked_every=asked_every,
     )
+    run.began = began
     _take_up(run, resume_from, first_weights)
     peak = optimizer.learning_rate
     rate = partial(rate_at, config=schedule, learning_rate=peak, steps=run.steps)
@@ -97,7 +98,7 @@ def train(
             if outcome == "spike":
                 roll_back(run, first_weights)
         stop.nothing_to_lose = True
-        _finish(run, began)
+        _finish(run)
     return 0
 
 
@@ -105,7 +106,7 @@ def _take_up(run: Run, resume_from: Checkpoint | None, first_weights: Checkpoint
     """What the run begins with: its own state, another run's weights, or neither."""
     if resume_from is not None:
         run.restore(resume_from)
-        run.earlier_seconds = run.train_seconds
+        run.began -= resume_from.state.get("total_seconds", run.train_seconds)
     elif first_weights is not None:
         load_weights(run.model, first_weights)
     run.take_up_records()
@@ -315,7 +316,7 @@ def _evaluate(run: Run, stop: StopSignals) -> bool:
     return is_best
 
 
-def _finish(run: Run, began: float) -> None:
+def _finish(run: Run) -> None:
     """Score the best checkpoint on the whole held-out split and write summary.json, the end of the
     run."""
     chosen = run.folder / "checkpoints" / checkpoint_name(run.done)
@@ -349,7 +350,7 @@ def _finish(run: Run, began: float) -> None:
         "tokens_per_second": tokens / run.train_seconds,
         "train_seconds": run.train_seconds,
         "stalled_seconds": run.stalled_seconds,
-        "total_seconds": run.earlier_seconds + time.perf_counter() - began,
+        "total_seconds": time.perf_counter() - run.began,
         "peak_memory_bytes": int(max(peak for (peak,) in peaks)),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],

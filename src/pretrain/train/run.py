@@ -73,8 +73,9 @@ class Run:
     position: int | None = None
     """the batch, counted from the start of the data, that a checkpoint says comes next"""
     train_seconds: float = 0.0
-    earlier_seconds: float = 0.0
-    """of training, in processes before this one"""
+    began: float = 0.0
+    """when the command did, or would have had it done alone what processes before it did; on
+    perf_counter"""
     stalled_seconds: float = 0.0
     """time for which training stood still, this time, because of checkpoints"""
     failed_saves: int = 0
@@ -191,6 +192,7 @@ class Run:
         protect = [self.checkpoints / checkpoint_name(step) for step in wanted]
         state = {
             "train_seconds": self.train_seconds,
+            "total_seconds": time.perf_counter() - self.began,
             "position": self.batches.position(self.done),
             "records": self.records.sums() if self.world.leads else {},
             **self.identity,
