@@ -76,6 +76,19 @@ def test_folder_passes_over_links_and_pipes(tmp_path: Path) -> None:
         list_files(tmp_path / "pipe.txt")
 
 
+def test_what_this_program_has_written_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for folder, marks in (("runs/a-1", ["config.yaml", "environment.json"]), ("b", ["asked.yaml"])):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in [*marks, "samples.jsonl"]:
+            (tmp_path / folder / name).write_text("{}")
+    report = ReadingReport()
+    assert [file.name for file in list_files(tmp_path, report=report)] == ["a.txt"]
+    assert [problem.file for problem in report.problems] == ["b/", "runs/a-1/"]
+    with pytest.raises(ValueError, match="a run goes on by pretrain train --resume --run DIR"):
+        list_files(tmp_path / "runs/a-1")
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no file; what can be read is text"):
         list_files(tmp_path)

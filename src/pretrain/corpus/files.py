@@ -121,6 +121,10 @@ def _matches(source: str | Path) -> list[str | Path]:
     return list(found)
 
 
+# What lies in a folder that this program has written: a run would read its own records.
+_OWN = ({"config.yaml", "environment.json"}, {"asked.yaml"}, {"manifest.json", "tokenizer"})
+
+
 def _walk(
     folder: Path, prefix: str, files: list[SourceFile], report: ReadingReport, strict: bool
 ) -> None:
@@ -128,6 +132,15 @@ def _walk(
     # text that is read already), and a pipe is not opened (it would block for ever).
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
+    if any(marks <= {entry.name for entry in ordered} for marks in _OWN):
+        if not prefix:
+            raise ValueError(
+                f"source {str(folder)!r} is what pretrain has written, a run or a prepared text; "
+                "a run goes on by pretrain train --resume --run DIR, or pretrain extend DIR"
+            )
+        report.n_skipped_files += 1
+        report.add(Problem(_written(prefix), "skipped: a run or a prepared text"), strict=strict)
+        return
     for entry in ordered:
         if entry.name.startswith("."):
             continue
