@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from oracles import config_of, random_decoder
+from pretrain.cli import main
+from pretrain.cli.harness import HarnessModel
 from pretrain.data import prepare
-from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.evaluate import Expectation
+from pretrain.evaluate.cards import card
+from pretrain.export import write_hugging_face
+from pretrain.generate import sampling
+from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from pretrain.tokenizer import tokenizer as tokenizer_module
 from pretrain.tokenizer.sentencepiece import SPACE
 from test_foreign import some_text
@@ -91,6 +100,40 @@ def test_special_tokens_in_a_text_are_text(llama: Path) -> None:
         assert not {0, 1, 2} & set(ids)
         # The sign for a space is a space to SentencePiece.
         assert ours.decode(ids) == text.replace(SPACE, " ")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt"])
+def test_what_continues_a_text_keeps_the_space_before_it(
+    kind: str, llama: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `generate`, the harness, `next`, a flash card; nothing is before what has no prompt."""
+    texts = ["the people of the house and the sea " * 9]
+    ours = load_tokenizer(llama) if kind == "sentencepiece" else None
+    ours = ours or train_tokenizer(texts, name="gpt", vocab_size=34)
+    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(tmp_path, config=decoder.config, tokenizer=ours, read=own.__getitem__)
+    before, expected = "of the", " house"
+    added = ours.encode(before + expected)[len(ours.encode(before)) :].tolist()
+    monkeypatch.setattr(sampling, "generate_ids", lambda *_, **__: [added])
+    monkeypatch.setattr("pretrain.generate.generate_ids", lambda *_, **__: [added])
+    assert sampling.generate(decoder, ours, before) == [expected]
+    assert sampling.generate(decoder, ours, "") == ["house"]
+    request = SimpleNamespace(args=(before, {}))
+    assert HarnessModel(str(tmp_path), device="cpu").generate_until([request]) == [expected]
+
+    words = ["next", str(tmp_path), "--prompt", before, "--top", "600", "--json"]
+    spaced = ours.token_bytes(added[0]).decode()
+    assert " " in spaced
+    for more in ([], ["--answer", expected]):
+        capsys.readouterr()
+        assert main([*words, *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert spaced in {token["text"] for token in found["tokens"]}
+        assert not more or found["answer"]["tokens"][0]["text"] == spaced
+    seen = Expectation(added[0], 1.0, 1, ((added[0], 0.5),))
+    shown = card(ours, [], seen)
+    assert shown["answer"]["text"] == shown["likeliest"][0]["text"] == spaced
 
 
 def test_a_text_is_prepared_with_it(llama: Path, tmp_path: Path) -> None:

@@ -110,15 +110,16 @@ class HarnessModel:
             self._ends[stops] = ends_of(tokenizer, stops)
         # What is written has room in the window, where there is as much of it, as there.
         room = self._window - max_tokens if max_tokens < self._window else self._window // 2
+        before = tokenizer.encode_prompt(prompt)[-max(1, room) :]
         with model.world.autocast(model.precision):
             (ids,) = generate_ids(
                 model.decoder,
-                tokenizer.encode_prompt(prompt)[-max(1, room) :],
+                before,
                 max_tokens=max_tokens,
                 sampling=Sampling(**how, seed=seed),
                 ends=self._ends[stops],
             )
-        return cut_before(tokenizer.decode(ids), stops)
+        return cut_before(tokenizer.decode_after(before, ids), stops)
 
 
 def _read_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], int, dict[str, Any]]:

@@ -113,10 +113,10 @@ def card(tokenizer: Tokenizer, before: Sequence[int], expectation: Expectation) 
     return {
         "context": tokenizer.decode(before[-CARD_CONTEXT_TOKENS:]),
         "likeliest": [
-            {"text": tokenizer.decode([id_]), "probability": p} for id_, p in expectation.likeliest
+            {"text": tokenizer.token_text(i), "probability": p} for i, p in expectation.likeliest
         ],
         "answer": {
-            "text": tokenizer.decode([expectation.id]),
+            "text": tokenizer.token_text(expectation.id),
             "probability": expectation.probability,
             "rank": expectation.rank,
             "nats": expectation.nats,

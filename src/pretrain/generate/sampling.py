@@ -149,15 +149,16 @@ def generate(
 ) -> list[str]:
     """`n` texts that continue `prompt` (which is not repeated in them); they end where the model
     ends them. With `special` the names of special tokens in the prompt stand for them."""
+    ids = tokenizer.encode_prompt(prompt, special=special)
     completions = generate_ids(
         decoder,
-        tokenizer.encode_prompt(prompt, special=special),
+        ids,
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
         ends={tokenizer.start_of_text, tokenizer.end_of_text},
     )
-    return [tokenizer.decode(ids) for ids in completions]
+    return [tokenizer.decode_after(ids, each) for each in completions]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,14 @@ class Tokenizer:
             return data.decode().removesuffix(" ")
         # The space that SentencePiece puts before a text is none of the text.
         return data.removeprefix(b" " if self._prefix else b"").decode("utf-8", "replace")
+
+    def decode_after(self, before: Sequence[int], ids: Iterable[int]) -> str:
+        """What ids add to the text of those before them: a space between the two stays."""
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
+    def token_text(self, id_: int) -> str:
+        """The text of an id by itself, with all of its spaces."""
+        return self.token_bytes(id_).decode("utf-8", "replace")
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of text that an id stands for; of end-of-text none."""

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         )
     values, ids = probabilities.topk(min(arguments.top, len(probabilities)))
     rows = [
-        {"id": i, "text": model.tokenizer.decode([i]), "probability": p}
+        {"id": i, "text": model.tokenizer.token_text(i), "probability": p}
         for i, p in zip(ids.tolist(), values.tolist(), strict=True)
     ]
     _say(rows, output)
@@ -73,12 +73,12 @@ def _show_card(model: OpenModel, arguments: argparse.Namespace, output: Output) 
         model.decoder, pair, world=model.world, precision=model.precision, top=arguments.top
     )
     rows = [
-        {"id": i, "text": tokenizer.decode([i]), "probability": p} for i, p in found[0].likeliest
+        {"id": i, "text": tokenizer.token_text(i), "probability": p} for i, p in found[0].likeliest
     ]
     answer = [
         {
             "id": each.id,
-            "text": tokenizer.decode([each.id]),
+            "text": tokenizer.token_text(each.id),
             "probability": each.probability,
             "rank": each.rank,
             "nats": each.nats,
