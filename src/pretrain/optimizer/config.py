@@ -19,7 +19,7 @@ class OptimizerConfig:
     """peak learning rate"""
     embedding_rate: float = 1.0
     """rate of the token embedding beside muon's matrices, as a multiple of learning_rate; n-gram
-    tables take twice that"""
+    tables take four times that"""
     head_rate: float = 1.0
     """rate of the head beside muon's matrices, as a multiple of learning_rate"""
     tuned_width: int | None = None
