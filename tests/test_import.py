@@ -3,6 +3,7 @@ with a certificate that a fault makes fail."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import struct
@@ -17,8 +18,10 @@ from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.cli.models import open_model
 from pretrain.corpus import read_documents
-from pretrain.export import FormatError, certificate, open_foreign
+from pretrain.evaluate.results import ends_of
+from pretrain.export import FormatError, certificate, open_foreign, write_gguf
 from pretrain.export.certificate import AGREES, DISAGREES, NOT_VERIFIED
+from pretrain.generate import generate
 from pretrain.tokenizer import Tokenizer, train_tokenizer
 from test_export import Change, in_config, in_weights, same, written
 from tiny import TINY
@@ -329,6 +332,40 @@ def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capt
     assert "was not trained here and has no held-out text" in capsys.readouterr().err
     assert main(["train", "--resume", "--run", str(folder)]) == 2
     assert f"--train.init_from {folder}" in capsys.readouterr().err
+
+
+def test_a_model_stops_where_its_own_files_say(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id that does not exist is passed over; what names none stops where its vocabulary does."""
+    stops: list[set[int]] = []
+
+    def remember(*_: Any, ends: set[int], **__: Any) -> list[list[int]]:
+        stops.append(ends)
+        return []
+
+    monkeypatch.setattr("pretrain.generate.sampling.generate_ids", remember)
+    folder = Path(shutil.copytree(theirs, tmp_path / "theirs"))
+    cases = [(7, None, [7]), (10**6, "x", [0]), (7, 9, [9]), (None, [9, 10**6, 7], [9, 7])]
+    for general, generation, found in cases:
+        for name, value in (("config.json", general), ("generation_config.json", generation)):
+            content = json.loads((folder / name).read_text()) | {"eos_token_id": value}
+            (folder / name).write_text(json.dumps(content))
+        assert open_foreign(folder).tokenizer.ends == found
+    assert main(["import", str(folder), "--out", str(tmp_path / "model")]) == 0
+    model = open_model(str(tmp_path / "model"))
+    generate(model.decoder, model.tokenizer, "a")
+    assert stops == [{0, 7, 9}]
+    assert stops[0] <= ends_of(model.tokenizer, ())
+    out = written(tmp_path / "out", model.decoder, model.tokenizer)
+    assert open_foreign(out).tokenizer.ends == [9, 7]
+    said = json.loads((out / "tokenizer_config.json").read_text())
+    assert said["eos_token"] == model.tokenizer.entry(9)
+    if importlib.util.find_spec("gguf"):
+        own = {name: p.detach() for name, p in model.decoder.named_parameters()}
+        config, file = model.decoder.config, tmp_path / "model.gguf"
+        write_gguf(file, config=config, tokenizer=model.tokenizer, read=own.__getitem__)
+        assert open_foreign(file).tokenizer.ends == [9]
 
 
 def test_a_folder_that_needs_no_import_or_holds_none_says_so(

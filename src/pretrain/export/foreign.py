@@ -73,6 +73,13 @@ def checked_vocab_size(value: Any) -> int:
     return value
 
 
+def named_ends(tokenizer: Tokenizer, said: Any) -> list[int]:
+    """The ids that a file says a text ends with, one or several, as far as they exist; where it
+    names none the vocabulary's own."""
+    ids = said if isinstance(said, list) else [said]
+    return [i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size] or tokenizer.ends
+
+
 def fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     """The tokenizer with as many entries as the model, which may have some without use at the end.
     FormatError for a model with fewer than the tokenizer."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.export.foreign import named_ends
 from pretrain.export.layouts import FormatError
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.sentencepiece import Kind, library_of_pieces
@@ -55,7 +56,7 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_token_list(entries)
     writer.add_token_types(kinds)
     writer.add_bos_token_id(tokenizer.start_of_text)
-    writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_eos_token_id(tokenizer.ends[0])
     # Every document that a model of ours was trained on began with this token.
     writer.add_add_bos_token(tokenizer.begins_texts)
 
@@ -89,9 +90,9 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
                 raise FormatError("the vocabulary has no scores")
             pieces = list(zip(tokens, map(float, scores), map(int, kinds), strict=True))
             has_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-            return _beginning(Tokenizer(library_of_pieces(pieces, has_prefix=has_prefix)), values)
+            return _framed(Tokenizer(library_of_pieces(pieces, has_prefix=has_prefix)), values)
         if model == "gpt2":
-            return _beginning(Tokenizer(_byte_level(values, tokens, kinds)), values)
+            return _framed(Tokenizer(_byte_level(values, tokens, kinds)), values)
     except BaseException as error:
         # The library raises plain Exception, and its PanicException is not even one.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
@@ -100,12 +101,13 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
     raise FormatError(f"the tokenizer is of the kind {model!r:.60}; legal: gpt2, llama")
 
 
-def _beginning(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer, told whether texts begin with start-of-text; where the file does not say, as
-    llama.cpp has it for this vocabulary."""
+def _framed(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer, told what ends a text, and whether texts begin with start-of-text; where the
+    file does not say, as llama.cpp has it for this vocabulary."""
     split = _SPLITS.get(values.get("tokenizer.ggml.pre", ""), ("",))[0]
     usual = values["tokenizer.ggml.model"] == "llama" or split == "llama3"
     tokenizer.begins_texts = values.get("tokenizer.ggml.add_bos_token", usual) is True
+    tokenizer.ends = named_ends(tokenizer, values.get("tokenizer.ggml.eos_token_id"))
     return tokenizer
 
 

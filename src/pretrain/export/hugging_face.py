@@ -22,6 +22,7 @@ from pretrain.export.foreign import (
     checked_parameters,
     checked_vocab_size,
     fitting,
+    named_ends,
 )
 from pretrain.export.layouts import (
     FormatError,
@@ -64,7 +65,7 @@ def write_hugging_face(
     description = to_description(config)
     special = {
         "bos_token_id": tokenizer.start_of_text,
-        "eos_token_id": tokenizer.end_of_text,
+        "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else tokenizer.ends[0],
     }
     whole = {
         **description,
@@ -89,7 +90,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.entry(tokenizer.start_of_text),
-        "eos_token": tokenizer.entry(tokenizer.end_of_text),
+        "eos_token": tokenizer.entry(tokenizer.ends[0]),
         "model_max_length": config.window_tokens,
         "clean_up_tokenization_spaces": False,
         # As with us, a special token that is spelled out in a text is text.
@@ -184,6 +185,9 @@ def open_hugging_face(folder: Path) -> ForeignModel:
 def _tokenizer_of(folder: Path) -> Tokenizer:
     tokenizer = _vocabulary_of(folder)
     tokenizer.begins_texts = _begins_texts(folder)
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    said = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    tokenizer.ends = named_ends(tokenizer, next((each for each in said if each is not None), None))
     return tokenizer
 
 

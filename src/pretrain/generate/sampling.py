@@ -156,7 +156,7 @@ def generate(
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
-        ends={tokenizer.start_of_text, tokenizer.end_of_text},
+        ends={tokenizer.start_of_text, *tokenizer.ends},
     )
     return [tokenizer.decode_after(ids, each) for each in completions]
 

@@ -58,6 +58,8 @@ class Tokenizer:
     begins_texts: bool
     """Whether start_of_text stands before a prompt or a context: always for models trained here;
     where somebody else's is opened, what its own files do."""
+    ends: list[int]
+    """Ids that end what a model writes: end_of_text, or what somebody else's own files name."""
     sha256: str
     """Hash of the canonical tokenizer.json, which is what `save` writes."""
 
@@ -85,7 +87,7 @@ class Tokenizer:
         self.end_of_text = end_of_text_of(entries, special)
         start = STARTS.get(entries[self.end_of_text], "")
         self.start_of_text = self._special.get(start, self.end_of_text)
-        self.begins_texts = True
+        self.begins_texts, self.ends = True, [self.end_of_text]
         self.kind = kind_of(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
@@ -212,7 +214,7 @@ class Tokenizer:
         names = [f"<|unused_{id_}|>" for id_ in range(self.vocab_size, vocab_size)]
         library.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
         larger = Tokenizer(library)
-        larger.begins_texts = self.begins_texts
+        larger.begins_texts, larger.ends = self.begins_texts, self.ends
         return larger
 
     def save(self, folder: str | Path, *, for_others: bool = False) -> Path:

@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         config = compose([{"model": asdict(model.config)}])
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tensors = {f"model/{name}": values for name, values in model.parameters()}
-        state = {"imported": origin, "begins_texts": model.tokenizer.begins_texts}
+        of_tokenizer = {"begins_texts": model.tokenizer.begins_texts, "ends": model.tokenizer.ends}
+        state = {"imported": origin, **of_tokenizer}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
         put_in_place(work, out)
     output.say(
