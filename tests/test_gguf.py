@@ -3,6 +3,7 @@ transformers."""
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
 
 from oracles import config_of, random_decoder
 from pretrain.corpus import read_documents
 from pretrain.evaluate import score_texts
 from pretrain.export import Exported, FormatError, certify, open_foreign, write_gguf
-from pretrain.export.certificate import AGREES, TEXTS
+from pretrain.export.certificate import AGREES, TEXTS, _request
 from pretrain.model import Decoder, Objective
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from pretrain.world import open_world
@@ -150,19 +153,29 @@ def _certificate(
 
 
 def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
-    """SentencePiece's scores and kinds, and the pre-split of Llama 3."""
+    """SentencePiece's scores and kinds, the pre-split of Llama 3, and what was added without being
+    special: it is found in a text, here and there, and a certificate asks for it."""
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    plain = train_tokenizer(texts, vocab_size=500, split="llama3")
+    library = Library.from_str(json.dumps(plain.description))
+    library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     for ours in (
         load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA)),
-        train_tokenizer(texts, vocab_size=500, split="llama3"),
+        plain,
+        Tokenizer(library),
     ):
         decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
         file = tmp_path / f"{ours.vocab_size}.gguf"
         written(file, decoder, ours)
         back = open_foreign(file).tokenizer
         assert (back.start_of_text, back.end_of_text) == (ours.start_of_text, ours.end_of_text)
-        for text in (*TEXTS, texts[0]):
+        for text in (*TEXTS, "a <think> b", texts[0]):
             assert back.encode(text).tolist() == ours.encode(text).tolist()
+            assert back.decode(back.encode(text)) == text
+    kinds = gguf.GGUFReader(file).fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[-1] == gguf.TokenType.USER_DEFINED
+    asked = _request(Exported(file, "gguf", "f32", False, decoder, back), texts[0], "llama_cpp", 1)
+    assert "a <think> b" in asked["texts"]
 
 
 def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> None:
@@ -192,13 +205,16 @@ def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> 
         ("llama", {"query_key_norm": True}, "bpe", "no architecture for this model"),
         ("llama", {}, "bytes", "no tokenizer of the kind bytes"),
         ("llama", {}, "characters", "no tokenizer of the kind characters"),
+        ("llama", {}, "cl100k", "no name for the pre-split cl100k; legal: gpt2, llama3, o200k, sm"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(
     family: str, changes: dict[str, Any], kind: str, message: str, tmp_path: Path
 ) -> None:
     texts = ["some words and some more words " * 20]
-    tokenizer = train_tokenizer(texts, name=kind)
+    is_split = kind == "cl100k"
+    how: dict[str, Any] = {"split": kind, "vocab_size": 260} if is_split else {"name": kind}
+    tokenizer = train_tokenizer(texts, **how)
     decoder = random_decoder(config_of(family, **changes), vocab_size=tokenizer.vocab_size)
     with pytest.raises(ValueError, match=message):
         written(tmp_path / "model.gguf", decoder, tokenizer)

@@ -62,6 +62,7 @@ TEXTS = (
     "\U0001f3f3\ufe0f\u200d\U0001f308 \U0001f469\u200d\U0001f680 \u00a0\u200b\u2028 \ufffd",
     "<|endoftext|> </s> [INST] are text",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa          zzzz",
+    "the house\n  ",
 )
 
 
@@ -168,8 +169,9 @@ def _request(exported: Exported, text: str, library: str, threads: int) -> dict[
     rows = [(start * (length // len(start) + 1))[:length], *scattered.view(-1, length).tolist()]
     prompt = start[: max(1, min(_PROMPT, context // 2))]
     new_tokens = max(1, min(_NEW_TOKENS, context - len(prompt)))
-    has_bytes = tokenizer.kind in ("bpe", "bytes")
-    texts = [t for t in TEXTS if has_bytes or _encodes(tokenizer, t)] or [text[:200]]
+    added = [t["content"] for t in tokenizer.description["added_tokens"] if not t["special"]]
+    hard = (*TEXTS, *(f"a {name} b" for name in added))
+    texts = [t for t in hard if _encodes(tokenizer, t)] or [text[:200]]
     return {
         "library": library,
         "path": str(exported.path.resolve()),

@@ -31,9 +31,10 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     """Add tokens, kinds, merges or scores, and special ids to a GGUFWriter."""
     description = tokenizer.description
     entries = [tokenizer.entry(id_) for id_ in range(tokenizer.vocab_size)]
-    special = {token["content"] for token in description["added_tokens"] if token["special"]}
+    added = {token["content"]: token["special"] for token in description["added_tokens"]}
     merges = [tuple(merge) for merge in description["model"]["merges"]]
-    kinds = [Kind.CONTROL if entry in special else Kind.NORMAL for entry in entries]
+    kind_of = {True: Kind.CONTROL, False: Kind.USER_DEFINED, None: Kind.NORMAL}
+    kinds = [kind_of[added.get(entry)] for entry in entries]
     if tokenizer.space_prefix is not None:
         unknown = description["model"]["unk_token"]
         kinds = [
@@ -64,14 +65,12 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
 def _name_of_split(tokenizer: Tokenizer) -> str:
     whole_words = bool(tokenizer.description["model"].get("ignore_merges"))
     split = tokenizer.split
-    for name, known in _SPLITS.items():
-        # cl100k's pre-split is that of Llama 3 but for how blank lines at a text's end are cut.
-        if known == ("llama3" if split == "cl100k" else split, whole_words):
-            return name
-    for name, (known_split, _) in _SPLITS.items():
-        if known_split == split:
-            return name
-    raise ValueError("llama.cpp has no name for how this tokenizer splits text")
+    for wanted in ((split, whole_words), (split, not whole_words)):
+        for name, known in _SPLITS.items():
+            if known == wanted:
+                return name
+    legal = ", ".join(dict.fromkeys(split for split, _ in _SPLITS.values()))
+    raise ValueError(f"llama.cpp has no name for the pre-split {split or 'here'}; legal: {legal}")
 
 
 def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
@@ -119,12 +118,9 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) 
     merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
     if any(len(merge) != 2 for merge in merges):
         raise FormatError("a merge is not of two entries")
-    special = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != Kind.NORMAL}
-    plain = {token: id_ for id_, token in enumerate(tokens) if token not in special}
+    added = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != Kind.NORMAL}
+    plain = {token: id_ for id_, token in enumerate(tokens) if token not in added}
+    found = {name for name, id_ in added.items() if kinds[id_] == Kind.USER_DEFINED}
     return byte_level_bpe(
-        plain,
-        merges,
-        split=split,
-        special=special,
-        whole_words=whole_words,
+        plain, merges, split=split, special=added, found=found, whole_words=whole_words
     )

@@ -9,7 +9,7 @@ possessive and $ is the end of a line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ def byte_level_bpe(
     *,
     split: Split,
     special: dict[str, int],
+    found: Collection[str] = (),
     whole_words: bool = False,
 ) -> tokenizers.Tokenizer:
     """A library tokenizer. With `whole_words` a word that is in the vocabulary is taken as it is,
-    whether or not merges lead there."""
+    whether or not merges lead there. Those of `special` that are in `found` are none: where a text
+    spells one it is taken."""
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Library
 
@@ -91,9 +93,9 @@ def byte_level_bpe(
     library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=whole_words))
     library.pre_tokenizer = pre_tokenizer(split)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(
+    library.add_tokens(
         [
-            AddedToken(name, special=True, normalized=False)
+            AddedToken(name, special=name not in found, normalized=False)
             for name in sorted(special, key=special.__getitem__)
         ]
     )
