@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from pretrain.cli import main
 from pretrain.data import Order
 from pretrain.data.trace import Sight, Tracer
+from pretrain.train.changes import record, write_records
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]
@@ -112,11 +114,38 @@ def test_the_verb_answers_both_ways_with_the_same_text(traced_run: Path, capsys:
     )
 
 
+@pytest.mark.parametrize("has_moved", [True, False])
+def test_a_run_that_took_another_text_is_traced_from_there_on(
+    traced_run: Path, capsys: Capture, tmp_path: Path, has_moved: bool
+) -> None:
+    run = Path(shutil.copytree(traced_run, tmp_path / "run"))
+    before = [ask(capsys, "trace", str(run), "--step", str(step)) for step in range(5)]
+    name = before[4]["seen"][0]["id"]
+    place = run / "environment.json"
+    environment = json.loads(place.read_text(encoding="utf-8"))
+    text = environment["fingerprint"]["training text"]
+    environment["fingerprint"]["training text"] = "0" * 64
+    place.write_text(json.dumps(environment), encoding="utf-8")
+    made = [record(3, "data.source", "old.jsonl", "new", by="accept")] if has_moved else []
+    records = [record(1, "training-text", "0", "1", by="accept"), *made]
+    write_records(run, [*records, record(3, "training-text", "1", text, by="accept")])
+    for step in (3, 4):
+        assert ask(capsys, "trace", str(run), "--step", str(step)) == before[step]
+    assert main(["trace", str(run), "--step", "2"]) == 2
+    was = "old.jsonl" if has_moved else "the same files as they were then"
+    message = f"--step is 2; legal: 3 to 4; before step 3 the run read {was}\n"
+    assert message in capsys.readouterr().err
+    (document,) = ask(capsys, "trace", str(run), "--document", name)["documents"]
+    (whole,) = ask(capsys, "trace", str(traced_run), "--document", name)["documents"]
+    assert document["seen"] == [row for row in whole["seen"] if row["step"] >= 3] != []
+
+
 def test_what_cannot_be_traced_is_said(traced_run: Path, capsys: Capture, tmp_path: Path) -> None:
     run = str(traced_run)
     for words, message in (
         ([run, "--document", "nope"], "there is no document 'nope' here; ids are like 'd"),
-        ([run, "--step", "-1"], "steps count from 0"),
+        ([run, "--step", "-1"], "--step is -1; legal: 0 to 4\n"),
+        ([run, "--step", "5"], "--step is 5; legal: 0 to 4\n"),
         ([str(tmp_path), "--step", "1"], "is no run directory"),
     ):
         assert main(["trace", *words]) == 2

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
+from pretrain.train.changes import read_records, word_of
 from pretrain.train.records import Records
 from pretrain.train.watch import Rollback, position_of, rollbacks_of
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"{folder} is no run directory: it has no config.yaml")
     config = compose([read_file(folder / "config.yaml")])
     data = prepared(config)
-    _refuse_other_text(folder, config, data)
+    since, before = _text_since(folder, config, data)
     train, model, stream = config.train, config.model, data.split("train")
     assert train.batch_tokens is not None
     rows = train.batch_tokens // model.window_tokens
@@ -54,19 +55,31 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     )
     tracer = Tracer(order, stream.document_offsets, rows)
     records = Records(folder).metrics()
-    history = History(rollbacks_of(records), max((r["step"] for r in records), default=0))
+    steps_made = max((r["step"] for r in records), default=0)
+    history = History(rollbacks_of(records), steps_made, since)
     if arguments.step is not None:
+        if not since <= arguments.step < train.steps:
+            was = f"; before step {since} the run read {before}" if since else ""
+            legal = f"{since} to {train.steps - 1}"
+            raise ValueError(f"--step is {arguments.step}; legal: {legal}{was}")
         return _show_step(tracer, data, arguments.step, history, output)
     return _show_document(tracer, data, arguments.document, history, output)
 
 
-def _refuse_other_text(folder: Path, config: RunConfig, data: PreparedData) -> None:
-    seen = read_environment(folder)["fingerprint"]["training text"]
+def _text_since(folder: Path, config: RunConfig, data: PreparedData) -> tuple[int, str]:
+    """The step from which the run read its present text, and the source it read before."""
+    seen, since = read_environment(folder)["fingerprint"]["training text"], 0
+    records = read_records(folder)
+    for each in records:
+        if each["what"] == word_of("training text"):
+            seen, since = each["new"], each["step"]
     if data.split("train").sha256 != seen:
         raise ValueError(
             f"the text at {', '.join(config.data.paths)} has changed since the run, so its order "
             "tells nothing about what the run saw"
         )
+    old = [r["old"] for r in records if (r["step"], r["what"]) == (since, "data.source")]
+    return since, old[0] if old else "the same files as they were then"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +89,8 @@ class History:
     rollbacks: list[Rollback]
     steps: int
     """updates made so far"""
+    since: int
+    """the first step that read the run's present text"""
 
     def position(self, step: int) -> int:
         return position_of(step, self.rollbacks)
@@ -85,17 +100,14 @@ class History:
         over."""
         steps = {self.position(step): step for step in range(self.steps)} if self.rollbacks else {}
         for sight in sights:
-            if not self.rollbacks:
-                yield sight
-            elif sight.step in steps:
-                yield replace(sight, step=steps[sight.step])
+            step = steps.get(sight.step, -1) if self.rollbacks else sight.step
+            if step >= self.since:
+                yield replace(sight, step=step)
 
 
 def _show_step(
     tracer: Tracer, data: PreparedData, step: int, history: History, output: Output
 ) -> int:
-    if step < 0:
-        raise ValueError(f"--step is {step}; steps count from 0")
     sights = [replace(s, step=step) for s in tracer.documents_of(history.position(step))]
     numbers = {sight.document for sight in sights}
     origins = dict(data.split("train").origins(lambda number, _: number in numbers))
