@@ -327,3 +327,21 @@ def test_evaluation_texts_are_found_or_removed(tmp_path: Path) -> None:
         prepared(tmp_path, texts, evaluation_texts=(str(tmp_path / "missing.txt"),))
     with pytest.raises(ValueError, match=r"needs corpus\.evaluation_texts"):
         CorpusConfig(remove_overlap=True)
+
+
+def test_every_string_of_an_evaluation_text_is_looked_for(tmp_path: Path) -> None:
+    draw = random.Random(9)
+    texts = [" ".join(prose(draw, 60)) for _ in range(40)]
+    record = {
+        "context": "unrelated words " * 90,
+        "question": texts[7],
+        "choices": [{"a": texts[9]}],
+    }
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    options: dict[str, Any] = {"evaluation_texts": (str(asked),), "remove_overlap": True}
+    data, _ = prepared(tmp_path, texts, **options)
+    assert kept_ids(data) == set(range(40)) - {7, 9}
+    asked.write_text(json.dumps(record) + "\n{'question': 'no JSON'}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"evaluation_texts: .*skipped 1 records.*line 2.*legal"):
+        prepared(tmp_path, texts, **options)

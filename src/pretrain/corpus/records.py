@@ -19,6 +19,9 @@ MAX_RECORD_BYTES = 1 << 26
 """A longer record is skipped: no document is 64 MiB, and a bomb has no end."""
 PREFERRED_TEXT_FIELDS = ("text", "content", "body", "document", "story", "raw_content", "passage")
 TITLE_FIELDS = ("title", "headline", "name")
+EVERY_FIELD = "\0"
+"""As the name of the field that holds the text: all strings of a record, however deep, with this
+between them."""
 _PROBE_ROWS = 20
 _PROBE_BYTES = 1 << 23
 _MAX_KEPT_TEXT_FIELDS = 100
@@ -122,6 +125,8 @@ class _Reason(str):
 
 def _text(record: dict[str, Any], field: str | None) -> str:
     """The text of a record, or the `_Reason` why it has none."""
+    if field == EVERY_FIELD:
+        return EVERY_FIELD.join(_strings(record)) or _Reason("no field holds a string")
     if field is None:
         return _Reason("no field holds a string")
     if field not in record:
@@ -131,6 +136,14 @@ def _text(record: dict[str, Any], field: str | None) -> str:
     if not isinstance(value, str):
         return _Reason(f"field {field!r} is {json_kind(value)}, not a string")
     return value if value.strip() else _Reason(f"field {field!r} is empty")
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
 
 
 def without_surrogates(text: str) -> str:

@@ -16,7 +16,7 @@ from pretrain.corpus.documents import Problem, ReadingReport
 from pretrain.corpus.files import SourceFile
 from pretrain.corpus.formats import compression_of, missing_package
 from pretrain.corpus.jsonl import read_lines
-from pretrain.corpus.records import MAX_RECORD_BYTES, Row
+from pretrain.corpus.records import EVERY_FIELD, MAX_RECORD_BYTES, Row
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 
 _PARQUET_ROWS = 256
@@ -118,7 +118,7 @@ def parquet_rows(
             wanted = [
                 column.name
                 for column in table.schema_arrow
-                if column.name == text_field
+                if text_field in (column.name, EVERY_FIELD)
                 or column.name == "id"
                 or types.is_string(column.type)
                 or types.is_large_string(column.type)

@@ -34,6 +34,7 @@ from pretrain.corpus.files import SourceFile, list_files
 from pretrain.corpus.overlap import Overlaps
 from pretrain.corpus.parts import read_part, write_parts
 from pretrain.corpus.reading import read_documents, read_files
+from pretrain.corpus.records import EVERY_FIELD
 from pretrain.corpus.selection import Selection, write_removed
 from pretrain.data.durable import write_json
 from pretrain.data.findings import reading_of, removed_of
@@ -71,9 +72,22 @@ def _list(job: Job, unit: int, out: Path) -> None:
         write_json(out / f"{number}.json", {"files": files}, escaped=True)
     texts = settings.corpus.evaluation_texts
     if texts:
-        found = ((name, d.text) for name in texts for d in read_documents(name))
+        found = ((name, t) for name in texts for t in _evaluation_strings(name, settings.strict))
         Overlaps.of(found).save(out / "overlaps.npz")
     write_json(out / "report.json", {"n_groups": len(groups), "reading": report.as_dict()})
+
+
+def _evaluation_strings(name: str, strict: bool) -> Iterator[str]:
+    """All that an evaluation text says. ValueError if some of it cannot be read: nobody would look
+    for that."""
+    report = ReadingReport()
+    for document in read_documents(name, text_field=EVERY_FIELD, report=report, strict=strict):
+        yield from document.text.split(EVERY_FIELD)
+    if report.n_problems > report.n_repaired:
+        raise ValueError(
+            f"corpus.evaluation_texts: {name!r} is not to be read whole: {report.summary()}; "
+            "legal: texts of which nothing is skipped"
+        )
 
 
 def _read(job: Job, unit: int, out: Path) -> None:
