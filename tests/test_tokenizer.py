@@ -237,6 +237,17 @@ def test_long_texts_take_linear_time() -> None:
     assert time.process_time() - start < 60
 
 
+def cut_first(kind: str, **options: str) -> dict[str, Any]:
+    """A pre-tokenizer of that kind before the byte-level one."""
+    byte_level = json.loads(bpe()._canonical)["pre_tokenizer"]
+    return {"type": "Sequence", "pretokenizers": [{"type": kind, **options}, byte_level]}
+
+
+def stripping(name: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": 700, "content": "sea", **flags, name: True}
+
+
 def damaged(change: Callable[[dict[str, Any]], object]) -> str:
     content = json.loads(bpe()._canonical)
     change(content)
@@ -254,6 +265,14 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda c: c.update(added_tokens=[]), "no special token"),
         (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "byte-level BPE"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "another text"),
+        (lambda c: c.update(pre_tokenizer=cut_first("WhitespaceSplit")), "another text"),
+        (
+            lambda c: c.update(pre_tokenizer=cut_first("CharDelimiterSplit", delimiter="w")),
+            "another text",
+        ),
+        (lambda c: c["added_tokens"].append(stripping("lstrip")), "'sea' takes spaces"),
+        (lambda c: c["added_tokens"].append(stripping("single_word")), "'sea' takes spaces"),
         (lambda c: c["model"]["merges"].append(["q", "@@@"]), "no tokenizer.json"),
         (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "stands twice"),
         (lambda c: c["model"]["vocab"].update({"": 700}), "empty entry"),

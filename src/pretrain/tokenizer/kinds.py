@@ -37,10 +37,9 @@ def end_of_text_of(entries: list[str], special: set[int]) -> int:
     raise ValueError(f"tokenizer has no special token {END_OF_TEXT!r} to end a document with")
 
 
-def kind_of(description: dict[str, object], entries: list[str], special: set[int]) -> Kind:
+def kind_of(description: dict[str, Any], entries: list[str], special: set[int]) -> Kind:
     """The kind of a tokenizer.json. ValueError for one under which text would be lost."""
     model = description["model"]
-    assert isinstance(model, dict)
     _refuse_contradictions(model, entries)
     if is_gpt(description):
         return "gpt"
@@ -48,6 +47,9 @@ def kind_of(description: dict[str, object], entries: list[str], special: set[int
         raise ValueError(
             "tokenizer has a normalizer, which changes the text before it is encoded; legal: none"
         )
+    for token in description.get("added_tokens", ()):
+        if not token.get("special") and any(map(token.get, ("lstrip", "rstrip", "single_word"))):
+            raise ValueError(f"the entry {token['content']!r:.60} takes spaces; legal: none does")
     plain = [entry for id_, entry in enumerate(entries) if id_ not in special]
     if model.get("type") == "WordLevel":
         if not plain or any(len(entry) != 1 for entry in plain):
@@ -98,19 +100,11 @@ def _refuse_contradictions(model: dict[str, Any], entries: list[str]) -> None:
         raise ValueError("tokenizer marks the inside or the end of words; legal: byte-level BPE")
 
 
-def _is_gpt2_split(description: dict[str, object]) -> bool:
+def _is_gpt2_split(description: dict[str, Any]) -> bool:
     split = description["pre_tokenizer"]
-    model = description["model"]
-    added = description.get("added_tokens", [])
-    assert isinstance(split, dict)
-    assert isinstance(model, dict)
-    assert isinstance(added, list)
     return (
         split.get("type") == "ByteLevel"
         and split.get("add_prefix_space") is False
         and split.get("use_regex") is True
-        and not model.get("dropout")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and all(token.get("special") for token in added)
+        and all(token.get("special") for token in description.get("added_tokens", ()))
     )

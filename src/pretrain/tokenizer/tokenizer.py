@@ -36,8 +36,9 @@ FILE_NAME = "tokenizer.json"
 _BYTE_ENTRY = re.compile("<0x([0-9A-F]{2})>")
 
 _PART_CHARACTERS = 1 << 20
-# Something of everything that pre-splits and merges treat differently.
+# Something of everything that pre-splits and merges treat differently, and all signs of ASCII.
 _PROBE = (
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~089ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz "
     "The whale's 1234567 don't\tEND\n\n I'LL he'd a/b// -+=<|endoftext|> for(i=0;i<10;i++){}\r\n  "
     "\u200b\u00a0a\u0301\u2028\x85 \U0001f3f3\ufe0f\u200d\U0001f308 \U00010400 "
     "été ÉTÉ Straße 中文字 ﷽ नमस्ते กับ שלום أهل Ǆǅǆ ²½Ⅷ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa   "
@@ -102,6 +103,12 @@ class Tokenizer:
         self._missing = re.compile(f"[{''.join(RARE[b] for b in missing)}]") if missing else None
         is_table = self.kind in ("bytes", "characters")
         self._table = self._build_table(entries) if is_table else np.empty(0, np.int64)
+        probes = (_PROBE, " " + _PROBE) if self.kind == "bpe" else ()
+        if any(self.decode(self.encode(probe)) != probe for probe in probes):
+            raise ValueError(
+                "tokenizer gives back another text than it was given, of all kinds of characters; "
+                "legal: a pre-tokenizer that drops and adds nothing"
+            )
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
         """Ids of a text, shape (n,), int64, without an end-of-text token.
@@ -306,11 +313,10 @@ def _entries(library: tokenizers.Tokenizer) -> list[str]:
     return [by_id[id_] for id_ in range(len(by_id))]
 
 
-def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, object]) -> list[bytes]:
-    added = description.get("added_tokens", [])
-    assert isinstance(added, list)
+def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, Any]) -> list[bytes]:
     literal = {
-        token["id"]: b"" if token.get("special") else token["content"].encode() for token in added
+        token["id"]: b"" if token.get("special") else token["content"].encode()
+        for token in description.get("added_tokens", ())
     }
     symbols, has_spaces = symbol_bytes(), space_prefix(description) is not None
     values: list[bytes] = []
