@@ -19,6 +19,7 @@ from pretrain.data.manifest import SplitName
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.shards import PreparedData
 from pretrain.data.splitting import Split, choose_split, default_val_fraction
+from pretrain.tokenizer import train_tokenizer
 
 
 def sentence(draw: random.Random, n_words: int) -> str:
@@ -98,8 +99,6 @@ def test_tokenizer_does_not_see_validation_text(tmp_path: Path, many: list[str])
     held_out = set(texts_of(data, "val"))
     changed = [text if text not in held_out else text + " zzzz" * 20 for text in many]
     train_only = [text for text in many if text not in held_out]
-    from pretrain.tokenizer import train_tokenizer
-
     assert train_tokenizer(train_only).sha256 == data.manifest.tokenizer_sha256
     assert train_tokenizer(changed).sha256 != data.manifest.tokenizer_sha256
 
@@ -158,6 +157,24 @@ def test_a_given_tokenizer_is_used(tmp_path: Path, many: list[str]) -> None:
     assert second.split("train").sha256 == first.split("train").sha256
     with pytest.raises(ValueError, match="has 400 entries"):
         prepare(source, tmp_path / "three", tokenizer=tmp_path / "one", vocab_size=500)
+
+
+def test_what_a_given_tokenizer_cannot_write_is_left_out(tmp_path: Path, many: list[str]) -> None:
+    train_tokenizer(many, name="characters").save(tmp_path / "mine")
+    source = write_jsonl(tmp_path / "a.jsonl", [*many[:100], many[0] + "\f", *many[100:]])
+    data = prepare(source, tmp_path / "out", tokenizer=tmp_path / "mine")
+    assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted(many)
+    removed = json.loads((tmp_path / "out/removed.jsonl").read_text())
+    reason = "vocabulary: it lacks a character"
+    assert (removed["id"], removed["reason"]) == ("a.jsonl:101", f"{reason}: '\\x0c'")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["removed"], report["n_kept_documents"]) == ({reason: 1}, 300)
+    assert report["n_kept_text_bytes"] == data.split("train").n_bytes + data.split("val").n_bytes
+    with pytest.raises(ValueError, match=rf"a\.jsonl:101: {reason}: '\\x0c' \(--strict"):
+        prepare(source, tmp_path / "strict", tokenizer=tmp_path / "mine", strict=True)
+    foreign = write_jsonl(tmp_path / "b.jsonl", [text + "\u4e2d" for text in many])
+    with pytest.raises(ValueError, match=rf"0 documents leave nothing.*{reason}': 300"):
+        prepare(foreign, tmp_path / "no", tokenizer=tmp_path / "mine")
 
 
 def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:

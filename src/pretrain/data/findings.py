@@ -15,6 +15,9 @@ from pretrain.corpus.overlap import Overlaps
 from pretrain.data.job import Job
 from pretrain.data.origins import Strangest
 
+LACKING = "vocabulary: it lacks a character"
+"""Why a document is removed that the tokenizer cannot write."""
+
 
 def reading_of(job: Job) -> tuple[ReadingReport, list[Path]]:
     """What reading found in all, and the files with all the problems."""
@@ -29,15 +32,17 @@ def reading_of(job: Job) -> tuple[ReadingReport, list[Path]]:
 def whole_report(job: Job) -> dict[str, Any]:
     """What all units found, added up: report.json but for the streams."""
     reading, _ = reading_of(job)
-    asked, strangest = job.settings.corpus, Strangest()
+    asked, strangest, counts = job.settings.corpus, Strangest(), Counter[str]()
     content = reading.as_dict()
-    for counts in content["sources"].values():
-        counts["n_tokens"] = 0
+    for source in content["sources"].values():
+        source["n_tokens"] = 0
     for number, part in enumerate(job.parts):
         found = job.report_of("encode", number)
-        content["sources"][part.source]["n_tokens"] += found["n_tokens"]
+        content["sources"][part.source]["n_tokens"] += found["counts"].get("n_tokens", 0)
+        counts.update(found["counts"])
         strangest.merge(found["strangest"])
-    content["removed"] = dict(removed_of(job).most_common())
+    removed = removed_of(job) + Counter({LACKING: counts["n_lacking"]})
+    content["removed"] = dict(removed.most_common())
     if asked.evaluation_texts:
         shared = np.empty(0, np.uint64)
         for number in range(len(job.read_parts)):
@@ -45,8 +50,7 @@ def whole_report(job: Job) -> dict[str, Any]:
             shared = np.unique(np.concatenate([shared, found_here]))
         overlaps = Overlaps.open(job.place("list") / "overlaps.npz")
         content["overlap"] = overlaps.rates(shared)
-    decided = job.report_of("decide")
-    content |= {name: decided[name] for name in ("n_kept_documents", "n_kept_text_bytes")}
+    content |= {name: counts[name] for name in ("n_kept_documents", "n_kept_text_bytes")}
     return {**content, "strangest": strangest.found()}
 
 

@@ -119,19 +119,19 @@ def finish(job: Job, out: str | Path, *, progress: Progress | None = None) -> Pr
                     progress("writing", number / len(job.parts))
                 for name in SPLITS:
                     writers[name].append(job.place("encode", number), source=part.source)
-            decided = job.report_of("decide")
+            report = whole_report(job)
             for name in SPLITS:
                 if writers[name].n_documents == 0:
                     raise ValueError(
-                        f"corpus too small: {decided['n_kept_text_bytes']:,} bytes in "
-                        f"{decided['n_kept_documents']:,} documents leave nothing for the split "
-                        f"{name!r}; take more text, or longer documents"
+                        f"corpus too small: {report['n_kept_text_bytes']:,} bytes in "
+                        f"{report['n_kept_documents']:,} documents leave nothing for the split "
+                        f"{name!r}; take more text, or longer documents; removed were "
+                        f"{report['removed'] or 'none'}"
                     )
             streams: dict[str, StreamInfo] = {name: writers[name].close() for name in SPLITS}
         for file_name in ("problems.jsonl", "removed.jsonl"):
             with open(folder / file_name, "xb") as file:
                 file.writelines(all_lines(job, file_name))
-        report = whole_report(job)
         report["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
         write_json(folder / "report.json", report)
         write_manifest(folder, _manifest(job, tokenizer, streams))

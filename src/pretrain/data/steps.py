@@ -37,7 +37,7 @@ from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.records import EVERY_FIELD
 from pretrain.corpus.selection import Selection, write_removed
 from pretrain.data.durable import write_json
-from pretrain.data.findings import reading_of, removed_of
+from pretrain.data.findings import LACKING, reading_of, removed_of
 from pretrain.data.job import Job, Part, Step
 from pretrain.data.manifest import SPLITS
 from pretrain.data.origins import Strangest
@@ -240,25 +240,16 @@ def _decide(job: Job, unit: int, out: Path) -> None:
             yield np.load(part.keys)[job.doubles_of(part) == 0]
 
     whole = hashlib.sha256()
-    n_documents = n_bytes = 0
+    n_documents = 0
     for chunk in keys():
         whole.update(chunk["hash"].astype(">u8").tobytes())
         n_documents += len(chunk)
-        n_bytes += int(chunk["n_bytes"].sum())
     if n_documents == 0:
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in removed_of(job).most_common(5))
         raise ValueError(f"every document was removed, ask for fewer filters: {reasons}")
     split = choose_split(keys, val_fraction=settings.val_fraction)
     _tokenizer(job, split).save(out / "tokenizer")
-    write_json(
-        out / "report.json",
-        {
-            "split": asdict(split),
-            "source_sha256": whole.hexdigest(),
-            "n_kept_documents": n_documents,
-            "n_kept_text_bytes": n_bytes,
-        },
-    )
+    write_json(out / "report.json", {"split": asdict(split), "source_sha256": whole.hexdigest()})
 
 
 def _tokenizer(job: Job, split: Split) -> Tokenizer:
@@ -307,9 +298,17 @@ def _encode(job: Job, unit: int, out: Path) -> None:
         )
         for name in SPLITS
     }
-    strangest, total = Strangest(), 0
+    strangest, counts = Strangest(), Counter[str]()
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _kept(job, part, removed):
+            if (lacking := tokenizer.missing(document.text)) is not None:
+                if job.settings.strict:
+                    place = f"{document.source}, {document.id}"
+                    raise ValueError(f"{place}: {LACKING}: {lacking!r} (--strict removes nothing)")
+                write_removed(removed, document, f"{LACKING}: {lacking!r}")
+                counts["n_lacking"] += 1
+                continue
+            counts["n_kept_documents"] += 1
             for name, text in split.parts(document.text):
                 if tokenizer.start_of_text != tokenizer.end_of_text:
                     writers[name].add(np.array([tokenizer.start_of_text], np.int64))
@@ -318,10 +317,10 @@ def _encode(job: Job, unit: int, out: Path) -> None:
                 n_bytes = len(text.encode())
                 n_tokens = writers[name].end_document(document, n_bytes=n_bytes)
                 strangest.add(document, n_tokens=n_tokens, n_bytes=n_bytes)
-                total += n_tokens
+                counts.update(n_tokens=n_tokens, n_kept_text_bytes=n_bytes)
     for writer in writers.values():
         writer.close()
-    write_json(out / "report.json", {"n_tokens": total, "strangest": strangest.state()})
+    write_json(out / "report.json", {"counts": counts, "strangest": strangest.state()})
 
 
 _tokenizers: dict[Path, Tokenizer] = {}

@@ -99,8 +99,10 @@ class Tokenizer:
         self._library = library
         self._fast = _fast_twin(library) if self.kind == "bpe" else None
         is_byte_level = self.kind == "bpe" and self._prefix is None
-        missing = missing_bytes(entries, special) if is_byte_level else frozenset()
-        self._missing = re.compile(f"[{''.join(RARE[b] for b in missing)}]") if missing else None
+        missing = "".join(RARE[b] for b in missing_bytes(entries, special) if is_byte_level)
+        if self.kind == "characters":
+            missing = "^" + re.escape("".join(e for e in entries if len(e) == 1))
+        self._missing = re.compile(f"[{missing}]") if missing else None
         is_table = self.kind in ("bytes", "characters")
         self._table = self._build_table(entries) if is_table else np.empty(0, np.int64)
         probes = (_PROBE, " " + _PROBE) if self.kind == "bpe" else ()
@@ -132,8 +134,22 @@ class Tokenizer:
         if self.kind == "bytes":
             return self._table[np.frombuffer(text.encode(), dtype=np.uint8)]
         if self.kind == "characters":
-            return self._encode_characters(text)
+            self._refuse_missing(text)
+            ids: Ids = self._table[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
+            return ids
         return np.concatenate([np.empty(0, np.int64), *self.encode_parts(text)])
+
+    def missing(self, text: str) -> str | None:
+        """The first character of a text that the vocabulary lacks; None if it has them all."""
+        found = self._missing.search(text) if self._missing is not None else None
+        return found[0] if found else None
+
+    def _refuse_missing(self, text: str) -> None:
+        if (lacking := self.missing(text)) is not None:
+            raise ValueError(
+                f"the character {lacking!r} (U+{ord(lacking):04X}) is not in this vocabulary of "
+                f"{self.vocab_size - 1} entries; the tokenizers bpe and bytes take any text"
+            )
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
         """The ids of `encode` in parts, so that a text of any length takes little memory."""
@@ -144,8 +160,7 @@ class Tokenizer:
         fast, prefix, has_spaces = self._fast, self._prefix or "", self._prefix is not None
         limit = PIECE_CHARACTERS if fast is None or has_spaces else _PART_CHARACTERS
         for piece in pieces(without_surrogates(text), limit=limit):
-            if self._missing is not None and (found := self._missing.search(piece)):
-                raise ValueError(f"the character {found[0]!r} is not in this vocabulary")
+            self._refuse_missing(piece)
             part = prefix + piece.replace(" ", SPACE) if has_spaces else piece
             prefix = ""
             # The twin takes "<s>" and "<0x41>" in the text for SentencePiece's entries of the name.
@@ -242,29 +257,14 @@ class Tokenizer:
         return path
 
     def _build_table(self, entries: list[str]) -> Ids:
-        """Ids by byte value, or by code point with -1 where the vocabulary has no such
-        character."""
+        """Ids by byte value, or by code point."""
         if self.kind == "bytes":
             of_entry = {entry: id_ for id_, entry in enumerate(entries)}
             return np.array([of_entry[symbol] for symbol in byte_symbols()], dtype=np.int64)
         points = {ord(entry): id_ for id_, entry in enumerate(entries) if len(entry) == 1}
-        table = np.full(max(points) + 1, -1, dtype=np.int64)
+        table = np.zeros(max(points) + 1, dtype=np.int64)
         table[list(points)] = list(points.values())
         return table
-
-    def _encode_characters(self, text: str) -> Ids:
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        ids: Ids = self._table[np.minimum(points, len(self._table) - 1)]
-        ids[points >= len(self._table)] = -1
-        unknown = np.flatnonzero(ids < 0)
-        if unknown.size:
-            character = text[int(unknown[0])]
-            raise ValueError(
-                f"the character {character!r} (U+{ord(character):04X}) is not in this vocabulary "
-                "of "
-                f"{self.vocab_size - 1} characters; the tokenizers bpe and bytes take any text"
-            )
-        return ids
 
 
 def _plainly(library: tokenizers.Tokenizer, text: str) -> Ids:
