@@ -23,7 +23,7 @@ from pretrain.corpus import parts
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data import durable, job, prepare, steps
 from pretrain.data.job import Job, Step
-from pretrain.data.preparation import work_folder
+from pretrain.data.preparation import begin, work_folder
 from test_selection import changed, prose
 
 ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
@@ -107,6 +107,40 @@ def test_every_unit_may_be_the_last(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
 
 
+def test_death_while_work_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, remove, n_left = os.unlink, Job.remove, 3
+
+    def dies(*given: Any, **named: Any) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise Killed
+        real(*given, **named)
+
+    def dying(job: Job) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", dies)
+            remove(job)
+
+    texts, out = tmp_path / "a.jsonl", tmp_path / "out"
+    texts.write_text("".join(f'{{"text": "A whale is number {n}."}}\n' * 2 for n in range(40)))
+    begun = begin(texts, out, tokenizer="bytes")
+    for step in steps.STEPS[:3]:
+        begun.do(step, 0)
+    with pytest.raises(Killed):
+        dying(begun)  # as where other settings are asked for
+    prepare(texts, out, tokenizer="bytes").verify()
+
+    shutil.rmtree(out)
+    n_left = 3
+    monkeypatch.setattr(Job, "remove", dying)
+    with pytest.raises(Killed):
+        prepare(texts, out, tokenizer="bytes")
+    with pytest.raises(FileExistsError):
+        prepare(texts, out, tokenizer="bytes")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
+
+
 @pytest.mark.slow
 def test_death_inside_a_unit(
     corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +183,8 @@ def test_death_inside_a_unit(
                 pass
         assert hashes(out) == whole
     assert len(stopped_in) >= 3, stopped_in
-    assert {path.name for path in tmp_path.iterdir()} == {str(number) for number in range(6)}
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".trash"}
+    assert left == {str(number) for number in range(6)}
 
 
 def test_other_settings_begin_anew(

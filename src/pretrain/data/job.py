@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +87,16 @@ class Step:
     work: Work
 
 
+def discard(folder: Path) -> None:
+    """Remove a job's folder in one step, so that a kill leaves no job of which a part is gone; and
+    what is left of one whose removal was cut off."""
+    trash = folder.with_name(f"{folder.name}.trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
 class Job:
     """The folder of a preparation under way."""
 
@@ -101,7 +112,7 @@ class Job:
     def begin(folder: Path, settings: Settings, *, key: str) -> Job:
         """Open the job in `folder` if it is the same one, else begin it anew."""
         if not Job.is_begun(folder, key=key):
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             os.makedirs(folder)
             temporary = folder / "job.tmp"
             write_json(temporary, {"key": key, "settings": asdict(settings)}, escaped=True)
@@ -123,11 +134,8 @@ class Job:
             shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the folder, what names the job last."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder."""
+        discard(self.folder)
 
     def place(self, step: str, unit: int = 0) -> Path:
         """Where a unit leaves what it makes."""

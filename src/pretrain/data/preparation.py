@@ -24,7 +24,7 @@ from pretrain.corpus.language import language_of
 from pretrain.data.config import check_val_fraction
 from pretrain.data.durable import put_in_place, refuse_full, write_json
 from pretrain.data.findings import all_lines, whole_report
-from pretrain.data.job import Job, Settings
+from pretrain.data.job import Job, Settings, discard
 from pretrain.data.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -81,7 +81,8 @@ def prepare(
         job = _begin(settings, Path(out))
         job.remove_unfinished()
         try:
-            do_steps(job, workers=workers, progress=progress)
+            if not is_prepared(out):
+                do_steps(job, workers=workers, progress=progress)
             return finish(job, out, progress=progress)
         except ValueError:
             # What cannot be prepared leaves nothing behind; what was stopped goes on from there.
@@ -222,6 +223,8 @@ def _checked(settings: Settings) -> Settings:
 
 def _begin(settings: Settings, out: Path) -> Job:
     folder, key = work_folder(out), _key(settings)
+    if not folder.exists():
+        discard(folder)
     if not (Job.is_begun(folder, key=key) and is_prepared(out)):
         refuse_full(out)
     return Job.begin(folder, settings, key=key)

@@ -144,7 +144,7 @@ def _select(job: Job, unit: int, out: Path) -> None:
     if asked.looks_at_text:
         with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
             path = job.place("list") / "overlaps.npz"
-            overlaps = Overlaps.open(path) if path.exists() else None
+            overlaps = Overlaps.open(path) if asked.evaluation_texts else None
             selection = Selection(asked, overlaps, removed)
             report["parts"] = write_parts(selection.kept(read_part(part.documents)), out)
         report["removed"] = selection.reasons
