@@ -445,6 +445,8 @@ def test_pages_give_their_main_text(
     [
         ("lies.txt", FORMATS["rows.jsonl"]),
         ("data", FORMATS["rows.jsonl"]),
+        ("c4-train.00000-of-01024.json", FORMATS["rows.jsonl"]),
+        ("page.aspx", lambda: b"\xef\xbb\xbf" + PAGE.encode()),
         ("download.bin", as_parquet),
         ("no-suffix", lambda: gzip.compress(FORMATS["rows.jsonl"]())),
         ("page.txt", PAGE.encode),
@@ -523,6 +525,8 @@ def test_json_that_is_no_list_of_records(tmp_path: Path) -> None:
     for value, wanted in (
         ({"data": [{"text": "a"}, 5, {"text": "b"}]}, ["a", "b"]),
         ({"text": "alone"}, ["alone"]),
+        ({"text": "alone", "by": [{"name": "a longer text"}]}, ["alone"]),
+        ({"title": "T", "abstract": "whole", "tags": ["a", "b"]}, ["whole"]),
         ([], []),
         ("text", []),
     ):

@@ -53,6 +53,7 @@ def compression_of(head: bytes) -> str:
 def format_of(head: bytes, name: str) -> Format | None:
     """The format of a file whose (decompressed) head and name these are; None for what is no
     text."""
+    head = head.removeprefix(codecs.BOM_UTF8)
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"WARC/"):
@@ -66,7 +67,7 @@ def format_of(head: bytes, name: str) -> Format | None:
         return named
     if _HTML.match(head):
         return "html"
-    if named != "json" and _holds_json_lines(head):
+    if _holds_json_lines(head, n_least=2 if named == "json" else 1):
         return "jsonl"
     return named or "text"
 
@@ -83,13 +84,15 @@ def _suffix(name: str) -> str:
     return os.path.splitext(stem)[1] if last in COMPRESSIONS else last
 
 
-def _holds_json_lines(head: bytes) -> bool:
-    """Whether the first two lines that are not blank are objects, as far as they can be seen."""
-    whole, _, rest = head.removeprefix(codecs.BOM_UTF8).rpartition(b"\n")
-    lines = [line for line in whole.split(b"\n") if line.strip()][:2]
+def _holds_json_lines(head: bytes, *, n_least: int) -> bool:
+    """Whether the first two lines that are not blank are objects, as far as they can be seen, and
+    there are `n_least`."""
+    lines = head.split(b"\n")
+    rest = lines.pop() if len(head) >= HEAD_BYTES else b""
+    lines = [line for line in lines if line.strip()][:2]
     if not lines:
-        return _OBJECT.match(rest) is not None and (len(head) >= HEAD_BYTES or _is_object(rest))
-    return all(_is_object(line) for line in lines)
+        return n_least == 1 and _OBJECT.match(rest) is not None
+    return len(lines) >= n_least and all(map(_is_object, lines))
 
 
 def _is_object(line: bytes) -> bool:

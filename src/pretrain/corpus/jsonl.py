@@ -14,7 +14,7 @@ from typing import Any
 
 from pretrain.corpus.documents import Problem, ReadingReport
 from pretrain.corpus.files import SourceFile
-from pretrain.corpus.records import MAX_RECORD_BYTES, Row, json_kind
+from pretrain.corpus.records import MAX_RECORD_BYTES, Row, holds_text, json_kind
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 
 MAX_JSON_BYTES = 1 << 28
@@ -40,8 +40,11 @@ def jsonl_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iter
         yield Row(line.number, line.offset, found, len(line.data))
 
 
-def json_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Row]:
-    """A row for each object of a JSON file: of its list, of the only list in its object, or itself.
+def json_rows(
+    file: SourceFile, *, text_field: str | None, report: ReadingReport, strict: bool
+) -> Iterator[Row]:
+    """A row for each object of a JSON file: of its list, of the only list in its object where that
+    holds objects and the object no text of its own, or itself.
 
     The file is held in memory, so there is a limit to it; JSON lines have none.
     """
@@ -61,7 +64,8 @@ def json_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Itera
         return
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else [found]
+        is_list = len(lists) == 1 and any(isinstance(each, dict) for each in lists[0])
+        found = lists[0] if is_list and not holds_text(found, text_field) else [found]
     for number, value in enumerate(found if isinstance(found, list) else [found], start=1):
         good = isinstance(value, dict)
         yield Row(number, None, value if good else f"{json_kind(value)}, not an object")

@@ -104,7 +104,7 @@ def _documents(
         case "jsonl":
             rows = jsonl_rows(file, report=report, strict=strict)
         case "json":
-            rows = json_rows(file, report=report, strict=strict)
+            rows = json_rows(file, text_field=text_field, report=report, strict=strict)
         case "csv":
             rows = csv_rows(file, report=report, strict=strict)
         case "parquet":

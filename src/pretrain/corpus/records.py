@@ -105,6 +105,12 @@ def find_text_field(records: list[dict[str, Any]]) -> str | None:
     return max(lengths, key=lambda name: lengths[name]) if lengths else None
 
 
+def holds_text(record: dict[str, Any], text_field: str | None) -> bool:
+    """Whether an object has a text itself, and is not only what records lie in."""
+    names = PREFERRED_TEXT_FIELDS if text_field is None else (text_field,)
+    return text_field == EVERY_FIELD or any(isinstance(record.get(name), str) for name in names)
+
+
 def _find_title_field(records: list[dict[str, Any]], text_field: str | None) -> str:
     for name in TITLE_FIELDS:
         if name != text_field and any(isinstance(record.get(name), str) for record in records):
