@@ -369,10 +369,11 @@ def as_csv(delimiter: str) -> bytes:
     return out.getvalue().encode()
 
 
-def as_parquet() -> bytes:
+def as_parquet(kind: str = "string") -> bytes:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     out = io.BytesIO()
     table = pyarrow.Table.from_pylist([{**row, "n": 1, "tags": ["x"]} for row in ROWS])
+    table = table.set_column(2, "text", table["text"].cast(kind))
     parquet.write_table(table, out)
     return out.getvalue()
 
@@ -405,8 +406,11 @@ FORMATS: dict[str, Callable[[], bytes]] = {
     "rows.csv": lambda: as_csv(","),
     "semicolons.csv": lambda: as_csv(";"),
     "rows.tsv": lambda: as_csv("\t"),
+    "blank.csv": lambda: b"\r\n \n" + as_csv(","),
+    "views.parquet": lambda: as_parquet("string_view"),
     "rows.parquet": as_parquet,
 }
+WIDE = ("rows.jsonl", "rows.json", "rows.csv")
 PACKING: list[tuple[str, Callable[[bytes], bytes]]] = [("", bytes), *COMPRESSORS]
 
 
@@ -445,11 +449,13 @@ def test_pages_give_their_main_text(
     [
         ("lies.txt", FORMATS["rows.jsonl"]),
         ("data", FORMATS["rows.jsonl"]),
+        *((f"wide-{n}", lambda n=n: FORMATS[n]().decode().encode("utf-16")) for n in WIDE),
         ("c4-train.00000-of-01024.json", FORMATS["rows.jsonl"]),
         ("page.aspx", lambda: b"\xef\xbb\xbf" + PAGE.encode()),
         ("download.bin", as_parquet),
         ("no-suffix", lambda: gzip.compress(FORMATS["rows.jsonl"]())),
         ("page.txt", PAGE.encode),
+        ("wide.html", lambda: PAGE.encode("utf-32")),
         ("crawl", lambda: gzip.compress(as_warc())),
     ],
 )
@@ -486,6 +492,12 @@ def test_bad_rows_of_a_table_are_placed(tmp_path: Path) -> None:
     assert "3 cells, but the first line names 2" in reasons[0]
     assert "invalid UTF-8" in reasons[1]
     assert "is empty" in reasons[2]
+
+
+def test_columns_of_one_name_rename_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text,label,label\n7,good,a,the longest cell of all\n")
+    (found,) = read_documents(tmp_path / "a.csv")
+    assert (found.id, found.text) == ("7", "good")
 
 
 def test_a_quote_that_never_ends_costs_one_row(

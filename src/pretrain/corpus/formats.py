@@ -42,7 +42,6 @@ _HTML = re.compile(
     rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])", re.I | re.S
 )
 _OBJECT = re.compile(rb'\s*\{\s*"')
-_UTF_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def compression_of(head: bytes) -> str:
@@ -58,8 +57,6 @@ def format_of(head: bytes, name: str) -> Format | None:
         return "parquet"
     if head.startswith(b"WARC/"):
         return "warc"
-    if head.startswith(_UTF_MARKS):
-        return "text"
     if b"\0" in head:
         return None
     named = _BY_NAME.get(_suffix(name))

@@ -23,18 +23,7 @@ from pretrain.corpus.tables import csv_rows, parquet_rows
 PART_BYTES = 1 << 24
 """A longer text is read in parts of about this size, each a document, so that memory stays
 bounded."""
-MAX_WIDE_BYTES = 1 << 28
-"""A text in UTF-16 or UTF-32 is held in memory whole, so there is a limit to it."""
 _MAX_BAD_FRACTION = 0.01
-
-_UTF_BOMS = (
-    # UTF-32 first: its little-endian mark begins with that of UTF-16.
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_WIDE_MARKS = tuple(mark for mark, _ in _UTF_BOMS)
 
 
 def read_documents(
@@ -117,14 +106,6 @@ def _read_text(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iter
     try:
         for chunk in read_chunks(file, report=report):
             data += chunk
-            if offset == 0 and data.startswith(_WIDE_MARKS):
-                if len(data) > MAX_WIDE_BYTES:
-                    reason = (
-                        f"UTF-16 or UTF-32 of more than {MAX_WIDE_BYTES:,} bytes; make it UTF-8"
-                    )
-                    _pass_over(file, Problem(file.name, reason), report)
-                    return
-                continue
             while len(data) > PART_BYTES:
                 stop = _place_to_cut(data)
                 part = bytes(data[:stop])
@@ -188,13 +169,6 @@ def _pass_over(
 def _decode(data: bytes, name: str, offset: int) -> tuple[str, Problem | None] | Problem:
     """The text and what was repaired in it, or, of something that is no text, the problem. `offset`
     is where it begins in its file."""
-    for mark, encoding in _UTF_BOMS:
-        if offset == 0 and data.startswith(mark):
-            try:
-                return data.decode(encoding), None
-            except UnicodeDecodeError as error:
-                reason = f"has the mark of {encoding} but is not: {error.reason}"
-                return Problem(name, reason, offset=error.start)
     has_mark = offset == 0 and data.startswith(codecs.BOM_UTF8)
     start = len(codecs.BOM_UTF8) if has_mark else 0
     try:

@@ -1,14 +1,15 @@
 """One file -> its bytes in chunks, decompressed, with every cut-off or broken end noticed.
 
-A `SourceFile` comes in, chunks of bytes go out; memory stays at a few MiB whatever the compression
-ratio. Compression is told by the first bytes, not by the name. Damage is raised as
-`DamagedStreamError` after the good bytes were handed out, and a missing decompressor is a
-ValueError with the command that installs it.
+A `SourceFile` comes in, chunks of bytes go out, of UTF-16 and UTF-32 as UTF-8; memory stays at a
+few MiB whatever the compression ratio. Compression is told by the first bytes, not by the name.
+Damage is raised as `DamagedStreamError` after the good bytes were handed out, and a missing
+decompressor is a ValueError with the command that installs it.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -16,6 +17,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import BinaryIO, Protocol, cast
 
 from pretrain.corpus.documents import ReadingReport
@@ -23,6 +25,13 @@ from pretrain.corpus.files import SourceFile
 from pretrain.corpus.formats import COMPRESSIONS, HEAD_BYTES, compression_of, missing_package
 
 CHUNK_BYTES = 1 << 18
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 # Text shrinks five to ten times, logs a hundred times: what grows more than this is a bomb.
 BOMB_RATIO = 256
 BOMB_BYTES = 1 << 26
@@ -44,7 +53,7 @@ def read_chunks(file: SourceFile, *, report: ReadingReport) -> Iterator[bytes]:
     `report.n_read_bytes`."""
     with open(file.path, "rb") as raw:
         counted = n_unpacked = 0
-        for chunk in _chunks(raw, file):
+        for chunk in _narrow(_chunks(raw, file)):
             n_unpacked += len(chunk)
             if n_unpacked > max(BOMB_BYTES, BOMB_RATIO * file.n_bytes):
                 raise DamagedStreamError(
@@ -60,7 +69,7 @@ def read_head(file: SourceFile) -> bytes:
     """The first (decompressed) bytes of a file, HEAD_BYTES of them if there are as many."""
     head = b""
     with open(file.path, "rb") as raw, suppress(DamagedStreamError):
-        for chunk in _chunks(raw, file):
+        for chunk in _narrow(_chunks(raw, file)):
             head += chunk
             if len(head) >= HEAD_BYTES:
                 break
@@ -99,6 +108,22 @@ class ChunkFile(io.RawIOBase):
         self._rest = self._rest[n:]
         self._position += n
         return n
+
+
+def _narrow(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """As UTF-8 what has a mark of UTF-16 or UTF-32, all else as it is."""
+    first = next(chunks, b"")
+    encoding = next((name for mark, name in _WIDE_MARKS.items() if first.startswith(mark)), None)
+    if encoding is None:
+        yield from chain([first], chunks)
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for chunk in chain([first], chunks):
+            yield decoder.decode(chunk).encode()
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DamagedStreamError(f"the mark is of {encoding}, but {error.reason}") from error
 
 
 def _chunks(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ The first line of a CSV file names its fields. Rows that do not fit it, or that 
 from __future__ import annotations
 
 import csv
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ from pretrain.corpus.records import EVERY_FIELD, MAX_RECORD_BYTES, Row
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 
 _PARQUET_ROWS = 256
+_STRING = re.compile(r"(dictionary<values=)?(large_)?string")
+"""How pyarrow calls columns of text; `string_view` too."""
 
 
 def csv_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Row]:
     """A row for each record; `number` and `offset` are those of its first line."""
     csv.field_size_limit(MAX_RECORD_BYTES)
     lines = _CsvLines(file, report, strict)
-    first = next(lines, None)
+    first = next((line for line in lines if line.strip()), None)
     if first is None:
         return
     delimiter = "\t" if ".tsv" in file.path.suffixes else _delimiter(first)
@@ -48,9 +51,9 @@ def csv_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterat
         elif isinstance(cells, str):
             yield Row(*place, cells)
         elif header is None:
-            header = [name.strip() for name in cells]
-            if len(set(header)) < len(header):
-                header = [f"{name or 'column'}_{i}" for i, name in enumerate(header, start=1)]
+            names = [name.strip() for name in cells]
+            # The first of a name keeps it.
+            header = [f"{n}_{i}" if n in names[:i] else n for i, n in enumerate(names)]
         elif cells and len(cells) != len(header):
             yield Row(*place, f"{len(cells)} cells, but the first line names {len(header)}")
         elif cells:
@@ -107,7 +110,7 @@ def parquet_rows(
 ) -> Iterator[Row]:
     """A row for each record, with what may be its text, title or id; `number` counts from 1."""
     try:
-        from pyarrow import ArrowException, parquet, types
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise missing_package("a Parquet file", "pyarrow") from error
 
@@ -120,9 +123,7 @@ def parquet_rows(
                 for column in table.schema_arrow
                 if text_field in (column.name, EVERY_FIELD)
                 or column.name == "id"
-                or types.is_string(column.type)
-                or types.is_large_string(column.type)
-                or (types.is_dictionary(column.type) and types.is_string(column.type.value_type))
+                or _STRING.match(str(column.type))
             ]
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
                 for record in batch.to_pylist():
