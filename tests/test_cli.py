@@ -253,6 +253,9 @@ def test_tokenizer_verbs_round_trip(
     assert found["text"] == text
     found = ask(capsys, "tokenizer", "inspect", "--tokenizer", str(finished_run))
     assert found["vocab_size"] == 400
+    (tmp_path / "empty.txt").write_text("")
+    found = ask(capsys, "tokenizer", "inspect", str(tmp_path / "empty.txt"), "--tokenizer", out)
+    assert found["vocab_size"] == 300
     assert main(["tokenizer", "train", str(corpus), "--out", out]) == 2
 
 

@@ -11,6 +11,7 @@ import pytest
 from pretrain.corpus import Document
 from pretrain.data import open_prepared, prepare
 from pretrain.data.origins import Strangest, find_origins
+from pretrain.tokenizer import train_tokenizer
 
 WORDS = "the sea was calm and the old ship went home with many men on her deck".split()
 
@@ -113,6 +114,15 @@ def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
 
     expected = sorted(ratios, key=distance, reverse=True)[:10]
     assert [entry["id"] for entry in strangest.found()] == expected
+
+
+def test_a_document_without_a_token_is_not_among_the_strangest(tmp_path: Path) -> None:
+    train_tokenizer(["the sea was calm " * 50], name="gpt").save(tmp_path / "gpt")
+    lines = [json.dumps({"text": text}) for text in ("\u200b" * 40, "the sea was calm. " * 99)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "gpt")
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert {each["id"] for each in report["strangest"]} <= {"a.jsonl:2"}
 
 
 def test_nothing_is_strange_where_every_byte_is_a_token(tmp_path: Path) -> None:

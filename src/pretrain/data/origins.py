@@ -18,7 +18,7 @@ from typing import Any
 from pretrain.corpus.documents import Document
 
 STRANGEST = 10
-# Of a shorter document the bytes a token say nothing.
+# Of a shorter document, and of one without tokens, the bytes a token say nothing.
 _MIN_BYTES = 64
 
 
@@ -64,7 +64,7 @@ class Strangest:
         self._n_seen += 1
         self._n_tokens += n_tokens
         self._n_bytes += n_bytes
-        if n_bytes < _MIN_BYTES:
+        if n_bytes < _MIN_BYTES or n_tokens == 0:
             return
         ratio = math.log(n_bytes / n_tokens)
         is_full = len(self._most) == STRANGEST

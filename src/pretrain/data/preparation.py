@@ -259,14 +259,10 @@ def _key(settings: Settings) -> str:
         ("evaluation", settings.corpus.evaluation_texts),
     ):
         content[name] = [
-            [file.given, os.path.realpath(file.path), file.n_bytes, _changed(file.path)]
+            [file.given, os.path.realpath(file.path), file.n_bytes, os.stat(file.path).st_mtime_ns]
             for file in (list_files(sources) if sources else ())
         ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _changed(path: Path) -> int:
-    return os.stat(path).st_mtime_ns
 
 
 def _package_version() -> str:

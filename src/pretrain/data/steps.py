@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -59,7 +60,7 @@ def _list(job: Job, unit: int, out: Path) -> None:
     settings, report = job.settings, ReadingReport()
     groups: list[list[SourceFile]] = []
     n_bytes = 0
-    with _Problems(out, report):
+    with _problems(out, report):
         for file in list_files(settings.sources, report=report, strict=settings.strict):
             is_full = n_bytes >= GROUP_BYTES or (groups and len(groups[-1]) >= GROUP_FILES)
             if not groups or is_full or groups[-1][0].given != file.given:
@@ -103,7 +104,7 @@ def _read(job: Job, unit: int, out: Path) -> None:
                 job.on_fraction(report.n_read_bytes / n_bytes)
             yield document
 
-    with _Problems(out, report):
+    with _problems(out, report):
         found = read_files(
             files, text_field=settings.text_field, report=report, strict=settings.strict
         )
@@ -114,18 +115,12 @@ def _read(job: Job, unit: int, out: Path) -> None:
     )
 
 
-class _Problems:
+@contextmanager
+def _problems(folder: Path, report: ReadingReport) -> Iterator[None]:
     """While it is open, all problems of a report are written to problems.jsonl."""
-
-    def __init__(self, folder: Path, report: ReadingReport) -> None:
-        self._file = open(folder / "problems.jsonl", "x", encoding="utf-8")  # noqa: SIM115
-        report.on_problem = lambda problem: print(json.dumps(asdict(problem)), file=self._file)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    with open(folder / "problems.jsonl", "x", encoding="utf-8") as file:
+        report.on_problem = lambda problem: print(json.dumps(asdict(problem)), file=file)
+        yield
 
 
 def _n_select(job: Job) -> int:

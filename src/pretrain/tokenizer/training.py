@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pretrain.tokenizer.alphabet import byte_symbols
-from pretrain.tokenizer.config import N_BYTES_VOCABULARY, TRAINED_NAMES, check_vocab_size
+from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.gpt import train_gpt
 from pretrain.tokenizer.kinds import END_OF_TEXT
 from pretrain.tokenizer.pieces import pieces
@@ -95,10 +95,7 @@ def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Token
 
     alphabet: set[str] = set()
     for text in texts:
-        alphabet.update(text)
-    alphabet = {
-        "\ufffd" if "\ud800" <= character <= "\udfff" else character for character in alphabet
-    }
+        alphabet.update(without_surrogates(text))
     if not alphabet:
         raise ValueError("cannot make a tokenizer 'characters': there is no text")
     if vocab_size is not None and vocab_size != len(alphabet) + 1:
@@ -122,8 +119,7 @@ def _checked(tokenizer: Tokenizer, vocab_size: int | None) -> Tokenizer:
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size: asked for {vocab_size}, this corpus yields only "
-            f"{tokenizer.vocab_size} entries; "
-            f"legal: {N_BYTES_VOCABULARY}..{tokenizer.vocab_size}"
+            f"{tokenizer.vocab_size} entries; legal: at most {tokenizer.vocab_size}"
         )
     return tokenizer
 

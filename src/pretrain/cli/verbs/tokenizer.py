@@ -160,7 +160,7 @@ def _inspect(arguments: argparse.Namespace, output: Output) -> int:
         output.say(
             f"{source}: {row['bytes_per_token']:.2f} bytes a token, {row['tokens']:,} tokens"
         )
-    if arguments.source:
+    if "n_unused" in report:
         output.say(f"never used: {report['n_unused']:,}; {_shown(report['unused'])}")
         output.say(f"used fewer than {RARE} times: {report['n_rare']:,}; {_shown(report['rare'])}")
     output.result(report)
