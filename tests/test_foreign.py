@@ -194,7 +194,7 @@ def test_pre_splits_are_those_of_tiktoken(name: str) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.tiktoken": b"!! 0\n"}, r"a\.tiktoken, line 1: no base64 token"),
+        ({"a.tiktoken": b"!! 0\n"}, r"a\.tiktoken': line 1: no base64 token"),
         ({"a.tiktoken": b"YQ== 0\nYQ== 1\n"}, "line 2: token b'a' or rank 1 is there twice"),
         ({"a.tiktoken": b"YQ== 0\nYg== 0\n"}, "line 2: token b'b' or rank 0 is there twice"),
         ({"a.tiktoken": b"YQ== 0\n"}, "the byte 0x00 has no rank"),

@@ -72,7 +72,7 @@ def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
     ranks = _read_ranks(file)
     if len(ranks) not in _KNOWN:
         raise ValueError(
-            f"{file}: {len(ranks):,} ranks are none of the known vocabularies, so nobody can tell "
+            f"{len(ranks):,} ranks are none of the known vocabularies, so nobody can tell "
             f"how they split text; known are {', '.join(f'{n:,}' for n in _KNOWN)}"
         )
     split, n_entries, special = _KNOWN[len(ranks)]
@@ -120,14 +120,12 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
             encoded, rank_text = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{file}, line {number}: no base64 token and its rank") from None
+            raise ValueError(f"line {number}: no base64 token and its rank") from None
         if not token or token in ranks or rank in seen or rank < 0:
-            raise ValueError(
-                f"{file}, line {number}: token {token!r} or rank {rank} is there twice"
-            )
+            raise ValueError(f"line {number}: token {token!r} or rank {rank} is there twice")
         ranks[token] = rank
         seen.add(rank)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"{file}: the byte 0x{missing[0]:02X} has no rank, so text would be lost")
+        raise ValueError(f"the byte 0x{missing[0]:02X} has no rank, so text would be lost")
     return ranks

@@ -40,7 +40,7 @@ def end_of_text_of(entries: list[str], special: set[int]) -> int:
 def kind_of(description: dict[str, Any], entries: list[str], special: set[int]) -> Kind:
     """The kind of a tokenizer.json. ValueError for one under which text would be lost."""
     model = description["model"]
-    _refuse_contradictions(model, entries)
+    _refuse_contradictions(description, entries)
     if is_gpt(description):
         return "gpt"
     if description.get("normalizer") is not None and space_prefix(description) is None:
@@ -67,8 +67,6 @@ def kind_of(description: dict[str, Any], entries: list[str], special: set[int]) 
         raise ValueError(
             f"tokenizer is of type {model.get('type')}; legal: byte-level BPE or single characters"
         )
-    if model.get("end_of_word_suffix"):
-        raise ValueError("tokenizer marks the end of words; legal with GPT's normalizer only")
     missing = missing_bytes(entries, special)
     if missing - RARE.keys():
         raise ValueError(
@@ -87,16 +85,14 @@ def missing_bytes(entries: list[str], special: set[int]) -> frozenset[int]:
     return frozenset(b for b, symbol in symbols if symbol not in plain) - _NEVER_IN_UTF8
 
 
-def _refuse_contradictions(model: dict[str, Any], entries: list[str]) -> None:
+def _refuse_contradictions(description: dict[str, Any], entries: list[str]) -> None:
+    model = description["model"]
     if "" in entries:
         raise ValueError("tokenizer has an empty entry, which could be merged again and again")
     if model.get("dropout"):
         raise ValueError("tokenizer has dropout, so a text would have other ids each time")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") not in (
-        None,
-        "",
-        "</w>",
-    ):
+    marks_ends = model.get("end_of_word_suffix") and not is_gpt(description)
+    if model.get("continuing_subword_prefix") or marks_ends:
         raise ValueError("tokenizer marks the inside or the end of words; legal: byte-level BPE")
 
 

@@ -41,22 +41,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = files[0]
     if len(files) == 2:
         return Tokenizer(read_gpt2(*files))
-    if file.suffix in (RANKS_SUFFIX, MODEL_SUFFIX):
-        # Llama 3 calls its ranks tokenizer.model, as Llama 1 and 2 called another thing.
-        has_ranks = file.suffix == RANKS_SUFFIX or holds_ranks(file)
-        library = read_tiktoken(file) if has_ranks else read_sentencepiece(file)
-        try:
-            return Tokenizer(library)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r}: {error}") from error
     try:
-        with open(file, "rb") as opened:
-            text = opened.read().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
-    try:
+        if file.suffix in (RANKS_SUFFIX, MODEL_SUFFIX):
+            # Llama 3 calls its ranks tokenizer.model, as Llama 1 and 2 called another thing.
+            has_ranks = file.suffix == RANKS_SUFFIX or holds_ranks(file)
+            return Tokenizer(read_tiktoken(file) if has_ranks else read_sentencepiece(file))
+        text = file.read_bytes().decode("utf-8")
         _refuse_doubles(text)
         return Tokenizer(Library.from_str(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
     except BaseException as error:

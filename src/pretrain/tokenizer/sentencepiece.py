@@ -46,22 +46,19 @@ def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         trainer = dict(_fields(_last(message, 2)))
         normalizer = dict(_fields(_last(message, 3)))
     except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no SentencePiece model: {error}") from None
+        raise ValueError(f"is no SentencePiece model: {error}") from None
     n_bytes = sum(kind == Kind.BYTE for _, _, kind in pieces)
     if trainer.get(3, 1) != _BPE or n_bytes != 256:
         raise ValueError(
-            f"{file}: legal are BPE models with an entry for each of the 256 bytes; this one is "
+            f"legal are BPE models with an entry for each of the 256 bytes; this one is "
             f"{'BPE' if trainer.get(3, 1) == _BPE else 'not BPE'} and has {n_bytes}"
         )
     if normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1):
         raise ValueError(
-            f"{file}: the model changes the text before it is encoded (its normalizer is "
-            "not 'identity', or it removes spaces), so text would be lost"
+            "the model changes the text before it is encoded (its normalizer is not "
+            " 'identity', or it removes spaces), so text would be lost"
         )
-    try:
-        return library_of_pieces(pieces, has_prefix=bool(normalizer.get(3, 1)))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    return library_of_pieces(pieces, has_prefix=bool(normalizer.get(3, 1)))
 
 
 def library_of_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Tokenizer:

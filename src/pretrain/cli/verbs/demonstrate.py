@@ -46,8 +46,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"{out} is there already; choose another --out")
     aligned = list(_aligned(Path(arguments.translations))) if arguments.translations else []
     partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
     files = Files(partial)
     _write_articles(arguments.articles, files)
     _write_translations(aligned, files)

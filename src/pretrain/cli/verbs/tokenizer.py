@@ -95,9 +95,7 @@ def _open(arguments: argparse.Namespace) -> Tokenizer:
 
     if arguments.tokenizer is None:
         raise ValueError(f"tokenizer {arguments.action} needs --tokenizer DIR")
-    path = Path(arguments.tokenizer)
-    inside = path / "tokenizer" / "tokenizer.json"  # a run directory carries its tokenizer
-    return load_tokenizer(inside if inside.is_file() else path)
+    return load_tokenizer(arguments.tokenizer)
 
 
 def _read(arguments: argparse.Namespace) -> str:
