@@ -532,6 +532,43 @@ def test_a_cut_archive_keeps_what_came_before(tmp_path: Path, cut: int) -> None:
     assert all(text.startswith(("Whales", "Plain")) for text in found)
 
 
+def test_answers_of_an_archive_are_unpacked_decoded_or_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("fastwarc")
+    page, noise = PAGE.encode(), random.Random(0).randbytes(500)
+    packed = gzip.compress(page)
+    chunked = b"%x\r\n%b\r\n%x;a=b\r\n%b\r\n0\r\n\r\n" % (99, page[:99], len(page) - 99, page[99:])
+    answers = {
+        "plain": (b"200 OK", b"Content-Type: text/html", page),
+        "gzip": (b"200 OK", b"Content-Type: text/html\r\nContent-Encoding: gzip", packed),
+        "chunks": (b"203 OK", b"Content-Type: text/html\r\nTransfer-Encoding: Chunked", chunked),
+        "no-gzip": (b"200 OK", b"Content-Type: text/html\r\nContent-Encoding: gzip", page),
+        "no-chunks": (b"200 OK", b"Content-Type: text/html\r\nTransfer-Encoding: chunked", page),
+        "latin": (b"200 OK", b"Content-Type: text/plain; charset=latin1", b"gr\xf6\xdfer\r\nals"),
+        "broken": (b"200 OK", b"Content-Type: text/plain", b"gr\xf6\xdfer"),
+        "cut": (b"200 OK", b"Content-Type: text/html", packed[:11] + noise),
+        "br": (b"200 OK", b"Content-Type: text/html\r\nContent-Encoding: br", noise + b"\0"),
+        "gone": (b"404 Not Found", b"Content-Type: text/html", page),
+        "odd": (b"OK", b"Content-Type: text/html", page),
+    }
+    archive = b""
+    for name, (status, head, body) in answers.items():
+        block = b"HTTP/1.1 %b\r\n%b\r\n\r\n%b" % (status, head, body)
+        about = (
+            f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {name}\r\nContent-Type: "
+            f"application/http; msgtype=response\r\nContent-Length: {len(block)}\r\n\r\n"
+        )
+        archive += about.encode() + block + b"\r\n\r\n"
+    (tmp_path / "a.warc").write_bytes(archive)
+    report = ReadingReport()
+    found = {d.id: d.text for d in read_documents(tmp_path / "a.warc", report=report)}
+    pages = ("plain", "gzip", "chunks", "no-gzip", "no-chunks")
+    (text,) = {found.pop(name) for name in pages}
+    assert "whale much is told, änd" in text
+    assert found == {"latin": "größer\nals", "broken": "gr\ufffd\ufffder"}
+    assert [problem.line for problem in report.problems] == [7, 8, 9]
+    assert (report.n_repaired, report.n_skipped_records, report.n_other_records) == (1, 2, 2)
+
+
 def test_json_that_is_no_list_of_records(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for value, wanted in (

@@ -1,19 +1,24 @@
 """Web pages -> documents: HTML files and WARC archives, their main text by resiliparse.
 
-Of an archive the answers that hold HTML or plain text are read, and the extracted texts of a WET
-file; images and the like are no documents and only counted.
+Of an archive the answers of success (2xx) that hold HTML or plain text are read, and the extracted
+texts of a WET file; errors, images and the like are no documents and only counted.
 """
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 from pretrain.corpus.documents import Document, Problem, ReadingReport
 from pretrain.corpus.files import SourceFile
-from pretrain.corpus.formats import missing_package
+from pretrain.corpus.formats import compression_of, missing_package
 from pretrain.corpus.records import MAX_RECORD_BYTES, Row, skip_record, without_surrogates
 from pretrain.corpus.streams import ChunkFile, DamagedStreamError, read_chunks
 
+_CHUNK = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,8})[^\r\n]{0,99}\r\n")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -71,22 +76,46 @@ def read_warc(file: SourceFile, *, report: ReadingReport, strict: bool) -> Itera
             row = Row(number, record.stream_pos, "")
             kind = (record.http_content_type or record.headers.get("Content-Type") or "").lower()
             is_html = kind.startswith(_HTML_TYPES)
-            if not is_html and not kind.startswith("text/plain"):
+            http = record.http_headers
+            is_error = http is not None and not 200 <= (http.status_code or 0) < 300
+            if is_error or not (is_html or kind.startswith("text/plain")):
                 report.n_other_records += 1
                 continue
-            data = record.reader.read(MAX_RECORD_BYTES + 1)
+            data = _unpacked(record.reader.read(MAX_RECORD_BYTES + 1), http or {})
             if len(data) > MAX_RECORD_BYTES:
                 skip_record(file, row, f"more than {MAX_RECORD_BYTES:,} bytes", report, strict)
                 continue
-            title, text = page_text(data) if is_html else ("", data.decode("utf-8", "replace"))
+            charset = record.http_charset or "utf-8"
+            title, text = page_text(data) if is_html else ("", data.decode(charset, "replace"))
+            if not is_html and text != data.decode(charset, "ignore"):
+                report.n_repaired += 1
+                note = f"what is not {charset} was replaced by U+FFFD"
+                report.add(Problem(file.name, note, number, row.offset), strict=strict)
             if not text.strip():
-                skip_record(file, row, "a page without text", report, strict)
+                skip_record(file, row, "a page without text, or packed otherwise", report, strict)
                 continue
             address = record.headers.get("WARC-Target-URI") or f"{file.name}:{number}"
-            yield Document(address, text, title, file.name, record.stream_pos)
+            yield Document(address, text.replace("\r\n", "\n"), title, file.name, row.offset or 0)
     except (OSError, ValueError, RuntimeError) as error:
         chunks.damage = chunks.damage or DamagedStreamError(f"the WARC file is broken: {error}")
     if chunks.damage is not None:
         report.n_partial_files += 1
         note = f"{chunks.damage}; kept what came before"
         report.add(Problem(file.name, note, offset=chunks.tell()), strict=strict)
+
+
+def _unpacked(data: bytes, http: Any) -> bytes:
+    """A body as it was before it was cut into chunks and packed; nothing where it cannot be had.
+
+    Heads lie: many archives keep the head and unpack the body.
+    """
+    parts, place = [], 0
+    if "chunked" in (http.get("Transfer-Encoding") or "").lower():
+        while chunk := _CHUNK.match(data, place):
+            place = chunk.end() + int(chunk[1], 16)
+            parts.append(data[chunk.end() : place])
+    data = b"".join(parts) or data
+    if compression_of(data) == "gzip":
+        with suppress(zlib.error):
+            return zlib.decompressobj(31).decompress(data, MAX_RECORD_BYTES + 1)
+    return b"" if b"\0" in data and (http.get("Content-Encoding") or compression_of(data)) else data
