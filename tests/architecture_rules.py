@@ -57,7 +57,7 @@ HARMLESS_CALLS = frozenset(
     tuple zip TypeVar ParamSpec NewType namedtuple NamedTuple auto cast field fields partial
     property staticmethod dataclass dataclass_transform lru_cache cache wraps overload
     total_ordering
-    contextmanager MappingProxyType Path PurePosixPath Decimal Fraction Struct getLogger
+    contextmanager lazily MappingProxyType Path PurePosixPath Decimal Fraction Struct getLogger
     re.compile math.log math.sqrt math.exp math.ceil textwrap.dedent logging.getLogger
     dataclasses.dataclass dataclasses.field dataclasses.fields functools.lru_cache
     functools.partial functools.wraps

@@ -7,7 +7,24 @@ evaluate, train, report; `cli` opens them from the command line. Importing this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 __all__ = ["__version__"]
 
 # The one place of the version: the build reads this line (pyproject.toml, tool.hatch.version).
 __version__ = "0.1.0"
+
+
+def lazily(room: str, **homes: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a room: a name is imported when it is asked for. `homes` has for each of
+    its files the names in it."""
+    found = {name: home for home, names in homes.items() for name in names.split()}
+
+    def attribute(name: str) -> Any:
+        if name not in found:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(import_module(f"{room}.{found[name]}"), name)
+
+    return attribute

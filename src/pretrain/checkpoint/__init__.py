@@ -7,8 +7,9 @@ verified tensors; `lock` keeps a run to one writer.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.format import Place
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
         save_checkpoint,
     )
 
-_NAMES = {
-    "format": "Place",
-    "load": "Checkpoint DamagedCheckpoint list_checkpoints newest_good open_checkpoint",
-    "lock": "RunLock",
-    "save": "BackgroundSaver checkpoint_name forget_after prune save_checkpoint",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    format="Place",
+    load="Checkpoint DamagedCheckpoint list_checkpoints newest_good open_checkpoint",
+    lock="RunLock",
+    save="BackgroundSaver checkpoint_name forget_after prune save_checkpoint",
+)
 __all__ = [
     "BackgroundSaver",
     "Checkpoint",
@@ -49,9 +50,3 @@ __all__ = [
     "prune",
     "save_checkpoint",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -9,14 +9,21 @@ archives of it. `documents` holds the plain classes that travel: `Document`, `Pr
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.corpus.documents import Document, Problem, ReadingReport
     from pretrain.corpus.files import SourceFile, bundled_corpus, list_files
     from pretrain.corpus.reading import read_documents
 
+__getattr__ = lazily(
+    __name__,
+    documents="Document Problem ReadingReport",
+    files="SourceFile bundled_corpus list_files",
+    reading="read_documents",
+)
 __all__ = [
     "Document",
     "Problem",
@@ -26,19 +33,3 @@ __all__ = [
     "list_files",
     "read_documents",
 ]
-
-_FILES = {
-    "Document": "documents",
-    "Problem": "documents",
-    "ReadingReport": "documents",
-    "SourceFile": "files",
-    "bundled_corpus": "files",
-    "list_files": "files",
-    "read_documents": "reading",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

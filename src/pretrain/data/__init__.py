@@ -7,8 +7,9 @@ torch; text ends at the shards.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.data.batches import MicroBatch, evaluation_batches, micro_batch_at
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from pretrain.data.preparation import prepare
     from pretrain.data.shards import PreparedData, TokenStream, open_prepared
 
-_NAMES = {
-    "batches": "MicroBatch evaluation_batches micro_batch_at",
-    "config": "DataConfig",
-    "order": "Order",
-    "preparation": "prepare",
-    "shards": "PreparedData TokenStream open_prepared",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    batches="MicroBatch evaluation_batches micro_batch_at",
+    config="DataConfig",
+    order="Order",
+    preparation="prepare",
+    shards="PreparedData TokenStream open_prepared",
+)
 __all__ = [
     "DataConfig",
     "MicroBatch",
@@ -36,9 +37,3 @@ __all__ = [
     "open_prepared",
     "prepare",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

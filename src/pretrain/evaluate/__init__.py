@@ -11,8 +11,9 @@ There is one scorer, and everything that reports a number of a model goes throug
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.evaluate.baselines import measure_baselines
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
     from pretrain.evaluate.scorer import Score, byte_lengths, score, score_each, score_texts
     from pretrain.evaluate.tasks import Task, task_named
 
-_NAMES = {
-    "baselines": "measure_baselines",
-    "cards": "Expectation look_at pieces",
-    "continuations": "Answer Pair encode_pair score_pairs",
-    "errors": "compare estimate",
-    "examples": "Example read_examples",
-    "following": "Followed",
-    "results": "Results ask ask_followed",
-    "scorer": "Score byte_lengths score score_each score_texts",
-    "tasks": "Task task_named",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    baselines="measure_baselines",
+    cards="Expectation look_at pieces",
+    continuations="Answer Pair encode_pair score_pairs",
+    errors="compare estimate",
+    examples="Example read_examples",
+    following="Followed",
+    results="Results ask ask_followed",
+    scorer="Score byte_lengths score score_each score_texts",
+    tasks="Task task_named",
+)
 __all__ = [
     "Answer",
     "Example",
@@ -62,9 +63,3 @@ __all__ = [
     "score_texts",
     "task_named",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

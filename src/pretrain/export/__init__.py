@@ -8,8 +8,9 @@ that transformers has no class for.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.export.certificate import Exported, certify
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from pretrain.export.layouts import FormatError
     from pretrain.export.opening import open_foreign
 
-_NAMES = {
-    "certificate": "Exported certify",
-    "foreign": "ForeignModel",
-    "gguf": "write_gguf",
-    "hugging_face": "write_hugging_face",
-    "layouts": "FormatError",
-    "opening": "open_foreign",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    certificate="Exported certify",
+    foreign="ForeignModel",
+    gguf="write_gguf",
+    hugging_face="write_hugging_face",
+    layouts="FormatError",
+    opening="open_foreign",
+)
 __all__ = [
     "Exported",
     "ForeignModel",
@@ -37,9 +38,3 @@ __all__ = [
     "write_gguf",
     "write_hugging_face",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

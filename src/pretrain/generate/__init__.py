@@ -6,28 +6,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.generate.layout import lay_out_for_generation
     from pretrain.generate.sampling import Sampling, generate, generate_ids, next_distribution
 
-__all__ = [
-    "Sampling",
-    "generate",
-    "generate_ids",
-    "lay_out_for_generation",
-    "next_distribution",
-]
-_NAMES = {
-    "layout": "lay_out_for_generation",
-    "sampling": "Sampling generate generate_ids next_distribution",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    layout="lay_out_for_generation",
+    sampling="Sampling generate generate_ids next_distribution",
+)
+__all__ = ["Sampling", "generate", "generate_ids", "lay_out_for_generation", "next_distribution"]

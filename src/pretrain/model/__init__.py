@@ -10,8 +10,9 @@ heads, K key/value heads, E head width, F feed-forward, V vocabulary; N is B and
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.model.config import ModelConfig, n_parameters
@@ -19,17 +20,11 @@ if TYPE_CHECKING:
     from pretrain.model.layers import KeyValueCache
     from pretrain.model.objective import Objective
 
-_NAMES = {
-    "config": "ModelConfig n_parameters",
-    "decoder": "Decoder build",
-    "layers": "KeyValueCache",
-    "objective": "Objective",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    config="ModelConfig n_parameters",
+    decoder="Decoder build",
+    layers="KeyValueCache",
+    objective="Objective",
+)
 __all__ = ["Decoder", "KeyValueCache", "ModelConfig", "Objective", "build", "n_parameters"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

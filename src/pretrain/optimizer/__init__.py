@@ -7,20 +7,21 @@ of tensors.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
     from pretrain.optimizer.grouped import build_optimizer, clip_gradients
     from pretrain.optimizer.schedule import rate_at, schedule_at
 
-_NAMES = {
-    "config": "OptimizerConfig ScheduleConfig",
-    "grouped": "build_optimizer clip_gradients",
-    "schedule": "rate_at schedule_at",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    config="OptimizerConfig ScheduleConfig",
+    grouped="build_optimizer clip_gradients",
+    schedule="rate_at schedule_at",
+)
 __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
@@ -29,9 +30,3 @@ __all__ = [
     "rate_at",
     "schedule_at",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

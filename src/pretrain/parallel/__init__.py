@@ -7,20 +7,19 @@ optimizer that needs whole matrices. The model does not know of any of it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.parallel.config import ParallelConfig
     from pretrain.parallel.layout import parallelize
     from pretrain.parallel.model import Parallel
 
-_NAMES = {"config": "ParallelConfig", "layout": "parallelize", "model": "Parallel"}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    config="ParallelConfig",
+    layout="parallelize",
+    model="Parallel",
+)
 __all__ = ["Parallel", "ParallelConfig", "parallelize"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,8 +10,9 @@ into short texts, `chart` into SVG, `heat_map` into coloured text; `page` puts t
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.report.config import ReportConfig, require_packages
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from pretrain.report.run import Run, read_run
     from pretrain.report.trackers import follow
 
+__getattr__ = lazily(
+    __name__,
+    config="ReportConfig require_packages",
+    heat_map="heat_map_page",
+    page="write_report",
+    run="Run read_run",
+    trackers="follow",
+)
 __all__ = [
     "ReportConfig",
     "Run",
@@ -29,19 +38,3 @@ __all__ = [
     "require_packages",
     "write_report",
 ]
-
-_HOME = {
-    "ReportConfig": "config",
-    "Run": "run",
-    "follow": "trackers",
-    "heat_map_page": "heat_map",
-    "read_run": "run",
-    "require_packages": "config",
-    "write_report": "page",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

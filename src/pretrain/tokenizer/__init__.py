@@ -9,8 +9,9 @@ are ordinary text.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.tokenizer.config import TokenizerConfig
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from pretrain.tokenizer.tokenizer import Tokenizer
     from pretrain.tokenizer.training import default_vocab_size, train_tokenizer
 
+__getattr__ = lazily(
+    __name__,
+    config="TokenizerConfig",
+    loading="load_tokenizer",
+    tokenizer="Tokenizer",
+    training="default_vocab_size train_tokenizer",
+)
 __all__ = [
     "Tokenizer",
     "TokenizerConfig",
@@ -25,17 +33,3 @@ __all__ = [
     "load_tokenizer",
     "train_tokenizer",
 ]
-
-_FILES = {
-    "Tokenizer": "tokenizer",
-    "TokenizerConfig": "config",
-    "default_vocab_size": "training",
-    "load_tokenizer": "loading",
-    "train_tokenizer": "training",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)

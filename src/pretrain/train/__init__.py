@@ -8,24 +8,19 @@ run's files, `fingerprint` what a resume must find unchanged, `changes` what was
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.train.config import TrainConfig
     from pretrain.train.loop import train
     from pretrain.train.steps import StepReport, train_step, training_steps
 
-_NAMES = {
-    "config": "TrainConfig",
-    "loop": "train",
-    "steps": "StepReport train_step training_steps",
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazily(
+    __name__,
+    config="TrainConfig",
+    loop="train",
+    steps="StepReport train_step training_steps",
+)
 __all__ = ["StepReport", "TrainConfig", "train", "train_step", "training_steps"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,47 +82,39 @@ def prove(folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
     kept."""
     say(f"{folder}: {k} + {k} steps, killed between, against {2 * k} steps, by its own settings")
     work = Path(tempfile.mkdtemp(prefix="pretrain-verify-"))
-    try:
-        result = _prove_in(work, folder, config, k, say=say)
-    except BaseException:
-        shutil.rmtree(work)
-        raise
-    if result["verdict"] == DIFFERS:
-        say(f"the legs are kept in {work}")
-    else:
-        shutil.rmtree(work)
-    return result
-
-
-def _prove_in(
-    work: Path, folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
-) -> dict[str, Any]:
-    straight, broken, other = (work / name for name in ("straight", "killed", "micro-batch"))
-    often = replace(config.train, save_every=k, evaluate_every=k)
-    asked = replace(config.evaluate, every=k)
-    settings = replace(config, train=often, evaluate=asked, report=replace(config.report, to=()))
-    _run(_leg(folder, straight, settings), "--stop-after", 2 * k)
-    _run(_leg(folder, broken, settings), "--die-after", k + max(1, k // 2))
-    checks = {"killed": _killed(broken, k)}
-    _run(broken, "--stop-after", 2 * k)
-    checks |= compare(straight, broken, 2 * k)
-    rows = _other_rows(config)
-    if rows is None:
-        checks["micro-batch"] = Check(NOT_JUDGED, "a batch is one window")
-    else:
-        exact = replace(often, precision="fp32")
-        same = straight
-        if often.precision != exact.precision:
-            same = _leg(folder, work / "float32", replace(settings, train=exact))
-            _run(same, "--stop-after", 2 * k)
-        micro = replace(settings, train=replace(exact, micro_batch_rows=rows))
-        _run(_leg(folder, other, micro), "--stop-after", 2 * k)
-        checks["micro-batch"] = _close(same, other, config, rows)
-    for name, check in checks.items():
-        say(f"  {name:<12} {check.verdict:<10}  {check.found}")
-    environment = read_environment(straight)
-    environment["fingerprint"].pop("settings")
-    differs = any(check.verdict == DIFFERS for check in checks.values())
+    with ExitStack() as done:
+        done.callback(shutil.rmtree, work)
+        straight, broken, other = (work / name for name in ("straight", "killed", "micro-batch"))
+        often = replace(config.train, save_every=k, evaluate_every=k)
+        asked = replace(config.evaluate, every=k)
+        settings = replace(
+            config, train=often, evaluate=asked, report=replace(config.report, to=())
+        )
+        _run(_leg(folder, straight, settings), "--stop-after", 2 * k)
+        _run(_leg(folder, broken, settings), "--die-after", k + max(1, k // 2))
+        checks = {"killed": _killed(broken, k)}
+        _run(broken, "--stop-after", 2 * k)
+        checks |= compare(straight, broken, 2 * k)
+        rows = _other_rows(config)
+        if rows is None:
+            checks["micro-batch"] = Check(NOT_JUDGED, "a batch is one window")
+        else:
+            exact = replace(often, precision="fp32")
+            same = straight
+            if often.precision != exact.precision:
+                same = _leg(folder, work / "float32", replace(settings, train=exact))
+                _run(same, "--stop-after", 2 * k)
+            micro = replace(settings, train=replace(exact, micro_batch_rows=rows))
+            _run(_leg(folder, other, micro), "--stop-after", 2 * k)
+            checks["micro-batch"] = _close(same, other, config, rows)
+        for name, check in checks.items():
+            say(f"  {name:<12} {check.verdict:<10}  {check.found}")
+        environment = read_environment(straight)
+        environment["fingerprint"].pop("settings")
+        differs = any(check.verdict == DIFFERS for check in checks.values())
+        if differs:
+            say(f"the legs are kept in {work}")
+            done.pop_all()
     return {
         "verdict": DIFFERS if differs else EXACT,
         "steps": [k, 2 * k],
