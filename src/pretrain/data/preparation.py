@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -235,13 +235,17 @@ def _alone(folder: Path) -> Iterator[None]:
     """Nobody else prepares the same folder meanwhile: others wait, and then find it done."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}.lock")
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            import fcntl
+    with ExitStack() as opened:
+        is_held = False
+        while not is_held:
+            file = opened.enter_context(open(path, "w", encoding="utf-8"))
+            with suppress(ImportError):  # not POSIX: both do the same work, and one of them wins
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            pass  # not POSIX: two of them do the same work, and one of them wins
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held the lock before may have removed the file that was opened here.
+            with suppress(FileNotFoundError):
+                is_held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         try:
             yield
         finally:
