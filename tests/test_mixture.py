@@ -184,6 +184,26 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"letters\.jsonl' [\d.]+ times, and data\.exhausted"):
         refusing.order(context_length=16, seed=1, steps=2000, batch_rows=4)
     refusing.order(context_length=16, seed=1, steps=10, batch_rows=4)
+    once = DataConfig(source=sources(texts, epochs=1.0), exhausted="refuse")
+    refusing = MixedData(once, [data])
+    assert refusing.asked_tokens is not None
+    for rows in (4, 8, 16, 32):
+        options = {"context_length": 32, "seed": 1, "batch_rows": rows}
+        steps = round(refusing.asked_tokens / (rows * 32))
+        refusing.order(steps=steps, **options)
+        with pytest.raises(ValueError, match=r"data\.exhausted is 'refuse'"):
+            refusing.order(steps=2 * steps, **options)
+    late = MixedData(DataConfig(source=sources(texts, weight=3.0, stage=0.95)), [data])
+    with pytest.raises(ValueError, match="8 steps are too few for 2 stages"):
+        late.order(context_length=16, seed=1, steps=8)
+
+
+def test_a_source_of_which_nothing_is_left_is_missing(texts: list[Path], tmp_path: Path) -> None:
+    again = tmp_path / "again.jsonl"
+    again.write_bytes(texts[0].read_bytes())
+    data = prepare([texts[0], again], tmp_path / "out", tokenizer="bytes")
+    with pytest.raises(ValueError, match=r"nothing of '.*again\.jsonl' is left to train on"):
+        MixedData(DataConfig(source=sources([texts[0], again])), [data])
 
 
 def test_prepared_folders_are_joined(texts: list[Path], tmp_path: Path) -> None:

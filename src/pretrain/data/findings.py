@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,11 @@ LACKING = "vocabulary: it lacks a character"
 
 def reading_of(job: Job) -> tuple[ReadingReport, list[Path]]:
     """What reading found in all, and the files with all the problems."""
-    places = [job.place("list"), *(job.place("read", n) for n in range(job.n_groups))]
+    units = [("list", 0), *(("read", n) for n in range(job.n_groups))]
     whole = ReadingReport()
-    for place in places:
-        content = json.loads((place / "report.json").read_text(encoding="utf-8"))
-        whole.merge(ReadingReport.from_dict(content["reading"]))
-    return whole, [place / "problems.jsonl" for place in places]
+    for unit in units:
+        whole.merge(ReadingReport.from_dict(job.report_of(*unit)["reading"]))
+    return whole, [job.place(*unit) / "problems.jsonl" for unit in units]
 
 
 def whole_report(job: Job) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class MixedData(PreparedData):
             found = {
                 share.source: (end - share.n_tokens, share.n_tokens + 1)
                 for share, end in zip(train.sources, ends, strict=True)
+                if share.n_documents
             }
         missing = [path for path in config.paths if path not in found]
         if missing:
@@ -126,14 +127,15 @@ class MixedData(PreparedData):
     ) -> Mixture:
         """The mixture of a run of so many steps; ValueError for stages that it is too short for,
         and for sources that it would read again where `data.exhausted` refuses that."""
-        assert not isinstance(self._config.source, str)
+        entries = self._config.source
+        assert not isinstance(entries, str)
         stages: dict[float, dict[str, float]] = {}
         sizes = {portion.source: portion.n_tokens for portion in self.portions}
-        for entry in self._config.source:
+        for entry in entries:
             weight = entry.weight or (entry.epochs or 0) * sizes[entry.path]
             stages.setdefault(entry.stage, {})[entry.path] = weight
         firsts = [round(begin * steps) * batch_rows for begin in sorted(stages)]
-        if len(set(firsts)) < len(firsts):
+        if len({*firsts, steps * batch_rows}) <= len(firsts):
             raise ValueError(f"data.source: {steps} steps are too few for {len(stages)} stages")
         weights = [[stages[begin].get(path, 0.0) for path in sizes] for begin in sorted(stages)]
         mixture = Mixture(
@@ -142,7 +144,10 @@ class MixedData(PreparedData):
             context_length=context_length,
             seed=seed,
         )
-        if self._config.exhausted == "refuse" and steps < 1 << 40:
+        # What is asked for in epochs may be a few windows more: steps and shares are rounded.
+        asked = sum(stages[0.0].values()) / (context_length * batch_rows) + 1
+        is_asked = len(stages) == 1 and steps < asked and all((e.epochs or 2) <= 1 for e in entries)
+        if self._config.exhausted == "refuse" and steps < 1 << 40 and not is_asked:
             for path, epochs in mixture.epochs(steps * batch_rows).items():
                 if epochs > 1:
                     raise ValueError(

@@ -140,17 +140,13 @@ class TokenStream:
             raise ValueError(
                 f"{self._path}: the ids are not those of the manifest (sha256 differs)"
             )
-        with open(self._offsets_path, "rb") as file:
-            offsets = file.read()
-        if hashlib.sha256(offsets).hexdigest() != self._info.offsets_sha256:
-            raise ValueError(
-                f"{self._offsets_path}: damaged (sha256 differs); prepare the data again"
-            )
-        with open(self.documents_path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != self._info.documents_sha256:
-                raise ValueError(
-                    f"{self.documents_path}: damaged (sha256 differs); prepare the data again"
-                )
+        for path, expected_sha256 in (
+            (self._offsets_path, self._info.offsets_sha256),
+            (self.documents_path, self._info.documents_sha256),
+        ):
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected_sha256:
+                    raise ValueError(f"{path}: damaged (sha256 differs); prepare the data again")
 
     def _check_file(self) -> None:
         n_bytes = size_of(self._path)
@@ -164,15 +160,13 @@ class TokenStream:
             magic, version, width, count = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
             raise ValueError(f"{self._path}: no shard of pretrain (it begins with {magic!r})")
-        found = {"format version": version, "bytes per id": width, "number of ids": count}
-        wanted = {
-            "format version": FORMAT_VERSION,
-            "bytes per id": self._dtype.itemsize,
-            "number of ids": self._info.n_tokens,
-        }
-        for name, value in found.items():
-            if value != wanted[name]:
-                raise ValueError(f"{self._path}: {name} is {value}, expected {wanted[name]}")
+        for name, value, wanted in (
+            ("format version", version, FORMAT_VERSION),
+            ("bytes per id", width, self._dtype.itemsize),
+            ("number of ids", count, self._info.n_tokens),
+        ):
+            if value != wanted:
+                raise ValueError(f"{self._path}: {name} is {value}, expected {wanted}")
         n_blocks = -(-(expected - HEADER.size) // self._info.block_bytes)
         if len(self._info.block_checksums) != n_blocks:
             raise ValueError(
@@ -265,8 +259,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
     manifest = read_manifest(folder / MANIFEST_NAME)
     file = folder / "tokenizer" / "tokenizer.json"
     try:
-        with open(file, "rb") as opened:
-            found = hashlib.sha256(opened.read()).hexdigest()
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     if found != manifest.tokenizer_sha256:
