@@ -346,8 +346,9 @@ def test_a_file_is_never_read_twice(tmp_path: Path, second: str) -> None:
     (tmp_path / "books" / "b.txt").write_text("text", encoding="utf-8")
     with pytest.raises(ValueError, match="would be read twice"):
         list_files([tmp_path / "books", tmp_path / second])
-    with pytest.raises(ValueError, match="no source"):
-        list_files([])
+    for nothing in ([], "", [str(tmp_path), ""]):
+        with pytest.raises(ValueError, match="no source"):
+            list_files(nothing)
 
 
 ROWS: list[dict[str, object]] = [

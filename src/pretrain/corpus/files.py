@@ -59,8 +59,8 @@ def list_files(
     """
     given = [source] if isinstance(source, str | Path) else source
     sources = [(str(one), path) for one in given for path in _matches(one)]
-    if not sources:
-        raise ValueError("no source of text is given")
+    if not sources or "" in given:  # which is the current folder to a Path
+        raise ValueError("no source of text is given; legal: files, folders and patterns")
     files: list[SourceFile] = []
     read_as: dict[str, str | Path] = {}
     for name, one in sources:

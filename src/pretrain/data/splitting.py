@@ -64,10 +64,10 @@ def choose_split(
     end of each.
 
     A document is validation if the 64-bit BLAKE2b of its text, as a fraction of 2^64, is below
-    `val_fraction`, or if it has the smallest hash; so equal documents are never on both sides, and
-    a document added later moves no other one. Where that would give validation most of the text
-    (one document is nearly everything), the ends are taken too. `keys` gives the documents'
-    `corpus.parts.KEY`s, in arrays, each time it is called.
+    `val_fraction`, or if it has the smallest hash; so equal documents are never on both sides, and,
+    where `val_fraction` is given, a document added later moves no other one. Where that would give
+    validation most of the text (one document is nearly everything), the ends are taken too. `keys`
+    gives the documents' `corpus.parts.KEY`s, in arrays, each time it is called.
     """
     n_bytes = 0
     smallest: set[int] = set()

@@ -1,5 +1,6 @@
 """Write a corpus that shows tasks: articles, and demonstrations made from them and from aligned
-sentences, all plain text, for `pretrain train multitask`. What is in test/ is not in train/.
+sentences, all plain text, for `pretrain train multitask`. A title, or an
+aligned sentence, that is in test/ is not in train/; the same text under two titles may be in both.
 
   pretrain demonstrate wikipedia.jsonl --translations multi30k/ --out demonstrations
 """
