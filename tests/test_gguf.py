@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "family": "llama",
         "n_kv_heads": 2,
         "rope_factor": 8.0,
+        "rope_original_context": 32,
         "rope_theta": 5e5,
         "context_length": 64,
     },
@@ -82,6 +83,7 @@ def test_it_is_read_back_as_it_was_written(
     back = open_foreign(file)
     assert back.config.family == decoder.config.family
     assert back.config.rope_factor == decoder.config.rope_factor
+    assert back.config.rope_original_context == decoder.config.rope_original_context
     assert back.config.norm_epsilon == decoder.config.norm_epsilon
     assert back.tokenizer.sha256 == tokenizer.sha256
     if numbers == "f32":

@@ -60,11 +60,10 @@ KEYS: dict[str, dict[str, str]] = {
         "n_kv_heads": "attention.head_count_kv",
         "norm_epsilon": "attention.layer_norm_rms_epsilon",
         "rope_theta": "rope.freq_base",
+        "rope_original_context": "rope.scaling.original_context_length",
     },
 }
-# Of the stretching of positions, which is refused.
-_WITHOUT_EFFECT = ("rope.scaling.original_context_length", "rope.scaling.finetuned")
-_DEFAULTS = {"n_kv_heads": None, "rope_theta": 10_000.0}
+_DEFAULTS = {"n_kv_heads": None, "rope_theta": 10_000.0, "rope_original_context": None}
 
 
 def is_gguf(file: Path) -> bool:
@@ -258,7 +257,8 @@ def _refuse_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
     }
     for key, value in values.items():
         name = key.removeprefix(f"{family}.")
-        if name == key or name in (*KEYS[family].values(), *_WITHOUT_EFFECT):
+        # Whether positions were tuned after they were stretched changes nothing.
+        if name == key or name in (*KEYS[family].values(), "rope.scaling.finetuned"):
             continue
         changes = name.startswith(("rope.", "attention.")) or name.endswith("_scale")
         if name in known and value not in known[name]:
@@ -269,7 +269,7 @@ def _refuse_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
 
 def _with_stretched_positions(config: ModelConfig, entries: Mapping[str, Any]) -> ModelConfig:
     """The file holds only what each wavelength is multiplied by; it must be what Llama 3.1's rule
-    gives with its published numbers."""
+    gives with its published numbers and the file's original context."""
     from dataclasses import replace
 
     if _ROPE_FACTORS not in entries:

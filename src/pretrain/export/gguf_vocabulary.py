@@ -31,20 +31,14 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     """Add tokens, kinds, merges or scores, and special ids to a GGUFWriter."""
     description = tokenizer.description
     entries = [tokenizer.entry(id_) for id_ in range(tokenizer.vocab_size)]
-    added = {token["content"]: token["special"] for token in description["added_tokens"]}
+    kinds = {
+        token["content"]: Kind.CONTROL if token["special"] else Kind.USER_DEFINED
+        for token in description["added_tokens"]
+    }
     merges = [tuple(merge) for merge in description["model"]["merges"]]
-    kind_of = {True: Kind.CONTROL, False: Kind.USER_DEFINED, None: Kind.NORMAL}
-    kinds = [kind_of[added.get(entry)] for entry in entries]
     if tokenizer.space_prefix is not None:
-        unknown = description["model"]["unk_token"]
-        kinds = [
-            Kind.UNKNOWN
-            if entry == unknown
-            else Kind.BYTE
-            if entry.startswith("<0x") and entry.endswith(">") and len(entry) == 6
-            else kind
-            for entry, kind in zip(entries, kinds, strict=True)
-        ]
+        kinds |= {f"<0x{byte:02X}>": Kind.BYTE for byte in range(256)}
+        kinds[description["model"]["unk_token"]] = Kind.UNKNOWN
         # A piece that is merged earlier has the higher score; what is never merged needs none.
         first = {left + right: n for n, (left, right) in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
@@ -55,7 +49,7 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_tokenizer_pre(_name_of_split(tokenizer))
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(entries)
-    writer.add_token_types(kinds)
+    writer.add_token_types([kinds.get(entry, Kind.NORMAL) for entry in entries])
     writer.add_bos_token_id(tokenizer.start_of_text)
     writer.add_eos_token_id(tokenizer.ends[0])
     # Every document that a model of ours was trained on began with this token.
