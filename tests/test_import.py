@@ -491,6 +491,10 @@ def test_files_that_are_no_model_are_refused(
     file.write_bytes(data)
     assert main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    for path in (file, tmp_path):
+        words = ["import", str(path), "--tokenizer", str(file), "--out", str(tmp_path / "out")]
+        assert main(words) == 2
+        assert f"{path} is none, leave it out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

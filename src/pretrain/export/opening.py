@@ -13,6 +13,10 @@ def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
 
     Raises FormatError for what is none of them, is damaged, or is another architecture.
     """
+    from pretrain.export.llama2c import is_llama2c, open_llama2c
+
+    if tokenizer is not None and not (path.is_file() and is_llama2c(path)):
+        raise FormatError(f"--tokenizer is for a .bin of llama2.c; {path} is none, leave it out")
     if path.is_dir():
         from pretrain.export.hugging_face import open_hugging_face
 
@@ -21,7 +25,6 @@ def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
     if not path.is_file():
         raise FormatError(f"there is no model at {path}")
     from pretrain.export.gguf import is_gguf, open_gguf
-    from pretrain.export.llama2c import is_llama2c, open_llama2c
 
     if is_gguf(path):
         return open_gguf(path)
