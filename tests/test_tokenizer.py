@@ -317,6 +317,8 @@ def test_special_tokens_are_meant_only_if_asked_for() -> None:
         assert tokenizer.decode(plain) == text
         middle = [tokenizer.end_of_text]
         assert special.tolist() == [*tokenizer.encode("abc"), *middle, *tokenizer.encode("abc")]
+        prompt = tokenizer.encode_prompt("<|endoftext|>abc", special=True)
+        assert prompt == tokenizer.encode_prompt("abc") == [*middle, *tokenizer.encode("abc")]
 
 
 def test_gpt_keeps_words_but_not_their_case(tmp_path: Path) -> None:

@@ -171,9 +171,10 @@ class Tokenizer:
 
     def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text that is to be continued, at least one: behind start_of_text where that is
-        how texts begin (`begins_texts`), and where there is no text."""
+        how texts begin (`begins_texts`) and not there yet, and where there is no text."""
         ids: list[int] = self.encode(text, special=special).tolist()
-        return ids if ids and not self.begins_texts else [self.start_of_text, *ids]
+        start = [self.start_of_text]
+        return ids if ids[:1] == start or (ids and not self.begins_texts) else [*start, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text is nothing, and bytes that are no UTF-8 become U+FFFD.
