@@ -34,7 +34,7 @@ from pretrain.model.objective import (
     linear_cross_entropy,
     plain_linear_cross_entropy,
 )
-from pretrain.model.random import Noise, normal, philox, uniform
+from pretrain.model.random import Noise, normal, philox, uniform, with_float64
 
 V, T = 61, 12
 
@@ -484,6 +484,16 @@ def test_any_slice_of_a_normal_sequence_is_the_same_slice() -> None:
     assert abs(float(long.mean())) < 0.01
     assert float(long.std()) == pytest.approx(1.0, abs=0.01)
     assert float((long.abs() > 3).float().mean()) == pytest.approx(0.0027, abs=0.0006)
+
+
+def test_random_numbers_are_made_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of MPS, which is not here, stands the CPU, and in place of the CPU a device without
+    memory, from which nothing can be brought back."""
+    assert with_float64(torch.device("mps")).type == "cpu"
+    monkeypatch.setattr("pretrain.model.random.with_float64", lambda _: torch.device("meta"))
+    assert uniform(1, "test", torch.arange(3)).is_meta
+    with pytest.raises(NotImplementedError, match="out of meta tensor"):
+        normal(1, "test", 0, 3, device=torch.device("cpu"))
 
 
 def test_uniform_numbers_are_uniform() -> None:

@@ -82,7 +82,7 @@ def _expectations(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> lis
         (-chosen_T1[:, 0]).tolist(),
         ranks_T.tolist(),
         best.indices.tolist(),
-        best.values.double().exp().tolist(),
+        best.values.cpu().double().exp().tolist(),
         strict=True,
     )
     return [

@@ -136,7 +136,7 @@ def initial_value(
         return torch.ones(stop - start, device=device)
     if config.initialization == "xavier" and "embedding" not in name:
         index = torch.arange(start, stop, device=device)
-        u = uniform(seed, name, index).float()
+        u = uniform(seed, name, index).float().to(device)
         return (2 * u - 1) * math.sqrt(6 / sum(shape))
     std = INITIAL_STD if config.initialization != "xavier" else config.d_model**-0.5
     if name.endswith(("attention.output.weight", "feed_forward.down.weight")):

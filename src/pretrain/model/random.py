@@ -52,8 +52,15 @@ def key_of(seed: int, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """The device, and in place of MPS, which has no float64, the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def uniform(seed: int, purpose: str, index: Tensor) -> Tensor:
-    """Float64 numbers in the open interval (0, 1), one for each element of `index` (int64)."""
+    """Float64 numbers in the open interval (0, 1), one for each element of `index` (int64), which
+    lie where there is float64."""
+    index = index.to(with_float64(index.device))
     zero = torch.zeros_like(index)
     words = philox([index, index >> 32, zero, zero], key_of(seed, purpose))
     return (words[0].double() + 0.5) / 2**32
@@ -69,7 +76,7 @@ def normal(seed: int, name: str, start: int, stop: int, *, device: torch.device)
     key = key_of(seed, name)
     first, last = start // 4, -(-stop // 4)
     for begin in range(first, last, _CHUNK):
-        index = torch.arange(begin, min(begin + _CHUNK, last), device=device)
+        index = torch.arange(begin, min(begin + _CHUNK, last), device=with_float64(device))
         zero = torch.zeros_like(index)
         words = philox([index, index >> 32, zero, zero], key)
         u = [(w.double() + 0.5) / 2**32 for w in words]
@@ -77,7 +84,7 @@ def normal(seed: int, name: str, start: int, stop: int, *, device: torch.device)
         for a, b in ((u[0], u[1]), (u[2], u[3])):
             radius = torch.sqrt(-2.0 * torch.log(a))
             pairs += [radius * torch.cos(2 * math.pi * b), radius * torch.sin(2 * math.pi * b)]
-        parts.append(torch.stack(pairs, dim=1).flatten().float())
+        parts.append(torch.stack(pairs, dim=1).flatten().float().to(device))
     values = torch.cat(parts) if parts else torch.empty(0, device=device)
     return values[start - 4 * first : stop - 4 * first]
 
