@@ -154,6 +154,9 @@ def test_the_shapes_are_what_their_papers_say() -> None:
     assert shape_probabilities(LOGITS, Sampling(temperature=0.0)).tolist() == [[1, 0, 0, 0, 0]]
     top_1 = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_k=1))
     assert top_1.tolist() == [[1, 0, 0, 0, 0]]
+    assert shape_probabilities(LOGITS, Sampling(temperature=1e-308)).tolist() == [[1, 0, 0, 0, 0]]
+    equals = shape_probabilities(torch.zeros(1, 5), Sampling(temperature=1.0, top_k=2))
+    assert sorted(equals[0].tolist()) == [0, 0, 0, 0.5, 0.5]
     first, second = math.exp(2), math.exp(1)
     p = first / float(LOGITS.exp().sum())
     just_first = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p - 1e-6))
@@ -193,22 +196,21 @@ def test_greedy_with_cache_equals_greedy_without(decoder: Decoder) -> None:
     assert generate_ids(decoder, [5, 6], max_tokens=14, sampling=greedy) == [ids[2:]]
 
 
-def test_text_longer_than_the_context_goes_on(decoder: Decoder) -> None:
+@pytest.mark.parametrize("length", [15, 16, 30])
+def test_text_longer_than_the_context_goes_on(decoder: Decoder, length: int) -> None:
     """Past the 16 ids of the context the last 8 are read anew: the same as by hand."""
     greedy = Sampling(temperature=0.0)
-    found = generate_ids(decoder, list(range(15)), max_tokens=40, sampling=greedy)[0]
+    found = generate_ids(decoder, list(range(length)), max_tokens=40, sampling=greedy)[0]
     assert len(found) == 40
-    seen = list(range(15))
-    window = seen[:]
+    seen = list(range(length))
+    window = seen[-16:]
     for _ in range(40):
         if len(window) > 16:
             window = seen[-8:]
         token = int(decoder.logits(decoder(torch.tensor([window]))[0, -1]).argmax())
         seen.append(token)
         window.append(token)
-    assert found == seen[15:]
-    long = generate_ids(decoder, list(range(30)), max_tokens=3, sampling=greedy)
-    assert long == generate_ids(decoder, list(range(22, 30)), max_tokens=3, sampling=greedy)
+    assert found == seen[length:]
 
 
 def test_text_ends_before_the_end_of_text(decoder: Decoder) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.model import Decoder, KeyValueCache
-from pretrain.model.random import uniform
+from pretrain.model.random import uniform, with_float64
 from pretrain.tokenizer import Tokenizer
 
 
@@ -41,17 +41,19 @@ class Sampling:
 def shape_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """The distribution (B, V) that is drawn from, in float64; each row sums to 1.
 
-    top-k keeps the k likeliest ids ("Hierarchical Neural Story Generation", Fan et al., 2018);
-    top-p the smallest set whose probabilities reach p ("The Curious Case of Neural Text
-    Degeneration", Holtzman et al., 2020).
+    top-k keeps the k likeliest ids, of equals at the end some ("Hierarchical Neural Story
+    Generation", Fan et al., 2018); top-p the smallest set whose probabilities reach p ("The Curious
+    Case of Neural Text Degeneration", Holtzman et al., 2020).
     """
     logits = logits_BV.double()
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    logits = logits / sampling.temperature
+    # The largest first, so that what is divided by next to nothing stays finite there.
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        best = logits_BV.topk(sampling.top_k).indices
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, best, False)
+        logits = logits.masked_fill(outside, -math.inf)
     probabilities = logits.softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -81,14 +83,9 @@ def sample(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     if k < logits_BV.shape[-1] and logits_BV.device.type == "cpu":
-        least_B1 = logits_BV.topk(k).values[:, -1:]
-        ids = (logits_BV >= least_B1).nonzero()[:, 1]
-        # A row has more than k where others tie with the last: rows of their own lengths are no
-        # tensor.
-        if len(ids) == k * len(logits_BV):
-            ids_BK = ids.view(-1, k)
-            kept = shape_probabilities(logits_BV.gather(1, ids_BK), sampling)
-            return ids_BK.gather(1, _draw(kept, u_B)[:, None])[:, 0]
+        ids_BK = logits_BV.topk(k).indices.sort().values
+        kept = shape_probabilities(logits_BV.gather(1, ids_BK), sampling)
+        return ids_BK.gather(1, _draw(kept, u_B)[:, None])[:, 0]
     return _draw(shape_probabilities(logits_BV, sampling), u_B)
 
 
@@ -105,7 +102,8 @@ def generate_ids(
     """`n` continuations of a prompt of ids, each up to `max_tokens` long, cut before the first id
     of `ends`.
 
-    A text that outgrows the context goes on from its last half context, read anew. Raises
+    A prompt is read from its end, as much of it as the context holds; a text that outgrows the
+    context goes on from its last half context, read anew. Raises
     ValueError for an empty prompt and for counts below 1.
     """
     if not prompt:
@@ -114,9 +112,8 @@ def generate_ids(
         raise ValueError(f"max-tokens is {max_tokens} and n is {n}; both must be at least 1")
     device = decoder.device
     context = decoder.config.window_tokens
-    kept = list(prompt) if len(prompt) < context else list(prompt)[-max(1, context // 2) :]
-    new_BT, cache = torch.tensor([kept] * n, device=device), KeyValueCache()
-    seen = [new_BT]
+    new_BT = torch.tensor([list(prompt)[-context:]] * n, device=device)
+    cache, seen = KeyValueCache(), [new_BT]
     numbers, positions = torch.arange(n, device=device), torch.arange(max_tokens, device=device)
     # Drawn for all positions at once; each depends on seed, row and position alone.
     u_PB = uniform(sampling.seed, "generate", (numbers << 32) + positions[:, None])
@@ -127,7 +124,8 @@ def generate_ids(
         # .forward, not a call: a decoder compiled for training must not be compiled again for every
         # length.
         hidden_BTD = decoder.forward(new_BT, cache=cache)
-        new_BT = sample(decoder.logits(hidden_BTD[:, -1]), sampling, u_B)[:, None]
+        logits_BV = decoder.logits(hidden_BTD[:, -1]).to(u_B.device)
+        new_BT = sample(logits_BV, sampling, u_B)[:, None].to(device)
         seen.append(new_BT)
         for end in ends:
             ended_B |= new_BT[:, 0] == end
@@ -167,5 +165,5 @@ def next_distribution(
 ) -> Tensor:
     """Probabilities (V) of the token after `prompt`, in float64, on the CPU."""
     ids = tokenizer.encode_prompt(prompt, special=special)[-decoder.config.window_tokens :]
-    hidden_BTD = decoder.forward(torch.tensor([ids], device=decoder.device))
-    return decoder.logits(hidden_BTD[0, -1]).double().softmax(-1).cpu()
+    hidden_D = decoder.forward(torch.tensor([ids], device=decoder.device))[0, -1]
+    return decoder.logits(hidden_D).to(with_float64(decoder.device)).double().softmax(-1).cpu()
