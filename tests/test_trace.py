@@ -133,7 +133,7 @@ def test_a_run_that_took_another_text_is_traced_from_there_on(
         assert ask(capsys, "trace", str(run), "--step", str(step)) == before[step]
     assert main(["trace", str(run), "--step", "2"]) == 2
     was = "old.jsonl" if has_moved else "the same files as they were then"
-    message = f"--step is 2; legal: 3 to 4; before step 3 the run read {was}\n"
+    message = f"--step is 2; legal: 3..4; before step 3 the run read {was}\n"
     assert message in capsys.readouterr().err
     (document,) = ask(capsys, "trace", str(run), "--document", name)["documents"]
     (whole,) = ask(capsys, "trace", str(traced_run), "--document", name)["documents"]
@@ -144,8 +144,8 @@ def test_what_cannot_be_traced_is_said(traced_run: Path, capsys: Capture, tmp_pa
     run = str(traced_run)
     for words, message in (
         ([run, "--document", "nope"], "there is no document 'nope' here; ids are like 'd"),
-        ([run, "--step", "-1"], "--step is -1; legal: 0 to 4\n"),
-        ([run, "--step", "5"], "--step is 5; legal: 0 to 4\n"),
+        ([run, "--step", "-1"], "--step is -1; legal: 0..4\n"),
+        ([run, "--step", "5"], "--step is 5; legal: 0..4\n"),
         ([str(tmp_path), "--step", "1"], "is no run directory"),
     ):
         assert main(["trace", *words]) == 2

@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.step is not None:
         if not since <= arguments.step < train.steps:
             was = f"; before step {since} the run read {before}" if since else ""
-            legal = f"{since} to {train.steps - 1}"
-            raise ValueError(f"--step is {arguments.step}; legal: {legal}{was}")
+            raise ValueError(f"--step is {arguments.step}; legal: {since}..{train.steps - 1}{was}")
         return _show_step(tracer, data, arguments.step, history, output)
     return _show_document(tracer, data, arguments.document, history, output)
 
