@@ -205,10 +205,11 @@ def _read_at(file: BinaryIO, position: int, n_bytes: int) -> bytes:
 class PreparedData:
     """An opened prepared folder."""
 
+    _tokenizer: Tokenizer | None = None
+
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._tokenizer: Tokenizer | None = None
         self._streams: Mapping[str, TokenStream] = {
             name: TokenStream(folder, info, vocab_size=manifest.vocab_size)
             for name, info in manifest.streams.items()
