@@ -174,12 +174,14 @@ def test_a_program_is_told_of_every_mistake(capsys: Capture, words: list[str], s
     assert said in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_evaluate_writes_over_nothing(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_evaluate_writes_over_nothing_that_it_reads(
+    finished_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("The people of the United States.\n")
     words = ["evaluate", str(finished_run), "--text", str(file), "--heat-map", str(file)]
     assert main(words) == 2
-    assert "mine.txt is there already" in capsys.readouterr().err
+    assert "mine.txt is read here, and would be written over" in capsys.readouterr().err
     assert file.read_text().startswith("The people")
 
 

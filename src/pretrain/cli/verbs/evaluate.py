@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -61,9 +62,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.heat_map and arguments.text is None:
         raise ValueError("--heat-map is for texts; give --text with it")
     answers = Path(arguments.answers) if arguments.answers else None
+    read = set(map(os.path.realpath, [*(arguments.text or ()), *(arguments.task_file or ())]))
     for name in filter(None, (arguments.answers, arguments.heat_map)):
-        if Path(name).exists() and Path(name).stat().st_size:
-            raise ValueError(f"{name} is there already; name another file, or delete it")
+        if os.path.realpath(name) in read:
+            raise ValueError(f"{name} is read here, and would be written over; name another file")
         open(name, "a").close()  # what cannot be written is said at once
     samples = _read_samples(arguments.explain, asked) if arguments.explain else None
     model = scoring.open_scored(arguments.model, arguments)
