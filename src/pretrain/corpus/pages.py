@@ -85,7 +85,7 @@ def read_warc(file: SourceFile, *, report: ReadingReport, strict: bool) -> Itera
             if len(data) > MAX_RECORD_BYTES:
                 skip_record(file, row, f"more than {MAX_RECORD_BYTES:,} bytes", report, strict)
                 continue
-            charset = record.http_charset or "utf-8"
+            charset = _known(record.http_charset)
             title, text = page_text(data) if is_html else ("", data.decode(charset, "replace"))
             if not is_html and text != data.decode(charset, "ignore"):
                 report.n_repaired += 1
@@ -102,6 +102,14 @@ def read_warc(file: SourceFile, *, report: ReadingReport, strict: bool) -> Itera
         report.n_partial_files += 1
         note = f"{chunks.damage}; kept what came before"
         report.add(Problem(file.name, note, offset=chunks.tell()), strict=strict)
+
+
+def _known(charset: str | None) -> str:
+    """A charset that bytes can be decoded by; UTF-8 where an answer names no such."""
+    with suppress(LookupError):
+        b"a".decode(charset or "utf-8", "replace")
+        return charset or "utf-8"
+    return "utf-8"
 
 
 def _unpacked(data: bytes, http: Any) -> bytes:
