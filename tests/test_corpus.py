@@ -78,12 +78,17 @@ def test_folder_passes_over_links_and_pipes(tmp_path: Path) -> None:
 
 def test_what_this_program_has_written_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    for folder, marks in (("runs/a-1", ["config.yaml", "environment.json"]), ("b", ["asked.yaml"])):
+    for folder, marks in (
+        ("runs/a-1", "config.yaml environment.json tokenizer"),
+        ("b", "asked.yaml"),
+        ("mine", "config.yaml environment.json"),  # not ours, whatever they are
+    ):
         (tmp_path / folder).mkdir(parents=True)
-        for name in [*marks, "samples.jsonl"]:
+        for name in [*marks.split(), "samples.jsonl"]:
             (tmp_path / folder / name).write_text("{}")
     report = ReadingReport()
-    assert [file.name for file in list_files(tmp_path, report=report)] == ["a.txt"]
+    found = {file.name.split("/")[0] for file in list_files(tmp_path, report=report)}
+    assert found == {"a.txt", "mine"}
     assert [problem.file for problem in report.problems] == ["b/", "runs/a-1/"]
     with pytest.raises(ValueError, match="a run goes on by pretrain train --resume --run DIR"):
         list_files(tmp_path / "runs/a-1")

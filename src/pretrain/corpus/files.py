@@ -121,8 +121,14 @@ def _matches(source: str | Path) -> list[str | Path]:
     return list(found)
 
 
-# What lies in a folder that this program has written: a run would read its own records.
-_OWN = ({"config.yaml", "environment.json"}, {"asked.yaml"}, {"manifest.json", "tokenizer"})
+# What lies in a folder that this program has written, a run, an imported model or a prepared text:
+# a run would read its own records.
+_OWN = (
+    {"config.yaml", "environment.json", "tokenizer"},
+    {"config.yaml", "checkpoints", "tokenizer"},
+    {"asked.yaml"},
+    {"manifest.json", "report.json", "tokenizer"},
+)
 
 
 def _walk(

@@ -35,7 +35,7 @@ def with_error(row: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
 
-class _Screen(Console):
+class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Go on without whoever read this, such as `head`: rich would end the program."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
@@ -45,7 +45,7 @@ class Screen:
     """Writes for people to `file`; never to standard output when that must carry JSON."""
 
     def __init__(self, file: TextIO) -> None:
-        self._console = _Screen(file=file, highlight=False, soft_wrap=True)
+        self._console = _Console(file=file, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._last_line = 0.0
