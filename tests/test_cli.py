@@ -150,12 +150,12 @@ def test_a_terminal_without_a_letter_ends_no_run(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["generate", str(finished_run), "--prompt", "été", "--max-tokens", "4"]
-    for more in ([], ["--json"]):
+    for more, code in ((words, 0), (["generate", "été", "--json"], 2)):
         written = io.BytesIO()
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
-        assert main([*words, *more]) == 0
-        if more:
-            assert len(json.loads(written.getvalue())["completions"]) == 1
+        assert main(more) == code
+        if code:
+            assert "no model at été" in json.loads(written.getvalue())["error"]
         else:
             assert written.getvalue().startswith(rb"\xe9t\xe9")
 

@@ -3,7 +3,9 @@ checkpoint."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,8 @@ def test_wrong_names_and_files_are_refused_before_anything_is_made(
     twin = written(tmp_path / "twin", RECORDS["pair"], "pair.jsonl")
     written(tmp_path, RECORDS["choice"], "piqa.jsonl")
     (tmp_path / "none.jsonl").write_text("")
+    packed = gzip.compress(random.Random(0).randbytes(4000).hex().encode())
+    (tmp_path / "cut.txt.gz").write_bytes(packed[: len(packed) // 2])
 
     def refusal(*words: str) -> str:
         assert main(["train", str(corpus), *TINY, *STEPS, *words, "--run", str(run)]) == 2
@@ -166,6 +170,8 @@ def test_wrong_names_and_files_are_refused_before_anything_is_made(
     assert "is not the file of task piqa" in refusal("--evaluate.tasks", "piqa", *here)
     assert "holds no example" in refusal("--evaluate.task_files", str(tmp_path / "none.jsonl"))
     assert "missing.txt" in refusal("--evaluate.texts", str(tmp_path / "missing.txt"))
+    cut = refusal("--evaluate.texts", str(tmp_path / "cut.txt.gz"))
+    assert "a part of a text would be scored" in cut
     assert "pair.jsonl is followed twice" in refusal("--evaluate.task_files", f"{other},{twin}")
     assert "evaluate.examples is 0" in refusal("--evaluate.examples", "0")
 
