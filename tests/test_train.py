@@ -22,7 +22,8 @@ import torch
 from pretrain.checkpoint import list_checkpoints, open_checkpoint
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
-from pretrain.config import compose
+from pretrain.cli.places import read_target
+from pretrain.config import compose, parse_overrides
 from pretrain.corpus import read_documents
 from pretrain.data import MicroBatch, prepare
 from pretrain.model import ModelConfig, Objective, build
@@ -31,6 +32,7 @@ from pretrain.train.decide import decide
 from pretrain.train.records import Best, Records
 from pretrain.train.signals import StopSignals
 from pretrain.train.steps import train_step, training_steps
+from pretrain.train.windows import check_windows
 from pretrain.world import open_world
 from tiny import TINY
 
@@ -294,9 +296,9 @@ def test_minutes_buy_one_reading_of_a_text_where_there_are_ngram_tables(
 @pytest.mark.parametrize(
     ("family", "size", "vocab_size", "decided"),
     [
-        # A context of 128 for each layer of fast, and micro-batches whose layers fit the caches.
+        # A context that grows with fast, and micro-batches whose layers fit the caches.
         ("fast", 2, 400, {"context_length": 256, "longest_ngram": 6, "tokens": 3840}),
-        ("fast", 5, 1100, {"context_length": 640, "longest_ngram": 3, "tokens": 1920}),
+        ("fast", 5, 1100, {"context_length": 512, "longest_ngram": 3, "tokens": 2048}),
         ("gpt2", None, 1100, {"context_length": 128, "longest_ngram": None, "tokens": 6144}),
     ],
 )
@@ -321,6 +323,18 @@ def test_what_is_left_empty_follows_from_sizes(
     assert found.train.micro_batch_rows is not None
     tokens = found.train.micro_batch_rows * found.model.window_tokens
     assert tokens == decided["tokens"]
+
+
+@pytest.mark.parametrize("recipe", ["english", "characters", "multitask"])
+@pytest.mark.parametrize("size", range(1, 13))
+def test_a_recipes_batch_is_whole_windows_however_its_dial_is_turned(
+    recipe: str, size: int
+) -> None:
+    config = compose([*read_target(recipe)[1], parse_overrides(["--model.size", str(size)])])
+    context, batch_tokens = check_windows(config.model, config.train, n_tokens=1_000_000)
+    assert batch_tokens == config.train.batch_tokens
+    assert batch_tokens % context == 0
+    assert config.model.context_length == context or size * 64 < context <= size * 128
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(

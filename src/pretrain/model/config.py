@@ -58,8 +58,8 @@ class ModelConfig:
     d_ff: int | None = None
     """width of the feed-forward layer; empty: 4 d_model, for swiglu 8/3 d_model to the next 32"""
     context_length: int | None = None
-    """how many ids a prediction may look back on (T); empty: 128, in the family fast 128 size, less
-    for a tiny text"""
+    """how many ids a prediction may look back on (T); empty: 128, in the family fast 128 times the
+    largest power of 2 in size, less for a tiny text"""
     dropout: float = 0.0
     """share of activations set to zero in training, on embeddings, attention and residual
     branches"""

@@ -28,8 +28,9 @@ def check_windows(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> t
 def _context_length(model: ModelConfig, n_tokens: int) -> int:
     context = model.context_length
     if context is None:
-        # Eight windows at least, so that even a page of text has an order to be shuffled.
-        context = DEFAULT_CONTEXT * (model.size or 1)
+        # A power of 2, so that a batch stays whole windows when the dial is turned. And eight
+        # windows at least, so that even a page of text has an order to be shuffled.
+        context = DEFAULT_CONTEXT << ((model.size or 1).bit_length() - 1)
         while context > 8 and n_tokens < 8 * context:
             context //= 2
     try:
