@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,20 @@ def test_a_run_compiles_its_step_and_nothing_else(
     assert main(["train", *words]) == 0
     assert modules == (["Block", "Block"] if by_block else ["Decoder"])
     assert len(graphs) == 1  # blocks are alike, and share theirs
+
+
+def test_where_nothing_can_be_compiled_a_sentence_says_so(corpus: Path, tmp_path: Path) -> None:
+    words = [str(corpus), *TINY, "--train.steps", "2", "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "train", *words, "--train.compile", "on"],
+        env={**os.environ, "CXX": "missing", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (said,) = done.stderr.strip().splitlines()
+    assert said.startswith("pretrain: torch.compile lacks a C++ compiler")
+    assert said.endswith("--train.compile off")
 
 
 def test_what_is_not_compiled_does_not_import_the_compiler(corpus: Path, tmp_path: Path) -> None:

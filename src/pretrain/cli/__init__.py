@@ -46,6 +46,7 @@ VERBS = {
 _ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # What is said to a model, and names of documents; not where something lies.
 _SAID = {"prompt", "input", "answer", "document"}
+_NO_COMPILER = {"CppCompileError", "InvalidCxxCompiler"}
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
 _USERS_ERRNO = {
     errno.EACCES,
@@ -166,10 +167,12 @@ def exit_code(error: BaseException) -> int:
     """2 for what the user can mend, 75 for a full disk or memory, 1 for our own mistakes.
 
     A ValueError that our own code raised is a sentence for the user; one from inside a library is a
-    bug of ours.
+    bug of ours. What torch's compiler lacks is the machine's.
     """
     if hasattr(error, "exit_code"):
         return int(error.exit_code)
+    if type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER:
+        return 2
     if isinstance(error, OSError):
         if error.errno in _NO_ROOM:
             return 75
@@ -189,4 +192,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
+    if type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER:
+        return "torch.compile lacks a C++ compiler, or its folder has a space: --train.compile off"
     return str(error) or type(error).__name__
