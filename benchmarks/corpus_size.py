@@ -31,7 +31,7 @@ from pretrain.cli.places import read_target
 from pretrain.config import compose
 from pretrain.corpus import read_documents
 from pretrain.data import MicroBatch, open_prepared, prepare
-from pretrain.data.shards import is_prepared
+from pretrain.data.manifest import is_prepared
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide, decided_precision, trial_steps
 from pretrain.world import open_world, usable_cores

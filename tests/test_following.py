@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from pretrain.checkpoint import checkpoint_name
 from pretrain.cli import main
 from pretrain.config import compose, read_file
-from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example
 from pretrain.evaluate.following import PASSAGE_CHARACTERS, Followed, passages
 from pretrain.evaluate.tasks import task_of_kind
@@ -205,8 +204,3 @@ def test_asking_costs_three_hundredths_of_training(asking: float, every: int) ->
     assert task_interval(train, Pace(0.1, asking)) == every
     times = -(-1000 // every)
     assert times * asking <= 0.03 * 100 + 1e-9 or every == 1000
-
-
-def test_defaults_follow_nothing() -> None:
-    assert not EvaluateConfig().follows
-    assert EvaluateConfig(texts=("a.txt",)).follows

@@ -378,8 +378,20 @@ def test_ngram_tables_hang_on_the_last_ids_alone(longest: int) -> None:
             changed[0, t - back] = (changed[0, t - back] + 1) % V
             is_equal = torch.equal(embedding(changed, nothing)[0, t], whole[0, t])
             assert is_equal is (back == longest)
-    rows = {int(row) % 1009 for row in ngram_hashes(torch.arange(5000)[:, None], longest)}
-    assert len(rows) > 980  # nearly every row is used
+
+
+def test_ngrams_that_share_a_part_of_their_embedding_share_no_other() -> None:
+    embedding = NgramEmbedding(config("fast", n_heads=4, ngram_rows=1009), V)
+    grams = torch.randint(0, 4096, (5000, 3), generator=torch.Generator().manual_seed(8))
+    rows = embedding._rows_of(ngram_hashes(torch.unique(grams, dim=0), 3)[:, -1])
+    assert torch.equal(rows // 1009, torch.arange(4).expand(len(rows), 4))
+    pairs = torch.combinations(torch.arange(len(rows)))
+    is_shared = rows[pairs[:, 0]] == rows[pairs[:, 1]]
+    once = len(pairs) / 1009
+    for part in range(4):
+        assert len(torch.unique(rows[:, part])) > 980  # nearly every row is used
+        assert int(is_shared[:, part].sum()) == pytest.approx(once, rel=0.1)
+    assert int((is_shared.sum(1) > 1).sum()) < 2 * 6 * once / 1009  # six pairs of parts
 
 
 def test_what_followed_the_last_ids_is_found_where_they_last_stood() -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pretrain.corpus import Document
+from pretrain.data.manifest import is_prepared
 from pretrain.data.preparation import prepare
-from pretrain.data.shards import TokenStream, is_prepared, open_prepared
+from pretrain.data.shards import TokenStream, open_prepared
 from pretrain.data.writing import PartWriter, ShardWriter
 
 

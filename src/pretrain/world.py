@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 # How often a thread of GNU's OpenMP looks whether there is more to do before it sleeps: some 70
 # microseconds. Its own 300,000 keep a core from whoever has work, this program's other threads too.
 SPINS = 3000

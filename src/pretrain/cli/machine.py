@@ -9,7 +9,7 @@ from pathlib import Path
 from pretrain.cli.scoring import read_followed, task_folder
 from pretrain.config import RunConfig
 from pretrain.corpus import list_files
-from pretrain.data.shards import is_prepared
+from pretrain.data.manifest import is_prepared
 from pretrain.report import require_packages
 
 

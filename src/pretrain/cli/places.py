@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import Layer, RunConfig, read_file
+from pretrain.data.manifest import is_prepared
 from pretrain.data.mixed import MixedData
 from pretrain.data.preparation import prepare, prepared_key
-from pretrain.data.shards import PreparedData, is_prepared, open_prepared
+from pretrain.data.shards import PreparedData, open_prepared
 
 RUNS = Path("runs")
 # What was asked for, in a run's folder until all that it leaves open is decided.

@@ -74,7 +74,7 @@ def read_records(
             skip_record(file, row, text, report, strict)
             continue
         valid = without_surrogates(text)
-        if valid is not text:
+        if valid != text:
             report.n_repaired += 1
             note = "a lone surrogate was replaced by U+FFFD"
             report.add(Problem(file.name, note, row.number, row.offset), strict=strict)
@@ -153,12 +153,8 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def without_surrogates(text: str) -> str:
-    """The same object if it is valid Unicode, else with U+FFFD in place of each lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+    """A text with U+FFFD in place of each lone surrogate."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def json_kind(value: object) -> str:

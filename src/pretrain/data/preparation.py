@@ -32,10 +32,11 @@ from pretrain.data.manifest import (
     Manifest,
     SplitName,
     StreamInfo,
+    is_prepared,
     write_manifest,
 )
 from pretrain.data.pool import Progress, do_steps
-from pretrain.data.shards import PreparedData, is_prepared, open_prepared
+from pretrain.data.shards import PreparedData, open_prepared
 from pretrain.data.steps import STEPS, split_of
 from pretrain.data.writing import ShardWriter, id_bytes
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size

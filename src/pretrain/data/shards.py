@@ -26,7 +26,6 @@ from pretrain.data.manifest import (
     SourceShare,
     SplitName,
     StreamInfo,
-    is_prepared,
     read_manifest,
     size_of,
 )
@@ -36,8 +35,6 @@ from pretrain.data.origins import Origin, find_origins
 from pretrain.data.writing import HEADER, MAGIC, id_bytes
 from pretrain.tokenizer.loading import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
-
-__all__ = ["PreparedData", "TokenStream", "is_prepared", "open_prepared"]
 
 
 class TokenStream:

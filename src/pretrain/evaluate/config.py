@@ -46,8 +46,3 @@ class EvaluateConfig:
             value = getattr(self, field)
             if value is not None and not 1 <= value <= 10**10:
                 yield field, f"evaluate.{field} is {value}; it must be at least 1, at most 10^10"
-
-    @property
-    def follows(self) -> bool:
-        """Whether anything is followed."""
-        return bool(self.tasks or self.task_files or self.texts)

@@ -114,16 +114,24 @@ class Ngrams(nn.Module):
 
     def __init__(self, c, vocab_size):
         super().__init__()
-        rows, d = c["ngram_rows"], c["d_model"]
+        rows, d, n_parts = c["ngram_rows"], c["d_model"], c["n_heads"]
+        self.rows, self.n_parts, shape = rows, n_parts, (n_parts * rows, d // n_parts)
         lengths = range(2, 1 + (c["longest_ngram"] or 3)) if rows else ()
         recalled = range(1, 1 + c["recall"])
-        self.hashed = nn.ModuleDict({str(n): nn.Embedding(rows, d) for n in lengths})
+        self.hashed = nn.ModuleDict({str(n): nn.Embedding(*shape) for n in lengths})
         self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
 
     def forward(self, ids_BT):
-        hashed = [t(hashes(ids_BT, int(n)) % len(t.weight)) for n, t in self.hashed.items()]
-        parts = hashed + [t(followers(ids_BT, int(n))) for n, t in self.recalled.items()]
+        parts = [t(self.rows_of(hashes(ids_BT, int(n)))).flatten(2) for n, t in self.hashed.items()]
+        parts += [t(followers(ids_BT, int(n))) for n, t in self.recalled.items()]
         return sum(parts[1:], parts[0])
+
+    def rows_of(self, hashes_BT):
+        """Of each part of an embedding; the rows of a part lie behind those of the one before."""
+        parts = torch.arange(self.n_parts, device=hashes_BT.device)
+        return (
+            mix(hashes_BT[..., None] ^ parts * 0x1E3779B97F4A7C15) % self.rows + parts * self.rows
+        )
 
 
 FACTORS = (
@@ -137,8 +145,12 @@ def hashes(ids_BT, n):
     padded, length, mixed = F.pad(ids_BT + 1, (n - 1, 0)), ids_BT.shape[1], 0
     for back in range(n):
         mixed = mixed ^ (padded[:, n - 1 - back : n - 1 - back + length] * FACTORS[back])
-    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
-    return mixed ^ (mixed >> 17)
+    return mix(mixed)
+
+
+def mix(numbers):
+    numbers = (numbers ^ (numbers >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
+    return numbers ^ (numbers >> 17)
 
 
 def followers(ids_BT, n):

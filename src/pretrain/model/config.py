@@ -94,7 +94,7 @@ class ModelConfig:
     embedding_norm: bool = False
     """whether embeddings are normalised before the first block"""
     ngram_rows: int = 0
-    """rows of each hashed table of n-gram embeddings; 0: none"""
+    """rows of each hashed table of n-gram embeddings, for each head's share of them; 0: none"""
     longest_ngram: int | None = None
     """there is such a table for the last 2 to so many ids; empty: 3, and 6 for a vocabulary of
     single characters or bytes"""

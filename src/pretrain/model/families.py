@@ -105,7 +105,7 @@ def fast(*, size: int = 2, **changes: Any) -> Values:
         "feed_forward": "relu2",
         "embedding_norm": True,
         "query_key_norm": True,
-        "ngram_rows": 65_536,
+        "ngram_rows": 131_072,
         "recall": 2,
         "bias": "none",
         "tied_head": False,

@@ -3,7 +3,10 @@ product.
 
 Hashed tables: a row is picked by a hash of the last n ids, so there are far fewer rows than n-grams
 and some share one. After the hashed n-gram embeddings of "Byte Latent Transformer" (Pagnoni et al.,
-2024) and of public speed runs.
+2024) and of public speed runs. An embedding lies in parts, one for each head, and each part is
+picked by a hash of its own: two n-grams that share one part hardly ever share another. "Hash
+Embeddings for Efficient Word Representations" (Svenstrup et al., 2017); "Conditional Memory via
+Scalable Lookup" (Cheng et al., 2026).
 
 Recalled ids: where the last n ids stood once before in the window, an embedding of the id that
 followed them there. It is what an induction head finds ("In-context Learning and Induction Heads",
@@ -26,6 +29,8 @@ _MULTIPLIERS = (
     *(0x165667B1, 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35),
 )
 assert len(_MULTIPLIERS) == LONGEST_NGRAM
+# Times the number of a part, what a hash is mixed with once more.
+_APART = 0x1E3779B97F4A7C15
 
 
 class NgramEmbedding(nn.Module):
@@ -40,9 +45,9 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.rows, d = config.ngram_rows, config.d_model
-        lengths = config.ngram_lengths
-        self.hashed = nn.ModuleDict({str(n): Embedding(self.rows, d) for n in lengths})
+        self.rows, self.n_parts, d = config.ngram_rows, config.n_heads, config.d_model
+        lengths, shape = config.ngram_lengths, (self.n_parts * self.rows, config.d_head)
+        self.hashed = nn.ModuleDict({str(n): Embedding(*shape) for n in lengths})
         # Row 0 is for "it did not occur before".
         recalled = range(1, config.recall + 1)
         self.recalled = nn.ModuleDict({str(n): Embedding(vocab_size + 1, d) for n in recalled})
@@ -53,13 +58,19 @@ class NgramEmbedding(nn.Module):
         At the start of a text, where ids are missing, a gram is read as if zeros stood before it.
         """
         T, ids_BS = ids_BT.shape[1], torch.cat([before_BP, ids_BT], dim=1)
-        rows = [(t, ngram_hashes(ids_BS, int(n)) % self.rows) for n, t in self.hashed.items()]
-        rows += [(t, followers(ids_BS, int(n))) for n, t in self.recalled.items()]
+        rows = [self._rows_of(ngram_hashes(ids_BS, int(n))) for n in self.hashed]
+        rows += [followers(ids_BS, int(n))[..., None] for n in self.recalled]
         parts = [
-            F.embedding(rows_BS[:, -T:], t.get_parameter("weight"), sparse=self.sparse_gradients)
-            for t, rows_BS in rows
+            F.embedding(rows_BSP[:, -T:], table, sparse=self.sparse_gradients).flatten(2)
+            for table, rows_BSP in zip(self.parameters(), rows, strict=True)
         ]
         return sum(parts[1:], parts[0])
+
+    def _rows_of(self, hashes_BS: Tensor) -> Tensor:
+        """The row of each part of the embeddings of n-grams (B, S, P), of a table in which the rows
+        of part p begin at p times `rows`."""
+        parts_P = torch.arange(self.n_parts, device=hashes_BS.device)
+        return _mixed(hashes_BS[..., None] ^ parts_P * _APART) % self.rows + parts_P * self.rows
 
 
 def ngram_hashes(ids_BS: Tensor, n: int) -> Tensor:
@@ -69,8 +80,13 @@ def ngram_hashes(ids_BS: Tensor, n: int) -> Tensor:
     mixed = padded[:, n - 1 :] * _MULTIPLIERS[0]
     for back in range(1, n):
         mixed = mixed ^ (padded[:, n - 1 - back : n - 1 - back + S] * _MULTIPLIERS[back])
-    mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
-    return mixed ^ (mixed >> 17)
+    return _mixed(mixed)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Another number below 2^63 for each; of those below it no two become one."""
+    numbers = (numbers ^ (numbers >> 15)) * 0x2C1B3C6D & 0x7FFFFFFFFFFFFFFF
+    return numbers ^ (numbers >> 17)
 
 
 def followers(ids_BS: Tensor, n: int) -> Tensor:

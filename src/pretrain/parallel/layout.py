@@ -87,9 +87,8 @@ def _copied(objective: Objective, world: World) -> Parallel:
     """Copies of the whole model, whose gradients are summed while they are made."""
     ngrams = objective.decoder.ngrams
     tables = dict(ngrams.named_parameters()) if ngrams and ngrams.sparse_gradients else {}
-    names = [f"decoder.ngrams.{name}" for name in tables]
     ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(objective, names)  # type: ignore[no-untyped-call]
+    ignore(objective, [f"decoder.ngrams.{name}" for name in tables])  # type: ignore[no-untyped-call]
     # Weights are a function of the seed, and so the same everywhere.
     copies = DistributedDataParallel(
         objective,

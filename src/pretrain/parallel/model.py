@@ -101,8 +101,8 @@ class Parallel:
         for part in self.parts.values():
             part.take_gradient()
         self._sum_ends()
-        if self.tables:
-            mean_rows_(self.tables, self.world.size)
+        for width in sorted({table.shape[1] for table in self.tables}):
+            mean_rows_([t for t in self.tables if t.shape[1] == width], self.world.size)
         # Read once a step: a look at each micro-batch would make a GPU wait.
         if self.world.size > 1:
             nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))

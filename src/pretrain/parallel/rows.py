@@ -13,8 +13,8 @@ from torch import nn
 
 
 def mean_rows_(tables: Sequence[nn.Parameter], size: int) -> None:
-    """Let the sparse gradients of `tables` (each R, D) be the mean over `size` processes, in the
-    same bits for each of them."""
+    """Let the sparse gradients of `tables` (each R, D, of one D) be the mean over `size` processes,
+    in the same bits for each of them."""
     mine = [table.grad.coalesce() for table in tables if table.grad is not None]
     n_rows = torch.tensor([len(gradient.values()) for gradient in mine])
     counts = n_rows.new_empty(size, len(mine))
@@ -31,10 +31,8 @@ def mean_rows_(tables: Sequence[nn.Parameter], size: int) -> None:
     dist.all_gather(list(all_values.unbind()), sent_values)
     dist.all_gather(list(all_rows.unbind()), sent_rows)
     stops = counts.cumsum(1)
-    for number, table in enumerate(tables):
-        bounds = [
-            (int(s[number] - c[number]), int(s[number])) for s, c in zip(stops, counts, strict=True)
-        ]
+    for n, table in enumerate(tables):
+        bounds = [(int(s[n] - c[n]), int(s[n])) for s, c in zip(stops, counts, strict=True)]
         rows = torch.cat([all_rows[r, a:b] for r, (a, b) in enumerate(bounds)])
         values = torch.cat([all_values[r, a:b] for r, (a, b) in enumerate(bounds)])
         summed = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)

@@ -17,7 +17,6 @@ PIECE_CHARACTERS = 1 << 14
 time beyond measure in the trainer, and the cut changes at most the tokens that touch it."""
 
 # Python's \s has U+001C..U+001F, Unicode's White_Space (which the library asks) has not.
-_SPACE = r"[^\S\x1c-\x1f]"
 _OTHER = r"[\S\x1c-\x1f]"
 # A plain space behind a non-space is a safe place for every pre-split in use (GPT-4's pulls
 # newlines to the left).

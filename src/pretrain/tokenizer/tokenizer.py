@@ -346,8 +346,4 @@ def _bytes_of_entries(kind: str, entries: list[str], description: dict[str, Any]
 
 def without_surrogates(text: str) -> str:
     """A text with U+FFFD in place of each lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
