@@ -57,7 +57,7 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
             world=open_world("cpu", threads=1),
         )
         curves.append([(r.nats, r.grad_norm) for r in reports])
-        tables.append(decoder.get_parameter("ngrams.hashed.2.weight").detach())
+        tables.append(decoder.get_parameter("ngrams.parts.2.weight").detach())
     # The norm is one sum over more or fewer zeros, so the last bit of clipping may differ.
     assert torch.tensor(curves[0]) == pytest.approx(torch.tensor(curves[1]), rel=1e-5)
     torch.testing.assert_close(tables[0], tables[1], rtol=1e-4, atol=1e-6)
@@ -72,7 +72,7 @@ def test_a_first_reading_moves_a_row_by_as_much_as_it_says(batch_tokens: int) ->
     for slope in (0.1, 0.2, 50.0):
         table = torch.nn.Parameter(torch.zeros(3, 4))
         optimizer = build_optimizer(
-            [("ngrams.hashed.2.weight", table)], config=config, batch_tokens=batch_tokens
+            [("ngrams.parts.2.weight", table)], config=config, batch_tokens=batch_tokens
         )
         set_learning_rate(optimizer, 1.0)
         table.grad = torch.zeros(3, 4)
@@ -88,15 +88,15 @@ def test_tables_have_their_own_rule_and_rate() -> None:
     decoder = build(chosen.model, vocab_size=20, seed=1)
     named = list(decoder.named_parameters())
     assert {n for n, p in named if role_of(n, p) == "lookup"} == {
-        *("ngrams.hashed.2.weight", "ngrams.hashed.3.weight"),
+        *("ngrams.parts.2.weight", "ngrams.parts.3.weight"),
         *("ngrams.recalled.1.weight", "ngrams.recalled.2.weight"),
     }
     config = OptimizerConfig(name="muon", embedding_rate=3.0, head_rate=0.5)
     optimizer = build_optimizer(named, config=config)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = {name: group_of[id(p)] for name, p in named}
-    assert groups["ngrams.hashed.2.weight"]["rate_scale"] == 3.0 * LOOKUP_RATE
-    assert groups["ngrams.hashed.2.weight"]["weight_decay"] == 0.0
+    assert groups["ngrams.parts.2.weight"]["rate_scale"] == 3.0 * LOOKUP_RATE
+    assert groups["ngrams.parts.2.weight"]["weight_decay"] == 0.0
     assert groups["token_embedding.weight"]["rate_scale"] == 3.0
     assert groups["head.weight"]["rate_scale"] == 0.5
     assert groups["blocks.0.attention.query.weight"]["rule"] == "muon"

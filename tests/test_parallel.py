@@ -332,7 +332,7 @@ def check_checkpoint(pool: Pool, folder: Path, saved_by: str, read_by: Sequence[
     files = {p.name for p in (folder / "checkpoints/step-00000001").iterdir()}
     assert len(files) == 1 + 2 * within
     whole = assembled(pool.run(1, jobs.load, str(folder), {}))
-    assert {"model/head.weight", "optimizer/ngrams.hashed.2.weight/squares"} <= whole.keys()
+    assert {"model/head.weight", "optimizer/ngrams.parts.2.weight/squares"} <= whole.keys()
     for name in read_by:
         axes = LAYOUTS[name]
         found = assembled(pool.run(math.prod(axes.values()), jobs.load, str(folder), axes))

@@ -335,6 +335,7 @@ def test_a_recipes_batch_is_whole_windows_however_its_dial_is_turned(
     assert batch_tokens == config.train.batch_tokens
     assert batch_tokens % context == 0
     assert context == 384 if recipe == "multitask" else size * 64 < context <= size * 128
+    assert config.model.ngram_rows == (131_072 if recipe == "english" else 65_536)
 
 
 def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(

@@ -116,7 +116,7 @@ OWN = Layout(
         f"model.{name}": name
         for name in (
             *("token_embedding", "position_embedding", "final_norm", "head"),
-            *(f"ngrams.{kind}.{n}" for kind in ("hashed", "recalled") for n in range(1, 9)),
+            *(f"ngrams.{kind}.{n}" for kind in ("parts", "recalled") for n in range(1, 9)),
         )
     },
     {f"model.blocks.{{}}.{name}": name for name in _LLAMA_INSIDE.values()},

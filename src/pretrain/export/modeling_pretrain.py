@@ -118,11 +118,11 @@ class Ngrams(nn.Module):
         self.rows, self.n_parts, shape = rows, n_parts, (n_parts * rows, d // n_parts)
         lengths = range(2, 1 + (c["longest_ngram"] or 3)) if rows else ()
         recalled = range(1, 1 + c["recall"])
-        self.hashed = nn.ModuleDict({str(n): nn.Embedding(*shape) for n in lengths})
+        self.parts = nn.ModuleDict({str(n): nn.Embedding(*shape) for n in lengths})
         self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
 
     def forward(self, ids_BT):
-        parts = [t(self.rows_of(hashes(ids_BT, int(n)))).flatten(2) for n, t in self.hashed.items()]
+        parts = [t(self.rows_of(hashes(ids_BT, int(n)))).flatten(2) for n, t in self.parts.items()]
         parts += [t(followers(ids_BT, int(n))) for n, t in self.recalled.items()]
         return sum(parts[1:], parts[0])
 

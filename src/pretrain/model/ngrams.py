@@ -47,7 +47,7 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.rows, self.n_parts, d = config.ngram_rows, config.n_heads, config.d_model
         lengths, shape = config.ngram_lengths, (self.n_parts * self.rows, config.d_head)
-        self.hashed = nn.ModuleDict({str(n): Embedding(*shape) for n in lengths})
+        self.parts = nn.ModuleDict({str(n): Embedding(*shape) for n in lengths})
         # Row 0 is for "it did not occur before".
         recalled = range(1, config.recall + 1)
         self.recalled = nn.ModuleDict({str(n): Embedding(vocab_size + 1, d) for n in recalled})
@@ -58,7 +58,7 @@ class NgramEmbedding(nn.Module):
         At the start of a text, where ids are missing, a gram is read as if zeros stood before it.
         """
         T, ids_BS = ids_BT.shape[1], torch.cat([before_BP, ids_BT], dim=1)
-        rows = [self._rows_of(ngram_hashes(ids_BS, int(n))) for n in self.hashed]
+        rows = [self._rows_of(ngram_hashes(ids_BS, int(n))) for n in self.parts]
         rows += [followers(ids_BS, int(n))[..., None] for n in self.recalled]
         parts = [
             F.embedding(rows_BSP[:, -T:], table, sparse=self.sparse_gradients).flatten(2)
