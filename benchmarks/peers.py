@@ -76,12 +76,14 @@ def train_nanochat(data: Path, run: Path) -> None:
     ids = np.memmap(data / "train.bin", dtype=np.uint16, mode="r")
     n_entries = _vocab_size(data)
 
-    def windows(_: object, rows: int, length: int, **__: object) -> Iterator[tuple[Any, ...]]:
+    def windows(
+        _: object, rows: int, length: int, *, device: Any, **__: object
+    ) -> Iterator[tuple[Any, ...]]:
         place = {"epoch": 0, "pq_idx": 0, "rg_idx": 0}
         while True:
             starts = torch.randint(len(ids) - length, (rows,)).tolist()
             both = np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64)
-            both_BT = torch.from_numpy(both)
+            both_BT = torch.from_numpy(both).to(device)
             yield both_BT[:, :-1].contiguous(), both_BT[:, 1:].contiguous(), place
 
     tokenizer = SimpleNamespace(get_vocab_size=lambda: n_entries)

@@ -394,6 +394,22 @@ def test_ngrams_that_share_a_part_of_their_embedding_share_no_other() -> None:
     assert int((is_shared.sum(1) > 1).sum()) < 2 * 6 * once / 1009  # six pairs of parts
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_compiler_finds_the_same_rows(device: str) -> None:
+    """Its integers must be as wide as those of what it did not make, which held-out text meets."""
+    if not compiler_works():
+        pytest.skip("torch compiles nothing here")
+    embedding = NgramEmbedding(config("fast", n_heads=8, d_model=16, ngram_rows=1009), V)
+    with torch.no_grad():
+        for name, p in embedding.named_parameters():
+            p.copy_(normal(2, name, 0, p.numel(), device=p.device).view_as(p))
+    ids = torch.randint(0, V, (2, 30), generator=torch.Generator().manual_seed(6))
+    plain = embedding(ids, ids[:, :0])
+    compiled = torch.compile(embedding.to(device), dynamic=False)
+    found = compiled(ids.to(device), ids[:, :0].to(device)).cpu()
+    torch.testing.assert_close(found, plain)
+
+
 def test_what_followed_the_last_ids_is_found_where_they_last_stood() -> None:
     ids = torch.randint(0, 4, (3, 40), generator=torch.Generator().manual_seed(7))
     for n in (1, 2, 3):

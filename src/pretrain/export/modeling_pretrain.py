@@ -129,9 +129,7 @@ class Ngrams(nn.Module):
     def rows_of(self, hashes_BT):
         """Of each part of an embedding; the rows of a part lie behind those of the one before."""
         parts = torch.arange(self.n_parts, device=hashes_BT.device)
-        return (
-            mix(hashes_BT[..., None] ^ parts * 0x1E3779B97F4A7C15) % self.rows + parts * self.rows
-        )
+        return mix((hashes_BT >> 8)[..., None] * (2 * parts + 1)) % self.rows + parts * self.rows
 
 
 FACTORS = (

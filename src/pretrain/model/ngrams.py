@@ -29,8 +29,6 @@ _MULTIPLIERS = (
     *(0x165667B1, 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35),
 )
 assert len(_MULTIPLIERS) == LONGEST_NGRAM
-# Times the number of a part, what a hash is mixed with once more.
-_APART = 0x1E3779B97F4A7C15
 
 
 class NgramEmbedding(nn.Module):
@@ -70,7 +68,10 @@ class NgramEmbedding(nn.Module):
         """The row of each part of the embeddings of n-grams (B, S, P), of a table in which the rows
         of part p begin at p times `rows`."""
         parts_P = torch.arange(self.n_parts, device=hashes_BS.device)
-        return _mixed(hashes_BS[..., None] ^ parts_P * _APART) % self.rows + parts_P * self.rows
+        # Times an odd number for each part, with room for the product. What a compiler for GPUs
+        # makes of an arange alone has 32 bits, so no large number may meet one.
+        apart_BSP = (hashes_BS >> 8)[..., None] * (2 * parts_P + 1)
+        return _mixed(apart_BSP) % self.rows + parts_P * self.rows
 
 
 def ngram_hashes(ids_BS: Tensor, n: int) -> Tensor:
