@@ -42,7 +42,7 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
         yield from throughput.measure(
             nanogpt=nanogpt, litgpt=litgpt, rounds=asked.rounds + 2, steps=2, compiled=compiled
         )
-    yield from waiting.measure(rounds=5 * asked.rounds)
+    yield from waiting.measure(rounds=4 * asked.rounds)
     yield from generating.measure(nanogpt=nanogpt, rounds=asked.rounds)
     if asked.long:
         yield from corpus_size.measure(rounds=asked.rounds + 4)
