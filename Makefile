@@ -68,10 +68,10 @@ test-long: $(dev_ready)
 	$(TEST_ENV) $(run) -m pytest --durations 0 -m slow --timeout 3600 $(TESTS)
 
 faults-ci: $(dev_ready)
-	export PYTHONPATH="$(CURDIR)/tests"; $(TEST_ENV) $(run) -m faults ci
+	export PYTHONPATH="$(CURDIR)/tests/helpers"; $(TEST_ENV) $(run) -m faults ci
 
 faults: $(dev_ready)
-	export PYTHONPATH="$(CURDIR)/tests"; $(TEST_ENV) $(run) -m faults full
+	export PYTHONPATH="$(CURDIR)/tests/helpers"; $(TEST_ENV) $(run) -m faults full
 
 bench_words = $(if $(PEERS),--peers "$(PEERS)") $(if $(SHAKESPEARE),--shakespeare "$(SHAKESPEARE)")
 

@@ -81,11 +81,11 @@ class Arm:
 
         from pretrain.cli.places import prepared, read_target
         from pretrain.config import compose, parse_overrides
+        from pretrain.distributed import open_world
         from pretrain.model import Objective, build
-        from pretrain.optimizer import build_optimizer
+        from pretrain.optim import build_optimizer
         from pretrain.train.build import training_batches
         from pretrain.train.decide import decide
-        from pretrain.world import open_world
 
         how = ARMS[arm]
         if how in VARIANTS:
@@ -120,7 +120,7 @@ class Arm:
         self.batches = training_batches(self.data, self.decided.model, self.decided.train)
 
     def step(self, step: int) -> None:
-        from pretrain.optimizer import rate_at
+        from pretrain.optim import rate_at
         from pretrain.train.steps import train_step
 
         peak = self.config.optimizer.learning_rate

@@ -81,11 +81,11 @@ def pretrain(shape: Shape) -> Step:
     import torch
 
     from pretrain.data.batches import MicroBatch
+    from pretrain.distributed import open_world
     from pretrain.model import Objective, build
-    from pretrain.optimizer import OptimizerConfig, build_optimizer
+    from pretrain.optim import OptimizerConfig, build_optimizer
     from pretrain.train.decide import micro_batch_rows
     from pretrain.train.steps import train_step
-    from pretrain.world import open_world
 
     model, world = shape.model(), open_world(shape.device, threads=shape.threads)
     decoder = build(model, vocab_size=shape.vocab_size, seed=1, device=world.device)

@@ -32,9 +32,9 @@ from pretrain.config import compose
 from pretrain.corpus import read_documents
 from pretrain.data import MicroBatch, open_prepared, prepare
 from pretrain.data.manifest import is_prepared
+from pretrain.distributed import open_world, usable_cores
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide, decided_precision, trial_steps
-from pretrain.world import open_world, usable_cores
 
 MEGABYTES = (25, 250, 2500)
 WARM_TURNS, TURNS = 2, 10

@@ -25,15 +25,15 @@ import torch
 from pretrain.checkpoint import BackgroundSaver
 from pretrain.cli.places import prepared, read_target
 from pretrain.config import compose
+from pretrain.distributed import open_world
 from pretrain.model import Objective, build
-from pretrain.optimizer import build_optimizer
-from pretrain.optimizer.grouped import optimizer_state
+from pretrain.optim import build_optimizer
+from pretrain.optim.grouped import optimizer_state
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide
 from pretrain.train.records import Records
 from pretrain.train.steps import train_step
 from pretrain.train.watch import Watch
-from pretrain.world import open_world
 
 BLOCK_STEPS = 4
 

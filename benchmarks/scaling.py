@@ -30,7 +30,7 @@ from rows import OURS, Row, spread, table
 
 from pretrain.cli.places import prepared, read_target
 from pretrain.config import compose
-from pretrain.world import MEETING_FILE
+from pretrain.distributed import MEETING_FILE
 
 WARM_STEPS = 4
 ALONE, APART = "1 process", "2 processes, a model each"
@@ -43,9 +43,9 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
     from torch.nn.parallel import DistributedDataParallel
 
+    from pretrain.distributed import leave_world, open_world
     from pretrain.parallel import ParallelConfig, layout
     from pretrain.train.decide import decide, trial_steps
-    from pretrain.world import leave_world, open_world
 
     config = compose(read_target(recipe)[1])
     answers = os.environ["RANK"] == "0"

@@ -10,7 +10,7 @@ from itertools import dropwhile
 
 from rows import OURS
 
-from pretrain.world import open_world
+from pretrain.distributed import open_world
 
 _BF16 = "AUTOCAST=bfloat16"
 _FAST = f"{_BF16} --compile=True"

@@ -24,10 +24,10 @@ from asked import Asked
 from contestants import Shape
 from rows import OURS, Row, rows_of, table
 
+from pretrain.distributed import open_world
 from pretrain.model.config import training_flops
 from pretrain.train.config import TrainConfig
 from pretrain.train.profile import ceiling_flops
-from pretrain.world import open_world
 
 HERE = Path(__file__).resolve().parent
 GPT2_ON_A_GPU: dict[str, Any] = {

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pretrain.model import Decoder, Objective
 from pretrain.model import objective as losses
 from pretrain.model.layers import Attention, Linear, rotation_at
-from pretrain.optimizer import grouped, muon
+from pretrain.optim import grouped, muon
 
 
 def _with_parameters(make: Callable[[Decoder], dict[str, nn.Module | nn.Parameter]]) -> None:

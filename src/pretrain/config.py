@@ -25,7 +25,7 @@ from pretrain.corpus.config import CorpusConfig
 from pretrain.data.config import DataConfig
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.model.config import ModelConfig, model_defaults, replaced_by
-from pretrain.optimizer.config import OptimizerConfig, ScheduleConfig
+from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report.config import ReportConfig
 from pretrain.tokenizer.config import TokenizerConfig

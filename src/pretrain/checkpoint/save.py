@@ -32,7 +32,7 @@ from pretrain.checkpoint.format import (
 )
 from pretrain.checkpoint.load import DamagedCheckpoint, list_checkpoints, open_checkpoint, set_aside
 from pretrain.checkpoint.together import Processes
-from pretrain.world import World
+from pretrain.distributed import World
 
 # Room that must be left beside the checkpoint itself, for metrics and samples.
 _RESERVE_BYTES = 16 << 20

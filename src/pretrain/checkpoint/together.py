@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pretrain.world import World
+from pretrain.distributed import World
 
 
 class Processes:

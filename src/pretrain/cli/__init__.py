@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from pretrain import __version__
 from pretrain.cli.output import Output
-from pretrain.world import yield_idle_cores
+from pretrain.distributed import yield_idle_cores
 
 VERBS = {
     "train": "train a model on a recipe, a config file, or any text",

@@ -22,8 +22,8 @@ from pretrain.data.shards import PreparedData
 from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:
+    from pretrain.distributed import World
     from pretrain.evaluate.following import Followed
-    from pretrain.world import World
 
 
 def composed(

@@ -21,7 +21,7 @@ from pretrain.cli.resuming import (
     with_settings,
 )
 from pretrain.config import Layer, RunConfig, compose, to_dict
-from pretrain.optimizer.continuation import Curve
+from pretrain.optim.continuation import Curve
 from pretrain.train.changes import read_records
 from pretrain.train.records import Best, Records
 

@@ -17,7 +17,7 @@ from pretrain.cli.output import Output
 from pretrain.train.records import read_json, write_json
 
 if TYPE_CHECKING:
-    from pretrain.world import World
+    from pretrain.distributed import World
 
 ENVIRONMENT = "environment.json"
 
@@ -46,7 +46,7 @@ def write_environment(
 ) -> None:
     """Write environment.json for a run of this `config`."""
     from pretrain import __version__
-    from pretrain.world import describe_machine
+    from pretrain.distributed import describe_machine
 
     # Runs of one name are one run: the same settings and surroundings give the same numbers.
     named = config + json.dumps(fingerprint, sort_keys=True)

@@ -31,19 +31,19 @@ from pretrain.cli.scoring import read_followed
 from pretrain.cli.training import fingerprint_of, text_of, train_run
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
 from pretrain.data.shards import PreparedData
+from pretrain.distributed import leave_world, n_processes
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report import require_packages, write_report
 from pretrain.train.changes import check_accepted, differences
 from pretrain.train.records import Records
 from pretrain.train.signals import TO_THE_END, Ends
 from pretrain.train.windows import check_windows
-from pretrain.world import leave_world, n_processes
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
     from pretrain.cli.continuing import Continuation
+    from pretrain.distributed import World
     from pretrain.evaluate.following import Followed
-    from pretrain.world import World
 
 
 def resume(

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from pretrain.cli import scoring
-from pretrain.world import yield_idle_cores
+from pretrain.distributed import yield_idle_cores
 
 # What it writes at most where a task does not say.
 _MAX_TOKENS = 256

@@ -21,7 +21,7 @@ from pretrain.cli.verbs.verify import AGREES, DIFFERS, Check
 from pretrain.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
-    from pretrain.world import World
+    from pretrain.distributed import World
 
 # Clocks are compared by what processes say when they leave a meeting, which takes milliseconds.
 _CLOCK_SECONDS = 1.0
@@ -30,7 +30,7 @@ _SUMMED_BYTES, _SUMS = 16 << 20, 5
 
 def meet(device: str, output: Output) -> int:
     """Meet, check, and say what came of it; returns an exit code."""
-    from pretrain.world import leave_world, open_world
+    from pretrain.distributed import leave_world, open_world
 
     began = time.perf_counter()
     world = open_world(device, timeout_seconds=60)

@@ -12,9 +12,9 @@ from pretrain.train.records import read_json
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
+    from pretrain.distributed import World
     from pretrain.model import Decoder, ModelConfig
     from pretrain.tokenizer import Tokenizer
-    from pretrain.world import World
 
 HELP = (
     "a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF file, "
@@ -48,8 +48,8 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
     """Open MODEL; of a run its best checkpoint once finished, else its newest."""
     given = Path(name)
     if given.is_file() or (given / "config.json").is_file():
+        from pretrain.distributed import open_world
         from pretrain.export import open_foreign
-        from pretrain.world import open_world
 
         foreign = open_foreign(given)
 
@@ -59,11 +59,11 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
         return OpenModel(decoder, foreign.tokenizer, config, given, None, world)
     find_checkpoint(given)  # what is no run is said before torch is loaded
 
+    from pretrain.distributed import open_world
     from pretrain.model import Objective, build
     from pretrain.parallel import Parallel
     from pretrain.tokenizer import load_tokenizer
     from pretrain.train.run import load_weights
-    from pretrain.world import open_world
 
     world = open_world(device)
     run, checkpoint = _opened(given)

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from pretrain.cli.output import Output
 from pretrain.cli.places import ASKED, is_begun
 from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.distributed import MEETING_FILE, memory_bytes, n_processes
 from pretrain.parallel.peers import NO_ANSWER, PeerDied
-from pretrain.world import MEETING_FILE, memory_bytes, n_processes
 
 if TYPE_CHECKING:
-    from pretrain.world import World
+    from pretrain.distributed import World
 
 # Restarts in a row without a new checkpoint: what fails so often fails always.
 MOST_RESTARTS = 3
@@ -65,7 +65,7 @@ def join(config: RunConfig, output: Output) -> tuple[World | None, Output]:
 
 def opened_world(config: RunConfig) -> World:
     """The world that a run's settings ask for."""
-    from pretrain.world import open_world
+    from pretrain.distributed import open_world
 
     train = config.train
     return open_world(

@@ -20,7 +20,7 @@ from pretrain.cli.output import Output
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.durable import replace_file, sync_folder
 from pretrain.data.shards import PreparedData
-from pretrain.optimizer.continuation import Curve, compare, table
+from pretrain.optim.continuation import Curve, compare, table
 from pretrain.train.changes import (
     Change,
     bends_rates,

@@ -24,8 +24,8 @@ from pretrain.train.signals import TO_THE_END, Ends
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
+    from pretrain.distributed import World
     from pretrain.evaluate.following import Followed
-    from pretrain.world import World
 
 
 def text_of(config: RunConfig, output: Output, world: World | None = None) -> PreparedData:
@@ -59,10 +59,10 @@ def train_run(
     resume_from: Checkpoint | None,
     ends: Ends = TO_THE_END,
 ) -> int:
+    from pretrain.distributed import leave_world
     from pretrain.train.loop import train
     from pretrain.train.overview import show_followed, show_plan, show_summary
     from pretrain.train.screen import Screen
-    from pretrain.world import leave_world
 
     screen = Screen(output.people)
     show_plan(screen, data=data, model=config.model, settings=config.train, world=world)

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import torch
 
     from pretrain.data import MicroBatch
+    from pretrain.distributed import World
     from pretrain.model import ModelConfig
-    from pretrain.world import World
 
 STEPS, _ROWS, _IDS, _SEED = 8, 16, 211, 1
 
@@ -29,7 +29,7 @@ def losses(
 
     from pretrain.model import ModelConfig, Objective, build
     from pretrain.model.config import model_defaults
-    from pretrain.optimizer import OptimizerConfig, build_optimizer
+    from pretrain.optim import OptimizerConfig, build_optimizer
     from pretrain.parallel import parallelize
     from pretrain.train import training_steps
     from pretrain.train.build import rows_of

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batches import checked_stride
+from pretrain.distributed import World
 from pretrain.evaluate.continuations import LOGIT_ROWS, Pair, windows_of
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 N_CARDS, CARD_CONTEXT_TOKENS = 6, 60
 

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from pretrain.corpus.demonstrations import sentences
+from pretrain.distributed import World
 from pretrain.evaluate.continuations import encode_pair, score_pairs
 from pretrain.evaluate.examples import Example, prompt
 from pretrain.evaluate.metrics import Array, statistics_of_answer
 from pretrain.evaluate.tasks import Task, task_named
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 CONDITIONS = ("task", "wrong", "none")
 """The task itself; another one, asked of the same input; the input alone."""

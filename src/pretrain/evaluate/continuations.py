@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batches import checked_stride
+from pretrain.distributed import World
 from pretrain.evaluate.scorer import EVALUATION_TOKENS
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 # Rows of logits that exist at once: 256 x 50,257 float32 are 51 MB.
 LOGIT_ROWS = 256

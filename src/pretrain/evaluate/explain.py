@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.distributed import World
 from pretrain.evaluate.continuations import Pair, encode_pair, rolled, score_pairs
 from pretrain.evaluate.examples import Example
 from pretrain.evaluate.results import Results
@@ -19,7 +20,6 @@ from pretrain.evaluate.samples import Sample
 from pretrain.evaluate.tasks import Task
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 # Two programs in float32 differ by less, and two options nearer than this are equally likely to
 # both; a log p of many tokens may differ by a millionth of itself.

@@ -17,12 +17,12 @@ from pretrain.corpus.overlap import Found, rate
 from pretrain.corpus.stretches import longest_stretches
 from pretrain.corpus.words import words_of
 from pretrain.data import TokenStream
+from pretrain.distributed import World
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.metrics import Array, value
 from pretrain.generate import Sampling, generate_ids
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 CONTINUATIONS = 32
 PROMPT_TOKENS = 40

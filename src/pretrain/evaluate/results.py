@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.distributed import World
 from pretrain.evaluate.continuations import Answer, encode_pair, score_pairs
 from pretrain.evaluate.errors import estimate
 from pretrain.evaluate.examples import Example, compared_part
@@ -24,7 +25,6 @@ from pretrain.evaluate.tasks import Task
 from pretrain.generate import Sampling, generate_ids
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 Rows = dict[str, list[tuple[float, ...]]]
 

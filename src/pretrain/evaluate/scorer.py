@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.batches import MicroBatch, checked_stride, evaluation_batches
+from pretrain.distributed import World
 from pretrain.model import Objective
 from pretrain.tokenizer import Tokenizer
-from pretrain.world import World
 
 # Targets of one forward pass of an evaluation: no gradients are kept, so this may be more than in
 # training.

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain.distributed import World
 from pretrain.model import Objective
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.elastic import Elastic
 from pretrain.parallel.model import Parallel
 from pretrain.parallel.recompute import recompute
 from pretrain.parallel.shards import part_of
-from pretrain.world import World
 
 if TYPE_CHECKING:
     from pretrain.parallel.sharded import Meshes

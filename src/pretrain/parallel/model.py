@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain.distributed import World
 from pretrain.model import Objective
 from pretrain.model.decoder import initial_value
 from pretrain.model.objective import Batch
-from pretrain.optimizer.grouped import clip_gradients, gradient_values
-from pretrain.optimizer.muon import Matrices
+from pretrain.optim.grouped import clip_gradients, gradient_values
+from pretrain.optim.muon import Matrices
 from pretrain.parallel.rows import mean_rows_
 from pretrain.parallel.shards import Box, Part, cut, whole_part
-from pretrain.world import World
 
 
 @dataclass(slots=True)

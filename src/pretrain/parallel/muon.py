@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.optimizer.muon import Matrices, orthogonalize
+from pretrain.optim.muon import Matrices, orthogonalize
 from pretrain.parallel.shards import Map, Part, cut
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from pretrain.distributed import World
 from pretrain.model import Decoder, Objective
 from pretrain.model.objective import NOT_COUNTED
 from pretrain.model.random import Noise
-from pretrain.world import World
 
 
 class Pipe:

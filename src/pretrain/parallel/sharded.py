@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.optimizer.grouped import gradient_values
-from pretrain.optimizer.muon import Matrices
+from pretrain.optim.grouped import gradient_values
+from pretrain.optim.muon import Matrices
 from pretrain.parallel.context import PartOfNoise, Stretches
 from pretrain.parallel.model import Parallel
 from pretrain.parallel.muon import SharedMatrices

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.world import World
+from pretrain.distributed import World
 
 Box = tuple[tuple[int, int], ...]
 

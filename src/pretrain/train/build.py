@@ -14,14 +14,14 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from pretrain.data import PreparedData
+from pretrain.distributed import World
 from pretrain.evaluate import byte_lengths
 from pretrain.model import ModelConfig, Objective, build
-from pretrain.optimizer import OptimizerConfig, build_optimizer
+from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.parallel import Parallel, ParallelConfig, parallelize
 from pretrain.parallel.elastic import Branches
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import TrainConfig
-from pretrain.world import World
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")

@@ -16,17 +16,17 @@ from typing import cast
 
 from pretrain.data import MicroBatch, PreparedData
 from pretrain.data.mixed import MixedData
+from pretrain.distributed import World, memory_bytes, n_beside
 from pretrain.evaluate import Followed
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.results import asking_seconds
 from pretrain.model import ModelConfig, n_parameters
-from pretrain.optimizer import OptimizerConfig, ScheduleConfig
+from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.parallel import ParallelConfig
 from pretrain.train.build import build_model, build_updates, training_batches, uncompiled
 from pretrain.train.config import Compile, Device, Precision, TrainConfig
 from pretrain.train.steps import StepReport, training_steps
 from pretrain.train.windows import check_windows
-from pretrain.world import World, memory_bytes, n_beside
 
 # Rows that go through the model at once: on a CPU as many as fill its caches with a layer's
 # activations, 3 MB each.

@@ -17,7 +17,7 @@ import torch
 from pretrain import __version__
 from pretrain.checkpoint import Checkpoint
 from pretrain.data import PreparedData
-from pretrain.world import World
+from pretrain.distributed import World
 
 # The rooms whose code decides what a step computes.
 _COMPUTING_ROOMS = ("data", "model", "optimizer", "parallel", "train")

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from pretrain.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from pretrain.data import PreparedData
+from pretrain.distributed import World
 from pretrain.evaluate import Followed, measure_baselines
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig, n_parameters
-from pretrain.optimizer import OptimizerConfig, ScheduleConfig, rate_at
+from pretrain.optim import OptimizerConfig, ScheduleConfig, rate_at
 from pretrain.parallel import ParallelConfig
 from pretrain.train.build import uncompiled
 from pretrain.train.config import TrainConfig
@@ -35,7 +36,6 @@ from pretrain.train.screen import Screen
 from pretrain.train.signals import TO_THE_END, Ends, StopSignals
 from pretrain.train.steps import Accept, StepReport, training_steps
 from pretrain.train.watch import MOST_IN_A_ROW, NOT_FINITE, SPIKE
-from pretrain.world import World
 
 SAMPLE_TOKENS = 60
 Outcome = Literal["done", "stopped", "no better", "spike"]

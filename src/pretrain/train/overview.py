@@ -9,12 +9,12 @@ from typing import Any
 
 from pretrain.data import Order, PreparedData
 from pretrain.data.mixture import Mixture
+from pretrain.distributed import World
 from pretrain.evaluate import Followed
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import most_steps
 from pretrain.train.screen import Screen, duration, with_error
-from pretrain.world import World
 
 # Beyond about four passes repeated text teaches less and less: "Scaling Data-Constrained Language
 # Models" (Muennighoff et al., 2023).

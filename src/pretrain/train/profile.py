@@ -17,13 +17,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain.data import MicroBatch, PreparedData
+from pretrain.distributed import World
 from pretrain.model import ModelConfig
 from pretrain.model.config import n_matrix_parameters, training_flops
 from pretrain.model.fused import linear
-from pretrain.optimizer import OptimizerConfig, ScheduleConfig
+from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import decide, decided_precision, trial_steps
-from pretrain.world import World
 
 WARM_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 8, 3
 ALL_STEPS = WARM_STEPS + TIMED_STEPS + PROFILED_STEPS

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.durable import replace_file, sync_folder
-from pretrain.world import World
+from pretrain.distributed import World
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 

@@ -23,10 +23,11 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint.disk import refuse_little_room
 from pretrain.data import PreparedData
+from pretrain.distributed import World
 from pretrain.evaluate import Followed
 from pretrain.model import ModelConfig, Objective
-from pretrain.optimizer import OptimizerConfig
-from pretrain.optimizer.grouped import optimizer_state, restore_optimizer_state, role_of
+from pretrain.optim import OptimizerConfig
+from pretrain.optim.grouped import optimizer_state, restore_optimizer_state, role_of
 from pretrain.parallel import Parallel, ParallelConfig
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.build import build_model, build_updates, training_batches
@@ -35,7 +36,6 @@ from pretrain.train.records import METRICS, Best, CannotSave, Records
 from pretrain.train.screen import Screen
 from pretrain.train.stragglers import Stragglers
 from pretrain.train.watch import Finding, Watch, rollbacks_of
-from pretrain.world import World
 
 # A disk that fails once may have been cleared by the next checkpoint; one that fails so often is
 # full.

@@ -10,7 +10,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from pretrain.world import World
+from pretrain.distributed import World
 
 
 class Ends(NamedTuple):

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.data.batches import MicroBatch
+from pretrain.distributed import World
 from pretrain.model import Objective
-from pretrain.optimizer.grouped import gradient_values, set_learning_rate
+from pretrain.optim.grouped import gradient_values, set_learning_rate
 from pretrain.parallel import Parallel
-from pretrain.world import World
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.cli.output import Output
 from pretrain.cli.verbs.extend import add_run_arguments, go_on
-from pretrain.optimizer.continuation import Curve, anneal
+from pretrain.optim.continuation import Curve, anneal
 
 TAKES_SETTINGS = True
 

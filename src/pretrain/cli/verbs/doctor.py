@@ -23,10 +23,10 @@ from pretrain.cli.processes import launch_once
 from pretrain.cli.resuming import read_run
 from pretrain.cli.trial import STEPS, furthest, losses
 from pretrain.cli.verbs.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
-from pretrain.world import n_processes
+from pretrain.distributed import n_processes
 
 if TYPE_CHECKING:
-    from pretrain.world import World
+    from pretrain.distributed import World
 
 _SETTINGS = (
     "--model.family gpt2 --model.n_layers 2 --model.n_heads 2 --model.d_model 64 "
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    from pretrain.world import describe_machine, open_world
+    from pretrain.distributed import describe_machine, open_world
 
     if n_processes() > 1:
         return meet(arguments.device, output)

@@ -21,7 +21,7 @@ from pretrain.cli.processes import launch_continuation, processes_of_run
 from pretrain.cli.resuming import read_run
 from pretrain.cli.verbs.train import add_accept
 from pretrain.config import Layer, parse_overrides
-from pretrain.optimizer.continuation import Curve, extend
+from pretrain.optim.continuation import Curve, extend
 
 TAKES_SETTINGS = True
 _TAKES = (

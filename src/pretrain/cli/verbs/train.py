@@ -32,7 +32,7 @@ from pretrain.cli.processes import (
 from pretrain.cli.settings import settings_help
 from pretrain.cli.training import text_of
 from pretrain.config import RunConfig, parse_overrides
-from pretrain.world import n_restarts
+from pretrain.distributed import n_restarts
 
 TAKES_SETTINGS = True
 epilog = settings_help

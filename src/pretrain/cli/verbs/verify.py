@@ -28,8 +28,8 @@ from pretrain.cli.environment import ENVIRONMENT, read_environment
 from pretrain.cli.output import Output
 from pretrain.cli.resuming import read_run, settings_of
 from pretrain.config import RunConfig, to_yaml
+from pretrain.distributed import n_processes
 from pretrain.train.records import METRICS, SAMPLES, Records, write_json
-from pretrain.world import n_processes
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint

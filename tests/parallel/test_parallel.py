@@ -1,0 +1,473 @@
+"""Several processes compute, save and say what one does, for every family and layout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import parallel_jobs as jobs
+from pretrain.cli import going_on, leg, main
+from pretrain.cli import processes as processes_page
+from pretrain.cli.output import Output
+from pretrain.cli.processes import MOST_RESTARTS
+from pretrain.cli.resuming import read_run
+from pretrain.config import read_file
+from pretrain.distributed import open_world
+from pretrain.model import ModelConfig, n_parameters
+from pretrain.model.config import model_defaults
+from pretrain.parallel import ParallelConfig
+from pretrain.parallel.elastic import Branches
+from pretrain.parallel.peers import PeerDied
+from pretrain.train import decide as decide_page
+from pretrain.train.stragglers import WINDOW, Stragglers
+from processes import Pool
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "ddp 2": {"data": 2},
+    "ddp 4": {"data": 4},
+    "fsdp 2": {"shard": 2},
+    "fsdp 4": {"shard": 4},
+    "hsdp": {"data": 2, "shard": 2},
+    "tp 2": {"tensor": 2},
+    "tp x fsdp": {"shard": 2, "tensor": 2},
+    "tp x ddp": {"data": 2, "tensor": 2},
+    "cp 2": {"context": 2},
+    "cp x tp": {"context": 2, "tensor": 2},
+    "pp 2": {"pipeline": 2},
+    "pp x fsdp": {"pipeline": 2, "shard": 2},
+    "pp x tp": {"pipeline": 2, "tensor": 2},
+}
+SHORT = [
+    ("gpt2", "adamw", layout)
+    for layout in ("ddp 2", "fsdp 2", "hsdp", "tp x fsdp", "cp 2", "pp x tp")
+]
+SHORT += [("fast", "muon", layout) for layout in ("ddp 2", "tp x fsdp", "pp x fsdp")]
+SHORT += [("llama", "muon", layout) for layout in ("hsdp", "cp x tp")]
+REST = [
+    (family, optimizer, layout)
+    for family in jobs.FAMILIES
+    for optimizer in ("adamw", "muon")
+    for layout in LAYOUTS
+    if (family, optimizer, layout) not in SHORT
+]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    found = Pool()
+    yield found
+    found.close()
+
+
+def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
+    """Whole tensors from the boxes of all processes; one without a box is whole."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for answer in answers for name in answer):
+        parts = [answer[name] for answer in answers if name in answer]
+        box, values = parts[0]
+        if box is None or not box:
+            found[name] = values
+            continue
+        shape = [max(box[d][1] for box, _ in parts) for d in range(len(box))]
+        whole = np.full(shape, np.nan, values.dtype)
+        for box, values in parts:
+            whole[tuple(slice(*pair) for pair in box)] = values
+        assert not np.isnan(whole).any(), name
+        found[name] = whole
+    return found
+
+
+def test_one_that_holds_no_row_of_a_matrix_lends_its_hand(pool: Pool) -> None:
+    check(pool, "thin llama", "muon", "fsdp 4", rows=8, steps=3)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_one_that_does_not_answer_is_named_by_all_others(pool: Pool, absent: int) -> None:
+    said = pool.run(3, jobs.who_is_missing, absent)
+    assert said == ["" if rank == absent else str(absent) for rank in range(3)]
+
+
+# Of those that take minutes together, the ones that are looked at each time.
+SHORT_FLOAT32 = [("gpt2", "tp x fsdp")]
+REST_FLOAT32 = [
+    (family, layout)
+    for family in jobs.FAMILIES
+    for layout in LAYOUTS
+    if (family, layout) not in SHORT_FLOAT32
+]
+
+
+def check_float32(pool: Pool, family: str, layout: str) -> None:
+    """Losses of twenty steps by AdamW, and of what is evaluated between."""
+    axes = LAYOUTS[layout]
+    words: dict[str, Any] = {"steps": 20, "rows": 8}
+    alone = jobs.train(family, "adamw", **words)
+    for answer in pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **words, **axes):
+        for name in ("losses", "evaluations"):
+            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "layout"), SHORT_FLOAT32)
+def test_twenty_steps_in_float32_agree_too(pool: Pool, family: str, layout: str) -> None:
+    check_float32(pool, family, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), REST_FLOAT32)
+def test_so_they_do_in_all_others(pool: Pool, family: str, layout: str) -> None:
+    check_float32(pool, family, layout)
+
+
+def test_sizes_that_are_decided_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(**model_defaults({"family": "llama"}))
+    model = replace(model, context_length=128)
+    axes = ParallelConfig(context=3, processes=3).laid_out(3)
+    with pytest.raises(ValueError, match=r"context_length 128 is not a multiple of .*context 3"):
+        decide_page._refuse_what_does_not_fit(model, axes, vocab_size=100)
+
+
+def test_memory_is_asked_for_what_a_machine_is_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(**model_defaults({"family": "llama"}))
+    whole = 8 * n_parameters(model, vocab_size=1000)
+    monkeypatch.setattr(decide_page, "memory_bytes", lambda: whole // 2)
+    for beside, fits in ((1, True), (2, True), (3, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+        axes = ParallelConfig(shard=4, processes=4).laid_out(4)
+        with nullcontext() if fits else pytest.raises(ValueError, match="this machine has"):
+            decide_page._refuse_what_does_not_fit(model, axes, vocab_size=1000)
+
+
+def written(folder: Path, **parallel: int) -> Path:
+    """A run's folder that says no more than how it is laid."""
+    config = {"model": {"n_heads": 3, "d_model": 48, "d_ff": 96}, "parallel": parallel}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "environment.json").write_text("{}")
+    return folder
+
+
+def test_a_run_s_axes_go_with_its_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = written(tmp_path, processes=3, tensor=3)
+    assert processes_page.processes_of_run(run, {}) == 3
+    assert processes_page.processes_of_run(run, {"parallel": {"tensor": 1}}) == 3
+    assert processes_page.processes_of_run(run, {"parallel": {"processes": 6}}) == 6
+    stored = read_run(run)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    wanted = going_on._wanted(stored, None, {"parallel": {"processes": 6, "data": 2}})
+    assert (wanted.parallel.processes, wanted.parallel.data) == (6, 2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match=r"parallel.tensor 3 is 3, and there are 1 processes"):
+        going_on._wanted(stored, None, {})
+
+
+def test_a_continuation_that_no_processes_can_make_changes_nothing(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    config = read_file(run / "config.yaml")
+    parallel = {**config["parallel"], "processes": 2, "shard": 2}
+    (run / "config.yaml").write_text(json.dumps({**config, "parallel": parallel}))
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    words = ["extend", str(run), "--train.steps", "24", "--parallel.processes", "1"]
+    assert main([*words, "--accept", "parallel.processes"]) == 2
+    assert "and there are 1 processes" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert before == after
+
+
+def test_a_leg_that_fails_is_no_leg_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*given: Any, **named: Any) -> int:
+        raise PeerDied("the disk is full", 75)
+
+    monkeypatch.setattr(leg, "launch_once", fails)
+    run = written(tmp_path, processes=2)
+    assert leg.main([str(run), "--die-after", "3"]) == 75
+    assert "the disk is full" in capsys.readouterr().err
+
+
+SHORT_BFLOAT16 = [("gpt2", "fsdp 2")]
+REST_BFLOAT16 = [
+    (family, layout)
+    for family in jobs.FAMILIES
+    for layout in LAYOUTS
+    if (family, layout) not in SHORT_BFLOAT16
+]
+
+
+def check_bfloat16(pool: Pool, family: str, layout: str) -> None:
+    """Losses of six steps by AdamW, by products in bfloat16 of weights that are gathered in it, to
+    half of its last digit. One process alone is 4e-4 from float32, of the layouts none further than
+    5e-4: partial sums of a matrix, keys and values are rounded before they travel."""
+    axes, words = LAYOUTS[layout], {"steps": 6, "rows": 8}
+    alone = jobs.train(family, "adamw", precision="bf16", **words)  # type: ignore[arg-type]
+    named: dict[str, Any] = {"precision": "bf16", **words, **axes}
+    answers = pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **named)
+    for answer in answers:
+        assert answer["sample"] == answers[0]["sample"]
+        is_gathered = bool({"shard", "context"} & set(axes)) or {"data", "tensor"} <= set(axes)
+        assert answer["read"] == ["torch.bfloat16" if is_gathered else "torch.float32"]
+        for name in ("losses", "evaluations"):
+            np.testing.assert_allclose(answer[name], alone[name], rtol=2**-10)
+        for _, values in answer["last"].values():
+            assert values.dtype == np.float32
+
+
+@pytest.mark.parametrize(("family", "layout"), SHORT_BFLOAT16)
+def test_in_bfloat16_they_agree_to_its_digits(pool: Pool, family: str, layout: str) -> None:
+    check_bfloat16(pool, family, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), REST_BFLOAT16)
+def test_in_bfloat16_so_do_all_others(pool: Pool, family: str, layout: str) -> None:
+    check_bfloat16(pool, family, layout)
+
+
+def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, steps: int) -> None:
+    """In float64, where what is left is a matter of rounding alone."""
+    axes = LAYOUTS[layout]
+    words: dict[str, Any] = {"steps": steps, "rows": rows, "dtype": "float64"}
+    alone = jobs.train(family, optimizer, **words)
+    assert alone["counts"] == [rows * jobs.CONTEXT] * steps
+    answers = pool.run(math.prod(axes.values()), jobs.train, family, optimizer, **words, **axes)
+    for answer in answers:
+        for name in ("losses", "norms", "evaluations"):
+            assert answer[name] == answers[0][name]
+            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-9)
+        assert answer["counts"] == alone["counts"]
+        assert answer["checksums"] == alone["checksums"]
+        assert answer["sample"] == alone["sample"]
+        # Gradients that a rule has used are gone in one process as in several.
+        for name, norm in alone["norm of each"].items():
+            assert answer["norm of each"][name] == pytest.approx(norm, rel=1e-7)
+    for name, values in assembled([answer["first"] for answer in answers]).items():
+        np.testing.assert_array_equal(values, alone["first"][name][1])
+    for name, values in assembled([answer["last"] for answer in answers]).items():
+        np.testing.assert_allclose(values, alone["last"][name][1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "optimizer", "layout"), SHORT)
+def test_several_processes_compute_what_one_does(
+    pool: Pool, family: str, optimizer: str, layout: str
+) -> None:
+    check(pool, family, optimizer, layout, rows=8, steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "optimizer", "layout"), REST)
+def test_so_do_all_others_for_fifty_steps(
+    pool: Pool, family: str, optimizer: str, layout: str
+) -> None:
+    check(pool, family, optimizer, layout, rows=8, steps=50)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "full"), ("fast", "selective")])
+def test_activations_that_are_made_again_are_the_same(family: str, kind: str) -> None:
+    words: dict[str, Any] = {"steps": 3, "rows": 4}
+    kept, made = (jobs.train(family, "adamw", **words, recompute=how) for how in ("none", kind))
+    assert made["losses"] == kept["losses"]
+    assert made["norms"] == kept["norms"]
+    assert made["kept bytes"] < 0.9 * kept["kept bytes"]
+
+
+@pytest.mark.parametrize("layout", ["tp 2", "pp 2"])
+def test_so_they_are_in_several_processes(pool: Pool, layout: str) -> None:
+    axes, words = LAYOUTS[layout], {"steps": 3, "rows": 4, "recompute": "full"}
+    alone = jobs.train("gpt2", "adamw", steps=3, rows=4, dtype="float64")
+    for answer in pool.run(2, jobs.train, "gpt2", "adamw", dtype="float64", **words, **axes):
+        np.testing.assert_allclose(answer["losses"], alone["losses"], rtol=1e-9)
+        np.testing.assert_allclose(answer["norms"], alone["norms"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["ddp 4", "fsdp 2"])
+def test_a_batch_that_does_not_divide_is_the_same_batch(pool: Pool, layout: str) -> None:
+    """Of 7 rows the last of four processes has one, and rows that weigh nothing."""
+    check(pool, "gpt2", "adamw", layout, rows=7, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "optimizer", "rows"), [("gpt2", "adamw", 13), ("fast", "muon", 8)]
+)
+def test_the_elastic_order_is_the_same_bits_on_any_number_of_processes(
+    pool: Pool, family: str, optimizer: str, rows: int
+) -> None:
+    """Micro-batches of two rows, the seventh of one: branches that are not full, too."""
+    words: dict[str, Any] = {"steps": 5, "rows": rows, "elastic": True}
+    alone = jobs.train(family, optimizer, **words)
+    for size in (2, 3):
+        for answer in pool.run(size, jobs.train, family, optimizer, **words):
+            for name in ("losses", "norms", "counts", "evaluations", "checksums"):
+                assert answer[name] == alone[name], (size, name)
+            for name, (_, values) in alone["last"].items():
+                np.testing.assert_array_equal(answer["last"][name][1], values)
+
+
+def test_every_leaf_of_the_tree_has_one_process() -> None:
+    for size, n_leaves in itertools.product(range(1, 10), range(1, 20)):
+        branches = Branches(size, n_leaves)
+        leaves = [leaf for rank in range(size) for leaf in branches.leaves(rank)]
+        assert leaves == list(range(n_leaves))
+        owners = [branches.owner(b) for rank in range(size) for b in branches.of(rank)]
+        assert owners == [branches.owner(b) for b in range(branches.n)]
+
+
+def check_checkpoint(pool: Pool, folder: Path, saved_by: str, read_by: Sequence[str]) -> None:
+    axes = LAYOUTS.get(saved_by, {})
+    size, within = math.prod(axes.values()), math.prod(n for a, n in axes.items() if a != "data")
+    pool.run(size, jobs.save, str(folder), axes)
+    files = {p.name for p in (folder / "checkpoints/step-00000001").iterdir()}
+    assert len(files) == 1 + 2 * within
+    whole = assembled(pool.run(1, jobs.load, str(folder), {}))
+    assert {"model/head.weight", "optimizer/ngrams.parts.2.weight/squares"} <= whole.keys()
+    for name in read_by:
+        axes = LAYOUTS[name]
+        found = assembled(pool.run(math.prod(axes.values()), jobs.load, str(folder), axes))
+        assert found.keys() == whole.keys()
+        for tensor, values in whole.items():
+            np.testing.assert_array_equal(found[tensor], values, err_msg=tensor)
+
+
+@pytest.mark.parametrize("saved_by", ["fsdp 4", "pp x tp"])
+def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
+    pool: Pool, tmp_path: Path, saved_by: str
+) -> None:
+    check_checkpoint(pool, tmp_path, saved_by, ("hsdp", "pp x fsdp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved_by", ["one", *LAYOUTS])
+def test_so_is_each_by_each(pool: Pool, tmp_path: Path, saved_by: str) -> None:
+    check_checkpoint(pool, tmp_path, saved_by, list(LAYOUTS))
+
+
+def test_layouts_save_the_same_numbers(pool: Pool, tmp_path: Path) -> None:
+    """The step before the save is one of every rule, Muon's with its owners too."""
+    for name in ("one", "fsdp 2", "hsdp", "tp x fsdp"):
+        axes, folder = LAYOUTS.get(name, {}), tmp_path / name
+        folder.mkdir()
+        pool.run(math.prod(axes.values()), jobs.save, str(folder), axes)
+    one = assembled(pool.run(1, jobs.load, str(tmp_path / "one"), {}))
+    for name in ("fsdp 2", "hsdp", "tp x fsdp"):
+        other = assembled(pool.run(1, jobs.load, str(tmp_path / name), {}))
+        for tensor, values in one.items():
+            np.testing.assert_allclose(other[tensor], values, rtol=1e-5, atol=1e-7, err_msg=tensor)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_for_one_fails_for_all(pool: Pool, tmp_path: Path, failing: int) -> None:
+    told = pool.run(2, jobs.fail_to_save, str(tmp_path), failing)
+    assert all("No space left" in text for text in told)
+    assert f"process {failing}" in told[1 - failing]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="there are 2 processes on this machine, and GPUs: 1"):
+        open_world("cuda", threads=1)
+
+
+def test_processes_talk_in_texts_and_sums(pool: Pool) -> None:
+    for rank, said in enumerate(pool.run(3, jobs.talk)):
+        assert (said["rank"], said["leads"]) == (rank, rank == 0)
+        assert said["texts"] == ["", "é", "éé"]
+        assert said["shared"] == "from 0"
+        assert said["numbers"] == [[0, 0.5], [1, 0.5], [2, 0.5]]
+        assert said["total"] == [6, 3e15 + 3]
+        assert said["sum"] == [3.0, 3.0]
+        assert said["alone"] == rank
+
+
+def test_processes_that_differ_refuse_to_start(pool: Pool) -> None:
+    said = pool.run(2, jobs.differ)
+    assert said == ["process 0 and process 1 differ, and must not: code: abc and xyz"] * 2
+
+
+def test_only_this_machine_is_listened_to(pool: Pool) -> None:
+    for found in pool.run(2, jobs.listeners):
+        assert found
+        assert set(found) == {"0100007F"}  # 127.0.0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"processes": 0}, "parallel.processes is 0; it must be at least 1"),
+        (
+            {"processes": 4, "shard": 3},
+            "parallel.data 1 x parallel.shard 3 is 3, and there are 4 processes",
+        ),
+        ({"processes": 4, "data": 4, "shard": 2}, "is 8, and there are 4 processes"),
+    ],
+)
+def test_axes_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ParallelConfig(**settings)
+
+
+def test_axes_are_filled_from_the_processes() -> None:
+    assert ParallelConfig(shard=2).laid_out(8) == ParallelConfig(processes=8, data=4, shard=2)
+    with pytest.raises(ValueError, match="there are 3 processes"):
+        ParallelConfig(shard=2).laid_out(3)
+
+
+def test_a_slow_process_is_named_once_and_its_recovery_too() -> None:
+    seen = Stragglers()
+    said = [seen.note([1.0, 1.1, 1.7, 0.9]) for _ in range(WINDOW)]
+    assert said[:-1] == [[]] * (WINDOW - 1)
+    assert said[-1] == [
+        "process 2 is slow: in 20 steps its forward passes went at 59% of the others' speed, and "
+        "all wait for it"
+    ]
+    assert not any(seen.note([1.0, 1.1, 1.7, 0.9]) for _ in range(WINDOW))
+    again = [seen.note([1.0, 1.1, 1.2, 0.9]) for _ in range(WINDOW)][-1]
+    assert again == ["process 2 is as fast as the others again"]
+
+
+def test_one_process_is_never_slow() -> None:
+    seen = Stragglers()
+    assert not any(seen.note([5.0]) for _ in range(2 * WINDOW))
+
+
+def test_processes_that_do_not_say_how_long_they_take_are_not_slow() -> None:
+    seen = Stragglers()
+    assert not any(seen.note([0.0, 0.0]) for _ in range(2 * WINDOW))
+
+
+@pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MOST_RESTARTS), (True, 10)])
+def test_what_fails_without_getting_on_is_not_started_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, moves: bool, starts: int
+) -> None:
+    said: list[Sequence[str]] = []
+
+    def fail(words: Sequence[str], n: int) -> int:
+        said.append(words)
+        raise PeerDied("process 1 was killed by SIGKILL", 2 if len(said) == 10 else 1)
+
+    monkeypatch.setattr(processes_page, "launch_once", fail)
+    with pytest.raises(PeerDied):
+        processes_page.launch(
+            ["first"],
+            lambda: ["again"],
+            2,
+            Output(json=False),
+            progress=lambda: len(said) if moves else 0,
+        )
+    assert said == [["first"], *[["again"]] * (starts - 1)]

