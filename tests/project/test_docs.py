@@ -4,7 +4,8 @@ typed, its links, verbs, settings and file names lead somewhere.
 A page is a program: its ```python blocks run in order, in one namespace, in an empty folder. A
 ```text block directly under one is what it prints. README's ```sh lines that begin with `pretrain`
 are typed as they stand, only that a new run is given the tiny settings of tests/helpers/tiny.py,
-20 steps, and a part of the bundled corpus for all of it. The proofs of `verify` and `doctor` are left out.
+20 steps, and a part of the bundled corpus for all of it. The proofs of `verify` and `doctor` are
+left out.
 """
 
 from __future__ import annotations
