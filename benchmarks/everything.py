@@ -28,7 +28,7 @@ import throughput
 import waiting
 from rows import OURS, Row, table
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "explanation" / "benchmarks.md"
 PICTURE = PAGE.with_suffix(".svg")
 
 

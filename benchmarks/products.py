@@ -4,7 +4,8 @@ python benchmarks/products.py [--threads 2] [--d-model 384]
 
 A product with weights (x W^T), with their transpose (y W), and that of a gradient (y^T x). With
 `ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` before it both are held to what older
-processors can do; with the library of docs/speed.md in LD_PRELOAD the first column changes.
+processors can do; with the library of docs/explanation/speed.md in LD_PRELOAD the first column
+changes.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ def leave_world(world: World) -> None:
 
 def yield_idle_cores() -> None:
     """Let threads that wait for others sleep soon, unless the user says how they wait; read when
-    torch is loaded, so it must be called before (docs/speed.md has what it gains)."""
+    torch is loaded, so it must be called before (docs/explanation/speed.md has what it gains)."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 

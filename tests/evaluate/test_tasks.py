@@ -187,7 +187,7 @@ def test_every_definition_is_whole() -> None:
 
 
 def test_the_page_of_tasks_has_a_row_for_each_definition() -> None:
-    page = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/how-to/tasks.md").read_text(encoding="utf-8")
     papers = {"gpt": "GPT", "gpt2": "GPT-2", "llama": "LLaMA"}
     rows = [
         f"| {task.name} | {', '.join(papers[p] for p in task.papers) or '-'} | {task.kind} | "

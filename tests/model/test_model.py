@@ -468,7 +468,8 @@ def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
     assert sum(p.numel() for p in decoder.parameters()) == parameters
     assert n_parameters(chosen, vocab_size=vocab_size) == parameters
     row = f"| {preset} | {parameters:,} | {vocab_size:,} |"
-    assert row in (Path(__file__).parents[2] / "docs/rooms/model.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2] / "docs/internals/model.md"
+    assert row in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)

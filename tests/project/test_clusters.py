@@ -16,7 +16,7 @@ from pretrain.cli import take_settings
 from pretrain.cli.places import read_target
 from pretrain.config import compose, parse_overrides
 
-FOLDER = Path(__file__).parents[2] / "docs/clusters"
+FOLDER = Path(__file__).parents[2] / "docs/how-to/clusters"
 
 
 def scripts() -> dict[str, str]:

@@ -165,6 +165,6 @@ def test_every_room_has_its_page_and_the_index_names_it() -> None:
         "distributed",
     }
     pages = {PAGE_OF_ROOM.get(room, room) for room in rooms}
-    assert pages == {p.stem for p in (ROOT / "docs" / "rooms").glob("*.md")}
+    assert pages == {p.stem for p in (ROOT / "docs" / "internals").glob("*.md")}
     index = read(ROOT / "docs" / "README.md")
-    assert all(f"(rooms/{page}.md)" in index for page in pages)
+    assert all(f"(internals/{page}.md)" in index for page in pages)

@@ -272,7 +272,7 @@ def test_two_torchruns_meet_and_go_on_after_a_death(
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     command += ["-m", "--", "pretrain", "train", str(corpus), "--run", str(run), *WORDS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    # Else three restarts of four meet at the addresses of the dead (docs/processes.md).
+    # Else three restarts of four meet at the addresses of the dead (docs/how-to/processes.md).
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     hosts = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What docs/exactness.md promises of numbers, level by level, and of signals: none is lost."""
+"""What docs/explanation/exactness.md promises of numbers and of signals, level by level."""
 
 from __future__ import annotations
 

@@ -78,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens from one window to the next [the context: windows do not overlap]",
     )
-    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of the table in docs/tasks.md")
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks in docs/how-to/tasks.md")
     parser.add_argument(
         "--task-data", metavar="DIR", help=f"folder with the tasks' files [${DATA_VARIABLE}]"
     )
     parser.add_argument(
-        "--task-file", nargs="+", metavar="FILE", help="your own, as docs/tasks.md says"
+        "--task-file", nargs="+", metavar="FILE", help="your own, as docs/how-to/tasks.md says"
     )
     parser.add_argument("--metric", metavar="M", help="what the tasks are judged by [their own]")
     parser.add_argument(
@@ -185,7 +185,7 @@ def find_file(task: Task, folder: Path | None) -> Path:
         if found != task.sha256:
             raise ValueError(
                 f"{path} is not the file of task {task.name}: its sha256 is {found}, not "
-                f"{task.sha256}; --task-file takes any file in the form of docs/tasks.md"
+                f"{task.sha256}; --task-file takes any file in the form of docs/how-to/tasks.md"
             )
     return path
 

@@ -17,11 +17,11 @@ class EvaluateConfig:
     """The section `evaluate`."""
 
     tasks: tuple[str, ...] = ()
-    """tasks of the table in docs/tasks.md that are asked while training goes on"""
+    """tasks of the table in docs/how-to/tasks.md that are asked while training goes on"""
     task_data: str | None = None
     """folder with the files of those tasks; empty: the environment's PRETRAIN_TASKS"""
     task_files: tuple[str, ...] = ()
-    """tasks of your own, in the form of docs/tasks.md"""
+    """tasks of your own, in the form of docs/how-to/tasks.md"""
     texts: tuple[str, ...] = ()
     """files of text whose bits per byte are followed"""
     examples: int = 200

@@ -1,6 +1,6 @@
 """The text of a task's file -> examples, and the shots before them.
 
-Text comes in as JSON lines in the documented form (docs/tasks.md), as
+Text comes in as JSON lines in the documented form (docs/how-to/tasks.md), as
 HellaSwag's six lines an example, as SQuAD's JSON, or as plain text; examples of one shape for all
 kinds go out. What is missing in a record, or is of the wrong type, is refused with file and line.
 """

@@ -3,7 +3,7 @@ were published.
 
 A family is a function that returns the values of a `ModelConfig`; what is not named in it is the
 config's default. To add one: write its function, name it in FAMILIES, and hold it to an
-implementation that somebody else wrote (docs/rooms/model.md does so with Qwen 2).
+implementation that somebody else wrote (docs/internals/model.md does so with Qwen 2).
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class _Rotation(torch.autograd.Function):
 
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """x W^T + b, in float32 on a CPU that is not Intel's by oneDNN, which comes with torch and is
-    faster there than the MKL that torch's own function calls (docs/speed.md)."""
+    faster there than the MKL that torch's own function calls (docs/explanation/speed.md)."""
     is_large = x_XD.numel() >= FEWEST_ROWS * x_XD.shape[-1]
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
     if not (

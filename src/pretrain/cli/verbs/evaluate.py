@@ -5,7 +5,7 @@ pretrain evaluate RUN --text a.txt b.txt   your own files, each by itself
 pretrain evaluate RUN --stride 64          windows that overlap: more context for each token
 pretrain evaluate RUN --text a.txt --heat-map a.html         which words surprise the model
 pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
-pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own questions: docs/tasks.md
+pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own: docs/how-to/tasks.md
 pretrain evaluate RUN --overlap            and what it has seen before, also in its report
 pretrain evaluate RUN --tasks piqa --explain samples_piqa.jsonl   why lm-evaluation-harness differs
 """
