@@ -32,7 +32,7 @@ SIZES = (1, 2)
 # What is taken away from `fast`, or changed back to what is usual.
 WITHOUT = {
     "no n-gram tables": "--model.ngram_rows 0",
-    "no recall": "--model.recall 0",
+    "no recall": "--model.induction 0",
     "no norm of queries and keys": "--model.query_key_norm false",
     "no norm of the embedding": "--model.embedding_norm false",
     "branches start scaled, not at 0": "--model.initialization scaled",
@@ -44,7 +44,7 @@ WITHOUT = {
 # What is added to it, or set otherwise.
 WITH = {
     "4-grams too": "--model.longest_ngram 4",
-    "recall of three ids too": "--model.recall 3",
+    "recall of three ids too": "--model.induction 3",
     "context 512": "--model.context_length 512",
     "batch of 2,048": "--train.batch_tokens 2048",
     "batch of 8,192": "--train.batch_tokens 8192",

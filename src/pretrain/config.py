@@ -32,6 +32,16 @@ from pretrain.tokenizer.config import TokenizerConfig
 from pretrain.train.config import TrainConfig, mistakes_of_batch
 
 Layer = Mapping[str, Mapping[str, Any]]
+RENAMED_KEYS = {
+    "model.induction": "model.induction",
+    "optimizer.embedding_lr_mult": "optimizer.embedding_lr_mult",
+    "optimizer.head_lr_mult": "optimizer.head_lr_mult",
+    "optimizer.base_batch_tokens": "optimizer.base_batch_tokens",
+    "optimizer.base_width": "optimizer.base_width",
+    "parallel.activation_checkpointing": "parallel.activation_checkpointing",
+    "schedule.history": "schedule.history",
+}
+"""Old names of keys: a config that has one was written before they were renamed."""
 _LARGEST_FILE_BYTES, _LONGEST_NUMBER, _DEEPEST = 1 << 18, 100, 50
 
 
@@ -262,7 +272,12 @@ def _merge(layers: Iterable[Layer], mistakes: _Mistakes) -> dict[str, dict[str, 
                 mistakes.add(f"{name} holds {_shown(section)}; keys with values are meant", *known)
                 continue
             for full in (f"{name}.{key}" for key in section):
-                if full not in known:
+                if full in RENAMED_KEYS:
+                    mistakes.add(
+                        f"{full} is now {RENAMED_KEYS[full]}: this config was written by an older "
+                        "pretrain; rename the key"
+                    )
+                elif full not in known:
                     mistakes.add_unknown(f"there is no {repr(full)[1:-1]:.80}", full, known)
             section = {key: each for key, each in section.items() if f"{name}.{key}" in known}
             if name == "train" and "minutes" in section and "steps" not in section:

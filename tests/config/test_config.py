@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.cli import take_settings
-from pretrain.config import compose, parse_overrides, read_file, read_yaml, to_dict, to_yaml
+from pretrain.config import (
+    RENAMED_KEYS,
+    SECTIONS,
+    compose,
+    parse_overrides,
+    read_file,
+    read_yaml,
+    to_dict,
+    to_yaml,
+)
 from pretrain.optim import ScheduleConfig
 from pretrain.optim.continuation import Curve, extend
 
@@ -156,8 +165,8 @@ def test_the_past_of_a_schedule_is_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert compose([read_file(path)]) == config
-    path.write_text("schedule: {past: [{until_step: 3}]}")
-    with pytest.raises(ValueError, match=r"schedule\.past has an entry without a steps"):
+    path.write_text("schedule: {history: [{until_step: 3}]}")
+    with pytest.raises(ValueError, match=r"schedule\.history has an entry without a steps"):
         compose([read_file(path)])
 
 
@@ -187,3 +196,18 @@ def test_settings_are_told_from_arguments() -> None:
     settings, rest = take_settings(words.split())
     assert settings == ["--train.steps", "20", "--model.d_model=64", "--train.minutes"]
     assert rest == ["my.txt", "--run", "out", "--resume"]
+
+
+def test_a_renamed_key_names_its_new_name() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^optimizer.base_width is now optimizer.base_width: this config was written by an "
+        "older pretrain; rename the key$",
+    ):
+        compose([{"optimizer": {"base_width": 128}}])
+
+
+def test_every_renamed_key_is_a_key_today() -> None:
+    keys = {f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in fields(kind)}
+    assert set(RENAMED_KEYS.values()) <= keys
+    assert not set(RENAMED_KEYS) & keys

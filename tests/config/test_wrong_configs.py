@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
         ["model.size is the dial of the family fast, and model.family is llama"],
     ),
     "a size of nothing": ("model: {family: fast, size: 0}", "", ["model.size is 0; it must be at"]),
-    "no more recall": ("model: {recall: 9}", "", ["model.recall is 9; it must be in [0, 8]"]),
+    "no more recall": ("model: {induction: 9}", "", ["model.induction is 9; it must be in [0, 8]"]),
     "grams of nine": ("model: {longest_ngram: 9}", "", ["model.longest_ngram is 9; it must be"]),
     "rows below zero": ("model: {ngram_rows: -1}", "", ["ngram_rows is -1; it must be 0 or above"]),
     "no epsilon": ("model: {norm_epsilon: 0}", "", ["model.norm_epsilon is 0.0; it must be above"]),
@@ -189,13 +189,13 @@ WRONG: dict[str, tuple[str, str, list[str]]] = {
     ),
     "a rate of zero": ("optimizer: {learning_rate: 0}", "", ["must be a number above 0"]),
     "every number of the optimizer": (
-        "optimizer: {learning_rate: -1, embedding_rate: -2, head_rate: -3, momentum: 1,"
+        "optimizer: {learning_rate: -1, embedding_lr_mult: -2, head_lr_mult: -3, momentum: 1,"
         " weight_decay: -0.1, beta1: 1, beta2: 2, epsilon: 0, clip: -1}",
         "",
         [
             "learning_rate is -1.0",
-            "embedding_rate is -2.0",
-            "head_rate is -3.0",
+            "embedding_lr_mult is -2.0",
+            "head_lr_mult is -3.0",
             "momentum is 1.0",
             "weight_decay is -0.1",
             "beta1 is 1.0",

@@ -180,18 +180,18 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
     staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
     with pytest.raises(ValueError, match=r"and stages when: with both give train\.steps"):
         _ = MixedData(staged, [data]).asked_tokens
-    refusing = MixedData(DataConfig(source=sources(texts), exhausted="refuse"), [data])
+    refusing = MixedData(DataConfig(source=sources(texts), exhausted="error"), [data])
     with pytest.raises(ValueError, match=r"letters\.jsonl' [\d.]+ times, and data\.exhausted"):
         refusing.order(context_length=16, seed=1, steps=2000, batch_rows=4)
     refusing.order(context_length=16, seed=1, steps=10, batch_rows=4)
-    once = DataConfig(source=sources(texts, epochs=1.0), exhausted="refuse")
+    once = DataConfig(source=sources(texts, epochs=1.0), exhausted="error")
     refusing = MixedData(once, [data])
     assert refusing.asked_tokens is not None
     for rows in (4, 8, 16, 32):
         options = {"context_length": 32, "seed": 1, "batch_rows": rows}
         steps = round(refusing.asked_tokens / (rows * 32))
         refusing.order(steps=steps, **options)
-        with pytest.raises(ValueError, match=r"data\.exhausted is 'refuse'"):
+        with pytest.raises(ValueError, match=r"data\.exhausted is 'error'"):
             refusing.order(steps=2 * steps, **options)
     late = MixedData(DataConfig(source=sources(texts, weight=3.0, stage=0.95)), [data])
     with pytest.raises(ValueError, match="8 steps are too few for 2 stages"):

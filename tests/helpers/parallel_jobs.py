@@ -172,7 +172,11 @@ def train(
         )
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         while True:
-            with hooks if axes.get("recompute") and trainee.world.size == 1 else nullcontext():
+            with (
+                hooks
+                if axes.get("activation_checkpointing") and trainee.world.size == 1
+                else nullcontext()
+            ):
                 report = next(updates, None)
             if report is None:
                 break

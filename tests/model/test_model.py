@@ -363,7 +363,7 @@ def test_a_cache_changes_nothing(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("longest", [2, 3, 6])
 def test_ngram_tables_hang_on_the_last_ids_alone(longest: int) -> None:
-    chosen = config("fast", d_model=8, ngram_rows=1009, longest_ngram=longest, recall=0)
+    chosen = config("fast", d_model=8, ngram_rows=1009, longest_ngram=longest, induction=0)
     embedding = NgramEmbedding(chosen, V)
     with torch.no_grad():
         for name, p in embedding.named_parameters():

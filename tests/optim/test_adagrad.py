@@ -36,7 +36,7 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
     """The sparse path is a twin of the dense one, clipping included."""
     section = {"family": "fast", "d_model": 32, "context_length": 8, "n_layers": 1}
     chosen = compose([{"model": {**section, "ngram_rows": 61}}])
-    config = OptimizerConfig(name=name, embedding_rate=2.0)  # type: ignore[arg-type]
+    config = OptimizerConfig(name=name, embedding_lr_mult=2.0)  # type: ignore[arg-type]
     ids = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(0))
     micro_batches = [
         MicroBatch(ids[i : i + 2, :-1], ids[i : i + 2, 1:], torch.arange(i, i + 2)) for i in (0, 2)
@@ -68,7 +68,7 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
 @pytest.mark.parametrize("batch_tokens", [256, 4096])
 def test_a_first_reading_moves_a_row_by_as_much_as_it_says(batch_tokens: int) -> None:
     """Twice the gradient, nearly twice the move, until it is much; the same in a larger batch."""
-    config, moves = OptimizerConfig(name="muon", embedding_rate=1.0), []
+    config, moves = OptimizerConfig(name="muon", embedding_lr_mult=1.0), []
     for slope in (0.1, 0.2, 50.0):
         table = torch.nn.Parameter(torch.zeros(3, 4))
         optimizer = build_optimizer(
@@ -91,7 +91,7 @@ def test_tables_have_their_own_rule_and_rate() -> None:
         *("ngrams.parts.2.weight", "ngrams.parts.3.weight"),
         *("ngrams.recalled.1.weight", "ngrams.recalled.2.weight"),
     }
-    config = OptimizerConfig(name="muon", embedding_rate=3.0, head_rate=0.5)
+    config = OptimizerConfig(name="muon", embedding_lr_mult=3.0, head_lr_mult=0.5)
     optimizer = build_optimizer(named, config=config)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = {name: group_of[id(p)] for name, p in named}

@@ -53,7 +53,7 @@ def test_embeddings_and_head_are_left_to_adamw() -> None:
 
 def test_an_update_is_the_formula_and_embeddings_take_their_own_rate() -> None:
     config = OptimizerConfig(
-        name="muon", learning_rate=0.02, embedding_rate=4.0, weight_decay=0.5, epsilon=1e-12
+        name="muon", learning_rate=0.02, embedding_lr_mult=4.0, weight_decay=0.5, epsilon=1e-12
     )
     decoder = build(
         ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8), vocab_size=50, seed=1
@@ -115,8 +115,8 @@ def test_rates_that_were_found_at_one_width_follow_another(name: Any, scale: flo
     given = {**model_defaults({"family": "fast"}), **sizes, "context_length": 16}
     decoder = build(ModelConfig(**given), vocab_size=50, seed=1)
 
-    def rates(tuned_width: int | None, width: int | None = 256) -> dict[str, float]:
-        chosen = OptimizerConfig(name=name, learning_rate=1e-2, tuned_width=tuned_width)
+    def rates(base_width: int | None, width: int | None = 256) -> dict[str, float]:
+        chosen = OptimizerConfig(name=name, learning_rate=1e-2, base_width=base_width)
         optimizer = build_optimizer(decoder.named_parameters(), config=chosen, width=width)
         set_learning_rate(optimizer, 1e-2)
         by_parameter = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -139,7 +139,7 @@ def test_rates_that_were_found_with_one_batch_grow_with_the_root_of_another() ->
     )
 
     def rates(tuned: int | None, batch_tokens: int) -> list[float]:
-        config = OptimizerConfig(name="muon", learning_rate=1e-2, tuned_batch_tokens=tuned)
+        config = OptimizerConfig(name="muon", learning_rate=1e-2, base_batch_tokens=tuned)
         optimizer = build_optimizer(
             decoder.named_parameters(), config=config, batch_tokens=batch_tokens
         )

@@ -112,12 +112,12 @@ def test_nothing_is_annealed_from_zero(name: str) -> None:
 def test_the_past_is_cut_where_a_checkpoint_is_older() -> None:
     old = ended("linear")
     new = extend(old, done=100, steps=180, given={})
-    changed = Curve(replace(new.schedule, past=new.past_until(40)), 1.0, 180)
-    assert [part.until_step for part in changed.schedule.past] == [40]
+    changed = Curve(replace(new.schedule, history=new.history_until(40)), 1.0, 180)
+    assert [part.until_step for part in changed.schedule.history] == [40]
     assert [changed.at(step) for step in range(40)] == [old.at(step) for step in range(40)]
-    assert new.past_until(0) == ()
-    assert [part.until_step for part in new.past_until(100)] == [100]
-    assert [part.until_step for part in new.past_until(120)] == [100, 120]
+    assert new.history_until(0) == ()
+    assert [part.until_step for part in new.history_until(100)] == [100]
+    assert [part.until_step for part in new.history_until(120)] == [100, 120]
 
 
 def test_both_curves_are_shown_at_a_dozen_steps() -> None:
@@ -139,7 +139,7 @@ def test_both_curves_are_shown_at_a_dozen_steps() -> None:
         ({"origin_step": 5}, "are written by pretrain extend"),
         ({"anneal": True}, "are written by pretrain extend"),
         ({"start_fraction": math.nan}, "start_fraction is nan"),
-        ({"past": ended("wsd").past_until(100) * 2}, r"until the steps \[100, 100\]"),
+        ({"history": ended("wsd").history_until(100) * 2}, r"until the steps \[100, 100\]"),
     ],
 )
 def test_a_past_that_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:

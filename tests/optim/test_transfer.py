@@ -1,5 +1,5 @@
 """Rates that were found once are the best at another width, depth, batch and number of steps: the
-rules of optimizer.tuned_width and tuned_batch_tokens."""
+rules of optimizer.base_width and base_batch_tokens."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ USUAL = {
     "train.steps": 100,
     "model.context_length": 128,
     "model.ngram_rows": 0,
-    "model.recall": 0,
-    "optimizer.tuned_width": 128,
-    "optimizer.tuned_batch_tokens": 2048,
+    "model.induction": 0,
+    "optimizer.base_width": 128,
+    "optimizer.base_batch_tokens": 2048,
 }
 
 

@@ -96,7 +96,12 @@ def test_processes_that_are_there_move_as_much(pool: Pool, size: int) -> None:
 
 @pytest.mark.slow
 def test_recomputed_blocks_keep_their_input(pool: Pool) -> None:
-    axes: dict[str, Any] = {"size": 64, "tokens": 8192, "shard": 64, "recompute": "full"}
+    axes: dict[str, Any] = {
+        "size": 64,
+        "tokens": 8192,
+        "shard": 64,
+        "activation_checkpointing": "full",
+    }
     (found,) = pool.run(1, jobs.trace, "llama3-8b", **axes)
     assert found["kept"] == pytest.approx(kept(found, 8192, KEPT_RECOMPUTED), rel=0.15)
 

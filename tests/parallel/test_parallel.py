@@ -286,7 +286,7 @@ def test_activations_that_are_made_again_are_the_same(family: str, kind: str) ->
 
 @pytest.mark.parametrize("layout", ["tp 2", "pp 2"])
 def test_so_they_are_in_several_processes(pool: Pool, layout: str) -> None:
-    axes, words = LAYOUTS[layout], {"steps": 3, "rows": 4, "recompute": "full"}
+    axes, words = LAYOUTS[layout], {"steps": 3, "rows": 4, "activation_checkpointing": "full"}
     alone = jobs.train("gpt2", "adamw", steps=3, rows=4, dtype="float64")
     for answer in pool.run(2, jobs.train, "gpt2", "adamw", dtype="float64", **words, **axes):
         np.testing.assert_allclose(answer["losses"], alone["losses"], rtol=1e-9)

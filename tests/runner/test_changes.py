@@ -224,7 +224,7 @@ def test_another_rate_holds_from_its_step_on_and_is_drawn(
     said = capsys.readouterr().out
     assert "old rate" in said
     assert said.index("old rate") < said.index("resuming")
-    (past,) = config_of(run)["schedule"]["past"]
+    (past,) = config_of(run)["schedule"]["history"]
     assert (past["until_step"], past["learning_rate"], past["steps"]) == (3, 3e-3, 8)
     # Both newer checkpoints are lost, the steps that are made again have the rates that they had.
     for checkpoint in list_checkpoints(run / "checkpoints"):
@@ -330,7 +330,7 @@ def test_an_extension_is_drawn_and_recorded_before_its_first_step(
     # Once more, from there.
     assert main(["extend", str(run), "--train.steps", "20"]) == 0
     assert (run / "summary.json.2").is_file()
-    assert [past["until_step"] for past in config_of(run)["schedule"]["past"]] == [8, 16]
+    assert [past["until_step"] for past in config_of(run)["schedule"]["history"]] == [8, 16]
 
 
 def test_an_annealing_falls_in_a_straight_line_to_zero(

@@ -96,9 +96,9 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
     that was written into the config."""
     if not (folder / SUMMARY).is_file():
         return False
-    past, steps = config.schedule.past, config.train.steps
+    history, steps = config.schedule.history, config.train.steps
     assert steps is not None
-    return not (past and summary_of(folder)["steps"] <= past[-1].until_step < steps)
+    return not (history and summary_of(folder)["steps"] <= history[-1].until_step < steps)
 
 
 def report_is_due(folder: Path) -> bool:
@@ -166,12 +166,12 @@ class Resumption:
     def _settle_schedule(self) -> None:
         """A changed schedule holds from this step on: the rates of the steps before stay."""
         before, now = self.before, self.wanted
-        same = replace(now.schedule, past=before.schedule.past) == before.schedule
+        same = replace(now.schedule, history=before.schedule.history) == before.schedule
         if same and now.optimizer.learning_rate == before.optimizer.learning_rate:
-            past = before.schedule.past
+            history = before.schedule.history
         else:
-            past = curve_of(before).past_until(self.step)
-        self.wanted = replace(now, schedule=replace(now.schedule, past=past))
+            history = curve_of(before).history_until(self.step)
+        self.wanted = replace(now, schedule=replace(now.schedule, history=history))
 
     def refuse_other_text(self) -> None:
         """ValueError for other settings of the text: before hours go into its preparation."""
@@ -202,7 +202,7 @@ class Resumption:
         found = differences(self.old, now)
         bent = any(c.bends_rates and not c.impossible for c in found)
         # The past was written for the change beside it, and not by the user.
-        return [c for c in found if not (bent and c.name == "schedule.past")]
+        return [c for c in found if not (bent and c.name == "schedule.history")]
 
     def _checked(self, change: Change, data: PreparedData) -> Change:
         from pretrain.tokenizer import load_tokenizer

@@ -57,7 +57,7 @@ class DataConfig:
     source: str | tuple[SourceConfig, ...] = "bundled"
     """A file, folder or pattern of text, HTML, JSON, CSV, Parquet or WARC, plain or compressed; a
     prepared folder; "bundled"; or a list of {path, weight or epochs, stage}."""
-    exhausted: Literal["repeat", "refuse"] = "repeat"
+    exhausted: Literal["repeat", "error"] = "repeat"
     """What happens with a source of a list that the run would read more than once."""
     text_field: str | None = None
     """The field of records that holds the text; by default it is found in the first

@@ -147,11 +147,11 @@ class MixedData(PreparedData):
         # What is asked for in epochs may be a few windows more: steps and shares are rounded.
         asked = sum(stages[0.0].values()) / (context_length * batch_rows) + 1
         is_asked = len(stages) == 1 and steps < asked and all((e.epochs or 2) <= 1 for e in entries)
-        if self._config.exhausted == "refuse" and steps < 1 << 40 and not is_asked:
+        if self._config.exhausted == "error" and steps < 1 << 40 and not is_asked:
             for path, epochs in mixture.epochs(steps * batch_rows).items():
                 if epochs > 1:
                     raise ValueError(
                         f"the run would read {path!r} {epochs:.2f} times, and data.exhausted is "
-                        "'refuse'; take fewer steps, a smaller weight, or data.exhausted repeat"
+                        "'error'; take fewer steps, a smaller weight, or data.exhausted repeat"
                     )
         return mixture

@@ -117,7 +117,7 @@ class Ngrams(nn.Module):
         rows, d, n_parts = c["ngram_rows"], c["d_model"], c["n_heads"]
         self.rows, self.n_parts, shape = rows, n_parts, (n_parts * rows, d // n_parts)
         lengths = range(2, 1 + (c["longest_ngram"] or 3)) if rows else ()
-        recalled = range(1, 1 + c["recall"])
+        recalled = range(1, 1 + c["induction"])
         self.parts = nn.ModuleDict({str(n): nn.Embedding(*shape) for n in lengths})
         self.recalled = nn.ModuleDict({str(n): nn.Embedding(vocab_size + 1, d) for n in recalled})
 
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         self.position_embedding = None
         if c["position"] == "learned":
             self.position_embedding = nn.Embedding(c["context_length"], c["d_model"])
-        self.ngrams = Ngrams(c, vocab_size) if c["ngram_rows"] or c["recall"] else None
+        self.ngrams = Ngrams(c, vocab_size) if c["ngram_rows"] or c["induction"] else None
         self.blocks = nn.ModuleList([Block(c) for _ in range(c["n_layers"])])
         self.final_norm = Norm(c) if c["norm_place"] == "before" else None
         self.head = None if c["tied_head"] else nn.Linear(c["d_model"], vocab_size, bias=False)

@@ -98,7 +98,7 @@ class ModelConfig:
     longest_ngram: int | None = None
     """there is such a table for the last 2 to so many ids; empty: 3, and 6 for a vocabulary of
     single characters or bytes"""
-    recall: int = 0
+    induction: int = 0
     """for the last 1 to so many ids there is an embedding of what followed them when they last
     occurred in the window; 0: none"""
     bias: Bias = "none"
@@ -132,8 +132,11 @@ class ModelConfig:
         if not 0 <= self.ngram_rows <= _MOST_ROWS:
             legal = "0 or above" if self.ngram_rows < 0 else f"at most {_MOST_ROWS:,}"
             yield "ngram_rows", f"model.ngram_rows is {self.ngram_rows}; it must be {legal}"
-        if not 0 <= self.recall <= LONGEST_NGRAM:
-            yield "recall", f"model.recall is {self.recall}; it must be in [0, {LONGEST_NGRAM}]"
+        if not 0 <= self.induction <= LONGEST_NGRAM:
+            yield (
+                "induction",
+                f"model.induction is {self.induction}; it must be in [0, {LONGEST_NGRAM}]",
+            )
         for name in ("norm_epsilon", "rope_theta", "rope_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 yield name, f"model.{name} is {getattr(self, name)}; it must be above 0"
@@ -202,7 +205,7 @@ class ModelConfig:
 
     def table_rows(self, vocab_size: int) -> int:
         """Rows of all the tables that are only looked up, d_model numbers each."""
-        return len(self.ngram_lengths) * self.ngram_rows + self.recall * (vocab_size + 1)
+        return len(self.ngram_lengths) * self.ngram_rows + self.induction * (vocab_size + 1)
 
     def has_bias(self, part: Literal["query_key_value", "output", "feed_forward", "norm"]) -> bool:
         """Whether a part of each block has biases; rms norms never have."""

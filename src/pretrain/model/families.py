@@ -106,7 +106,7 @@ def fast(*, size: int = 2, **changes: Any) -> Values:
         "embedding_norm": True,
         "query_key_norm": True,
         "ngram_rows": 131_072,
-        "recall": 2,
+        "induction": 2,
         "bias": "none",
         "tied_head": False,
         "initialization": "zero",

@@ -47,7 +47,7 @@ class NgramEmbedding(nn.Module):
         lengths, shape = config.ngram_lengths, (self.n_parts * self.rows, config.d_head)
         self.parts = nn.ModuleDict({str(n): Embedding(*shape) for n in lengths})
         # Row 0 is for "it did not occur before".
-        recalled = range(1, config.recall + 1)
+        recalled = range(1, config.induction + 1)
         self.recalled = nn.ModuleDict({str(n): Embedding(vocab_size + 1, d) for n in recalled})
 
     def forward(self, ids_BT: Tensor, before_BP: Tensor) -> Tensor:

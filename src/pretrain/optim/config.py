@@ -17,15 +17,15 @@ class OptimizerConfig:
     """the update rule: adamw, or muon for hidden matrices and adamw for the rest"""
     learning_rate: float = 3e-3
     """peak learning rate"""
-    embedding_rate: float = 1.0
+    embedding_lr_mult: float = 1.0
     """rate of the token embedding beside muon's matrices, as a multiple of learning_rate; n-gram
     tables take four times that"""
-    head_rate: float = 1.0
+    head_lr_mult: float = 1.0
     """rate of the head beside muon's matrices, as a multiple of learning_rate"""
-    tuned_width: int | None = None
+    base_width: int | None = None
     """the width (model.d_model) that these rates were found at: at another one the head and hidden
     matrices take others, so that the best ones stay the best; empty: as they are at any width"""
-    tuned_batch_tokens: int | None = None
+    base_batch_tokens: int | None = None
     """the train.batch_tokens that these rates were found at: a larger batch takes higher ones, by
     the root; empty: as they are with any batch"""
     momentum: float = 0.95
@@ -52,11 +52,11 @@ class OptimizerConfig:
                 "learning_rate",
                 f"optimizer.learning_rate is {self.learning_rate}; it must be a number above 0",
             )
-        for name in ("weight_decay", "clip", "embedding_rate", "head_rate"):
+        for name in ("weight_decay", "clip", "embedding_lr_mult", "head_lr_mult"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 yield name, f"optimizer.{name} is {value}; it must be 0 or above"
-        for name, most in (("tuned_width", 1 << 20), ("tuned_batch_tokens", 1 << 30)):
+        for name, most in (("base_width", 1 << 20), ("base_batch_tokens", 1 << 30)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 yield name, f"optimizer.{name} is {value}; it must be in [1, {most:,}]"
@@ -68,7 +68,7 @@ class OptimizerConfig:
 
     def width_scale(self, width: int | None) -> float:
         """By how much the rates of hidden matrices and the head are multiplied where a model's
-        width is not tuned_width. ValueError if it is not known and matters.
+        width is not base_width. ValueError if it is not known and matters.
 
         What a weight adds to a sum grows with the number of its terms. AdamW's updates are as large
         at any width, so its rates fall with it ("Tensor Programs V", Yang et al., 2022). Muon's
@@ -76,22 +76,22 @@ class OptimizerConfig:
         Feature Learning", Yang et al., 2023), and beside it the head, too, does best with a rate
         that falls by that (LOG.md).
         """
-        if self.tuned_width is None:
+        if self.base_width is None:
             return 1.0
         if width is None:
-            raise ValueError("optimizer.tuned_width is given, but not the width of the model")
-        narrower = self.tuned_width / width
+            raise ValueError("optimizer.base_width is given, but not the width of the model")
+        narrower = self.base_width / width
         return math.sqrt(narrower) if self.name == "muon" else narrower
 
     def batch_scale(self, batch_tokens: int) -> float:
-        """By how much all rates are multiplied where a batch is not tuned_batch_tokens: the root of
+        """By how much all rates are multiplied where a batch is not base_batch_tokens: the root of
         its size, since so much less does the mean of more gradients wander ("On the SDEs and
         Scaling Rules for Adaptive Gradient Algorithms", Malladi et al., 2022; Muon: LOG.md)."""
-        return math.sqrt(batch_tokens / (self.tuned_batch_tokens or batch_tokens))
+        return math.sqrt(batch_tokens / (self.base_batch_tokens or batch_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PastSchedule:
+class ScheduleSegment:
     """Which rates the steps before a change of the schedule were made with: what a run remembers of
     them, so that a step's rate stays a function of the step alone."""
 
@@ -117,8 +117,8 @@ class PastSchedule:
         if not 0 <= self.origin_step < self.until_step <= self.steps:
             yield (
                 "origin_step until_step steps",
-                f"schedule.past has a part from step {self.origin_step} until {self.until_step} of "
-                f"{self.steps}; these must rise",
+                f"schedule.history has a part from step {self.origin_step} until "
+                f"{self.until_step} of {self.steps}; these must rise",
             )
         yield from _mistakes_of_shape(self)
 
@@ -139,7 +139,7 @@ class ScheduleConfig:
     """written by extend and anneal: the share of the peak from which it begins"""
     anneal: bool = False
     """written by anneal: a straight line from there to final_fraction, whatever the name"""
-    past: tuple[PastSchedule, ...] = ()
+    history: tuple[ScheduleSegment, ...] = ()
     """written by extend, anneal and --accept: the schedules of the steps before, oldest first"""
 
     def __post_init__(self) -> None:
@@ -149,18 +149,18 @@ class ScheduleConfig:
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """What is wrong: the fields that it hangs on, and a sentence."""
         yield from _mistakes_of_shape(self)
-        ends = [part.until_step for part in self.past]
+        ends = [part.until_step for part in self.history]
         if ends != sorted(set(ends)):
-            yield "past", f"schedule.past has parts until the steps {ends}; these must rise"
-        if not self.past and (self.origin_step or self.start_fraction or self.anneal):
+            yield "history", f"schedule.history has parts until the steps {ends}; these must rise"
+        if not self.history and (self.origin_step or self.start_fraction or self.anneal):
             yield (
-                "past origin_step start_fraction anneal",
+                "history origin_step start_fraction anneal",
                 "schedule.origin_step, schedule.start_fraction and schedule.anneal are written by "
-                "pretrain extend and anneal, with schedule.past; a new run has none of them",
+                "pretrain extend and anneal, with schedule.history; a new run has none of them",
             )
 
 
-def _mistakes_of_shape(schedule: ScheduleConfig | PastSchedule) -> Iterator[tuple[str, str]]:
+def _mistakes_of_shape(schedule: ScheduleConfig | ScheduleSegment) -> Iterator[tuple[str, str]]:
     warmup = schedule.warmup_steps
     if warmup is not None and not 0 <= warmup <= _MOST_STEPS:
         legal = "0 or above" if warmup < 0 else f"at most {_MOST_STEPS:,}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pretrain.optim.config import PastSchedule, ScheduleConfig
+from pretrain.optim.config import ScheduleConfig, ScheduleSegment
 from pretrain.optim.schedule import rate_at
 
 
@@ -27,23 +27,23 @@ class Curve:
             step, config=self.schedule, learning_rate=self.learning_rate, steps=self.steps
         )
 
-    def past_until(self, step: int) -> tuple[PastSchedule, ...]:
+    def history_until(self, step: int) -> tuple[ScheduleSegment, ...]:
         """The schedules of the steps before `step`, for a curve that is another one from there."""
         if step == 0:
             return ()
-        parts = (*self.schedule.past, self._as_past())
+        parts = (*self.schedule.history, self._as_past())
         ended = [part for part in parts[:-1] if part.until_step < step]
         return (*ended, replace(parts[len(ended)], until_step=step))
 
-    def own_shape(self) -> PastSchedule:
+    def own_shape(self) -> ScheduleSegment:
         """The newest part that was no annealing: what the run itself is like."""
-        parts = (*self.schedule.past, self._as_past())
+        parts = (*self.schedule.history, self._as_past())
         return next(part for part in reversed(parts) if not part.anneal)
 
-    def _as_past(self) -> PastSchedule:
+    def _as_past(self) -> ScheduleSegment:
         schedule, warmup = self.schedule, self.schedule.warmup_steps
         assert warmup is not None, "warmup_steps is decided before the first step"
-        return PastSchedule(
+        return ScheduleSegment(
             until_step=self.steps,
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -84,7 +84,7 @@ def extend(curve: Curve, *, done: int, steps: int, given: Mapping[str, Any]) -> 
         origin_step=done,
         start_fraction=start,
         anneal=False,
-        past=curve.past_until(done),
+        history=curve.history_until(done),
     )
     return Curve(schedule, peak, steps)
 
@@ -112,7 +112,7 @@ def anneal(curve: Curve, *, done: int, steps: int, final_fraction: float = 0.0) 
         origin_step=done,
         start_fraction=start,
         anneal=True,
-        past=curve.past_until(done),
+        history=curve.history_until(done),
     )
     return Curve(schedule, curve.learning_rate, steps)
 

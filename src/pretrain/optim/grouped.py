@@ -116,14 +116,14 @@ def build_optimizer(
     matrices: Matrices | None = None,
 ) -> GroupedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
-    lookup tables are not decayed. `width` is the model's, which a config with a tuned_width asks
+    lookup tables are not decayed. `width` is the model's, which a config with a base_width asks
     for. Gradients are means over `batch_tokens` targets, to which the rates are fitted if the
-    config has tuned_batch_tokens. Muon's products are made in `precision`, of `matrices` that may
+    config has base_batch_tokens. Muon's products are made in `precision`, of `matrices` that may
     be laid over processes."""
     with_muon = config.name == "muon"
     # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
-    embedding_rate, head_rate = (
-        (config.embedding_rate, config.head_rate) if with_muon else (1.0, 1.0)
+    embedding_lr_mult, head_lr_mult = (
+        (config.embedding_lr_mult, config.head_lr_mult) if with_muon else (1.0, 1.0)
     )
     width_scale = config.width_scale(width)
     groups: dict[str, dict[str, Any]] = {
@@ -133,12 +133,12 @@ def build_optimizer(
             "momentum": config.momentum,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },
-        "embedding": {"rate_scale": embedding_rate},
-        "head": {"rate_scale": head_rate * width_scale},
+        "embedding": {"rate_scale": embedding_lr_mult},
+        "head": {"rate_scale": head_lr_mult * width_scale},
         "vector": {"weight_decay": 0.0},
         "lookup": {
             "rule": "adagrad",
-            "rate_scale": LOOKUP_RATE * embedding_rate,
+            "rate_scale": LOOKUP_RATE * embedding_lr_mult,
             "first_square": FIRST_SQUARE / batch_tokens**2,
             "weight_decay": 0.0,
         },

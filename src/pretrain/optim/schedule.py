@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.optim.config import PastSchedule, ScheduleConfig
+from pretrain.optim.config import ScheduleConfig, ScheduleSegment
 
 
 def rate_at(step: int, *, config: ScheduleConfig, learning_rate: float, steps: int) -> float:
@@ -32,11 +32,11 @@ def schedule_at(step: int, *, config: ScheduleConfig, steps: int) -> float:
     return _share(step, config, steps) if part is None else _share(step, part, part.steps)
 
 
-def _past_at(step: int, config: ScheduleConfig) -> PastSchedule | None:
-    return next((part for part in config.past if step < part.until_step), None)
+def _past_at(step: int, config: ScheduleConfig) -> ScheduleSegment | None:
+    return next((part for part in config.history if step < part.until_step), None)
 
 
-def _share(step: int, shape: ScheduleConfig | PastSchedule, steps: int) -> float:
+def _share(step: int, shape: ScheduleConfig | ScheduleSegment, steps: int) -> float:
     step, steps = step - shape.origin_step, steps - shape.origin_step
     start, floor = shape.start_fraction, shape.final_fraction
     if shape.anneal:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 _MOST = 1 << 20
 _AXES = ("data", "shard", "context", "tensor", "pipeline")
 
@@ -42,7 +42,7 @@ class ParallelConfig:
     """processes that share windows, each with a stretch of every one; weights are laid over them"""
     pipeline: int = 1
     """processes that have some layers each, between which micro-batches are passed on"""
-    recompute: Recompute = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     """activations that are made again in the backward pass instead of being kept: none, all of a
     block (full), or all but the results of its products and of attention (selective)"""
     elastic: bool = False

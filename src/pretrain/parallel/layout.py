@@ -37,7 +37,7 @@ def parallelize(
     process keeps, and sums of gradients, are float32.
     """
     if not config.cuts_weights:
-        recompute(objective.decoder, config.recompute)
+        recompute(objective.decoder, config.activation_checkpointing)
     if config.elastic:
         return Elastic(objective, objective, world)
     if world.size == 1:
@@ -60,7 +60,7 @@ def parallelize(
         from pretrain.parallel.tensor import lay_over_tensor_axis
 
         lay_over_tensor_axis(objective, laid["tensor"])
-    recompute(decoder, config.recompute)
+    recompute(decoder, config.activation_checkpointing)
     if config.data * config.shard * config.context > 1:
         over = laid["laid"] if config.data == 1 else laid["data", "laid"]
         narrow = torch.bfloat16 if precision == "bf16" else None

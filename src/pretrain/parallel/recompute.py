@@ -14,10 +14,10 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.model import Decoder
-from pretrain.parallel.config import Recompute
+from pretrain.parallel.config import ActivationCheckpointing
 
 
-def recompute(decoder: Decoder, kind: Recompute) -> None:
+def recompute(decoder: Decoder, kind: ActivationCheckpointing) -> None:
     """Let each block keep its inputs only (`full`), or those and the results of its matrix products
     and of attention (`selective`: what costs most to make)."""
     if kind == "none":

@@ -34,7 +34,7 @@ _IMPOSSIBLE = {
     "schedule.origin_step": _WRITTEN,
     "schedule.start_fraction": _WRITTEN,
     "schedule.anneal": _WRITTEN,
-    "schedule.past": _WRITTEN,
+    "schedule.history": _WRITTEN,
 }
 _SAME_SHAPE = ("model.dropout", "model.attention_dropout")
 TEXT_SECTIONS = ("data", "corpus", "tokenizer")
