@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from pretrain.checkpoint import (
     BackgroundSaver,
     DamagedCheckpoint,
-    RunLock,
-    disk,
     list_checkpoints,
     newest_good,
     open_checkpoint,
@@ -101,7 +99,7 @@ def test_a_tensor_may_lie_in_slices_of_several_files(tmp_path: Path) -> None:
 def test_a_reader_checks_only_the_blocks_it_touches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 64)
     big = torch.arange(100, dtype=torch.float64)
     path = save_checkpoint(tmp_path, step=1, tensors={"model/x": big}, state={})
     file = path / "model-00000.safetensors"
@@ -223,10 +221,39 @@ def test_a_full_disk_is_said_before_anything_is_written(
         free = 10
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
-    with pytest.raises(OSError, match="bytes, and 10 are free") as caught:
+    with pytest.raises(OSError, match="bytes, but only 10 are free") as caught:
         save(tmp_path)
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_free_inodes_is_reported_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Table:
+        f_files, f_favail = 1000, 2
+        f_bavail = f_blocks = f_bfree = 1 << 20
+        f_frsize = 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Table)
+    with pytest.raises(OSError, match="a checkpoint needs 4 inodes, but only 2 are free") as caught:
+        save(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rename_that_reports_an_error_but_was_done_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may rename a folder, lose the answer, and report an error."""
+    rename = os.rename
+
+    def renames_but_fails(old: Path, new: Path) -> None:
+        rename(old, new)
+        raise OSError(errno.EIO, "the answer was lost")
+
+    monkeypatch.setattr(os, "rename", renames_but_fails)
+    read_all(save(tmp_path))
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
@@ -376,37 +403,3 @@ def test_what_the_disk_has_not_kept_is_no_checkpoint(
         saver.wait()
     assert forgotten == []
     assert list_checkpoints(tmp_path) == []
-
-
-def test_one_writer_a_run(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as first:
-        assert first.warning is None
-        with pytest.raises(ValueError, match=f"by process {os.getpid()} on "), RunLock(tmp_path):
-            pass
-        assert (tmp_path / "run.lock").exists()  # whoever was refused has left it alone
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "run.lock").write_text("what a killed one left")
-    with RunLock(tmp_path), pytest.raises(ValueError, match="is being trained"), RunLock(tmp_path):
-        pass
-
-
-def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between opening and locking the holder before may end, and take its file away."""
-    from pretrain.checkpoint import lock
-
-    real, calls = lock._lock, 0
-
-    def late(file: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            (tmp_path / "run.lock").unlink()
-        real(file)
-
-    monkeypatch.setattr(lock, "_lock", late)
-    with RunLock(tmp_path):
-        assert calls == 2
-        with pytest.raises(ValueError, match="is being trained"), RunLock(tmp_path):
-            pass

@@ -19,7 +19,7 @@ from faults.table import render
 
 SEED = 1
 WITHOUT_FORKS = ("crash-states", "broken-savers", "errors", "corruption")
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("part", WITHOUT_FORKS)

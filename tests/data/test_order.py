@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import Bijection, Order
+from pretrain.data.order import Order
+from pretrain.rng import FeistelPermutation
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 @settings(max_examples=60, deadline=None)
 def test_a_bijection_is_one_to_one_and_its_inverse_undoes_it(size: int, seed: int) -> None:
     index = np.arange(size, dtype=np.int64)
-    bijection = Bijection(size, seed, "test")
+    bijection = FeistelPermutation(size, seed, "test")
     image = bijection.forward(index)
     assert np.array_equal(np.sort(image), index)
     assert np.array_equal(bijection.inverse(image), index)
@@ -23,18 +24,18 @@ def test_a_bijection_is_one_to_one_and_its_inverse_undoes_it(size: int, seed: in
 
 def test_a_bijection_mixes_and_hangs_on_seed_and_purpose() -> None:
     index = np.arange(10_000, dtype=np.int64)
-    image = Bijection(10_000, 1, "a").forward(index)
+    image = FeistelPermutation(10_000, 1, "a").forward(index)
     # A random permutation has rank correlation 0 +- 0.01 and one fixed point on average.
     assert abs(np.corrcoef(index, image)[0, 1]) < 0.05
     assert (index == image).sum() < 10
-    for other in (Bijection(10_000, 2, "a"), Bijection(10_000, 1, "b")):
+    for other in (FeistelPermutation(10_000, 2, "a"), FeistelPermutation(10_000, 1, "b")):
         assert (other.forward(index) == image).mean() < 0.01
 
 
 def test_a_bijection_of_a_huge_range_needs_no_memory() -> None:
     size = 3 * 10**14
     index = np.array([0, 1, size - 1], dtype=np.int64)
-    bijection = Bijection(size, 7, "huge")
+    bijection = FeistelPermutation(size, 7, "huge")
     assert np.array_equal(bijection.inverse(bijection.forward(index)), index)
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
+from pretrain import fileio
 from pretrain.cli import main
 from pretrain.corpus import parts
 from pretrain.corpus.config import CorpusConfig
-from pretrain.data import durable, job, prepare, steps
+from pretrain.data import job, prepare, steps
 from pretrain.data.job import Job, Step
-from pretrain.data.preparation import _alone, begin, work_folder
+from pretrain.data.preparation import begin, work_folder
 from test_selection import changed, prose
 
 ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
@@ -107,29 +108,6 @@ def test_every_unit_may_be_the_last(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
 
 
-def test_a_third_waits_for_the_second(tmp_path: Path) -> None:
-    inside: list[str] = []
-    seen: list[list[str]] = []
-
-    def work(name: str, delay: float, seconds: float) -> None:
-        time.sleep(delay)
-        with _alone(tmp_path / "work"):
-            inside.append(name)
-            seen.append(list(inside))
-            time.sleep(seconds)
-            inside.remove(name)
-
-    # The second waits for a file that the first removes; the third finds none and makes one.
-    given = [("a", 0.0, 0.2), ("b", 0.1, 0.4), ("c", 0.4, 0.0)]
-    threads = [threading.Thread(target=work, args=each) for each in given]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == [["a"], ["b"], ["c"]]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_death_while_work_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, remove, n_left = os.unlink, Job.remove, 3
 
@@ -192,7 +170,7 @@ def test_death_inside_a_unit(
     for module, name in (
         (steps, "write_json"),
         (job, "sync_tree"),
-        (durable, "sync_folder"),
+        (fileio, "sync_folder"),
         (shutil, "rmtree"),
     ):
         monkeypatch.setattr(module, name, mortal(name, getattr(module, name)))

@@ -17,7 +17,7 @@ from pretrain.generate.layout import lay_out_for_generation
 from pretrain.generate.sampling import _draw, sample, shape_probabilities
 from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
 from pretrain.model.layers import Block
-from pretrain.model.random import normal, uniform
+from pretrain.rng import normal, uniform
 from test_model import VARIANTS, config
 
 V = 40

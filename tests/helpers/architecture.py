@@ -57,7 +57,7 @@ TABLE: Mapping[str, frozenset[str]] = {
             "run",
         }
     ),
-    "export": frozenset({"fileio", "tokenizer", "model", "generate", "evaluate"}),
+    "export": frozenset({"fileio", "rng", "tokenizer", "model", "generate", "evaluate"}),
     "plan": frozenset({"data", "model", "optim", "parallel", "train", "run"}),
     "report": frozenset({"fileio", "run"}),
     "serve": frozenset({"tokenizer", "model", "generate", "evaluate", "run", "report"}),
@@ -112,7 +112,9 @@ TABLE: Mapping[str, frozenset[str]] = {
 
 # Rooms where torch is not even imported lazily, and single files that come up without it.
 WITHOUT_TORCH = frozenset({"fileio", "corpus", "tokenizer", "run", "report", "config"})
-TORCH_FREE_FILES = frozenset({f"{PACKAGE}.data.shards", f"{PACKAGE}.data.prepare"})
+TORCH_FREE_FILES = frozenset(
+    {f"{PACKAGE}.rng", f"{PACKAGE}.data.shards", f"{PACKAGE}.data.prepare"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pretrain.export.architectures import is_native, layout_of, to_description
 from pretrain.export.layouts import Layout, stored_tensors, to_theirs
 from pretrain.model import Decoder, ModelConfig, build
 from pretrain.model.config import model_defaults
-from pretrain.model.random import normal
+from pretrain.rng import normal
 
 V, T = 67, 24
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": T}

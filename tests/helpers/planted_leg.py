@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pretrain import rng
 from pretrain.cli import leg
 from pretrain.model import random
 from pretrain.train import loop
@@ -24,8 +25,9 @@ def order() -> None:
 
 def randomness() -> None:
     """Dropout masks come from a generator that begins anew."""
-    real = random.key_of
-    random.key_of = lambda seed, purpose: real(seed + (purpose == "dropout"), purpose)
+    random.philox_key = lambda seed, purpose: rng.philox_key(  # type: ignore[attr-defined]
+        seed + (purpose == "dropout"), purpose
+    )
 
 
 def optimizer() -> None:

@@ -34,7 +34,8 @@ from pretrain.model.objective import (
     linear_cross_entropy,
     plain_linear_cross_entropy,
 )
-from pretrain.model.random import Noise, normal, philox, uniform, with_float64
+from pretrain.model.random import Noise
+from pretrain.rng import float64_device, normal, philox, uniform
 
 V, T = 61, 12
 
@@ -533,8 +534,8 @@ def test_any_slice_of_a_normal_sequence_is_the_same_slice() -> None:
 def test_random_numbers_are_made_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of MPS, which is not here, stands the CPU, and in place of the CPU a device without
     memory, from which nothing can be brought back."""
-    assert with_float64(torch.device("mps")).type == "cpu"
-    monkeypatch.setattr("pretrain.model.random.with_float64", lambda _: torch.device("meta"))
+    assert float64_device(torch.device("mps")).type == "cpu"
+    monkeypatch.setattr("pretrain.rng.float64_device", lambda _: torch.device("meta"))
     assert uniform(1, "test", torch.arange(3)).is_meta
     with pytest.raises(NotImplementedError, match="out of meta tensor"):
         normal(1, "test", 0, 3, device=torch.device("cpu"))

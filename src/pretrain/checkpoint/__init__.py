@@ -1,8 +1,7 @@
 """State <-> files, in a format of slices that does not depend on how many processes wrote it.
 
 `format` holds the layout, `save` writes so that a crash leaves the old or the new checkpoint and
-never neither, by the few operations of `disk`; `load` finds the newest good one and hands out
-verified tensors; `lock` keeps a run to one writer.
+never neither; `load` finds the newest good one and hands out verified tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
         newest_good,
         open_checkpoint,
     )
-    from pretrain.checkpoint.lock import RunLock
     from pretrain.checkpoint.save import (
         BackgroundSaver,
         checkpoint_name,
@@ -33,7 +31,6 @@ __getattr__ = lazily(
     __name__,
     format="Place",
     load="Checkpoint DamagedCheckpoint list_checkpoints newest_good open_checkpoint",
-    lock="RunLock",
     save="BackgroundSaver checkpoint_name forget_after prune save_checkpoint",
 )
 __all__ = [
@@ -41,7 +38,6 @@ __all__ = [
     "Checkpoint",
     "DamagedCheckpoint",
     "Place",
-    "RunLock",
     "checkpoint_name",
     "forget_after",
     "list_checkpoints",

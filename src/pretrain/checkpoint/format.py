@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import disk
+from pretrain.fileio import NewFile
 
 FORMAT, VERSION = "pretrain checkpoint", 1
 MANIFEST = "manifest.json"
@@ -36,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+BLOCK_BYTES = 4 << 20
 
 Box = tuple[tuple[int, int], ...]
 
@@ -71,6 +73,40 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+class HashingFile(NewFile):
+    """A new file whose blocks are hashed while they are written, so nothing is read back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.n_bytes = 0
+        self.hashes: list[str] = []
+        self._block = hashlib.sha256()
+        self._block_filled = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        rest = memoryview(data)
+        while rest:
+            part = rest[: BLOCK_BYTES - self._block_filled]
+            super().write(part)
+            self._block.update(part)
+            self._block_filled += len(part)
+            if self._block_filled == BLOCK_BYTES:
+                self._end_block()
+            rest = rest[len(part) :]
+        self.n_bytes += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if self._block_filled:
+            self._end_block()
+        super().close()
+
+    def _end_block(self) -> None:
+        self.hashes.append(self._block.hexdigest())
+        self._block = hashlib.sha256()
+        self._block_filled = 0
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box] | None = None
 ) -> tuple[dict[str, Any], list[Slice]]:
@@ -89,16 +125,11 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     base = 8 + len(text)
-    file = disk.HashingFile(path)
-    try:
-        file.write(memoryview(len(text).to_bytes(8, "little") + text))
+    with HashingFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(_raw_bytes(tensor))
-        file.close()
-    except BaseException:
-        file.abandon()
-        raise
-    entry = {"bytes": file.bytes, "block_bytes": disk.BLOCK_BYTES, "sha256": file.hashes}
+    entry = {"bytes": file.n_bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}
     slices = [
         Slice(
             path.name,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import disk
+from pretrain import fileio
 from pretrain.checkpoint.format import (
     DTYPE_NAMES,
     FORMAT,
@@ -66,13 +66,13 @@ def save_checkpoint(
     n_bytes = sum(json.loads(text) for text in here.gather(json.dumps(n_bytes)))
 
     def begin() -> str:
-        disk.make_folder(folder)
+        fileio.make_folder(folder)
         _remove_leftovers(folder)
         if final.exists():
             raise FileExistsError(errno.EEXIST, "this step was saved before", str(final))
         n_files = 2 + here.size * len({name.partition("/")[0] for name in tensors})
         room = int(1.05 * n_bytes) + _RESERVE_BYTES
-        disk.refuse_little_room(folder, n_bytes=room, n_files=n_files)
+        fileio.check_free_space(folder, n_bytes=room, n_files=n_files)
         name = f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         os.mkdir(folder / name)
         return name
@@ -83,9 +83,9 @@ def save_checkpoint(
         here.first(lambda: _commit(temporary, final, step, written, state))
     except BaseException:
         if here.rank == 0:
-            disk.remove_folder(temporary)
+            fileio.remove_flat_folder(temporary)
         raise
-    here.first(lambda: disk.sync_folder(folder))
+    here.first(lambda: fileio.sync_folder(folder))
     return final
 
 
@@ -141,8 +141,8 @@ def _commit(
     }
     content["sha256"] = manifest_hash(json.loads(json.dumps(content)))
     # Last: a folder with a manifest is whole.
-    disk.write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
-    disk.sync_folder(temporary)
+    fileio.write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+    fileio.sync_folder(temporary)
     _rename(temporary, final)
 
 
@@ -152,9 +152,9 @@ def _remove_leftovers(folder: Path) -> None:
     if leftovers:
         # Else a power loss may take back the renaming and not the deletion: half a checkpoint would
         # stand under its final name.
-        disk.sync_folder(folder)
+        fileio.sync_folder(folder)
     for path in leftovers:
-        disk.remove_folder(path)
+        fileio.remove_flat_folder(path)
 
 
 def prune(

@@ -17,8 +17,8 @@ from pretrain.cli.processes import opened_world, refuse_differences
 from pretrain.cli.scoring import read_followed
 from pretrain.cli.training import fingerprint_of, text_of, train_run
 from pretrain.config import Layer, Rules, RunConfig, to_yaml
-from pretrain.data.durable import replace_file
 from pretrain.data.shards import PreparedData
+from pretrain.fileio import replace_file
 from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:

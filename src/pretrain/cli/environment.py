@@ -25,9 +25,9 @@ ENVIRONMENT = "environment.json"
 @contextmanager
 def only_writer(folder: Path, output: Output) -> Iterator[None]:
     """Be the only one who writes into the run."""
-    from pretrain.checkpoint import RunLock
+    from pretrain.fileio import FileLock
 
-    with RunLock(folder) as lock:
+    with FileLock(folder / "run.lock", action="trained") as lock:
         if lock.warning is not None:
             output.say(f"note: {lock.warning}")
         yield

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from pretrain.data.durable import put_in_place, refuse_full
+from pretrain.fileio import move_into_place, require_empty
 
 
 def final_folder(given: str) -> Path:
@@ -28,7 +28,7 @@ def final_folder(given: str) -> Path:
             f"--out {given or '(nothing)'} is the folder that this runs in, which cannot be made "
             "anew; name a new folder"
         )
-    refuse_full(out)
+    require_empty(out)
     return out
 
 
@@ -54,6 +54,6 @@ def set_aside(work: Path, out: Path, ending: str) -> Path:
             aside.mkdir()
         except FileExistsError:
             continue
-        put_in_place(work, aside)
+        move_into_place(work, aside)
         return aside
     raise AssertionError("counting has no end")

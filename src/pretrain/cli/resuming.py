@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
-from pretrain.data.durable import replace_file, sync_folder
 from pretrain.data.shards import PreparedData
+from pretrain.fileio import replace_file, sync_folder
 from pretrain.optim.continuation import Curve, compare, table
 from pretrain.train.changes import (
     Change,

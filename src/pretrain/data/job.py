@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.config import CorpusConfig
-from pretrain.data.durable import sync_tree, write_json
+from pretrain.fileio import sync_tree, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class Job:
             discard(folder)
             os.makedirs(folder)
             temporary = folder / "job.tmp"
-            write_json(temporary, {"key": key, "settings": asdict(settings)}, escaped=True)
+            write_json(temporary, {"key": key, "settings": asdict(settings)}, ascii_only=True)
             os.rename(temporary, folder / "job.json")
         return Job(folder)
 

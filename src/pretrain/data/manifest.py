@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.data.durable import write_json
+from pretrain.fileio import write_json
 
 FORMAT = "pretrain-shards"
 FORMAT_VERSION = 4

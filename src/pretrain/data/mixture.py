@@ -17,7 +17,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.order import Bijection, Order
+from pretrain.data.order import Order
+from pretrain.rng import FeistelPermutation
 
 BLOCK_SAMPLES = 1024
 
@@ -173,8 +174,8 @@ class Mixture:
             return sample
         return None
 
-    def _bijection(self, stage: int, block: int) -> Bijection:
-        return Bijection(BLOCK_SAMPLES, self.seed, f"mixture/{stage}/{block}")
+    def _bijection(self, stage: int, block: int) -> FeistelPermutation:
+        return FeistelPermutation(BLOCK_SAMPLES, self.seed, f"mixture/{stage}/{block}")
 
 
 def _apportioned(weights: Sequence[float], portions: Sequence[Portion]) -> tuple[int, ...]:

@@ -8,67 +8,13 @@ map can be inverted.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.words import mixed
-
-_ROUNDS = 6
-
-
-def _integer(seed: int, *purpose: object) -> int:
-    text = "/".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-@dataclass(frozen=True, slots=True)
-class Bijection:
-    """A keyed one-to-one map of range(size) onto itself, in constant memory.
-
-    A balanced Feistel network ("How to Construct Pseudorandom Permutations", Luby and Rackoff,
-    1988) on the next even number of bits; results outside the range are sent through again until
-    they fall inside ("Ciphers with Arbitrary Finite Domains", Black and Rogaway, 2002), fewer than
-    four times on average.
-    """
-
-    size: int
-    seed: int
-    purpose: str
-
-    def _half_bits(self) -> int:
-        return max(1, (max(1, self.size - 1).bit_length() + 1) // 2)
-
-    def _keys(self) -> list[np.uint64]:
-        return [np.uint64(_integer(self.seed, self.purpose, r)) for r in range(_ROUNDS)]
-
-    def _once(self, x: NDArray[np.uint64], *, backward: bool) -> NDArray[np.uint64]:
-        bits = np.uint64(self._half_bits())
-        mask = np.uint64((1 << self._half_bits()) - 1)
-        left, right = x >> bits, x & mask
-        keys = self._keys()
-        for key in reversed(keys) if backward else keys:
-            if backward:
-                left, right = right ^ (mixed(left ^ key) & mask), left
-            else:
-                left, right = right, left ^ (mixed(right ^ key) & mask)
-        return (left << bits) | right
-
-    def _walk(self, index: NDArray[np.int64], *, backward: bool) -> NDArray[np.int64]:
-        assert index.size == 0 or (index.min() >= 0 and index.max() < self.size), "out of range"
-        x = self._once(index.astype(np.uint64), backward=backward)
-        while (outside := x >= np.uint64(self.size)).any():
-            x[outside] = self._once(x[outside], backward=backward)
-        return x.astype(np.int64)
-
-    def forward(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._walk(index, backward=False)
-
-    def inverse(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._walk(index, backward=True)
+from pretrain.rng import FeistelPermutation, seed_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +42,10 @@ class Order:
 
     def shift(self, epoch: int) -> int:
         """Where the first window of an epoch starts, in [0, T): windows are cut anew each time."""
-        return _integer(self.seed, f"shift{self.purpose}", epoch) % self.context_length
+        return seed_hash(self.seed, f"shift{self.purpose}", epoch) % self.context_length
 
-    def _bijection(self, epoch: int) -> Bijection:
-        return Bijection(self.n_windows, self.seed, f"order{self.purpose}/{epoch}")
+    def _bijection(self, epoch: int) -> FeistelPermutation:
+        return FeistelPermutation(self.n_windows, self.seed, f"order{self.purpose}/{epoch}")
 
     def starts(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Position in the stream of the first id of each sample's window."""

@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.files import Source, list_files
 from pretrain.corpus.language import language_of
 from pretrain.data.config import check_val_fraction
-from pretrain.data.durable import put_in_place, refuse_full, write_json
 from pretrain.data.findings import all_lines, whole_report
 from pretrain.data.job import Job, Settings, discard
 from pretrain.data.manifest import (
@@ -39,6 +37,7 @@ from pretrain.data.pool import Progress, do_steps
 from pretrain.data.shards import PreparedData, open_prepared
 from pretrain.data.steps import STEPS, split_of
 from pretrain.data.writing import ShardWriter, id_bytes
+from pretrain.fileio import FileLock, move_into_place, require_empty, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.loading import load_tokenizer, tokenizer_files
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -78,7 +77,7 @@ def prepare(
             corpus=corpus or CorpusConfig(),
         )
     )
-    with _alone(work_folder(out)):
+    with _lock(work_folder(out)):
         job = _begin(settings, Path(out))
         job.remove_unfinished()
         try:
@@ -137,7 +136,7 @@ def finish(job: Job, out: str | Path, *, progress: Progress | None = None) -> Pr
         report["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
         write_json(folder / "report.json", report)
         write_manifest(folder, _manifest(job, tokenizer, streams))
-        put_in_place(folder, out)
+        move_into_place(folder, out)
     if progress is not None:
         progress("writing", 1.0)
     job.remove()
@@ -227,30 +226,13 @@ def _begin(settings: Settings, out: Path) -> Job:
     if not folder.exists():
         discard(folder)
     if not (Job.is_begun(folder, key=key) and is_prepared(out)):
-        refuse_full(out)
+        require_empty(out)
     return Job.begin(folder, settings, key=key)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else prepares the same folder meanwhile: others wait, and then find it done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f"{folder.name}.lock")
-    with ExitStack() as opened:
-        is_held = False
-        while not is_held:
-            file = opened.enter_context(open(path, "w", encoding="utf-8"))
-            with suppress(ImportError):  # not POSIX: both do the same work, and one of them wins
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock before may have removed the file that was opened here.
-            with suppress(FileNotFoundError):
-                is_held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def _lock(folder: Path) -> FileLock:
+    """The lock of a preparation: others that prepare the same folder wait, then find it done."""
+    return FileLock(folder.with_name(f"{folder.name}.lock"), wait=True)
 
 
 def _key(settings: Settings) -> str:

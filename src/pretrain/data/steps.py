@@ -37,13 +37,13 @@ from pretrain.corpus.parts import read_part, write_parts
 from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.records import EVERY_FIELD
 from pretrain.corpus.selection import Selection, write_removed
-from pretrain.data.durable import write_json
 from pretrain.data.findings import LACKING, reading_of, removed_of
 from pretrain.data.job import Job, Part, Step
 from pretrain.data.manifest import SPLITS
 from pretrain.data.origins import Strangest
 from pretrain.data.splitting import Split, choose_split
 from pretrain.data.writing import PartWriter
+from pretrain.fileio import write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.loading import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def _list(job: Job, unit: int, out: Path) -> None:
             n_bytes += file.n_bytes
     for number, group in enumerate(groups):
         files = [asdict(file) | {"path": str(file.path)} for file in group]
-        write_json(out / f"{number}.json", {"files": files}, escaped=True)
+        write_json(out / f"{number}.json", {"files": files}, ascii_only=True)
     texts = settings.corpus.evaluation_texts
     if texts:
         found = ((name, t) for name in texts for t in _evaluation_strings(name, settings.strict))

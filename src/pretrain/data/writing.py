@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.documents import Document
-from pretrain.data.durable import sync_and_close
 from pretrain.data.manifest import FORMAT_VERSION, SourceShare, SplitName, StreamInfo
 from pretrain.data.origins import Origin
 
@@ -140,7 +140,9 @@ class ShardWriter:
         header = HEADER.pack(MAGIC, FORMAT_VERSION, self._dtype.itemsize, self._n_tokens)
         self._files[0].write(header)
         for file in self._files:
-            sync_and_close(file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         ids, offsets, documents = (found.hexdigest() for found in self._hashes)
         return StreamInfo(
             file=f"{self._name}.bin",

@@ -27,7 +27,7 @@ from pretrain import __version__
 from pretrain.evaluate import Score
 from pretrain.export.witness import CANNOT_RUN
 from pretrain.model import Decoder
-from pretrain.model.random import uniform
+from pretrain.rng import uniform
 from pretrain.tokenizer import Tokenizer
 
 FILE_NAME = "certificate.json"

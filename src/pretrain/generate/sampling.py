@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.model import Decoder, KeyValueCache
-from pretrain.model.random import uniform, with_float64
+from pretrain.rng import float64_device, uniform
 from pretrain.tokenizer import Tokenizer
 
 
@@ -166,4 +166,4 @@ def next_distribution(
     """Probabilities (V) of the token after `prompt`, in float64, on the CPU."""
     ids = tokenizer.encode_prompt(prompt, special=special)[-decoder.config.window_tokens :]
     hidden_D = decoder.forward(torch.tensor([ids], device=decoder.device))[0, -1]
-    return decoder.logits(hidden_D).to(with_float64(decoder.device)).double().softmax(-1).cpu()
+    return decoder.logits(hidden_D).to(float64_device(decoder.device)).double().softmax(-1).cpu()

@@ -27,7 +27,8 @@ from pretrain.model.layers import (
     sinusoids_at,
 )
 from pretrain.model.ngrams import NgramEmbedding
-from pretrain.model.random import Noise, normal, uniform
+from pretrain.model.random import Noise
+from pretrain.rng import normal, uniform
 
 # GPT-2's code draws every matrix from N(0, 0.02).
 INITIAL_STD = 0.02

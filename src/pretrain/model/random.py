@@ -1,14 +1,11 @@
-"""Randomness without state: every random number is a pure function of a key and a counter.
+"""Dropout masks that are a pure function of seed, sample, layer, site and element.
 
-Goes in: integers that say what the number is for (seed, sample, layer, site, position, element).
-Comes out: the same number on every device, in every order, for every split of the work. Philox 4x32
-with ten rounds, from "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011), on int64
-tensors.
+They are the same on every device and for every split of the rows; the numbers are those of
+`rng.philox`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,76 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-# Counters of one initialisation step: 2^18 x 4 numbers keep the working set near a CPU's cache.
-_CHUNK = 1 << 18
-
-
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Four tensors of uniform 32-bit words (held in int64) from four counter words and a 64-bit
-    key.
-
-    The counter words broadcast against one another. Words above 32 bits are cut off.
-    """
-    c0, c1, c2, c3 = (c & _MASK for c in counter)
-    k0, k1 = key[0] & _MASK, key[1] & _MASK
-    for _ in range(10):
-        # int64 multiplication wraps, so its low 64 bits are those of the unsigned product; after an
-        # arithmetic shift the mask leaves just bits 32 to 63.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return [c0, c1, c2, c3]
-
-
-def key_of(seed: int, purpose: str) -> tuple[int, int]:
-    """A 64-bit Philox key from the run's seed and what the numbers are for."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-def with_float64(device: torch.device) -> torch.device:
-    """The device, and in place of MPS, which has no float64, the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def uniform(seed: int, purpose: str, index: Tensor) -> Tensor:
-    """Float64 numbers in the open interval (0, 1), one for each element of `index` (int64), which
-    lie where there is float64."""
-    index = index.to(with_float64(index.device))
-    zero = torch.zeros_like(index)
-    words = philox([index, index >> 32, zero, zero], key_of(seed, purpose))
-    return (words[0].double() + 0.5) / 2**32
-
-
-def normal(seed: int, name: str, start: int, stop: int, *, device: torch.device) -> Tensor:
-    """Elements [start, stop) of the endless standard normal sequence called `name`, as float32.
-
-    Box and Muller (1958) in float64, so that the last float32 bit does not hang on the device's
-    log.
-    """
-    parts = []
-    key = key_of(seed, name)
-    first, last = start // 4, -(-stop // 4)
-    for begin in range(first, last, _CHUNK):
-        index = torch.arange(begin, min(begin + _CHUNK, last), device=with_float64(device))
-        zero = torch.zeros_like(index)
-        words = philox([index, index >> 32, zero, zero], key)
-        u = [(w.double() + 0.5) / 2**32 for w in words]
-        pairs = []
-        for a, b in ((u[0], u[1]), (u[2], u[3])):
-            radius = torch.sqrt(-2.0 * torch.log(a))
-            pairs += [radius * torch.cos(2 * math.pi * b), radius * torch.sin(2 * math.pi * b)]
-        parts.append(torch.stack(pairs, dim=1).flatten().float().to(device))
-    values = torch.cat(parts) if parts else torch.empty(0, device=device)
-    return values[start - 4 * first : stop - 4 * first]
+from pretrain.rng import philox, philox_key
 
 
 def _mask(
@@ -130,7 +58,7 @@ class Noise:
     """Like the key made here, where no compiler looks on."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", key_of(self.seed, "dropout"))
+        object.__setattr__(self, "key", philox_key(self.seed, "dropout"))
         object.__setattr__(self, "draw", _mask_operation())
 
     def keep(self, shape: Sequence[int], rate: float, *, layer: int, site: int) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.durable import replace_file
+from pretrain.fileio import replace_file
 
 CHANGES = "changes.jsonl"
 _BY_EXTENSION = (

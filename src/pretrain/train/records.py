@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.durable import replace_file, sync_folder
 from pretrain.distributed import World
+from pretrain.fileio import replace_file, sync_folder
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 

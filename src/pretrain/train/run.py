@@ -21,10 +21,10 @@ from pretrain.checkpoint import (
     newest_good,
     prune,
 )
-from pretrain.checkpoint.disk import refuse_little_room
 from pretrain.data import PreparedData
 from pretrain.distributed import World
 from pretrain.evaluate import Followed
+from pretrain.fileio import check_free_space
 from pretrain.model import ModelConfig, Objective
 from pretrain.optim import OptimizerConfig
 from pretrain.optim.grouped import optimizer_state, restore_optimizer_state, role_of
@@ -281,7 +281,7 @@ def begin(
     )
     n_new = 1 if list_checkpoints(folder / "checkpoints") else 2
     if world.leads:
-        refuse_little_room(folder, n_bytes=n_new * n_bytes, n_files=20)
+        check_free_space(folder, n_bytes=n_new * n_bytes, n_files=20)
     return Run(
         folder=folder,
         data=data,

@@ -21,9 +21,10 @@ from faults.crash_states import N_BYTES, NEW, OLD, enumerate_states, save_and_pr
 from faults.history import KEEP, History, judge
 from faults.injected import changed_bytes, fail_every_call, short_writes
 from faults.table import Row, Unrecovered
-from pretrain.checkpoint import disk, list_checkpoints
+from pretrain import fileio
+from pretrain.checkpoint import list_checkpoints
 from pretrain.checkpoint import save as saver_page
-from pretrain.checkpoint.format import MANIFEST
+from pretrain.checkpoint.format import BLOCK_BYTES, MANIFEST, HashingFile
 
 PARTS: dict[str, Callable[[Path], Row]] = {
     "crash states": enumerate_states,
@@ -35,31 +36,27 @@ Edit = AbstractContextManager[object]
 
 
 def _in_file(**methods: Callable[..., Any]) -> Edit:
-    return _both(*(mock.patch.object(disk.HashingFile, n, new) for n, new in methods.items()))
+    return _both(*(mock.patch.object(fileio.NewFile, n, new) for n, new in methods.items()))
 
 
 def no_flush() -> Edit:
     """Bytes wait in a buffer; the fsync comes before they have left it."""
 
-    def write_whole(self: Any, part: memoryview) -> None:
+    def write(self: Any, part: memoryview) -> None:
         self.waiting = getattr(self, "waiting", b"") + bytes(part)
 
     def close(self: Any) -> None:
-        if self._filled:
-            self._end_block()
         os.fsync(self._descriptor)
         os.write(self._descriptor, getattr(self, "waiting", b""))
         os.close(self._descriptor)
 
-    return _in_file(_write_whole=write_whole, close=close)
+    return _in_file(write=write, close=close)
 
 
 def no_fsync_of_files() -> Edit:
     """A file is closed, which brings nothing to the disk."""
 
     def close(self: Any) -> None:
-        if self._filled:
-            self._end_block()
         os.close(self._descriptor)
 
     return _in_file(close=close)
@@ -67,7 +64,7 @@ def no_fsync_of_files() -> Edit:
 
 def no_fsync_of_folders() -> Edit:
     """The names of files, and the rename, are left to the system."""
-    return mock.patch.object(disk, "sync_folder")
+    return mock.patch.object(fileio, "sync_folder")
 
 
 def manifest_first() -> Edit:
@@ -78,7 +75,7 @@ def manifest_first() -> Edit:
         for path in sorted(temporary.iterdir(), key=lambda p: p.name != MANIFEST):
             os.rename(path, final / path.name)
         os.rmdir(temporary)
-        disk.sync_folder(final)
+        fileio.sync_folder(final)
 
     return mock.patch.object(saver_page, "_rename", rename)
 
@@ -89,7 +86,7 @@ def unlink_then_rename() -> Edit:
 
     def rename(temporary: Path, final: Path) -> None:
         for old in list_checkpoints(final.parent)[:-1]:
-            disk.remove_folder(old)
+            fileio.remove_flat_folder(old)
         real(temporary, final)
 
     return mock.patch.object(saver_page, "_rename", rename)
@@ -116,16 +113,16 @@ def in_place() -> Edit:
 
 def hash_of_the_wrong_bytes() -> Edit:
     """A file is hashed by reading it back: whatever is there is right."""
-    real = disk.HashingFile.close
+    real = HashingFile.close
 
     def close(self: Any) -> None:
         real(self)
-        content = self._path.read_bytes()
-        starts = range(0, len(content), disk.BLOCK_BYTES)
-        blocks = [content[start : start + disk.BLOCK_BYTES] for start in starts]
+        content = self.path.read_bytes()
+        starts = range(0, len(content), BLOCK_BYTES)
+        blocks = [content[start : start + BLOCK_BYTES] for start in starts]
         self.hashes = [hashlib.sha256(block).hexdigest() for block in blocks]
 
-    return _in_file(close=close)
+    return mock.patch.object(HashingFile, "close", close)
 
 
 def order_by_time() -> Edit:
@@ -150,21 +147,19 @@ def deletes_the_old_one_first() -> Edit:
 
 def swallows_a_full_disk() -> Edit:
     """Whoever writes is not told that a write failed."""
-    real = disk.HashingFile._write_whole
+    real = fileio.NewFile.write
 
-    def write_whole(self: Any, part: memoryview) -> None:
+    def write(self: Any, part: memoryview) -> None:
         with contextlib.suppress(OSError):
             real(self, part)
 
-    return _in_file(_write_whole=write_whole)
+    return _in_file(write=write)
 
 
 def tries_fsync_again() -> Edit:
     """A fsync that failed is tried once more; it succeeds, and the bytes are gone."""
 
     def close(self: Any) -> None:
-        if self._filled:
-            self._end_block()
         try:
             os.fsync(self._descriptor)
         except OSError:
@@ -178,11 +173,9 @@ def no_barrier() -> Edit:
     """Files are written beside the rename, which does not wait for the last of them."""
     real = saver_page._rename
     late: list[Callable[[], None]] = []
-    close = disk.HashingFile.close
+    close = fileio.NewFile.close
 
     def close_later(self: Any) -> None:
-        if self._filled:
-            self._end_block()
         late.append(lambda: close(self))
 
     def rename(temporary: Path, final: Path) -> None:

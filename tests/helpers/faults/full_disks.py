@@ -27,7 +27,7 @@ from faults.history import KEEP, History, judge
 from faults.resumes import refuse_difference
 from faults.table import Row, Unrecovered
 from faults.tiny_runs import OFTEN, in_child, lines_of, picture, prepare, resume, said, train
-from pretrain.checkpoint import disk
+from pretrain import fileio
 from pretrain.checkpoint import save as saver_page
 
 N_BYTES, PAGE = 64 << 10, 4096
@@ -39,7 +39,7 @@ def _attempt(folder: Path, history: History, expected: set[int], limit: Callable
     """In a child: save under a limit, without the look at free space that would stop it early."""
     limit()
     try:
-        with mock.patch.object(disk, "refuse_little_room"):
+        with mock.patch.object(fileio, "check_free_space"):
             save_and_prune(folder, history, NEW)
     except OSError as error:
         if error.errno not in expected:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.cli.models import HELP, OpenModel
 from pretrain.cli.new_folder import final_folder, set_aside, work_folder
 from pretrain.cli.output import Output, plain
-from pretrain.data.durable import put_in_place
+from pretrain.fileio import move_into_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         if verdict == DISAGREES:  # kept, for somebody to look at
             where = str(set_aside(work, out, "disagrees"))
         else:
-            put_in_place(work, out)
+            move_into_place(work, out)
     for what, found, says in table(certificate):
         output.say(f"{what:<10}  {says:<12}  {found}")
     library = f" with {certificate['library']}" if "library" in certificate else ""

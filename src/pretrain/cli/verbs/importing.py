@@ -15,7 +15,7 @@ from pathlib import Path
 from pretrain.cli.new_folder import final_folder, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
-from pretrain.data.durable import put_in_place
+from pretrain.fileio import move_into_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         of_tokenizer = {"begins_texts": model.tokenizer.begins_texts, "ends": model.tokenizer.ends}
         state = {"imported": origin, **of_tokenizer}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
-        put_in_place(work, out)
+        move_into_place(work, out)
     output.say(
         f"{arguments.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "
         f"layers of {model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "

@@ -1,0 +1,332 @@
+"""Files that survive a crash or a power loss, JSON, and locks: the only writer of whole files.
+
+Bytes or JSON come in. A new file is on the disk itself before its name is used, and a finished
+folder gets its final name in one rename, so a reader finds the old version, the new version or
+nothing, never a half. An existing file is rejected by all functions except `replace_file` and
+`replacing`. Everything is done by single calls of the `os` module, in a known order, so that a test
+can record the calls, let any of them fail, and replay what a disk may contain after a power loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+MAX_JSON_BYTES = 1 << 28
+"""Largest JSON file that is read: a checkpoint manifest of a million tensors has about 200 MB."""
+
+
+class NewFile:
+    """Context manager: an unbuffered new file, which is on the disk itself when the block ends.
+
+    FileExistsError if the name is in use. An error inside the block or in the last fsync means that
+    the content is worthless: the file is closed, and deleting it is left to the caller.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self.path = path
+        self._descriptor = os.open(path, flags, 0o644)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes; returns their number."""
+        rest = memoryview(data)
+        # The system may take fewer bytes than given, as it does at a limit; the next call then
+        # raises the reason.
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        return len(data)
+
+    def close(self) -> None:
+        """Flush to the disk itself, then close. An fsync that failed is never repeated: the second
+        one would succeed without the lost data."""
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            os.fsync(descriptor)
+            if hasattr(os, "posix_fadvise"):
+                # A program that verifies the file then reads the disk, not the system's cache.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Close without flushing."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file to the disk itself; FileExistsError if it exists."""
+    with NewFile(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[NewFile]:
+    """Yield a file that takes the place of `path` when the block ends without an error.
+
+    A crash or a power loss leaves the old content or the new content.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a dead process that had the same number
+    try:
+        with NewFile(temporary) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash or a power loss leaves the old content or the new content."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+# JSON ---------------------------------------------------------------------------------------------
+
+
+def write_json(
+    path: Path,
+    content: Mapping[str, Any],
+    *,
+    replace: bool = False,
+    indent: int = 1,
+    ascii_only: bool = False,
+) -> None:
+    """Write a JSON object to the disk itself: a new file, or with `replace` over an existing one.
+
+    `ascii_only` escapes all other characters, so file names that are not Unicode can be written.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=ascii_only) + "\n"
+    write = replace_file if replace else write_file
+    write(path, text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. ValueError naming the file if it is damaged, not an object, larger than
+    MAX_JSON_BYTES or has a duplicate key; OSError if it cannot be read."""
+    n_bytes = os.stat(path).st_size
+    if n_bytes > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {n_bytes:,} bytes; a JSON file must have <= {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
+    return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its pairs; ValueError for a duplicate key, of which Python would
+    silently use the last. For `json.loads(object_pairs_hook=...)`."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {duplicate!r:.60}")
+    return content
+
+
+def nan_to_null(value: Any) -> Any:
+    """Copy a JSON value with None for NaN and the infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): nan_to_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nan_to_null(item) for item in value]
+    return value
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its missing parents, with their names on the disk itself."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        os.mkdir(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder, so that a rename or a new name survives a power loss.
+
+    Only POSIX systems can open a folder; elsewhere nothing is done.
+    """
+    if os.name == "posix":
+        _sync(path, os.O_RDONLY)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files of a folder, so that a rename of the folder never names half of them."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            _sync(path, os.O_RDWR)
+    sync_folder(folder)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_empty(folder: Path) -> None:
+    """FileExistsError if `folder` is a file or a folder that is not empty."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        message = "exists and is not a folder; name another folder"
+        raise FileExistsError(errno.EEXIST, message, str(folder)) from None
+    if names:
+        message = f"exists and has {len(names)} files; name another folder, or empty this one"
+        raise FileExistsError(errno.EEXIST, message, str(folder))
+
+
+def move_into_place(finished: Path, folder: Path) -> None:
+    """Flush a finished folder and rename it to its final name, which may be an empty folder;
+    FileExistsError if that is not empty."""
+    sync_tree(finished)
+    require_empty(folder)
+    if folder.is_dir():
+        os.rmdir(folder)
+    os.rename(finished, folder)
+    sync_folder(folder.parent)
+
+
+def remove_flat_folder(path: Path) -> None:
+    """Delete a folder of files that already has a temporary name; what cannot be deleted is left
+    for the next attempt."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path):
+            os.unlink(path / name)
+        os.rmdir(path)
+
+
+def check_free_space(folder: Path, *, n_bytes: int, n_files: int) -> None:
+    """OSError (ENOSPC) unless the disk of `folder` has space for `n_bytes` in `n_files` files."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        message = f"a checkpoint needs {n_bytes:,} bytes, but only {free:,} are free"
+        raise OSError(errno.ENOSPC, message, str(folder))
+    if hasattr(os, "statvfs"):
+        table = os.statvfs(folder)
+        # Some file systems have no table of files and report 0 of 0.
+        if table.f_files and table.f_favail < n_files:
+            message = f"a checkpoint needs {n_files} inodes, but only {table.f_favail} are free"
+            raise OSError(errno.ENOSPC, message, str(folder))
+
+
+# Locks --------------------------------------------------------------------------------------------
+
+
+class LockHeld(ValueError):
+    """Another process has the lock."""
+
+
+class FileLock:
+    """Context manager in which this process is the only one that has the lock file `path`.
+
+    The system releases the lock when its owner dies, however it dies. The file names its owner
+    (host, process, time) and is deleted at the end. If another process has the lock, `wait` blocks
+    until it is released; otherwise LockHeld is raised. Where the system or the file system has no
+    locks, `warning` has the reason and the block runs without one.
+    """
+
+    def __init__(self, path: Path, *, wait: bool = False, action: str = "used") -> None:
+        """`action` completes the message "FOLDER is ... by process N"."""
+        self._path, self._wait, self._action = path, wait, action
+        self._descriptor = -1
+        self.warning: str | None = None
+
+    def __enter__(self) -> FileLock:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._acquire():
+            pass
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        owner = {"host": platform.node(), "pid": os.getpid(), "since": since}
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, json.dumps(owner).encode())
+        return self
+
+    def _acquire(self) -> bool:
+        """Lock the file, and return False if its last owner deleted it in the meantime."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in {errno.EAGAIN, errno.EACCES, errno.EDEADLK}:
+                self._close()
+                raise self._held() from None
+            self.warning = f"{self._path}: file locking is not available ({error.strerror})"
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                return True
+        self._close()
+        return False
+
+    def _held(self) -> LockHeld:
+        owner: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            owner = read_json(self._path)
+        return LockHeld(
+            f"{self._path.parent} is being {self._action} by process {owner.get('pid', '?')} on "
+            f"{owner.get('host', '?')}, since {owner.get('since', '?')}; wait for it, or stop it"
+        )
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __exit__(self, *_: object) -> None:
+        # Deleted while locked: afterwards the name may be that of the next owner's file.
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+        self._close()

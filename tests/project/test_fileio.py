@@ -1,0 +1,149 @@
+"""Locks, atomic replacement and JSON of `pretrain.fileio`."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import fileio
+from pretrain.fileio import FileLock, LockHeld, nan_to_null, read_json, replacing, write_json
+
+
+def test_a_second_process_is_rejected_with_the_owner_of_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with FileLock(path, action="trained") as first:
+        assert first.warning is None
+        message = f"{tmp_path} is being trained by process {os.getpid()} on .*; wait for it, or"
+        with pytest.raises(LockHeld, match=message), FileLock(path, action="trained"):
+            pass
+        assert path.exists()  # the rejected one has not deleted it
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("left by a killed process")
+    with FileLock(path), pytest.raises(LockHeld, match="is being used"), FileLock(path):
+        pass
+
+
+def test_a_lock_file_deleted_between_open_and_lock_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The previous owner may end in between, and delete its file."""
+    path = tmp_path / "run.lock"
+    flock, calls = fcntl.flock, 0
+
+    def delayed(descriptor: int, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", delayed)
+    with FileLock(path):
+        assert calls == 2
+        with pytest.raises(LockHeld), FileLock(path):
+            pass
+
+
+@pytest.mark.parametrize("has_fcntl", [True, False])
+def test_missing_locks_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_fcntl: bool
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if has_fcntl:
+        monkeypatch.setattr(fcntl, "flock", fail)
+    else:
+        monkeypatch.setattr(fileio, "fcntl", None)
+    path = tmp_path / "run.lock"
+    with FileLock(path) as lock:
+        assert lock.warning == f"{path}: file locking is not available (No locks available)"
+    assert not path.exists()
+
+
+def test_waiting_owners_get_the_lock_one_after_the_other(tmp_path: Path) -> None:
+    inside: list[str] = []
+    seen: list[list[str]] = []
+
+    def work(name: str, delay: float, seconds: float) -> None:
+        time.sleep(delay)
+        with FileLock(tmp_path / "work.lock", wait=True):
+            inside.append(name)
+            seen.append(list(inside))
+            time.sleep(seconds)
+            inside.remove(name)
+
+    # The second waits for a file that the first deletes; the third finds none and creates one.
+    schedule = [("a", 0.0, 0.2), ("b", 0.1, 0.4), ("c", 0.4, 0.0)]
+    threads = [threading.Thread(target=work, args=each) for each in schedule]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [["a"], ["b"], ["c"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_a_file_is_replaced_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half of the new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_bytes() == b"old"
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged: it is not JSON"),
+        ("[]", "is damaged: it is not a JSON object"),
+        ('{"a": 1, "a": 2}', "duplicate key 'a'"),
+        ("[" * 100_000, "is damaged: it is not JSON"),
+        (b"\xff", "is damaged: it is not JSON"),
+    ],
+)
+def test_damaged_json_is_rejected_with_the_name_of_the_file(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_json_larger_than_any_of_ours_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fileio, "MAX_JSON_BYTES", 10)
+    write_json(tmp_path / "large.json", {"key": "a long value"})
+    with pytest.raises(ValueError, match=r"large\.json has 27 bytes; a JSON file must have <= 10"):
+        read_json(tmp_path / "large.json")
+
+
+def test_json_is_written_once_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    content = {"loss": float("nan"), "steps": [1, float("inf")], "name": "\udcff"}
+    write_json(path, nan_to_null(content), ascii_only=True)
+    assert read_json(path) == {"loss": None, "steps": [1, None], "name": "\udcff"}
+    with pytest.raises(FileExistsError):
+        write_json(path, {})
+    write_json(path, {"step": 2}, replace=True)
+    assert read_json(path) == {"step": 2}
