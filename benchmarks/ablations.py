@@ -82,7 +82,7 @@ class Arm:
         from pretrain.cli.places import prepared, read_target
         from pretrain.config import compose, parse_overrides
         from pretrain.distributed import open_world
-        from pretrain.model import Objective, build
+        from pretrain.model import LMLoss, build
         from pretrain.optim import build_optimizer
         from pretrain.train.build import training_batches
         from pretrain.train.decide import decide
@@ -109,7 +109,7 @@ class Arm:
         tokens = self.decided.train.batch_tokens
         assert tokens is not None
         decoder = build(self.decided.model, vocab_size=self.data.manifest.vocab_size, seed=seed)
-        self.objective = Objective(decoder).train()
+        self.lm_loss = LMLoss(decoder).train()
         self.optimizer = build_optimizer(
             decoder.named_parameters(),
             config=self.config.optimizer,
@@ -120,16 +120,16 @@ class Arm:
         self.batches = training_batches(self.data, self.decided.model, self.decided.train)
 
     def step(self, step: int) -> None:
-        from pretrain.optim import rate_at
+        from pretrain.optim import lr_at
         from pretrain.train.steps import train_step
 
         peak = self.config.optimizer.learning_rate
         train_step(
-            self.objective,
+            self.lm_loss,
             self.optimizer,
             self._growing(step) if self.how == "batch_grows" else self.batches.at(step),
             step=step,
-            rate=rate_at(step, config=self.decided.schedule, learning_rate=peak, steps=self.steps),
+            rate=lr_at(step, config=self.decided.schedule, learning_rate=peak, steps=self.steps),
             clip=self.config.optimizer.clip,
             world=self.world,
             precision=self.precision,
@@ -157,7 +157,7 @@ class Arm:
         """Of the last fifth of the run, the last ten steps weighing most."""
         import torch
 
-        weights = [p.detach() for p in self.objective.parameters()]
+        weights = [p.detach() for p in self.lm_loss.parameters()]
         if not self.averages:
             self.averages = [w.clone() for w in weights]
         torch._foreach_lerp_(self.averages, weights, max(0.1, 1 / n))
@@ -172,10 +172,10 @@ class Arm:
         for step in range(first, self.steps):
             self.step(step)
         with torch.no_grad():
-            for parameter, kept in zip(self.objective.parameters(), self.averages, strict=False):
+            for parameter, kept in zip(self.lm_loss.parameters(), self.averages, strict=False):
                 parameter.copy_(kept)
         result = score(
-            self.objective,
+            self.lm_loss,
             evaluation_batches(
                 self.data.split("val"), context_length=self.context, rows=4096 // self.context
             ),

@@ -82,16 +82,16 @@ def pretrain(shape: Shape) -> Step:
 
     from pretrain.data.batches import MicroBatch
     from pretrain.distributed import open_world
-    from pretrain.model import Objective, build
+    from pretrain.model import LMLoss, build
     from pretrain.optim import OptimizerConfig, build_optimizer
     from pretrain.train.decide import micro_batch_rows
     from pretrain.train.steps import train_step
 
     model, world = shape.model(), open_world(shape.device, threads=shape.threads)
     decoder = build(model, vocab_size=shape.vocab_size, seed=1, device=world.device)
-    objective = Objective(decoder).train()
+    lm_loss = LMLoss(decoder).train()
     if shape.compiled:
-        objective.compile_parts()
+        lm_loss.compile_parts()
     optimizer = build_optimizer(
         decoder.named_parameters(), config=OptimizerConfig(), batch_tokens=shape.batch_tokens
     )
@@ -103,7 +103,7 @@ def pretrain(shape: Shape) -> Step:
         parts = [
             MicroBatch(*ids, numbers) for ids, numbers in zip(draw(rows), samples, strict=True)
         ]
-        return train_step(objective, optimizer, parts, step=0, rate=1e-3, **how)
+        return train_step(lm_loss, optimizer, parts, step=0, rate=1e-3, **how)
 
     return step
 

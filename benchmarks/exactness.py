@@ -26,9 +26,9 @@ from pretrain.checkpoint import BackgroundSaver
 from pretrain.cli.places import prepared, read_target
 from pretrain.config import compose
 from pretrain.distributed import open_world
-from pretrain.model import Objective, build
+from pretrain.model import LMLoss, build
 from pretrain.optim import build_optimizer
-from pretrain.optim.grouped import optimizer_state
+from pretrain.optim.param_groups import optimizer_state
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide
 from pretrain.train.records import Records
@@ -57,7 +57,7 @@ def main() -> None:
     sections = {"model": config.model, "optimizer": config.optimizer, "schedule": config.schedule}
     decided = decide(data=data, train=config.train, world=world, **sections)  # type: ignore[arg-type]
     decoder = build(decided.model, vocab_size=data.manifest.vocab_size, seed=1)
-    objective = Objective(decoder, seed=1)
+    lm_loss = LMLoss(decoder, seed=1)
     optimizer = build_optimizer(
         decoder.named_parameters(), config=config.optimizer, width=decided.model.d_model
     )
@@ -80,7 +80,7 @@ def main() -> None:
                 return watch.judge(loss, norm) is None or True
 
             train_step(
-                objective,
+                lm_loss,
                 optimizer,
                 batches.at(number) if watched else bare(number),
                 step=number,

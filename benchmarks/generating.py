@@ -24,14 +24,14 @@ Generate = Callable[[], int]
 
 
 def ours(n: int) -> Generate:
-    from pretrain.generate import Sampling, generate_ids, lay_out_for_generation
+    from pretrain.generate import Sampling, generate_ids, pack_weights
     from pretrain.model import ModelConfig, build
     from pretrain.model.config import model_defaults
 
     sizes = {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": CONTEXT}
     config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
     decoder = build(config, vocab_size=4096, seed=1)
-    lay_out_for_generation(decoder)
+    pack_weights(decoder)
     sampling = Sampling(temperature=0.8, top_k=50)
     return lambda: sum(
         map(len, generate_ids(decoder, [1], max_tokens=TOKENS, n=n, sampling=sampling))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Both ignore such targets.
-NOT_COUNTED = -1
+IGNORE_INDEX = -1
 ROWS = 16
 Nats = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,7 +35,7 @@ Nats = Callable[[Tensor, Tensor], Tensor]
 def total_nats(nats: Nats, ids: NDArray[np.int64], *, context: int) -> float:
     """Every id but the first is predicted once, in windows that do not overlap: as ours is scored.
     `nats` of inputs and targets (B, T) are their sum."""
-    targets = np.append(ids[1:], np.full(-(len(ids) - 1) % context, NOT_COUNTED))
+    targets = np.append(ids[1:], np.full(-(len(ids) - 1) % context, IGNORE_INDEX))
     inputs = np.append(ids[:-1], np.zeros(len(targets) - len(ids) + 1, dtype=np.int64))
     both_NT = [torch.from_numpy(ids.reshape(-1, context)) for ids in (inputs, targets)]
     with torch.no_grad():
@@ -64,7 +64,7 @@ def open_nanogpt(run: Path) -> tuple[Nats, int]:
     decoder.load_state_dict(weights)
 
     def nats(inputs: Tensor, targets: Tensor) -> Tensor:
-        return decoder(inputs, targets)[1] * (targets != NOT_COUNTED).sum()  # type: ignore[no-any-return]
+        return decoder(inputs, targets)[1] * (targets != IGNORE_INDEX).sum()  # type: ignore[no-any-return]
 
     return nats, decoder.config.block_size
 

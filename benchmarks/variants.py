@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.model import Decoder, Objective
-from pretrain.model import objective as losses
-from pretrain.model.layers import Attention, Linear, rotation_at
-from pretrain.optim import grouped, muon
+from pretrain.model import Decoder, LMLoss
+from pretrain.model import loss as losses
+from pretrain.model.layers import Attention, Linear
+from pretrain.model.rope import rope_cos_sin
+from pretrain.optim import muon, param_groups
 
 
 def _with_parameters(make: Callable[[Decoder], dict[str, nn.Module | nn.Parameter]]) -> None:
@@ -35,12 +36,12 @@ def x0_skips() -> None:
     """Before each block the embedding is added again, by a learned weight: nanochat."""
     _with_parameters(lambda d: {"x0_bias": nn.Parameter(torch.zeros(d.config.n_layers))})
 
-    def forward(self: Any, ids_BT: Tensor, *, cache: Any = None, noise: Any = None) -> Tensor:
+    def forward(self: Any, ids_BT: Tensor, *, cache: Any = None, dropout_rng: Any = None) -> Tensor:
         positions_T = torch.arange(ids_BT.shape[1])
-        x = x0 = self.embed(ids_BT, positions_T, cache, noise)
-        rotation = rotation_at(positions_T, self.config)
+        x = x0 = self.embed(ids_BT, positions_T, cache, dropout_rng)
+        rotation = rope_cos_sin(positions_T, self.config)
         for i, block in enumerate(self.blocks.values()):
-            x = block(x + self.x0_bias[i] * x0, rotation, cache, noise)
+            x = block(x + self.x0_bias[i] * x0, rotation, cache, dropout_rng)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     Decoder.forward = forward  # type: ignore[method-assign]
@@ -99,7 +100,7 @@ def softcap() -> None:
         logits = 15 * torch.tanh((hidden_ND @ weight_VD.T).float() / 15)
         return F.cross_entropy(logits, targets_N, ignore_index=-100, reduction="sum")
 
-    losses.linear_cross_entropy = capped  # type: ignore[assignment]
+    losses.chunked_cross_entropy = capped  # type: ignore[assignment]
 
 
 def two_tokens() -> None:
@@ -108,20 +109,20 @@ def two_tokens() -> None:
     (Gloeckle et al., 2024)."""
     _with_parameters(lambda d: {"second": Linear(d.config.d_model, d.config.d_model, bias=False)})
 
-    def forward(self: Objective, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self: LMLoss, batch: Any) -> tuple[Tensor, Tensor]:
         decoder: Any = self.decoder
         hidden = decoder(batch.inputs)
         targets_N = batch.targets.flatten()
-        nats = losses.linear_cross_entropy(hidden.flatten(0, 1), decoder.head_weight, targets_N)
+        nats = losses.chunked_cross_entropy(hidden.flatten(0, 1), decoder.head_weight, targets_N)
         if self.training:
             later = F.pad(batch.targets, (0, 1), value=-100)[:, 1:].flatten()
-            more = losses.linear_cross_entropy(
+            more = losses.chunked_cross_entropy(
                 decoder.second(hidden).flatten(0, 1), decoder.head_weight, later
             )
             nats = nats + 0.2 * (more - more.detach())
-        return nats, (targets_N != losses.NOT_COUNTED).sum()
+        return nats, (targets_N != losses.IGNORE_INDEX).sum()
 
-    Objective.forward = forward  # type: ignore[method-assign]
+    LMLoss.forward = forward  # type: ignore[method-assign]
 
 
 def normuon() -> None:
@@ -145,17 +146,17 @@ def normuon() -> None:
 def cautious_decay() -> None:
     """Only weights that the update makes smaller anyway are decayed: "Cautious Weight Decay" (Chen
     et al., 2025)."""
-    plain = grouped.update_matrices
+    plain = param_groups.muon_update
 
     @torch.no_grad()
-    def update_matrices(matrices: list[Tensor], *given: Any, **named: Any) -> None:
+    def muon_update(matrices: list[Tensor], *given: Any, **named: Any) -> None:
         before = [matrix.clone() for matrix in matrices]
         plain(matrices, *given, **{**named, "weight_decay": 0.0})
         for matrix, old in zip(matrices, before, strict=True):
             is_shrinking = (old - matrix) * old > 0
             matrix.sub_(old * is_shrinking, alpha=named["rate"] * named["weight_decay"])
 
-    grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
+    param_groups.muon_update = muon_update  # type: ignore[attr-defined]
 
 
 def soap() -> None:
@@ -165,7 +166,7 @@ def soap() -> None:
     seen: dict[torch.Size, dict[str, Any]] = {}
 
     @torch.no_grad()
-    def update_matrices(
+    def muon_update(
         matrices: list[Tensor],
         memories: list[Tensor],
         gradients: list[Tensor],
@@ -174,7 +175,7 @@ def soap() -> None:
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
-        held: muon.Matrices,
+        orthogonalizer: muon.Orthogonalizer,
     ) -> None:
         slope = torch.stack(list(gradients))
         sides = (slope @ slope.mT, slope.mT @ slope)
@@ -201,7 +202,7 @@ def soap() -> None:
                 for side, basis in zip(state["sides"], state["bases"], strict=True)
             )
 
-    grouped.update_matrices = update_matrices  # type: ignore[attr-defined]
+    param_groups.muon_update = muon_update  # type: ignore[attr-defined]
 
 
 VARIANTS: dict[str, Callable[[], None]] = {

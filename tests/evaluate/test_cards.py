@@ -17,7 +17,7 @@ from pretrain.cli import main
 from pretrain.cli.models import OpenModel, open_model
 from pretrain.evaluate import Expectation, Pair, look_at, pieces, score_texts
 from pretrain.generate import next_distribution
-from pretrain.model import Objective
+from pretrain.model import LMLoss
 from pretrain.report import write_report
 from pretrain.report.heat_map import heat_map, heat_map_page
 from pretrain.tokenizer import Tokenizer, load_tokenizer
@@ -51,7 +51,7 @@ def test_nats_of_all_tokens_are_the_score_of_the_text(model: OpenModel, stride: 
     text = HOSTILE * 12  # many windows of 32 ids
     found = looked_at(model, text, stride=stride)
     whole = score_texts(
-        Objective(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
+        LMLoss(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
     )
     assert len(found) == whole.tokens
     assert math.fsum(each.nats for each in found) == pytest.approx(whole.nats, rel=1e-12)

@@ -17,7 +17,7 @@ from pretrain.data import evaluation_batches
 from pretrain.evaluate import Pair, Score, encode_pair, score_pairs, score_texts
 from pretrain.evaluate.continuations import windows_of
 from pretrain.evaluate.scorer import Ids, score_each
-from pretrain.model import Objective
+from pretrain.model import LMLoss
 from pretrain.tokenizer import Tokenizer
 
 CONTEXT = 32  # of the tiny run
@@ -81,14 +81,14 @@ def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: OpenModel) -> N
         for i in range(1, n + 1)
     ]
     found = score_texts(
-        Objective(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
+        LMLoss(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
     )
     assert found.tokens == n
     assert found.nats == pytest.approx(by_hand(model, ids, 1, contexts), rel=1e-9)
     pair = score_pairs(model.decoder, [Pair(tuple(ids), 1)], world=model.world, stride=stride)[0]
     assert pair.nats == pytest.approx(found.nats, rel=1e-12)
     assert pair.tokens == found.tokens
-    default = score_texts(Objective(model.decoder), model.tokenizer, [text], world=model.world)
+    default = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
     assert default.nats != pytest.approx(found.nats, rel=1e-3)
     # The primitive and the sum that the training loop takes are one number.
     whole = score_pairs(model.decoder, [Pair(tuple(ids), 1)], world=model.world)[0]
@@ -194,15 +194,15 @@ def test_what_cannot_be_scored_is_refused(model: OpenModel) -> None:
             score_pairs(model.decoder, [], world=model.world, stride=stride)
         with pytest.raises(ValueError, match=f"legal: 1 to the context of {CONTEXT}"):
             score_texts(
-                Objective(model.decoder), model.tokenizer, ["a"], world=model.world, stride=stride
+                LMLoss(model.decoder), model.tokenizer, ["a"], world=model.world, stride=stride
             )
 
 
 def test_each_document_has_its_own_score(model: OpenModel) -> None:
     texts = ["Yes.", TEXT * 2, "No, no."]
-    objective = Objective(model.decoder)
-    each = score_each(objective, model.tokenizer, texts, world=model.world)
-    together = score_texts(objective, model.tokenizer, texts, world=model.world)
+    lm_loss = LMLoss(model.decoder)
+    each = score_each(lm_loss, model.tokenizer, texts, world=model.world)
+    together = score_texts(lm_loss, model.tokenizer, texts, world=model.world)
     assert len(each) == 3
     assert together == Score(
         *(sum(getattr(s, n) for s in each) for n in ("nats", "tokens", "bytes"))

@@ -21,7 +21,7 @@ from pretrain.data import evaluation_batches
 from pretrain.evaluate import Score, score_each, score_texts
 from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
 from pretrain.evaluate.scorer import Ids
-from pretrain.model import Objective
+from pretrain.model import LMLoss
 from tiny import TINY
 
 
@@ -62,9 +62,7 @@ def test_the_scorer_equals_a_brute_force_sum(finished_run: Path) -> None:
     model = open_model(str(finished_run), device="cpu")
     model.decoder.double()
     text = "The people of the United States, in order to form a more perfect Union, é ordain: " * 3
-    result = score_texts(
-        Objective(model.decoder), model.tokenizer, [text, "Yes."], world=model.world
-    )
+    result = score_texts(LMLoss(model.decoder), model.tokenizer, [text, "Yes."], world=model.world)
     nats, tokens = 0.0, 0
     for one in (text, "Yes."):
         ids = [model.tokenizer.end_of_text, *model.tokenizer.encode(one).tolist()]
@@ -110,11 +108,11 @@ def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
     """A tokenizer may put a space before a text, and fold what it reads."""
     model = open_model(str(finished_run), device="cpu")
     texts = ["Ein Übermaß", ""]
-    objective = Objective(model.decoder)
-    plain = score_each(objective, model.tokenizer, texts, world=model.world)
+    lm_loss = LMLoss(model.decoder)
+    plain = score_each(lm_loss, model.tokenizer, texts, world=model.world)
     lengths = model.tokenizer.byte_lengths() + 1
     monkeypatch.setattr(type(model.tokenizer), "byte_lengths", lambda _: lengths)
-    assert score_each(objective, model.tokenizer, texts, world=model.world) == plain
+    assert score_each(lm_loss, model.tokenizer, texts, world=model.world) == plain
     assert [each.bytes for each in plain] == [13, 0]
 
 

@@ -92,7 +92,7 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
     """The beginning of WikiText-2, each token once, with all that a window gives before it."""
     from pretrain.distributed import open_world
     from pretrain.evaluate import score_texts
-    from pretrain.model import Objective
+    from pretrain.model import LMLoss
 
     transformers = pytest.importorskip("transformers")
     file = DATA / "wikitext2-raw.valid.txt"
@@ -101,7 +101,7 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
     text = file.read_text(encoding="utf-8")[:40_000]
     decoder = foreign.build()
     score = score_texts(
-        Objective(decoder), foreign.tokenizer, [text], world=open_world("cpu"), stride=stride
+        LMLoss(decoder), foreign.tokenizer, [text], world=open_world("cpu"), stride=stride
     )
     own = {name: p.detach() for name, p in decoder.named_parameters()}
     write_hugging_face(

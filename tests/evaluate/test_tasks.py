@@ -359,12 +359,12 @@ def test_pairs_and_texts_stand_for_themselves(model: OpenModel, tmp_path: Path) 
     assert said.tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
 
     from pretrain.evaluate import score_texts
-    from pretrain.model import Objective
+    from pretrain.model import LMLoss
 
     task = task_of_kind("text", str(written(tmp_path, RECORDS["text"])))
     results = asked(model, task, examples_of(task, Path(task.file)))
     texts = [record["text"] for record in RECORDS["text"]]
-    score = score_texts(Objective(model.decoder), model.tokenizer, texts, world=model.world)
+    score = score_texts(LMLoss(model.decoder), model.tokenizer, texts, world=model.world)
     sums = {metric: rows.sum(0) for metric, rows in results.statistics.items()}
     assert value("bits_per_byte", sums["bits_per_byte"]) == pytest.approx(score.bits_per_byte)
     assert value("perplexity", sums["perplexity"]) == pytest.approx(score.perplexity)

@@ -21,7 +21,7 @@ from pretrain.distributed import open_world
 from pretrain.evaluate import score_texts
 from pretrain.export import Exported, FormatError, certify, open_foreign, write_gguf
 from pretrain.export.certificate import AGREES, TEXTS, _request
-from pretrain.model import Decoder, Objective
+from pretrain.model import Decoder, LMLoss
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from test_export import same
 from test_sentencepiece import LLAMA, trained
@@ -150,7 +150,7 @@ def _certificate(
         for name, p in decoder.named_parameters():
             p.copy_(rounded[name])
     text = "The capital of France is Paris. " * 10
-    score = score_texts(Objective(decoder), tokenizer, [text], world=open_world("cpu", threads=1))
+    score = score_texts(LMLoss(decoder), tokenizer, [text], world=open_world("cpu", threads=1))
     return certify(Exported(file, "gguf", numbers, False, decoder, tokenizer), text, score)
 
 

@@ -340,8 +340,8 @@ def test_a_model_stops_where_its_own_files_say(
     """An id that does not exist is passed over; what names none stops where its vocabulary does."""
     stops: list[set[int]] = []
 
-    def remember(*_: Any, ends: set[int], **__: Any) -> list[list[int]]:
-        stops.append(ends)
+    def remember(*_: Any, stop_ids: set[int], **__: Any) -> list[list[int]]:
+        stops.append(stop_ids)
         return []
 
     monkeypatch.setattr("pretrain.generate.sampling.generate_ids", remember)

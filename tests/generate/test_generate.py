@@ -13,7 +13,7 @@ import torch
 from pretrain.cli import main
 from pretrain.cli.models import open_model
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
-from pretrain.generate.layout import lay_out_for_generation
+from pretrain.generate.packing import pack_weights
 from pretrain.generate.sampling import _draw, sample, shape_probabilities
 from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
 from pretrain.model.layers import Block
@@ -40,7 +40,7 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]])
 def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
     other = build(decoder.config, vocab_size=V, seed=2)
     other.load_state_dict(decoder.state_dict())
-    lay_out_for_generation(other)
+    pack_weights(other)
     for one, laid_out in zip(decoder.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, laid_out)
     assert not other.head_weight.is_contiguous()
@@ -59,7 +59,7 @@ def test_every_family_is_laid_out_to_the_same_logits_and_ids(variant: str) -> No
         for name, p in plain.named_parameters():  # so that every one matters
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
     laid_out.load_state_dict(plain.state_dict())
-    lay_out_for_generation(laid_out)
+    pack_weights(laid_out)
     weights = laid_out.state_dict()
     assert list(weights) == list(plain.state_dict())
     assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
@@ -92,7 +92,7 @@ def test_what_is_laid_out_can_be_loaded_into(variant: str) -> None:
     with torch.no_grad():
         for name, p in plain.named_parameters():  # biases too
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
-    lay_out_for_generation(laid_out)
+    pack_weights(laid_out)
     laid_out.load_state_dict(plain.state_dict())
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_text_longer_than_the_context_goes_on(decoder: Decoder, length: int) -> 
 def test_text_ends_before_the_end_of_text(decoder: Decoder) -> None:
     free = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1))
     end = free[0][4]
-    cut = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1), ends=[end])
+    cut = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1), stop_ids=[end])
     for row, whole in zip(cut, free, strict=True):
         assert row == (whole[: whole.index(end)] if end in whole else whole)
 

@@ -44,7 +44,7 @@ class Trainee:
 
         from oracles import config_of
         from pretrain.distributed import open_world
-        from pretrain.model import Objective, build
+        from pretrain.model import LMLoss, build
         from pretrain.optim import OptimizerConfig, build_optimizer
         from pretrain.parallel import parallelize, tensor
 
@@ -57,15 +57,15 @@ class Trainee:
         is_cut = self.layout.cuts_weights
         place, seed = ("meta", None) if is_cut else (self.world.device, SEED)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
-        objective, self.precision = Objective(decoder, seed=SEED), precision
-        self.model = parallelize(objective, self.layout, self.world, precision=precision)
+        lm_loss, self.precision = LMLoss(decoder, seed=SEED), precision
+        self.model = parallelize(lm_loss, self.layout, self.world, precision=precision)
         if is_cut:
             self.model.initialize(SEED)
         self.optimizer = build_optimizer(
             self.model.held_parameters(),
             config=OptimizerConfig(name=optimizer, learning_rate=RATE),  # type: ignore[arg-type]
             batch_tokens=8 * CONTEXT,
-            matrices=self.model.matrices,
+            orthogonalizer=self.model.orthogonalizer,
         )
         for group in self.optimizer.param_groups:
             # A float32's last bit, where Muon's products are made in it, is 1e-8 of a weight.
@@ -89,7 +89,7 @@ class Trainee:
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
         own = score_batches(
-            self.model.objective,
+            self.model.lm_loss,
             batches,
             byte_lengths_V=ones,
             world=self.world,
@@ -105,7 +105,7 @@ class Trainee:
         self.model.gather()
         with self.world.autocast(self.model.read_in):
             (ids,) = generate_ids(
-                self.model.objective.decoder, [1, 2], max_tokens=8, sampling=Sampling(seed=SEED)
+                self.model.lm_loss.decoder, [1, 2], max_tokens=8, sampling=Sampling(seed=SEED)
             )
         return ids
 
@@ -148,7 +148,7 @@ def train(
             ),
         )
         read: set[str] = set()  # types in which blocks read their weights
-        for block in trainee.model.objective.decoder.blocks.values():
+        for block in trainee.model.lm_loss.decoder.blocks.values():
             block.get_submodule("feed_forward.up").register_forward_pre_hook(
                 lambda layer, given: read.add(str(layer.weight.dtype))
             )
@@ -164,7 +164,7 @@ def train(
             trainee.model,
             trainee.optimizer,
             batches.at,
-            rate_at=lambda step: RATE,
+            lr_at=lambda step: RATE,
             steps=steps,
             clip=1.0,
             world=trainee.world,
@@ -211,7 +211,7 @@ def save(folder: str, axes: dict[str, int]) -> None:
 def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     """The tensors of that checkpoint that this process holds, and their boxes."""
     from pretrain.checkpoint import open_checkpoint
-    from pretrain.optim.grouped import optimizer_state
+    from pretrain.optim.param_groups import optimizer_state
 
     run = _run_of(folder, axes, fresh=False)
     run.restore(open_checkpoint(Path(folder) / "checkpoints" / "step-00000001"))

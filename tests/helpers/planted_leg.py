@@ -43,8 +43,8 @@ def optimizer() -> None:
 
 def schedule() -> None:
     """The warm-up begins anew."""
-    real = loop.rate_at  # type: ignore[attr-defined]
-    loop.rate_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
+    real = loop.lr_at  # type: ignore[attr-defined]
+    loop.lr_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.data import MicroBatch
 from pretrain.distributed import World, open_world
-from pretrain.model import Decoder, ModelConfig, Objective, build, objective
+from pretrain.model import Decoder, LMLoss, ModelConfig, build, loss
 from pretrain.model.config import model_defaults
 from pretrain.parallel import ParallelConfig, layout, sharded
 
@@ -105,14 +105,14 @@ def trace(
         mock.patch.object(layout, "_arrange", return_value=meshes),
         mock.patch.object(sharded, "Map"),
         # A question about numbers, of which there are none.
-        mock.patch.object(objective, "_has_lost", return_value=False),
-        mock.patch.object(Objective, "to_empty"),
+        mock.patch.object(loss, "_has_lost", return_value=False),
+        mock.patch.object(LMLoss, "to_empty"),
         mock.patch.object(DeviceMesh, "_concatenate", staticmethod(_really_concatenated)),
     ):
         decoder = Decoder(config, vocab_size=VOCAB)
         sizes = {name: p.numel() for name, p in decoder.named_parameters()}
         in_the_ends = sum(n for name, n in sizes.items() if not name.startswith("blocks."))
-        model = layout.parallelize(Objective(decoder, seed=1), parallel, world)
+        model = layout.parallelize(LMLoss(decoder, seed=1), parallel, world)
         held = sum(part.local.numel() for part in model.parts.values())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = MicroBatch(ids, ids.clone(), torch.zeros(1, dtype=torch.int64))
@@ -151,7 +151,7 @@ def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
     decoder = build(config, vocab_size=V, seed=None, device="meta")
     sizes = {name: p.numel() for name, p in decoder.named_parameters()}
     parallel = ParallelConfig(**axes).laid_out(world.size)
-    model = layout.parallelize(Objective(decoder, seed=1), parallel, world, precision=precision)
+    model = layout.parallelize(LMLoss(decoder, seed=1), parallel, world, precision=precision)
     model.initialize(1)
     ids = torch.zeros(rows, T, dtype=torch.int64)
     with Moved() as moved, world.autocast(precision):

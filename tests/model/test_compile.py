@@ -16,7 +16,7 @@ import torch
 
 from pretrain.cli import main
 from pretrain.distributed import open_world
-from pretrain.model import ModelConfig, Objective
+from pretrain.model import LMLoss, ModelConfig
 from pretrain.model.config import model_defaults
 from pretrain.optim import OptimizerConfig
 from pretrain.parallel import ParallelConfig
@@ -32,11 +32,11 @@ def test_a_run_compiles_its_step_and_nothing_else(
     """Held-out text, a passage and samples have other shapes, each of which would take the compiler
     as long. Block by block is how it goes where weights are laid over processes."""
     graphs = []
-    compile_parts = Objective.compile_parts
+    compile_parts = LMLoss.compile_parts
     monkeypatch.setattr(
-        Objective,
+        LMLoss,
         "compile_parts",
-        lambda objective, **how: compile_parts(objective, by_block=by_block),
+        lambda lm_loss, **how: compile_parts(lm_loss, by_block=by_block),
     )
 
     def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

@@ -18,8 +18,8 @@ from pretrain.data.batches import MicroBatch
 from pretrain.model import (
     Decoder,
     KeyValueCache,
+    LMLoss,
     ModelConfig,
-    Objective,
     build,
     fused,
     n_parameters,
@@ -27,14 +27,14 @@ from pretrain.model import (
 from pretrain.model.config import model_defaults
 from pretrain.model.decoder import initial_value
 from pretrain.model.families import FAMILIES, PRESETS
-from pretrain.model.layers import rotation_at
-from pretrain.model.ngrams import NgramEmbedding, followers, ngram_hashes
-from pretrain.model.objective import (
-    NOT_COUNTED,
-    linear_cross_entropy,
-    plain_linear_cross_entropy,
+from pretrain.model.loss import (
+    IGNORE_INDEX,
+    chunked_cross_entropy,
+    reference_cross_entropy,
 )
-from pretrain.model.random import Noise
+from pretrain.model.ngrams import NgramEmbedding, followers, ngram_hashes
+from pretrain.model.random import DropoutRng
+from pretrain.model.rope import rope_cos_sin
 from pretrain.rng import float64_device, normal, philox, uniform
 
 V, T = 61, 12
@@ -99,7 +99,7 @@ def test_the_loss_is_the_sum_of_log_probabilities_of_the_formula(decoder: Decode
             context = torch.tensor([row[: i + 1]])
             logits = decoder.logits(decoder(context))[0, -1]
             total += float(logits.log_softmax(-1)[row[i + 1]].detach())
-    nats, count = Objective(decoder)(batch_of(ids))
+    nats, count = LMLoss(decoder)(batch_of(ids))
     assert count == 3 * T
     assert float(nats) == pytest.approx(-total, rel=1e-10)
 
@@ -108,9 +108,9 @@ def test_targets_that_are_not_counted_add_nothing(decoder: Decoder) -> None:
     ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(2))
     batch = batch_of(ids)
     targets = batch.targets.clone()
-    targets[:, T // 2 :] = NOT_COUNTED
-    nats, count = Objective(decoder)(batch._replace(targets=targets))
-    shorter, shorter_count = Objective(decoder)(batch_of(ids[:, : T // 2 + 1]))
+    targets[:, T // 2 :] = IGNORE_INDEX
+    nats, count = LMLoss(decoder)(batch._replace(targets=targets))
+    shorter, shorter_count = LMLoss(decoder)(batch_of(ids[:, : T // 2 + 1]))
     assert count == shorter_count == 2 * (T // 2)
     assert float(nats) == pytest.approx(float(shorter), rel=1e-6)
 
@@ -122,7 +122,7 @@ WAYS = ["a CPU's", "a GPU's", "a GPU's, compiled"]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """How the loss walks over the rows, whatever the device here; compiled once, for one shape."""
     blocks = {"cpu": 3 * V} if request.param == WAYS[0] else {}
-    monkeypatch.setattr("pretrain.model.objective.BLOCK_LOGITS", blocks)
+    monkeypatch.setattr("pretrain.model.loss.BLOCK_LOGITS", blocks)
     if request.param == WAYS[2] and not compiler_works():
         pytest.skip("torch compiles nothing here")
     return {"compiled": request.param == WAYS[2]}
@@ -147,15 +147,15 @@ def test_the_chunked_loss_equals_the_plain_one(
 ) -> None:
     if way["compiled"] and rows != 64:
         pytest.skip("each number of rows is compiled anew, which takes seconds")
-    monkeypatch.setattr("pretrain.model.objective.CHUNK_BYTES", {"cpu": rows * V * 8})
-    monkeypatch.setattr("pretrain.model.objective.LEAST_ROWS", 1)
+    monkeypatch.setattr("pretrain.model.loss.CHUNK_BYTES", {"cpu": rows * V * 8})
+    monkeypatch.setattr("pretrain.model.loss.LEAST_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, V, (40,), generator=generator)
-    targets[5], targets[39] = NOT_COUNTED, NOT_COUNTED
+    targets[5], targets[39] = IGNORE_INDEX, IGNORE_INDEX
     results = []
-    functions: list[Any] = [partial(linear_cross_entropy, **way), plain_linear_cross_entropy]
+    functions: list[Any] = [partial(chunked_cross_entropy, **way), reference_cross_entropy]
     for function in functions:
         nats = function(hidden, weight, targets)
         results.append((nats, *torch.autograd.grad(3 * nats, (hidden, weight))))
@@ -173,7 +173,7 @@ def test_layers_that_read_the_same_are_one_product_on_a_gpu(
     answers = []
     for joins in (False, True):
         monkeypatch.setattr("pretrain.model.layers._joins", lambda x, joins=joins: joins)
-        nats, _ = Objective(decoder)(batch_of(ids))
+        nats, _ = LMLoss(decoder)(batch_of(ids))
         parameters = [p for n, p in decoder.named_parameters() if "ngrams" not in n]
         answers.append([nats, *torch.autograd.grad(nats, parameters)])
     for separate, joint in zip(*answers, strict=True):
@@ -185,7 +185,7 @@ def test_layers_that_read_the_same_are_one_product_on_a_gpu(
         return fused.linear(x, weight, bias)
 
     monkeypatch.setattr("pretrain.model.layers.linear", counting)
-    Objective(decoder)(batch_of(ids))
+    LMLoss(decoder)(batch_of(ids))
     assert len(products) == 4 * config.n_layers
 
 
@@ -195,7 +195,7 @@ def test_fused_functions_and_their_gradients_equal_the_plain_ones(epsilon: float
     x = torch.randn(3, 5, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True)
     slope = torch.randn(3, 4, 5, 8, generator=generator, dtype=torch.float64)
-    angles = rotation_at(torch.arange(5), config_of("llama"))
+    angles = rope_cos_sin(torch.arange(5), config_of("llama"))
 
     def pairs() -> list[list[tuple[Any, ...]]]:
         turned = x.transpose(1, 2)  # as queries and keys come
@@ -233,10 +233,10 @@ def test_what_is_added_to_the_objective_changes_gradients_and_never_nats(
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, V, (40,), generator=generator)
-    targets[5] = NOT_COUNTED
-    nats = linear_cross_entropy(hidden, weight, targets, **extra, **way)
-    plain = plain_linear_cross_entropy(hidden, weight, targets)
-    whole = plain_linear_cross_entropy(hidden, weight, targets, **extra)
+    targets[5] = IGNORE_INDEX
+    nats = chunked_cross_entropy(hidden, weight, targets, **extra, **way)
+    plain = reference_cross_entropy(hidden, weight, targets)
+    whole = reference_cross_entropy(hidden, weight, targets, **extra)
     torch.testing.assert_close(nats, plain, rtol=1e-12, atol=0)
     assert float(whole.detach()) != pytest.approx(float(plain.detach()))
     for ours, torchs in zip(
@@ -254,14 +254,14 @@ def test_what_is_added_to_the_objective_ends_with_training(
     ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(8))
     weight = decoder.token_embedding.weight
 
-    def slope(objective: Objective) -> torch.Tensor:
-        objective.decoder.zero_grad()
-        objective(batch_of(ids))[0].backward()
+    def slope(lm_loss: LMLoss) -> torch.Tensor:
+        lm_loss.decoder.zero_grad()
+        lm_loss(batch_of(ids))[0].backward()
         assert weight.grad is not None
         return weight.grad.clone()
 
-    whole = Objective(decoder, **extra)  # type: ignore[arg-type]
-    plain = slope(Objective(decoder).eval())
+    whole = LMLoss(decoder, **extra)  # type: ignore[arg-type]
+    plain = slope(LMLoss(decoder).eval())
     assert torch.equal(slope(whole.eval()), plain)
     assert not torch.allclose(slope(whole.train()), plain)
 
@@ -279,7 +279,7 @@ def test_in_bfloat16_the_loss_is_nearly_what_it_is(vocab_size: int) -> None:
         for is_narrow in (False, True):
             leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow):
-                nats = linear_cross_entropy(leaves[0], leaves[1], targets)
+                nats = chunked_cross_entropy(leaves[0], leaves[1], targets)
             found.append((nats, *torch.autograd.grad(nats, leaves)))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -293,9 +293,9 @@ def test_a_target_too_unlikely_for_a_number_still_has_its_nats(way: dict[str, An
     """e^-300 is no float32, and its logarithm is."""
     hidden = torch.tensor([[1.0], [2.0], [0.1]], requires_grad=True)
     weight = torch.linspace(-300, 0, V)[:, None].requires_grad_()
-    targets = torch.tensor([0, 1, NOT_COUNTED])
-    nats = linear_cross_entropy(hidden, weight, targets, **way)
-    plain = plain_linear_cross_entropy(hidden, weight, targets)
+    targets = torch.tensor([0, 1, IGNORE_INDEX])
+    nats = chunked_cross_entropy(hidden, weight, targets, **way)
+    plain = reference_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(nats, plain.double(), rtol=1e-6, atol=0)
     assert 800 < float(nats.detach()) < 1000
 
@@ -308,10 +308,10 @@ def test_the_chunked_loss_never_has_whole_logits(monkeypatch: pytest.MonkeyPatch
         rooms.append(n)
         return like.new_empty(n, width)
 
-    monkeypatch.setattr("pretrain.model.objective._padded_rows", room)
+    monkeypatch.setattr("pretrain.model.loss._padded_rows", room)
     hidden = torch.randn(1024, 8, requires_grad=True)
     weight = torch.randn(65_536, 8, requires_grad=True)
-    nats = linear_cross_entropy(hidden, weight, torch.zeros(1024, dtype=torch.int64))
+    nats = chunked_cross_entropy(hidden, weight, torch.zeros(1024, dtype=torch.int64))
     node: Any = nats.grad_fn
     assert max(t.numel() for t in node.saved_tensors) <= weight.numel()
     assert rooms == [512]
@@ -579,22 +579,22 @@ def test_initial_weights_are_a_function_of_seed_and_name(family: str) -> None:
 
 def test_dropout_hangs_on_the_sample_and_not_on_its_neighbours() -> None:
     decoder = build(config("gpt2", dropout=0.3), vocab_size=V, seed=1)
-    objective = Objective(decoder, seed=9).train()
+    lm_loss = LMLoss(decoder, seed=9).train()
     ids = torch.randint(0, V, (4, T + 1), generator=torch.Generator().manual_seed(4))
-    together = float(objective(batch_of(ids, 10))[0])
-    apart = sum(float(objective(batch_of(ids[i : i + 1], 10 + i))[0]) for i in range(4))
+    together = float(lm_loss(batch_of(ids, 10))[0])
+    apart = sum(float(lm_loss(batch_of(ids[i : i + 1], 10 + i))[0]) for i in range(4))
     assert together == pytest.approx(apart, rel=1e-6)
-    assert together == float(objective(batch_of(ids, 10))[0])
-    assert together != pytest.approx(float(objective(batch_of(ids, 11))[0]), rel=1e-6)
-    quiet = float(objective.eval()(batch_of(ids, 10))[0])
-    assert quiet == float(objective(batch_of(ids, 11))[0])
+    assert together == float(lm_loss(batch_of(ids, 10))[0])
+    assert together != pytest.approx(float(lm_loss(batch_of(ids, 11))[0]), rel=1e-6)
+    quiet = float(lm_loss.eval()(batch_of(ids, 10))[0])
+    assert quiet == float(lm_loss(batch_of(ids, 11))[0])
 
 
 def test_a_dropout_mask_keeps_its_share_and_its_scale() -> None:
-    keep = Noise(1, torch.arange(50)).keep((50, 8, 64), 0.25, layer=1, site=2)
+    keep = DropoutRng(1, torch.arange(50)).mask((50, 8, 64), 0.25, layer=1, dropout_id=2)
     assert float((keep == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(keep.max()) == pytest.approx(1 / 0.75)
-    other = Noise(1, torch.arange(50)).keep((50, 8, 64), 0.25, layer=2, site=2)
+    other = DropoutRng(1, torch.arange(50)).mask((50, 8, 64), 0.25, layer=2, dropout_id=2)
     assert float((keep == other).float().mean()) == pytest.approx(0.625, abs=0.02)
 
 
@@ -602,7 +602,7 @@ def test_attention_with_and_without_noise_agrees_when_nothing_is_dropped(decoder
     decoder.double()
     ids = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(
-        decoder(ids, noise=Noise(1, torch.arange(2))), decoder(ids), rtol=1e-6, atol=1e-7
+        decoder(ids, dropout_rng=DropoutRng(1, torch.arange(2))), decoder(ids), rtol=1e-6, atol=1e-7
     )
 
 
@@ -617,8 +617,8 @@ def test_what_nobody_goes_back_through_makes_no_gradients(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "zeros_like", counted)
     hidden, weight = torch.randn(6, 4), nn.Parameter(torch.randn(9, 4))
     with torch.no_grad():
-        without = linear_cross_entropy(hidden, weight, torch.arange(6))
+        without = chunked_cross_entropy(hidden, weight, torch.arange(6))
     assert made == []
-    with_them = linear_cross_entropy(hidden, weight, torch.arange(6))
+    with_them = chunked_cross_entropy(hidden, weight, torch.arange(6))
     assert made == [(9, 4)]
     assert float(without) == float(with_them.detach())

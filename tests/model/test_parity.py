@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from oracles import CASES, Oracle, T, V, config_of, random_decoder
 from pretrain.data import MicroBatch
 from pretrain.generate import Sampling, generate_ids
-from pretrain.model import Objective, build
+from pretrain.model import LMLoss, build
 from pretrain.model.families import FAMILIES, PRESETS
-from pretrain.model.random import Noise
+from pretrain.model.random import DropoutRng
 
 transformers = pytest.importorskip("transformers")
 
@@ -36,7 +36,7 @@ def test_logits_loss_and_every_gradient_agree(case: str) -> None:
     # Rotary angles are float32 on both sides, so float64 cannot agree further than that.
     torch.testing.assert_close(decoder.logits(decoder(ids)), logits, rtol=1e-5, atol=5e-6)
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.arange(3))
-    nats, count = Objective(decoder)(batch)
+    nats, count = LMLoss(decoder)(batch)
     their_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert float((nats / count).detach()) == pytest.approx(float(their_loss.detach()), rel=1e-6)
     (nats / count).backward()
@@ -114,14 +114,14 @@ def test_dropout_changes_the_loss_by_as_much_as_theirs(family: str) -> None:
     theirs.model.train()
     ids = some_ids(2)[:1].expand(n, -1)
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    noise = Noise(3, torch.arange(n))
+    dropout_rng = DropoutRng(3, torch.arange(n))
     with torch.no_grad():
         torch.manual_seed(0)
         quiet, ours, expected = (
             F.cross_entropy(logits.transpose(1, 2), targets[: len(logits)], reduction="none").sum(1)
             for logits in (
                 decoder.logits(decoder(inputs[:1])),
-                decoder.logits(decoder(inputs, noise=noise)),
+                decoder.logits(decoder(inputs, dropout_rng=dropout_rng)),
                 theirs.logits(inputs),
             )
         )

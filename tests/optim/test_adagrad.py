@@ -10,10 +10,10 @@ import torch
 from pretrain.config import compose
 from pretrain.data import MicroBatch
 from pretrain.distributed import open_world
-from pretrain.model import Objective, build
+from pretrain.model import LMLoss, build
 from pretrain.optim import OptimizerConfig, build_optimizer, clip_gradients
-from pretrain.optim.adagrad import update_rows
-from pretrain.optim.grouped import LOOKUP_RATE, role_of, set_learning_rate
+from pretrain.optim.adagrad import adagrad_update
+from pretrain.optim.param_groups import LOOKUP_RATE, role_of, set_learning_rate
 from pretrain.train import training_steps
 
 
@@ -21,7 +21,7 @@ def test_a_row_moves_by_the_rate_over_the_root_of_its_summed_squares() -> None:
     table, squares = torch.zeros(3, 2), torch.zeros(3)
     first, second = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
     for gradient in (first, second):
-        update_rows(
+        adagrad_update(
             table, squares, torch.stack([torch.zeros(2), gradient, torch.zeros(2)]), rate=0.1
         )
     # Mean squares of the two gradients: 12.5 and 0.5.
@@ -48,10 +48,10 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
         assert decoder.ngrams.sparse_gradients
         decoder.ngrams.sparse_gradients = sparse
         reports = training_steps(
-            Objective(decoder),
+            LMLoss(decoder),
             build_optimizer(decoder.named_parameters(), config=config),
             lambda step: micro_batches,
-            rate_at=lambda step: 1e-2,
+            lr_at=lambda step: 1e-2,
             steps=12,
             clip=0.5,
             world=open_world("cpu", threads=1),
@@ -95,10 +95,10 @@ def test_tables_have_their_own_rule_and_rate() -> None:
     optimizer = build_optimizer(named, config=config)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = {name: group_of[id(p)] for name, p in named}
-    assert groups["ngrams.parts.2.weight"]["rate_scale"] == 3.0 * LOOKUP_RATE
+    assert groups["ngrams.parts.2.weight"]["lr_mult"] == 3.0 * LOOKUP_RATE
     assert groups["ngrams.parts.2.weight"]["weight_decay"] == 0.0
-    assert groups["token_embedding.weight"]["rate_scale"] == 3.0
-    assert groups["head.weight"]["rate_scale"] == 0.5
+    assert groups["token_embedding.weight"]["lr_mult"] == 3.0
+    assert groups["head.weight"]["lr_mult"] == 0.5
     assert groups["blocks.0.attention.query.weight"]["rule"] == "muon"
 
 
@@ -106,7 +106,7 @@ def test_clipping_counts_a_row_that_is_named_twice_once() -> None:
     table = torch.nn.Parameter(torch.zeros(4, 2))
     rows, values = torch.tensor([[1, 3, 1]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
     table.grad = torch.sparse_coo_tensor(rows, values, (4, 2), check_invariants=True)
-    assert clip_gradients([table], limit=1.0) == pytest.approx(5.0)
+    assert clip_gradients([table], max_norm=1.0) == pytest.approx(5.0)
     dense = table.grad.to_dense()
     torch.testing.assert_close(dense[1], torch.tensor([0.8, 0.0]))
     torch.testing.assert_close(dense[3], torch.tensor([0.0, 0.6]))

@@ -12,8 +12,8 @@ import torch
 from pretrain.model import ModelConfig, build
 from pretrain.model.config import model_defaults
 from pretrain.optim import OptimizerConfig, build_optimizer
-from pretrain.optim.grouped import role_of, set_learning_rate
 from pretrain.optim.muon import orthogonalize
+from pretrain.optim.param_groups import role_of, set_learning_rate
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])

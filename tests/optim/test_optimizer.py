@@ -17,17 +17,17 @@ from pretrain.optim import (
     ScheduleConfig,
     build_optimizer,
     clip_gradients,
-    schedule_at,
+    lr_fraction_at,
 )
-from pretrain.optim.continuation import Curve, anneal, compare, extend, table
-from pretrain.optim.grouped import optimizer_state, restore_optimizer_state, set_learning_rate
+from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, set_learning_rate
+from pretrain.optim.schedule import LRSchedule, anneal, compare_schedules, extend, schedule_table
 
 NAMES = ["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
 
 
 def curve(name: str, steps: int = 100, warmup: int = 10, **changes: float) -> list[float]:
     config = ScheduleConfig(name=name, warmup_steps=warmup, **changes)  # type: ignore[arg-type]
-    return [schedule_at(s, config=config, steps=steps) for s in range(steps)]
+    return [lr_fraction_at(s, config=config, steps=steps) for s in range(steps)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,9 +55,9 @@ def test_the_shapes_are_what_their_names_say() -> None:
     assert curve("linear", warmup=0)[0] == 1.0
 
 
-def ended(name: str, **changes: Any) -> Curve:
+def ended(name: str, **changes: Any) -> LRSchedule:
     config = ScheduleConfig(name=name, warmup_steps=10, **changes)  # type: ignore[arg-type]
-    return Curve(config, 3e-3, 100)
+    return LRSchedule(config, 3e-3, 100)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,7 +112,7 @@ def test_nothing_is_annealed_from_zero(name: str) -> None:
 def test_the_past_is_cut_where_a_checkpoint_is_older() -> None:
     old = ended("linear")
     new = extend(old, done=100, steps=180, given={})
-    changed = Curve(replace(new.schedule, history=new.history_until(40)), 1.0, 180)
+    changed = LRSchedule(replace(new.schedule, history=new.history_until(40)), 1.0, 180)
     assert [part.until_step for part in changed.schedule.history] == [40]
     assert [changed.at(step) for step in range(40)] == [old.at(step) for step in range(40)]
     assert new.history_until(0) == ()
@@ -123,12 +123,12 @@ def test_the_past_is_cut_where_a_checkpoint_is_older() -> None:
 def test_both_curves_are_shown_at_a_dozen_steps() -> None:
     old = ended("wsd")
     new = extend(old, done=100, steps=180, given={})
-    rows = compare(old, new, done=100)
+    rows = compare_schedules(old, new, done=100)
     assert len(rows) == 12
     assert [row["step"] for row in rows][::11] == [0, 179]
     assert all(row["new"] == new.at(int(row["step"] or 0)) for row in rows)
     assert [row["old"] for row in rows if (row["step"] or 0) >= 100] == [None] * 8
-    lines = table(rows).splitlines()
+    lines = schedule_table(rows).splitlines()
     assert len(lines) == 13
     assert max(line.count("#") for line in lines) == 32
 
@@ -201,12 +201,12 @@ def test_clipping_scales_the_whole_gradient_to_the_limit() -> None:
     model = make()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    norm = clip_gradients(model.parameters(), limit=0.5)
+    norm = clip_gradients(model.parameters(), max_norm=0.5)
     assert norm == pytest.approx(math.sqrt(sum(p.numel() for p in model.parameters())))
     after = [p.grad for p in model.parameters() if p.grad is not None]
     assert float(torch.nn.utils.get_total_norm(after)) == pytest.approx(0.5, rel=1e-12)
-    assert clip_gradients(model.parameters(), limit=0.0) == pytest.approx(0.5)
-    assert clip_gradients(model.parameters(), limit=9.0) == pytest.approx(0.5)
+    assert clip_gradients(model.parameters(), max_norm=0.0) == pytest.approx(0.5)
+    assert clip_gradients(model.parameters(), max_norm=9.0) == pytest.approx(0.5)
 
 
 def test_one_nan_does_not_spread_to_other_gradients() -> None:
@@ -216,7 +216,7 @@ def test_one_nan_does_not_spread_to_other_gradients() -> None:
     first = next(model.parameters())
     assert first.grad is not None
     first.grad[0, 0] = math.nan
-    assert math.isnan(clip_gradients(model.parameters(), limit=0.1))
+    assert math.isnan(clip_gradients(model.parameters(), max_norm=0.1))
     assert (
         int(sum(torch.isnan(p.grad).sum() for p in model.parameters() if p.grad is not None)) == 1
     )

@@ -13,8 +13,8 @@ from pretrain.config import compose, parse_overrides
 from pretrain.data import evaluation_batches
 from pretrain.distributed import open_world
 from pretrain.evaluate import byte_lengths, score
-from pretrain.model import Objective, build
-from pretrain.optim import build_optimizer, rate_at
+from pretrain.model import LMLoss, build
+from pretrain.optim import build_optimizer, lr_at
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide
 from pretrain.train.steps import training_steps
@@ -51,17 +51,17 @@ def nats(settings: dict[str, float]) -> float:
     assert steps is not None
     assert batch_tokens is not None
     peak = config.optimizer.learning_rate
-    objective = Objective(build(decided.model, vocab_size=data.manifest.vocab_size, seed=1))
+    lm_loss = LMLoss(build(decided.model, vocab_size=data.manifest.vocab_size, seed=1))
     updates = training_steps(
-        objective,
+        lm_loss,
         build_optimizer(
-            objective.decoder.named_parameters(),
+            lm_loss.decoder.named_parameters(),
             config=config.optimizer,
             width=decided.model.d_model,
             batch_tokens=batch_tokens,
         ),
         training_batches(data, decided.model, decided.train).at,
-        rate_at=lambda s: rate_at(s, config=decided.schedule, learning_rate=peak, steps=steps),
+        lr_at=lambda s: lr_at(s, config=decided.schedule, learning_rate=peak, steps=steps),
         steps=steps,
         clip=config.optimizer.clip,
         world=world,
@@ -72,7 +72,7 @@ def nats(settings: dict[str, float]) -> float:
         data.split("val"), context_length=128, rows=32, limit_tokens=32_768
     )
     lengths = byte_lengths(data.tokenizer())
-    return score(objective, batches, byte_lengths_V=lengths, world=world).nats_per_token
+    return score(lm_loss, batches, byte_lengths_V=lengths, world=world).nats_per_token
 
 
 def best_rate(setting: str, value: int) -> float:

@@ -17,9 +17,9 @@ from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import main
 from pretrain.config import compose, read_file
 from pretrain.data import MicroBatch
-from pretrain.data.batches import NOT_COUNTED
+from pretrain.data.batches import IGNORE_INDEX
 from pretrain.distributed import World, open_world
-from pretrain.model import ModelConfig, Objective, build
+from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.model.config import model_defaults
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.train import StepReport, TrainConfig
@@ -73,31 +73,31 @@ def masked(parts: list[tuple[int, int]]) -> list[MicroBatch]:
     """Micro-batches of 12 rows in all, the first 5 targets of every third row not counted."""
     (whole,) = batches(12, 12)
     targets = whole.targets.clone()
-    targets[::3, :5] = NOT_COUNTED
+    targets[::3, :5] = IGNORE_INDEX
     masked_batch = whole._replace(targets=targets)
     return [MicroBatch(*(part[a:b] for part in masked_batch)) for a, b in parts]
 
 
-def made(objective: Objective, micro_batches: list[MicroBatch]) -> StepReport:
-    optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
+def made(lm_loss: LMLoss, micro_batches: list[MicroBatch]) -> StepReport:
+    optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
     world = open_world("cpu", threads=1)
-    return train_step(objective, optimizer, micro_batches, step=0, rate=1e-2, clip=0.0, world=world)
+    return train_step(lm_loss, optimizer, micro_batches, step=0, rate=1e-2, clip=0.0, world=world)
 
 
 def test_masks_and_unequal_rows_are_divided_once_by_what_was_counted() -> None:
     found = []
     for parts in ([(0, 12)], [(0, 1), (1, 8), (8, 12)]):
-        objective = small_objective().double()
-        report = made(objective, masked(parts))
-        found.append((report, [p.detach().clone() for p in objective.parameters()]))
+        lm_loss = small_objective().double()
+        report = made(lm_loss, masked(parts))
+        found.append((report, [p.detach().clone() for p in lm_loss.parameters()]))
     (one, ours), (other, theirs) = found
     # torch's own mean over what is counted has the same gradient.
-    (batch,), objective = masked([(0, 12)]), small_objective().double()
-    logits = objective.decoder.logits(objective.decoder(batch.inputs))
+    (batch,), lm_loss = masked([(0, 12)]), small_objective().double()
+    logits = lm_loss.decoder.logits(lm_loss.decoder(batch.inputs))
     F.cross_entropy(
-        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NOT_COUNTED
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX
     ).backward()  # type: ignore[no-untyped-call]
-    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    gradients = [p.grad for p in lm_loss.parameters() if p.grad is not None]
     assert one.grad_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-9)
     assert one.count == other.count == 12 * 8 - 4 * 5
     assert other.nats_per_token == pytest.approx(one.nats_per_token, rel=1e-12)
@@ -107,14 +107,14 @@ def test_masks_and_unequal_rows_are_divided_once_by_what_was_counted() -> None:
 
 
 def test_a_batch_without_targets_changes_nothing() -> None:
-    objective = small_objective()
-    before = [p.detach().clone() for p in objective.parameters()]
+    lm_loss = small_objective()
+    before = [p.detach().clone() for p in lm_loss.parameters()]
     (batch,) = batches(4, 4)
-    empty = batch._replace(targets=torch.full_like(batch.targets, NOT_COUNTED))
-    report = made(objective, [empty])
+    empty = batch._replace(targets=torch.full_like(batch.targets, IGNORE_INDEX))
+    report = made(lm_loss, [empty])
     assert (report.nats, report.count, report.updated) == (0.0, 0, False)
     assert report.nats_per_token == 0.0
-    assert all(torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, lm_loss.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
 
     real, calls = evaluation.score_batches, 0  # type: ignore[attr-defined]
 
-    def disturbed(objective: Any, micro_batches: Any, **rest: Any) -> Any:
+    def disturbed(lm_loss: Any, micro_batches: Any, **rest: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls != evaluation_of // 4:
-            return real(objective, micro_batches, **rest)
+            return real(lm_loss, micro_batches, **rest)
         os.kill(os.getpid(), number)
         left = list(micro_batches)
         assert left == []  # an evaluation may take longer than the time that is given
-        return real(objective, left, **rest)
+        return real(lm_loss, left, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "score_batches", disturbed)
@@ -321,15 +321,15 @@ def test_a_step_in_bf16_is_near_one_in_float32() -> None:
     config = ModelConfig(**{**model_defaults({"family": "fast", "size": 1}), "context_length": 32})
     ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(3))
     targets = ids[:, 1:].clone()
-    targets[1, 7:] = NOT_COUNTED
+    targets[1, 7:] = IGNORE_INDEX
     batch = MicroBatch(ids[:, :-1], targets, torch.arange(4))
     for precision in ("fp32", "bf16"):
-        objective = Objective(build(config, vocab_size=300, seed=1))
+        lm_loss = LMLoss(build(config, vocab_size=300, seed=1))
         with world.autocast(precision):
-            nats, _ = objective(batch)
+            nats, _ = lm_loss(batch)
         nats.backward()
         losses.append(float(nats.detach()))
-        gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
+        gradients.append({n: p.grad for n, p in lm_loss.named_parameters() if p.grad is not None})
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert gradients[0].keys() == gradients[1].keys()

@@ -21,8 +21,8 @@ from pretrain.cli.trial import losses
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
 from pretrain.generate import Sampling, generate
-from pretrain.model import Objective, build
-from pretrain.model.objective import linear_cross_entropy, plain_linear_cross_entropy
+from pretrain.model import LMLoss, build
+from pretrain.model.loss import chunked_cross_entropy, reference_cross_entropy
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.train.steps import train_step
 from test_train import assert_same_run
@@ -51,14 +51,14 @@ def test_nats_and_gradients_are_those_of_a_cpu(name: str) -> None:
     decoder = random_decoder(config_of(**FAMILIES[name]))
     answers = []
     for device in (torch.device("cpu"), GPU):
-        objective = Objective(decoder.to(device)).eval()
-        objective.zero_grad()
+        lm_loss = LMLoss(decoder.to(device)).eval()
+        lm_loss.zero_grad()
         if decoder.ngrams is not None:
             decoder.ngrams.sparse_gradients = False
-        nats, count = objective(batch().to(device))
+        nats, count = lm_loss(batch().to(device))
         nats.backward()
         gradients = {
-            n: p.grad.cpu().clone() for n, p in objective.named_parameters() if p.grad is not None
+            n: p.grad.cpu().clone() for n, p in lm_loss.named_parameters() if p.grad is not None
         }
         answers.append((float(nats), int(count), gradients))
     (nats, count, gradients), (nats_there, count_there, gradients_there) = answers
@@ -88,10 +88,10 @@ def test_steps_in_bfloat16_are_those_in_float32_nearly(name: str, optimizer: str
         config = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
         updates = build_optimizer(decoder.named_parameters(), config=config, precision=precision)
         how: dict[str, Any] = {"clip": 1.0, "world": world, "precision": precision}
-        objective = Objective(decoder).train()
+        lm_loss = LMLoss(decoder).train()
         found.append(
             [
-                train_step(objective, updates, [batch()], step=i, rate=3e-3, **how).nats_per_token
+                train_step(lm_loss, updates, [batch()], step=i, rate=3e-3, **how).nats_per_token
                 for i in range(20)
             ]
         )
@@ -122,8 +122,8 @@ def test_the_chunked_loss_is_the_plain_one(
         nats = function(hidden_ND, weight_VD, targets)
         return [nats.detach(), *torch.autograd.grad(nats, (hidden_ND, weight_VD))]
 
-    plain = answer(plain_linear_cross_entropy, torch.float64)
-    ours = answer(partial(linear_cross_entropy, compiled=compiled), dtype)
+    plain = answer(reference_cross_entropy, torch.float64)
+    ours = answer(partial(chunked_cross_entropy, compiled=compiled), dtype)
     for one, other in zip(ours, plain, strict=True):
         assert float((one.double() - other).norm() / other.norm()) < bound
 
@@ -136,7 +136,7 @@ def test_whole_logits_are_never_held() -> None:
     targets = torch.randint(0, vocabulary, (len(hidden),), device=GPU)
     for rows in (4096, len(hidden)):
         torch.cuda.reset_peak_memory_stats()
-        nats = linear_cross_entropy(hidden[:rows], weight, targets[:rows], compiled=True)
+        nats = chunked_cross_entropy(hidden[:rows], weight, targets[:rows], compiled=True)
         torch.autograd.grad(nats, (hidden, weight))
     assert torch.cuda.max_memory_allocated() < 2e9
 

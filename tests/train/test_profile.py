@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.cli import main
 from pretrain.data import MicroBatch
-from pretrain.model import ModelConfig, Objective, build
+from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.model.config import model_defaults, n_matrix_parameters, training_flops
-from pretrain.model.objective import plain_linear_cross_entropy
+from pretrain.model.loss import reference_cross_entropy
 from pretrain.train.profile import Profile, _part_of, lines
 from tiny import TINY
 
@@ -28,17 +28,17 @@ def test_flops_are_what_torch_counts_of_a_step(
     # Torch's counter does not know oneDNN's product, nor addmm_ in place.
     monkeypatch.setattr("pretrain.model.fused._takes_onednn", lambda: False)
     monkeypatch.setattr(
-        "pretrain.model.objective.linear_cross_entropy",
-        lambda *given, **named: plain_linear_cross_entropy(*given),
+        "pretrain.model.loss.chunked_cross_entropy",
+        lambda *given, **named: reference_cross_entropy(*given),
     )
     sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "context_length": T}
     grouped = {"n_kv_heads": 2} if family == "llama" else {}
     config = ModelConfig(**{**model_defaults({"family": family}), **sizes, **grouped})
-    objective = Objective(build(config, vocab_size=V, seed=1))
+    lm_loss = LMLoss(build(config, vocab_size=V, seed=1))
     ids = torch.randint(0, V, (3, T + 1))
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.arange(3))
     with FlopCounterMode(display=False) as counter:
-        objective(batch)[0].backward()
+        lm_loss(batch)[0].backward()
     counted = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counted.items() if "mm" in str(op))
     assert products == 6 * n_matrix_parameters(config, vocab_size=V) * 3 * T

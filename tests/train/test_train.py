@@ -27,7 +27,7 @@ from pretrain.config import compose, parse_overrides
 from pretrain.corpus import read_documents
 from pretrain.data import MicroBatch, prepare
 from pretrain.distributed import open_world
-from pretrain.model import ModelConfig, Objective, build
+from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.train.decide import decide
 from pretrain.train.records import Best, Records
@@ -380,9 +380,9 @@ def test_ctrl_c_in_a_real_process_saves_and_says_how_to_go_on(corpus: Path, tmp_
     assert open_checkpoint(saved).step == records(run)[-1]["step"]
 
 
-def small_objective(dropout: float = 0.0) -> Objective:
+def small_objective(dropout: float = 0.0) -> LMLoss:
     chosen = ModelConfig(d_model=16, n_heads=2, context_length=8, dropout=dropout)
-    return Objective(build(chosen, vocab_size=50, seed=1), seed=1)
+    return LMLoss(build(chosen, vocab_size=50, seed=1), seed=1)
 
 
 def batches(rows: int, micro: int, seed: int = 0) -> list[MicroBatch]:
@@ -404,13 +404,13 @@ def test_the_micro_batch_changes_no_number(
     dropout."""
     curves = []
     for micro in (6, 2, 1):
-        objective = small_objective(dropout=0.1).to(dtype)
-        optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
+        lm_loss = small_objective(dropout=0.1).to(dtype)
+        optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
         reports = training_steps(
-            objective,
+            lm_loss,
             optimizer,
             lambda step, micro=micro: batches(6, micro, seed=step % 3),  # type: ignore[misc]
-            rate_at=lambda step: 1e-2,
+            lr_at=lambda step: 1e-2,
             steps=steps,
             clip=1.0,
             world=open_world("cpu", threads=1),
@@ -423,15 +423,13 @@ def test_the_micro_batch_changes_no_number(
 
 def test_the_gradient_is_that_of_nats_per_target() -> None:
     """Divided once by all targets of the step; AdamW would hide another scale, not the norm."""
-    objective = small_objective()
-    optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
-    nats, count = objective(batches(6, 6)[0])
-    gradients = torch.autograd.grad(nats / count, list(objective.parameters()))
+    lm_loss = small_objective()
+    optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
+    nats, count = lm_loss(batches(6, 6)[0])
+    gradients = torch.autograd.grad(nats / count, list(lm_loss.parameters()))
     expected = float(torch.nn.utils.get_total_norm(gradients))
     world = open_world("cpu", threads=1)
-    found = train_step(
-        objective, optimizer, batches(6, 2), step=0, rate=1e-3, clip=0.0, world=world
-    )
+    found = train_step(lm_loss, optimizer, batches(6, 2), step=0, rate=1e-3, clip=0.0, world=world)
     assert found.count == 6 * 8
     assert found.nats == pytest.approx(float(nats.detach()), rel=1e-6)
     assert found.grad_norm == pytest.approx(expected, rel=1e-5)
@@ -443,16 +441,16 @@ def test_one_batch_can_be_learnt_by_heart(family: str, name: str) -> None:
     chosen = compose(
         [{"model": {"family": family, "d_model": 32, "context_length": 8, "n_layers": 2}}]
     )
-    objective = Objective(build(chosen.model, vocab_size=50, seed=1))
+    lm_loss = LMLoss(build(chosen.model, vocab_size=50, seed=1))
     optimizer = build_optimizer(
-        objective.named_parameters(),
+        lm_loss.named_parameters(),
         config=OptimizerConfig(name=name, weight_decay=0.0),  # type: ignore[arg-type]
     )
     reports = training_steps(
-        objective,
+        lm_loss,
         optimizer,
         lambda step: batches(4, 4),
-        rate_at=lambda step: 1e-2,
+        lr_at=lambda step: 1e-2,
         steps=120,
         world=open_world("cpu", threads=1),
     )
@@ -462,13 +460,13 @@ def test_one_batch_can_be_learnt_by_heart(family: str, name: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_makes_no_update() -> None:
-    objective = small_objective()
-    optimizer = build_optimizer(objective.named_parameters(), config=OptimizerConfig())
+    lm_loss = small_objective()
+    optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
     with torch.no_grad():
-        objective.decoder.get_parameter("final_norm.weight")[0] = math.inf
-    before = [p.clone() for p in objective.parameters()]
+        lm_loss.decoder.get_parameter("final_norm.weight")[0] = math.inf
+    before = [p.clone() for p in lm_loss.parameters()]
     report = train_step(
-        objective,
+        lm_loss,
         optimizer,
         batches(4, 2),
         step=0,
@@ -478,7 +476,7 @@ def test_a_gradient_that_is_not_finite_makes_no_update() -> None:
     )
     assert not math.isfinite(report.grad_norm)
     assert not report.updated
-    assert all(torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, lm_loss.parameters(), strict=True))
 
 
 def test_a_run_that_diverges_says_so(corpus: Path, tmp_path: Path, capsys: Any) -> None:

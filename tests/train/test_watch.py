@@ -95,15 +95,15 @@ def poison(
 
     monkeypatch.setattr(batches, "micro_batch_at", spoilt)
     if with_nan:
-        from pretrain.model import objective
+        from pretrain.model import loss
 
-        plain = objective.linear_cross_entropy
+        plain = loss.chunked_cross_entropy
 
         def broken(hidden: Any, weight: Any, targets: Any, **rest: Any) -> Any:
             factor = math.nan if bool((targets == 399).all()) else 1.0
             return plain(hidden, weight, targets, **rest) * factor
 
-        monkeypatch.setattr(objective, "linear_cross_entropy", broken)
+        monkeypatch.setattr(loss, "chunked_cross_entropy", broken)
 
 
 def trained(corpus: Path, run: Path, action: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pretrain.cli.resuming import (
     with_settings,
 )
 from pretrain.config import Layer, RunConfig, compose, to_dict
-from pretrain.optim.continuation import Curve
+from pretrain.optim.schedule import LRSchedule
 from pretrain.train.changes import read_records
 from pretrain.train.records import Best, Records
 
@@ -44,7 +44,7 @@ class Continuation:
     """More steps for a finished run."""
 
     verb: str
-    bend: Callable[..., Curve]
+    bend: Callable[..., LRSchedule]
     """old curve, done, steps, given -> new curve"""
     given: dict[str, Any]
     """settings for the added steps, by full name"""

@@ -117,7 +117,7 @@ class HarnessModel:
                 before,
                 max_tokens=max_tokens,
                 sampling=Sampling(**how, seed=seed),
-                ends=self._ends[stops],
+                stop_ids=self._ends[stops],
             )
         return cut_before(tokenizer.decode_after(before, ids), stops)
 

@@ -60,7 +60,7 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
     find_checkpoint(given)  # what is no run is said before torch is loaded
 
     from pretrain.distributed import open_world
-    from pretrain.model import Objective, build
+    from pretrain.model import LMLoss, build
     from pretrain.parallel import Parallel
     from pretrain.tokenizer import load_tokenizer
     from pretrain.train.run import load_weights
@@ -78,8 +78,8 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
             "with: it was changed or damaged"
         )
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
-    objective = Objective(decoder)
-    load_weights(Parallel(objective, objective, world), checkpoint)
+    lm_loss = LMLoss(decoder)
+    load_weights(Parallel(lm_loss, lm_loss, world), checkpoint)
     return OpenModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
 
 

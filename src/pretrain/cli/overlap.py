@@ -149,10 +149,10 @@ def _writing(
     and for what stands there."""
     from pretrain.corpus.overlap import look_up
     from pretrain.evaluate.memorisation import continue_held_out, longest_of, row_of
-    from pretrain.generate import lay_out_for_generation
+    from pretrain.generate import pack_weights
 
     output.say("continuing held-out text ...")
-    lay_out_for_generation(model.decoder)
+    pack_weights(model.decoder)
     found = continue_held_out(
         model.decoder,
         model.tokenizer,

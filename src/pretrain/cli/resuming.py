@@ -20,7 +20,7 @@ from pretrain.cli.output import Output
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.shards import PreparedData
 from pretrain.fileio import replace_file, sync_folder
-from pretrain.optim.continuation import Curve, compare, table
+from pretrain.optim.schedule import LRSchedule, compare_schedules, schedule_table
 from pretrain.train.changes import (
     Change,
     bends_rates,
@@ -107,12 +107,12 @@ def report_is_due(folder: Path) -> bool:
     return not report.is_file() or report.stat().st_mtime < (folder / SUMMARY).stat().st_mtime
 
 
-def curve_of(config: RunConfig) -> Curve:
+def curve_of(config: RunConfig) -> LRSchedule:
     assert config.train.steps is not None
-    return Curve(config.schedule, config.optimizer.learning_rate, config.train.steps)
+    return LRSchedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
 
 
-def with_curve(config: RunConfig, curve: Curve) -> RunConfig:
+def with_curve(config: RunConfig, curve: LRSchedule) -> RunConfig:
     return replace(
         config,
         schedule=curve.schedule,
@@ -231,12 +231,12 @@ class Resumption:
             lines.append(record(self.step, self.by, *steps, by=self.by))
         if any(change.bends_rates for change in others):
             # Whoever reads the record later sees what the user saw.
-            rows = compare(old_curve, new_curve, done=self.step)
+            rows = compare_schedules(old_curve, new_curve, done=self.step)
             lines[-1]["curve"] = rows
             output.say(
                 f"learning rates, old and new; the new ones hold from step {self.step:,} on:"
             )
-            output.say(table(rows))
+            output.say(schedule_table(rows))
         if lines:
             write_records(self.folder, [*self.records, *lines])
         self._note_later_ones(output)

@@ -303,11 +303,11 @@ def score_documents(
 ) -> tuple[list[str], list[Score], str]:
     """The texts of a file, what the model makes of each, and what was passed over, in words."""
     from pretrain.evaluate import score_each
-    from pretrain.model import Objective
+    from pretrain.model import LMLoss
 
     texts, passed_over = read_texts(file, arguments.text_field)
     scores = score_each(
-        Objective(model.decoder),
+        LMLoss(model.decoder),
         model.tokenizer,
         texts,
         world=model.world,

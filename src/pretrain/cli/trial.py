@@ -27,7 +27,7 @@ def losses(
     """Losses of some steps by micro-batches of `rows`, on all processes of `world`."""
     import torch
 
-    from pretrain.model import ModelConfig, Objective, build
+    from pretrain.model import LMLoss, ModelConfig, build
     from pretrain.model.config import model_defaults
     from pretrain.optim import OptimizerConfig, build_optimizer
     from pretrain.parallel import parallelize
@@ -40,20 +40,20 @@ def losses(
     is_cut = layout.shard > 1
     place, seed = (torch.device("meta"), None) if is_cut else (world.device, _SEED)
     decoder = build(config, vocab_size=_IDS, seed=seed, device=place).to(dtype)
-    objective = Objective(decoder, seed=_SEED)
+    lm_loss = LMLoss(decoder, seed=_SEED)
     if compiled:
-        objective.compile_parts()
-    model = parallelize(objective, layout, world)
+        lm_loss.compile_parts()
+    model = parallelize(lm_loss, layout, world)
     if is_cut:
         model.initialize(_SEED)
     own = rows_of(world.rank, world.size, _ROWS, micro_batch_rows=rows if layout.elastic else None)
     reports = training_steps(
         model,
         build_optimizer(
-            model.named_parameters(), config=OptimizerConfig(), matrices=model.matrices
+            model.named_parameters(), config=OptimizerConfig(), orthogonalizer=model.orthogonalizer
         ),
         lambda step: _batches(config, step, rows, own),
-        rate_at=lambda step: 3e-3,
+        lr_at=lambda step: 3e-3,
         steps=STEPS,
         world=world,
     )
@@ -64,14 +64,14 @@ def _batches(config: ModelConfig, step: int, rows: int, own: range) -> list[Micr
     import torch
 
     from pretrain.data import MicroBatch
-    from pretrain.data.batches import NOT_COUNTED
+    from pretrain.data.batches import IGNORE_INDEX
 
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, _IDS, (_ROWS, config.window_tokens + 1), generator=generator)
     # Rows beyond the batch, where processes do not divide it, weigh nothing.
     ids = torch.cat([ids, torch.zeros(max(0, own.stop - _ROWS), ids.shape[1], dtype=ids.dtype)])
     targets = ids[:, 1:].clone()
-    targets[_ROWS:] = NOT_COUNTED
+    targets[_ROWS:] = IGNORE_INDEX
     samples = _ROWS * step + torch.arange(len(ids))
     parts = [range(i, min(i + rows, own.stop)) for i in range(own.start, own.stop, rows)]
     return [

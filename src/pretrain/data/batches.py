@@ -15,7 +15,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 
 # A target that is not counted: the padding of the last row of an evaluation.
-NOT_COUNTED = -100
+IGNORE_INDEX = -100
 
 
 class Stream(Protocol):
@@ -102,10 +102,10 @@ def evaluation_batches(
         windows = chosen[first + rank * rows :][:rows]
         if not windows:
             nothing = torch.zeros(1, context_length, dtype=torch.int64)
-            yield MicroBatch(nothing, torch.full_like(nothing, NOT_COUNTED), torch.zeros(1).long())
+            yield MicroBatch(nothing, torch.full_like(nothing, IGNORE_INDEX), torch.zeros(1).long())
             continue
         inputs = torch.zeros(len(windows), context_length, dtype=torch.int64)
-        targets = torch.full_like(inputs, NOT_COUNTED)
+        targets = torch.full_like(inputs, IGNORE_INDEX)
         for row, window in enumerate(windows):
             start = window * stride
             stop = min(start + context_length, n_targets)

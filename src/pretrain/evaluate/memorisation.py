@@ -105,7 +105,7 @@ def continue_held_out(
                 [tokenizer.start_of_text, *ids[: middle - begin]],
                 max_tokens=end - middle,
                 sampling=Sampling(temperature=1.0, top_k=TOP_K, seed=seed + number),
-                ends={tokenizer.start_of_text, *tokenizer.ends},
+                stop_ids={tokenizer.start_of_text, *tokenizer.ends},
             )
         held_out = tokenizer.decode(ids[middle - begin :])
         found.append(Continuation(tokenizer.decode(written), held_out))

@@ -261,7 +261,7 @@ class Writer:
                 ids[-self._room :],
                 max_tokens=self._task.max_tokens,
                 sampling=Sampling(temperature=0.0),
-                ends=self._ends,
+                stop_ids=self._ends,
             )
         answer = cut_before(self._tokenizer.decode(found), self._task.stops)
         return answer.strip(), len(ids) > self._room

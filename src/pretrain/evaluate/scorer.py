@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain.data.batches import MicroBatch, checked_stride, evaluation_batches
 from pretrain.distributed import World
-from pretrain.model import Objective
+from pretrain.model import LMLoss
 from pretrain.tokenizer import Tokenizer
 
 # Targets of one forward pass of an evaluation: no gradients are kept, so this may be more than in
@@ -71,7 +71,7 @@ class Ids:
 
 @torch.no_grad()
 def score_batches(
-    objective: Objective,
+    lm_loss: LMLoss,
     batches: Iterable[MicroBatch],
     *,
     byte_lengths_V: Tensor,
@@ -80,21 +80,21 @@ def score_batches(
 ) -> list[Score]:
     """Nats, tokens and bytes of the targets in each of `batches`, without dropout; the objective's
     mode is put back."""
-    was_training = objective.training
-    objective.eval()
+    was_training = lm_loss.training
+    lm_loss.eval()
     found = []
     for batch in batches:
         with world.autocast(precision):
-            nats, count = objective(batch.to(world.device))
+            nats, count = lm_loss(batch.to(world.device))
         n_bytes = byte_lengths_V[batch.targets[batch.targets >= 0]].sum()
         found.append(Score(float(nats), int(count), int(n_bytes)))
-    objective.train(was_training)
+    lm_loss.train(was_training)
     return found
 
 
-def score(objective: Objective, batches: Iterable[MicroBatch], **how: Any) -> Score:
+def score(lm_loss: LMLoss, batches: Iterable[MicroBatch], **how: Any) -> Score:
     """The exact sum of `score_batches`, whatever their order."""
-    found = score_batches(objective, batches, **how)
+    found = score_batches(lm_loss, batches, **how)
     nats = math.fsum(each.nats for each in found)
     return Score(nats, sum(each.tokens for each in found), sum(each.bytes for each in found))
 
@@ -105,7 +105,7 @@ def byte_lengths(tokenizer: Tokenizer) -> Tensor:
 
 
 def score_texts(
-    objective: Objective,
+    lm_loss: LMLoss,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -114,12 +114,12 @@ def score_texts(
     stride: int | None = None,
 ) -> Score:
     """The sum of `score_each`."""
-    each = score_each(objective, tokenizer, texts, world=world, precision=precision, stride=stride)
+    each = score_each(lm_loss, tokenizer, texts, world=world, precision=precision, stride=stride)
     return sum(each, Score(0.0, 0, 0))
 
 
 def score_each(
-    objective: Objective,
+    lm_loss: LMLoss,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -131,7 +131,7 @@ def score_each(
     counted; bytes are those of the texts, whatever a tokenizer makes of them. Windows begin every
     `stride` tokens, by default as many as the context has; ValueError for more."""
     lengths = byte_lengths(tokenizer)
-    context = objective.decoder.config.window_tokens
+    context = lm_loss.decoder.config.window_tokens
     stride = checked_stride(stride, context)
     rows = max(1, EVALUATION_TOKENS // context)
     scores = []
@@ -145,6 +145,6 @@ def score_each(
             rows=rows,
             stride=min(stride, window),
         )
-        found = score(objective, batches, byte_lengths_V=lengths, world=world, precision=precision)
+        found = score(lm_loss, batches, byte_lengths_V=lengths, world=world, precision=precision)
         scores.append(replace(found, bytes=len(text.encode("utf-8", "replace"))))
     return scores

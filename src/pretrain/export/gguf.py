@@ -36,7 +36,7 @@ from pretrain.export.layouts import (
 )
 from pretrain.model import ModelConfig
 from pretrain.model.families import FAMILIES
-from pretrain.model.layers import rotation_frequencies
+from pretrain.model.rope import rope_frequencies
 from pretrain.tokenizer import Tokenizer
 
 NUMBERS = ("f32", "f16", "q8_0")
@@ -161,7 +161,7 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
     None where nothing is."""
     if config.rope_factor == 1.0:
         return None
-    plain, stretched = rotation_frequencies(config, stretched=False), rotation_frequencies(config)
+    plain, stretched = rope_frequencies(config, scaled=False), rope_frequencies(config)
     factors: NDArray[np.float32] = (plain / stretched).numpy()
     return factors
 

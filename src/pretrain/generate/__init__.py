@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from pretrain import lazily
 
 if TYPE_CHECKING:
-    from pretrain.generate.layout import lay_out_for_generation
+    from pretrain.generate.packing import pack_weights
     from pretrain.generate.sampling import Sampling, generate, generate_ids, next_distribution
 
 __getattr__ = lazily(
     __name__,
-    layout="lay_out_for_generation",
+    packing="pack_weights",
     sampling="Sampling generate generate_ids next_distribution",
 )
-__all__ = ["Sampling", "generate", "generate_ids", "lay_out_for_generation", "next_distribution"]
+__all__ = ["Sampling", "generate", "generate_ids", "next_distribution", "pack_weights"]

@@ -97,10 +97,10 @@ def generate_ids(
     max_tokens: int,
     n: int = 1,
     sampling: Sampling,
-    ends: Collection[int] = (),
+    stop_ids: Collection[int] = (),
 ) -> list[list[int]]:
     """`n` continuations of a prompt of ids, each up to `max_tokens` long, cut before the first id
-    of `ends`.
+    of `stop_ids`.
 
     A prompt is read from its end, as much of it as the context holds; a text that outgrows the
     context goes on from its last half context, read anew. Raises
@@ -127,12 +127,12 @@ def generate_ids(
         logits_BV = decoder.logits(hidden_BTD[:, -1]).to(u_B.device)
         new_BT = sample(logits_BV, sampling, u_B)[:, None].to(device)
         seen.append(new_BT)
-        for end in ends:
+        for end in stop_ids:
             ended_B |= new_BT[:, 0] == end
-        if ends and bool(ended_B.all()):
+        if stop_ids and bool(ended_B.all()):
             break
     rows: list[list[int]] = torch.cat(seen[1:], dim=1).tolist()
-    return [list(takewhile(lambda id_: id_ not in ends, row)) for row in rows]
+    return [list(takewhile(lambda id_: id_ not in stop_ids, row)) for row in rows]
 
 
 def generate(
@@ -154,7 +154,7 @@ def generate(
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
-        ends={tokenizer.start_of_text, *tokenizer.ends},
+        stop_ids={tokenizer.start_of_text, *tokenizer.ends},
     )
     return [tokenizer.decode_after(ids, each) for each in completions]
 

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from pretrain.model.config import ModelConfig
 from pretrain.model.fused import rms_norm
 from pretrain.model.layers import (
-    EMBEDDING_SITE,
+    EMBEDDING_DROPOUT_ID,
     Block,
     Embedding,
     KeyValueCache,
     Linear,
     build_norm,
     drop,
-    rotation_at,
-    sinusoids_at,
 )
 from pretrain.model.ngrams import NgramEmbedding
-from pretrain.model.random import Noise
+from pretrain.model.random import DropoutRng
+from pretrain.model.rope import rope_cos_sin, sinusoids_at
 from pretrain.rng import normal, uniform
 
 # GPT-2's code draws every matrix from N(0, 0.02).
@@ -54,12 +53,15 @@ class Decoder(nn.Module):
         self.head = None if config.tied_head else Linear(config.d_model, vocab_size, bias=False)
 
     def forward(
-        self, ids_BT: Tensor, *, cache: KeyValueCache | None = None, noise: Noise | None = None
+        self,
+        ids_BT: Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        dropout_rng: DropoutRng | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm.
 
-        With a `cache` the ids continue what it holds. With `noise` dropout is applied, without it
-        never is.
+        With a `cache` the ids continue those in it. Dropout is applied if there is a `dropout_rng`.
         """
         assert ids_BT.ndim == 2, "ids are (rows, time)"
         start = 0 if cache is None else cache.length
@@ -67,11 +69,11 @@ class Decoder(nn.Module):
         if stop > self.config.window_tokens:
             raise ValueError(f"{stop} ids do not fit the context of {self.config.window_tokens}")
         positions_T = torch.arange(start, stop, device=ids_BT.device)
-        x_BTD = self.embed(ids_BT, positions_T, cache, noise)
+        x_BTD = self.embed(ids_BT, positions_T, cache, dropout_rng)
         turns = self.config.position == "rotary"
-        rotation = rotation_at(positions_T, self.config) if turns else None
+        rotation = rope_cos_sin(positions_T, self.config) if turns else None
         for block in self.blocks.values():
-            x_BTD = block(x_BTD, rotation, cache, noise)
+            x_BTD = block(x_BTD, rotation, cache, dropout_rng)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def embed(
@@ -79,14 +81,14 @@ class Decoder(nn.Module):
         ids_BT: Tensor,
         positions_T: Tensor,
         cache: KeyValueCache | None,
-        noise: Noise | None,
+        dropout_rng: DropoutRng | None,
     ) -> Tensor:
         """What the first block reads (B, T, D)."""
         x_BTD = self.token_embedding(ids_BT)
         if self.config.scaled_embedding:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.ngrams is not None:
-            before_BP = ids_BT[:, :0] if cache is None else cache.remember(ids_BT)
+            before_BP = ids_BT[:, :0] if cache is None else cache.append_ids(ids_BT)
             x_BTD = x_BTD + self.ngrams(ids_BT, before_BP)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_T)
@@ -94,7 +96,9 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + sinusoids_at(positions_T, self.config.d_model).to(x_BTD.dtype)
         if self.config.embedding_norm:
             x_BTD = rms_norm(x_BTD, None, None)
-        return drop(x_BTD, self.config.dropout, noise, layer=0, site=EMBEDDING_SITE)
+        return drop(
+            x_BTD, self.config.dropout, dropout_rng, layer=0, dropout_id=EMBEDDING_DROPOUT_ID
+        )
 
     @property
     def device(self) -> torch.device:

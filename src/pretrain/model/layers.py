@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from pretrain.model.config import ModelConfig
 from pretrain.model.fused import linear, rms_norm, rotate, squared_relu
-from pretrain.model.random import Noise
+from pretrain.model.random import DropoutRng
 
-ATTENTION_SITE, ATTENTION_OUTPUT_SITE, FEED_FORWARD_SITE, EMBEDDING_SITE = range(4)
+ATTENTION_DROPOUT_ID, ATTENTION_OUTPUT_DROPOUT_ID, FEED_FORWARD_DROPOUT_ID, EMBEDDING_DROPOUT_ID = (
+    range(4)
+)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -75,47 +77,6 @@ def _as_exact(weight_D: Tensor, x: Tensor) -> Tensor:
     return weight_D.to(torch.promote_types(weight_D.dtype, x.dtype))
 
 
-def rotation_at(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, E) of the rotary angles at some positions.
-
-    "RoFormer: Enhanced Transformer with Rotary Position Embedding" (Su et al., 2021). Pair i of a
-    head is its elements i and i + E/2, as in the published Llama weights in Hugging Face's layout.
-    Angles are made anew in float32 at each call: it costs microseconds, and a table would be a
-    buffer to shard, save and move.
-    """
-    frequencies = rotation_frequencies(config, device=positions_T.device)
-    angles = positions_T.float()[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotation_frequencies(
-    config: ModelConfig, *, stretched: bool = True, device: torch.device | None = None
-) -> Tensor:
-    """By how much each pair of a head turns from one position to the next (E/2), in radians.
-
-    With a `rope_factor` the low ones are divided by it, so that in a longer context no pair turns
-    further than it did in the original one: Llama 3.1 (Grattafiori et al., "The Llama 3 Herd of
-    Models", 2024, and its published code).
-    """
-    places = torch.arange(0, config.d_head, 2, device=device).float() / config.d_head
-    frequencies = 1.0 / config.rope_theta**places
-    if config.rope_factor == 1.0 or not stretched:
-        return frequencies
-    turns = config.rope_original_context * frequencies / (2 * math.pi)
-    low, high = config.rope_low_factor, config.rope_high_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / config.rope_factor + kept * frequencies
-
-
-def sinusoids_at(positions_T: Tensor, d_model: int) -> Tensor:
-    """Sines and cosines (T, D) of wavelengths from 2 pi to 10,000 times that, in turn: section 3.5
-    of "Attention Is All You Need" (Vaswani et al., 2017)."""
-    places = torch.arange(0, d_model, 2, device=positions_T.device).float() / d_model
-    angles = positions_T.float()[:, None] / 10_000**places
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
 @dataclass
 class KeyValueCache:
     """Keys and values of the positions seen so far, a pair of (B, K, S, E) for each layer, and
@@ -126,7 +87,7 @@ class KeyValueCache:
     _rooms: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
 
-    def remember(self, ids_BT: Tensor) -> Tensor:
+    def append_ids(self, ids_BT: Tensor) -> Tensor:
         """Note ids that are about to be read; returns those before them (B, S)."""
         before_BS = ids_BT[:, :0] if self.ids_BS is None else self.ids_BS
         self.ids_BS = torch.cat([before_BS, ids_BT], dim=1)
@@ -176,7 +137,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         cache: KeyValueCache | None,
-        noise: Noise | None,
+        dropout_rng: DropoutRng | None,
     ) -> Tensor:
         joint = self.joint or side_by_side(x_BTD, self.query, self.key, self.value)
         if joint is None:
@@ -189,7 +150,7 @@ class Attention(nn.Module):
             query, key = torch.split(self._turn(both, rotation), [H, K], dim=1)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        mixed_BHTE = self._attend(query, key, value, noise)
+        mixed_BHTE = self._attend(query, key, value, dropout_rng)
         return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
@@ -200,10 +161,12 @@ class Attention(nn.Module):
             x_BHTE = rms_norm(x_BHTE, None, None)
         return x_BHTE if rotation is None else rotate(x_BHTE, *rotation)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_rng: DropoutRng | None
+    ) -> Tensor:
         T, S, grouped = query.shape[2], key.shape[2], key.shape[1] != query.shape[1]
-        if noise is not None and self.config.attention_dropout:
-            return self._attend_plainly(query, key, value, noise)
+        if dropout_rng is not None and self.config.attention_dropout:
+            return self._attend_plainly(query, key, value, dropout_rng)
         if T == S or T == 1:
             # A single new query sees every cached key, so it needs no mask at all.
             return F.scaled_dot_product_attention(
@@ -214,7 +177,9 @@ class Attention(nn.Module):
             query, key, value, attn_mask=mask_TS, enable_gqa=grouped
         )
 
-    def _attend_plainly(self, query: Tensor, key: Tensor, value: Tensor, noise: Noise) -> Tensor:
+    def _attend_plainly(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_rng: DropoutRng
+    ) -> Tensor:
         """Attention written out, for dropout on its weights with a mask that no kernel can draw."""
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -222,7 +187,9 @@ class Attention(nn.Module):
         mask_TS = causal_mask(query.shape[2], key.shape[2], query.device)
         weights = scores_BHTS.masked_fill(~mask_TS, float("-inf")).softmax(-1)
         rate = self.config.dropout
-        keep = noise.keep(weights.shape, rate, layer=self.layer, site=ATTENTION_SITE)
+        keep = dropout_rng.mask(
+            weights.shape, rate, layer=self.layer, dropout_id=ATTENTION_DROPOUT_ID
+        )
         return (weights * keep.to(weights.dtype)) @ value
 
 
@@ -287,27 +254,33 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         cache: KeyValueCache | None,
-        noise: Noise | None,
+        dropout_rng: DropoutRng | None,
     ) -> Tensor:
         if self.config.norm_place == "after":
-            branch = self.attention(x_BTD, rotation, cache, noise)
-            x_BTD = self.attention_norm(x_BTD + self._drop(branch, noise, ATTENTION_OUTPUT_SITE))
+            branch = self.attention(x_BTD, rotation, cache, dropout_rng)
+            x_BTD = self.attention_norm(
+                x_BTD + self._drop(branch, dropout_rng, ATTENTION_OUTPUT_DROPOUT_ID)
+            )
             branch = self.feed_forward(x_BTD)
             return self.feed_forward_norm(  # type: ignore[no-any-return]
-                x_BTD + self._drop(branch, noise, FEED_FORWARD_SITE)
+                x_BTD + self._drop(branch, dropout_rng, FEED_FORWARD_DROPOUT_ID)
             )
-        branch = self.attention(self.attention_norm(x_BTD), rotation, cache, noise)
-        x_BTD = x_BTD + self._drop(branch, noise, ATTENTION_OUTPUT_SITE)
+        branch = self.attention(self.attention_norm(x_BTD), rotation, cache, dropout_rng)
+        x_BTD = x_BTD + self._drop(branch, dropout_rng, ATTENTION_OUTPUT_DROPOUT_ID)
         branch = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD + self._drop(branch, noise, FEED_FORWARD_SITE)
+        return x_BTD + self._drop(branch, dropout_rng, FEED_FORWARD_DROPOUT_ID)
 
-    def _drop(self, branch_BTD: Tensor, noise: Noise | None, site: int) -> Tensor:
-        return drop(branch_BTD, self.config.dropout, noise, layer=self.layer, site=site)
+    def _drop(self, branch_BTD: Tensor, dropout_rng: DropoutRng | None, dropout_id: int) -> Tensor:
+        return drop(
+            branch_BTD, self.config.dropout, dropout_rng, layer=self.layer, dropout_id=dropout_id
+        )
 
 
-def drop(x: Tensor, rate: float, noise: Noise | None, *, layer: int, site: int) -> Tensor:
+def drop(
+    x: Tensor, rate: float, dropout_rng: DropoutRng | None, *, layer: int, dropout_id: int
+) -> Tensor:
     """Dropout (Srivastava et al., 2014) from counter-based noise; without noise nothing is
     dropped."""
-    if noise is None:
+    if dropout_rng is None:
         return x
-    return x * noise.keep(x.shape, rate, layer=layer, site=site).to(x.dtype)
+    return x * dropout_rng.mask(x.shape, rate, layer=layer, dropout_id=dropout_id).to(x.dtype)

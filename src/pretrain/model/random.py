@@ -47,7 +47,7 @@ def _mask_operation() -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
+class DropoutRng:
     """What dropout masks are drawn from: the run's seed and the global numbers of the samples
     (B)."""
 
@@ -61,11 +61,11 @@ class Noise:
         object.__setattr__(self, "key", philox_key(self.seed, "dropout"))
         object.__setattr__(self, "draw", _mask_operation())
 
-    def keep(self, shape: Sequence[int], rate: float, *, layer: int, site: int) -> Tensor:
+    def mask(self, shape: Sequence[int], rate: float, *, layer: int, dropout_id: int) -> Tensor:
         """A mask over activations of `shape` (B, ..., width): 1 / (1 - rate) where kept, else 0.
 
         It hangs on seed, sample, layer, site and the element's place in its own sample alone, so
         rows may be grouped into any micro-batch on any process and are masked alike.
         """
-        mask: Tensor = self.draw(self.samples_B, self.key, layer * 16 + site, shape, rate)
+        mask: Tensor = self.draw(self.samples_B, self.key, layer * 16 + dropout_id, shape, rate)
         return mask

@@ -13,20 +13,20 @@ from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.optim.config import OptimizerConfig, ScheduleConfig
-    from pretrain.optim.grouped import build_optimizer, clip_gradients
-    from pretrain.optim.schedule import rate_at, schedule_at
+    from pretrain.optim.param_groups import build_optimizer, clip_gradients
+    from pretrain.optim.schedule import lr_at, lr_fraction_at
 
 __getattr__ = lazily(
     __name__,
     config="OptimizerConfig ScheduleConfig",
-    grouped="build_optimizer clip_gradients",
-    schedule="rate_at schedule_at",
+    param_groups="build_optimizer clip_gradients",
+    schedule="lr_at lr_fraction_at",
 )
 __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
     "build_optimizer",
     "clip_gradients",
-    "rate_at",
-    "schedule_at",
+    "lr_at",
+    "lr_fraction_at",
 ]

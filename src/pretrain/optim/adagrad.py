@@ -15,7 +15,7 @@ EPSILON = 1e-10
 
 
 @torch.no_grad()
-def update_rows(table_RD: Tensor, squares_R: Tensor, gradient: Tensor, *, rate: float) -> None:
+def adagrad_update(table_RD: Tensor, squares_R: Tensor, gradient: Tensor, *, rate: float) -> None:
     """Move a table against its gradient, dense (R, D) or sparse and coalesced, in place."""
     if gradient.is_sparse:
         rows_N, slope_ND = gradient.indices()[0], gradient.values()

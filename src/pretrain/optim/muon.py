@@ -42,14 +42,14 @@ def orthogonalize(matrices_NMK: Tensor, *, dtype: torch.dtype = torch.float32) -
     return (x.mT if is_tall else x).to(matrices_NMK.dtype)
 
 
-class Matrices:
+class Orthogonalizer:
     """How the rule comes to whole matrices: here they are."""
 
-    def shape_of(self, parameter: nn.Parameter) -> torch.Size:
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape of the matrix that a parameter is (part of)."""
         return parameter.shape
 
-    def orthogonalized(
+    def orthogonalize(
         self, parameters: Sequence[nn.Parameter], rows: Sequence[Tensor], *, dtype: torch.dtype
     ) -> Sequence[Tensor]:
         """What matrices of one shape become, of which a parameter each holds `rows`."""
@@ -57,7 +57,7 @@ class Matrices:
 
 
 @torch.no_grad()
-def update_matrices(
+def muon_update(
     parameters: list[nn.Parameter],
     memories: list[Tensor],
     gradients: list[Tensor],
@@ -66,14 +66,14 @@ def update_matrices(
     momentum: float,
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
-    held: Matrices,
+    orthogonalizer: Orthogonalizer,
 ) -> None:
     """Move matrices of one shape together, in place: few large products instead of many small."""
     torch._foreach_lerp_(memories, gradients, 1 - momentum)
     # Nesterov's look ahead.
     ahead = torch._foreach_lerp(gradients, memories, momentum)
-    updates = held.orthogonalized(parameters, ahead, dtype=dtype)
+    updates = orthogonalizer.orthogonalize(parameters, ahead, dtype=dtype)
     matrices: list[Tensor] = list(parameters)
     torch._foreach_mul_(matrices, 1 - rate * weight_decay)
-    size = ADAMW_RMS * math.sqrt(max(held.shape_of(parameters[0])))
+    size = ADAMW_RMS * math.sqrt(max(orthogonalizer.full_shape(parameters[0])))
     torch._foreach_add_(matrices, list(updates), alpha=-rate * size)

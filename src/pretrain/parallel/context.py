@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.model.layers import ATTENTION_SITE, KeyValueCache
-from pretrain.model.random import Noise
+from pretrain.model.layers import ATTENTION_DROPOUT_ID, KeyValueCache
+from pretrain.model.random import DropoutRng
 
 
 class Stretches(KeyValueCache):
@@ -32,7 +32,7 @@ class Stretches(KeyValueCache):
     def length(self) -> int:
         return self._rank * self._tokens
 
-    def remember(self, ids_BT: Tensor) -> Tensor:
+    def append_ids(self, ids_BT: Tensor) -> Tensor:
         found = [torch.empty_like(ids_BT) for _ in range(self._size)]
         dist.all_gather(found, ids_BT.contiguous(), group=self._group)
         return torch.cat(found[: self._rank], dim=1) if self._rank else ids_BT[:, :0]
@@ -64,20 +64,24 @@ class _Gather(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class PartOfNoise(Noise):
+class PartOfNoise(DropoutRng):
     """The masks of whole windows and all heads, of which this process has a stretch and some."""
 
     stretch: tuple[int, int] = (0, 1)
     """its number, and how many there are"""
     heads: tuple[int, int] = (0, 1)
 
-    def keep(self, shape: Sequence[int], rate: float, *, layer: int, site: int) -> Tensor:
+    def mask(self, shape: Sequence[int], rate: float, *, layer: int, dropout_id: int) -> Tensor:
         number, n = self.stretch
-        if site != ATTENTION_SITE:
+        if dropout_id != ATTENTION_DROPOUT_ID:
             B, T, *rest = shape
-            whole = Noise.keep(self, (B, n * T, *rest), rate, layer=layer, site=site)
+            whole = DropoutRng.mask(
+                self, (B, n * T, *rest), rate, layer=layer, dropout_id=dropout_id
+            )
             return whole[:, number * T : (number + 1) * T]
         B, H, T, S = shape
         head, n_heads = self.heads
-        whole = Noise.keep(self, (B, H * n_heads, n * T, n * T), rate, layer=layer, site=site)
+        whole = DropoutRng.mask(
+            self, (B, H * n_heads, n * T, n * T), rate, layer=layer, dropout_id=dropout_id
+        )
         return whole[:, head * H : (head + 1) * H, number * T : (number + 1) * T, :S]

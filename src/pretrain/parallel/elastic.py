@@ -109,10 +109,10 @@ class Elastic(Parallel):
         nats, count = [0.0] * (branches.leaves_each * len(trees)), 0
         self.forward_seconds = 0.0
         for place, batch in enumerate(own):
-            self.objective.zero_grad(set_to_none=True)
+            self.lm_loss.zero_grad(set_to_none=True)
             began = time.perf_counter()
             with world.autocast(precision):
-                batch_nats, batch_count = self.objective(batch.to(world.device))
+                batch_nats, batch_count = self.lm_loss(batch.to(world.device))
             self.forward_seconds += time.perf_counter() - began
             batch_nats.backward()
             number = branches.of(world.rank).start + place // branches.leaves_each

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.distributed import World
-from pretrain.model import Objective
+from pretrain.model import LMLoss
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.elastic import Elastic
 from pretrain.parallel.model import Parallel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def parallelize(
-    objective: Objective, config: ParallelConfig, world: World, *, precision: str = "fp32"
+    lm_loss: LMLoss, config: ParallelConfig, world: World, *, precision: str = "fp32"
 ) -> Parallel:
     """Lay an objective over the processes of `world`, by a config whose axes are filled.
 
@@ -37,21 +37,21 @@ def parallelize(
     process keeps, and sums of gradients, are float32.
     """
     if not config.cuts_weights:
-        recompute(objective.decoder, config.activation_checkpointing)
+        recompute(lm_loss.decoder, config.activation_checkpointing)
     if config.elastic:
-        return Elastic(objective, objective, world)
+        return Elastic(lm_loss, lm_loss, world)
     if world.size == 1:
-        return Parallel(objective, objective, world)
+        return Parallel(lm_loss, lm_loss, world)
     assert config.data is not None
     if not config.cuts_weights:
-        return _copied(objective, world)
+        return _copied(lm_loss, world)
     # Half a second that one process need not spend.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from pretrain.parallel.sharded import Sharded
 
     meshes = _arrange(config, world)
-    decoder, laid = objective.decoder, meshes.laid
+    decoder, laid = lm_loss.decoder, meshes.laid
     if config.pipeline > 1:
         from pretrain.parallel.pipeline import Pipe, keep_layers
 
@@ -59,7 +59,7 @@ def parallelize(
     if config.tensor > 1:
         from pretrain.parallel.tensor import lay_over_tensor_axis
 
-        lay_over_tensor_axis(objective, laid["tensor"])
+        lay_over_tensor_axis(lm_loss, laid["tensor"])
     recompute(decoder, config.activation_checkpointing)
     if config.data * config.shard * config.context > 1:
         over = laid["laid"] if config.data == 1 else laid["data", "laid"]
@@ -69,34 +69,34 @@ def parallelize(
             fully_shard(block, mesh=over, mp_policy=policy)
         # With embedding and head: where they are one parameter, it must be in one group.
         fully_shard(decoder, mesh=over)
-    objective.to_empty(device=world.device)
+    lm_loss.to_empty(device=world.device)
     return Sharded(
-        objective,
-        objective,
+        lm_loss,
+        lm_loss,
         world,
         n_alike=config.tensor * config.pipeline,
         n_counting=config.tensor,
         parts={name: part_of(parameter) for name, parameter in decoder.named_parameters()},
         read_in=precision,
         meshes=meshes,
-        pipe=Pipe(objective, meshes.pipeline) if config.pipeline > 1 else None,
+        pipe=Pipe(lm_loss, meshes.pipeline) if config.pipeline > 1 else None,
     )
 
 
-def _copied(objective: Objective, world: World) -> Parallel:
+def _copied(lm_loss: LMLoss, world: World) -> Parallel:
     """Copies of the whole model, whose gradients are summed while they are made."""
-    ngrams = objective.decoder.ngrams
+    ngrams = lm_loss.decoder.ngrams
     tables = dict(ngrams.named_parameters()) if ngrams and ngrams.sparse_gradients else {}
     ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(objective, [f"decoder.ngrams.{name}" for name in tables])  # type: ignore[no-untyped-call]
+    ignore(lm_loss, [f"decoder.ngrams.{name}" for name in tables])  # type: ignore[no-untyped-call]
     # Weights are a function of the seed, and so the same everywhere.
     copies = DistributedDataParallel(
-        objective,
+        lm_loss,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         init_sync=False,
         gradient_as_bucket_view=True,
     )
-    return Parallel(objective, copies, world, tables=list(tables.values()))
+    return Parallel(lm_loss, copies, world, tables=list(tables.values()))
 
 
 def _arrange(config: ParallelConfig, world: World) -> Meshes:

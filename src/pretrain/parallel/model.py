@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.distributed import World
-from pretrain.model import Objective
+from pretrain.model import LMLoss
 from pretrain.model.decoder import initial_value
-from pretrain.model.objective import Batch
-from pretrain.optim.grouped import clip_gradients, gradient_values
-from pretrain.optim.muon import Matrices
+from pretrain.model.loss import Batch
+from pretrain.optim.muon import Orthogonalizer
+from pretrain.optim.param_groups import clip_gradients, gradient_values
 from pretrain.parallel.rows import mean_rows_
 from pretrain.parallel.shards import Box, Part, cut, whole_part
 
@@ -31,7 +31,7 @@ from pretrain.parallel.shards import Box, Part, cut, whole_part
 class Parallel:
     """An objective, and this process's share of it."""
 
-    objective: Objective
+    lm_loss: LMLoss
     module: Callable[[Batch], tuple[Tensor, Tensor]]
     """what is called: the objective, or what sums its gradients over processes"""
     world: World
@@ -51,7 +51,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            named = self.objective.decoder.named_parameters()
+            named = self.lm_loss.decoder.named_parameters()
             self.parts = {name: whole_part(parameter) for name, parameter in named}
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -87,16 +87,16 @@ class Parallel:
         return tuple(part.shape[:n_dims]), part.box[:n_dims]
 
     @property
-    def matrices(self) -> Matrices:
+    def orthogonalizer(self) -> Orthogonalizer:
         """For an optimizer whose rule is one of whole matrices."""
-        return Matrices()
+        return Orthogonalizer()
 
     def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
         """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
         the count of all processes."""
         self.forward_seconds = 0.0
         self.let_go()
-        self.objective.zero_grad(set_to_none=True)
+        self.lm_loss.zero_grad(set_to_none=True)
         nats, count = self._pass(batches, precision)
         for part in self.parts.values():
             part.take_gradient()
@@ -149,7 +149,7 @@ class Parallel:
     def clip(self, limit: float) -> float:
         """Scale the gradients to a joint norm of at most `limit` (0: no limit); returns the norm
         before."""
-        return clip_gradients((p for _, p in self.named_parameters()), limit=limit)
+        return clip_gradients((p for _, p in self.named_parameters()), max_norm=limit)
 
     def gradient_norms(self) -> dict[str, float]:
         """The norm of each parameter's gradient, of all processes; all of them call this."""
@@ -169,7 +169,7 @@ class Parallel:
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Give each parameter that this process holds its values at the start of training."""
-        decoder = self.objective.decoder
+        decoder = self.lm_loss.decoder
         for name, part in self.parts.items():
             # All columns of its rows, if it has but some: an element's number is its place.
             rows = part.box[0] if part.box else (0, 1)

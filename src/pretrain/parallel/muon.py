@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.optim.muon import Matrices, orthogonalize
+from pretrain.optim.muon import Orthogonalizer, orthogonalize
 from pretrain.parallel.shards import Map, Part, cut
 
 
-class SharedMatrices(Matrices):
+class ShardedOrthogonalizer(Orthogonalizer):
     """Matrices of which this process holds a box each, as the others of `group` do."""
 
     def __init__(self, parts: Mapping[str, Part], boxes: Map, group: dist.ProcessGroup) -> None:
@@ -27,10 +27,10 @@ class SharedMatrices(Matrices):
         self._ranks = dist.get_process_group_ranks(group)
         self._rank = dist.get_rank(group)
 
-    def shape_of(self, parameter: nn.Parameter) -> torch.Size:
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         return self._parts[self._names[parameter]].shape
 
-    def orthogonalized(
+    def orthogonalize(
         self, parameters: Sequence[nn.Parameter], rows: Sequence[Tensor], *, dtype: torch.dtype
     ) -> list[Tensor]:
         """The local boxes of what the whole matrices become."""
@@ -39,7 +39,7 @@ class SharedMatrices(Matrices):
         mine = owned[self._rank]
         sent = torch.cat([rows[i].reshape(-1) for numbers in owned for i in numbers])
         sizes_out = [sum(rows[i].numel() for i in numbers) for numbers in owned]
-        whole = sent.new_empty(len(mine), *self.shape_of(parameters[0]))
+        whole = sent.new_empty(len(mine), *self.full_shape(parameters[0]))
         # Views into what this process owns, in the order in which they come: by rank.
         views = [
             [cut(whole[n], self._box(names[i], rank)) for n, i in enumerate(mine)]

@@ -17,28 +17,28 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from pretrain.distributed import World
-from pretrain.model import Decoder, Objective
-from pretrain.model.objective import NOT_COUNTED
-from pretrain.model.random import Noise
+from pretrain.model import Decoder, LMLoss
+from pretrain.model.loss import IGNORE_INDEX
+from pretrain.model.random import DropoutRng
 
 
 class Pipe:
     """One process of a pipeline, with an objective of which only its part is left (`keep_layers`);
     the objective is changed in place to ask the others for the rest."""
 
-    def __init__(self, objective: Objective, group: dist.ProcessGroup) -> None:
-        self._objective, self._group = objective, group
+    def __init__(self, lm_loss: LMLoss, group: dist.ProcessGroup) -> None:
+        self._objective, self._group = lm_loss, group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._received: Tensor | None = None
         self._is_in_schedule = False
-        decoder = objective.decoder
+        decoder = lm_loss.decoder
         self._whole_forward = decoder.forward
         self._whole_logits = decoder.logits
         if not self.is_first:
             decoder.embed = self._embed  # type: ignore[method-assign,assignment]
         decoder.forward = self._forward  # type: ignore[method-assign]
         decoder.logits = self._logits  # type: ignore[method-assign]
-        objective.forward = self._score  # type: ignore[method-assign]
+        lm_loss.forward = self._score  # type: ignore[method-assign]
         self._module = _Stage(self)
         self._schedules: dict[tuple[int, ...], Any] = {}
 
@@ -71,7 +71,7 @@ class Pipe:
             self._is_in_schedule = False
         nothing = torch.zeros((), dtype=torch.float64, device=world.device)
         nats = torch.stack(losses).sum().detach() if losses else nothing
-        return nats, (targets != NOT_COUNTED).sum() if self.is_last else nothing.long()
+        return nats, (targets != IGNORE_INDEX).sum() if self.is_last else nothing.long()
 
     def _schedule(self, n: int, inputs_BT: Tensor, precision: str, world: World) -> Any:
         """Torch's schedule for so many micro-batches, made once."""
@@ -96,14 +96,14 @@ class Pipe:
         return self._schedules[key]
 
     def _nats(self, precision: str, world: World, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        objective = self._objective
+        lm_loss = self._objective
         with world.autocast(precision):
-            return objective.cross_entropy(
+            return lm_loss.cross_entropy(
                 hidden_BTD.flatten(0, 1),
-                objective.decoder.head_weight,
+                lm_loss.decoder.head_weight,
                 targets_BT.flatten(),
-                smoothing=objective.label_smoothing if objective.training else 0.0,
-                z_loss=objective.z_loss if objective.training else 0.0,
+                smoothing=lm_loss.label_smoothing if lm_loss.training else 0.0,
+                z_loss=lm_loss.z_loss if lm_loss.training else 0.0,
             )
 
     # --- reading, without a step ------------------------------------------------------------------
@@ -131,14 +131,14 @@ class Pipe:
 
     def _score(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Nats and count, in the last process; the others come to nothing."""
-        objective, targets_N = self._objective, batch.targets.flatten()
-        hidden_BTD = objective.decoder(batch.inputs)
+        lm_loss, targets_N = self._objective, batch.targets.flatten()
+        hidden_BTD = lm_loss.decoder(batch.inputs)
         if not self.is_last:
             return hidden_BTD.new_zeros((), dtype=torch.float64), torch.tensor(0)
-        nats = objective.cross_entropy(
-            hidden_BTD.flatten(0, 1), objective.decoder.head_weight, targets_N
+        nats = lm_loss.cross_entropy(
+            hidden_BTD.flatten(0, 1), lm_loss.decoder.head_weight, targets_N
         )
-        return nats, (targets_N != NOT_COUNTED).sum()
+        return nats, (targets_N != IGNORE_INDEX).sum()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of the last process's hidden states, for everybody."""
@@ -165,13 +165,13 @@ class _Stage(nn.Module):
         self.batches, self._at = batches, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, objective = self.batches[self._at], self._pipe._objective
+        batch, lm_loss = self.batches[self._at], self._pipe._objective
         self._at += 1
         self._pipe._received = x
-        drops = objective.training and self.decoder.config.dropout > 0
+        drops = lm_loss.training and self.decoder.config.dropout > 0
         with self.autocast():
             found: Tensor = self.decoder(
-                batch.inputs, noise=Noise(objective.seed, batch.samples) if drops else None
+                batch.inputs, dropout_rng=DropoutRng(lm_loss.seed, batch.samples) if drops else None
             )
         return found
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.optim.grouped import gradient_values
-from pretrain.optim.muon import Matrices
+from pretrain.optim.muon import Orthogonalizer
+from pretrain.optim.param_groups import gradient_values
 from pretrain.parallel.context import PartOfNoise, Stretches
 from pretrain.parallel.model import Parallel
-from pretrain.parallel.muon import SharedMatrices
+from pretrain.parallel.muon import ShardedOrthogonalizer
 from pretrain.parallel.pipeline import Pipe
 from pretrain.parallel.shards import Map
 
@@ -62,7 +62,7 @@ class Sharded(Parallel):
     def __post_init__(self) -> None:
         Parallel.__post_init__(self)
         self.boxes = Map(self.parts, self.world)
-        self.objective.decoder.register_forward_pre_hook(self._part_of_window, with_kwargs=True)
+        self.lm_loss.decoder.register_forward_pre_hook(self._part_of_window, with_kwargs=True)
 
     def saves(self, name: str, *, is_whole: bool = False) -> bool:
         return self.boxes.is_first(name, of_any_box=is_whole)
@@ -84,23 +84,23 @@ class Sharded(Parallel):
         return self.meshes.heads[1]
 
     @property
-    def matrices(self) -> Matrices:
+    def orthogonalizer(self) -> Orthogonalizer:
         assert self.meshes is not None
-        return SharedMatrices(self.parts, self.boxes, self.meshes.holders)
+        return ShardedOrthogonalizer(self.parts, self.boxes, self.meshes.holders)
 
     def gather(self) -> None:
-        if isinstance(self.objective.decoder, FSDPModule):
-            self.objective.decoder.unshard()
+        if isinstance(self.lm_loss.decoder, FSDPModule):
+            self.lm_loss.decoder.unshard()
 
     def let_go(self) -> None:
         """What an evaluation has gathered stands in the place of this process's own: it keeps other
         weights from being read, and gradients from being forgotten."""
-        if isinstance(self.objective.decoder, FSDPModule):
-            self.objective.decoder.reshard()
+        if isinstance(self.lm_loss.decoder, FSDPModule):
+            self.lm_loss.decoder.reshard()
 
     def _summing(self, is_last: bool) -> AbstractContextManager[Any]:
         assert self.meshes is not None
-        decoder = self.objective.decoder
+        decoder = self.lm_loss.decoder
         if isinstance(decoder, FSDPModule) and self.meshes.laid["data"].size() > 1:
             decoder.set_requires_all_reduce(is_last)
         return nullcontext()
@@ -108,7 +108,7 @@ class Sharded(Parallel):
     def _sum_ends(self) -> None:
         """Where the embedding is the head, two processes of a pipeline have slopes of it."""
         name = "token_embedding.weight"
-        if self.pipe is None or self.objective.decoder.config.tied_head is False:
+        if self.pipe is None or self.lm_loss.decoder.config.tied_head is False:
             return
         if name in self.parts:
             assert self.meshes is not None
@@ -140,13 +140,13 @@ class Sharded(Parallel):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a decoder is told that reads a stretch, or has some heads, of what others have."""
         assert self.meshes is not None
-        is_cut, noise = bool(self._stretch_tokens), named.get("noise")
+        is_cut, dropout_rng = bool(self._stretch_tokens), named.get("dropout_rng")
         if is_cut:
             named["cache"] = Stretches(self.meshes.context, self._stretch_tokens)
-        if noise is not None:
+        if dropout_rng is not None:
             stretch = self.meshes.stretch if is_cut else (0, 1)
-            named["noise"] = PartOfNoise(
-                noise.seed, noise.samples_B, stretch=stretch, heads=self.meshes.heads
+            named["dropout_rng"] = PartOfNoise(
+                dropout_rng.seed, dropout_rng.samples_B, stretch=stretch, heads=self.meshes.heads
             )
         return given, named
 

@@ -25,8 +25,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from pretrain.model import Decoder, Objective
-from pretrain.model.objective import NOT_COUNTED
+from pretrain.model import Decoder, LMLoss
+from pretrain.model.loss import IGNORE_INDEX
 
 _CUT_BY_OUTPUT = ("attention.query", "attention.key", "attention.value")
 _CUT_BY_INPUT = ("attention.output", "feed_forward.down")
@@ -34,10 +34,10 @@ _CUT_BY_INPUT = ("attention.output", "feed_forward.down")
 _CHUNK_LOGITS = 1 << 22
 
 
-def lay_over_tensor_axis(objective: Objective, mesh: DeviceMesh) -> None:
+def lay_over_tensor_axis(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
     """Cut the weights of a decoder, in place, over a mesh of one axis, and let loss and logits be
     made from what each process has."""
-    decoder = objective.decoder
+    decoder = lm_loss.decoder
     for block in decoder.blocks.values():
         ups = [n for n in ("gate", "up") if getattr(block.feed_forward, n) is not None]
         plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _CUT_BY_OUTPUT}
@@ -56,7 +56,7 @@ def lay_over_tensor_axis(objective: Objective, mesh: DeviceMesh) -> None:
     if decoder.head is not None:
         laid = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
         decoder.head.weight = nn.Parameter(laid)
-    objective.cross_entropy = partial(_cross_entropy, mesh)  # type: ignore[method-assign]
+    lm_loss.cross_entropy = partial(_cross_entropy, mesh)  # type: ignore[method-assign]
     decoder.logits = partial(_logits, decoder, mesh)  # type: ignore[method-assign]
 
 
@@ -88,7 +88,7 @@ def _cross_entropy(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """As `linear_cross_entropy`, from a weight of which each process has some rows."""
+    """As `chunked_cross_entropy`, from a weight of which each process has some rows."""
     weight = cast(DTensor, weight_VD)
     local = weight.to_local()
     each = -(-weight.shape[0] // mesh.size())
@@ -148,7 +148,7 @@ def _slope(
     """What the objective's slope is at this process's logits (N, W), and the chunk's nats."""
     first, V, smoothing, z_loss = how
     logits_NW = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counted_N = targets_N != NOT_COUNTED
+    counted_N = targets_N != IGNORE_INDEX
     # Which rows have their target here is not asked, since a GPU would have to wait for the answer.
     W, places_N1 = logits_NW.shape[1], (targets_N - first)[:, None]
     is_here_N1 = counted_N[:, None] & (places_N1 >= 0) & (places_N1 < W)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import MicroBatch, Order, TokenStream, micro_batch_at
-from pretrain.data.batches import NOT_COUNTED
+from pretrain.data.batches import IGNORE_INDEX
 from pretrain.data.mixture import Mixture
 from pretrain.train.watch import Rollback, position_of
 
@@ -78,5 +78,5 @@ class TrainingBatches:
             self.checksum += sum(zlib.crc32(window.data) for window in windows.numpy())
             # Rows beyond the batch weigh nothing: all micro-batches have one shape, as a compiler
             # wants it, whether or not they divide the batch.
-            batch.targets[n:] = NOT_COUNTED
+            batch.targets[n:] = IGNORE_INDEX
             yield batch

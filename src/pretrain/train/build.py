@@ -16,7 +16,7 @@ import torch
 from pretrain.data import PreparedData
 from pretrain.distributed import World
 from pretrain.evaluate import byte_lengths
-from pretrain.model import ModelConfig, Objective, build
+from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.parallel import Parallel, ParallelConfig, parallelize
 from pretrain.parallel.elastic import Branches
@@ -56,14 +56,14 @@ def build_model(
         seed=None if is_cut else train.seed,
         device=torch.device("meta") if is_cut else world.device,
     )
-    objective = Objective(
+    lm_loss = LMLoss(
         decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
     )
     if train.compile == "on":
         # Where weights are gathered block by block, a graph cannot reach over several.
-        objective.compile_parts(by_block=is_cut)
+        lm_loss.compile_parts(by_block=is_cut)
     axes = parallel.laid_out(world.size)
-    laid_out = parallelize(objective, axes, world, precision=train.precision)
+    laid_out = parallelize(lm_loss, axes, world, precision=train.precision)
     if is_cut:
         laid_out.initialize(train.seed)
     return laid_out
@@ -77,10 +77,10 @@ def build_updates(
     return build_optimizer(
         model.held_parameters(),
         config=optimizer,
-        width=model.objective.decoder.config.d_model,
+        width=model.lm_loss.decoder.config.d_model,
         batch_tokens=train.batch_tokens,
         precision=train.precision,
-        matrices=model.matrices,
+        orthogonalizer=model.orthogonalizer,
     )
 
 

@@ -257,7 +257,7 @@ def measure_pace(
     if followed:
         trial = build_model(data, model, train, parallel, world)
         asking = uncompiled(asking_seconds)(
-            trial.objective.decoder,
+            trial.lm_loss.decoder,
             data.tokenizer(),
             followed,
             world=world,
@@ -285,7 +285,7 @@ def trial_steps(
         trial,
         build_updates(trial, optimizer, train),
         lambda step: read(batches.at(step)),
-        rate_at=lambda step: optimizer.learning_rate * 1e-3,
+        lr_at=lambda step: optimizer.learning_rate * 1e-3,
         steps=steps,
         clip=optimizer.clip,
         world=world,

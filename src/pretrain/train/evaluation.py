@@ -17,7 +17,7 @@ def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) ->
     """The held-out split, or the fixed part of it that is looked at during training; None if a
     signal came meanwhile."""
     number, n = run.model.scored
-    context = run.objective.decoder.config.window_tokens
+    context = run.lm_loss.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
         context_length=context,
@@ -27,7 +27,7 @@ def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) ->
         size=n,
     )
     own = score_batches(
-        run.objective,
+        run.lm_loss,
         (batch for batch in batches if stop is None or not stop.breaks_off(run.world)),
         byte_lengths_V=byte_lengths(run.data.tokenizer()),
         world=run.world,

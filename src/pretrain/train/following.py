@@ -27,7 +27,7 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
         if stop.breaks_off(run.world):
             break
         row = ask_followed(
-            run.objective.decoder,
+            run.lm_loss.decoder,
             tokenizer,
             followed,
             world=run.world,

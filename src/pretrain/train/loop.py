@@ -21,7 +21,7 @@ from pretrain.distributed import World
 from pretrain.evaluate import Followed, measure_baselines
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig, n_parameters
-from pretrain.optim import OptimizerConfig, ScheduleConfig, rate_at
+from pretrain.optim import OptimizerConfig, ScheduleConfig, lr_at
 from pretrain.parallel import ParallelConfig
 from pretrain.train.build import uncompiled
 from pretrain.train.config import TrainConfig
@@ -78,7 +78,7 @@ def train(
     run.began = began
     _take_up(run, resume_from, first_weights)
     peak = optimizer.learning_rate
-    rate = partial(rate_at, config=schedule, learning_rate=peak, steps=run.steps)
+    rate = partial(lr_at, config=schedule, learning_rate=peak, steps=run.steps)
 
     def accept(step: int, loss: float, grad_norm: float) -> bool:
         stop.nothing_to_lose = False
@@ -142,7 +142,7 @@ def _make_steps(
         run.model,
         run.optimizer,
         run.batches.at,
-        rate_at=rate,
+        lr_at=rate,
         steps=run.steps,
         first_step=run.done,
         clip=clip,
@@ -297,7 +297,7 @@ def _evaluate(run: Run, stop: StopSignals) -> bool:
     run.model.gather()
     with run.world.autocast(run.model.read_in):
         text = uncompiled(generate)(
-            run.objective.decoder,
+            run.lm_loss.decoder,
             run.data.tokenizer(),
             "",
             max_tokens=SAMPLE_TOKENS,
@@ -330,7 +330,7 @@ def _finish(run: Run) -> None:
     predictions, peaks = look_at_passage(run), run.world.gather([run.world.peak_memory_bytes()])
     if not run.world.leads:
         return
-    decoder = run.objective.decoder
+    decoder = run.lm_loss.decoder
     run.screen.line("scoring count tables and xz on the same held-out tokens ...")
     baselines = measure_baselines(
         run.data.split("train"), run.data.split("val"), tokenizer=run.data.tokenizer()

@@ -29,7 +29,7 @@ def look_at_passage(run: Run) -> dict[str, Any]:
         return {"passage": [], "cards": []}
     run.model.gather()
     return predictions(
-        run.objective.decoder,
+        run.lm_loss.decoder,
         tokenizer,
         passage,
         world=run.world,

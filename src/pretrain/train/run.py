@@ -25,9 +25,9 @@ from pretrain.data import PreparedData
 from pretrain.distributed import World
 from pretrain.evaluate import Followed
 from pretrain.fileio import check_free_space
-from pretrain.model import ModelConfig, Objective
+from pretrain.model import LMLoss, ModelConfig
 from pretrain.optim import OptimizerConfig
-from pretrain.optim.grouped import optimizer_state, restore_optimizer_state, role_of
+from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, role_of
 from pretrain.parallel import Parallel, ParallelConfig
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.build import build_model, build_updates, training_batches
@@ -86,8 +86,8 @@ class Run:
         return self.settings.steps
 
     @property
-    def objective(self) -> Objective:
-        return self.model.objective
+    def lm_loss(self) -> LMLoss:
+        return self.model.lm_loss
 
     @property
     def checkpoints(self) -> Path:
@@ -277,7 +277,7 @@ def begin(
     # which a run that goes on has one already.
     n_bytes = sum(
         p.numel() * p.element_size() * (1 if role_of(name, p) == "lookup" else 3)
-        for name, p in laid_out.objective.decoder.named_parameters()
+        for name, p in laid_out.lm_loss.decoder.named_parameters()
     )
     n_new = 1 if list_checkpoints(folder / "checkpoints") else 2
     if world.leads:

@@ -17,8 +17,8 @@ import torch
 
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World
-from pretrain.model import Objective
-from pretrain.optim.grouped import gradient_values, set_learning_rate
+from pretrain.model import LMLoss
+from pretrain.optim.param_groups import gradient_values, set_learning_rate
 from pretrain.parallel import Parallel
 
 
@@ -48,7 +48,7 @@ Accept = Callable[[int, float, float], bool]
 
 
 def train_step(
-    objective: Objective | Parallel,
+    lm_loss: LMLoss | Parallel,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[MicroBatch],
     *,
@@ -64,7 +64,7 @@ def train_step(
     A loss or gradient that is not finite makes no update, nor does one that `accept` does not want
     or a batch without targets: weights and optimizer stay as they were, bit for bit.
     """
-    model = Parallel(objective, objective, world) if isinstance(objective, Objective) else objective
+    model = Parallel(lm_loss, lm_loss, world) if isinstance(lm_loss, LMLoss) else lm_loss
     set_learning_rate(optimizer, rate)
     optimizer.zero_grad(set_to_none=True)
     nats, count = model.backward(micro_batches, precision)
@@ -80,11 +80,11 @@ def train_step(
 
 
 def training_steps(
-    objective: Objective | Parallel,
+    lm_loss: LMLoss | Parallel,
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Iterable[MicroBatch]],
     *,
-    rate_at: Callable[[int], float],
+    lr_at: Callable[[int], float],
     steps: int,
     first_step: int = 0,
     clip: float = 0.0,
@@ -94,17 +94,17 @@ def training_steps(
 ) -> Iterator[StepReport]:
     """Updates `first_step` to `steps` - 1, each yielded once it is made.
 
-    `batch_at(step)` gives the micro-batches of a step, `rate_at(step)` its learning rate.
+    `batch_at(step)` gives the micro-batches of a step, `lr_at(step)` its learning rate.
     """
-    model = Parallel(objective, objective, world) if isinstance(objective, Objective) else objective
-    model.objective.train()
+    model = Parallel(lm_loss, lm_loss, world) if isinstance(lm_loss, LMLoss) else lm_loss
+    model.lm_loss.train()
     for step in range(first_step, steps):
         yield train_step(
             model,
             optimizer,
             batch_at(step),
             step=step,
-            rate=rate_at(step),
+            rate=lr_at(step),
             clip=clip,
             world=world,
             precision=precision,

@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.cli.output import Output
 from pretrain.cli.verbs.extend import add_run_arguments, go_on
-from pretrain.optim.continuation import Curve, anneal
+from pretrain.optim.schedule import LRSchedule, anneal
 
 TAKES_SETTINGS = True
 
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return go_on(arguments, output, verb="anneal", bend=_bend, takes=takes)
 
 
-def _bend(curve: Curve, *, done: int, steps: int, given: dict[str, Any]) -> Curve:
+def _bend(curve: LRSchedule, *, done: int, steps: int, given: dict[str, Any]) -> LRSchedule:
     return anneal(curve, done=done, steps=steps, **given)

@@ -222,7 +222,7 @@ def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.documents import document_texts
     from pretrain.evaluate.scorer import EVALUATION_TOKENS
-    from pretrain.model import Objective
+    from pretrain.model import LMLoss
 
     seen = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")
     if seen is None:
@@ -238,7 +238,7 @@ def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
         stride=stride,
     )
     result = score(
-        Objective(model.decoder),
+        LMLoss(model.decoder),
         batches,
         byte_lengths_V=byte_lengths(model.tokenizer),
         world=model.world,

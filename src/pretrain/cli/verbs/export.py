@@ -125,10 +125,10 @@ def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exporte
 def _certify(model: OpenModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
     from pretrain.evaluate import score_texts
     from pretrain.export.certificate import certify, foreign_library
-    from pretrain.model import Objective
+    from pretrain.model import LMLoss
 
     output.say(f"written; asking {foreign_library(exported.format) or 'nobody'} ...")
-    score = score_texts(Objective(model.decoder), model.tokenizer, [text], world=model.world)
+    score = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
     return certify(exported, text, score, threads=model.world.threads)
 
 

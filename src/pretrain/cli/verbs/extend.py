@@ -21,7 +21,7 @@ from pretrain.cli.processes import launch_continuation, processes_of_run
 from pretrain.cli.resuming import read_run
 from pretrain.cli.verbs.train import add_accept
 from pretrain.config import Layer, parse_overrides
-from pretrain.optim.continuation import Curve, extend
+from pretrain.optim.schedule import LRSchedule, extend
 
 TAKES_SETTINGS = True
 _TAKES = (
@@ -58,7 +58,7 @@ def go_on(
     output: Output,
     *,
     verb: str,
-    bend: Callable[..., Curve],
+    bend: Callable[..., LRSchedule],
     takes: tuple[str, ...],
 ) -> int:
     """Extend or anneal; `takes` are its settings besides those that both have."""

@@ -40,9 +40,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
     model = open_model(arguments.model, device=arguments.device)
 
-    from pretrain.generate import Sampling, generate, lay_out_for_generation
+    from pretrain.generate import Sampling, generate, pack_weights
 
-    lay_out_for_generation(model.decoder)
+    pack_weights(model.decoder)
     sampling = Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,

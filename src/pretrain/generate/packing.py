@@ -22,7 +22,7 @@ _LINE_BYTES = 64
 
 
 @torch.no_grad()
-def lay_out_for_generation(decoder: Decoder) -> None:
+def pack_weights(decoder: Decoder) -> None:
     """Lay the matrices of a decoder that is only read from now on as they are read fastest.
 
     Those that read the same input become one; tall ones lie by columns, since MKL reads twice as

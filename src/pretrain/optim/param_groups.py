@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.optim.adagrad import update_rows
+from pretrain.optim.adagrad import adagrad_update
 from pretrain.optim.config import OptimizerConfig
-from pretrain.optim.muon import Matrices, update_matrices
+from pretrain.optim.muon import Orthogonalizer, muon_update
 
 # A row of a lookup table is read rarely and may learn fast when it is.
 LOOKUP_RATE = 4.0
@@ -34,14 +34,14 @@ def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-class GroupedOptimizer(torch.optim.AdamW):
+class MixedOptimizer(torch.optim.AdamW):
     """AdamW, but for groups whose `rule` is muon or adagrad."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, matrices: Matrices, **defaults: Any
+        self, groups: Iterable[dict[str, Any]], *, orthogonalizer: Orthogonalizer, **defaults: Any
     ) -> None:
         super().__init__([{"rule": "adamw", **group} for group in groups], **defaults)
-        self._matrices = matrices
+        self._orthogonalizer = orthogonalizer
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -56,7 +56,7 @@ class GroupedOptimizer(torch.optim.AdamW):
                 for parameter in used:
                     first = group["first_square"]
                     squares = self._memory(parameter, "squares", parameter.shape[:1], first)
-                    update_rows(parameter, squares, parameter.grad, rate=group["lr"])
+                    adagrad_update(parameter, squares, parameter.grad, rate=group["lr"])
             for parameter in used:
                 parameter.grad = None
         # AdamW passes over parameters without a gradient.
@@ -71,9 +71,9 @@ class GroupedOptimizer(torch.optim.AdamW):
     def _update_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
-            by_shape[self._matrices.shape_of(parameter)].append(parameter)
+            by_shape[self._orthogonalizer.full_shape(parameter)].append(parameter)
         for alike in by_shape.values():
-            update_matrices(
+            muon_update(
                 alike,
                 [self._memory(p, "momentum", p.shape) for p in alike],
                 [p.grad for p in alike if p.grad is not None],
@@ -81,7 +81,7 @@ class GroupedOptimizer(torch.optim.AdamW):
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 dtype=group["dtype"],
-                held=self._matrices,
+                orthogonalizer=self._orthogonalizer,
             )
 
     def _memory(
@@ -113,8 +113,8 @@ def build_optimizer(
     width: int | None = None,
     batch_tokens: int = 8192,
     precision: str = "fp32",
-    matrices: Matrices | None = None,
-) -> GroupedOptimizer:
+    orthogonalizer: Orthogonalizer | None = None,
+) -> MixedOptimizer:
     """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
     lookup tables are not decayed. `width` is the model's, which a config with a base_width asks
     for. Gradients are means over `batch_tokens` targets, to which the rates are fitted if the
@@ -128,17 +128,17 @@ def build_optimizer(
     width_scale = config.width_scale(width)
     groups: dict[str, dict[str, Any]] = {
         "hidden": {
-            "rate_scale": width_scale,
+            "lr_mult": width_scale,
             "rule": "muon" if with_muon else "adamw",
             "momentum": config.momentum,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },
-        "embedding": {"rate_scale": embedding_lr_mult},
-        "head": {"rate_scale": head_lr_mult * width_scale},
+        "embedding": {"lr_mult": embedding_lr_mult},
+        "head": {"lr_mult": head_lr_mult * width_scale},
         "vector": {"weight_decay": 0.0},
         "lookup": {
             "rule": "adagrad",
-            "rate_scale": LOOKUP_RATE * embedding_lr_mult,
+            "lr_mult": LOOKUP_RATE * embedding_lr_mult,
             "first_square": FIRST_SQUARE / batch_tokens**2,
             "weight_decay": 0.0,
         },
@@ -151,10 +151,10 @@ def build_optimizer(
             members[role].append(parameter)
     batch_scale = config.batch_scale(batch_tokens)
     for group in groups.values():
-        group["rate_scale"] = batch_scale * group.get("rate_scale", 1.0)
-    return GroupedOptimizer(
+        group["lr_mult"] = batch_scale * group.get("lr_mult", 1.0)
+    return MixedOptimizer(
         [{"params": members[role], **group} for role, group in groups.items() if members[role]],
-        matrices=matrices or Matrices(),
+        orthogonalizer=orthogonalizer or Orthogonalizer(),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -165,7 +165,7 @@ def build_optimizer(
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_scale", 1.0)
+        group["lr"] = rate * group.get("lr_mult", 1.0)
 
 
 def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -188,23 +188,19 @@ def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def clip_gradients(
     parameters: Iterable[nn.Parameter],
     *,
-    limit: float,
-    joint: Callable[[float], float] | None = None,
+    max_norm: float,
 ) -> float:
-    """Scale all gradients so that their joint norm is at most `limit` (0: no limit); returns the
-    norm before. Where other processes hold more of them, `joint` makes the square of all gradients'
-    norm from that of these.
+    """Scale all gradients so that their joint norm is at most `max_norm` (0: no clipping); returns
+    the norm before.
 
     A norm that is not finite leaves the gradients alone: the caller decides, and no NaN is spread
     by a scale.
     """
     gradients = gradient_values(parameters)
     total = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    if joint is not None:
-        total = math.sqrt(joint(total**2))
-    if limit and math.isfinite(total) and total > limit:
-        # Not limit / (total + eps) as torch has it: the norm after clipping is `limit` itself.
-        torch._foreach_mul_(gradients, limit / total)
+    if max_norm and math.isfinite(total) and total > max_norm:
+        # Not max_norm / (total + eps) as in torch: afterwards the norm is max_norm exactly.
+        torch._foreach_mul_(gradients, max_norm / total)
     return total
 
 

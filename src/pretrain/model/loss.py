@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.decoder import Decoder
-from pretrain.model.random import Noise
+from pretrain.model.random import DropoutRng
 
 # A target of -100 is not counted: padding at the end of an evaluation.
-NOT_COUNTED = -100
+IGNORE_INDEX = -100
 # Room of the logits that exist at once, or their number, and the rows that are taken all the same:
 # products of fewer rows than that walk through the whole head for little.
 CHUNK_BYTES = {"cpu": 1 << 23}
@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None and d_weight is not None:
                 slope_NV = slope_NV.to(hidden.dtype)
                 # Rows that do not count are struck out where they are narrow.
-                counted_N1 = (targets != NOT_COUNTED)[:, None]
+                counted_N1 = (targets != IGNORE_INDEX)[:, None]
                 torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
                 counted_hidden = hidden * counted_N1
                 if hidden.dtype == d_weight.dtype and slope_NV.shape[1] == V:
@@ -175,7 +175,7 @@ def _nats_then_slope_(
     exact_NV, slope_NV = room_2BV[:, : len(logits_NV)].unbind()
     exact_NV.copy_(logits_NV)
     torch.softmax(exact_NV, 1, out=slope_NV)
-    counted_N1, picked_N1 = (targets_N != NOT_COUNTED)[:, None], targets_N.clamp(min=0)[:, None]
+    counted_N1, picked_N1 = (targets_N != IGNORE_INDEX)[:, None], targets_N.clamp(min=0)[:, None]
     p_N1 = slope_NV.gather(1, picked_N1)
     log_p_N1 = p_N1.log()
     if _has_lost(p_N1):
@@ -230,7 +230,7 @@ def _nats_and_slope(
     columns_P = torch.arange(logits_NP.shape[1], device=logits_NP.device)
     if logits_NP.shape[1] > V:
         exact_NP = exact_NP.masked_fill(columns_P >= V, float("-inf"))
-    counted_N, picked_N = targets_N != NOT_COUNTED, targets_N.clamp(min=0)
+    counted_N, picked_N = targets_N != IGNORE_INDEX, targets_N.clamp(min=0)
     log_sum_N = exact_NP.logsumexp(1)
     chosen_N = logits_NP.gather(1, picked_N[:, None])[:, 0].to(exact_NP.dtype)
     nats = torch.where(counted_N, log_sum_N - chosen_N, 0).sum(dtype=total_type)
@@ -249,7 +249,7 @@ def _compiled_nats_and_slope() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_nats_and_slope, dynamic=False)
 
 
-def linear_cross_entropy(
+def chunked_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -277,7 +277,7 @@ def linear_cross_entropy(
     return nats
 
 
-def plain_linear_cross_entropy(
+def reference_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -291,17 +291,17 @@ def plain_linear_cross_entropy(
     nats = F.cross_entropy(
         logits_NV,
         targets_N,
-        ignore_index=NOT_COUNTED,
+        ignore_index=IGNORE_INDEX,
         reduction="sum",
         label_smoothing=smoothing,
     )
     if not z_loss:
         return nats
-    counted_N = targets_N != NOT_COUNTED
+    counted_N = targets_N != IGNORE_INDEX
     return nats + z_loss * (logits_NV.logsumexp(-1).square() * counted_N).sum()
 
 
-class Objective(nn.Module):
+class LMLoss(nn.Module):
     """The decoder and its loss: what is compiled, sharded and wrapped.
 
     The context of a prediction is the window's ids up to and including x_i, so k + 1 in the formula
@@ -334,15 +334,15 @@ class Objective(nn.Module):
         self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, **how: float
     ) -> Tensor:
         """Nats of the targets; what equals it may be set in its place."""
-        return linear_cross_entropy(
+        return chunked_cross_entropy(
             hidden_ND, weight_VD, targets_N, compiled=self.is_compiled, **how
         )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(nats, count): the sum of -log p(target | context), and how many targets were counted."""
         drops = self.training and self.decoder.config.dropout > 0
-        noise = Noise(self.seed, batch.samples) if drops else None
-        hidden_BTD = self.decoder(batch.inputs, noise=noise)
+        dropout_rng = DropoutRng(self.seed, batch.samples) if drops else None
+        hidden_BTD = self.decoder(batch.inputs, dropout_rng=dropout_rng)
         targets_N = batch.targets.flatten()
         nats = self.cross_entropy(
             hidden_BTD.flatten(0, 1),
@@ -351,4 +351,4 @@ class Objective(nn.Module):
             smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
         )
-        return nats, (targets_N != NOT_COUNTED).sum()
+        return nats, (targets_N != IGNORE_INDEX).sum()
