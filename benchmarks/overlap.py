@@ -16,8 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from pretrain.corpus.overlap import corpus_filter
-from pretrain.corpus.stretches import longest_stretches
+from pretrain.corpus.overlap import corpus_ngram_filter, longest_matches
 from pretrain.data import open_prepared
 from pretrain.evaluate.documents import document_texts
 
@@ -41,12 +40,12 @@ def main() -> None:
                     yield turn * stream.n_documents + number, text
 
         begun = time.process_time()
-        corpus = corpus_filter(pieces)
+        corpus = corpus_ngram_filter(pieces)
         filtered = time.process_time()
         held_out = "".join(text for _, text in document_texts(data.split("val"), tokenizer))
         gap = len(held_out) // N_TEXTS
         texts = [held_out[k * gap : k * gap + TEXT_CHARACTERS] for k in range(N_TEXTS)]
-        longest_stretches(texts, pieces())
+        longest_matches(texts, pieces())
         walked = time.process_time()
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(

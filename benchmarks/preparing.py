@@ -28,10 +28,9 @@ import numpy as np
 
 from pretrain.corpus import read_documents
 from pretrain.corpus.duplicates import band_hashes
-from pretrain.corpus.filters import judge
-from pretrain.corpus.language import language_of
+from pretrain.corpus.filters import apply_filters, language_of
 from pretrain.tokenizer import load_tokenizer, train_tokenizer
-from pretrain.tokenizer.alphabet import symbol_bytes
+from pretrain.tokenizer.byte_level import symbol_bytes
 
 
 def main() -> None:
@@ -98,7 +97,9 @@ class Bench:
         self.time("  encode, gpt2", lambda: [tokenizer.encode(text) for text in self.texts])
         self.time("  MinHash signatures", lambda: [band_hashes(text) for text in self.texts])
         for name in ("gopher", "c4", "fineweb"):
-            self.time(f"  filter {name}", lambda n=name: [judge(t, [n]) for t in self.texts])
+            self.time(
+                f"  filter {name}", lambda n=name: [apply_filters(t, [n]) for t in self.texts]
+            )
         self.time("  language", lambda: [language_of(text) for text in self.texts])
         self.time(
             "  train a tokenizer of 32,768 entries",

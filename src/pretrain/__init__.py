@@ -28,3 +28,10 @@ def lazily(room: str, **homes: str) -> Callable[[str], Any]:
         return getattr(import_module(f"{room}.{found[name]}"), name)
 
     return attribute
+
+
+def missing_package(feature: str, package: str, *, extra: str = "formats") -> ValueError:
+    """The error for a missing optional package, with the command that installs it."""
+    return ValueError(
+        f"{feature} needs the package {package}: python -m pip install 'pretrain[{extra}]'"
+    )

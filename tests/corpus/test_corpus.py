@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
-import io
 import json
 import lzma
 import os
@@ -15,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from corpus_files import COMPRESSORS, FORMATS, PACKING, PAGE, ROWS, WIDE, as_parquet, as_warc
 from pretrain.corpus import (
     Document,
     ReadingReport,
     bundled_corpus,
-    jsonl,
     list_files,
     read_documents,
     reading,
+    rows,
     streams,
-    tables,
 )
 from pretrain.corpus.files import Source, SourceFile
 
@@ -57,7 +55,7 @@ def test_folder_in_order_of_relative_paths(tmp_path: Path) -> None:
     names = ["a.txt", "a/b/c.txt", "a/z.md", "b.txt", "c.jsonl:1", "c.jsonl:2"]
     assert [document.id for document in found] == names
     name = "a/b/c.txt"
-    assert found[1] == Document(id=name, text=name, source=name, given=str(tmp_path))
+    assert found[1] == Document(id=name, text=name, source=name, source_argument=str(tmp_path))
 
 
 def test_folder_passes_over_links_and_pipes(tmp_path: Path) -> None:
@@ -195,7 +193,7 @@ def test_nothing_of_a_document_keeps_a_lone_surrogate(tmp_path: Path) -> None:
 
 
 def test_too_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(rows, "MAX_RECORD_BYTES", 1000)
     path = write_records(
         tmp_path / "a.jsonl", {"text": "a"}, {"text": "b" * 2_000_000}, {"text": "c"}
     )
@@ -238,20 +236,6 @@ def test_few_bad_bytes_are_replaced_and_many_are_binary(tmp_path: Path) -> None:
     report = ReadingReport()
     assert texts(tmp_path, report=report) == ["good"]
     assert report.n_skipped_files == 1
-
-
-def zstd_compress(data: bytes) -> bytes:
-    zstandard = pytest.importorskip("zstandard")
-    compressed: bytes = zstandard.ZstdCompressor().compress(data)
-    return compressed
-
-
-COMPRESSORS: list[tuple[str, Callable[[bytes], bytes]]] = [
-    (".gz", gzip.compress),
-    (".bz2", lambda data: bz2.compress(data, 1)),
-    (".xz", lambda data: lzma.compress(data, preset=0)),
-    (".zst", zstd_compress),
-]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSORS)
@@ -359,70 +343,6 @@ def test_a_file_is_never_read_twice(tmp_path: Path, second: str) -> None:
             list_files(nothing)
 
 
-ROWS: list[dict[str, object]] = [
-    {"id": "a", "title": "A", "text": "First, with a comma;\nand a line."},
-    {"id": "b", "title": "B", "text": 'Zweiter "Text" — mit Ümlaut\tund Tab.'},
-]
-PAGE = (
-    "<!DOCTYPE html><html><head><meta charset='utf-8'><title>A page</title></head><body><nav>"
-    "<a href='x'>Home</a></nav><main><h1>Whales</h1><p>Of the <b>whale</b> much is told, \u00e4nd "
-    "this paragraph is long enough to be what the page is about.</p></main></body></html>"
-)
-
-
-def as_csv(delimiter: str) -> bytes:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, ["id", "title", "text"], delimiter=delimiter)
-    writer.writeheader()
-    writer.writerows(ROWS)
-    return out.getvalue().encode()
-
-
-def as_parquet(kind: str = "string") -> bytes:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    out = io.BytesIO()
-    table = pyarrow.Table.from_pylist([{**row, "n": 1, "tags": ["x"]} for row in ROWS])
-    table = table.set_column(2, "text", table["text"].cast(kind))
-    parquet.write_table(table, out)
-    return out.getvalue()
-
-
-def as_warc() -> bytes:
-    def record(kind: str, address: str, content_type: str, body: bytes) -> bytes:
-        http = b"HTTP/1.1 200 OK\r\nContent-Type: " + content_type.encode() + b"\r\n\r\n"
-        block = http + body if kind == "response" else body
-        head = (
-            f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {address}\r\n"
-            f"WARC-Record-ID: <urn:uuid:0>\r\nContent-Type: "
-            f"{'application/http; msgtype=response' if kind == 'response' else content_type}\r\n"
-            f"Content-Length: {len(block)}\r\n\r\n"
-        )
-        return head.encode() + block + b"\r\n\r\n"
-
-    return b"".join(
-        [
-            record("warcinfo", "", "application/warc-fields", b"software: test\r\n"),
-            record("response", "http://a/", "text/html; charset=utf-8", PAGE.encode()),
-            record("response", "http://a/p.png", "image/png", b"\x89PNG\0\0"),
-            record("conversion", "http://b/", "text/plain", "Plain tëxt.".encode()),
-        ]
-    )
-
-
-FORMATS: dict[str, Callable[[], bytes]] = {
-    "rows.jsonl": lambda: b"".join(json.dumps(row).encode() + b"\n" for row in ROWS),
-    "rows.json": lambda: json.dumps(ROWS, indent=2).encode(),
-    "rows.csv": lambda: as_csv(","),
-    "semicolons.csv": lambda: as_csv(";"),
-    "rows.tsv": lambda: as_csv("\t"),
-    "blank.csv": lambda: b"\r\n \n" + as_csv(","),
-    "views.parquet": lambda: as_parquet("string_view"),
-    "rows.parquet": as_parquet,
-}
-WIDE = ("rows.jsonl", "rows.json", "rows.csv")
-PACKING: list[tuple[str, Callable[[bytes], bytes]]] = [("", bytes), *COMPRESSORS]
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("suffix", "compress"), PACKING)
 def test_every_format_of_records_gives_the_same_documents(
@@ -512,7 +432,7 @@ def test_columns_of_one_name_rename_no_other(tmp_path: Path) -> None:
 def test_a_quote_that_never_ends_costs_one_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(rows, "MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.csv"
     path.write_bytes(b'text\ngood\n"never closed\n' + b"x" * 99 + b"\n" * 1200 + b"end\n")
     report = ReadingReport()

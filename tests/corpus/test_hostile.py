@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from corpus_files import FORMATS, PACKING, PAGE, as_warc
 from pretrain.corpus import ReadingReport, read_documents
 from pretrain.data import prepare
-from test_corpus import FORMATS, PACKING, PAGE, as_warc
 
 N_FILES = 200
 SAMPLES: dict[str, Callable[[], bytes]] = {

@@ -17,11 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.cli import main
-from pretrain.corpus import read_documents, stretches
+from pretrain.corpus import overlap as overlap_module
+from pretrain.corpus import read_documents
 from pretrain.corpus.bloom import BloomFilter
-from pretrain.corpus.overlap import Found, Overlaps, corpus_filter, look_up
-from pretrain.corpus.stretches import Stretch, longest_stretches
-from pretrain.corpus.words import mixed, ngram_hashes, windows_of, word_hashes, words_of
+from pretrain.corpus.overlap import (
+    EvaluationNgrams,
+    Match,
+    TextOverlap,
+    corpus_ngram_filter,
+    longest_matches,
+    measure_overlap,
+)
+from pretrain.corpus.words import mixed, ngram_hashes, split_words, word_hash_windows, word_hashes
 from pretrain.data import PreparedData, open_prepared, prepare
 from pretrain.evaluate import memorisation
 from pretrain.evaluate.documents import document_texts
@@ -52,7 +59,7 @@ def test_what_was_put_in_is_always_found(first: list[int], second: list[int]) ->
     assert corpus.holds(np.array(first + second, np.uint64)).all()
 
 
-def test_what_was_not_is_found_as_rarely_as_was_asked() -> None:
+def test_what_was_not_in_corpus_as_rarely_as_was_asked() -> None:
     n, n_others, rate = 100_000, 1_000_000, 1e-3
     corpus = BloomFilter.sized(n, false_positives=rate)
     hashes = mixed(np.arange(n + n_others, dtype=np.uint64))
@@ -68,7 +75,7 @@ def test_what_was_not_is_found_as_rarely_as_was_asked() -> None:
 
 
 def test_a_filter_is_the_same_bits_everywhere_and_after_it_was_kept(tmp_path: Path) -> None:
-    corpus = corpus_filter(lambda: [(0, SEA), (1, SHIP)])
+    corpus = corpus_ngram_filter(lambda: [(0, SEA), (1, SHIP)])
     corpus.save(tmp_path / "kept.npy")
     kept = BloomFilter.open(tmp_path / "kept.npy")
     bits = np.load(tmp_path / "kept.npy")
@@ -87,12 +94,13 @@ def test_a_filter_is_the_same_bits_everywhere_and_after_it_was_kept(tmp_path: Pa
 
 def test_words_are_what_is_hashed() -> None:
     assert (
-        words_of(SEA) == "the sea was calm and the sea was wide the sun went down at nine".split()
+        split_words(SEA)
+        == "the sea was calm and the sea was wide the sun went down at nine".split()
     )
-    assert words_of("Über 中文, x2—y") == ["über", "中", "文", "x2", "y"]
-    assert words_of(" . ") == words_of("") == []
+    assert split_words("Über 中文, x2—y") == ["über", "中", "文", "x2", "y"]
+    assert split_words(" . ") == split_words("") == []
     for document in list(read_documents("bundled"))[:3]:
-        assert len(words_of(document.text)) == len(word_hashes(document.text))
+        assert len(split_words(document.text)) == len(word_hashes(document.text))
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
@@ -109,7 +117,7 @@ def test_a_document_is_decoded_as_it_was(tokenizer: str, piece_tokens: int, tmp_
         pieces = list(document_texts(stream, data.tokenizer(), piece_tokens=piece_tokens))
         whole = ["".join(t for n, t in pieces if n == k) for k in range(stream.n_documents)]
         assert [n for n, _ in pieces] == sorted(n for n, _ in pieces)
-        for (_, words), text in zip([*windows_of(enumerate(whole), 8)], whole, strict=True):
+        for (_, words), text in zip([*word_hash_windows(enumerate(whole), 8)], whole, strict=True):
             assert words.tolist() == word_hashes(text).tolist()
         found.update(whole)
     assert found == set(texts)
@@ -122,7 +130,7 @@ def test_n_grams_go_on_from_piece_to_piece_and_not_from_document_to_document(
 ) -> None:
     words, cuts = SHIP.split(), [0, *sorted((first, second)), 14]
     pieces = [(0, " ".join(words[begin:end])) for begin, end in pairwise(cuts)]
-    windows = windows_of([*pieces, (1, SEA)], 8)
+    windows = word_hash_windows([*pieces, (1, SEA)], 8)
     assert [gram for _, w in windows for gram in ngram_hashes(w, 8).tolist()] == [
         *ngram_hashes(word_hashes(SHIP), 8).tolist(),
         *ngram_hashes(word_hashes(SEA), 8).tolist(),
@@ -133,14 +141,14 @@ def test_n_grams_go_on_from_piece_to_piece_and_not_from_document_to_document(
 
 
 def test_shares_are_those_worked_out_by_hand() -> None:
-    corpus = corpus_filter(lambda: [(0, f"Then {SEA} And then?"), (1, "nothing of it")])
+    corpus = corpus_ngram_filter(lambda: [(0, f"Then {SEA} And then?"), (1, "nothing of it")])
     # 10 words of SEA and 4 others: 7 n-grams, of which the first 3 are in the corpus.
-    half = " ".join([*words_of(SEA)[:10], "but", "nobody", "was", "there"])
-    found = look_up(
+    half = " ".join([*split_words(SEA)[:10], "but", "nobody", "was", "there"])
+    found = measure_overlap(
         [("whole", SEA.upper()), ("half", half), ("none", SHIP), ("short", "The sea was calm")],
         corpus,
     )
-    assert [int(each.is_found.sum()) for each in found] == [8, 3, 0, 0]
+    assert [int(each.in_corpus.sum()) for each in found] == [8, 3, 0, 0]
     row = row_of(found)
     # SEA has 15 words and 8 n-grams; 3 of half's are these: 8 + 4 + 7 different ones in all.
     assert (row["ngrams"], row["in_corpus"], row["percent"]) == (19, 8, 42.105)
@@ -149,8 +157,8 @@ def test_shares_are_those_worked_out_by_hand() -> None:
     most = {"example": "whole", "ngrams": 8, "in_corpus": 8, "percent": 100.0}
     assert row["most"] == {**most, "begins": SEA.upper()}
     # The table of evaluation texts and the filter of the corpus count the same.
-    overlaps = Overlaps.of([("half", half)])
-    assert overlaps.rates(overlaps.shared(word_hashes(SEA)))["half"] == {
+    overlaps = EvaluationNgrams.from_texts([("half", half)])
+    assert overlaps.shares(overlaps.shared(word_hashes(SEA)))["half"] == {
         "ngrams": 7,
         "in_corpus": 3,
         "percent": 42.857,
@@ -158,19 +166,21 @@ def test_shares_are_those_worked_out_by_hand() -> None:
 
 
 def test_where_there_is_nothing_to_compare_it_is_said() -> None:
-    corpus = corpus_filter(lambda: [(0, SEA)])
-    row = row_of(look_up([("empty", ""), ("seven", " ".join(words_of(SEA)[:7]))], corpus))
+    corpus = corpus_ngram_filter(lambda: [(0, SEA)])
+    row = row_of(
+        measure_overlap([("empty", ""), ("seven", " ".join(split_words(SEA)[:7]))], corpus)
+    )
     assert (row["examples"], row["too_short"], row["ngrams"]) == (2, 2, 0)
     assert row["percent"] is row["median_percent"] is row["most"] is None
     assert row_of([])["examples"] == 0
-    nothing = corpus_filter(lambda: [(0, ""), (1, "too few words")])
-    assert row_of(look_up([("sea", SEA)], nothing))["percent"] == 0
-    assert row_of(look_up([("sea", SEA)], nothing))["most"] is None
+    nothing = corpus_ngram_filter(lambda: [(0, ""), (1, "too few words")])
+    assert row_of(measure_overlap([("sea", SEA)], nothing))["percent"] == 0
+    assert row_of(measure_overlap([("sea", SEA)], nothing))["most"] is None
 
 
 def test_a_metric_without_the_examples_that_were_seen() -> None:
-    def example(*flags: bool) -> Found:
-        return Found("", "", np.arange(len(flags), dtype=np.uint64), np.array(flags, bool))
+    def example(*flags: bool) -> TextOverlap:
+        return TextOverlap("", "", np.arange(len(flags), dtype=np.uint64), np.array(flags, bool))
 
     right = np.array([[1, 1], [1, 1], [0, 1], [1, 1]], float)
     found = [example(False), example(True, False), example(False, False), example()]
@@ -202,7 +212,7 @@ def by_brute_force(text: list[str], documents: list[list[str]]) -> tuple[int, in
 @pytest.mark.parametrize("seed", range(20))
 def test_stretches_are_what_brute_force_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
-    monkeypatch.setattr(stretches, "_WINDOW_WORDS", draw.choice([3, 10, 1 << 16]))
+    monkeypatch.setattr(overlap_module, "_WINDOW_WORDS", draw.choice([3, 10, 1 << 16]))
 
     def words(most: int) -> list[str]:  # of two words, so that everything repeats itself
         return [draw.choice("ab") for _ in range(draw.randint(0, most))]
@@ -214,7 +224,7 @@ def test_stretches_are_what_brute_force_finds(seed: int, monkeypatch: pytest.Mon
         starts = range(0, max(1, len(document)), width)
         pieces += [(number, " ".join(document[start : start + width])) for start in starts]
     for text, stretch in zip(
-        texts, longest_stretches([" ".join(text) for text in texts], pieces), strict=True
+        texts, longest_matches([" ".join(text) for text in texts], pieces), strict=True
     ):
         expected = by_brute_force(text, documents)
         assert (stretch and (stretch.n_words, stretch.document)) == expected
@@ -223,19 +233,19 @@ def test_stretches_are_what_brute_force_finds(seed: int, monkeypatch: pytest.Mon
             assert " ".join(copied) in " ".join(documents[stretch.document])
 
 
-def test_a_copy_is_found_with_its_length_and_its_document() -> None:
+def test_a_copy_in_corpus_with_its_length_and_its_document() -> None:
     documents = [document.text for document in list(read_documents("bundled"))[:20]]
-    copied = " ".join(words_of(documents[13])[500:560])
+    copied = " ".join(split_words(documents[13])[500:560])
     texts = [f"Xyzzy {copied}. Xyzzy", " ".join(copied.split()[:7]), ""]
-    found = longest_stretches(texts, enumerate(documents))
-    assert found == [Stretch(60, 1, 13), None, None]
-    assert longest_stretches([], enumerate(documents)) == []
+    found = longest_matches(texts, enumerate(documents))
+    assert found == [Match(60, 1, 13), None, None]
+    assert longest_matches([], enumerate(documents)) == []
 
 
 def test_a_stretch_ends_with_its_text() -> None:
-    words = words_of(SHIP)
+    words = split_words(SHIP)
     first, second = " ".join(words[:8]), " ".join(words[1:9])  # the second goes on from the first
-    assert longest_stretches([first, second], [(0, SHIP)]) == [Stretch(8, 0, 0)] * 2
+    assert longest_matches([first, second], [(0, SHIP)]) == [Match(8, 0, 0)] * 2
 
 
 def held_out(folder: Path, texts: list[str]) -> PreparedData:
@@ -296,7 +306,7 @@ def test_evaluate_makes_both_tables(
         == json.loads((own_run / "environment.json").read_text())["fingerprint"]["training text"]
     )
     texts = [text for _, text in document_texts(data.split("train"), data.tokenizer())]
-    copied = words_of(texts[5])[40:70]
+    copied = split_words(texts[5])[40:70]
     # What the model wrote at a step is a copy of 30 words of the training text.
     with open(own_run / "samples.jsonl", "a") as file:
         said = "Xyzzy " + " ".join(copied)

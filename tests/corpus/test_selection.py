@@ -14,36 +14,18 @@ import pytest
 from pretrain.corpus import duplicates
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.duplicates import (
-    PAIR,
-    RECORD,
+    DUPLICATE_PAIR,
+    HASH_RECORD,
     band_hashes,
-    first_of_each,
-    like_pairs,
+    component_roots,
+    duplicate_pairs,
     write_records,
 )
-from pretrain.corpus.filters import judge, n_sentences
-from pretrain.corpus.overlap import Overlaps
+from pretrain.corpus.filters import apply_filters, n_sentences
+from pretrain.corpus.overlap import EvaluationNgrams
 from pretrain.corpus.words import ngram_hashes, word_hashes
 from pretrain.data import PreparedData, prepare
-
-VOCABULARY = (
-    "the of and a to in he was that it his her with as had for she not at but on they you be is all"
-    " from this have by one which so or were there said their when we an no would them been more"
-    " him who if will what out up some into could then my very time now than any like see has over"
-    " only other such good man made old little house long great new morning water road garden"
-).split()
-
-
-def prose(draw: random.Random, n_words: int) -> list[str]:
-    """Words and sentences as a filter expects them."""
-    words = [draw.choice(VOCABULARY) + draw.choice(["", "", "er", "ing"]) for _ in range(n_words)]
-    for place in range(7, n_words, 8):
-        words[place] += "."
-    return words
-
-
-def changed(draw: random.Random, words: list[str], share: float) -> list[str]:
-    return [draw.choice("abcdefgh") * 5 if draw.random() < share else word for word in words]
+from texts import changed, prose
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -151,13 +133,17 @@ def test_groups_are_those_of_brute_force(
         count = min(draw.randint(1, 20), n - first)
         rows = [(h, 0, d) for d in range(count) for h in hashes[first + d]]
         path = tmp_path / f"{first}.npy"
-        write_records(path, np.array(rows, RECORD))
+        write_records(path, np.array(rows, HASH_RECORD))
         files.append((path, first))
         first += count
-    parts = draw.randint(1, 5)
-    pairs = [p for part in range(parts) for p in like_pairs(files, part=part, n_parts=parts)]
-    assert all(p.dtype == PAIR for p in pairs)
-    roots = first_of_each(pairs, n_documents=n, scratch=tmp_path / "roots.npy")
+    n_ranges = draw.randint(1, 5)
+    pairs = [
+        p
+        for index in range(n_ranges)
+        for p in duplicate_pairs(files, index=index, n_ranges=n_ranges)
+    ]
+    assert all(p.dtype == DUPLICATE_PAIR for p in pairs)
+    roots = component_roots(pairs, n_documents=n, scratch=tmp_path / "roots.npy")
     assert roots.tolist() == brute_force(hashes)
 
 
@@ -248,7 +234,7 @@ def test_the_rules_are_those_of_datatrove(name: str) -> None:
     for number, text in enumerate(odd_texts(4, 1500)):
         document = Document(text=text, id=str(number))
         passes = all(each.filter(document) is True for each in theirs)
-        judged = judge(text, [name])
+        judged = apply_filters(text, [name])
         assert (not judged.broken) == passes, (judged.broken, text)
         if passes:
             assert judged.text == document.text
@@ -261,7 +247,7 @@ def test_rules_are_switched_and_counted(tmp_path: Path) -> None:
     good = [" ".join(prose(draw, 120)) for _ in range(30)]
     texts = [*good, "too short to say much", " ".join(["- thing"] * 60), good[0] + " {x} it is."]
     data, report = prepared(tmp_path, texts, filters=("gopher",))
-    passes = {n for n, text in enumerate(texts) if not judge(text, ["gopher"]).broken}
+    passes = {n for n, text in enumerate(texts) if not apply_filters(text, ["gopher"]).broken}
     assert kept_ids(data) == passes
     assert {32} <= passes <= {*range(30), 32}
     assert sum(report["removed"].values()) == 33 - len(passes)
@@ -295,7 +281,9 @@ def test_overlap_is_what_brute_force_finds() -> None:
     draw = random.Random(7)
     shared = prose(draw, 40)
     evaluation = {name: prose(draw, 300) + shared for name in ("a", "b")}
-    overlaps = Overlaps.of((name, " ".join(words)) for name, words in evaluation.items())
+    overlaps = EvaluationNgrams.from_texts(
+        (name, " ".join(words)) for name, words in evaluation.items()
+    )
     document = prose(draw, 200) + shared[5:30] + prose(draw, 100)
 
     def grams(words: list[str]) -> set[tuple[str, ...]]:
@@ -303,7 +291,7 @@ def test_overlap_is_what_brute_force_finds() -> None:
         return set(zip(*(plain[k:] for k in range(8)), strict=False))
 
     words = word_hashes(" ".join(document))
-    for name, rate in overlaps.rates(overlaps.shared(words)).items():
+    for name, rate in overlaps.shares(overlaps.shared(words)).items():
         assert rate["ngrams"] == len(grams(evaluation[name]))
         assert rate["in_corpus"] == len(grams(evaluation[name]) & grams(document)) > 17
     assert overlaps.shares_long_phrase(words)

@@ -17,7 +17,7 @@ from pretrain.data.config import SourceConfig
 from pretrain.data.mixed import MixedData
 from pretrain.data.mixture import BLOCK_SAMPLES, Mixture, Portion
 from pretrain.data.trace import Tracer
-from test_selection import prose
+from texts import prose
 from tiny import TINY
 
 CONTEXT = 8

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.corpus import parts
+from pretrain.corpus import document_shards
 from pretrain.corpus.config import CorpusConfig
+from pretrain.corpus.document_shards import KEY
 from pretrain.corpus.duplicates import text_hash
-from pretrain.corpus.parts import KEY
 from pretrain.data.config import DataConfig
 from pretrain.data.manifest import SplitName
 from pretrain.data.preparation import prepare, prepared_key
@@ -251,7 +251,7 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, many: list[str], tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_TEXT_BYTES", 3000)
+    monkeypatch.setattr(document_shards, "SHARD_TEXT_BYTES", 3000)
     source = write_jsonl(tmp_path / "a.jsonl", many)
     for workers in (1, 2, 3):
         prepare(source, tmp_path / f"{workers}", tokenizer=tokenizer, workers=workers)

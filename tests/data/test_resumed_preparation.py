@@ -20,12 +20,12 @@ import pytest
 
 from pretrain import fileio
 from pretrain.cli import main
-from pretrain.corpus import parts
+from pretrain.corpus import document_shards
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data import job, prepare, steps
 from pretrain.data.job import Job, Step
 from pretrain.data.preparation import begin, work_folder
-from test_selection import changed, prose
+from texts import changed, prose
 
 ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
 
@@ -57,13 +57,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_TEXT_BYTES", 40_000)
+    monkeypatch.setattr(document_shards, "SHARD_TEXT_BYTES", 40_000)
 
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "PART_TEXT_BYTES", 40_000)
+        patch.setattr(document_shards, "SHARD_TEXT_BYTES", 40_000)
         prepare(corpus, corpus.parent / "whole", corpus=ASKED)
     found = hashes(corpus.parent / "whole")
     assert len(found) == 11
@@ -229,7 +229,8 @@ def test_a_worker_that_dies_is_said_and_nothing_is_lost(
 def kill_at_random(corpus: Path, folder: Path, n_kills: int, seed: int) -> None:
     """Kill a preparation by two workers `n_kills` times in all, over as many runs as that takes."""
     code = (
-        "import sys; from pretrain.corpus import parts; parts.PART_TEXT_BYTES = 40_000;"
+        "import sys; from pretrain.corpus import document_shards;"
+        "document_shards.SHARD_TEXT_BYTES = 40_000;"
         "from pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     draw = random.Random(seed)

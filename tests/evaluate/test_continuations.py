@@ -173,14 +173,14 @@ def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model: OpenModel) -> N
 def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: OpenModel) -> None:
     tokenizer = model.tokenizer
     before = encode_pair(tokenizer, "of the", " sea"), encode_pair(tokenizer, "", " sea")
-    tokenizer.begins_texts = False
+    tokenizer.add_bos = False
     try:
         pair = encode_pair(tokenizer, "of the", " sea")
         assert (pair.ids, pair.n_context) == (before[0].ids[1:], before[0].n_context - 1)
         assert encode_pair(tokenizer, "", " sea") == before[1]  # something has to stand there
-        assert not tokenizer.padded(tokenizer.vocab_size + 1).begins_texts
+        assert not tokenizer.padded(tokenizer.vocab_size + 1).add_bos
     finally:
-        tokenizer.begins_texts = True
+        tokenizer.add_bos = True
 
 
 def test_what_cannot_be_scored_is_refused(model: OpenModel) -> None:
@@ -240,17 +240,17 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
     for begins in (True, False):
         folder, imported = tmp_path / f"hf-{begins}", tmp_path / f"imported-{begins}"
         folder.mkdir()
-        tokenizer.begins_texts = begins
+        tokenizer.add_bos = begins
         try:
             write_hugging_face(
                 folder, config=decoder.config, tokenizer=tokenizer, read=own.__getitem__
             )
         finally:
-            tokenizer.begins_texts = True
+            tokenizer.add_bos = True
         assert main(["import", str(folder), "--out", str(imported)]) == 0
         for path in (folder, imported):
             theirs: Tokenizer = open_model(str(path), device="cpu").tokenizer
-            assert theirs.begins_texts is begins
+            assert theirs.add_bos is begins
             assert theirs.sha256 == tokenizer.sha256
     decoder.double()
 
@@ -262,7 +262,7 @@ def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
 
     settings = tmp_path / "tokenizer_config.json"
     for in_tokenizer in (True, False):
-        model.tokenizer.save(tmp_path, for_others=in_tokenizer)
+        model.tokenizer.save(tmp_path, bos_template=in_tokenizer)
         for said, wanted in ((True, True), (False, False), (None, in_tokenizer)):
             settings.write_text(json.dumps({"add_bos_token": said}))
             assert _begins_texts(tmp_path) is wanted

@@ -12,7 +12,12 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.cli.models import open_model
-from pretrain.corpus.demonstrations import is_for_test, of_article, of_sentence, sentences
+from pretrain.corpus.demonstrations import (
+    article_demonstrations,
+    is_held_out,
+    split_sentences,
+    translation_demonstrations,
+)
 from pretrain.evaluate.conditions import baselines, reference_nats
 from pretrain.evaluate.examples import Example, askable, prompt, with_shots
 from pretrain.evaluate.tasks import task_named, tasks
@@ -36,7 +41,9 @@ TRIPLES = [
 
 
 def test_an_article_shows_a_question_a_title_and_a_summary() -> None:
-    shown = {each.task: (each.input, each.answer) for each in of_article("Kestrel", ARTICLE)}
+    shown = {
+        each.task: (each.input, each.answer) for each in article_demonstrations("Kestrel", ARTICLE)
+    }
     assert shown == {
         "answer": ("What is Kestrel?", DEFINITION),
         "title": (PASSAGE, "Kestrel"),
@@ -47,7 +54,7 @@ def test_an_article_shows_a_question_a_title_and_a_summary() -> None:
 def test_a_title_is_taken_off_only_where_it_stands_above() -> None:
     below = ARTICLE.removeprefix("Kestrel\n\n")
     for title, text in (("Kestrel", ARTICLE), ("Kestrel", below), ("A kestrel", below)):
-        assert next(of_article(title, text)).answer == DEFINITION
+        assert next(article_demonstrations(title, text)).answer == DEFINITION
 
 
 @pytest.mark.parametrize(
@@ -56,20 +63,22 @@ def test_a_title_is_taken_off_only_where_it_stands_above() -> None:
     ids=["empty", "title alone", "no passage", "no definition", "no sentence"],
 )
 def test_an_article_that_does_not_define_its_title_shows_nothing(text: str) -> None:
-    assert list(of_article("Kestrel", text)) == []
+    assert list(article_demonstrations("Kestrel", text)) == []
 
 
 def test_a_passage_is_of_whole_sentences_and_bounded() -> None:
     long = " ".join(f"Sentence number {n} tells one more thing about it." for n in range(100))
     (passage, _), *_ = [
-        (e.input, e.answer) for e in of_article("K", f"{DEFINITION} {long}") if e.task == "title"
+        (e.input, e.answer)
+        for e in article_demonstrations("K", f"{DEFINITION} {long}")
+        if e.task == "title"
     ]
     assert passage.endswith("about it.")
     assert 500 < len(passage) <= 600
 
 
 def test_abbreviations_do_not_end_a_sentence() -> None:
-    assert sentences("Mr. A. B. Smith of the U.S. Navy came. He saw it!  Was it so? Yes") == [
+    assert split_sentences("Mr. A. B. Smith of the U.S. Navy came. He saw it!  Was it so? Yes") == [
         "Mr. A. B. Smith of the U.S. Navy came.",
         "He saw it!",
         "Was it so?",
@@ -78,7 +87,10 @@ def test_abbreviations_do_not_end_a_sentence() -> None:
 
 
 def test_a_sentence_is_translated_from_every_language_into_every_other() -> None:
-    shown = [(e.task, e.input, e.answer) for e in of_sentence({"en": "a", "fr": "b", "de": "c"})]
+    shown = [
+        (e.task, e.input, e.answer)
+        for e in translation_demonstrations({"en": "a", "fr": "b", "de": "c"})
+    ]
     assert sorted(shown) == [
         ("translate-de-en", "c", "a"),
         ("translate-de-fr", "c", "b"),
@@ -113,7 +125,7 @@ def test_what_is_asked_in_test_is_nowhere_in_train(tmp_path: Path) -> None:
     assert main(sources(tmp_path, test=[1], train=[0, 1, 2, 3, 4, 5, 5])) == 0
     train, test = tmp_path / "out/train", tmp_path / "out/test"
     told = [r["text"] for path in sorted(train.iterdir()) for r in records(path)]
-    held = [n for n in range(300) if is_for_test(f"Bird {n}", 0.04)]
+    held = [n for n in range(300) if is_held_out(f"Bird {n}", 0.04)]
     assert [r["title"] for r in records(test / "articles.jsonl")] == [f"Bird {n}" for n in held]
     assert 0 < len(held) < 30
     assert len(records(train / "articles.jsonl")) == 300 - len(held)

@@ -147,7 +147,7 @@ def test_tokens_made_apart_are_shown(model: OpenModel) -> None:
     said = [log_p(model, given, ids_of(model, text)) for _, text in texts]
     name, detail = cause(model, example, line(texts, said))
     theirs, ours = (
-        " ".join(map(model.tokenizer.entry, ids_of(model, text)))
+        " ".join(map(model.tokenizer.id_to_token, ids_of(model, text)))
         for text in (" " + CHOICES[0], "  " + CHOICES[0])
     )
     assert (name, detail) == (

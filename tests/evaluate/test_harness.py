@@ -47,7 +47,7 @@ def requests(arguments: list[tuple[Any, ...]]) -> list[Any]:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama whose texts begin with a start-of-text, or do not."""
     path = tmp_path_factory.mktemp("llama")
-    return write_llama(path, context_length=CONTEXT, begins_texts=request.param)
+    return write_llama(path, context_length=CONTEXT, add_bos=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_rolling_likelihoods_are_theirs_but_for_the_start_that_they_count(
     expected = theirs.loglikelihood_rolling(
         asked("loglikelihood_rolling", texts), disable_tqdm=True
     )
-    if tokenizer.begins_texts:
+    if tokenizer.add_bos:
         assert abs(found[1] - expected[1]) > 1
         start = tokenizer.start_of_text
         ids = [[start, *tokenizer.encode(text).tolist()] for text in ROLLED]

@@ -31,7 +31,7 @@ def foreign() -> ForeignModel:
 
 def test_it_knows_the_capital_of_france(foreign: ForeignModel) -> None:
     assert foreign.config.kv_heads == 3
-    assert not foreign.tokenizer.begins_texts  # the file's tokenizer.ggml.add_bos_token
+    assert not foreign.tokenizer.add_bos  # the file's tokenizer.ggml.add_bos_token
     text = generate(
         foreign.build(),
         foreign.tokenizer,

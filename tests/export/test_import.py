@@ -351,21 +351,21 @@ def test_a_model_stops_where_its_own_files_say(
         for name, value in (("config.json", general), ("generation_config.json", generation)):
             content = json.loads((folder / name).read_text()) | {"eos_token_id": value}
             (folder / name).write_text(json.dumps(content))
-        assert open_foreign(folder).tokenizer.ends == found
+        assert open_foreign(folder).tokenizer.stop_ids == found
     assert main(["import", str(folder), "--out", str(tmp_path / "model")]) == 0
     model = open_model(str(tmp_path / "model"))
     generate(model.decoder, model.tokenizer, "a")
     assert stops == [{0, 7, 9}]
     assert stops[0] <= ends_of(model.tokenizer, ())
     out = written(tmp_path / "out", model.decoder, model.tokenizer)
-    assert open_foreign(out).tokenizer.ends == [9, 7]
+    assert open_foreign(out).tokenizer.stop_ids == [9, 7]
     said = json.loads((out / "tokenizer_config.json").read_text())
-    assert said["eos_token"] == model.tokenizer.entry(9)
+    assert said["eos_token"] == model.tokenizer.id_to_token(9)
     if importlib.util.find_spec("gguf"):
         own = {name: p.detach() for name, p in model.decoder.named_parameters()}
         config, file = model.decoder.config, tmp_path / "model.gguf"
         write_gguf(file, config=config, tokenizer=model.tokenizer, read=own.__getitem__)
-        assert open_foreign(file).tokenizer.ends == [9]
+        assert open_foreign(file).tokenizer.stop_ids == [9]
 
 
 def test_a_folder_that_needs_no_import_or_holds_none_says_so(

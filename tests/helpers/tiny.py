@@ -12,7 +12,7 @@ TINY = [
 ]
 
 
-def write_llama(folder: Path, *, context_length: int, begins_texts: bool = True) -> Path:
+def write_llama(folder: Path, *, context_length: int, add_bos: bool = True) -> Path:
     """A random llama of 400 ids in transformers' form, whose texts begin with a start-of-text or do
     not; unlike a run of a few steps, it minds what stands before."""
     from oracles import config_of, random_decoder
@@ -22,7 +22,7 @@ def write_llama(folder: Path, *, context_length: int, begins_texts: bool = True)
 
     texts = [document.text for document in list(read_documents("bundled"))[:20]]
     tokenizer = train_tokenizer(texts, vocab_size=400)
-    tokenizer.begins_texts = begins_texts
+    tokenizer.add_bos = add_bos
     config = config_of("llama", context_length=context_length)
     decoder = random_decoder(config, vocab_size=tokenizer.vocab_size)
     own = {name: p.detach() for name, p in decoder.named_parameters()}

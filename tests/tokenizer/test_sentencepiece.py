@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from contextlib import suppress
@@ -23,39 +22,12 @@ from pretrain.generate import sampling
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from pretrain.tokenizer import tokenizer as tokenizer_module
 from pretrain.tokenizer.sentencepiece import SPACE
-from test_foreign import some_text
-from test_selection import prose
-
-# What Llama 1 and 2 were trained with.
-LLAMA: dict[str, Any] = {
-    "model_type": "bpe",
-    "vocab_size": 600,
-    "byte_fallback": True,
-    "split_digits": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-    "character_coverage": 0.999,
-    "num_threads": 1,
-    "minloglevel": 2,
-}
-
-
-def trained(path: Path, **options: Any) -> Path:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    draw = random.Random(0)
-    texts = [" ".join(prose(draw, 40)) + " of the house  été 中文 12345\t" for _ in range(300)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, **LLAMA | options
-    )
-    path.write_bytes(model.getvalue())
-    return path
+from texts import prose, random_unicode_text, train_sentencepiece
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("sp") / "tokenizer.model")
+    return train_sentencepiece(tmp_path_factory.mktemp("sp") / "tokenizer.model")
 
 
 def theirs(path: Path) -> Any:
@@ -70,7 +42,7 @@ def test_the_ids_are_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None
     assert again.sha256 == ours.sha256
     draw = random.Random(1)
     for number in range(2000):
-        text = some_text(draw) if number % 2 else "  ".join(prose(draw, 9)) + " \n "
+        text = random_unicode_text(draw) if number % 2 else "  ".join(prose(draw, 9)) + " \n "
         ids = ours.encode(text).tolist()
         assert ids == oracle.encode(text), repr(text)
         assert ours.decode(ids) == text
@@ -80,13 +52,13 @@ def test_the_ids_are_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None
 
 
 def test_both_libraries_and_any_cut_agree(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = " ".join(some_text(random.Random(n)) for n in range(300))
+    text = " ".join(random_unicode_text(random.Random(n)) for n in range(300))
     ours = load_tokenizer(llama)
     assert ours._fast is not None
     whole = ours.encode(text).tolist()
     assert whole == theirs(llama).encode(text)
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 300)
-    assert len(list(ours.encode_parts(text))) > 10
+    assert len(list(ours.encode_chunks(text))) > 10
     assert ours.encode(text).tolist() == whole
     monkeypatch.setattr(ours, "_fast", None)
     assert ours.encode(text).tolist() == whole
@@ -165,11 +137,11 @@ def test_models_that_lose_text_are_refused(
     tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        load_tokenizer(trained(tmp_path / "other.model", **options))
+        load_tokenizer(train_sentencepiece(tmp_path / "other.model", **options))
 
 
 def test_no_prefix_if_the_model_has_none(tmp_path: Path) -> None:
-    path = trained(tmp_path / "plain.model", add_dummy_prefix=False)
+    path = train_sentencepiece(tmp_path / "plain.model", add_dummy_prefix=False)
     ours, oracle = load_tokenizer(path), theirs(path)
     for text in ("a house", " a house", "", "  "):
         assert ours.encode(text).tolist() == oracle.encode(text)

@@ -21,12 +21,12 @@ from pretrain.tokenizer import (
     TokenizerConfig,
     default_vocab_size,
     load_tokenizer,
+    train,
     train_tokenizer,
-    training,
 )
+from pretrain.tokenizer.byte_level import Split, pre_tokenizer
+from pretrain.tokenizer.encode import pieces
 from pretrain.tokenizer.inspection import inspect
-from pretrain.tokenizer.pieces import pieces
-from pretrain.tokenizer.splits import Split, pre_tokenizer
 
 NASTY = [
     "",
@@ -130,10 +130,10 @@ def test_training_is_deterministic_and_blind_to_order() -> None:
 
 def test_sample_is_bounded() -> None:
     texts = english()
-    sample, n_bytes = training._sample(texts, 60_000)
+    sample, n_bytes = train._sample(texts, 60_000)
     assert n_bytes == sum(len(text.encode()) for text in texts)
     assert 0 < sum(map(len, sample)) <= 60_000
-    assert sorted(training._sample(reversed(texts), 60_000)[0]) == sorted(sample)
+    assert sorted(train._sample(reversed(texts), 60_000)[0]) == sorted(sample)
 
 
 @pytest.mark.parametrize("split", ["gpt2", "cl100k", "o200k", "llama3"])

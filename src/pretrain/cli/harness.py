@@ -91,7 +91,7 @@ class HarnessModel:
         return {
             "checkpoint": str(model.path),
             "precision": model.precision,
-            "begins_texts": model.tokenizer.begins_texts,
+            "begins_texts": model.tokenizer.add_bos,
         }
 
     def _scored(self, pairs: Sequence[Any]) -> list[Any]:
@@ -144,7 +144,7 @@ def _read_settings(settings: Mapping[str, Any]) -> tuple[tuple[str, ...], int, d
 def register() -> type[HarnessModel]:
     """Make `pretrain` a model of lm-evaluation-harness; returns its class. ValueError where that is
     not installed."""
-    from pretrain.corpus.formats import missing_package
+    from pretrain import missing_package
 
     try:
         # It fills its registry when it finds it empty: theirs come first, or stay away.

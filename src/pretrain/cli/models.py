@@ -69,8 +69,8 @@ def open_model(name: str, *, device: str = "auto") -> OpenModel:
     run, checkpoint = _opened(given)
     config = compose([read_file(run / "config.yaml")])
     tokenizer = load_tokenizer(run / "tokenizer")
-    tokenizer.begins_texts = checkpoint.state.get("begins_texts", True)
-    tokenizer.ends = checkpoint.state.get("ends", tokenizer.ends)
+    tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
+    tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
     trained_with = checkpoint.state.get("fingerprint", {}).get("tokenizer", tokenizer.sha256)
     if tokenizer.sha256 != trained_with:
         raise ValueError(

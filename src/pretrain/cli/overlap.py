@@ -91,7 +91,7 @@ def _said(row: dict[str, Any]) -> str:
 def _corpus_filter(data: PreparedData, output: Output) -> BloomFilter:
     """The training text's n-grams: made once, and kept in the cache."""
     from pretrain.corpus.bloom import BloomFilter
-    from pretrain.corpus.overlap import corpus_filter
+    from pretrain.corpus.overlap import corpus_ngram_filter
     from pretrain.evaluate.documents import document_texts
 
     stream = data.split("train")
@@ -101,7 +101,7 @@ def _corpus_filter(data: PreparedData, output: Output) -> BloomFilter:
         output.say(f"reading {stream.n_bytes:,} bytes of training text, once ...")
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = data.tokenizer()
-        corpus_filter(lambda: document_texts(stream, tokenizer)).save(path)
+        corpus_ngram_filter(lambda: document_texts(stream, tokenizer)).save(path)
     return BloomFilter.open(path)
 
 
@@ -114,7 +114,7 @@ def _sets(
     """A row for each evaluation set; the held-out split, which is of the same source as the
     training text, is what the others are to be compared with."""
     from pretrain.corpus import read_documents
-    from pretrain.corpus.overlap import look_up
+    from pretrain.corpus.overlap import measure_overlap
     from pretrain.evaluate.documents import document_texts
     from pretrain.evaluate.memorisation import row_of, score_without
 
@@ -122,12 +122,12 @@ def _sets(
     ids = (origin.id for _, origin in held_out.origins(lambda *_: True))
     documents = document_texts(held_out, data.tokenizer(), piece_tokens=held_out.n_tokens)
     named = zip(ids, (text for _, text in documents), strict=True)
-    rows = {"held-out split": row_of(look_up(named, corpus))}
+    rows = {"held-out split": row_of(measure_overlap(named, corpus))}
     for file in arguments.text or []:
         texts = read_documents(file, text_field=arguments.text_field)
-        rows[file] = row_of(look_up(((each.id, each.text) for each in texts), corpus))
+        rows[file] = row_of(measure_overlap(((each.id, each.text) for each in texts), corpus))
     for asked, results in answered:
-        found = look_up(_numbered(asked.texts), corpus)
+        found = measure_overlap(_numbered(asked.texts), corpus)
         metric = asked.task.metric
         score = score_without(metric, results.statistics[metric], found)
         rows[asked.task.name] = row_of(found) | {"score": score}
@@ -147,7 +147,7 @@ def _writing(
 ) -> dict[str, Any]:
     """A row for what the model wrote while it was trained, for what it writes after held-out text,
     and for what stands there."""
-    from pretrain.corpus.overlap import look_up
+    from pretrain.corpus.overlap import measure_overlap
     from pretrain.evaluate.memorisation import continue_held_out, longest_of, row_of
     from pretrain.generate import pack_weights
 
@@ -167,7 +167,9 @@ def _writing(
         "the held-out text there": [each.held_out for each in found],
     }
     rows: dict[str, Any] = {
-        name: row_of(look_up(_numbered(texts), corpus)) for name, texts in sets.items() if texts
+        name: row_of(measure_overlap(_numbered(texts), corpus))
+        for name, texts in sets.items()
+        if texts
     }
     longest = longest_of([sets[name] for name in rows], data.split("train"), data.tokenizer())
     for row, stretch in zip(rows.values(), longest, strict=True):

@@ -51,8 +51,8 @@ class Asked:
     def protocol(self, model: OpenModel, results: Results) -> str:
         """How the task was asked, in a line."""
         tokenizer, n = model.tokenizer, len(self.examples)
-        begins = tokenizer.begins_texts or self.task.kind in ("pair", "text")
-        start = tokenizer.entry(tokenizer.start_of_text) if begins else "nothing"
+        begins = tokenizer.add_bos or self.task.kind in ("pair", "text")
+        start = tokenizer.id_to_token(tokenizer.start_of_text) if begins else "nothing"
         shots = f"{self.shots} shots of seed {self.seed}" if self.shots else "no shots"
         cut = f", {results.n_cut:,} of them cut from the left" if results.n_cut else ""
         behind = f"{self.task.delimiter!r} behind it"
@@ -227,7 +227,7 @@ def open_scored(name: str, arguments: argparse.Namespace) -> OpenModel:
     model = open_model(name, device=arguments.device)
     begins = STARTS[arguments.start_of_text]
     if begins is not None:
-        model.tokenizer.begins_texts = begins
+        model.tokenizer.add_bos = begins
     return model
 
 
@@ -324,7 +324,7 @@ def text_protocol(model: OpenModel, stride: int | None, *, of: str = "each text"
     context = model.decoder.config.window_tokens
     step = checked_stride(stride, context)
     overlap = f"overlap by {context - step}" if step < context else "do not overlap"
-    start = model.tokenizer.entry(model.tokenizer.start_of_text)
+    start = model.tokenizer.id_to_token(model.tokenizer.start_of_text)
     return (
         f"windows of {context} tokens that {overlap}, every token counted once, {of} from "
         f"{start} on, in {model.precision}"

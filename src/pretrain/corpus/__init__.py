@@ -1,9 +1,9 @@
 """Files -> documents, without torch.
 
 `files` finds what there is to read under a path, `streams` turns one file into bytes
-(decompressing, and noticing a cut-off end), `formats` tells what they hold, and `reading` picks the
-reader: `jsonl` and `tables` give rows that `records` makes into documents, `pages` reads HTML and
-archives of it. `documents` holds the plain classes that travel: `Document`, `Problem`,
+(decompressing, and noticing a cut-off end), `files` tells what they hold, and `reading` picks the
+reader: `rows` gives rows that `records` makes into documents, `web` reads HTML and archives of it.
+`documents` holds the plain classes that travel: `Document`, `Problem`,
 `ReadingReport`. The corpus that ships with the package lies in `bundled/`.
 """
 

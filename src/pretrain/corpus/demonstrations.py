@@ -32,7 +32,7 @@ class Demonstration:
     answer: str
 
 
-def of_article(title: str, text: str) -> Iterator[Demonstration]:
+def article_demonstrations(title: str, text: str) -> Iterator[Demonstration]:
     """A question about the title and the sentence that defines it; and for the passage behind that
     sentence, its title and, as a summary, the sentence. Nothing where the article does not begin
     with a definition, or has no passage."""
@@ -40,7 +40,7 @@ def of_article(title: str, text: str) -> Iterator[Demonstration]:
     lead = text.removeprefix(f"{title}\n").split()
     shortest, longest = _PASSAGE_CHARACTERS
     # Of a long article only the beginning is looked at.
-    definition, *others = sentences(" ".join(lead[: longest // 2]))
+    definition, *others = split_sentences(" ".join(lead[: longest // 2]))
     passage = ""
     for sentence in others[:-1]:  # the last may be cut
         if len(passage) + len(sentence) >= longest:
@@ -55,19 +55,19 @@ def of_article(title: str, text: str) -> Iterator[Demonstration]:
         yield Demonstration("summarize", passage, definition)
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of a text, as far as full stops and capitals tell; at least one."""
     return _SENTENCE_END.split(text)
 
 
-def of_sentence(languages: Mapping[str, str]) -> Iterator[Demonstration]:
+def translation_demonstrations(languages: Mapping[str, str]) -> Iterator[Demonstration]:
     """Translations of one sentence from each of its languages into each other: only the name of the
     task tells which one is asked."""
     for source, target in permutations(languages, 2):
         yield Demonstration(f"translate-{source}-{target}", languages[source], languages[target])
 
 
-def is_for_test(key: str, fraction: float) -> bool:
+def is_held_out(key: str, fraction: float) -> bool:
     """Whether what has this key, such as an article with this title, is kept from training: as good
     as chance, and always the same."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()

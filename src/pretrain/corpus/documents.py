@@ -30,7 +30,7 @@ class Document:
     """Path of the file, relative to the source that was read."""
     offset: int = 0
     """Where the document starts in its (decompressed) file, in bytes."""
-    given: str = ""
+    source_argument: str = ""
     """The source, as it was given, of which the file is a part."""
 
 

@@ -31,9 +31,9 @@ BAND_HASHES = 8
 RECORDS_AT_ONCE = 1 << 20
 """Records sorted in memory at once, 24 bytes each."""
 
-RECORD = np.dtype([("hash", "<u8"), ("check", "<u8"), ("document", "<u8")])
+HASH_RECORD = np.dtype([("hash", "<u8"), ("check", "<u8"), ("document", "<u8")])
 """A hash of a document; `check` is 64 more bits of it, 0 for a band."""
-PAIR = np.dtype([("document", "<u8"), ("first", "<u8")])
+DUPLICATE_PAIR = np.dtype([("document", "<u8"), ("first", "<u8")])
 """A document and an earlier one that is like it, as numbers in the order of the corpus."""
 Records = NDArray[np.void]
 
@@ -82,7 +82,7 @@ def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     return numbers[:n] | np.uint32(1), numbers[n:]
 
 
-def n_ranges(n_records: int) -> int:
+def n_hash_ranges(n_records: int) -> int:
     """Into how many ranges of hashes so many records are dealt."""
     return max(1, -(-n_records // RECORDS_AT_ONCE))
 
@@ -92,15 +92,15 @@ def write_records(path: Path, records: Records) -> None:
     np.save(path, records[np.argsort(records["hash"], kind="stable")])
 
 
-def like_pairs(
-    files: Iterable[tuple[Path, int]], *, part: int, n_parts: int
+def duplicate_pairs(
+    files: Iterable[tuple[Path, int]], *, index: int, n_ranges: int
 ) -> Iterator[NDArray[np.void]]:
-    """PAIRs of documents that share a hash, from range number `part` of `n_parts` of the hashes.
+    """DUPLICATE_PAIRs of documents that share a hash, from one of `n_ranges` ranges of hashes.
 
     `files` are those of `write_records` in the order of the corpus, each with the number of its
     first document, to which its own numbers are added.
     """
-    low, high = part * 2**64 // n_parts, (part + 1) * 2**64 // n_parts - 1
+    low, high = index * 2**64 // n_ranges, (index + 1) * 2**64 // n_ranges - 1
     waiting: list[Records] = []
     n_waiting = 0
     for path, first_document in files:
@@ -121,7 +121,7 @@ def like_pairs(
 
 
 def _grouped(records: Records) -> tuple[Records, NDArray[np.void]]:
-    """The first record of each group that shares a hash, and PAIRs of the others with it."""
+    """The first record of each group that shares a hash, and the others as pairs."""
     order = np.lexsort((records["document"], records["check"], records["hash"]))
     records = records[order]
     is_first = np.ones(len(records), bool)
@@ -129,13 +129,13 @@ def _grouped(records: Records) -> tuple[Records, NDArray[np.void]]:
         records["check"][1:] != records["check"][:-1]
     )
     kept = records[is_first]
-    pairs = np.empty(len(records) - len(kept), PAIR)
+    pairs = np.empty(len(records) - len(kept), DUPLICATE_PAIR)
     pairs["document"] = records["document"][~is_first]
     pairs["first"] = kept["document"][np.cumsum(is_first) - 1][~is_first]
     return kept, pairs
 
 
-def first_of_each(
+def component_roots(
     pairs: Iterable[NDArray[np.void]], *, n_documents: int, scratch: Path
 ) -> NDArray[np.uint64]:
     """For each document the first one that it is connected with by pairs, shape (n_documents,):

@@ -8,17 +8,20 @@ is not a regular file or holds no file is a ValueError. What a file holds is tol
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import importlib.resources
+import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pretrain.corpus.documents import Problem, ReadingReport
-from pretrain.corpus.formats import LEGAL
 
 BUNDLED = "bundled"
 """The source of this name is the corpus that ships with the package; `./bundled` forces a path."""
@@ -37,7 +40,7 @@ class SourceFile:
     source itself where there are several."""
     n_bytes: int
     """Size on disk."""
-    given: str = ""
+    source_argument: str = ""
     """The source of which it is a part, as it was given."""
     is_named: bool = False
     """Given by name rather than found in a folder: if it cannot be read, that is a mistake."""
@@ -72,7 +75,7 @@ def list_files(
                     f"and of {str(one)!r}"
                 )
             read_as[real] = one
-            file = replace(file, given=_written(name), name=_written(file.name))
+            file = replace(file, source_argument=_written(name), name=_written(file.name))
             if len(sources) > 1:
                 place = _written(Path(one).as_posix())
                 file = replace(file, name=place if file.is_named else f"{place}/{file.name}")
@@ -184,3 +187,84 @@ def _cannot_find(path: Path, error: OSError) -> str:
     if near:
         text += "; in the same folder there is " + " or ".join(repr(name) for name in near)
     return text
+
+
+Format = Literal["text", "html", "jsonl", "json", "csv", "parquet", "warc"]
+
+HEAD_BYTES = 1 << 16
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+}
+LEGAL = (
+    "what can be read is text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet and WARC, plain "
+    "or as .gz, .bz2, .xz or .zst"
+)
+
+_BY_NAME: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+}
+_HTML = re.compile(
+    rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])", re.I | re.S
+)
+_OBJECT = re.compile(rb'\s*\{\s*"')
+
+
+def compression_of(head: bytes) -> str:
+    """gzip, bzip2, xz, zstandard or "", by the first bytes."""
+    return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
+
+
+def format_of(head: bytes, name: str) -> Format | None:
+    """The format of a file whose (decompressed) head and name these are; None for what is no
+    text."""
+    head = head.removeprefix(codecs.BOM_UTF8)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith(b"WARC/"):
+        return "warc"
+    if b"\0" in head:
+        return None
+    named = _BY_NAME.get(_suffix(name))
+    if named in ("jsonl", "csv"):
+        return named
+    if _HTML.match(head):
+        return "html"
+    if _holds_json_lines(head, n_least=2 if named == "json" else 1):
+        return "jsonl"
+    return named or "text"
+
+
+def _suffix(name: str) -> str:
+    stem, last = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if last in COMPRESSIONS else last
+
+
+def _holds_json_lines(head: bytes, *, n_least: int) -> bool:
+    """Whether the first two lines that are not blank are objects, as far as they can be seen, and
+    there are `n_least`."""
+    lines = head.split(b"\n")
+    rest = lines.pop() if len(head) >= HEAD_BYTES else b""
+    lines = [line for line in lines if line.strip()][:2]
+    if not lines:
+        return n_least == 1 and _OBJECT.match(rest) is not None
+    return len(lines) >= n_least and all(map(_is_object, lines))
+
+
+def _is_object(line: bytes) -> bool:
+    if not _OBJECT.match(line):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

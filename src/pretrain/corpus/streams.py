@@ -20,9 +20,14 @@ from contextlib import suppress
 from itertools import chain
 from typing import BinaryIO, Protocol, cast
 
+from pretrain import missing_package
 from pretrain.corpus.documents import ReadingReport
-from pretrain.corpus.files import SourceFile
-from pretrain.corpus.formats import COMPRESSIONS, HEAD_BYTES, compression_of, missing_package
+from pretrain.corpus.files import (
+    COMPRESSIONS,
+    HEAD_BYTES,
+    SourceFile,
+    compression_of,
+)
 
 CHUNK_BYTES = 1 << 18
 # UTF-32 first: its little-endian mark begins with that of UTF-16.

@@ -39,7 +39,7 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
     return mixed(found)
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The words of a text as they are hashed."""
     lowered = text.lower()
     inside, starts = _bounds(_points(lowered))
@@ -48,7 +48,7 @@ def words_of(text: str) -> list[str]:
     return [lowered[first : last + 1] for first, last in bounds]
 
 
-def windows_of(pieces: Iterable[tuple[int, str]], n: int) -> Iterator[tuple[int, Hashes]]:
+def word_hash_windows(pieces: Iterable[tuple[int, str]], n: int) -> Iterator[tuple[int, Hashes]]:
     """Hashes of the words of numbered documents, of which a long one may come in pieces: each but
     its first begins with the last `n` - 1 words before it, so that every `n` in a row are once in
     a window."""

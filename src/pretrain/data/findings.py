@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.corpus.documents import ReadingReport
-from pretrain.corpus.overlap import Overlaps
+from pretrain.corpus.overlap import EvaluationNgrams
 from pretrain.data.job import Job
 from pretrain.data.origins import Strangest
 
@@ -46,8 +46,8 @@ def whole_report(job: Job) -> dict[str, Any]:
         for number in range(len(job.read_parts)):
             found_here = np.load(job.place("select", number) / "shared.npy")
             shared = np.unique(np.concatenate([shared, found_here]))
-        overlaps = Overlaps.open(job.place("list") / "overlaps.npz")
-        content["overlap"] = overlaps.rates(shared)
+        overlaps = EvaluationNgrams.open(job.place("list") / "overlaps.npz")
+        content["overlap"] = overlaps.shares(shared)
     content |= {name: counts[name] for name in ("n_kept_documents", "n_kept_text_bytes")}
     return {**content, "strangest": strangest.found()}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.files import Source, list_files
-from pretrain.corpus.language import language_of
+from pretrain.corpus.filters import language_of
 from pretrain.data.config import check_val_fraction
 from pretrain.data.findings import all_lines, whole_report
 from pretrain.data.job import Job, Settings, discard
@@ -39,7 +39,7 @@ from pretrain.data.steps import STEPS, split_of
 from pretrain.data.writing import ShardWriter, id_bytes
 from pretrain.fileio import FileLock, move_into_place, require_empty, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
-from pretrain.tokenizer.loading import load_tokenizer, tokenizer_files
+from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 
@@ -246,7 +246,12 @@ def _key(settings: Settings) -> str:
         ("evaluation", settings.corpus.evaluation_texts),
     ):
         content[name] = [
-            [file.given, os.path.realpath(file.path), file.n_bytes, os.stat(file.path).st_mtime_ns]
+            [
+                file.source_argument,
+                os.path.realpath(file.path),
+                file.n_bytes,
+                os.stat(file.path).st_mtime_ns,
+            ]
             for file in (list_files(sources) if sources else ())
         ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

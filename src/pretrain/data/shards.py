@@ -33,7 +33,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 from pretrain.data.origins import Origin, find_origins
 from pretrain.data.writing import HEADER, MAGIC, id_bytes
-from pretrain.tokenizer.loading import load_tokenizer
+from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 

@@ -21,22 +21,22 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.corpus.document_shards import read_document_shard, write_document_shards
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.duplicates import (
-    PAIR,
-    RECORD,
+    DUPLICATE_PAIR,
+    HASH_RECORD,
     band_hashes,
-    first_of_each,
-    like_pairs,
-    n_ranges,
+    component_roots,
+    duplicate_pairs,
+    n_hash_ranges,
     write_records,
 )
 from pretrain.corpus.files import SourceFile, list_files
-from pretrain.corpus.overlap import Overlaps
-from pretrain.corpus.parts import read_part, write_parts
+from pretrain.corpus.filters import DocumentFilter, write_removed_document
+from pretrain.corpus.overlap import EvaluationNgrams
 from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.records import EVERY_FIELD
-from pretrain.corpus.selection import Selection, write_removed
 from pretrain.data.findings import LACKING, reading_of, removed_of
 from pretrain.data.job import Job, Part, Step
 from pretrain.data.manifest import SPLITS
@@ -45,9 +45,9 @@ from pretrain.data.splitting import Split, choose_split
 from pretrain.data.writing import PartWriter
 from pretrain.fileio import write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
-from pretrain.tokenizer.loading import load_tokenizer
+from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
-from pretrain.tokenizer.training import train_tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 
 GROUP_BYTES = 1 << 23
 GROUP_FILES = 1 << 12
@@ -63,7 +63,7 @@ def _list(job: Job, unit: int, out: Path) -> None:
     with _problems(out, report):
         for file in list_files(settings.sources, report=report, strict=settings.strict):
             is_full = n_bytes >= GROUP_BYTES or (groups and len(groups[-1]) >= GROUP_FILES)
-            if not groups or is_full or groups[-1][0].given != file.given:
+            if not groups or is_full or groups[-1][0].source_argument != file.source_argument:
                 groups.append([])
                 n_bytes = 0
             groups[-1].append(file)
@@ -74,7 +74,7 @@ def _list(job: Job, unit: int, out: Path) -> None:
     texts = settings.corpus.evaluation_texts
     if texts:
         found = ((name, t) for name in texts for t in _evaluation_strings(name, settings.strict))
-        Overlaps.of(found).save(out / "overlaps.npz")
+        EvaluationNgrams.from_texts(found).save(out / "overlaps.npz")
     write_json(out / "report.json", {"n_groups": len(groups), "reading": report.as_dict()})
 
 
@@ -108,10 +108,10 @@ def _read(job: Job, unit: int, out: Path) -> None:
         found = read_files(
             files, text_field=settings.text_field, report=report, strict=settings.strict
         )
-        counts = write_parts(told(found), out)
+        counts = write_document_shards(told(found), out)
     write_json(
         out / "report.json",
-        {"source": files[0].given, "parts": counts, "reading": report.as_dict()},
+        {"source": files[0].source_argument, "parts": counts, "reading": report.as_dict()},
     )
 
 
@@ -139,11 +139,13 @@ def _select(job: Job, unit: int, out: Path) -> None:
     if asked.looks_at_text:
         with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
             path = job.place("list") / "overlaps.npz"
-            overlaps = Overlaps.open(path) if asked.evaluation_texts else None
-            selection = Selection(asked, overlaps, removed)
-            report["parts"] = write_parts(selection.kept(read_part(part.documents)), out)
+            overlaps = EvaluationNgrams.open(path) if asked.evaluation_texts else None
+            selection = DocumentFilter(asked, overlaps, removed)
+            report["parts"] = write_document_shards(
+                selection.filter(read_document_shard(part.documents)), out
+            )
         report["removed"] = selection.reasons
-        np.save(out / "shared.npy", selection.shared())
+        np.save(out / "shared.npy", selection.shared_ngrams())
         files = [(out / f"{n}.part", out / f"{n}.keys.npy") for n in range(len(report["parts"]))]
     else:
         files = [(part.documents, part.keys)]
@@ -158,16 +160,18 @@ def _select(job: Job, unit: int, out: Path) -> None:
 def _records(
     files: list[tuple[Path, Path]], *, near: bool
 ) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """RECORDs of whole texts and, if asked, of bands, of documents numbered from 0."""
-    keys = np.concatenate([np.load(path) for _, path in files]) if files else np.empty(0, RECORD)
-    exact = np.zeros(len(keys), RECORD)
+    """HASH_RECORDs of whole texts and, if asked, of bands, of documents numbered from 0."""
+    keys = (
+        np.concatenate([np.load(path) for _, path in files]) if files else np.empty(0, HASH_RECORD)
+    )
+    exact = np.zeros(len(keys), HASH_RECORD)
     exact["hash"], exact["check"] = keys["hash"], keys["check"]
     exact["document"] = np.arange(len(keys), dtype=np.uint64)
     if not near:
-        return exact, np.empty(0, RECORD)
-    bands = [band_hashes(d.text) for path, _ in files for d in read_part(path)]
+        return exact, np.empty(0, HASH_RECORD)
+    bands = [band_hashes(d.text) for path, _ in files for d in read_document_shard(path)]
     lengths = [len(each) for each in bands]
-    records = np.zeros(sum(lengths), RECORD)
+    records = np.zeros(sum(lengths), HASH_RECORD)
     records["hash"] = np.concatenate([np.empty(0, np.uint64), *bands])
     records["document"] = np.repeat(np.arange(len(bands), dtype=np.uint64), lengths)
     return exact, records
@@ -176,7 +180,7 @@ def _records(
 def _n_compare(job: Job) -> int:
     if job.settings.corpus.deduplicate == "none":
         return 0
-    return n_ranges(sum(selected.n_records for selected in job.selected))
+    return n_hash_ranges(sum(selected.n_records for selected in job.selected))
 
 
 def _compare(job: Job, unit: int, out: Path) -> None:
@@ -188,7 +192,7 @@ def _compare(job: Job, unit: int, out: Path) -> None:
             for number, selected in enumerate(job.selected)
         ]
         with open(out / name, "xb") as file:
-            for pairs in like_pairs(files, part=unit, n_parts=n_units):
+            for pairs in duplicate_pairs(files, index=unit, n_ranges=n_units):
                 file.write(pairs.tobytes())
 
 
@@ -206,7 +210,7 @@ def _join(job: Job, unit: int, out: Path) -> None:
     for name, mark in (("near", NEARLY_EQUAL), ("exact", EQUAL)):
         files = [job.place("compare", number) / name for number in range(n_units)]
         scratch = out / "roots.npy"
-        roots = first_of_each(_pairs(files), n_documents=n_documents, scratch=scratch)
+        roots = component_roots(_pairs(files), n_documents=n_documents, scratch=scratch)
         for start in range(0, n_documents, 1 << 20):
             part = roots[start : start + (1 << 20)]
             mine = np.arange(start, start + len(part), dtype=np.uint64)
@@ -222,8 +226,8 @@ def _join(job: Job, unit: int, out: Path) -> None:
 def _pairs(files: Iterable[Path]) -> Iterator[NDArray[np.void]]:
     for path in files:
         with open(path, "rb") as file:
-            while data := file.read(PAIR.itemsize << 20):
-                yield np.frombuffer(data, PAIR)
+            while data := file.read(DUPLICATE_PAIR.itemsize << 20):
+                yield np.frombuffer(data, DUPLICATE_PAIR)
 
 
 def _decide(job: Job, unit: int, out: Path) -> None:
@@ -270,12 +274,12 @@ def _tokenizer(job: Job, split: Split) -> Tokenizer:
 def _kept(job: Job, part: Part, removed: TextIO | None = None) -> Iterator[Document]:
     """The documents of a part that are no duplicates; those go to the file `removed`."""
     doubles = job.doubles_of(part)
-    for double, document in zip(doubles.tolist(), read_part(part.documents), strict=True):
+    for double, document in zip(doubles.tolist(), read_document_shard(part.documents), strict=True):
         if not double:
             yield document
         elif removed is not None:
             how = "equal" if double == EQUAL else "nearly equal"
-            write_removed(removed, document, f"duplicate: {how} to an earlier document")
+            write_removed_document(removed, document, f"duplicate: {how} to an earlier document")
 
 
 def split_of(job: Job) -> Split:
@@ -296,18 +300,18 @@ def _encode(job: Job, unit: int, out: Path) -> None:
     strangest, counts = Strangest(), Counter[str]()
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _kept(job, part, removed):
-            if (lacking := tokenizer.missing(document.text)) is not None:
+            if (lacking := tokenizer.first_unencodable(document.text)) is not None:
                 if job.settings.strict:
                     place = f"{document.source}, {document.id}"
                     raise ValueError(f"{place}: {LACKING}: {lacking!r} (--strict removes nothing)")
-                write_removed(removed, document, f"{LACKING}: {lacking!r}")
+                write_removed_document(removed, document, f"{LACKING}: {lacking!r}")
                 counts["n_lacking"] += 1
                 continue
             counts["n_kept_documents"] += 1
             for name, text in split.parts(document.text):
                 if tokenizer.start_of_text != tokenizer.end_of_text:
                     writers[name].add(np.array([tokenizer.start_of_text], np.int64))
-                for ids in tokenizer.encode_parts(text):
+                for ids in tokenizer.encode_chunks(text):
                     writers[name].add(ids)
                 n_bytes = len(text.encode())
                 n_tokens = writers[name].end_document(document, n_bytes=n_bytes)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pretrain.corpus.demonstrations import sentences
+from pretrain.corpus.demonstrations import split_sentences
 from pretrain.distributed import World
 from pretrain.evaluate.continuations import encode_pair, score_pairs
 from pretrain.evaluate.examples import Example, prompt
@@ -62,7 +62,7 @@ def baselines(metric: str, examples: Sequence[Example]) -> dict[str, Array]:
     """Statistics of two answers that need no model: the input itself, and its first sentence."""
     answers = {
         "copy": [example.input for example in examples],
-        "lead": [sentences(example.input)[0] for example in examples],
+        "lead": [split_sentences(example.input)[0] for example in examples],
     }
     return {
         name: np.array(

@@ -219,9 +219,9 @@ def _number_of(target: str, example: Example) -> int | None:
 def _ways(task: Task, tokenizer: Tokenizer, window: int) -> Iterator[_Way]:
     """Ours on their texts first; then what differs most often."""
     other = copy.copy(tokenizer)
-    other.begins_texts = not tokenizer.begins_texts
-    start = tokenizer.entry(tokenizer.start_of_text)
-    begins = f"{start} before a context there" if other.begins_texts else f"no {start} there"
+    other.add_bos = not tokenizer.add_bos
+    start = tokenizer.id_to_token(tokenizer.start_of_text)
+    begins = f"{start} before a context there" if other.add_bos else f"no {start} there"
     apart = "context and continuation are made tokens apart there"
 
     yield _Way("", "", lambda *texts: [encode_pair(tokenizer, *texts)])
@@ -314,7 +314,7 @@ def _tokens(tokenizer: Tokenizer, way: _Way, case: _Case) -> str:
     """The tokens of the first continuation that are others."""
     for texts in case.sample.options:
         (theirs,), ours = way.pairs(*texts), encode_pair(tokenizer, *texts)
-        found = [[tokenizer.entry(i) for i in p.ids[p.n_context :]] for p in (theirs, ours)]
+        found = [[tokenizer.id_to_token(i) for i in p.ids[p.n_context :]] for p in (theirs, ours)]
         if found[0] != found[1]:
             return f"{' '.join(found[0])} there, {' '.join(found[1])} here"
     return "those of the context differ"

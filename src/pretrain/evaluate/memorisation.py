@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.corpus.overlap import Found, rate
-from pretrain.corpus.stretches import longest_stretches
-from pretrain.corpus.words import words_of
+from pretrain.corpus.overlap import TextOverlap, longest_matches, ngram_share
+from pretrain.corpus.words import split_words
 from pretrain.data import TokenStream
 from pretrain.distributed import World
 from pretrain.evaluate.documents import document_texts
@@ -32,20 +31,20 @@ TOP_K = 40
 _SHOWN_CHARACTERS = 80
 
 
-def row_of(found: Sequence[Found]) -> dict[str, Any]:
+def row_of(found: Sequence[TextOverlap]) -> dict[str, Any]:
     """The row of a set of texts that were held against the training text: its different n-grams,
     how many of them are there, and how that is spread over its examples."""
     grams, places = np.unique(
         np.concatenate([np.empty(0, np.uint64), *(each.grams for each in found)]),
         return_index=True,
     )
-    is_found = np.concatenate([np.empty(0, bool), *(each.is_found for each in found)])[places]
+    is_found = np.concatenate([np.empty(0, bool), *(each.in_corpus for each in found)])[places]
     compared = [each for each in found if len(each.grams)]
     row: dict[str, Any] = {
         "examples": len(found),
         "too_short": len(found) - len(compared),
-        "without": sum(not each.is_found.any() for each in compared),
-        **rate(len(grams), int(is_found.sum())),
+        "without": sum(not each.in_corpus.any() for each in compared),
+        **ngram_share(len(grams), int(is_found.sum())),
         "median_percent": None,
         "most": None,
     }
@@ -53,20 +52,20 @@ def row_of(found: Sequence[Found]) -> dict[str, Any]:
         return row | {"percent": None}
     row["median_percent"] = round(float(np.median([each.percent for each in compared])), 3)
     most = max(compared, key=lambda each: (each.percent, len(each.grams)))
-    if not most.is_found.any():
+    if not most.in_corpus.any():
         return row
     return row | {
         "most": {
             "example": most.name,
-            **rate(len(most.grams), int(most.is_found.sum())),
+            **ngram_share(len(most.grams), int(most.in_corpus.sum())),
             "begins": " ".join(most.text[: 2 * _SHOWN_CHARACTERS].split())[:_SHOWN_CHARACTERS],
         },
     }
 
 
-def score_without(metric: str, statistics: Array, found: Sequence[Found]) -> dict[str, Any]:
+def score_without(metric: str, statistics: Array, found: Sequence[TextOverlap]) -> dict[str, Any]:
     """A metric over all examples, and over those without any overlap; None where all have some."""
-    is_clean = np.array([not each.is_found.any() for each in found])
+    is_clean = np.array([not each.in_corpus.any() for each in found])
     clean = statistics[is_clean]
     return {
         "metric": metric,
@@ -105,7 +104,7 @@ def continue_held_out(
                 [tokenizer.start_of_text, *ids[: middle - begin]],
                 max_tokens=end - middle,
                 sampling=Sampling(temperature=1.0, top_k=TOP_K, seed=seed + number),
-                stop_ids={tokenizer.start_of_text, *tokenizer.ends},
+                stop_ids={tokenizer.start_of_text, *tokenizer.stop_ids},
             )
         held_out = tokenizer.decode(ids[middle - begin :])
         found.append(Continuation(tokenizer.decode(written), held_out))
@@ -132,7 +131,7 @@ def longest_of(
     """For each set of texts the longest stretch that any of them has in common with a document of
     the training text, and which document that is; all in one walk through it."""
     texts = [text for each in sets for text in each]
-    stretches = longest_stretches(texts, document_texts(stream, tokenizer))
+    stretches = longest_matches(texts, document_texts(stream, tokenizer))
     pairs, longest = list(zip(texts, stretches, strict=True)), []
     for each in sets:
         mine, pairs = pairs[: len(each)], pairs[len(each) :]
@@ -146,7 +145,7 @@ def longest_of(
             rows.append(None)
             continue
         text, stretch = best
-        words = words_of(text)[stretch.first_word : stretch.first_word + stretch.n_words]
+        words = split_words(text)[stretch.first_word : stretch.first_word + stretch.n_words]
         origin = asdict(origins[stretch.document])
         rows.append({"words": stretch.n_words, "text": " ".join(words), "document": origin})
     return rows

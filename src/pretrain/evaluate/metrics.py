@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.formats import missing_package
+from pretrain import missing_package
 
 Array = NDArray[np.float64]
 

@@ -272,7 +272,7 @@ def ends_of(tokenizer: Tokenizer, stops: Sequence[str]) -> set[int]:
     nothing needs to be written after them."""
     begins = tuple(stop.encode() for stop in stops)
     ends = {i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i).startswith(begins)}
-    return ends | {tokenizer.start_of_text, *tokenizer.ends}
+    return ends | {tokenizer.start_of_text, *tokenizer.stop_ids}
 
 
 def cut_before(text: str, stops: Sequence[str]) -> str:

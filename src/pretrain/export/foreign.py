@@ -77,7 +77,9 @@ def named_ends(tokenizer: Tokenizer, said: Any) -> list[int]:
     """The ids that a file says a text ends with, one or several, as far as they exist; where it
     names none the vocabulary's own."""
     ids = said if isinstance(said, list) else [said]
-    return [i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size] or tokenizer.ends
+    return [
+        i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size
+    ] or tokenizer.stop_ids
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:

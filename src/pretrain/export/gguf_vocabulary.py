@@ -12,8 +12,8 @@ from typing import Any
 from pretrain.export.foreign import named_ends
 from pretrain.export.layouts import FormatError
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokenizer.sentencepiece import Kind, library_of_pieces
-from pretrain.tokenizer.splits import Split, byte_level_bpe
+from pretrain.tokenizer.byte_level import Split, byte_level_bpe
+from pretrain.tokenizer.sentencepiece import PieceType, bpe_from_pieces
 
 # llama.cpp's name of a pre-split -> ours, and whether a word of the vocabulary is taken whole.
 _SPLITS: dict[str, tuple[Split, bool]] = {
@@ -30,15 +30,15 @@ _SPLITS: dict[str, tuple[Split, bool]] = {
 def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     """Add tokens, kinds, merges or scores, and special ids to a GGUFWriter."""
     description = tokenizer.description
-    entries = [tokenizer.entry(id_) for id_ in range(tokenizer.vocab_size)]
+    entries = [tokenizer.id_to_token(id_) for id_ in range(tokenizer.vocab_size)]
     kinds = {
-        token["content"]: Kind.CONTROL if token["special"] else Kind.USER_DEFINED
+        token["content"]: PieceType.CONTROL if token["special"] else PieceType.USER_DEFINED
         for token in description["added_tokens"]
     }
     merges = [tuple(merge) for merge in description["model"]["merges"]]
     if tokenizer.space_prefix is not None:
-        kinds |= {f"<0x{byte:02X}>": Kind.BYTE for byte in range(256)}
-        kinds[description["model"]["unk_token"]] = Kind.UNKNOWN
+        kinds |= {f"<0x{byte:02X}>": PieceType.BYTE for byte in range(256)}
+        kinds[description["model"]["unk_token"]] = PieceType.UNKNOWN
         # A piece that is merged earlier has the higher score; what is never merged needs none.
         first = {left + right: n for n, (left, right) in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
@@ -49,11 +49,11 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_tokenizer_pre(_name_of_split(tokenizer))
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(entries)
-    writer.add_token_types([kinds.get(entry, Kind.NORMAL) for entry in entries])
+    writer.add_token_types([kinds.get(entry, PieceType.NORMAL) for entry in entries])
     writer.add_bos_token_id(tokenizer.start_of_text)
-    writer.add_eos_token_id(tokenizer.ends[0])
+    writer.add_eos_token_id(tokenizer.stop_ids[0])
     # Every document that a model of ours was trained on began with this token.
-    writer.add_add_bos_token(tokenizer.begins_texts)
+    writer.add_add_bos_token(tokenizer.add_bos)
 
 
 def _name_of_split(tokenizer: Tokenizer) -> str:
@@ -72,7 +72,7 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
     tokens, kinds = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise FormatError("the file has no vocabulary")
-    kinds = kinds if isinstance(kinds, list) else [Kind.NORMAL] * len(tokens)
+    kinds = kinds if isinstance(kinds, list) else [PieceType.NORMAL] * len(tokens)
     if len(kinds) != len(tokens) or len(set(tokens)) < len(tokens):
         raise FormatError("the vocabulary holds an entry twice, or not the kind of each")
     model = values.get("tokenizer.ggml.model")
@@ -83,7 +83,7 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
                 raise FormatError("the vocabulary has no scores")
             pieces = list(zip(tokens, map(float, scores), map(int, kinds), strict=True))
             has_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-            return _framed(Tokenizer(library_of_pieces(pieces, has_prefix=has_prefix)), values)
+            return _framed(Tokenizer(bpe_from_pieces(pieces, has_prefix=has_prefix)), values)
         if model == "gpt2":
             return _framed(Tokenizer(_byte_level(values, tokens, kinds)), values)
     except BaseException as error:
@@ -99,8 +99,8 @@ def _framed(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Tokenizer:
     file does not say, as llama.cpp has it for this vocabulary."""
     split = _SPLITS.get(values.get("tokenizer.ggml.pre", ""), ("",))[0]
     usual = values["tokenizer.ggml.model"] == "llama" or split == "llama3"
-    tokenizer.begins_texts = values.get("tokenizer.ggml.add_bos_token", usual) is True
-    tokenizer.ends = named_ends(tokenizer, values.get("tokenizer.ggml.eos_token_id"))
+    tokenizer.add_bos = values.get("tokenizer.ggml.add_bos_token", usual) is True
+    tokenizer.stop_ids = named_ends(tokenizer, values.get("tokenizer.ggml.eos_token_id"))
     return tokenizer
 
 
@@ -112,9 +112,11 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) 
     merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
     if any(len(merge) != 2 for merge in merges):
         raise FormatError("a merge is not of two entries")
-    added = {t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != Kind.NORMAL}
+    added = {
+        t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != PieceType.NORMAL
+    }
     plain = {token: id_ for id_, token in enumerate(tokens) if token not in added}
-    found = {name for name, id_ in added.items() if kinds[id_] == Kind.USER_DEFINED}
+    found = {name for name, id_ in added.items() if kinds[id_] == PieceType.USER_DEFINED}
     return byte_level_bpe(
-        plain, merges, split=split, special=added, found=found, whole_words=whole_words
+        plain, merges, split=split, added=added, non_special=found, ignore_merges=whole_words
     )

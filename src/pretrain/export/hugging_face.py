@@ -38,7 +38,7 @@ from pretrain.export.layouts import (
 )
 from pretrain.model import ModelConfig
 from pretrain.tokenizer import Tokenizer, load_tokenizer
-from pretrain.tokenizer.framing import puts_start
+from pretrain.tokenizer.tokenizer_json import template_adds_bos
 
 NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """How numbers may be stored."""
@@ -65,7 +65,9 @@ def write_hugging_face(
     description = to_description(config)
     special = {
         "bos_token_id": tokenizer.start_of_text,
-        "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else tokenizer.ends[0],
+        "eos_token_id": tokenizer.stop_ids
+        if len(tokenizer.stop_ids) > 1
+        else tokenizer.stop_ids[0],
     }
     whole = {
         **description,
@@ -86,11 +88,11 @@ def write_hugging_face(
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    tokenizer.save(folder, for_others=True)
+    tokenizer.save(folder, bos_template=True)
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.entry(tokenizer.start_of_text),
-        "eos_token": tokenizer.entry(tokenizer.ends[0]),
+        "bos_token": tokenizer.id_to_token(tokenizer.start_of_text),
+        "eos_token": tokenizer.id_to_token(tokenizer.stop_ids[0]),
         "model_max_length": config.window_tokens,
         "clean_up_tokenization_spaces": False,
         # As with us, a special token that is spelled out in a text is text.
@@ -184,10 +186,12 @@ def open_hugging_face(folder: Path) -> ForeignModel:
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
     tokenizer = _vocabulary_of(folder)
-    tokenizer.begins_texts = _begins_texts(folder)
+    tokenizer.add_bos = _begins_texts(folder)
     files = [folder / name for name in ("generation_config.json", "config.json")]
     said = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
-    tokenizer.ends = named_ends(tokenizer, next((each for each in said if each is not None), None))
+    tokenizer.stop_ids = named_ends(
+        tokenizer, next((each for each in said if each is not None), None)
+    )
     return tokenizer
 
 
@@ -198,7 +202,7 @@ def _begins_texts(folder: Path) -> bool:
     if isinstance(said, bool):
         return said
     if whole.is_file():
-        return puts_start(_read_json(whole))
+        return template_adds_bos(_read_json(whole))
     return (folder / "tokenizer.model").is_file()  # SentencePiece, as Llama has it
 
 
@@ -226,7 +230,7 @@ def _sentencepiece_of(folder: Path) -> Tokenizer | None:
     found, model = load_tokenizer(file), content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict) or any(
-        vocabulary.get(found.entry(id_)) != id_ for id_ in range(found.vocab_size)
+        vocabulary.get(found.id_to_token(id_)) != id_ for id_ in range(found.vocab_size)
     ):
         raise ValueError(f"{file.name} and {json_file.name} hold two vocabularies; legal: one")
     return found

@@ -21,7 +21,7 @@ from pretrain.export.layouts import FormatError, Shape, deinterleave
 from pretrain.model import ModelConfig
 from pretrain.model.families import llama
 from pretrain.tokenizer import Tokenizer
-from pretrain.tokenizer.sentencepiece import SPACE, Kind, Piece, library_of_pieces
+from pretrain.tokenizer.sentencepiece import SPACE, Piece, PieceType, bpe_from_pieces
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # "ak42", the magic number of later versions
@@ -146,14 +146,14 @@ def read_pieces(file: Path) -> Tokenizer:
         except (struct.error, ValueError) as error:
             raise FormatError(f"{file}, byte {place}: no piece of llama2.c: {error}") from None
         place += 8 + length
-        pieces.append((text.replace(" ", SPACE), score, Kind.NORMAL))
+        pieces.append((text.replace(" ", SPACE), score, PieceType.NORMAL))
     if len(pieces) < _N_SPECIAL + 256:
         raise FormatError(f"{file} has {len(pieces)} pieces, too few for a byte each")
-    pieces[0] = ("<unk>", 0.0, Kind.UNKNOWN)
-    pieces[1], pieces[2] = ("<s>", 0.0, Kind.CONTROL), ("</s>", 0.0, Kind.CONTROL)
+    pieces[0] = ("<unk>", 0.0, PieceType.UNKNOWN)
+    pieces[1], pieces[2] = ("<s>", 0.0, PieceType.CONTROL), ("</s>", 0.0, PieceType.CONTROL)
     for byte in range(256):
-        pieces[_N_SPECIAL + byte] = (f"<0x{byte:02X}>", 0.0, Kind.BYTE)
+        pieces[_N_SPECIAL + byte] = (f"<0x{byte:02X}>", 0.0, PieceType.BYTE)
     try:
-        return Tokenizer(library_of_pieces(pieces, has_prefix=True))
+        return Tokenizer(bpe_from_pieces(pieces, has_prefix=True))
     except ValueError as error:
         raise FormatError(f"{file}: {error}") from None

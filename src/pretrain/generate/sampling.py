@@ -154,7 +154,7 @@ def generate(
         max_tokens=max_tokens,
         n=n,
         sampling=sampling or Sampling(),
-        stop_ids={tokenizer.start_of_text, *tokenizer.ends},
+        stop_ids={tokenizer.start_of_text, *tokenizer.stop_ids},
     )
     return [tokenizer.decode_after(ids, each) for each in completions]
 

@@ -23,7 +23,7 @@ SPACE = "\u2581"
 _BPE = 2
 
 
-class Kind(IntEnum):
+class PieceType(IntEnum):
     """What an entry of the vocabulary is; the numbers are those of SentencePiece's files."""
 
     NORMAL = 1
@@ -47,7 +47,7 @@ def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         normalizer = dict(_fields(_last(message, 3)))
     except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"is no SentencePiece model: {error}") from None
-    n_bytes = sum(kind == Kind.BYTE for _, _, kind in pieces)
+    n_bytes = sum(kind == PieceType.BYTE for _, _, kind in pieces)
     if trainer.get(3, 1) != _BPE or n_bytes != 256:
         raise ValueError(
             f"legal are BPE models with an entry for each of the 256 bytes; this one is "
@@ -58,30 +58,30 @@ def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
             "the model changes the text before it is encoded (its normalizer is not "
             " 'identity', or it removes spaces), so text would be lost"
         )
-    return library_of_pieces(pieces, has_prefix=bool(normalizer.get(3, 1)))
+    return bpe_from_pieces(pieces, has_prefix=bool(normalizer.get(3, 1)))
 
 
-def library_of_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Tokenizer:
+def bpe_from_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Tokenizer:
     """The tokenizer of a vocabulary by id. With `has_prefix` a text is read as if a space stood
     before it. Raises ValueError for a vocabulary that contradicts itself."""
     texts = [text for text, _, _ in pieces]
     if len(set(texts)) < len(texts) or not texts:
         raise ValueError("the vocabulary is empty, or holds an entry twice")
-    defined = next((text for text, _, kind in pieces if kind == Kind.USER_DEFINED), None)
+    defined = next((text for text, _, kind in pieces if kind == PieceType.USER_DEFINED), None)
     if defined is not None:
         raise ValueError(f"the entry {defined!r:.60} is user-defined; legal: none is")
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
 
     vocabulary = {text: id_ for id_, (text, _, _) in enumerate(pieces)}
-    unknown = [text for text, _, kind in pieces if kind == Kind.UNKNOWN]
+    unknown = [text for text, _, kind in pieces if kind == PieceType.UNKNOWN]
     if len(unknown) != 1:
         raise ValueError(f"{len(unknown)} entries stand for what is unknown; legal: 1")
     # A merge makes the piece of the highest score, whatever its parts.
     merges = [
         (text[:cut], text[cut:])
         for text, _, kind in sorted(pieces, key=lambda piece: -piece[1])
-        if kind == Kind.NORMAL
+        if kind == PieceType.NORMAL
         for cut in sorted(
             (c for c in range(1, len(text)) if text[:c] in vocabulary and text[c:] in vocabulary),
             key=lambda c: (vocabulary[text[:c]], vocabulary[text[c:]]),
@@ -100,7 +100,7 @@ def library_of_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.To
         [
             AddedToken(text, special=True, normalized=False)
             for text, _, kind in pieces
-            if kind in (Kind.UNKNOWN, Kind.CONTROL)
+            if kind in (PieceType.UNKNOWN, PieceType.CONTROL)
         ]
     )
     return library
@@ -125,7 +125,7 @@ def _piece(data: bytes | int) -> Piece:
     text, score = found[1], found.get(2, b"\0\0\0\0")
     assert isinstance(text, bytes)
     assert isinstance(score, bytes)
-    kind = found.get(3, Kind.NORMAL)
+    kind = found.get(3, PieceType.NORMAL)
     return text.decode(), struct.unpack("<f", score)[0], int(kind)
 
 

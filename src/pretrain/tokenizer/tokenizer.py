@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.tokenizer.alphabet import byte_symbols, symbol_bytes
-from pretrain.tokenizer.framing import with_start, without_frame
-from pretrain.tokenizer.gpt import WORD_END
-from pretrain.tokenizer.kinds import RARE, STARTS, Kind, end_of_text_of, kind_of, missing_bytes
-from pretrain.tokenizer.pieces import PIECE_CHARACTERS, pieces
+from pretrain.tokenizer.byte_level import Split, byte_symbols, split_of, symbol_bytes
+from pretrain.tokenizer.encode import PIECE_CHARACTERS, pieces
 from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
-from pretrain.tokenizer.splits import Split, split_of
+from pretrain.tokenizer.tokenizer_json import (
+    RARE,
+    STARTS,
+    WORD_END,
+    Kind,
+    end_of_text_of,
+    kind_of,
+    missing_bytes,
+    with_bos_template,
+    without_template,
+)
 
 if TYPE_CHECKING:
     import fastokens
@@ -56,10 +63,10 @@ class Tokenizer:
     start_of_text: int
     """Id that a document begins with: a token of its own in Llama's vocabularies, else that of
     end-of-text, which stands between documents."""
-    begins_texts: bool
+    add_bos: bool
     """Whether start_of_text stands before a prompt or a context: always for models trained here;
     where somebody else's is opened, what its own files do."""
-    ends: list[int]
+    stop_ids: list[int]
     """Ids that end what a model writes: end_of_text, or what somebody else's own files name."""
     sha256: str
     """Hash of the canonical tokenizer.json, which is what `save` writes."""
@@ -72,7 +79,7 @@ class Tokenizer:
         # The text of a document is ordinary text, also where it spells a special token.
         library.encode_special_tokens = True
         description = json.loads(library.to_str())
-        if (plain := without_frame(description)) != description:
+        if (plain := without_template(description)) != description:
             library, description = _library_of(plain), plain
         self._canonical = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "replace"
@@ -88,7 +95,7 @@ class Tokenizer:
         self.end_of_text = end_of_text_of(entries, special)
         start = STARTS.get(entries[self.end_of_text], "")
         self.start_of_text = self._special.get(start, self.end_of_text)
-        self.begins_texts, self.ends = True, [self.end_of_text]
+        self.add_bos, self.stop_ids = True, [self.end_of_text]
         self.kind = kind_of(description, entries, special)
         self._token_bytes = _bytes_of_entries(self.kind, entries, description)
 
@@ -137,21 +144,21 @@ class Tokenizer:
             self._refuse_missing(text)
             ids: Ids = self._table[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
             return ids
-        return np.concatenate([np.empty(0, np.int64), *self.encode_parts(text)])
+        return np.concatenate([np.empty(0, np.int64), *self.encode_chunks(text)])
 
-    def missing(self, text: str) -> str | None:
+    def first_unencodable(self, text: str) -> str | None:
         """The first character of a text that the vocabulary lacks; None if it has them all."""
         found = self._missing.search(text) if self._missing is not None else None
         return found[0] if found else None
 
     def _refuse_missing(self, text: str) -> None:
-        if (lacking := self.missing(text)) is not None:
+        if (lacking := self.first_unencodable(text)) is not None:
             raise ValueError(
                 f"the character {lacking!r} (U+{ord(lacking):04X}) is not in this vocabulary of "
                 f"{self.vocab_size - 1} entries; the tokenizers bpe and bytes take any text"
             )
 
-    def encode_parts(self, text: str) -> Iterator[Ids]:
+    def encode_chunks(self, text: str) -> Iterator[Ids]:
         """The ids of `encode` in parts, so that a text of any length takes little memory."""
         if self.kind in ("bytes", "characters"):
             for part in pieces(text, limit=_PART_CHARACTERS):
@@ -171,10 +178,10 @@ class Tokenizer:
 
     def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text that is to be continued, at least one: behind start_of_text where that is
-        how texts begin (`begins_texts`) and not there yet, and where there is no text."""
+        how texts begin (`add_bos`) and not there yet, and where there is no text."""
         ids: list[int] = self.encode(text, special=special).tolist()
         start = [self.start_of_text]
-        return ids if ids[:1] == start or (ids and not self.begins_texts) else [*start, *ids]
+        return ids if ids[:1] == start or (ids and not self.add_bos) else [*start, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text is nothing, and bytes that are no UTF-8 become U+FFFD.
@@ -221,7 +228,7 @@ class Tokenizer:
         """What SentencePiece puts before a text, a space or nothing; None for other kinds."""
         return self._prefix
 
-    def entry(self, id_: int) -> str:
+    def id_to_token(self, id_: int) -> str:
         """How the vocabulary spells an id."""
         found: str | None = self._library.id_to_token(id_)
         assert found is not None, f"{id_} is no id"
@@ -237,19 +244,19 @@ class Tokenizer:
         names = [f"<|unused_{id_}|>" for id_ in range(self.vocab_size, vocab_size)]
         library.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
         larger = Tokenizer(library)
-        larger.begins_texts, larger.ends = self.begins_texts, self.ends
+        larger.add_bos, larger.stop_ids = self.add_bos, self.stop_ids
         return larger
 
-    def save(self, folder: str | Path, *, for_others: bool = False) -> Path:
+    def save(self, folder: str | Path, *, bos_template: bool = False) -> Path:
         """Write `tokenizer.json` into `folder`, which is made if it is missing; returns the file's
-        path. `for_others`: other programs then put start-of-text before a text where our prompts
+        path. `bos_template`: other programs then put start-of-text before a text where our prompts
         have it; read here again, it is the same tokenizer."""
         os.makedirs(folder, exist_ok=True)
         path = Path(folder) / FILE_NAME
         content = self._canonical
-        if for_others and self.begins_texts:
+        if bos_template and self.add_bos:
             id_ = self.start_of_text
-            framed = with_start(self.description, start=self.entry(id_), id_=id_)
+            framed = with_bos_template(self.description, bos_token=self.id_to_token(id_), id_=id_)
             content = json.dumps(framed, ensure_ascii=False, separators=(",", ":")).encode()
         with open(path, "wb") as file:
             file.write(content)

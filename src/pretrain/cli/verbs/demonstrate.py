@@ -81,15 +81,17 @@ class Files:
 
 def _write_articles(sources: list[str], files: Files) -> None:
     from pretrain.corpus import read_documents
-    from pretrain.corpus.demonstrations import is_for_test, of_article
+    from pretrain.corpus.demonstrations import article_demonstrations, is_held_out
 
     n_titles = 0
     for document in read_documents(sources):
         n_titles += bool(document.title)
-        is_test = is_for_test(document.title or document.id, TEST_FRACTION)
+        is_test = is_held_out(document.title or document.id, TEST_FRACTION)
         record = {"id": document.id, "title": document.title, "text": document.text}
         files.add(f"{'test' if is_test else 'train'}/articles.jsonl", record)
-        for shown in of_article(document.title, document.text) if document.title else ():
+        for shown in (
+            article_demonstrations(document.title, document.text) if document.title else ()
+        ):
             if is_test:
                 files.add(f"test/{shown.task}.jsonl", _question(shown))
             else:
@@ -133,7 +135,7 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files) -> None:
-    from pretrain.corpus.demonstrations import Demonstration, of_sentence
+    from pretrain.corpus.demonstrations import Demonstration, translation_demonstrations
 
     asked = {text for split, each in aligned if split == "test" for text in each.values()}
     tasks: dict[str, list[Demonstration]] = defaultdict(list)
@@ -142,7 +144,7 @@ def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files)
             continue
         if split == "train" and not asked.isdisjoint(sentence.values()):
             continue  # it would be in both
-        for shown in sorted(of_sentence(sentence), key=lambda each: each.task):
+        for shown in sorted(translation_demonstrations(sentence), key=lambda each: each.task):
             if split == "test":
                 files.add(f"test/{shown.task}.jsonl", _question(shown))
             else:

@@ -137,7 +137,7 @@ def _encodable(model: OpenModel, text: str) -> str:
     nothing is left."""
     tokenizer = model.tokenizer
     if tokenizer.kind == "characters":
-        known = {tokenizer.entry(id_) for id_ in range(tokenizer.vocab_size)}
+        known = {tokenizer.id_to_token(id_) for id_ in range(tokenizer.vocab_size)}
         text = "".join(character for character in text if character in known)
     if not len(tokenizer.encode(text)):
         raise ValueError(

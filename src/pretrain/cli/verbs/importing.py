@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         config = compose([{"model": asdict(model.config)}])
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tensors = {f"model/{name}": values for name, values in model.parameters()}
-        of_tokenizer = {"begins_texts": model.tokenizer.begins_texts, "ends": model.tokenizer.ends}
+        of_tokenizer = {"begins_texts": model.tokenizer.add_bos, "ends": model.tokenizer.stop_ids}
         state = {"imported": origin, **of_tokenizer}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
         move_into_place(work, out)

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _train(arguments: argparse.Namespace, output: Output) -> int:
     from pretrain.corpus import read_documents
     from pretrain.tokenizer import train_tokenizer
-    from pretrain.tokenizer.training import MOST_SAMPLE_BYTES
+    from pretrain.tokenizer.train import MAX_SAMPLE_BYTES
 
     if not arguments.source or arguments.out is None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace, output: Output) -> int:
         name=arguments.kind,
         vocab_size=arguments.vocab_size,
         split=arguments.split,
-        sample_bytes=MOST_SAMPLE_BYTES,
+        sample_bytes=MAX_SAMPLE_BYTES,
         fast=arguments.fast,
     )
     made.save(out)

@@ -10,6 +10,7 @@ possessive and $ is the end of a line.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 if TYPE_CHECKING:
@@ -79,24 +80,49 @@ def byte_level_bpe(
     merges: list[tuple[str, str]],
     *,
     split: Split,
-    special: dict[str, int],
-    found: Collection[str] = (),
-    whole_words: bool = False,
+    added: dict[str, int],
+    non_special: Collection[str] = (),
+    ignore_merges: bool = False,
 ) -> tokenizers.Tokenizer:
-    """A library tokenizer. With `whole_words` a word that is in the vocabulary is taken as it is,
-    whether or not merges lead there. Those of `special` that are in `found` are none: where a text
-    spells one it is taken."""
+    """A library tokenizer. With `ignore_merges` a word that is in the vocabulary is taken as it is,
+    whether or not merges lead there. Those of `added` that are in `non_special` are not special:
+    where a text spells one it is taken."""
     from tokenizers import AddedToken, decoders, models
     from tokenizers import Tokenizer as Library
 
-    whole = vocabulary | special
-    library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=whole_words))
+    whole = vocabulary | added
+    library = Library(models.BPE(vocab=whole, merges=merges, ignore_merges=ignore_merges))
     library.pre_tokenizer = pre_tokenizer(split)
     library.decoder = decoders.ByteLevel()
     library.add_tokens(
         [
-            AddedToken(name, special=name not in found, normalized=False)
-            for name in sorted(special, key=special.__getitem__)
+            AddedToken(name, special=name not in non_special, normalized=False)
+            for name in sorted(added, key=added.__getitem__)
         ]
     )
     return library
+
+
+@cache
+def byte_symbols() -> tuple[str, ...]:
+    """The character of each byte value, 256 of them.
+
+    Printable Latin-1 characters stand for themselves, the other 68 values follow each other from
+    U+0100.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    symbols = []
+    n_moved = 0
+    for value in range(256):
+        if value in printable:
+            symbols.append(chr(value))
+        else:
+            symbols.append(chr(0x100 + n_moved))
+            n_moved += 1
+    return tuple(symbols)
+
+
+@cache
+def symbol_bytes() -> dict[str, int]:
+    """The byte value of each character of the alphabet."""
+    return {symbol: value for value, symbol in enumerate(byte_symbols())}

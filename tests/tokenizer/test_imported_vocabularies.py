@@ -18,14 +18,10 @@ from hypothesis import strategies as st
 
 from pretrain.cli import main
 from pretrain.tokenizer import Tokenizer, load_tokenizer
-from pretrain.tokenizer.alphabet import byte_symbols
+from pretrain.tokenizer.byte_level import byte_symbols
+from texts import ODD_WORDS, random_unicode_text
 
 GOLDEN = Path(__file__).parents[3] / "shared/data/tokenizer_golden"
-WORDS = [
-    *"The whale's 1234567 don't\tEND\n\n été 中文字 ﷽ xx  \r\n _-+=".split(" "),
-    "\u200b\u00a0a\u0301",
-    "\U0001f3f3\ufe0f\u200d\U0001f308",
-]
 
 
 def package_file(package: str, name: str) -> Path:
@@ -94,38 +90,11 @@ def pair(
     return load_tokenizer(path), oracle(request.param, ranks_of_file(path))
 
 
-def some_text(draw: random.Random) -> str:
-    """Words, spaces of all kinds, and characters from anywhere in Unicode 3 to 12."""
-    planes = [(32, 127), (0xA0, 0x250), (0x370, 0x530), (0x3040, 0x30FF), (0x4E00, 0x9FA5)]
-    planes += [
-        (0x1F300, 0x1F64F),
-        (0x2000, 0x206F),
-        (0x600, 0x6FF),
-        (0x900, 0x97F),
-        (0xAC00, 0xD7A3),
-    ]
-    parts = []
-    for _ in range(draw.randint(1, 12)):
-        match draw.randrange(4):
-            case 0:
-                parts.append(draw.choice(WORDS))
-            case 1:
-                parts.append(
-                    draw.choice([" ", "\n", "\t", "\r\n", "\u00a0", "  ", "\u2028", "\x85"])
-                )
-            case 2:
-                low, high = draw.choice(planes)
-                parts.append("".join(chr(draw.randint(low, high)) for _ in range(4)))
-            case _:
-                parts.append(str(draw.randrange(10**9)))
-    return "".join(parts)
-
-
 def test_random_unicode_gives_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     draw = random.Random(0)
     for _ in range(3000):
-        text = some_text(draw)
+        text = random_unicode_text(draw)
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), repr(text)
         assert ours.decode(ours.encode(text).tolist()) == text
 
@@ -158,7 +127,7 @@ def test_what_they_become_is_saved_and_read_back(
         ours.vocab_size,
         ours.end_of_text,
     )
-    text = " ".join(WORDS)
+    text = " ".join(ODD_WORDS)
     assert again.encode(text).tolist() == ours.encode(text).tolist()
 
 
@@ -180,14 +149,14 @@ def test_pre_splits_are_those_of_tiktoken(name: str) -> None:
     regex = pytest.importorskip("regex")
     from tokenizers import Regex, pre_tokenizers
 
-    from pretrain.tokenizer import splits
+    from pretrain.tokenizer import byte_level
 
-    ours = {"cl100k_base": splits._CL100K, "o200k_base": splits._O200K}[name]
+    ours = {"cl100k_base": byte_level._CL100K, "o200k_base": byte_level._O200K}[name]
     split = pre_tokenizers.Split(Regex(ours), behavior="isolated")
     theirs = regex.compile(tiktoken_pattern(name))
     draw = random.Random(1)
     for _ in range(2000):
-        text = some_text(draw)
+        text = random_unicode_text(draw)
         assert [part for part, _ in split.pre_tokenize_str(text)] == theirs.findall(text)
 
 
@@ -246,5 +215,5 @@ def test_gpt2_as_ranks_is_gpt2_as_two_files(tmp_path: Path) -> None:
     assert (ours.vocab_size, ours.end_of_text) == (theirs.vocab_size, theirs.end_of_text)
     draw = random.Random(2)
     for _ in range(300):
-        text = some_text(draw)
+        text = random_unicode_text(draw)
         assert ours.encode(text).tolist() == theirs.encode(text).tolist()

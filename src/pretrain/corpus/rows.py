@@ -1,24 +1,162 @@
-"""Tables -> rows: CSV and TSV by the standard library, Parquet by pyarrow.
+"""JSON lines and JSON -> rows, the first in constant memory.
 
-The first line of a CSV file names its fields. Rows that do not fit it, or that are broken, say so.
+Lines end at the byte `\n` and nowhere else. A line that is not UTF-8, not strict JSON, not an
+object or too long is a row that says so, with its line number and byte offset.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import json
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pretrain import missing_package
 from pretrain.corpus.documents import Problem, ReadingReport
-from pretrain.corpus.files import SourceFile
-from pretrain.corpus.formats import compression_of, missing_package
-from pretrain.corpus.jsonl import read_lines
-from pretrain.corpus.records import EVERY_FIELD, MAX_RECORD_BYTES, Row
+from pretrain.corpus.files import SourceFile, compression_of
+from pretrain.corpus.records import EVERY_FIELD, MAX_RECORD_BYTES, Row, holds_text, json_kind
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
+
+MAX_JSON_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a file, without its newline."""
+
+    number: int
+    offset: int
+    data: bytes
+    is_too_long: bool = False
+
+
+def jsonl_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Row]:
+    """A row for each line that is not blank."""
+    for line in read_lines(file, report=report, strict=strict):
+        if line.is_too_long:
+            found: dict[str, Any] | str = f"a line of more than {MAX_RECORD_BYTES:,} bytes"
+        else:
+            found = _object(line.data, line.offset)
+        yield Row(line.number, line.offset, found, len(line.data))
+
+
+def json_rows(
+    file: SourceFile, *, text_field: str | None, report: ReadingReport, strict: bool
+) -> Iterator[Row]:
+    """A row for each object of a JSON file: of its list, of the only list in its object where that
+    holds objects and the object no text of its own, or itself.
+
+    The file is held in memory, so there is a limit to it; JSON lines have none.
+    """
+    data = bytearray()
+    try:
+        for chunk in read_chunks(file, report=report):
+            data += chunk
+            if len(data) > MAX_JSON_BYTES:
+                yield Row(1, 0, f"JSON of more than {MAX_JSON_BYTES:,} bytes; make it JSON lines")
+                return
+    except DamagedStreamError as damage:
+        report.n_partial_files += 1
+        report.add(Problem(file.name, str(damage), offset=len(data)), strict=strict)
+    found = _value(bytes(data.removeprefix(codecs.BOM_UTF8)), 0)
+    if isinstance(found, _Invalid):
+        yield Row(1, 0, str(found))
+        return
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list)]
+        is_list = len(lists) == 1 and any(isinstance(each, dict) for each in lists[0])
+        found = lists[0] if is_list and not holds_text(found, text_field) else [found]
+    for number, value in enumerate(found if isinstance(found, list) else [found], start=1):
+        good = isinstance(value, dict)
+        yield Row(number, None, value if good else f"{json_kind(value)}, not an object")
+
+
+class _Invalid(str):
+    """Why something is no JSON."""
+
+
+def _object(data: bytes, offset: int) -> dict[str, Any] | str:
+    value = _value(data, offset)
+    if isinstance(value, dict | _Invalid):
+        return value
+    return f"{json_kind(value)}, not an object"
+
+
+def _value(data: bytes, offset: int) -> Any:
+    try:
+        return _parse(data)
+    except UnicodeDecodeError as error:
+        return _Invalid(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
+    except RecursionError:
+        return _Invalid("invalid JSON: nested too deeply")
+    except ValueError as error:
+        return _Invalid(f"invalid JSON: {error}")
+
+
+def read_lines(
+    file: SourceFile, *, report: ReadingReport, strict: bool, blank: bool = False
+) -> Iterator[Line]:
+    """The lines, blank ones only if wanted; a last line without its newline counts."""
+    rest: list[bytes] = []
+    n_rest = number = offset = 0
+
+    def line(end: bytes, n_dropped: int) -> Line:
+        data = b"".join([*rest, end])
+        if number == 1 and data.startswith(codecs.BOM_UTF8):
+            data = data[len(codecs.BOM_UTF8) :]
+        return Line(number, offset, data, is_too_long=n_dropped > MAX_RECORD_BYTES)
+
+    try:
+        for chunk in read_chunks(file, report=report):
+            start = 0
+            while (stop := chunk.find(b"\n", start)) >= 0:
+                number += 1
+                n_line = n_rest + stop - start
+                found = line(chunk[start:stop], n_line)
+                if blank or found.is_too_long or found.data.strip():
+                    yield found
+                offset += n_line + 1
+                rest, n_rest, start = [], 0, stop + 1
+            n_rest += len(chunk) - start
+            if n_rest > MAX_RECORD_BYTES:
+                rest = []
+            else:
+                rest.append(chunk[start:])
+    except DamagedStreamError as damage:
+        report.n_partial_files += 1
+        note = f"{damage}; kept the {number:,} whole lines before that"
+        report.add(Problem(file.name, note, offset=offset), strict=strict)
+        return
+    number += 1
+    last = line(b"", n_rest)
+    if last.is_too_long or last.data.strip():
+        yield last
+
+
+def _parse(data: bytes) -> Any:
+    return json.loads(
+        data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {double!r} occurs twice")
+    return record
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
 
 _PARQUET_ROWS = 256
 _STRING = re.compile(r"(dictionary<values=)?(large_)?string")

@@ -11,17 +11,15 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pretrain.tokenizer.alphabet import byte_symbols
+from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols, pre_tokenizer
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
-from pretrain.tokenizer.gpt import train_gpt
-from pretrain.tokenizer.kinds import END_OF_TEXT
-from pretrain.tokenizer.pieces import pieces
-from pretrain.tokenizer.splits import Split, byte_level_bpe, pre_tokenizer
+from pretrain.tokenizer.encode import pieces
 from pretrain.tokenizer.tokenizer import Tokenizer, without_surrogates
+from pretrain.tokenizer.tokenizer_json import END_OF_TEXT
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 SAMPLE_BYTES = 24_000_000
 """Most text that BPE learns from unless more is asked for: for a vocabulary of some thousand
 entries more changes little and costs time and memory."""
-MOST_SAMPLE_BYTES = 1 << 30
+MAX_SAMPLE_BYTES = 1 << 30
 """Most that can be asked for: the library counts pairs in 31 bits."""
 
 
@@ -58,7 +56,7 @@ def train_tokenizer(
     if name == "characters":
         return _characters_tokenizer(texts, vocab_size)
     if name in ("bpe", "gpt"):
-        sample, n_bytes = _sample(texts, min(sample_bytes, MOST_SAMPLE_BYTES))
+        sample, n_bytes = _sample(texts, min(sample_bytes, MAX_SAMPLE_BYTES))
         if not sample:
             raise ValueError(f"cannot train a tokenizer {name!r}: there is no text")
         wanted = vocab_size if vocab_size is not None else default_vocab_size(n_bytes)
@@ -86,7 +84,7 @@ def default_vocab_size(n_bytes: int) -> int:
 
 def _bytes_tokenizer() -> Tokenizer:
     vocabulary = {symbol: 1 + i for i, symbol in enumerate(byte_symbols())}
-    return Tokenizer(byte_level_bpe(vocabulary, [], split="gpt2", special={END_OF_TEXT: 0}))
+    return Tokenizer(byte_level_bpe(vocabulary, [], split="gpt2", added={END_OF_TEXT: 0}))
 
 
 def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
@@ -170,7 +168,7 @@ def _train_fastly(sample: list[bytes], vocab_size: int, split: Split) -> tokeniz
     ]
     entries = dict.fromkeys([END_OF_TEXT, *sorted(symbols), *(a + b for a, b in merges)])
     vocabulary = {entry: id_ for id_, entry in enumerate(entries)}
-    return byte_level_bpe(vocabulary, merges, split="gpt2", special={END_OF_TEXT: 0})
+    return byte_level_bpe(vocabulary, merges, split="gpt2", added={END_OF_TEXT: 0})
 
 
 @contextmanager
@@ -217,3 +215,30 @@ def _sample(texts: Iterable[str], most_bytes: int) -> tuple[list[bytes], int]:
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+UNKNOWN = "<unk>"
+
+
+def train_gpt(
+    sample: Sequence[bytes], vocab_size: int, *, end_of_text: str
+) -> tokenizers.Tokenizer:
+    """A library tokenizer of at most `vocab_size` entries, learned from texts in UTF-8."""
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
+    library.normalizer = normalizers.BertNormalizer(lowercase=True)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        end_of_word_suffix="</w>",
+        special_tokens=[
+            AddedToken(name, special=True, normalized=False) for name in (UNKNOWN, end_of_text)
+        ],
+        show_progress=False,
+    )
+    texts = (text.decode() for text in sample)
+    library.train_from_iterator(texts, trainer=trainer, length=len(sample))
+    return library

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from pretrain import missing_package
 from pretrain.corpus.documents import Document, Problem, ReadingReport
-from pretrain.corpus.files import SourceFile
-from pretrain.corpus.formats import compression_of, missing_package
+from pretrain.corpus.files import SourceFile, compression_of
 from pretrain.corpus.records import MAX_RECORD_BYTES, Row, skip_record, without_surrogates
 from pretrain.corpus.streams import ChunkFile, DamagedStreamError, read_chunks
 

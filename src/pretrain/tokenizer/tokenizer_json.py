@@ -7,10 +7,11 @@ contradicts itself, or changes text before encoding it is a ValueError that says
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pretrain.tokenizer.alphabet import byte_symbols
-from pretrain.tokenizer.gpt import is_gpt
+from pretrain.tokenizer.byte_level import byte_symbols
 from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
 
 Kind = Literal["bpe", "gpt", "characters", "bytes"]
@@ -103,4 +104,52 @@ def _is_gpt2_split(description: dict[str, Any]) -> bool:
         and split.get("add_prefix_space") is False
         and split.get("use_regex") is True
         and all(token.get("special") for token in description.get("added_tokens", ()))
+    )
+
+
+def without_template(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The same description, under which nothing is put around a text."""
+    given = description.get("post_processor")
+    parts = given["processors"] if given and given["type"] == "Sequence" else [given]
+    # This one adds no ids; it says where in the text they come from.
+    kept = [part for part in parts if part and part["type"] == "ByteLevel"]
+    return {**description, "post_processor": kept[0] if kept else None}
+
+
+def template_adds_bos(description: Mapping[str, Any]) -> bool:
+    """Whether other programs put a special token before a text."""
+    given = description.get("post_processor")
+    parts = given["processors"] if given and given["type"] == "Sequence" else [given]
+    templates = [part["single"] for part in parts if part and "single" in part]
+    return any("SpecialToken" in template[0] for template in templates if template)
+
+
+def with_bos_template(
+    description: Mapping[str, Any], *, bos_token: str, id_: int
+) -> dict[str, Any]:
+    """The same description, under which the special token `bos_token` is put before each text."""
+    special = {"SpecialToken": {"id": bos_token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, special, second],
+        "special_tokens": {bos_token: {"id": bos_token, "ids": [id_], "tokens": [bos_token]}},
+    }
+    kept = without_template(description)["post_processor"]
+    both = {"type": "Sequence", "processors": [kept, template]} if kept else template
+    return {**description, "post_processor": both}
+
+
+WORD_END = re.compile("</w>$")
+"""What ends an entry that ends a word; a space stands there in a text."""
+
+
+def is_gpt(description: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is of this kind."""
+    normalizer, model = description.get("normalizer") or {}, description["model"]
+    return (
+        normalizer.get("type") == "BertNormalizer"
+        and model.get("type") == "BPE"
+        and model.get("end_of_word_suffix") == "</w>"
     )
