@@ -4,9 +4,9 @@ a CPU, and to 1.55 nats, which no table of counts reaches.
 python benchmarks/shakespeare.py --nanogpt CHECKOUT --text tinyshakespeare.txt [--rounds 3]
 
 In the first race nanoGPT runs its README's CPU recipe, unmodified, in the second (--far) another
-setting, which learns faster (LOG.md), for a time that we have; where it does not come to 1.55 nats,
-its time is less than what it would need. Ours runs the recipe `characters` for so few steps that it
-is there.
+setting, which learns faster (docs/notebook), for a time that we have; where it does not come to
+1.55 nats, its time is less than what it would need. Ours runs the recipe `characters` for so few
+steps that it is there.
 
 Both get the whole machine, by turns. Both are scored over the whole last tenth of the text, each
 character once: ours by its summary.json, nanoGPT's checkpoint here, in windows of its context that

@@ -102,7 +102,7 @@ def test_the_best_rate_at_one_setting_is_the_best_at_another_within_half_as_much
     setting: str, low: int, high: int
 ) -> None:
     """Without the rules it is 1.8 times as high at a fourth of the width and 1.9 times at four
-    times the batch (LOG.md)."""
+    times the batch (docs/notebook)."""
     ratio = best_rate(setting, low) / best_rate(setting, high)
     print(setting, f"{ratio:.2f}")
     assert 1 / 1.5 < ratio < 1.5

@@ -116,7 +116,7 @@ def fast(*, size: int = 2, **changes: Any) -> Values:
 
 def sizes_of(size: int) -> Values:
     """The one dial of `fast`: its layers. Heads are 64 wide, and there is one more of them than of
-    layers: on a CPU small models do better wide than deep (LOG.md)."""
+    layers: on a CPU small models do better wide than deep (docs/notebook)."""
     return {"n_layers": size, "n_heads": size + 1, "d_model": 64 * (size + 1)}
 
 

@@ -74,7 +74,7 @@ class OptimizerConfig:
         at any width, so its rates fall with it ("Tensor Programs V", Yang et al., 2022). Muon's
         have a spectral norm that grows with the root of the width ("A Spectral Condition for
         Feature Learning", Yang et al., 2023), and beside it the head, too, does best with a rate
-        that falls by that (LOG.md).
+        that falls by that (docs/notebook).
         """
         if self.base_width is None:
             return 1.0
@@ -86,7 +86,9 @@ class OptimizerConfig:
     def batch_scale(self, batch_tokens: int) -> float:
         """By how much all rates are multiplied where a batch is not base_batch_tokens: the root of
         its size, since so much less does the mean of more gradients wander ("On the SDEs and
-        Scaling Rules for Adaptive Gradient Algorithms", Malladi et al., 2022; Muon: LOG.md)."""
+        Scaling Rules for Adaptive Gradient Algorithms", Malladi et al., 2022; Muon:
+        docs/notebook).
+        """
         return math.sqrt(batch_tokens / (self.base_batch_tokens or batch_tokens))
 
 
