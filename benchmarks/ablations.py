@@ -79,11 +79,12 @@ class Arm:
     def __init__(self, arm: str, *, size: int, seed: int, steps: int) -> None:
         from variants import VARIANTS
 
-        from pretrain.cli.places import prepared, read_target
         from pretrain.config import compose, parse_overrides
         from pretrain.distributed import open_world
         from pretrain.model import LMLoss, build
         from pretrain.optim import build_optimizer
+        from pretrain.runner.request import read_target
+        from pretrain.runner.text import prepared_text
         from pretrain.train.build import training_batches
         from pretrain.train.decide import decide
 
@@ -96,7 +97,7 @@ class Arm:
         fixed = f"--model.size {size} --train.seed {seed} --train.steps {steps}"
         words = [*fixed.split(), *(how.split() if how.startswith("--") else [])]
         self.config = compose([*read_target(RECIPE)[1], parse_overrides(words)])
-        self.data = prepared(self.config, progress=lambda *_: None)
+        self.data = prepared_text(self.config, progress=lambda *_: None)
         self.decided = decide(
             data=self.data,
             model=self.config.model,

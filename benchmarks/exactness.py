@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import BackgroundSaver
-from pretrain.cli.places import prepared, read_target
 from pretrain.config import compose
 from pretrain.distributed import open_world
 from pretrain.model import LMLoss, build
 from pretrain.optim import build_optimizer
 from pretrain.optim.param_groups import optimizer_state
+from pretrain.runner.request import read_target
+from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide
 from pretrain.train.records import Records
@@ -53,7 +54,7 @@ def main() -> None:
     config = compose(read_target(None)[1])
     config = replace(config, train=replace(config.train, steps=1000, minutes=None))
     world = open_world("cpu", threads=asked.threads)
-    data = prepared(config)
+    data = prepared_text(config)
     sections = {"model": config.model, "optimizer": config.optimizer, "schedule": config.schedule}
     decided = decide(data=data, train=config.train, world=world, **sections)  # type: ignore[arg-type]
     decoder = build(decided.model, vocab_size=data.manifest.vocab_size, seed=1)

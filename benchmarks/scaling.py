@@ -28,9 +28,10 @@ from unittest import mock
 
 from rows import OURS, Row, spread, table
 
-from pretrain.cli.places import prepared, read_target
 from pretrain.config import compose
 from pretrain.distributed import MEETING_FILE
+from pretrain.runner.request import read_target
+from pretrain.runner.text import prepared_text
 
 WARM_STEPS = 4
 ALONE, APART = "1 process", "2 processes, a model each"
@@ -51,7 +52,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     answers = os.environ["RANK"] == "0"
     if kind == APART:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
-    world, data = open_world("cpu", threads=1), prepared(config)
+    world, data = open_world("cpu", threads=1), prepared_text(config)
     tokens = (config.train.batch_tokens or 8192) * world.size
     train = replace(config.train, steps=steps, batch_tokens=tokens, precision="fp32", minutes=None)
     sections: dict[str, Any] = {"data": data, "optimizer": config.optimizer, "world": world}
@@ -108,7 +109,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
 
 def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
     """What the members of one kind come to."""
-    from pretrain.parallel.launch import run_processes
+    from pretrain.runner.launch import run_processes
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         os.environ[MEETING_FILE] = f"{folder}/meeting"

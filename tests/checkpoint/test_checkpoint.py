@@ -303,7 +303,7 @@ def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) ->
     """MODEL is opened again and again while a run goes on, two checkpoints at a time."""
     import shutil
 
-    from pretrain.cli.models import _opened
+    from pretrain.runner.open import open_checkpoint_of
 
     (tmp_path / "config.yaml").write_text("{}")
     folder, read = tmp_path / "checkpoints", set()
@@ -319,14 +319,14 @@ def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) ->
     writer = threading.Thread(target=going_on)
     writer.start()
     while not done.is_set():
-        _, checkpoint = _opened(tmp_path)
+        _, checkpoint = open_checkpoint_of(tmp_path)
         checkpoint.verify()
         read.add(checkpoint.step)
     writer.join()
     assert len(read) > 10
     (tmp_path / "summary.json").write_text(json.dumps({"checkpoint": "checkpoints/step-00000001"}))
     with pytest.raises(DamagedCheckpoint):  # and not for ever
-        _opened(tmp_path)
+        open_checkpoint_of(tmp_path)
     shutil.rmtree(folder)
 
 

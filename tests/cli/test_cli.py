@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pretrain.cli import VERBS, main
-from pretrain.cli.places import recipes
+from pretrain.runner.request import recipes
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]

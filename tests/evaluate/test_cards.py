@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.cli import main
-from pretrain.cli.models import OpenModel, open_model
 from pretrain.evaluate import Expectation, Pair, look_at, pieces, score_texts
 from pretrain.generate import next_distribution
 from pretrain.model import LMLoss
 from pretrain.report import write_report
 from pretrain.report.heat_map import heat_map, heat_map_page
+from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from test_report import Page, assert_harmless
 
@@ -28,8 +28,8 @@ HOSTILE = "<script>alert(1)</script> \" onmouseover='x' & 東京 👩‍👩‍�
 
 
 @pytest.fixture(scope="module")
-def model(finished_run: Path) -> OpenModel:
-    found = open_model(str(finished_run), device="cpu")
+def model(finished_run: Path) -> LoadedModel:
+    found = load_model(str(finished_run), device="cpu")
     found.decoder.double()
     return found
 
@@ -39,7 +39,7 @@ def tokenizer(finished_run: Path) -> Tokenizer:
     return load_tokenizer(finished_run / "tokenizer")
 
 
-def looked_at(model: OpenModel, text: str, **more: Any) -> list[Expectation]:
+def looked_at(model: LoadedModel, text: str, **more: Any) -> list[Expectation]:
     ids = model.tokenizer.encode(text).tolist()
     return look_at(
         model.decoder, Pair((model.tokenizer.start_of_text, *ids), 1), world=model.world, **more
@@ -47,7 +47,9 @@ def looked_at(model: OpenModel, text: str, **more: Any) -> list[Expectation]:
 
 
 @pytest.mark.parametrize("stride", [None, 5])
-def test_nats_of_all_tokens_are_the_score_of_the_text(model: OpenModel, stride: int | None) -> None:
+def test_nats_of_all_tokens_are_the_score_of_the_text(
+    model: LoadedModel, stride: int | None
+) -> None:
     text = HOSTILE * 12  # many windows of 32 ids
     found = looked_at(model, text, stride=stride)
     whole = score_texts(
@@ -58,7 +60,7 @@ def test_nats_of_all_tokens_are_the_score_of_the_text(model: OpenModel, stride: 
     assert [each.id for each in found] == model.tokenizer.encode(text).tolist()
 
 
-def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: OpenModel) -> None:
+def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: LoadedModel) -> None:
     text = "The people of the United States"
     ids = model.tokenizer.encode(text).tolist()
     for place, each in enumerate(looked_at(model, text, top=3)):
@@ -71,7 +73,7 @@ def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: OpenModel)
         assert [q for _, q in each.likeliest] == pytest.approx(best.values.tolist())
 
 
-def test_a_pair_without_context_is_refused(model: OpenModel) -> None:
+def test_a_pair_without_context_is_refused(model: LoadedModel) -> None:
     with pytest.raises(ValueError, match="0 of 2 ids are context; legal: 1 up"):
         look_at(model.decoder, Pair((1, 2), 0), world=model.world)
 
@@ -98,7 +100,7 @@ def test_bytes_of_a_character_are_joined_and_those_of_none_replaced(tokenizer: T
 def test_next_shows_the_answer_s_probability_and_rank(
     finished_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    monkeypatch.setattr(OpenModel, "precision", precision)
+    monkeypatch.setattr(LoadedModel, "precision", precision)
     words = ["next", str(finished_run), "--prompt", "The people of the", "--device", "cpu"]
     capsys.readouterr()
     assert main([*words, "--answer", " United States", "--top", "3", "--json"]) == 0
@@ -170,7 +172,7 @@ def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run:
     nats = [n for piece in kept["passage"] for n in piece["nats"]]
     assert len(nats) == 400
     text = "".join(piece["text"] for piece in kept["passage"])
-    model = open_model(str(finished_run), device="cpu")
+    model = load_model(str(finished_run), device="cpu")
     again = looked_at(model, text)
     assert [each.nats for each in again[:300]] == pytest.approx(nats[:300], rel=1e-4)
     assert len(kept["cards"]) == 6
@@ -202,7 +204,7 @@ def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:
     assert "--share:100.0%" in page.source
 
 
-def test_looking_draws_from_no_random_state(model: OpenModel) -> None:
+def test_looking_draws_from_no_random_state(model: LoadedModel) -> None:
     before = torch.get_rng_state()
     looked_at(model, "The people")
     assert torch.equal(before, torch.get_rng_state())

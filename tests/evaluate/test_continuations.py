@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.models import OpenModel, open_model
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Pair, Score, encode_pair, score_pairs, score_texts
 from pretrain.evaluate.continuations import windows_of
 from pretrain.evaluate.scorer import Ids, score_each
 from pretrain.model import LMLoss
+from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer import Tokenizer
 
 CONTEXT = 32  # of the tiny run
@@ -25,8 +25,8 @@ TEXT = "The people of the United States, in order to form a more perfect Union, 
 
 
 @pytest.fixture(scope="module")
-def model(finished_run: Path) -> OpenModel:
-    found = open_model(str(finished_run), device="cpu")
+def model(finished_run: Path) -> LoadedModel:
+    found = load_model(str(finished_run), device="cpu")
     found.decoder.double()
     return found
 
@@ -42,7 +42,7 @@ def random_pairs(n: int, *, longest: int, seed: int = 1) -> list[Pair]:
 
 
 @torch.no_grad()
-def by_hand(model: OpenModel, ids: list[int], first: int, contexts: list[int]) -> float:
+def by_hand(model: LoadedModel, ids: list[int], first: int, contexts: list[int]) -> float:
     """Nats of ids[first:], each from as many ids before it as `contexts` says."""
     nats = 0.0
     for i, n in zip(range(first, len(ids)), contexts, strict=True):
@@ -70,7 +70,7 @@ def test_windows_count_every_id_once_and_overlap_as_said(n_tokens: int, stride: 
     assert sum(n for _, _, n in windows) == n_tokens - 1
 
 
-def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: OpenModel) -> None:
+def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: LoadedModel) -> None:
     text = TEXT * 3
     ids = [model.tokenizer.start_of_text, *model.tokenizer.encode(text).tolist()]
     stride = 8
@@ -95,7 +95,7 @@ def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: OpenModel) -> N
     assert whole.nats == pytest.approx(default.nats, rel=1e-12)
 
 
-def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: OpenModel) -> None:
+def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: LoadedModel) -> None:
     pairs = random_pairs(40, longest=60)
     answers = score_pairs(model.decoder, pairs, world=model.world)
     assert any(a.is_cut for a in answers)
@@ -112,7 +112,7 @@ def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: OpenModel) -> Non
 def test_what_stands_beside_a_pair_changes_nothing(
     finished_run: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = open_model(str(finished_run), device="cpu")
+    model = load_model(str(finished_run), device="cpu")
     model.decoder.to(dtype)
     pairs = random_pairs(50, longest=80)
     alone = [score_pairs(model.decoder, [pair], world=model.world)[0] for pair in pairs]
@@ -125,7 +125,7 @@ def test_what_stands_beside_a_pair_changes_nothing(
             assert answer.is_greedy == alone[i].is_greedy
 
 
-def test_greedy_is_what_greedy_decoding_writes(model: OpenModel) -> None:
+def test_greedy_is_what_greedy_decoding_writes(model: LoadedModel) -> None:
     from pretrain.generate import Sampling, generate_ids
 
     prompt = model.tokenizer.encode_prompt("The people of")
@@ -138,7 +138,7 @@ def test_greedy_is_what_greedy_decoding_writes(model: OpenModel) -> None:
     assert [a.is_greedy for a in answers] == [True, False, True]
 
 
-def test_a_continuation_longer_than_the_context_is_counted_whole(model: OpenModel) -> None:
+def test_a_continuation_longer_than_the_context_is_counted_whole(model: LoadedModel) -> None:
     ids = tuple(int(i) for i in np.random.default_rng(0).integers(0, 400, 90))
     answer = score_pairs(model.decoder, [Pair(ids, 10)], world=model.world)[0]
     # From the context's last id on, in windows that do not overlap.
@@ -147,7 +147,7 @@ def test_a_continuation_longer_than_the_context_is_counted_whole(model: OpenMode
     assert answer.nats == pytest.approx(by_hand(model, list(ids), 10, contexts), rel=1e-9)
 
 
-def test_greedy_is_asked_of_every_window(model: OpenModel) -> None:
+def test_greedy_is_asked_of_every_window(model: LoadedModel) -> None:
     ids = [int(i) for i in np.random.default_rng(1).integers(0, 400, CONTEXT + 1)]
     with torch.no_grad():  # the second window reads the last of these alone
         likeliest = model.decoder.logits(model.decoder(torch.tensor([ids[-1:]])))[0, -1].argmax()
@@ -157,7 +157,7 @@ def test_greedy_is_asked_of_every_window(model: OpenModel) -> None:
     assert (alone.is_greedy, whole.is_greedy) == (True, False)
 
 
-def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model: OpenModel) -> None:
+def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model: LoadedModel) -> None:
     tokenizer = model.tokenizer
     start = tokenizer.start_of_text
     spaced, plain = (encode_pair(tokenizer, *p) for p in (("of the ", "sea"), ("of the", " sea")))
@@ -170,7 +170,7 @@ def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model: OpenModel) -> N
     assert encode_pair(tokenizer, " ", "sea") == empty
 
 
-def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: OpenModel) -> None:
+def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: LoadedModel) -> None:
     tokenizer = model.tokenizer
     before = encode_pair(tokenizer, "of the", " sea"), encode_pair(tokenizer, "", " sea")
     tokenizer.add_bos = False
@@ -183,7 +183,7 @@ def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: OpenModel) 
         tokenizer.add_bos = True
 
 
-def test_what_cannot_be_scored_is_refused(model: OpenModel) -> None:
+def test_what_cannot_be_scored_is_refused(model: LoadedModel) -> None:
     for pair in (Pair((1, 2), 0), Pair((1, 2), 2)):
         with pytest.raises(ValueError, match="ids are context"):
             score_pairs(model.decoder, [pair], world=model.world)
@@ -198,7 +198,7 @@ def test_what_cannot_be_scored_is_refused(model: OpenModel) -> None:
             )
 
 
-def test_each_document_has_its_own_score(model: OpenModel) -> None:
+def test_each_document_has_its_own_score(model: LoadedModel) -> None:
     texts = ["Yes.", TEXT * 2, "No, no."]
     lm_loss = LMLoss(model.decoder)
     each = score_each(lm_loss, model.tokenizer, texts, world=model.world)
@@ -230,7 +230,7 @@ def test_the_command_line_says_how_windows_are_cut(
 
 
 def test_where_a_text_begins_is_read_from_other_people_s_files(
-    model: OpenModel, tmp_path: Path
+    model: LoadedModel, tmp_path: Path
 ) -> None:
     """Of a folder of transformers, of an import of it, and of its export again."""
     from pretrain.export import write_hugging_face
@@ -249,14 +249,14 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
             tokenizer.add_bos = True
         assert main(["import", str(folder), "--out", str(imported)]) == 0
         for path in (folder, imported):
-            theirs: Tokenizer = open_model(str(path), device="cpu").tokenizer
+            theirs: Tokenizer = load_model(str(path), device="cpu").tokenizer
             assert theirs.add_bos is begins
             assert theirs.sha256 == tokenizer.sha256
     decoder.double()
 
 
 def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
-    model: OpenModel, tmp_path: Path
+    model: LoadedModel, tmp_path: Path
 ) -> None:
     from pretrain.export.hugging_face import _begins_texts
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
-from pretrain.cli.models import open_model
 from pretrain.corpus.demonstrations import (
     article_demonstrations,
     is_held_out,
@@ -21,6 +20,7 @@ from pretrain.corpus.demonstrations import (
 from pretrain.evaluate.conditions import baselines, reference_nats
 from pretrain.evaluate.examples import Example, askable, prompt, with_shots
 from pretrain.evaluate.tasks import task_named, tasks
+from pretrain.runner.open import load_model
 from test_tasks import log_p, written
 from tiny import TINY
 
@@ -216,7 +216,7 @@ def test_wrong_tasks_are_asked_of_the_same_input_and_are_other_words() -> None:
 
 
 def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -> None:
-    model = open_model(str(finished_run), device="cpu")
+    model = load_model(str(finished_run), device="cpu")
     model.decoder.double()
     task = task_named("translate-en-fr")
     inputs, answers = ["the people", "a sea"], [("Les gens.", "Du monde."), ("mer é",)]

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.models import open_model
 from pretrain.corpus import read_documents
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Score, score_each, score_texts
 from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
 from pretrain.evaluate.scorer import Ids
 from pretrain.model import LMLoss
+from pretrain.runner.open import load_model
 from tiny import TINY
 
 
@@ -59,7 +59,7 @@ def test_scores_are_derived_from_the_sums() -> None:
 
 
 def test_the_scorer_equals_a_brute_force_sum(finished_run: Path) -> None:
-    model = open_model(str(finished_run), device="cpu")
+    model = load_model(str(finished_run), device="cpu")
     model.decoder.double()
     text = "The people of the United States, in order to form a more perfect Union, é ordain: " * 3
     result = score_texts(LMLoss(model.decoder), model.tokenizer, [text, "Yes."], world=model.world)
@@ -106,7 +106,7 @@ def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tokenizer may put a space before a text, and fold what it reads."""
-    model = open_model(str(finished_run), device="cpu")
+    model = load_model(str(finished_run), device="cpu")
     texts = ["Ein Übermaß", ""]
     lm_loss = LMLoss(model.decoder)
     plain = score_each(lm_loss, model.tokenizer, texts, world=model.world)

@@ -15,12 +15,12 @@ import torch
 
 from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
-from pretrain.cli.models import OpenModel, open_model
 from pretrain.evaluate.examples import Example
 from pretrain.evaluate.explain import Explanation, explain
 from pretrain.evaluate.results import ask
 from pretrain.evaluate.samples import read_samples
 from pretrain.evaluate.tasks import Task, task_of_kind
+from pretrain.runner.open import LoadedModel, load_model
 from tiny import write_llama
 
 CONTEXT, CHOICES = "The people of the", ("of the people of the United States", "sea", "x")
@@ -33,21 +33,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> OpenModel:
-    found = open_model(str(folder), device="cpu")
+def model(folder: Path) -> LoadedModel:
+    found = load_model(str(folder), device="cpu")
     found.decoder.double()
     return found
 
 
 @torch.no_grad()
-def log_p(model: OpenModel, given: Sequence[int], asked: Sequence[int]) -> float:
+def log_p(model: LoadedModel, given: Sequence[int], asked: Sequence[int]) -> float:
     """Of ids after ids that fit the context together, from one row of logits."""
     ids = torch.tensor([*given, *asked])
     rows = model.decoder.logits(model.decoder(ids[None, :-1]))[0].log_softmax(-1)
     return float(rows[len(given) - 1 :].gather(1, ids[len(given) :, None]).sum())
 
 
-def ids_of(model: OpenModel, text: str) -> list[int]:
+def ids_of(model: LoadedModel, text: str) -> list[int]:
     return list(map(int, model.tokenizer.encode(text)))
 
 
@@ -63,7 +63,7 @@ def line(
     return json.dumps({"doc_id": number, "arguments": arguments, "resps": said, **more})
 
 
-def explained(model: OpenModel, task: Task, example: Example, *lines: str) -> Explanation:
+def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> Explanation:
     """What is said of samples of an example and, in the first place, of one that is the same."""
     examples, world = [example] * len(lines), model.world
     results = ask(model.decoder, model.tokenizer, task, examples, world=world)
@@ -71,7 +71,7 @@ def explained(model: OpenModel, task: Task, example: Example, *lines: str) -> Ex
     return explain(model.decoder, model.tokenizer, task, examples, results, samples, world=world)
 
 
-def cause(model: OpenModel, example: Example, sample: str, **task: Any) -> tuple[str, str]:
+def cause(model: LoadedModel, example: Example, sample: str, **task: Any) -> tuple[str, str]:
     """The only difference, and where the two are."""
     kind = task.pop("kind", "choice")
     found = explained(model, replace(task_of_kind(kind, "mine"), **task), example, sample)
@@ -79,7 +79,7 @@ def cause(model: OpenModel, example: Example, sample: str, **task: Any) -> tuple
     return difference.cause, difference.detail
 
 
-def plainly(model: OpenModel, context: str, continuations: Sequence[str]) -> list[float]:
+def plainly(model: LoadedModel, context: str, continuations: Sequence[str]) -> list[float]:
     given = [model.tokenizer.start_of_text, *ids_of(model, context)]
     return [log_p(model, given, ids_of(model, text)) for text in continuations]
 
@@ -88,7 +88,7 @@ EXAMPLE = Example((CONTEXT,), CHOICES, 1)
 ASKED = [(CONTEXT, " " + choice) for choice in CHOICES]
 
 
-def test_what_is_the_same_is_counted_and_not_explained(model: OpenModel) -> None:
+def test_what_is_the_same_is_counted_and_not_explained(model: LoadedModel) -> None:
     said = plainly(model, CONTEXT, [text for _, text in ASKED])
     acc: dict[str, Any] = {"acc": float(max(said) == said[1]), "target": "1"}
     near = [said[0] + 5e-4, *said[1:]]
@@ -100,7 +100,7 @@ def test_what_is_the_same_is_counted_and_not_explained(model: OpenModel) -> None
     assert found.furthest_nats == pytest.approx(5e-4, abs=1e-9)
 
 
-def test_other_texts_are_shown_where_they_differ(model: OpenModel) -> None:
+def test_other_texts_are_shown_where_they_differ(model: LoadedModel) -> None:
     other = "The people of the old"
     texts = [(other, " " + choice) for choice in CHOICES]
     said = plainly(model, other, [text for _, text in texts])
@@ -118,27 +118,27 @@ def test_other_texts_are_shown_where_they_differ(model: OpenModel) -> None:
     )  # fmt: skip
 
 
-def test_texts_that_explain_only_half_are_named_with_the_other_half(model: OpenModel) -> None:
+def test_texts_that_explain_only_half_are_named_with_the_other_half(model: LoadedModel) -> None:
     texts = [("The people", " " + choice) for choice in CHOICES]
     given = ids_of(model, "The people")
     said = [log_p(model, given, ids_of(model, text)) for _, text in texts]
     assert cause(model, EXAMPLE, line(texts, said))[0] == "text, start-of-text"
 
 
-def test_white_space_before_a_continuation(model: OpenModel) -> None:
+def test_white_space_before_a_continuation(model: LoadedModel) -> None:
     texts = [(CONTEXT + "\n", choice) for choice in CHOICES]
     said = plainly(model, CONTEXT, ["\n" + choice for choice in CHOICES])
     found = cause(model, EXAMPLE, line(texts, said))
     assert found == ("white space", "'\\n' before the continuation there, ' ' here")
 
 
-def test_a_start_of_text_that_is_not_there(model: OpenModel) -> None:
+def test_a_start_of_text_that_is_not_there(model: LoadedModel) -> None:
     given = ids_of(model, CONTEXT)
     said = [log_p(model, given, ids_of(model, text)) for _, text in ASKED]
     assert cause(model, EXAMPLE, line(ASKED, said)) == ("start-of-text", "no <|endoftext|> there")
 
 
-def test_tokens_made_apart_are_shown(model: OpenModel) -> None:
+def test_tokens_made_apart_are_shown(model: LoadedModel) -> None:
     """A context that ends in a space: ours counts the space, which is the continuation's."""
     example = Example((CONTEXT + " ",), CHOICES, 1)
     texts = [(CONTEXT + " ", " " + choice) for choice in CHOICES]
@@ -158,7 +158,7 @@ def test_tokens_made_apart_are_shown(model: OpenModel) -> None:
     assert cause(model, example, line(texts, said))[0] == "tokens, start-of-text"
 
 
-def test_a_smaller_window_cuts_more_from_the_left(model: OpenModel) -> None:
+def test_a_smaller_window_cuts_more_from_the_left(model: LoadedModel) -> None:
     texts = [(LONG.rstrip(), " " + choice) for choice in CHOICES]
     said = []
     for context, text in texts:
@@ -169,7 +169,7 @@ def test_a_smaller_window_cuts_more_from_the_left(model: OpenModel) -> None:
     assert cause(model, example, line(texts, said)) == ("left cut", "16 tokens fit there, 32 here")
 
 
-def test_likelihoods_that_were_divided(model: OpenModel) -> None:
+def test_likelihoods_that_were_divided(model: LoadedModel) -> None:
     said = plainly(model, CONTEXT, [text for _, text in ASKED])
     in_tokens = [len(ids_of(model, text)) for _, text in ASKED]
     for unit, sizes in {"token": in_tokens, "character": [34, 3, 1]}.items():
@@ -178,7 +178,7 @@ def test_likelihoods_that_were_divided(model: OpenModel) -> None:
         assert found == ("normalisation", f"log p a {unit} there, their sum here")
 
 
-def test_answers_that_differ_where_likelihoods_do_not(model: OpenModel) -> None:
+def test_answers_that_differ_where_likelihoods_do_not(model: LoadedModel) -> None:
     said = plainly(model, CONTEXT, [text for _, text in ASKED])
     best = said.index(max(said))
     per_character = [log_p / len(c) for log_p, c in zip(said, CHOICES, strict=True)]
@@ -199,7 +199,7 @@ def test_answers_that_differ_where_likelihoods_do_not(model: OpenModel) -> None:
     assert found[0] == "normalisation"  # another of ours says so, and nothing else does
 
 
-def test_of_equal_options_either_may_be_taken(model: OpenModel) -> None:
+def test_of_equal_options_either_may_be_taken(model: LoadedModel) -> None:
     twice = [ASKED[0], ASKED[0]]
     said = plainly(model, CONTEXT, [text for _, text in twice])
     example = Example((CONTEXT,), (CHOICES[0],) * 2, 1)
@@ -209,7 +209,7 @@ def test_of_equal_options_either_may_be_taken(model: OpenModel) -> None:
     assert [d.cause for d in found.differences] == ["tie"]
 
 
-def test_windows_of_a_text(model: OpenModel) -> None:
+def test_windows_of_a_text(model: LoadedModel) -> None:
     """32 ids are read at once: the last window of ours is what is left, of theirs a whole one."""
     start, text = model.tokenizer.start_of_text, LONG[:95]
     ids = ids_of(model, text)
@@ -220,7 +220,7 @@ def test_windows_of_a_text(model: OpenModel) -> None:
         assert cause(model, example, line(texts, [said]), kind="text")[0] == cause_there
 
 
-def test_other_spellings_of_samples_are_read(model: OpenModel) -> None:
+def test_other_spellings_of_samples_are_read(model: LoadedModel) -> None:
     """Lists, as before 0.4.3; a line for each filter; options again without their question."""
     said = plainly(model, CONTEXT, [text for _, text in ASKED])
     record = {"doc_id": 0, "arguments": ASKED, "resps": [[[log_p, False]] for log_p in said]}
@@ -230,7 +230,7 @@ def test_other_spellings_of_samples_are_read(model: OpenModel) -> None:
     assert (found.examples, found.differences) == (2, ())
 
 
-def test_nothing_is_made_up(model: OpenModel) -> None:
+def test_nothing_is_made_up(model: LoadedModel) -> None:
     said = plainly(model, CONTEXT, [text for _, text in ASKED])
     found = cause(model, EXAMPLE, line(ASKED, [said[0] - 0.25, *said[1:]]))
     assert found == ("not explained", "0.25 nats apart")

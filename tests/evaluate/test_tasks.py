@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.models import OpenModel, open_model
 from pretrain.cli.scoring import find_file, text_of
 from pretrain.evaluate import Answer
 from pretrain.evaluate.examples import (
@@ -38,6 +37,7 @@ from pretrain.evaluate.metrics import (
 )
 from pretrain.evaluate.results import Results, _of_choices, ask
 from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind, tasks
+from pretrain.runner.open import LoadedModel, load_model
 
 DATA = Path(__file__).parents[3] / "shared/data/eval"
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -61,8 +61,8 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def model(finished_run: Path) -> OpenModel:
-    found = open_model(str(finished_run), device="cpu")
+def model(finished_run: Path) -> LoadedModel:
+    found = load_model(str(finished_run), device="cpu")
     found.decoder.double()
     return found
 
@@ -77,12 +77,12 @@ def examples_of(task: Task, path: Path, limit: int | None = None) -> list[Exampl
     return read_examples(task, text_of(path), file=str(path), limit=limit)
 
 
-def asked(model: OpenModel, task: Task, examples: list[Example]) -> Results:
+def asked(model: LoadedModel, task: Task, examples: list[Example]) -> Results:
     return ask(model.decoder, model.tokenizer, task, examples, world=model.world)
 
 
 @torch.no_grad()
-def log_p(model: OpenModel, context: str, continuation: str) -> list[float]:
+def log_p(model: LoadedModel, context: str, continuation: str) -> list[float]:
     """The log-probability of each token of a continuation, from one row of logits."""
     kept = context.rstrip()
     moved = context[len(kept) :] + continuation
@@ -264,7 +264,7 @@ def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path
         with_shots(task_of_kind("pair", str(path)), examples, shots=1, seed=1)
 
 
-def test_choices_are_judged_by_every_normalisation(model: OpenModel, tmp_path: Path) -> None:
+def test_choices_are_judged_by_every_normalisation(model: LoadedModel, tmp_path: Path) -> None:
     path = written(tmp_path, RECORDS["choice"])
     task = task_of_kind("choice", str(path))
     results = asked(model, task, examples_of(task, path))
@@ -311,7 +311,9 @@ def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
     }
 
 
-def test_a_cloze_is_right_where_greedy_decoding_writes_it(model: OpenModel, tmp_path: Path) -> None:
+def test_a_cloze_is_right_where_greedy_decoding_writes_it(
+    model: LoadedModel, tmp_path: Path
+) -> None:
     from pretrain.generate import Sampling, generate_ids
 
     prompt = model.tokenizer.encode_prompt("the people of the")
@@ -331,7 +333,7 @@ def test_a_cloze_is_right_where_greedy_decoding_writes_it(model: OpenModel, tmp_
 
 
 def test_schemas_compare_one_continuation_under_each_context(
-    model: OpenModel, tmp_path: Path
+    model: LoadedModel, tmp_path: Path
 ) -> None:
     path = written(tmp_path, RECORDS["schema"])
     task = task_of_kind("schema", str(path))
@@ -344,7 +346,7 @@ def test_schemas_compare_one_continuation_under_each_context(
         assert line["taken"]["accuracy"] == sums.index(max(sums))
 
 
-def test_pairs_and_texts_stand_for_themselves(model: OpenModel, tmp_path: Path) -> None:
+def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path) -> None:
     task = task_of_kind("pair", str(written(tmp_path, RECORDS["pair"])))
     results = asked(model, task, examples_of(task, Path(task.file)))
     good, bad = (sum(log_p(model, "", RECORDS["pair"][0][name])) for name in ("good", "bad"))
@@ -373,7 +375,7 @@ def test_pairs_and_texts_stand_for_themselves(model: OpenModel, tmp_path: Path) 
 
 
 def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
-    model: OpenModel, tmp_path: Path
+    model: LoadedModel, tmp_path: Path
 ) -> None:
     from pretrain.generate import Sampling, generate
 
@@ -418,7 +420,7 @@ def test_of_a_solution_its_last_number_is_compared(tmp_path: Path) -> None:
         examples_of(task_named("gsm8k"), path)
 
 
-def test_what_a_model_writes_before_the_mark_does_not_count(model: OpenModel) -> None:
+def test_what_a_model_writes_before_the_mark_does_not_count(model: LoadedModel) -> None:
     task = replace(task_of_kind("answer", "mine"), answer_after=" ", metric="final_answer")
     ask_of = Example(("The people of",), ("x y",))
     (line,) = asked(model, task, [ask_of]).lines
@@ -588,7 +590,7 @@ def test_an_option_without_effect_is_refused(
     assert said.read_text() == "kept"
 
 
-def test_what_was_cut_is_said_once_an_example(model: OpenModel, tmp_path: Path) -> None:
+def test_what_was_cut_is_said_once_an_example(model: LoadedModel, tmp_path: Path) -> None:
     context = model.decoder.config.window_tokens
     long = "the people of the union " * context
     task = task_of_kind("choice", "mine")
@@ -598,7 +600,7 @@ def test_what_was_cut_is_said_once_an_example(model: OpenModel, tmp_path: Path) 
     assert asked(model, task_of_kind("text", "mine"), [Example(("",), (long,))]).n_cut == 0
 
 
-def test_half_of_the_window_is_left_to_a_prompt(model: OpenModel) -> None:
+def test_half_of_the_window_is_left_to_a_prompt(model: LoadedModel) -> None:
     window = model.decoder.config.window_tokens
     task = replace(task_of_kind("answer", "mine"), max_tokens=window)
     prompts = ["The people", "the people of the union " * window]

@@ -16,12 +16,12 @@ import torch
 
 from oracles import config_of, random_decoder
 from pretrain.cli import main
-from pretrain.cli.models import open_model
 from pretrain.corpus import read_documents
 from pretrain.evaluate.results import ends_of
 from pretrain.export import FormatError, certificate, open_foreign, write_gguf
 from pretrain.export.certificate import AGREES, DISAGREES, NOT_VERIFIED
 from pretrain.generate import generate
+from pretrain.runner.open import load_model
 from pretrain.tokenizer import Tokenizer, train_tokenizer
 from test_export import Change, in_config, in_weights, same, written
 from tiny import TINY
@@ -64,7 +64,7 @@ def test_what_train_leaves_behind_is_exported_and_read_back(
     assert {"model.safetensors", "tokenizer.json", "modeling_pretrain.py"} <= set(said["files"])
     assert said["library"].startswith("transformers")
     assert said["checks"]["logits"]["positions"] >= 100
-    ours, back = open_model(str(finished_run)), open_model(str(out))
+    ours, back = load_model(str(finished_run)), load_model(str(out))
     assert same(ours.decoder, back.decoder)
     assert ours.tokenizer.sha256 == back.tokenizer.sha256
     # A Hugging Face folder is a MODEL: the verbs take it as it is.
@@ -320,7 +320,7 @@ def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capt
     said = asked(capsys, "import", str(theirs), "--out", str(folder))
     assert said["format"] == "transformers' llama"
     assert set(said["files"]) == {"config.json", "model.safetensors"}
-    assert same(open_model(str(folder)).decoder, open_foreign(theirs).build())
+    assert same(load_model(str(folder)).decoder, open_foreign(theirs).build())
     text = tmp_path / "text.txt"
     text.write_text("Some text to score. " * 20)
     one, other = (
@@ -353,7 +353,7 @@ def test_a_model_stops_where_its_own_files_say(
             (folder / name).write_text(json.dumps(content))
         assert open_foreign(folder).tokenizer.stop_ids == found
     assert main(["import", str(folder), "--out", str(tmp_path / "model")]) == 0
-    model = open_model(str(tmp_path / "model"))
+    model = load_model(str(tmp_path / "model"))
     generate(model.decoder, model.tokenizer, "a")
     assert stops == [{0, 7, 9}]
     assert stops[0] <= ends_of(model.tokenizer, ())
@@ -394,7 +394,7 @@ def test_an_imported_model_trains_on(
     words += "--train.batch_tokens 240 --train.evaluate_tokens 512 --train.threads 1".split()
     words += "--train.device cpu --optimizer.learning_rate 1e-9 --model.dropout 0.1".split()
     assert main([*words, "--train.steps", "2"]) == 0
-    ours, first = open_model(str(run)), open_model(str(model))
+    ours, first = load_model(str(run)), load_model(str(model))
     assert ours.tokenizer.sha256 == first.tokenizer.sha256
     assert ours.config.model.n_kv_heads == 2
     assert ours.config.model.dropout == 0.1

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.models import open_model
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
 from pretrain.generate.packing import pack_weights
 from pretrain.generate.sampling import _draw, sample, shape_probabilities
 from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
 from pretrain.model.layers import Block
 from pretrain.rng import normal, uniform
+from pretrain.runner.open import load_model
 from test_model import VARIANTS, config
 
 V = 40
@@ -138,10 +138,10 @@ def test_generate_lays_its_matrices_out(
     opened = []
 
     def remember(*given: Any, **named: Any) -> Any:
-        opened.append(open_model(*given, **named))
+        opened.append(load_model(*given, **named))
         return opened[0]
 
-    monkeypatch.setattr("pretrain.cli.models.open_model", remember)
+    monkeypatch.setattr("pretrain.runner.open.load_model", remember)
     assert main(["generate", str(finished_run), "--max-tokens", "3"]) == 0
     assert not opened[0].decoder.head_weight.is_contiguous()
 
@@ -246,7 +246,7 @@ def test_counts_below_one_and_empty_prompts_are_refused(decoder: Decoder) -> Non
 
 
 def test_text_goes_in_and_out(finished_run: Path) -> None:
-    model = open_model(str(finished_run), device="cpu")
+    model = load_model(str(finished_run), device="cpu")
     texts = generate(model.decoder, model.tokenizer, "The people", max_tokens=20, n=2)
     assert len(texts) == 2
     assert all(isinstance(text, str) for text in texts)

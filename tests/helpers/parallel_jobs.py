@@ -307,13 +307,13 @@ def talk() -> dict[str, Any]:
 
 def differ() -> str:
     """Processes that would not compute the same."""
-    from pretrain.cli.processes import refuse_differences
     from pretrain.distributed import open_world
+    from pretrain.runner.launch import check_same_on_all_ranks
 
     world = open_world("cpu", threads=1)
-    refuse_differences(world, {"seed": 1})
+    check_same_on_all_ranks(world, {"seed": 1})
     try:
-        refuse_differences(world, {"seed": 1, "code": "abc" if world.rank < 1 else "xyz"})
+        check_same_on_all_ranks(world, {"seed": 1, "code": "abc" if world.rank < 1 else "xyz"})
     except ValueError as error:
         return str(error)
     return ""

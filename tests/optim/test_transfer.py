@@ -8,13 +8,14 @@ import math
 import pytest
 from numpy.polynomial import Polynomial
 
-from pretrain.cli.places import prepared, read_target
 from pretrain.config import compose, parse_overrides
 from pretrain.data import evaluation_batches
 from pretrain.distributed import open_world
 from pretrain.evaluate import byte_lengths, score
 from pretrain.model import LMLoss, build
 from pretrain.optim import build_optimizer, lr_at
+from pretrain.runner.request import read_target
+from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
 from pretrain.train.decide import decide
 from pretrain.train.steps import training_steps
@@ -37,7 +38,7 @@ def nats(settings: dict[str, float]) -> float:
     """Of held-out text, after a short run of the recipe `english` without tables."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     config = compose([*read_target("english")[1], parse_overrides(words)])
-    data = prepared(config, progress=lambda *_: None)
+    data = prepared_text(config, progress=lambda *_: None)
     world = open_world("cpu", threads=2)
     decided = decide(
         data=data,

@@ -17,9 +17,6 @@ import pytest
 
 import parallel_jobs as jobs
 from pretrain.cli import going_on, leg, main
-from pretrain.cli import processes as processes_page
-from pretrain.cli.output import Output
-from pretrain.cli.processes import MOST_RESTARTS
 from pretrain.cli.resuming import read_run
 from pretrain.config import read_file
 from pretrain.distributed import open_world
@@ -27,7 +24,8 @@ from pretrain.model import ModelConfig, n_parameters
 from pretrain.model.config import model_defaults
 from pretrain.parallel import ParallelConfig
 from pretrain.parallel.elastic import Branches
-from pretrain.parallel.peers import PeerDied
+from pretrain.runner import launch as launch_module
+from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
 from pretrain.train import decide as decide_page
 from pretrain.train.stragglers import WINDOW, Stragglers
 from processes import Pool
@@ -159,9 +157,9 @@ def test_a_run_s_axes_go_with_its_own_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = written(tmp_path, processes=3, tensor=3)
-    assert processes_page.processes_of_run(run, {}) == 3
-    assert processes_page.processes_of_run(run, {"parallel": {"tensor": 1}}) == 3
-    assert processes_page.processes_of_run(run, {"parallel": {"processes": 6}}) == 6
+    assert launch_module.n_processes_of_run(run, {}) == 3
+    assert launch_module.n_processes_of_run(run, {"parallel": {"tensor": 1}}) == 3
+    assert launch_module.n_processes_of_run(run, {"parallel": {"processes": 6}}) == 6
     stored = read_run(run)
     monkeypatch.setenv("WORLD_SIZE", "6")
     wanted = going_on._wanted(stored, None, {"parallel": {"processes": 6, "data": 2}})
@@ -191,7 +189,7 @@ def test_a_leg_that_fails_is_no_leg_that_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*given: Any, **named: Any) -> int:
-        raise PeerDied("the disk is full", 75)
+        raise ProcessFailed("the disk is full", 75)
 
     monkeypatch.setattr(leg, "launch_once", fails)
     run = written(tmp_path, processes=2)
@@ -397,7 +395,7 @@ def test_processes_talk_in_texts_and_sums(pool: Pool) -> None:
 
 def test_processes_that_differ_refuse_to_start(pool: Pool) -> None:
     said = pool.run(2, jobs.differ)
-    assert said == ["process 0 and process 1 differ, and must not: code: abc and xyz"] * 2
+    assert said == ["rank 0 and rank 1 must not differ: code: abc and xyz"] * 2
 
 
 def test_only_this_machine_is_listened_to(pool: Pool) -> None:
@@ -451,7 +449,7 @@ def test_processes_that_do_not_say_how_long_they_take_are_not_slow() -> None:
     assert not any(seen.note([0.0, 0.0]) for _ in range(2 * WINDOW))
 
 
-@pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MOST_RESTARTS), (True, 10)])
+@pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MAX_RESTARTS), (True, 10)])
 def test_what_fails_without_getting_on_is_not_started_for_ever(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, moves: bool, starts: int
 ) -> None:
@@ -459,15 +457,15 @@ def test_what_fails_without_getting_on_is_not_started_for_ever(
 
     def fail(words: Sequence[str], n: int) -> int:
         said.append(words)
-        raise PeerDied("process 1 was killed by SIGKILL", 2 if len(said) == 10 else 1)
+        raise ProcessFailed("rank 1 was killed by SIGKILL", 2 if len(said) == 10 else 1)
 
-    monkeypatch.setattr(processes_page, "launch_once", fail)
-    with pytest.raises(PeerDied):
-        processes_page.launch(
+    monkeypatch.setattr(launch_module, "launch_once", fail)
+    with pytest.raises(ProcessFailed):
+        launch_module.launch(
             ["first"],
             lambda: ["again"],
             2,
-            Output(json=False),
+            print,
             progress=lambda: len(said) if moves else 0,
         )
     assert said == [["first"], *[["again"]] * (starts - 1)]

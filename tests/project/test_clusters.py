@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from pretrain.cli import take_settings
-from pretrain.cli.places import read_target
 from pretrain.config import compose, parse_overrides
+from pretrain.runner.request import read_target
 
 FOLDER = Path(__file__).parents[2] / "docs/how-to/clusters"
 

@@ -80,10 +80,10 @@ def test_a_host_that_is_cut_off_is_named(corpus: Path, tmp_path: Path) -> None:
     started = start(cut, *words, "--parallel.timeout_seconds", "5")
     wait_for(lambda: is_saved(run, 8))
     cut.touch()
-    said, told = "", "waits for the others in vain: after 5 seconds there is no answer from process"
+    said, told = "", "timed out after 5 seconds; no answer from ranks"
     assert started.stdout is not None
     try:
-        while any(f"{name} {told}" not in said for name in ("0 on first", "1 on second")):
+        while any(f"{name}: {told}" not in said for name in ("rank 0 (first)", "rank 1 (second)")):
             line = started.stdout.readline()
             assert line, said
             said += line

@@ -20,7 +20,7 @@ import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
 from pretrain.checkpoint import open_checkpoint
-from pretrain.parallel.launch import _SINCE
+from pretrain.runner.launch import NEW_LAUNCH_SETTINGS
 from tiny import TINY
 
 STEPS = 24
@@ -94,7 +94,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_this_release_of_torch_has_all_that_is_asked_of_its_launcher() -> None:
     """What one lacks is left out without a word, and so would be a name with a mistake."""
-    assert _SINCE.keys() <= {field.name for field in fields(LaunchConfig)}
+    assert NEW_LAUNCH_SETTINGS.keys() <= {field.name for field in fields(LaunchConfig)}
 
 
 def test_two_processes_are_one_run(corpus: Path, whole: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_killed_process_is_named_and_the_run_goes_on_by_itself(
     wait_for(lambda: is_saved(tmp_path / "run", 8))
     os.kill(members(started)[rank], signal.SIGKILL)
     said = finish(started)
-    assert f"process {rank} was killed by SIGKILL" in said
+    assert f"rank {rank} was killed by SIGKILL" in said
     assert "Traceback" not in said
     assert losses(tmp_path / "run") == losses(whole)
     assert numbers(tmp_path / "run") == numbers(whole)
@@ -147,10 +147,10 @@ def test_a_process_that_does_not_answer_is_named(corpus: Path, tmp_path: Path) -
     os.kill(stopped, signal.SIGSTOP)
     line = ""
     assert started.stdout is not None
-    while "waits for the others" not in line:
+    while "timed out after" not in line:
         line = started.stdout.readline()
         assert line, "it ended without a word"
-    assert "after 5 seconds there is no answer from process 1" in line
+    assert "timed out after 5 seconds; no answer from ranks 1" in line
     assert _is_dead(stopped)
     assert f"resuming {run} after step" in finish(started)
 
@@ -212,7 +212,7 @@ def test_two_processes_extend_a_run_and_prove_it(
             wait_for(lambda: is_saved(two, STEPS + 16))
             os.kill(members(started)[1], signal.SIGKILL)
         said = finish(started)
-        assert ("process 1 was killed by SIGKILL" in said) == (run == two)
+        assert ("rank 1 was killed by SIGKILL" in said) == (run == two)
     assert len(losses(one)) == 200
     assert losses(one) == losses(two)
     assert numbers(one, 200) == numbers(two, 200)

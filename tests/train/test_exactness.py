@@ -190,16 +190,16 @@ def test_a_run_that_died_before_it_was_decided_is_resumed(
     if before == 0:
         from pretrain.cli import beginning
 
-        name = {"preparing": "text_of", "deciding": "_decide"}[stage]
-        setattr(beginning, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        name = {"preparing": "open_text", "deciding": "_decide"}[stage]
+        setattr(beginning, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         main(["train", *words])
         os._exit(9)
     assert os.WTERMSIG(os.waitpid(before, 0)[1]) == signal.SIGKILL
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"asked.yaml", "run.lock"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"requested.yaml", "run.lock"}
     assert train("--resume", "--run", str(tmp_path / "run")) == 0
     config = compose([read_file(tmp_path / "run" / "config.yaml")])
     assert config.train.steps == 4
-    assert not (tmp_path / "run" / "asked.yaml").exists()
+    assert not (tmp_path / "run" / "requested.yaml").exists()
     assert train(*words) == 2  # it is a run now
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from oracles import CASES, T, V, config_of, random_decoder
 from pretrain.cli import main
-from pretrain.cli.models import open_model
 from pretrain.cli.trial import losses
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
@@ -24,6 +23,7 @@ from pretrain.generate import Sampling, generate
 from pretrain.model import LMLoss, build
 from pretrain.model.loss import chunked_cross_entropy, reference_cross_entropy
 from pretrain.optim import OptimizerConfig, build_optimizer
+from pretrain.runner.open import load_model
 from pretrain.train.steps import train_step
 from test_train import assert_same_run
 from tiny import TINY
@@ -144,7 +144,7 @@ def test_whole_logits_are_never_held() -> None:
 def test_greedy_texts_are_those_of_a_cpu(finished_run: Path) -> None:
     texts = []
     for device in ("cpu", "cuda"):
-        model = open_model(str(finished_run), device=device)
+        model = load_model(str(finished_run), device=device)
         sampling = Sampling(temperature=0.0)
         texts.append(
             generate(model.decoder, model.tokenizer, "The", max_tokens=20, sampling=sampling)

@@ -22,13 +22,13 @@ import torch
 from pretrain.checkpoint import list_checkpoints, open_checkpoint
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
-from pretrain.cli.places import read_target
 from pretrain.config import compose, parse_overrides
 from pretrain.corpus import read_documents
 from pretrain.data import MicroBatch, prepare
 from pretrain.distributed import open_world
 from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.optim import OptimizerConfig, build_optimizer
+from pretrain.runner.request import read_target
 from pretrain.train.decide import decide
 from pretrain.train.records import Best, Records
 from pretrain.train.signals import StopSignals

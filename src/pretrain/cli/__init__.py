@@ -112,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code == 1 and not hasattr(error, "exit_code"):
             traceback.print_exc()
-        from pretrain.cli.processes import tell_launcher
+        from pretrain.runner.launch import report_to_launcher
 
-        if not tell_launcher(explain(error)):
+        if not report_to_launcher(explain(error)):
             output.fail(explain(error), code)
         return code
 

@@ -10,29 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.cli.environment import only_writer, write_environment
-from pretrain.cli.models import with_first_weights
 from pretrain.cli.output import Output
-from pretrain.cli.places import ASKED
-from pretrain.cli.processes import opened_world, refuse_differences
 from pretrain.cli.scoring import read_followed
-from pretrain.cli.training import fingerprint_of, text_of, train_run
-from pretrain.config import Layer, Rules, RunConfig, to_yaml
+from pretrain.cli.training import fingerprint_of, train_run
+from pretrain.config import RunConfig, to_yaml
 from pretrain.data.shards import PreparedData
 from pretrain.fileio import replace_file
+from pretrain.runner.launch import check_same_on_all_ranks, open_world_of
+from pretrain.runner.request import REQUESTED
+from pretrain.runner.text import open_text
 from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
     from pretrain.evaluate.following import Followed
-
-
-def composed(
-    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules | None = None
-) -> RunConfig:
-    # What a recipe says of the architecture gives way to train.init_from; what the user says must
-    # fit it.
-    n_below = 0 if (target or "").lower().endswith((".yaml", ".yml")) else len(layers)
-    return with_first_weights(layers[:n_below], [*layers[n_below:], overrides], also=also)
 
 
 def start(
@@ -44,12 +35,12 @@ def start(
     leads = world is None or world.leads
     with only_writer(folder, output) if leads else nullcontext():
         if leads:
-            replace_file(folder / ASKED, to_yaml(config).encode())
+            replace_file(folder / REQUESTED, to_yaml(config).encode())
         try:
             followed = read_followed(config.evaluate)
-            data = text_of(config, output, world)
+            data = open_text(config, output.say, world)
             check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
-            world = world or opened_world(config)
+            world = world or open_world_of(config)
             config = _decide(config, folder, data, followed, output, world)
         except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
             if leads:
@@ -62,7 +53,7 @@ def start(
 
 def _take_back(folder: Path, new: list[Path]) -> None:
     """Leave nothing of a run that could not begin, and none of the `new` folders."""
-    (folder / ASKED).unlink(missing_ok=True)
+    (folder / REQUESTED).unlink(missing_ok=True)
     (folder / "run.lock").unlink(missing_ok=True)
     with suppress(OSError):
         for each in new:
@@ -95,7 +86,7 @@ def _decide(
     )
     sections = {each.name: getattr(decided, each.name) for each in fields(decided)}
     config = replace(config, **sections)
-    refuse_differences(world, fingerprint_of(config, data, world))
+    check_same_on_all_ranks(world, fingerprint_of(config, data, world))
     if not world.leads:
         world.wait_for_leader()
         return config
@@ -104,6 +95,6 @@ def _decide(
     write_environment(folder, text, world, fingerprint_of(config, data, world))
     # Last: from now on a resume goes by it.
     replace_file(folder / "config.yaml", text.encode())
-    (folder / ASKED).unlink()
+    (folder / REQUESTED).unlink()
     world.wait_for_leader()
     return config

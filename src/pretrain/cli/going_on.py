@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.cli.beginning import composed, start
+from pretrain.cli.beginning import start
 from pretrain.cli.environment import only_writer, read_environment
 from pretrain.cli.machine import with_whole_paths
-from pretrain.cli.models import first_weights
 from pretrain.cli.output import Output
-from pretrain.cli.places import ASKED, prepared, read_target
-from pretrain.cli.processes import join, opened_world, refuse_differences
+from pretrain.cli.processes import join
 from pretrain.cli.resuming import (
     Resumption,
     asked_settings,
@@ -28,12 +26,15 @@ from pretrain.cli.resuming import (
     with_settings,
 )
 from pretrain.cli.scoring import read_followed
-from pretrain.cli.training import fingerprint_of, text_of, train_run
+from pretrain.cli.training import fingerprint_of, train_run
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
 from pretrain.data.shards import PreparedData
 from pretrain.distributed import leave_world, n_processes
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report import require_packages, write_report
+from pretrain.runner.launch import check_same_on_all_ranks, open_world_of
+from pretrain.runner.request import compose_target, initial_checkpoint, read_target, requested_file
+from pretrain.runner.text import open_text, prepared_text
 from pretrain.train.changes import check_accepted, differences
 from pretrain.train.records import Records
 from pretrain.train.signals import TO_THE_END, Ends
@@ -58,8 +59,8 @@ def resume(
     ends: Ends = TO_THE_END,
 ) -> int:
     """Go on with a run; with a `continuation`, with a finished one, to more steps."""
-    if (folder / ASKED).is_file() and not (folder / "config.yaml").is_file():
-        asked = _wanted(compose([read_file(folder / ASKED)]), target, overrides)
+    if (path := requested_file(folder)) is not None:
+        asked = _wanted(compose([read_file(path)]), target, overrides)
         world, output = join(asked, output)
         output.say(f"{folder} was stopped before anything was decided: it starts anew")
         return start(asked, folder, output, began, world)
@@ -81,15 +82,15 @@ def resume(
         by = "accept" if continuation is None else continuation.verb
         found = Resumption(folder, stored, wanted, checkpoint, accepted=accepted, by=by)
         found.refuse_other_text()
-        data = text_of(found.wanted, output)
-        world = joined or opened_world(found.wanted)
+        data = open_text(found.wanted, output.say)
+        world = joined or open_world_of(found.wanted)
         final = _settled(found, continuation, data, followed, output, world)
         put_tokenizer(folder, data, output)
         set_aside(folder)
         output.say(_where_it_goes_on(folder, checkpoint))
         world.wait_for_leader()
         world.share("" if checkpoint is None else checkpoint.path.name)
-        refuse_differences(world, fingerprint_of(final, data, world))
+        check_same_on_all_ranks(world, fingerprint_of(final, data, world))
         return train_run(
             final,
             folder,
@@ -123,8 +124,8 @@ def _follow_leader(folder: Path, world: World, output: Output, began: float, end
     world.wait_for_leader()
     name = world.share("")
     config = read_run(folder)
-    data = prepared(config)
-    refuse_differences(world, fingerprint_of(config, data, world))
+    data = prepared_text(config)
+    check_same_on_all_ranks(world, fingerprint_of(config, data, world))
     return train_run(
         config,
         folder,
@@ -149,7 +150,7 @@ def _settled(
     """The settings under which the run goes on, with all that was accepted on the disk."""
     from pretrain.train.fingerprint import fingerprint
 
-    changes = found.settle(fingerprint(data, world, first_weights(found.wanted)), data)
+    changes = found.settle(fingerprint(data, world, initial_checkpoint(found.wanted)), data)
     final = found.wanted
     if continuation is not None:
         final = continuation.extended(final, found.step)
@@ -195,7 +196,7 @@ def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfi
     rest: list[Layer] = [
         {s: keys for s, keys in layer.items() if s != "parallel"} for layer in layers
     ]
-    asked = with_whole_paths(composed(target, rest[:-1], rest[-1]))
+    asked = with_whole_paths(compose_target(target, rest[:-1], rest[-1]))
     wanted = with_settings(stored, asked_settings(asked, rest))
     own, here = to_dict(stored), {"parallel": {"processes": n_processes()}}
     said = [{"parallel": layer["parallel"]} for layer in layers if "parallel" in layer]

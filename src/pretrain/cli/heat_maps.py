@@ -10,13 +10,13 @@ from pretrain.cli.output import Output
 from pretrain.report import heat_map_page
 
 if TYPE_CHECKING:
-    from pretrain.cli.models import OpenModel
+    from pretrain.runner.open import LoadedModel
 
 # A page of more is slow to look at, and nobody does.
 MOST_TOKENS = 20_000
 
 
-def draw_texts(model: OpenModel, arguments: argparse.Namespace, output: Output) -> None:
+def draw_texts(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> None:
     """Write the page; of all texts together the first MOST_TOKENS are drawn."""
     from pretrain.corpus import read_documents
     from pretrain.evaluate import Pair, look_at, pieces

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
-from pretrain.cli.processes import launch_once, processes_of_run
-from pretrain.parallel.peers import PeerDied
+from pretrain.runner.launch import ProcessFailed, launch_once, n_processes_of_run
 from pretrain.train.signals import Ends
 
 
@@ -28,10 +27,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--die-after", type=int)
     asked = parser.parse_args(words)
-    if (n := processes_of_run(asked.folder, {})) > 1:
+    if (n := n_processes_of_run(asked.folder, {})) > 1:
         try:
             return launch_once(words, n, module="pretrain.cli.leg")
-        except PeerDied as error:
+        except ProcessFailed as error:
             if asked.die_after is None or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
                 return error.exit_code

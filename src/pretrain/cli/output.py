@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
@@ -17,10 +16,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-# Between two lines about one stage of a long preparation.
-_STAGE_SECONDS = 10.0
 
 
 class Output:
@@ -37,21 +32,10 @@ class Output:
         print(text, file=self.people, flush=True)
 
     def stages(self) -> Callable[[str, float], None]:
-        """A callback for long work: says when a stage begins, then every ten seconds how far."""
-        current, said = "", 0.0
+        """Return a progress callback (stage, fraction) that reports long work here."""
+        from pretrain.runner.text import stage_progress
 
-        def show(stage: str, fraction: float) -> None:
-            nonlocal current, said
-            now = time.monotonic()
-            if stage != current:
-                self.say(f"{stage} ...")
-            elif now - said > _STAGE_SECONDS:
-                self.say(f"{stage}: {fraction:.0%}")
-            else:
-                return
-            current, said = stage, now
-
-        return show
+        return stage_progress(self.say)
 
     def result(self, content: Mapping[str, Any]) -> None:
         """The machine-readable answer; without --json it is not printed."""

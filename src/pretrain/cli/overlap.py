@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output, plain
-from pretrain.cli.places import cache_folder, text_of_run
+from pretrain.runner.text import cache_folder, text_of_run
 from pretrain.train.records import write_json
 
 if TYPE_CHECKING:
-    from pretrain.cli.models import OpenModel
     from pretrain.cli.scoring import Asked
     from pretrain.corpus.bloom import BloomFilter
     from pretrain.data import PreparedData
     from pretrain.evaluate import Results
+    from pretrain.runner.open import LoadedModel
 
 OVERLAP = "overlap.json"
 # Of what a filter holds: another number whenever words are told or hashed in another way.
 _KEPT_AS = 1
 
 
-def training_text(model: OpenModel) -> PreparedData:
+def training_text(model: LoadedModel) -> PreparedData:
     """What a model was trained on; ValueError where it was not trained here, or the text is
     another."""
     seen = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")
@@ -40,7 +40,7 @@ def training_text(model: OpenModel) -> PreparedData:
 
 
 def measure(
-    model: OpenModel,
+    model: LoadedModel,
     data: PreparedData,
     answered: Sequence[tuple[Asked, Results]],
     *,
@@ -139,7 +139,7 @@ def _numbered(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def _writing(
-    model: OpenModel,
+    model: LoadedModel,
     data: PreparedData,
     corpus: BloomFilter,
     arguments: argparse.Namespace,

@@ -18,11 +18,11 @@ from pretrain.evaluate.metrics import statistics_of_answer
 from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
 
 if TYPE_CHECKING:
-    from pretrain.cli.models import OpenModel
     from pretrain.corpus import ReadingReport
     from pretrain.evaluate import Score
     from pretrain.evaluate.metrics import Array
     from pretrain.evaluate.results import Results
+    from pretrain.runner.open import LoadedModel
 
 DATA_VARIABLE = "PRETRAIN_TASKS"
 STARTS = {"model": None, "always": True, "never": False}
@@ -48,7 +48,7 @@ class Asked:
     shots: int
     seed: int
 
-    def protocol(self, model: OpenModel, results: Results) -> str:
+    def protocol(self, model: LoadedModel, results: Results) -> str:
         """How the task was asked, in a line."""
         tokenizer, n = model.tokenizer, len(self.examples)
         begins = tokenizer.add_bos or self.task.kind in ("pair", "text")
@@ -220,18 +220,18 @@ def _examples_of(task: Task, path: Path, *, limit: int | None) -> list[Example]:
     return read_examples(task, text_of(path), file=str(path), limit=limit)
 
 
-def open_scored(name: str, arguments: argparse.Namespace) -> OpenModel:
+def open_scored(name: str, arguments: argparse.Namespace) -> LoadedModel:
     """The model, beginning contexts as was asked for."""
-    from pretrain.cli.models import open_model
+    from pretrain.runner.open import load_model
 
-    model = open_model(name, device=arguments.device)
+    model = load_model(name, device=arguments.device)
     begins = STARTS[arguments.start_of_text]
     if begins is not None:
         model.tokenizer.add_bos = begins
     return model
 
 
-def answers_of(model: OpenModel, asked: Asked, stride: int | None) -> Results:
+def answers_of(model: LoadedModel, asked: Asked, stride: int | None) -> Results:
     from pretrain.evaluate.results import ask
 
     return ask(
@@ -245,7 +245,7 @@ def answers_of(model: OpenModel, asked: Asked, stride: int | None) -> Results:
     )
 
 
-def conditions_of(model: OpenModel, asked: Asked, stride: int | None) -> dict[str, Any]:
+def conditions_of(model: LoadedModel, asked: Asked, stride: int | None) -> dict[str, Any]:
     """Nats a byte of the references with the task, with another and with none; how likely chance
     makes such differences; and the metric of answers that need no model."""
     from pretrain.evaluate import conditions
@@ -299,7 +299,7 @@ def _refuse_partial(report: ReadingReport) -> None:
 
 
 def score_documents(
-    model: OpenModel, file: str, arguments: argparse.Namespace
+    model: LoadedModel, file: str, arguments: argparse.Namespace
 ) -> tuple[list[str], list[Score], str]:
     """The texts of a file, what the model makes of each, and what was passed over, in words."""
     from pretrain.evaluate import score_each
@@ -317,7 +317,7 @@ def score_documents(
     return texts, scores, passed_over
 
 
-def text_protocol(model: OpenModel, stride: int | None, *, of: str = "each text") -> str:
+def text_protocol(model: LoadedModel, stride: int | None, *, of: str = "each text") -> str:
     """How texts are scored, in a line. ValueError for a stride that does not fit the context."""
     from pretrain.data.batches import checked_stride
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.environment import read_environment
-from pretrain.cli.models import first_weights
 from pretrain.cli.output import Output
-from pretrain.cli.places import prepared
-from pretrain.cli.processes import losing_others
 from pretrain.cli.resuming import settings_of, summary_of
 from pretrain.config import RunConfig
 from pretrain.data.shards import PreparedData
 from pretrain.report import write_report
+from pretrain.runner.launch import naming_lost_ranks
+from pretrain.runner.request import initial_checkpoint
 from pretrain.train.signals import TO_THE_END, Ends
 
 if TYPE_CHECKING:
@@ -28,23 +27,12 @@ if TYPE_CHECKING:
     from pretrain.evaluate.following import Followed
 
 
-def text_of(config: RunConfig, output: Output, world: World | None = None) -> PreparedData:
-    """The run's text; of several processes the first prepares it."""
-    if world is not None and not world.leads:
-        world.wait_for_leader()
-    output.say(f"text: {', '.join(config.data.paths)}")
-    data = prepared(config, progress=output.stages())
-    if world is not None and world.leads:
-        world.wait_for_leader()
-    return data
-
-
 def fingerprint_of(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
     """All that the run's numbers hang on; its settings are among it, for a config.yaml that was
     edited since is another config."""
     from pretrain.train.fingerprint import fingerprint
 
-    return {**fingerprint(data, world, first_weights(config)), "settings": settings_of(config)}
+    return {**fingerprint(data, world, initial_checkpoint(config)), "settings": settings_of(config)}
 
 
 def train_run(
@@ -70,7 +58,7 @@ def train_run(
     if world.leads:
         _follow(config, folder)
     run = read_environment(folder)["run"]
-    with losing_others(world, config.parallel.timeout_seconds):
+    with naming_lost_ranks(world, config.parallel.timeout_seconds):
         code = train(
             folder,
             data=data,
@@ -83,7 +71,7 @@ def train_run(
             screen=screen,
             identity={"run": run, "fingerprint": fingerprint_of(config, data, world)},
             began=began,
-            first_weights=first_weights(config),
+            first_weights=initial_checkpoint(config),
             resume_from=resume_from,
             followed=followed,
             asked_every=config.evaluate.every,

@@ -130,6 +130,7 @@ _OWN = (
     {"config.yaml", "environment.json", "tokenizer"},
     {"config.yaml", "checkpoints", "tokenizer"},
     {"asked.yaml"},
+    {"requested.yaml"},
     {"manifest.json", "report.json", "tokenizer"},
 )
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
+from pretrain.runner.open import MODEL_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--task", required=True, metavar="NAME", help="translate-en-fr, answer, summarize, ..."
     )
@@ -27,10 +27,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     task = task_named(arguments.task)
     context = prompt(task, arguments.input)
 
-    from pretrain.cli.models import open_model
     from pretrain.evaluate.results import Writer
+    from pretrain.runner.open import load_model
 
-    model = open_model(arguments.model, device=arguments.device)
+    model = load_model(arguments.model, device=arguments.device)
     writer = Writer(
         model.decoder, model.tokenizer, task, world=model.world, precision=model.precision
     )

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
-from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
+from pretrain.runner.open import MODEL_HELP
 
 if TYPE_CHECKING:
     from pretrain.evaluate.metrics import Array
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help=f"two or more; the others minus the first; {HELP}",
+        help=f"two or more; the others minus the first; {MODEL_HELP}",
     )
     scoring.add_arguments(parser)
 

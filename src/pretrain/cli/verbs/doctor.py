@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.meeting import meet
 from pretrain.cli.output import Output
-from pretrain.cli.processes import launch_once
 from pretrain.cli.resuming import read_run
 from pretrain.cli.trial import STEPS, furthest, losses
 from pretrain.cli.verbs.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
 from pretrain.distributed import n_processes
+from pretrain.runner.launch import launch_once
 
 if TYPE_CHECKING:
     from pretrain.distributed import World

@@ -22,21 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
 from pretrain.cli.heat_maps import draw_texts
-from pretrain.cli.models import HELP
 from pretrain.cli.output import Output, plain
 from pretrain.cli.overlap import measure, training_text
+from pretrain.runner.open import MODEL_HELP
+from pretrain.runner.text import text_of_run
 
 if TYPE_CHECKING:
-    from pretrain.cli.models import OpenModel
     from pretrain.evaluate import Results, Score, Task
     from pretrain.evaluate.samples import Sample
+    from pretrain.runner.open import LoadedModel
 
 # Of a task that is asked in several ways, answers to read.
 EXAMPLES_SHOWN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     scoring.add_arguments(parser)
     parser.add_argument(
         "--answers", metavar="FILE", help="write what was said to each example, a JSON line each"
@@ -123,7 +124,7 @@ def _read_samples(name: str, asked: list[scoring.Asked]) -> dict[int, Sample]:
 
 
 def _explained(
-    model: OpenModel,
+    model: LoadedModel,
     asked: scoring.Asked,
     results: Results,
     samples: dict[int, Sample],
@@ -192,7 +193,7 @@ def _line(metric: str, found: dict[str, Any], *, is_main: bool) -> str:
     return f"  {'*' if is_main else ' '} {metric:<24}{found['value']:.4f}{error}{seen}"
 
 
-def _score_texts(model: OpenModel, arguments: argparse.Namespace) -> dict[str, Any]:
+def _score_texts(model: LoadedModel, arguments: argparse.Namespace) -> dict[str, Any]:
     from pretrain.evaluate import Score
 
     if arguments.text is None:
@@ -216,8 +217,7 @@ def _row(score: Score, words: int) -> dict[str, Any]:
     }
 
 
-def _score_split(model: OpenModel, stride: int | None) -> dict[str, Any]:
-    from pretrain.cli.places import text_of_run
+def _score_split(model: LoadedModel, stride: int | None) -> dict[str, Any]:
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.documents import document_texts

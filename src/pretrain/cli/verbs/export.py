@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.models import HELP, OpenModel
 from pretrain.cli.new_folder import final_folder, set_aside, work_folder
 from pretrain.cli.output import Output, plain
 from pretrain.fileio import move_into_place
+from pretrain.runner.open import MODEL_HELP, LoadedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ _PACKAGES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--format", required=True, choices=("hf", "gguf"), help="hf or gguf")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument(
@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"--type {arguments.type} is not for {arguments.format}; legal: {legal}")
     text = _text(arguments.text)
 
-    from pretrain.cli.models import open_model
     from pretrain.export.certificate import DISAGREES, FILE_NAME, NOT_VERIFIED, table
+    from pretrain.runner.open import load_model
 
     # On the CPU in float32: the reference that every other library is held to.
-    model = open_model(arguments.model, device="cpu")
+    model = load_model(arguments.model, device="cpu")
     text = _encodable(model, text)
     with work_folder(out) as work:
         exported = _write(model, work, arguments.format, arguments.type)
@@ -97,7 +97,7 @@ def _text(file: str | None) -> str:
     return text[:_TEXT_CHARACTERS]
 
 
-def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exported:
+def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Exported:
     """Write the files; the model's weights then become the numbers in them, rounded as they are."""
     from pretrain.export import Exported, write_gguf, write_hugging_face
     from pretrain.export.architectures import is_native
@@ -122,7 +122,7 @@ def _write(model: OpenModel, folder: Path, format: str, numbers: str) -> Exporte
     return Exported(path, format, numbers, own_code, decoder, model.tokenizer)
 
 
-def _certify(model: OpenModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
+def _certify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
     from pretrain.evaluate import score_texts
     from pretrain.export.certificate import certify, foreign_library
     from pretrain.model import LMLoss
@@ -132,7 +132,7 @@ def _certify(model: OpenModel, exported: Exported, text: str, output: Output) ->
     return certify(exported, text, score, threads=model.world.threads)
 
 
-def _encodable(model: OpenModel, text: str) -> str:
+def _encodable(model: LoadedModel, text: str) -> str:
     """The text without the characters that a vocabulary of characters lacks. ValueError where
     nothing is left."""
     tokenizer = model.tokenizer

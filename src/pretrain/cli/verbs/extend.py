@@ -17,11 +17,12 @@ from pathlib import Path
 from pretrain.cli.continuing import Continuation, given_settings, was_begun
 from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
-from pretrain.cli.processes import launch_continuation, processes_of_run
+from pretrain.cli.processes import launch_continuation
 from pretrain.cli.resuming import read_run
 from pretrain.cli.verbs.train import add_accept
 from pretrain.config import Layer, parse_overrides
 from pretrain.optim.schedule import LRSchedule, extend
+from pretrain.runner.launch import n_processes_of_run
 
 TAKES_SETTINGS = True
 _TAKES = (
@@ -74,7 +75,7 @@ def go_on(
     given = given_settings(overrides, takes)
     if given.get("train.steps") is None:
         raise ValueError(f"{verb} needs --train.steps N, the new total, above {stored.train.steps}")
-    if (n := processes_of_run(folder, overrides)) > 1:
+    if (n := n_processes_of_run(folder, overrides)) > 1:
         steps = given["train.steps"]
         return launch_continuation(
             arguments, verb, n, output, is_under_way=lambda: read_run(folder).train.steps == steps

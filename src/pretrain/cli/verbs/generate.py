@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
+from pretrain.runner.open import MODEL_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue [none]")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="[200]")
     parser.add_argument(
@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"--max-tokens is {arguments.max_tokens} and --n is {arguments.n}; "
             "both must be at least 1"
         )
-    from pretrain.cli.models import open_model
+    from pretrain.runner.open import load_model
 
-    model = open_model(arguments.model, device=arguments.device)
+    model = load_model(arguments.model, device=arguments.device)
 
     from pretrain.generate import Sampling, generate, pack_weights
 

@@ -10,15 +10,15 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.models import HELP
 from pretrain.cli.output import Output
+from pretrain.runner.open import MODEL_HELP
 
 if TYPE_CHECKING:
-    from pretrain.cli.models import OpenModel
+    from pretrain.runner.open import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text before the token [none]")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="how many tokens [10]")
     parser.add_argument(
@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"--top is {arguments.top}; it must be at least 1")
     if arguments.answer is not None and arguments.special:
         raise ValueError("--answer goes with a prompt that is plain text; leave out --special")
-    from pretrain.cli.models import open_model
+    from pretrain.runner.open import load_model
 
-    model = open_model(arguments.model, device=arguments.device)
+    model = load_model(arguments.model, device=arguments.device)
     if arguments.answer is not None:
         return _show_card(model, arguments, output)
 
@@ -63,7 +63,7 @@ def _say(rows: list[dict[str, Any]], output: Output) -> None:
         output.say(f"{row['probability']:8.4f}  {row['text']!r:<16} {bar}")
 
 
-def _show_card(model: OpenModel, arguments: argparse.Namespace, output: Output) -> int:
+def _show_card(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> int:
     """What was expected, then what came."""
     from pretrain.evaluate import encode_pair, look_at
 

@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    from pretrain.cli.places import prepared
     from pretrain.config import compose, read_file
     from pretrain.data.trace import Tracer
+    from pretrain.runner.text import prepared_text
 
     folder = Path(arguments.run)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run directory: it has no config.yaml")
     config = compose([read_file(folder / "config.yaml")])
-    data = prepared(config)
+    data = prepared_text(config)
     since, before = _text_since(folder, config, data)
     train, model, stream = config.train, config.model, data.split("train")
     assert train.batch_tokens is not None

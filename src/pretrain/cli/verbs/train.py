@@ -16,23 +16,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.cli.beginning import composed, start
+from pretrain.cli.beginning import start
 from pretrain.cli.going_on import resume
 from pretrain.cli.machine import mistakes_here, with_whole_paths
 from pretrain.cli.output import Output
-from pretrain.cli.places import is_begun, new_run_folder, newest_run, read_target
-from pretrain.cli.processes import (
-    agreed_folder,
-    join,
-    launch_train,
-    must_launch,
-    opened_world,
-    processes_of_run,
-)
+from pretrain.cli.processes import agreed_folder, join, launch_train
 from pretrain.cli.settings import settings_help
-from pretrain.cli.training import text_of
 from pretrain.config import RunConfig, parse_overrides
 from pretrain.distributed import n_restarts
+from pretrain.runner.launch import must_launch, n_processes_of_run, open_world_of
+from pretrain.runner.request import (
+    compose_target,
+    is_started,
+    new_run_folder,
+    newest_run,
+    read_target,
+)
+from pretrain.runner.text import open_text
 
 TAKES_SETTINGS = True
 epilog = settings_help
@@ -71,13 +71,13 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.resume:
         folder = Path(arguments.run) if arguments.run else newest_run()
         target, accepted = arguments.target, tuple(arguments.accept)
-        if (n := processes_of_run(folder, overrides)) > 1:
+        if (n := n_processes_of_run(folder, overrides)) > 1:
             return launch_train(arguments, folder, n, output)
         return resume(folder, target, overrides, output, began, accepted=accepted)
     if arguments.accept:
         raise ValueError("--accept goes with --resume: a new run has nothing that could change")
     name, layers = read_target(arguments.target)
-    config = composed(arguments.target, layers, overrides, also=mistakes_here)
+    config = compose_target(arguments.target, layers, overrides, also=mistakes_here)
     if arguments.profile:
         return _profile(config, output)
     if must_launch(config):
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         return launch_train(arguments, folder, config.parallel.processes, output)
     if n_restarts() and not arguments.run:
         raise ValueError("a restart finds its run by --run DIR; give it to torchrun's command too")
-    if n_restarts() and is_begun(Path(arguments.run)):
+    if n_restarts() and is_started(Path(arguments.run)):
         return resume(Path(arguments.run), None, {}, output, began)
     world, output = join(config, output)
     folder = agreed_folder(world, lambda: new_run_folder(name, arguments.run))
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _profile(config: RunConfig, output: Output) -> int:
-    data = text_of(config, output)
+    data = open_text(config, output.say)
     # Torch's profiler says on standard error when it begins and ends.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from pretrain.train.profile import lines, profile_steps
@@ -104,7 +104,7 @@ def _profile(config: RunConfig, output: Output) -> int:
         optimizer=config.optimizer,
         schedule=config.schedule,
         train=config.train,
-        world=opened_world(config),
+        world=open_world_of(config),
     )
     for line in lines(found):
         output.say(line)

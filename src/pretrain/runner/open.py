@@ -1,0 +1,214 @@
+"""MODEL -> a loaded model: `load_model` is the front door of the library.
+
+MODEL is a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF
+file, or a .bin file of llama2.c. Rejected with a ValueError are paths that are none of these, and a
+run whose tokenizer is not the one that it was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pretrain.config import RunConfig, compose, read_file
+from pretrain.train.records import read_json
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.distributed import World
+    from pretrain.evaluate import Score
+    from pretrain.model import Decoder, LMLoss
+    from pretrain.tokenizer import Tokenizer
+
+MODEL_HELP = (
+    "a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF file, "
+    "or a .bin file of llama2.c"
+)
+
+
+class TokenProbability(NamedTuple):
+    """A possible next token."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model in evaluation mode, with its tokenizer, and where it came from."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    config: RunConfig
+    """the run's settings; of a foreign model only `model` is set"""
+    path: Path
+    """the checkpoint directory, or the foreign file or folder"""
+    checkpoint: Checkpoint | None
+    """None for a foreign model"""
+    world: World
+    """the device that the weights are on"""
+    _is_laid_out: bool = field(default=False, repr=False)
+
+    @property
+    def precision(self) -> str:
+        """The run's own precision on the device type it was trained on; fp32 elsewhere, which every
+        device supports."""
+        same_device = self.config.train.device == self.world.device.type
+        return self.config.train.precision if same_device else "fp32"
+
+    @property
+    def loss(self) -> LMLoss:
+        """The loss module: micro-batch -> (sum of nats, number of valid targets)."""
+        from pretrain.model import LMLoss
+
+        return LMLoss(self.decoder)
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 200,
+        n: int = 1,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 1,
+        special: bool = False,
+    ) -> list[str]:
+        """Return `n` continuations of `prompt`, each of at most `max_tokens` tokens, without the
+        prompt. Temperature 0 is greedy; with `special`, names of special tokens in the prompt
+        become those tokens. ValueError for counts below 1."""
+        from pretrain.generate import Sampling, generate, pack_weights
+
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        if not self._is_laid_out:
+            pack_weights(self.decoder)
+            self._is_laid_out = True
+        return generate(
+            self.decoder,
+            self.tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            n=n,
+            sampling=sampling,
+            special=special,
+        )
+
+    def next_tokens(
+        self, prompt: str = "", *, top: int = 10, special: bool = False
+    ) -> list[TokenProbability]:
+        """Return the `top` most probable tokens after `prompt`, the most probable first."""
+        from pretrain.generate import next_distribution
+
+        with self.world.autocast(self.precision):
+            probabilities_V = next_distribution(
+                self.decoder, self.tokenizer, prompt, special=special
+            )
+        values, ids = probabilities_V.topk(min(top, len(probabilities_V)))
+        return [
+            TokenProbability(id_, self.tokenizer.token_text(id_), probability)
+            for id_, probability in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
+
+    def score(self, texts: Sequence[str], *, stride: int | None = None) -> Score:
+        """Return the nats, tokens and bytes of all texts; perplexity and bits per byte are its
+        properties. Windows have the context's length and start every `stride` tokens (default: they
+        do not overlap); every token is counted once."""
+        from pretrain.evaluate import score_texts
+
+        return score_texts(
+            self.loss,
+            self.tokenizer,
+            texts,
+            world=self.world,
+            precision=self.precision,
+            stride=stride,
+        )
+
+
+def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
+    """Load MODEL onto a device (auto, cpu, cuda or mps). Of a finished run this is the best
+    checkpoint, of an unfinished one the newest. ValueError where `path` is not a model."""
+    path = Path(path)
+    if path.is_file() or (path / "config.json").is_file():
+        return _load_foreign(path, device)
+    find_checkpoint(path)  # before torch is imported, which takes seconds
+
+    from pretrain.distributed import open_world
+    from pretrain.model import LMLoss, build
+    from pretrain.parallel import Parallel
+    from pretrain.tokenizer import load_tokenizer
+    from pretrain.train.run import load_weights
+
+    world = open_world(device)
+    run, checkpoint = open_checkpoint_of(path)
+    config = compose([read_file(run / "config.yaml")])
+    tokenizer = load_tokenizer(run / "tokenizer")
+    tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
+    tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
+    trained_with = checkpoint.state.get("fingerprint", {}).get("tokenizer", tokenizer.sha256)
+    if tokenizer.sha256 != trained_with:
+        raise ValueError(
+            f"{run / 'tokenizer'} is not the tokenizer that {checkpoint.path.name} was trained "
+            "with: it was changed or damaged"
+        )
+    decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
+    loss = LMLoss(decoder)
+    load_weights(Parallel(loss, loss, world), checkpoint)
+    return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
+
+
+def _load_foreign(path: Path, device: str) -> LoadedModel:
+    """Load a model in another library's format."""
+    from pretrain.distributed import open_world
+    from pretrain.export import open_foreign
+
+    foreign = open_foreign(path)
+    world = open_world(device)
+    config = compose([{"model": asdict(foreign.config)}])
+    decoder = foreign.build(device=world.device.type).eval()
+    return LoadedModel(decoder, foreign.tokenizer, config, path, None, world)
+
+
+def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
+    """Return the run directory and the opened checkpoint that MODEL means. The run may be in
+    training: it saves new checkpoints and deletes old ones meanwhile."""
+    from pretrain.checkpoint import DamagedCheckpoint, open_checkpoint
+
+    last_tried = None
+    while True:
+        run, checkpoint = find_checkpoint(path)
+        try:
+            return run, open_checkpoint(checkpoint)
+        except DamagedCheckpoint:
+            # One that is gone was deleted for a newer one; the same one twice is damaged.
+            if checkpoint.exists() or checkpoint == last_tried:
+                raise
+        last_tried = checkpoint
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """Return the run directory and the checkpoint directory that MODEL means; ValueError where it
+    is neither a run nor a checkpoint."""
+    if not path.exists():
+        raise ValueError(f"there is no model at {path}: neither a run directory nor a checkpoint")
+    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent, path
+    if not (path / "config.yaml").is_file():
+        raise ValueError(
+            f"{path} is neither a run directory (it has no config.yaml), nor a checkpoint in one, "
+            "nor a Hugging Face folder (it has no config.json); name a GGUF file or a .bin file of "
+            "llama2.c itself"
+        )
+    summary = path / "summary.json"
+    if summary.is_file():
+        return path, path / str(read_json(summary).get("checkpoint"))
+    from pretrain.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        raise ValueError(f"the run {path} has no checkpoint yet")
+    return path, checkpoints[-1]

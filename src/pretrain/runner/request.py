@@ -1,0 +1,208 @@
+"""What a user typed -> a checked config, and the folder of the run.
+
+TARGET is a recipe, a YAML file, or a text; settings of the command line win over its own. Sources
+become absolute paths, so that a resume from another folder finds them. ValueError for a run folder
+that is in use.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.resources
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.config import Layer, Rules, RunConfig, compose, read_file
+from pretrain.runner.open import find_checkpoint
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.model import ModelConfig
+
+RUNS = Path("runs")
+DEFAULT_RECIPE = "english"
+# The requested settings, in a run's folder until all that they leave open is resolved; asked.yaml
+# is the name that earlier versions gave it.
+REQUESTED = "requested.yaml"
+_UNRESOLVED = (REQUESTED, "asked.yaml")
+# Settings in which a run may differ from the model that train.init_from names: no shape depends on
+# them.
+_SHAPELESS = frozenset({"preset", "dropout", "attention_dropout", "initialization"})
+
+
+# --- the target --------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, Path]:
+    """Return the recipes that ship with the package, by name."""
+    folder = Path(str(importlib.resources.files("pretrain") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_target(target: str | None) -> tuple[str, list[Layer]]:
+    """Return a name for the run, and the config layers below the command line's: those of a
+    recipe, of a YAML file, or of the default recipe with `target` as its text."""
+    known = recipes()
+    if target is None or target in known:
+        name = target or DEFAULT_RECIPE
+        return name, [read_file(known[name])]
+    path = Path(target)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"there is no config file {target}")
+        return path.stem, [read_file(path)]
+    is_pattern = glob.has_magic(target) and not path.exists()
+    if not path.exists() and not is_pattern:
+        raise ValueError(
+            f"{target!r} is neither a recipe ({', '.join(known)}) nor a file or folder that exists"
+        )
+    path = path.resolve()
+    name = (path.parent if is_pattern else path).name.split(".")[0] or "text"
+    return name, [read_file(known[DEFAULT_RECIPE]), {"data": {"source": str(path)}}]
+
+
+def compose_target(
+    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules | None = None
+) -> RunConfig:
+    """Compose the layers of a target and the command line's overrides. A YAML file is the user's
+    own word and must fit train.init_from; a recipe gives way to it. `also`: see `compose`."""
+    if (target or "").lower().endswith((".yaml", ".yml")):
+        return compose_with_init_from([], [*layers, overrides], also=also)
+    return compose_with_init_from(layers, [overrides], also=also)
+
+
+# --- train.init_from ----------------------------------------------------------------------------
+
+
+def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """Open the checkpoint that train.init_from names, or return None where it is not set."""
+    if config.train.init_from is None:
+        return None
+    from pretrain.checkpoint import open_checkpoint
+
+    return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
+
+
+def compose_with_init_from(
+    recipe: list[Layer], user: list[Layer], *, also: Rules | None = None
+) -> RunConfig:
+    """Compose a config from layers, `user` over `recipe`. With train.init_from, architecture and
+    tokenizer are those of that model instead of the recipe's, and its path becomes absolute.
+
+    `also`: see `compose`. ValueError for a setting in `user` under which the weights do not fit.
+    """
+    config = compose(recipe + user, also=also)
+    if config.train.init_from is None:
+        return config
+    source = Path(config.train.init_from)
+    if not (source / "config.yaml").is_file() and not (source / "manifest.json").is_file():
+        raise ValueError(
+            f"train.init_from must be a run or a checkpoint (got {source}); import a model of "
+            f"another library first: pretrain import {source} --out DIR"
+        )
+    run, checkpoint = find_checkpoint(source)
+    old_model = compose([read_file(run / "config.yaml")]).model
+    inherited: Layer = {
+        "model": {**asdict(old_model), "preset": None},
+        "tokenizer": {"name": str((run / "tokenizer").resolve()), "vocab_size": None},
+        "train": {"init_from": str(checkpoint.resolve())},
+    }
+    recipe = [_without(layer, "model", "tokenizer") for layer in recipe]
+    user_layers = []
+    for layer in user:
+        if "train" in layer:
+            layer = {**layer, "train": _without(layer["train"], "init_from")}
+        user_layers.append(layer)
+
+    def errors(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if any("tokenizer" in layer for layer in user):
+            yield (
+                "train.init_from",
+                "tokenizer settings must not be given with train.init_from: its tokenizer is used",
+            )
+        yield from _misfits(old_model, config.model)
+
+    return compose([*recipe, inherited, *user_layers], also=errors)
+
+
+def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
+
+
+def _misfits(old: ModelConfig, new: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Yield an error (its fields, message) where weights of the old model do not fit the new
+    one."""
+    may_differ = _SHAPELESS
+    if old.position != "learned":
+        may_differ |= {"context_length"}
+    before, after = asdict(old), asdict(new)
+    changes = {
+        f"model.{key}": f"model.{key} {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and key not in may_differ
+    }
+    if changes:
+        message = f"the weights of train.init_from would not fit: {'; '.join(changes.values())}"
+        yield " ".join(changes), message
+
+
+# --- the run's folder --------------------------------------------------------------------------
+
+
+def new_run_folder(name: str, requested: str | None) -> Path:
+    """Return the folder of a new run: `requested`, which must be empty, or the next free
+    runs/NAME-N. It must be writable, and is made when the run starts."""
+    if requested is not None:
+        folder = Path(requested)
+        if folder.exists() and not _is_vacant(folder):
+            raise ValueError(
+                f"{folder} must be an empty folder; choose another --run, or continue the run in "
+                "it with --resume"
+            )
+    else:
+        number = 1
+        while (RUNS / f"{name}-{number}").exists():
+            number += 1
+        folder = RUNS / f"{name}-{number}"
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write a run to {folder}: {error.strerror}") from None
+    return folder
+
+
+def _is_vacant(folder: Path) -> bool:
+    """Return whether a folder is empty, or has only a run that was killed before its settings were
+    resolved."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or requested_file(folder) is not None
+
+
+def requested_file(folder: Path) -> Path | None:
+    """Return the file of requested settings of a run that was killed before they were resolved, or
+    None."""
+    if (folder / "config.yaml").is_file():
+        return None
+    return next((folder / name for name in _UNRESOLVED if (folder / name).is_file()), None)
+
+
+def is_started(folder: Path) -> bool:
+    """Return whether a folder has a run that can be resumed, resolved or not."""
+    return (folder / "config.yaml").is_file() or requested_file(folder) is not None
+
+
+def newest_run() -> Path:
+    """Return the run under runs/ that was started last."""
+    names = ("config.yaml", *_UNRESOLVED)
+    started = [path for name in names for path in RUNS.glob(f"*/{name}")]
+    if not started:
+        raise ValueError(f"there is no run in {RUNS}/ to resume; name one with --run DIR")
+    return max(started, key=lambda path: path.stat().st_mtime_ns).parent

@@ -1,0 +1,137 @@
+"""A run's text as token ids: prepared folders that the config names, or prepared once and cached.
+
+The cache is keyed by sources and settings, so that a second run on the same text starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.config import RunConfig
+from pretrain.data.manifest import is_prepared
+from pretrain.data.mixed import MixedData
+from pretrain.data.preparation import prepare, prepared_key
+from pretrain.data.shards import PreparedData, open_prepared
+
+if TYPE_CHECKING:
+    from pretrain.distributed import World
+
+Log = Callable[[str], None]
+# Seconds between two messages about one stage of a long preparation.
+_STAGE_SECONDS = 10.0
+
+
+def cache_folder() -> Path:
+    """Return the folder for prepared text: PRETRAIN_CACHE, or pretrain/ in the user's cache."""
+    if folder := os.environ.get("PRETRAIN_CACHE"):
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pretrain"
+
+
+def open_text(config: RunConfig, log: Log, world: World | None = None) -> PreparedData:
+    """Open the run's text, prepared first if necessary; of several processes rank 0 prepares it
+    while the others wait."""
+    if world is not None and not world.leads:
+        world.wait_for_leader()
+    log(f"text: {', '.join(config.data.paths)}")
+    data = prepared_text(config, progress=stage_progress(log))
+    if world is not None and world.leads:
+        world.wait_for_leader()
+    return data
+
+
+def prepared_text(
+    config: RunConfig, *, progress: Callable[[str, float], None] | None = None
+) -> PreparedData:
+    """Open the prepared folders that data.source names, or the cached (else newly prepared) ids of
+    its texts. `progress` gets the stage's name and a fraction from 0 to 1."""
+    data = config.data
+    prepared = [path for path in data.paths if is_prepared(path)]
+    if prepared and len(prepared) < len(data.paths):
+        raise ValueError(
+            f"data.source must not mix prepared folders and texts ({prepared[0]!r} is prepared); "
+            "prepare the texts too (pretrain prepare TEXT --out DIR, with the same tokenizer), or "
+            "name texts only"
+        )
+    if prepared:
+        parts = [open_prepared(path) for path in prepared]
+    else:
+        parts = [_prepare_in_cache(config, progress)]
+    return parts[0] if isinstance(data.source, str) else MixedData(data, parts)
+
+
+def _prepare_in_cache(
+    config: RunConfig, progress: Callable[[str, float], None] | None
+) -> PreparedData:
+    data, tokenizer = config.data, config.tokenizer
+    settings: dict[str, Any] = {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "text_field": data.text_field,
+        "val_fraction": data.val_fraction,
+        "corpus": config.corpus,
+    }
+    folder = cache_folder() / "prepared" / prepared_key(data.paths, **settings)
+    if not is_prepared(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return prepare(data.paths, folder, progress=progress, **settings)
+        except FileExistsError:
+            pass  # another run has prepared the same text meanwhile
+    return open_prepared(folder)
+
+
+def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedData:
+    """Open the text that a run was trained on, verified by the hashes in its fingerprint; from the
+    cache where its sources were moved or deleted. ValueError where only another text is there."""
+
+    def has_same_hashes(data: PreparedData) -> bool:
+        hashes = {
+            "tokenizer": data.manifest.tokenizer_sha256,
+            "training text": data.split("train").sha256,
+            "held-out text": data.split("val").sha256,
+        }
+        return hashes.items() <= fingerprint.items()
+
+    try:
+        data = prepared_text(config)
+    except ValueError:
+        for folder in (cache_folder() / "prepared").glob("*"):
+            if not is_prepared(folder):
+                continue
+            cached: PreparedData = open_prepared(folder)
+            if not isinstance(config.data.source, str):
+                cached = MixedData(config.data, [cached])
+            if has_same_hashes(cached):
+                return cached
+        raise
+    if not has_same_hashes(data):
+        raise ValueError(
+            f"the text at {', '.join(config.data.paths)} has changed since the run; score your own "
+            "files with --text"
+        )
+    return data
+
+
+def stage_progress(log: Log) -> Callable[[str, float], None]:
+    """Return a progress callback (stage, fraction) that logs when a stage starts, and then at most
+    every ten seconds how far it is."""
+    last_stage, last_time = "", 0.0
+
+    def report(stage: str, fraction: float) -> None:
+        nonlocal last_stage, last_time
+        now = time.monotonic()
+        if stage != last_stage:
+            log(f"{stage} ...")
+        elif now - last_time > _STAGE_SECONDS:
+            log(f"{stage}: {fraction:.0%}")
+        else:
+            return
+        last_stage, last_time = stage, now
+
+    return report
