@@ -142,7 +142,7 @@ class Arm:
         """Half as many rows at first and half as many again at the end, as many in all."""
         from pretrain.data import micro_batch_at
 
-        rows = self.batches.batch_rows
+        rows = self.batches.batch_size
         third = self.steps // 3
         sizes = [rows // 2] * third + [rows] * (self.steps - 2 * third) + [rows * 3 // 2] * third
         yield micro_batch_at(

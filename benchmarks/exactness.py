@@ -99,9 +99,9 @@ def main() -> None:
             """The same micro-batches without their checksum."""
             from pretrain.data import micro_batch_at
 
-            rows, first = batches.micro_batch_rows, number * batches.batch_rows
+            rows, first = batches.micro_batch_rows, number * batches.batch_size
             found = []
-            for sample in range(first, first + batches.batch_rows, rows):
+            for sample in range(first, first + batches.batch_size, rows):
                 part = micro_batch_at(
                     batches.stream,
                     context_length=batches.context_length,
@@ -133,7 +133,7 @@ def main() -> None:
             f"watched/bare  {statistics.median(ratios):8.4f} (median of {len(ratios)} pairs, "
             f"{low:.3f} to {high:.3f})"
         )
-        ids = torch.zeros(batches.batch_rows, batches.context_length + 1, dtype=torch.int64)
+        ids = torch.zeros(batches.batch_size, batches.context_length + 1, dtype=torch.int64)
         parts = {
             "checksum of the ids": lambda: zlib.crc32(ids.numpy().data),
             "judging the loss": lambda: watch.judge(loss, norm),

@@ -15,7 +15,7 @@ from pretrain.config import compose, read_yaml, to_dict
 from pretrain.data import DataConfig, prepare
 from pretrain.data.config import SourceConfig
 from pretrain.data.mixed import MixedData
-from pretrain.data.mixture import BLOCK_SAMPLES, Mixture, Portion
+from pretrain.data.order import BLOCK_SAMPLES, MixtureOrder, SourceSpan
 from pretrain.data.trace import Tracer
 from texts import prose
 from tiny import TINY
@@ -25,14 +25,14 @@ CONTEXT = 8
 
 def mixture(
     stages: list[tuple[int, list[float]]], *, tokens: tuple[int, ...] = (30_000, 9_000, 500)
-) -> Mixture:
+) -> MixtureOrder:
     starts = np.cumsum([0, *tokens])
-    portions = [Portion(f"s{n}", int(starts[n]), size) for n, size in enumerate(tokens)]
-    return Mixture(portions, stages=stages, context_length=CONTEXT, seed=3)
+    spans = [SourceSpan(f"s{n}", int(starts[n]), size) for n, size in enumerate(tokens)]
+    return MixtureOrder(spans, stages=stages, context_length=CONTEXT, seed=3)
 
 
-def portion_of(mixed: Mixture, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.searchsorted([p.start for p in mixed.portions], starts, side="right") - 1
+def portion_of(mixed: MixtureOrder, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.searchsorted([p.start for p in mixed.spans], starts, side="right") - 1
 
 
 def test_every_block_has_the_exact_shares() -> None:
@@ -40,7 +40,7 @@ def test_every_block_has_the_exact_shares() -> None:
     assert mixed.stages[0].counts == (512, 307, 205)
     for block in (0, 1, 7):
         samples = np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES)
-        found = portion_of(mixed, mixed.starts(samples))
+        found = portion_of(mixed, mixed.window_starts(samples))
         assert np.bincount(found).tolist() == [512, 307, 205]
         # Mixed well, not one source after the other.
         assert np.bincount(found[:256], minlength=3).min() > 20
@@ -49,18 +49,18 @@ def test_every_block_has_the_exact_shares() -> None:
 def test_each_source_is_read_window_by_window() -> None:
     mixed = mixture([(0, [5.0, 3.0, 2.0])])
     samples = np.arange(4 * BLOCK_SAMPLES)
-    starts = mixed.starts(samples)
+    starts = mixed.window_starts(samples)
     found = portion_of(mixed, starts)
-    for number, portion in enumerate(mixed.portions):
+    for number, portion in enumerate(mixed.spans):
         mine = starts[found == number]
         assert mine.min() >= portion.start
         assert mine.max() + CONTEXT + 1 <= portion.start + portion.n_tokens
         # The windows of its own order, from the first on, without a gap.
-        expected = portion.start + mixed.orders[number].starts(np.arange(len(mine)))
+        expected = portion.start + mixed.orders[number].window_starts(np.arange(len(mine)))
         assert sorted(mine.tolist()) == sorted(expected.tolist())
-    assert mixed.seen(len(samples)) == np.bincount(found).tolist()
+    assert mixed.samples_per_source(len(samples)) == np.bincount(found).tolist()
     # Sources do not share a shift or an order.
-    assert len({order.shift(0) for order in mixed.orders}) > 1
+    assert len({order.epoch_offset(0) for order in mixed.orders}) > 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -69,9 +69,9 @@ def test_counts_are_what_a_walk_finds(seed: int) -> None:
     first = draw.randrange(1, 3000)
     mixed = mixture([(0, [1.0, 2.0, 0.0]), (first, [0.0, 0.3, 0.7]), (first + 2500, [1, 0, 0])])
     samples = np.arange(first + 4000)
-    found = portion_of(mixed, mixed.starts(samples))
+    found = portion_of(mixed, mixed.window_starts(samples))
     for n in (0, 1, first - 1, first, first + 1, first + 1024, first + 3000, len(samples)):
-        assert mixed.seen(n) == np.bincount(found[:n], minlength=3).tolist()
+        assert mixed.samples_per_source(n) == np.bincount(found[:n], minlength=3).tolist()
     assert 2 not in found[:first]
     assert set(found[first + 2500 :].tolist()) == {0}
 
@@ -80,17 +80,17 @@ def test_counts_are_what_a_walk_finds(seed: int) -> None:
 def test_both_directions_agree(second: int) -> None:
     mixed = mixture([(0, [1.0, 2.0, 0.1]), (second, [3.0, 0.0, 1.0])], tokens=(900, 400, 200))
     offsets = np.array([1, 40, 300, 899, 901, 1000, 1290, 1301, 1400, 1500])
-    tracer = Tracer(mixed, offsets, batch_rows=4)
+    tracer = Tracer(mixed, offsets, batch_size=4)
     steps = 900
     forward = {
         (s.document, s.sample, s.first_token, s.stop_token)
-        for step in range(steps)
-        for s in tracer.documents_of(step)
+        for step in range(1, steps + 1)
+        for s in tracer.occurrences_in(step)
     }
     backward = {
         (s.document, s.sample, s.first_token, s.stop_token)
         for document in (0, 1, 2, 4, 5, 7, 8)
-        for s in tracer.steps_of(document, steps=steps)
+        for s in tracer.occurrences_of(document, n_steps=steps)
     }
     # Documents 3 and 6 lie across two portions, as the end-of-text between two streams does.
     assert backward == {sight for sight in forward if sight[0] not in (3, 6)}
@@ -101,7 +101,7 @@ def test_shares_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"'s1' would be 0\.01 % of its stage"):
         mixture([(0, [1.0, 0.0001, 0.0])])
     with pytest.raises(ValueError, match="does not fit a training text of 5 ids"):
-        mixture([(0, [1.0, 1.0])], tokens=(900, 5)).starts(np.arange(10))
+        mixture([(0, [1.0, 1.0])], tokens=(900, 5)).window_starts(np.arange(10))
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def sources(paths: list[Path], **second: float) -> tuple[SourceConfig, ...]:
 def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) -> None:
     data = prepare(texts, tmp_path / "out", tokenizer="bytes", val_fraction=0.1)
     mixed = MixedData(DataConfig(source=sources(texts)), [data])
-    order = mixed.order(context_length=16, seed=1, steps=100, batch_rows=4)
-    assert isinstance(order, Mixture)
+    order = mixed.order(context_length=16, seed=1, steps=100, batch_size=4)
+    assert isinstance(order, MixtureOrder)
     stream, tokenizer = mixed.split("train"), mixed.tokenizer()
     assert stream.n_tokens == data.split("train").n_tokens
     offsets = stream.document_offsets
     named = {number: origin.file for number, origin in stream.origins(lambda *_: True)}
-    assert {portion.source for portion in mixed.portions} == {str(path) for path in texts}
+    assert {portion.source for portion in mixed.spans} == {str(path) for path in texts}
     for start, number in zip(
-        order.starts(np.arange(400)), order._places(np.arange(400))[0], strict=True
+        order.window_starts(np.arange(400)), order.locate(np.arange(400))[0], strict=True
     ):
         # All but the closing end-of-text of the window belong to documents of that source.
         for place in range(start + 1, start + 17):
@@ -175,21 +175,21 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
             assert named[document].endswith(texts[number].name)
     assert tokenizer.vocab_size == 257
     epochs = MixedData(DataConfig(source=sources(texts, epochs=4.0)), [data])
-    n_first, n_second = (portion.n_tokens for portion in epochs.portions)
-    assert epochs.asked_tokens == n_first + 4 * n_second
+    n_first, n_second = (portion.n_tokens for portion in epochs.spans)
+    assert epochs.tokens_for_epochs == n_first + 4 * n_second
     staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
     with pytest.raises(ValueError, match=r"and stages when: with both give train\.steps"):
-        _ = MixedData(staged, [data]).asked_tokens
+        _ = MixedData(staged, [data]).tokens_for_epochs
     refusing = MixedData(DataConfig(source=sources(texts), exhausted="error"), [data])
     with pytest.raises(ValueError, match=r"letters\.jsonl' [\d.]+ times, and data\.exhausted"):
-        refusing.order(context_length=16, seed=1, steps=2000, batch_rows=4)
-    refusing.order(context_length=16, seed=1, steps=10, batch_rows=4)
+        refusing.order(context_length=16, seed=1, steps=2000, batch_size=4)
+    refusing.order(context_length=16, seed=1, steps=10, batch_size=4)
     once = DataConfig(source=sources(texts, epochs=1.0), exhausted="error")
     refusing = MixedData(once, [data])
-    assert refusing.asked_tokens is not None
+    assert refusing.tokens_for_epochs is not None
     for rows in (4, 8, 16, 32):
-        options = {"context_length": 32, "seed": 1, "batch_rows": rows}
-        steps = round(refusing.asked_tokens / (rows * 32))
+        options = {"context_length": 32, "seed": 1, "batch_size": rows}
+        steps = round(refusing.tokens_for_epochs / (rows * 32))
         refusing.order(steps=steps, **options)
         with pytest.raises(ValueError, match=r"data\.exhausted is 'error'"):
             refusing.order(steps=2 * steps, **options)

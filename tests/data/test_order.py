@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import Order
+from pretrain.data.order import Order, Rollback, batch_of_step, step_of_batch
 from pretrain.rng import FeistelPermutation
 
 
@@ -47,7 +47,7 @@ def test_an_epoch_uses_each_token_once_as_input_and_stays_inside(
     order = Order(n_tokens, context, seed)
     for epoch in range(3):
         samples = np.arange(order.n_windows, dtype=np.int64) + epoch * order.n_windows
-        starts = order.starts(samples)
+        starts = order.window_starts(samples)
         assert starts.min() >= 0
         assert starts.max() + context + 1 <= n_tokens
         inputs = (starts[:, None] + np.arange(context)).ravel()
@@ -58,36 +58,47 @@ def test_an_epoch_uses_each_token_once_as_input_and_stays_inside(
 
 def test_epochs_are_cut_and_ordered_anew_and_the_same_every_time() -> None:
     order = Order(10_000, 16, seed=3)
-    first = order.starts(np.arange(order.n_windows, dtype=np.int64))
-    second = order.starts(np.arange(order.n_windows, 2 * order.n_windows, dtype=np.int64))
+    first = order.window_starts(np.arange(order.n_windows, dtype=np.int64))
+    second = order.window_starts(np.arange(order.n_windows, 2 * order.n_windows, dtype=np.int64))
     # Not only shifted: the windows themselves come in another order.
-    windows = [(starts - order.shift(e)) // 16 for e, starts in enumerate((first, second))]
+    windows = [(starts - order.epoch_offset(e)) // 16 for e, starts in enumerate((first, second))]
     assert (windows[0] == windows[1]).mean() < 0.05
-    assert {order.shift(e) for e in range(40)} != {order.shift(0)}
-    again = Order(10_000, 16, seed=3).starts(np.arange(order.n_windows, dtype=np.int64))
+    assert {order.epoch_offset(e) for e in range(40)} != {order.epoch_offset(0)}
+    again = Order(10_000, 16, seed=3).window_starts(np.arange(order.n_windows, dtype=np.int64))
     assert np.array_equal(first, again)
 
 
 def test_any_slice_of_samples_may_be_asked_for_by_itself() -> None:
     order = Order(5_000, 8, seed=1)
     samples = np.arange(100, 1500, dtype=np.int64)
-    whole = order.starts(samples)
-    pieces = [order.starts(samples[i : i + 37]) for i in range(0, len(samples), 37)]
+    whole = order.window_starts(samples)
+    pieces = [order.window_starts(samples[i : i + 37]) for i in range(0, len(samples), 37)]
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
-def test_sample_of_finds_the_step_that_saw_a_token() -> None:
+def test_windows_containing_inverts_window_starts() -> None:
     order = Order(1_000, 8, seed=5)
-    found = 0
+    samples = np.arange(3 * order.n_windows, dtype=np.int64)
+    starts = order.window_starts(samples).tolist()
     for token in range(0, 1_000, 7):
-        sample = order.sample_of(token, epoch=2)
-        if sample is None:
-            continue
-        found += 1
-        start = order.starts(np.array([sample], dtype=np.int64))[0]
-        assert start <= token < start + 8
-        assert sample // order.n_windows == 2
-    assert found > 130
+        expected = {
+            (sample, start)
+            for sample, start in enumerate(starts)
+            if start <= token <= start + order.context_length
+        }
+        windows = list(order.windows_containing(token, token + 1, len(samples)))
+        assert set(windows) == expected, f"token {token}"
+        assert len(windows) == len(expected)
+
+
+def test_step_of_batch_inverts_batch_of_step() -> None:
+    rollbacks = [Rollback(40, 6), Rollback(40, 3), Rollback(20, 5), Rollback(50, 1)]
+    batches = [batch_of_step(step, rollbacks) for step in range(60)]
+    assert batches[:20] == list(range(20))
+    assert [batches[step] for step in (20, 39, 40, 49, 50)] == [25, 44, 54, 63, 65]
+    for batch in range(batches[-1] + 1):
+        step = batches.index(batch) if batch in batches else None
+        assert step_of_batch(batch, rollbacks) == step, f"batch {batch}"
 
 
 def test_a_context_that_does_not_fit_is_refused_with_the_longest_that_does() -> None:

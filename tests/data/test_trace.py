@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.data import Order
-from pretrain.data.trace import Sight, Tracer
+from pretrain.data.trace import Occurrence, Tracer
 from pretrain.train.changes import record, write_records
 from tiny import TINY
 
@@ -29,21 +29,23 @@ def tracer(seed: int, *, longest: int, context: int, rows: int) -> Tracer:
 
 
 def by_walking(tracer: Tracer, step: int) -> set[tuple[int, int, int, int]]:
-    """(sample, document, first, stop) of a step, id by id."""
-    samples = np.arange(step * tracer.batch_rows, (step + 1) * tracer.batch_rows)
+    """(sample, document, first, stop) of a step (from 1), id by id."""
+    samples = np.arange((step - 1) * tracer.batch_size, step * tracer.batch_size)
     seen: dict[tuple[int, int], list[int]] = {}
-    for sample, start in zip(samples.tolist(), tracer.order.starts(samples).tolist(), strict=True):
+    for sample, start in zip(
+        samples.tolist(), tracer.order.window_starts(samples).tolist(), strict=True
+    ):
         for token in range(start, start + tracer.order.context_length + 1):
-            document = int(np.searchsorted(tracer.offsets, token, side="right")) - 1
+            document = int(np.searchsorted(tracer.document_offsets, token, side="right")) - 1
             if document >= 0:
                 seen.setdefault((sample, document), []).append(
-                    token - int(tracer.offsets[document])
+                    token - int(tracer.document_offsets[document])
                 )
     return {(*key, tokens[0], tokens[-1] + 1) for key, tokens in seen.items()}
 
 
-def places(sights: list[Sight]) -> set[tuple[int, int, int, int]]:
-    return {(s.sample, s.document, s.first_token, s.stop_token) for s in sights}
+def places(occurrences: list[Occurrence]) -> set[tuple[int, int, int, int]]:
+    return {(s.sample, s.document, s.first_token, s.stop_token) for s in occurrences}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -54,19 +56,19 @@ def test_both_directions_are_what_a_walk_over_every_id_finds(
     traced = tracer(seed, longest=longest, context=context, rows=3)
     assert isinstance(traced.order, Order)
     # Two epochs and a half, so that shifts differ and the last epoch is cut off.
-    steps = max(1, int(2.5 * traced.order.n_windows / traced.batch_rows))
-    walked = {step: by_walking(traced, step) for step in range(steps)}
-    for step in range(steps):
-        sights = traced.documents_of(step)
-        assert places(sights) == walked[step]
-        assert len(sights) == len(walked[step])
-        assert {s.step for s in sights} <= {step}
-    for document in range(len(traced.offsets) - 1):
-        sights = list(traced.steps_of(document, steps=steps))
+    steps = max(1, int(2.5 * traced.order.n_windows / traced.batch_size))
+    walked = {step: by_walking(traced, step) for step in range(1, steps + 1)}
+    for step in walked:
+        occurrences = traced.occurrences_in(step)
+        assert places(occurrences) == walked[step]
+        assert len(occurrences) == len(walked[step])
+        assert {s.step for s in occurrences} <= {step}
+    for document in range(len(traced.document_offsets) - 1):
+        occurrences = list(traced.occurrences_of(document, n_steps=steps))
         expected = {seen for found in walked.values() for seen in found if seen[1] == document}
-        assert places(sights) == expected
-        assert len(sights) == len(expected)
-        assert all(s.sample // traced.batch_rows == s.step < steps for s in sights)
+        assert places(occurrences) == expected
+        assert len(occurrences) == len(expected)
+        assert all(s.sample // traced.batch_size + 1 == s.step <= steps for s in occurrences)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +98,10 @@ def test_the_verb_answers_both_ways_with_the_same_text(traced_run: Path, capsys:
     texts = {record["id"]: record["text"] for record in map(json.loads, source.splitlines())}
     seen = [
         row
-        for step in range(5)
+        for step in range(1, 6)
         for row in ask(capsys, "trace", str(traced_run), "--step", str(step))["seen"]
     ]
-    assert {row["step"] for row in seen} == set(range(5))
+    assert {row["step"] for row in seen} == set(range(1, 6))
     chosen = seen[0]["id"]
     assert all(row["text"].replace("<|endoftext|>", "") in texts[row["id"]] for row in seen)
     answer = ask(capsys, "trace", str(traced_run), "--document", chosen)
@@ -119,8 +121,8 @@ def test_a_run_that_took_another_text_is_traced_from_there_on(
     traced_run: Path, capsys: Capture, tmp_path: Path, has_moved: bool
 ) -> None:
     run = Path(shutil.copytree(traced_run, tmp_path / "run"))
-    before = [ask(capsys, "trace", str(run), "--step", str(step)) for step in range(5)]
-    late, early = ({row["id"] for row in before[step]["seen"]} for step in (4, 0))
+    before = [ask(capsys, "trace", str(run), "--step", str(step)) for step in range(1, 6)]
+    late, early = ({row["id"] for row in before[n]["seen"]} for n in (4, 0))
     names = min(late), min(early - late)
     place = run / "environment.json"
     environment = json.loads(place.read_text(encoding="utf-8"))
@@ -130,17 +132,17 @@ def test_a_run_that_took_another_text_is_traced_from_there_on(
     made = [record(3, "data.source", "old.jsonl", "new", by="accept")] if has_moved else []
     records = [record(1, "training-text", "0", "1", by="accept"), *made]
     write_records(run, [*records, record(3, "training-text", "1", text, by="accept")])
-    for step in (3, 4):
-        assert ask(capsys, "trace", str(run), "--step", str(step)) == before[step]
-    assert main(["trace", str(run), "--step", "2"]) == 2
+    for step in (4, 5):
+        assert ask(capsys, "trace", str(run), "--step", str(step)) == before[step - 1]
+    assert main(["trace", str(run), "--step", "3"]) == 2
     was = "old.jsonl" if has_moved else "the same files as they were then"
-    message = f"--step is 2; legal: 3..4; before step 3 the run read {was}\n"
+    message = f"--step must be 4 to 5 (got 3); before step 4 the run read {was}\n"
     assert message in capsys.readouterr().err
     for name, is_seen in zip(names, (True, False), strict=True):
         (document,) = ask(capsys, "trace", str(run), "--document", name)["documents"]
         (whole,) = ask(capsys, "trace", str(traced_run), "--document", name)["documents"]
         assert whole["seen"]
-        assert document["seen"] == [row for row in whole["seen"] if row["step"] >= 3]
+        assert document["seen"] == [row for row in whole["seen"] if row["step"] >= 4]
         assert bool(document["seen"]) == is_seen
 
 
@@ -148,8 +150,8 @@ def test_what_cannot_be_traced_is_said(traced_run: Path, capsys: Capture, tmp_pa
     run = str(traced_run)
     for words, message in (
         ([run, "--document", "nope"], "there is no document 'nope' here; ids are like 'd"),
-        ([run, "--step", "-1"], "--step is -1; legal: 0..4\n"),
-        ([run, "--step", "5"], "--step is 5; legal: 0..4\n"),
+        ([run, "--step", "0"], "--step must be 1 to 5 (got 0)\n"),
+        ([run, "--step", "6"], "--step must be 1 to 5 (got 6)\n"),
         ([str(tmp_path), "--step", "1"], "is no run directory"),
     ):
         assert main(["trace", *words]) == 2

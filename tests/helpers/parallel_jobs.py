@@ -138,7 +138,7 @@ def train(
             context_length=CONTEXT,
             seed=SEED,
             order=Order(ids.n_tokens, CONTEXT, SEED),
-            batch_rows=rows,
+            batch_size=rows,
             micro_batch_rows=2,
             byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
             own_rows=rows_of(

@@ -13,6 +13,7 @@ import torch
 from pretrain.checkpoint import DamagedCheckpoint, list_checkpoints
 from pretrain.cli import main
 from pretrain.data import MicroBatch
+from pretrain.data.order import Rollback, batch_of_step
 from pretrain.train.post_mortem import _clipped_by, _scaled
 from pretrain.train.records import Best
 from pretrain.train.steps import train_step
@@ -21,9 +22,7 @@ from pretrain.train.watch import (
     MOST_IN_A_ROW,
     NOT_FINITE,
     SPIKE,
-    Rollback,
     Watch,
-    position_of,
 )
 from test_train import assert_same_run, records, stop_after
 from tiny import TINY
@@ -74,7 +73,7 @@ def test_the_watch_is_a_function_of_the_records() -> None:
 
 def test_data_that_was_passed_over_is_never_read() -> None:
     backs = [Rollback(40, 6), Rollback(40, 3), Rollback(50, 1)]
-    assert [position_of(s, backs) for s in (39, 40, 49, 50)] == [39, 49, 58, 60]
+    assert [batch_of_step(s, backs) for s in (39, 40, 49, 50)] == [39, 49, 58, 60]
 
 
 def poison(

@@ -39,7 +39,7 @@ def start(
         try:
             followed = read_followed(config.evaluate)
             data = open_text(config, output.say, world)
-            check_windows(config.model, config.train, n_tokens=data.shortest_tokens)
+            check_windows(config.model, config.train, n_tokens=data.min_source_tokens)
             world = world or open_world_of(config)
             config = _decide(config, folder, data, followed, output, world)
         except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed

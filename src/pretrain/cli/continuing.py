@@ -96,11 +96,11 @@ class Continuation:
 
     def refuse_other_order(self, data: PreparedData, old: RunConfig, new: RunConfig) -> None:
         """ValueError if samples that were seen would be others in the longer run."""
-        from pretrain.data.mixture import Mixture
+        from pretrain.data.order import MixtureOrder
         from pretrain.train.build import training_batches
 
         before, after = (training_batches(data, c.model, c.train).order for c in (old, new))
-        if isinstance(before, Mixture) and isinstance(after, Mixture):
+        if isinstance(before, MixtureOrder) and isinstance(after, MixtureOrder):
             firsts = [[stage.first_sample for stage in each.stages] for each in (before, after)]
             if firsts[0] != firsts[1]:
                 raise ValueError(

@@ -155,7 +155,7 @@ def _settled(
     if continuation is not None:
         final = continuation.extended(final, found.step)
         continuation.refuse_other_order(data, found.wanted, final)
-    check_windows(final.model, final.train, n_tokens=data.shortest_tokens)
+    check_windows(final.model, final.train, n_tokens=data.min_source_tokens)
     if followed and final.evaluate.every is None:  # the run follows nothing yet
         final = _with_interval(final, data, world, followed)
     found.write(final, changes, output)

@@ -319,10 +319,10 @@ def score_documents(
 
 def text_protocol(model: LoadedModel, stride: int | None, *, of: str = "each text") -> str:
     """How texts are scored, in a line. ValueError for a stride that does not fit the context."""
-    from pretrain.data.batches import checked_stride
+    from pretrain.data.batches import resolve_stride
 
     context = model.decoder.config.window_tokens
-    step = checked_stride(stride, context)
+    step = resolve_stride(stride, context)
     overlap = f"overlap by {context - step}" if step < context else "do not overlap"
     start = model.tokenizer.id_to_token(model.tokenizer.start_of_text)
     return (

@@ -1,8 +1,8 @@
-"""Windows as tensors: the micro-batches of training, and the plain walk over a split for
-evaluation."""
+"""Windows as tensors: the micro-batches of training, and one pass over a split for evaluation."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -11,15 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.mixture import Mixture
-from pretrain.data.order import Order
+from pretrain.data.order import MixtureOrder, Order, ceil_div
 
-# A target that is not counted: the padding of the last row of an evaluation.
 IGNORE_INDEX = -100
+"""Target without a loss: the padding of a batch. The value of `model.loss` and of torch."""
 
 
 class Stream(Protocol):
-    """Ids in a row, on disk (`TokenStream`) or in memory."""
+    """A text as token ids, on disk (`TokenStream`) or in memory."""
 
     @property
     def n_tokens(self) -> int: ...
@@ -28,18 +27,18 @@ class Stream(Protocol):
 
 
 class MicroBatch(NamedTuple):
-    """Rows that go through the model at once."""
+    """Sequences that go through the model at once."""
 
     inputs: Tensor
     """ids (B, T), int64"""
     targets: Tensor
-    """the id after each input (B, T), int64; NOT_COUNTED where there is none"""
+    """the id after each input (B, T), int64; IGNORE_INDEX where there is no loss"""
     samples: Tensor
-    """the global number of each row's window (B), int64"""
+    """the global number of each row's window (B,), int64"""
 
     def to(self, device: torch.device) -> MicroBatch:
+        """Copy to a device; from pinned memory, so a GPU does not wait for the copy."""
         if device.type == "cuda" and self.inputs.device.type == "cpu":
-            # Else a copy waits for all that the GPU has been told to do before it.
             self = MicroBatch(*(part.pin_memory() for part in self))
         return MicroBatch(*(part.to(device, non_blocking=True) for part in self))
 
@@ -51,26 +50,45 @@ def micro_batch_at(
     seed: int,
     sample: int,
     rows: int,
-    order: Order | Mixture | None = None,
+    order: Order | MixtureOrder | None = None,
 ) -> MicroBatch:
-    """Samples [sample, sample + rows) of a run: a pure function of its arguments.
+    """Read samples [sample, sample + rows) of a run: a pure function of its arguments.
 
-    `order` is by default that of the whole stream. Raises ValueError when the context does not fit
-    the stream.
+    `order` is by default that of the full stream. ValueError if no window fits the stream.
     """
     order = order if order is not None else Order(stream.n_tokens, context_length, seed)
+    return training_micro_batch(stream, order, sample=sample, rows=rows, valid_rows=rows)[0]
+
+
+def training_micro_batch(
+    stream: Stream, order: Order | MixtureOrder, *, sample: int, rows: int, valid_rows: int
+) -> tuple[MicroBatch, int]:
+    """Read samples [sample, sample + rows) of a run, of which the first `valid_rows` have a loss.
+
+    The targets of the other rows are IGNORE_INDEX: all micro-batches have one shape, as a compiler
+    needs it, whether or not they divide the batch. Returns the micro-batch, and the sum of the
+    CRC-32 of the T + 1 ids (int64) of each valid row: the checksum of what was read.
+    """
     samples = np.arange(sample, sample + rows, dtype=np.int64)
-    windows = np.stack([stream.read(s, s + context_length + 1) for s in order.starts(samples)])
+    starts = order.window_starts(samples).tolist()
+    length = order.context_length + 1
+    windows = np.stack([stream.read(start, start + length) for start in starts])
+    checksum = sum(zlib.crc32(window) for window in windows[:valid_rows])
     ids = torch.from_numpy(windows)
-    return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.from_numpy(samples))
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    targets[valid_rows:] = IGNORE_INDEX
+    return MicroBatch(inputs, targets, torch.from_numpy(samples)), checksum
 
 
-def checked_stride(stride: int | None, context_length: int) -> int:
-    """Ids from the beginning of one window to that of the next: as many as a window has, unless
-    said otherwise. ValueError for a stride that would leave targets out."""
-    stride = context_length if stride is None else stride
+def resolve_stride(stride: int | None, context_length: int) -> int:
+    """Ids from the start of one evaluation window to the next; by default windows do not overlap.
+
+    ValueError for a stride that would leave targets out.
+    """
+    if stride is None:
+        return context_length
     if not 1 <= stride <= context_length:
-        raise ValueError(f"the stride is {stride}; legal: 1 to the context of {context_length}")
+        raise ValueError(f"stride must be 1 to {context_length}, the context length (got {stride})")
     return stride
 
 
@@ -84,33 +102,31 @@ def evaluation_batches(
     rank: int = 0,
     size: int = 1,
 ) -> Iterator[MicroBatch]:
-    """The whole stream in order, in windows that begin every `stride` ids and by default do not
-    overlap: every id but the first is a target once.
+    """Yield the stream in order, in windows that start every `stride` ids: every id but the first
+    is a valid target exactly once.
 
-    Where windows overlap, what an earlier one counted is only context in the next. With
-    `limit_tokens` only every n-th window is taken, evenly spread, always the same ones, so that
-    about that many targets are counted. The last window is padded with targets that are not
-    counted. Of `size` processes each gets every `size`-th batch, and as many as the others, the
-    last one perhaps of nothing that counts. ValueError for a stride that would leave targets out.
+    By default windows do not overlap; where they do, targets of an earlier window are only context
+    in the next. With `limit_tokens` every n-th window is taken, always the same ones, so that there
+    are about so many valid targets. The last window is padded. Of `size` processes each gets every
+    `size`-th batch, and all get the same number of batches, of which the last may have no valid
+    target. ValueError for a stride that would leave targets out.
     """
-    stride = checked_stride(stride, context_length)
+    stride = resolve_stride(stride, context_length)
     n_targets = stream.n_tokens - 1
-    n_windows = 1 + max(0, -(-(n_targets - context_length) // stride)) if n_targets > 0 else 0
-    every = 1 if limit_tokens is None else max(1, -(-n_targets // limit_tokens))
+    n_windows = 0
+    if n_targets > 0:
+        n_windows = 1 + max(0, ceil_div(n_targets - context_length, stride))
+    every = 1 if limit_tokens is None else max(1, ceil_div(n_targets, limit_tokens))
     chosen = range(0, n_windows, every)
     for first in range(0, len(chosen), rows * size):
         windows = chosen[first + rank * rows :][:rows]
-        if not windows:
-            nothing = torch.zeros(1, context_length, dtype=torch.int64)
-            yield MicroBatch(nothing, torch.full_like(nothing, IGNORE_INDEX), torch.zeros(1).long())
-            continue
-        inputs = torch.zeros(len(windows), context_length, dtype=torch.int64)
+        inputs = torch.zeros(max(1, len(windows)), context_length, dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORE_INDEX)
         for row, window in enumerate(windows):
             start = window * stride
             stop = min(start + context_length, n_targets)
-            counted = context_length - stride if window else 0
+            n_context = context_length - stride if window else 0
             ids = torch.from_numpy(stream.read(start, stop + 1))
             inputs[row, : stop - start] = ids[:-1]
-            targets[row, counted : stop - start] = ids[1 + counted :]
-        yield MicroBatch(inputs, targets, torch.tensor(list(windows)))
+            targets[row, n_context : stop - start] = ids[1 + n_context :]
+        yield MicroBatch(inputs, targets, torch.tensor(list(windows) or [0]))

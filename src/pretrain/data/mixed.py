@@ -1,8 +1,8 @@
-"""Several sources as one text to train on: a `PreparedData` whose order is a mixture.
+"""Several sources as one training text: a `PreparedData` whose order is a mixture.
 
-The sources are texts that were prepared together, or prepared folders with the same tokenizer, each
-of them whole. Nothing is copied: shares and stages are in the order alone. Refused are tokenizers
-that differ, and a source that left nothing to train on.
+The sources are texts that were prepared together, or prepared folders of the same tokenizer, which
+are concatenated. Nothing is copied: weights and stages affect the order only. ValueError for
+tokenizers that differ, and for a source that has nothing left to train on.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from pretrain.data.config import DataConfig
 from pretrain.data.manifest import SourceShare
-from pretrain.data.mixture import Mixture, Portion
+from pretrain.data.order import MixtureOrder, SourceSpan
 from pretrain.data.origins import Origin
 from pretrain.data.shards import PreparedData, TokenStream
 
+UNKNOWN_STEPS = 1 << 40
+"""In place of a number of training steps that is not known yet."""
 
-class JoinedStream:
-    """Streams one after the other, with the methods of a `TokenStream`."""
+
+class ConcatenatedStream:
+    """Several streams one after the other, with the methods of a `TokenStream`."""
 
     def __init__(self, streams: Sequence[TokenStream]) -> None:
         self._streams = streams
@@ -35,45 +38,56 @@ class JoinedStream:
 
     @property
     def document_offsets(self) -> NDArray[np.int64]:
-        """As of a `TokenStream`; between two streams lies an end-of-text token of no document,
-        which counts to the one before."""
-        starts = [0, *self._ends[:-1].tolist()]
-        pairs = zip(self._streams, starts, strict=True)
-        offsets = [stream.document_offsets + start for stream, start in pairs]
-        return np.concatenate([*[each[:-1] for each in offsets], offsets[-1][-1:]])
+        """As of a `TokenStream`; the end-of-text token between two streams is counted as the end of
+        the document before it."""
+        pieces = []
+        start = 0
+        for stream in self._streams:
+            offsets = stream.document_offsets + start
+            pieces.append(offsets[:-1])
+            start += stream.n_tokens
+        pieces.append(offsets[-1:])
+        return np.concatenate(pieces)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Ids [start, stop)."""
         if not 0 <= start <= stop <= self.n_tokens:
-            raise ValueError(f"cannot read ids {start} to {stop}; legal: 0 to {self.n_tokens}")
-        found = [np.empty(0, np.int64)]
+            raise ValueError(
+                f"ids to read must be in 0 to {self.n_tokens} (requested {start} to {stop})"
+            )
+        pieces = [np.empty(0, np.int64)]
         for stream, end in zip(self._streams, self._ends.tolist(), strict=True):
             begin = end - stream.n_tokens
             if start < end and stop > begin:
-                found.append(stream.read(max(start, begin) - begin, min(stop, end) - begin))
-        return np.concatenate(found)
+                pieces.append(stream.read(max(start, begin) - begin, min(stop, end) - begin))
+        return np.concatenate(pieces)
 
     def origins(self, wanted: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
         """As of a `TokenStream`."""
         first = 0
         for stream in self._streams:
-            for number, origin in stream.origins(lambda n, o, first=first: wanted(first + n, o)):  # type: ignore[misc]
+
+            def wanted_here(number: int, origin: Origin, first: int = first) -> bool:
+                return wanted(first + number, origin)
+
+            for number, origin in stream.origins(wanted_here):
                 yield first + number, origin
             first += stream.n_documents
 
     def verify(self) -> None:
+        """As of a `TokenStream`."""
         for stream in self._streams:
             stream.verify()
 
 
 class MixedData(PreparedData):
-    """Prepared text of several sources, and the shares that a run reads of them."""
+    """Prepared text of several sources, and the weights by which a run reads them."""
 
     def __init__(self, config: DataConfig, prepared: Sequence[PreparedData]) -> None:
         """`prepared` is one folder of all paths of `config`, or one for each path, in their
         order."""
-        first, *others = prepared
-        for other in others:
+        first = prepared[0]
+        for other in prepared[1:]:
             if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
                 raise ValueError(
                     f"data.source: {str(first.folder)!r} and {str(other.folder)!r} have different "
@@ -81,74 +95,85 @@ class MixedData(PreparedData):
                 )
         self.folder, self.manifest = first.folder, first.manifest
         self._streams = {
-            name: JoinedStream([data.split(name) for data in prepared])  # type: ignore[misc, arg-type]
+            name: ConcatenatedStream([data.split(name) for data in prepared])  # type: ignore[misc, arg-type]
             for name in first.manifest.streams
         }
         self._config = config
-        train = self._streams["train"]
-        if others:
-            starts = np.cumsum([0, *(data.split("train").n_tokens for data in prepared)]).tolist()
-            sizes = [data.split("train").n_tokens for data in prepared]
-            found = dict(zip(config.paths, zip(starts, sizes, strict=False), strict=True))
+        self.spans = self._source_spans(prepared)
+
+    def _source_spans(self, prepared: Sequence[PreparedData]) -> list[SourceSpan]:
+        """Where the ids of each path of the config are in the training stream."""
+        spans: dict[str, SourceSpan] = {}
+        end = 0
+        if len(prepared) > 1:
+            for path, data in zip(self._config.paths, prepared, strict=True):
+                n_tokens = data.split("train").n_tokens
+                spans[path] = SourceSpan(path, end, n_tokens)
+                end += n_tokens
         else:
-            # The end-of-text token before its first document is a source's own first input.
-            ends = np.cumsum([share.n_tokens for share in train.sources]).tolist()
-            found = {
-                share.source: (end - share.n_tokens, share.n_tokens + 1)
-                for share, end in zip(train.sources, ends, strict=True)
-                if share.n_documents
-            }
-        missing = [path for path in config.paths if path not in found]
-        if missing:
-            raise ValueError(f"data.source: nothing of {missing[0]!r} is left to train on")
-        self.portions = [Portion(path, *found[path]) for path in config.paths]
+            for share in self._streams["train"].sources:
+                if share.n_documents:
+                    # A source's first input is the end-of-text token before its first document.
+                    spans[share.source] = SourceSpan(share.source, end, share.n_tokens + 1)
+                end += share.n_tokens
+        for path in self._config.paths:
+            if path not in spans:
+                raise ValueError(f"data.source: nothing of {path!r} is left to train on")
+        return [spans[path] for path in self._config.paths]
 
     @property
-    def asked_tokens(self) -> int | None:
-        """Tokens of the run that reads every source as many epochs as it is asked for; None if some
-        have weights."""
+    def tokens_for_epochs(self) -> int | None:
+        """Tokens of a run that reads every source for the configured number of epochs; None if the
+        sources have weights."""
         assert not isinstance(self._config.source, str)
-        sizes = {portion.source: portion.n_tokens for portion in self.portions}
+        sizes = {span.source: span.n_tokens for span in self.spans}
         if any(entry.epochs is None for entry in self._config.source):
             return None
         if len({entry.stage for entry in self._config.source}) > 1:
             raise ValueError(
-                "data.source: epochs say how much is read of each source, and stages when: with "
+                "data.source: epochs set how much is read of each source, and stages when: with "
                 "both give train.steps, of which a stage is a share"
             )
         return round(sum((e.epochs or 0) * sizes[e.path] for e in self._config.source))
 
     @property
-    def shortest_tokens(self) -> int:
-        return min(portion.n_tokens for portion in self.portions)
+    def min_source_tokens(self) -> int:
+        return min(span.n_tokens for span in self.spans)
 
     def order(
-        self, *, context_length: int, seed: int, steps: int = 1 << 40, batch_rows: int = 1
-    ) -> Mixture:
-        """The mixture of a run of so many steps; ValueError for stages that it is too short for,
-        and for sources that it would read again where `data.exhausted` refuses that."""
+        self, *, context_length: int, seed: int, steps: int = UNKNOWN_STEPS, batch_size: int = 1
+    ) -> MixtureOrder:
+        """The mixture of a run of `steps` steps with `batch_size` samples each.
+
+        ValueError if the run is too short for its stages, or if it would repeat a source although
+        `data.exhausted` is "error".
+        """
         entries = self._config.source
         assert not isinstance(entries, str)
+        sizes = {span.source: span.n_tokens for span in self.spans}
         stages: dict[float, dict[str, float]] = {}
-        sizes = {portion.source: portion.n_tokens for portion in self.portions}
         for entry in entries:
             weight = entry.weight or (entry.epochs or 0) * sizes[entry.path]
             stages.setdefault(entry.stage, {})[entry.path] = weight
-        firsts = [round(begin * steps) * batch_rows for begin in sorted(stages)]
-        if len({*firsts, steps * batch_rows}) <= len(firsts):
+        beginnings = sorted(stages)
+        first_samples = [round(beginning * steps) * batch_size for beginning in beginnings]
+        if len({*first_samples, steps * batch_size}) <= len(first_samples):
             raise ValueError(f"data.source: {steps} steps are too few for {len(stages)} stages")
-        weights = [[stages[begin].get(path, 0.0) for path in sizes] for begin in sorted(stages)]
-        mixture = Mixture(
-            self.portions,
-            stages=list(zip(firsts, weights, strict=True)),
+        weights = [[stages[start].get(path, 0.0) for path in sizes] for start in beginnings]
+        mixture = MixtureOrder(
+            self.spans,
+            stages=list(zip(first_samples, weights, strict=True)),
             context_length=context_length,
             seed=seed,
         )
-        # What is asked for in epochs may be a few windows more: steps and shares are rounded.
-        asked = sum(stages[0.0].values()) / (context_length * batch_rows) + 1
-        is_asked = len(stages) == 1 and steps < asked and all((e.epochs or 2) <= 1 for e in entries)
-        if self._config.exhausted == "error" and steps < 1 << 40 and not is_asked:
-            for path, epochs in mixture.epochs(steps * batch_rows).items():
+        # A run of exactly the configured epochs may read a few windows more: steps and shares are
+        # rounded.
+        max_steps = sum(stages[0.0].values()) / (context_length * batch_size) + 1
+        is_single_epoch = (
+            len(stages) == 1 and steps < max_steps and all((e.epochs or 2) <= 1 for e in entries)
+        )
+        if self._config.exhausted == "error" and steps < UNKNOWN_STEPS and not is_single_epoch:
+            for path, epochs in mixture.epochs(steps * batch_size).items():
                 if epochs > 1:
                     raise ValueError(
                         f"the run would read {path!r} {epochs:.2f} times, and data.exhausted is "

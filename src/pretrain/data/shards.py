@@ -29,8 +29,7 @@ from pretrain.data.manifest import (
     read_manifest,
     size_of,
 )
-from pretrain.data.mixture import Mixture
-from pretrain.data.order import Order
+from pretrain.data.order import MixtureOrder, Order
 from pretrain.data.origins import Origin, find_origins
 from pretrain.data.writing import HEADER, MAGIC, id_bytes
 from pretrain.tokenizer.load import load_tokenizer
@@ -231,13 +230,13 @@ class PreparedData:
         return self._streams[name]
 
     @property
-    def shortest_tokens(self) -> int:
+    def min_source_tokens(self) -> int:
         """Ids of the shortest text that windows are cut from."""
         return self._streams["train"].n_tokens
 
     def order(
-        self, *, context_length: int, seed: int, steps: int = 1, batch_rows: int = 1
-    ) -> Order | Mixture:
+        self, *, context_length: int, seed: int, steps: int = 1, batch_size: int = 1
+    ) -> Order | MixtureOrder:
         """The order in which a run visits the training text."""
         return Order(self._streams["train"].n_tokens, context_length, seed)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.data.batches import checked_stride
+from pretrain.data.batches import resolve_stride
 from pretrain.distributed import World
 from pretrain.evaluate.continuations import LOGIT_ROWS, Pair, windows_of
 from pretrain.model import Decoder
@@ -58,7 +58,7 @@ def look_at(
     context = decoder.config.window_tokens
     found: list[Expectation] = []
     for start, stop, n in windows_of(
-        pair, context_length=context, stride=checked_stride(stride, context)
+        pair, context_length=context, stride=resolve_stride(stride, context)
     ):
         inputs_BT = torch.tensor([pair.ids[start:stop]], device=decoder.device)
         with world.autocast(precision):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.data.batches import checked_stride
+from pretrain.data.batches import resolve_stride
 from pretrain.distributed import World
 from pretrain.evaluate.scorer import EVALUATION_TOKENS
 from pretrain.model import Decoder
@@ -115,7 +115,7 @@ def score_pairs(
     """An answer for each pair. ValueError for a pair without context or continuation, and for a
     stride that does not fit the context."""
     context = decoder.config.window_tokens
-    stride = checked_stride(stride, context)
+    stride = resolve_stride(stride, context)
     windows: list[_Window] = []
     cut: set[int] = set()
     for number, pair in enumerate(pairs):

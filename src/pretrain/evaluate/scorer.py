@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.batches import MicroBatch, checked_stride, evaluation_batches
+from pretrain.data.batches import MicroBatch, evaluation_batches, resolve_stride
 from pretrain.distributed import World
 from pretrain.model import LMLoss
 from pretrain.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def score_each(
     `stride` tokens, by default as many as the context has; ValueError for more."""
     lengths = byte_lengths(tokenizer)
     context = lm_loss.decoder.config.window_tokens
-    stride = checked_stride(stride, context)
+    stride = resolve_stride(stride, context)
     rows = max(1, EVALUATION_TOKENS // context)
     scores = []
     for text in texts:

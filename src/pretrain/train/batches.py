@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pretrain.data import MicroBatch, Order, TokenStream, micro_batch_at
 from pretrain.data.batches import IGNORE_INDEX
-from pretrain.data.mixture import Mixture
-from pretrain.train.watch import Rollback, position_of
+from pretrain.data.order import MixtureOrder, Rollback, batch_of_step
 
 
 @dataclass(slots=True)
@@ -24,8 +23,8 @@ class TrainingBatches:
     stream: TokenStream
     context_length: int
     seed: int
-    order: Order | Mixture
-    batch_rows: int
+    order: Order | MixtureOrder
+    batch_size: int
     micro_batch_rows: int
     byte_lengths_V: Tensor
     own_rows: range
@@ -39,16 +38,16 @@ class TrainingBatches:
 
     def position(self, step: int) -> int:
         """The batch that a step reads, counted from the start of the data."""
-        return position_of(step, self.rollbacks)
+        return batch_of_step(step, self.rollbacks)
 
     def source_tokens(self, steps: int, *, epochs: bool = False) -> dict[str, Any]:
         """For the records: what the first steps read of each source, where there are several."""
         if isinstance(self.order, Order):
             return {}
-        tokens = self.order.tokens(steps * self.batch_rows)
+        tokens = self.order.tokens(steps * self.batch_size)
         if not epochs:
             return {"sources": tokens}
-        read = self.order.epochs(steps * self.batch_rows)
+        read = self.order.epochs(steps * self.batch_size)
         whole = max(1, sum(tokens.values()))
         return {
             "sources": {
@@ -59,9 +58,9 @@ class TrainingBatches:
 
     def at(self, step: int) -> Iterator[MicroBatch]:
         self.n_bytes = self.checksum = 0
-        start = self.position(step) * self.batch_rows
+        start = self.position(step) * self.batch_size
         first, stop = start + self.own_rows.start, start + self.own_rows.stop
-        end = min(stop, start + self.batch_rows)
+        end = min(stop, start + self.batch_size)
         rows = max(1, min(self.micro_batch_rows, stop - first))
         for sample in range(first, stop, rows):
             batch = micro_batch_at(

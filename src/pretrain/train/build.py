@@ -99,7 +99,7 @@ def training_batches(
     # A calibration does not know the steps yet; any order is as quick.
     known = {} if train.steps is None else {"steps": train.steps}
     order = data.order(
-        context_length=model.window_tokens, seed=train.seed, batch_rows=rows, **known
+        context_length=model.window_tokens, seed=train.seed, batch_size=rows, **known
     )
     number, n = 0, 1
     if parallel is not None and world is not None:
@@ -110,7 +110,7 @@ def training_batches(
         order=order,
         context_length=model.window_tokens,
         seed=train.seed,
-        batch_rows=rows,
+        batch_size=rows,
         micro_batch_rows=train.micro_batch_rows,
         byte_lengths_V=byte_lengths(data.tokenizer()),
         own_rows=rows_of(
@@ -119,13 +119,13 @@ def training_batches(
     )
 
 
-def rows_of(rank: int, size: int, batch_rows: int, *, micro_batch_rows: int | None) -> range:
+def rows_of(rank: int, size: int, batch_size: int, *, micro_batch_rows: int | None) -> range:
     """The rows of a batch that one of `size` readers has, the first ones for the first. All
     have as many micro-batches, since each waits for the others at each; but where these are given,
     as the elastic order has it, branches of a tree over them."""
     if micro_batch_rows is None:
-        each = -(-batch_rows // size)
+        each = -(-batch_size // size)
         return range(rank * each, (rank + 1) * each)
-    n_leaves = -(-batch_rows // micro_batch_rows)
+    n_leaves = -(-batch_size // micro_batch_rows)
     leaves = Branches(size, n_leaves).leaves(rank)
     return range(leaves.start * micro_batch_rows, leaves.stop * micro_batch_rows)

@@ -69,7 +69,7 @@ def decide(
 ) -> Decided:
     """Fill every empty field. Takes seconds when `train.minutes` must be turned into steps, or
     tasks are `followed`, else none."""
-    context, batch_tokens = check_windows(model, train, n_tokens=data.shortest_tokens)
+    context, batch_tokens = check_windows(model, train, n_tokens=data.min_source_tokens)
     model = replace(model, context_length=context)
     if model.ngram_rows and model.longest_ngram is None:
         small = data.manifest.vocab_size < SMALL_VOCABULARY
@@ -157,7 +157,7 @@ def _refuse_what_does_not_fit(model: ModelConfig, axes: ParallelConfig, *, vocab
 
 def _steps_of_epochs(data: MixedData, batch_tokens: int) -> int | None:
     """Updates that read every source as often as it is asked for."""
-    tokens = data.asked_tokens
+    tokens = data.tokens_for_epochs
     return None if tokens is None else max(1, round(tokens / batch_tokens))
 
 

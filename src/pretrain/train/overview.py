@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data import Order, PreparedData
-from pretrain.data.mixture import Mixture
+from pretrain.data.order import MixtureOrder
 from pretrain.distributed import World
 from pretrain.evaluate import Followed
 from pretrain.model import ModelConfig, n_parameters
@@ -44,7 +44,7 @@ def show_plan(
     minutes = "" if settings.minutes is None else f", {about} {settings.minutes:g} min"
     start = [] if settings.init_from is None else [("start", f"weights of {settings.init_from}")]
     rows = batch // context
-    order = data.order(context_length=context, seed=settings.seed, steps=steps, batch_rows=rows)
+    order = data.order(context_length=context, seed=settings.seed, steps=steps, batch_size=rows)
     mixture = [] if isinstance(order, Order) else [("mixed", _mixed(order, steps * rows))]
     screen.facts(
         [
@@ -106,7 +106,7 @@ def _show_notes(screen: Screen, *, epochs: float, ends_early: bool) -> None:
         )
 
 
-def _mixed(order: Mixture, n_samples: int) -> str:
+def _mixed(order: MixtureOrder, n_samples: int) -> str:
     """What the run will read of each source."""
     tokens, epochs = order.tokens(n_samples), order.epochs(n_samples)
     whole = max(1, sum(tokens.values()))

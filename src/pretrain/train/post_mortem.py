@@ -76,8 +76,8 @@ def _scaled(norms: Mapping[str, float], factor: float) -> dict[str, float | None
 def _documents(step: int, data: PreparedData, batches: TrainingBatches) -> list[dict[str, Any]]:
     """What the step read: id and file of each document, and which of its tokens."""
     stream = data.split("train")
-    tracer = Tracer(batches.order, stream.document_offsets, batches.batch_rows)
-    sights = tracer.documents_of(batches.position(step))
+    tracer = Tracer(batches.order, stream.document_offsets, batches.batch_size, batches.rollbacks)
+    sights = tracer.occurrences_in(step + 1)
     numbers = {sight.document for sight in sights}
     origins = dict(stream.origins(lambda number, _: number in numbers))
     return [

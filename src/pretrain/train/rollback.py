@@ -11,9 +11,10 @@ from pretrain.checkpoint import (
     list_checkpoints,
     open_checkpoint,
 )
+from pretrain.data.order import Rollback
 from pretrain.train.post_mortem import FOLDER as POST_MORTEMS
 from pretrain.train.run import Run
-from pretrain.train.watch import MOST_ROLLBACKS, Rollback
+from pretrain.train.watch import MOST_ROLLBACKS
 
 
 def roll_back(run: Run, first_weights: Checkpoint | None) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pretrain.data.order import Rollback
 
 # Steps that a loss is compared with, and how many there must be. "2 OLMo 2 Furious" (OLMo et al.,
 # 2025) skips updates beyond 6 standard deviations of the last 128 losses; early in a run these fall
@@ -88,20 +90,6 @@ class Watch:
         return watch
 
 
-@dataclass(frozen=True, slots=True)
-class Rollback:
-    """The run went back to `step` and passed over the data of `batches` steps from there on."""
-
-    step: int
-    batches: int
-
-
 def rollbacks_of(records: Iterable[Mapping[str, Any]]) -> list[Rollback]:
     """The rollbacks of metrics.jsonl, in order."""
     return [Rollback(r["step"], r["batches"]) for r in records if r["kind"] == "rollback"]
-
-
-def position_of(step: int, rollbacks: Sequence[Rollback]) -> int:
-    """The batch, counted from the start of the data, that a step reads: the step itself, unless
-    data was passed over before it."""
-    return step + sum(back.batches for back in rollbacks if back.step <= step)
