@@ -14,6 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from pretrain.compat import speed_up_attribute_access
 from pretrain.model import Decoder
 from pretrain.model.layers import Block
 
@@ -45,9 +46,7 @@ def pack_weights(decoder: Decoder) -> None:
             feed_forward.joint = memory.place(feed_forward.gate, feed_forward.up)
         memory.place(feed_forward.down)
     memory.place(head)
-    # torch looks up what a module holds by a function in Python, a hundred times a token.
-    for module in decoder.modules():
-        module.__dict__.update(module._parameters, **module._modules)
+    speed_up_attribute_access(decoder)
 
 
 class _Memory:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pretrain.compat import allocate_empty
 from pretrain.model.config import ModelConfig
 from pretrain.model.fused import rms_norm
 from pretrain.model.layers import (
@@ -160,12 +161,7 @@ def build(
     device = torch.device(device)
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size=vocab_size)
-
-    # `to_empty` would import a library of algebra to see how a tensor without memory would lie.
-    def with_memory(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device=device)
-
-    decoder._apply(with_memory)  # type: ignore[no-untyped-call]
+    allocate_empty(decoder, device)
     if decoder.ngrams is not None:
         # A dense gradient costs a pass over whole tables, which only a GPU does not notice.
         decoder.ngrams.sparse_gradients = device.type == "cpu"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.compat import has_onednn_linear, onednn_linear
+
 # Of fewer rows a product is bound by memory, and oneDNN has more to prepare than MKL.
 FEWEST_ROWS = 64
 
@@ -141,17 +143,10 @@ def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
 
 @lru_cache
 def _takes_onednn() -> bool:
-    is_there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     # Releases before torch 2.13 do not say whose processor it is.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     is_intels = str(known.get("cpu_name", "")).startswith("Intel")
-    return is_there and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not is_intels
-
-
-def _times_transposed(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """x W^T + b; W may be a transposed view."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x_XD, weight_FD, bias_F, "none", [], "")
-    return product
+    return has_onednn_linear() and not is_intels
 
 
 class _Linear(torch.autograd.Function):
@@ -159,12 +154,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_XD, weight_FD)
         ctx.has_bias = bias_F is not None
-        return _times_transposed(x_XD, weight_FD, bias_F)
+        return onednn_linear(x_XD, weight_FD, bias_F)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (x_XD, weight_FD), slope_XF = ctx.saved_tensors, slopes[0]
-        d_x = _times_transposed(slope_XF, weight_FD.T) if ctx.needs_input_grad[0] else None
+        d_x = onednn_linear(slope_XF, weight_FD.T) if ctx.needs_input_grad[0] else None
         # Both sides would have to be laid out anew for oneDNN, which costs what it gains.
         slope_NF = slope_XF.flatten(0, -2)
         d_weight = slope_NF.T @ x_XD.flatten(0, -2)

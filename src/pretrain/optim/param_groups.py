@@ -7,15 +7,15 @@ tables. Also here: the norm and the clipping of gradients, dense and sparse.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.compat import without_compiler_guard
 from pretrain.optim.adagrad import adagrad_update
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.muon import Orthogonalizer, muon_update
@@ -25,13 +25,6 @@ LOOKUP_RATE = 4.0
 # A row's first move would be a whole one, however little its first reading says. So it is as if the
 # row had been read before, with this mean square of the gradient of a sum over targets.
 FIRST_SQUARE = 2.0
-
-
-def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of torch's optimizers without what is around it to keep torch's compiler out: that
-    imports the compiler, which takes a second and a half of every run."""
-    plain: Callable[..., Any] = inspect.unwrap(method)
-    return plain
 
 
 class MixedOptimizer(torch.optim.AdamW):
@@ -60,13 +53,13 @@ class MixedOptimizer(torch.optim.AdamW):
             for parameter in used:
                 parameter.grad = None
         # AdamW passes over parameters without a gradient.
-        return _plain(torch.optim.AdamW.step)(self, closure)
+        return without_compiler_guard(torch.optim.AdamW.step)(self, closure)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _plain(torch.optim.Optimizer.add_param_group)(self, param_group)
+        without_compiler_guard(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        _plain(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+        without_compiler_guard(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def _update_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
