@@ -33,13 +33,13 @@ from pretrain.train.config import TrainConfig, mistakes_of_batch
 
 Layer = Mapping[str, Mapping[str, Any]]
 RENAMED_KEYS = {
-    "model.induction": "model.induction",
-    "optimizer.embedding_lr_mult": "optimizer.embedding_lr_mult",
-    "optimizer.head_lr_mult": "optimizer.head_lr_mult",
-    "optimizer.base_batch_tokens": "optimizer.base_batch_tokens",
-    "optimizer.base_width": "optimizer.base_width",
-    "parallel.activation_checkpointing": "parallel.activation_checkpointing",
-    "schedule.history": "schedule.history",
+    "model.recall": "model.induction",
+    "optimizer.embedding_rate": "optimizer.embedding_lr_mult",
+    "optimizer.head_rate": "optimizer.head_lr_mult",
+    "optimizer.tuned_batch_tokens": "optimizer.base_batch_tokens",
+    "optimizer.tuned_width": "optimizer.base_width",
+    "parallel.recompute": "parallel.activation_checkpointing",
+    "schedule.past": "schedule.history",
 }
 """Old names of keys: a config that has one was written before they were renamed."""
 _LARGEST_FILE_BYTES, _LONGEST_NUMBER, _DEEPEST = 1 << 18, 100, 50
