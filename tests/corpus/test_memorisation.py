@@ -30,9 +30,9 @@ from pretrain.corpus.overlap import (
 )
 from pretrain.corpus.words import mixed, ngram_hashes, split_words, word_hash_windows, word_hashes
 from pretrain.data import PreparedData, open_prepared, prepare
-from pretrain.evaluate import memorisation
+from pretrain.evaluate import overlap as memorisation
 from pretrain.evaluate.documents import document_texts
-from pretrain.evaluate.memorisation import (
+from pretrain.evaluate.overlap import (
     CONTINUATIONS,
     PROMPT_TOKENS,
     WRITTEN_TOKENS,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.cli import main
-from pretrain.evaluate import Expectation, Pair, look_at, pieces, score_texts
+from pretrain.evaluate import Pair, TokenLoss, annotated_text, score_texts, token_losses
 from pretrain.generate import next_distribution
 from pretrain.model import LMLoss
 from pretrain.report import write_report
@@ -39,9 +39,9 @@ def tokenizer(finished_run: Path) -> Tokenizer:
     return load_tokenizer(finished_run / "tokenizer")
 
 
-def looked_at(model: LoadedModel, text: str, **more: Any) -> list[Expectation]:
+def looked_at(model: LoadedModel, text: str, **more: Any) -> list[TokenLoss]:
     ids = model.tokenizer.encode(text).tolist()
-    return look_at(
+    return token_losses(
         model.decoder, Pair((model.tokenizer.start_of_text, *ids), 1), world=model.world, **more
     )
 
@@ -69,19 +69,19 @@ def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: LoadedMode
         assert each.probability == pytest.approx(float(p[ids[place]]), rel=1e-9)
         assert each.rank == 1 + int((p > p[ids[place]]).sum())
         best = p.topk(3)
-        assert [id_ for id_, _ in each.likeliest] == best.indices.tolist()
-        assert [q for _, q in each.likeliest] == pytest.approx(best.values.tolist())
+        assert [id_ for id_, _ in each.most_probable] == best.indices.tolist()
+        assert [q for _, q in each.most_probable] == pytest.approx(best.values.tolist())
 
 
 def test_a_pair_without_context_is_refused(model: LoadedModel) -> None:
     with pytest.raises(ValueError, match="0 of 2 ids are context; legal: 1 up"):
-        look_at(model.decoder, Pair((1, 2), 0), world=model.world)
+        token_losses(model.decoder, Pair((1, 2), 0), world=model.world)
 
 
 @given(st.text(max_size=60))
 def test_pieces_are_the_text_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text).tolist()
-    made = pieces(tokenizer, [Expectation(id_, 0.5, 2, ()) for id_ in ids])
+    made = annotated_text(tokenizer, [TokenLoss(id_, 0.5, 2, ()) for id_ in ids])
     assert "".join(piece["text"] for piece in made) == text
     assert all(piece["text"] for piece in made)
     assert sum(len(piece["nats"]) for piece in made) == len(ids)
@@ -90,9 +90,9 @@ def test_pieces_are_the_text_in_whole_characters(tokenizer: Tokenizer, text: str
 def test_bytes_of_a_character_are_joined_and_those_of_none_replaced(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("東").tolist()
     assert len(ids) == 3
-    (piece,) = pieces(tokenizer, [Expectation(id_, 1.0, 3, ()) for id_ in ids])
+    (piece,) = annotated_text(tokenizer, [TokenLoss(id_, 1.0, 3, ()) for id_ in ids])
     assert piece == {"text": "東", "nats": [1.0] * 3, "ranks": [3] * 3}
-    (piece,) = pieces(tokenizer, [Expectation(id_, 1.0, 3, ()) for id_ in ids[:2]])
+    (piece,) = annotated_text(tokenizer, [TokenLoss(id_, 1.0, 3, ()) for id_ in ids[:2]])
     assert piece["text"] == "\ufffd"
 
 
@@ -195,8 +195,8 @@ def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run:
 
 def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    likeliest = [{"text": HOSTILE, "probability": 7}, {"text": 3}, None]
-    cards = [{"context": HOSTILE, "likeliest": likeliest, "answer": {"text": HOSTILE}}, 5, {}]
+    most_probable = [{"text": HOSTILE, "probability": 7}, {"text": 3}, None]
+    cards = [{"context": HOSTILE, "likeliest": most_probable, "answer": {"text": HOSTILE}}, 5, {}]
     (tmp_path / "predictions.json").write_text(json.dumps({"cards": cards, "passage": 3}))
     page = Page(write_report(tmp_path))
     assert_harmless(page)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pretrain.cli import main
-from pretrain.evaluate.errors import compare, estimate
+from pretrain.evaluate.bootstrap import compare, estimate
 from pretrain.evaluate.metrics import Array
 from tiny import TINY
 
@@ -167,7 +167,7 @@ def test_compare_pairs_the_documents_of_texts(
     file = tmp_path / "one.txt"
     file.write_text("")
     assert main(["compare", *names, "--text", str(file)]) == 2
-    assert "one.txt holds no text" in capsys.readouterr().err
+    assert "one.txt contains no text" in capsys.readouterr().err
     file.write_text("The people of the United States.")
     (row,) = ask(capsys, *names, "--text", str(file))
     assert (row["examples"], row["p"], row["low"]) == (1, None, None)

@@ -14,8 +14,8 @@ import torch
 from pretrain.cli import main
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Pair, Score, encode_pair, score_pairs, score_texts
-from pretrain.evaluate.continuations import windows_of
-from pretrain.evaluate.scorer import Ids, score_each
+from pretrain.evaluate.loglikelihood import windows_of
+from pretrain.evaluate.loss import Ids, score_each
 from pretrain.model import LMLoss
 from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer import Tokenizer
@@ -258,7 +258,7 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
 def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    from pretrain.export.hugging_face import _begins_texts
+    from pretrain.export.hf import _begins_texts
 
     settings = tmp_path / "tokenizer_config.json"
     for in_tokenizer in (True, False):

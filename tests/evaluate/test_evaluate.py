@@ -19,7 +19,7 @@ from pretrain.corpus import read_documents
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Score, score_each, score_texts
 from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
-from pretrain.evaluate.scorer import Ids
+from pretrain.evaluate.loss import Ids
 from pretrain.model import LMLoss
 from pretrain.runner.open import load_model
 from tiny import TINY
@@ -119,11 +119,11 @@ def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"", "contains no text"),
         (
             "a.txt.gz",
             gzip.compress(b"a long text " * 500, mtime=0)[:40],
-            "a part of a text would be scored",
+            "only a part of the text would be scored",
         ),
     ],
     ids=["empty", "cut off"],

@@ -17,7 +17,7 @@ from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
 from pretrain.evaluate.examples import Example
 from pretrain.evaluate.explain import Explanation, explain
-from pretrain.evaluate.results import ask
+from pretrain.evaluate.run_tasks import evaluate_task
 from pretrain.evaluate.samples import read_samples
 from pretrain.evaluate.tasks import Task, task_of_kind
 from pretrain.runner.open import LoadedModel, load_model
@@ -66,7 +66,7 @@ def line(
 def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> Explanation:
     """What is said of samples of an example and, in the first place, of one that is the same."""
     examples, world = [example] * len(lines), model.world
-    results = ask(model.decoder, model.tokenizer, task, examples, world=world)
+    results = evaluate_task(model.decoder, model.tokenizer, task, examples, world=world)
     samples = read_samples("\n".join(lines))
     return explain(model.decoder, model.tokenizer, task, examples, results, samples, world=world)
 

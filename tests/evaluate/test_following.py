@@ -18,7 +18,7 @@ from pretrain.checkpoint import checkpoint_name
 from pretrain.cli import main
 from pretrain.config import compose, read_file
 from pretrain.evaluate.examples import Example
-from pretrain.evaluate.following import PASSAGE_CHARACTERS, Followed, passages
+from pretrain.evaluate.task_files import CHUNK_CHARACTERS, EvalTask, chunks_of
 from pretrain.evaluate.tasks import task_of_kind
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import Pace, task_interval
@@ -170,28 +170,30 @@ def test_wrong_names_and_files_are_refused_before_anything_is_made(
     assert "holds no example" in refusal("--evaluate.task_files", str(tmp_path / "none.jsonl"))
     assert "missing.txt" in refusal("--evaluate.texts", str(tmp_path / "missing.txt"))
     cut = refusal("--evaluate.texts", str(tmp_path / "cut.txt.gz"))
-    assert "a part of a text would be scored" in cut
-    assert "pair.jsonl is followed twice" in refusal("--evaluate.task_files", f"{other},{twin}")
+    assert "only a part of the text would be scored" in cut
+    assert "two in-loop tasks have the name pair.jsonl" in refusal(
+        "--evaluate.task_files", f"{other},{twin}"
+    )
     assert "evaluate.examples is 0" in refusal("--evaluate.examples", "0")
 
 
-@given(st.text(alphabet=" \n\tab\u00e9\u3000", max_size=3 * PASSAGE_CHARACTERS))
+@given(st.text(alphabet=" \n\tab\u00e9\u3000", max_size=3 * CHUNK_CHARACTERS))
 def test_passages_are_the_text(text: str) -> None:
-    found = list(passages(text * 3))
+    found = list(chunks_of(text * 3))
     assert "".join(found) == text * 3
-    assert all(0 < len(part) <= PASSAGE_CHARACTERS for part in found)
+    assert all(0 < len(part) <= CHUNK_CHARACTERS for part in found)
 
 
 def test_passages_end_with_words() -> None:
     text = "word " * 1000
-    assert [len(part) for part in passages(text)] == [1999, 1995, 1006]
-    assert all(not part.endswith("wor") for part in passages(text))
-    assert [len(part) for part in passages("a" * 4500)] == [2000, 2000, 500]
+    assert [len(part) for part in chunks_of(text)] == [1999, 1995, 1006]
+    assert all(not part.endswith("wor") for part in chunks_of(text))
+    assert [len(part) for part in chunks_of("a" * 4500)] == [2000, 2000, 500]
 
 
 def test_chance_is_the_mean_of_one_in_so_many() -> None:
     examples = (Example(("q",), ("a", "b")), Example(("q",), ("a", "b", "c", "d")))
-    assert Followed(task_of_kind("choice", "mine"), examples).chance == 0.375
+    assert EvalTask(task_of_kind("choice", "mine"), examples).chance == 0.375
 
 
 @pytest.mark.parametrize(

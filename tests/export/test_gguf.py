@@ -19,8 +19,8 @@ from oracles import config_of, random_decoder
 from pretrain.corpus import read_documents
 from pretrain.distributed import open_world
 from pretrain.evaluate import score_texts
-from pretrain.export import Exported, FormatError, certify, open_foreign, write_gguf
-from pretrain.export.certificate import AGREES, TEXTS, _request
+from pretrain.export import Exported, FormatError, import_model, verify_export, write_gguf
+from pretrain.export.verification import AGREES, TEXTS, _request
 from pretrain.model import Decoder, LMLoss
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from test_export import same
@@ -80,7 +80,7 @@ def test_it_is_read_back_as_it_was_written(
     decoder = some(case, tokenizer)
     file = tmp_path / "model.gguf"
     rounded = written(file, decoder, tokenizer, numbers)
-    back = open_foreign(file)
+    back = import_model(file)
     assert back.config.family == decoder.config.family
     assert back.config.rope_factor == decoder.config.rope_factor
     assert back.config.rope_original_context == decoder.config.rope_original_context
@@ -151,7 +151,7 @@ def _certificate(
             p.copy_(rounded[name])
     text = "The capital of France is Paris. " * 10
     score = score_texts(LMLoss(decoder), tokenizer, [text], world=open_world("cpu", threads=1))
-    return certify(Exported(file, "gguf", numbers, False, decoder, tokenizer), text, score)
+    return verify_export(Exported(file, "gguf", numbers, False, decoder, tokenizer), text, score)
 
 
 def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
         decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
         file = tmp_path / f"{ours.vocab_size}.gguf"
         written(file, decoder, ours)
-        back = open_foreign(file).tokenizer
+        back = import_model(file).tokenizer
         assert (back.start_of_text, back.end_of_text) == (ours.start_of_text, ours.end_of_text)
         for text in (*TEXTS, "a <think> b", texts[0]):
             assert back.encode(text).tolist() == ours.encode(text).tolist()
@@ -191,11 +191,11 @@ def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> 
         file = tmp_path / f"{ours.vocab_size}.gguf"
         decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
         written(file, decoder, ours)
-        assert open_foreign(file).tokenizer.add_bos is True  # as all of ours do
+        assert import_model(file).tokenizer.add_bos is True  # as all of ours do
         rewritten(file, keys={bos: (False, kind)})
-        assert open_foreign(file).tokenizer.add_bos is False
+        assert import_model(file).tokenizer.add_bos is False
         rewritten(file, keys={bos: (None, kind), prefix: (False, kind)})
-        assert open_foreign(file).tokenizer.add_bos is usual
+        assert import_model(file).tokenizer.add_bos is usual
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_damaged_files_are_refused_or_hold_the_same_names(
     for _ in range(60):
         damaged.write_bytes(data[: draw.randrange(len(data) - 64)])
         with pytest.raises(FormatError):
-            open_foreign(damaged)
+            import_model(damaged)
     refused = 0
     # The weights themselves carry no checksum in this format: what lies before them is flipped.
     header = data.index(b"blk.1.ffn_down") + 100
@@ -244,7 +244,7 @@ def test_damaged_files_are_refused_or_hold_the_same_names(
             changed[4 + draw.randrange(header - 4)] ^= 1 << draw.randrange(8)
         damaged.write_bytes(bytes(changed))
         try:
-            open_foreign(damaged).build()
+            import_model(damaged).build()
         except FormatError:
             refused += 1
     assert refused > 100
@@ -259,7 +259,7 @@ def test_an_other_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) ->
     writer.write_ti_data_to_file()
     writer.close()
     with pytest.raises(FormatError, match="architecture 'falcon' is not one of gpt2, llama"):
-        open_foreign(file)
+        import_model(file)
 
 
 def rewritten(
@@ -315,10 +315,10 @@ def test_keys_that_llama_cpp_would_compute_with_are_refused(
     file = tmp_path / "model.gguf"
     written(file, some("llama", tokenizer), tokenizer)
     rewritten(file)
-    open_foreign(file)
+    import_model(file)
     rewritten(file, keys={f"llama.{key}": (value, kind)})
     with pytest.raises(FormatError, match=message):
-        open_foreign(file)
+        import_model(file)
 
 
 def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) 
     written(file, some("llama", tokenizer), tokenizer)
     one = {"llama.rope.scaling.factor": (1.0, _KIND.FLOAT32), "general.x": (1, _KIND.UINT32)}
     rewritten(file, keys={**one, "llama.attention.causal": (True, _KIND.BOOL)})
-    open_foreign(file)
+    import_model(file)
 
 
 def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
@@ -336,10 +336,10 @@ def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
     written(file, decoder, tokenizer)
     head = decoder.token_embedding.weight.detach().numpy().copy()
     rewritten(file, tensors={"output.weight": head})
-    assert same(open_foreign(file).build(), decoder)
+    assert same(import_model(file).build(), decoder)
     rewritten(file, tensors={"output.weight": head + 1})
     with pytest.raises(FormatError, match=r"head output.weight is not its token embedding"):
-        open_foreign(file).build()
+        import_model(file).build()
 
 
 def test_numbers_that_are_not_finite_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_numbers_that_are_not_finite_are_refused(tokenizer: Tokenizer, tmp_path:
     written(file, some("llama", tokenizer), tokenizer)
     rewritten(file, tensors={"output_norm.weight": np.full(64, np.nan, np.float32)})
     with pytest.raises(FormatError, match=r"output_norm.weight holds numbers that are not finite"):
-        open_foreign(file).build()
+        import_model(file).build()
 
 
 def test_stretched_positions_are_measured_before_they_are_made(
@@ -361,7 +361,7 @@ def test_stretched_positions_are_measured_before_they_are_made(
     })  # fmt: skip
     monkeypatch.setattr("pretrain.export.gguf.rope_factors", None)
     with pytest.raises(FormatError, match=r"rope_freqs.weight is of 8, not 131072"):
-        open_foreign(file)
+        import_model(file)
 
 
 def _value(kind: int, data: bytes) -> bytes:
@@ -391,4 +391,4 @@ def test_counts_are_held_to_the_file_before_it_is_read(
     (tmp_path / "model.gguf").write_bytes(data)
     monkeypatch.setattr(gguf, "GGUFReader", None)
     with pytest.raises(FormatError, match=f"is no whole GGUF file: byte .*{message}"):
-        open_foreign(tmp_path / "model.gguf")
+        import_model(tmp_path / "model.gguf")

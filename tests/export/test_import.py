@@ -17,9 +17,9 @@ import torch
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.corpus import read_documents
-from pretrain.evaluate.results import ends_of
-from pretrain.export import FormatError, certificate, open_foreign, write_gguf
-from pretrain.export.certificate import AGREES, DISAGREES, NOT_VERIFIED
+from pretrain.evaluate.run_tasks import ends_of
+from pretrain.export import FormatError, certificate, import_model, write_gguf
+from pretrain.export.verification import AGREES, DISAGREES, NOT_VERIFIED
 from pretrain.generate import generate
 from pretrain.runner.open import load_model
 from pretrain.tokenizer import Tokenizer, train_tokenizer
@@ -89,7 +89,7 @@ def test_a_folder_that_holds_something_is_left_alone(finished_run: Path, tmp_pat
 def test_without_another_library_nothing_is_verified(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(certificate, "foreign_library", lambda format: None)
+    monkeypatch.setattr(certificate, "verification_library", lambda format: None)
     words = ["export", str(finished_run), "--format", "hf", "--out"]
     said = asked(capsys, *words, str(tmp_path / "a"), code=2)
     assert said["verdict"] == NOT_VERIFIED
@@ -320,7 +320,7 @@ def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capt
     said = asked(capsys, "import", str(theirs), "--out", str(folder))
     assert said["format"] == "transformers' llama"
     assert set(said["files"]) == {"config.json", "model.safetensors"}
-    assert same(load_model(str(folder)).decoder, open_foreign(theirs).build())
+    assert same(load_model(str(folder)).decoder, import_model(theirs).build())
     text = tmp_path / "text.txt"
     text.write_text("Some text to score. " * 20)
     one, other = (
@@ -351,21 +351,21 @@ def test_a_model_stops_where_its_own_files_say(
         for name, value in (("config.json", general), ("generation_config.json", generation)):
             content = json.loads((folder / name).read_text()) | {"eos_token_id": value}
             (folder / name).write_text(json.dumps(content))
-        assert open_foreign(folder).tokenizer.stop_ids == found
+        assert import_model(folder).tokenizer.stop_ids == found
     assert main(["import", str(folder), "--out", str(tmp_path / "model")]) == 0
     model = load_model(str(tmp_path / "model"))
     generate(model.decoder, model.tokenizer, "a")
     assert stops == [{0, 7, 9}]
     assert stops[0] <= ends_of(model.tokenizer, ())
     out = written(tmp_path / "out", model.decoder, model.tokenizer)
-    assert open_foreign(out).tokenizer.stop_ids == [9, 7]
+    assert import_model(out).tokenizer.stop_ids == [9, 7]
     said = json.loads((out / "tokenizer_config.json").read_text())
     assert said["eos_token"] == model.tokenizer.id_to_token(9)
     if importlib.util.find_spec("gguf"):
         own = {name: p.detach() for name, p in model.decoder.named_parameters()}
         config, file = model.decoder.config, tmp_path / "model.gguf"
         write_gguf(file, config=config, tokenizer=model.tokenizer, read=own.__getitem__)
-        assert open_foreign(file).tokenizer.stop_ids == [9]
+        assert import_model(file).tokenizer.stop_ids == [9]
 
 
 def test_a_folder_that_needs_no_import_or_holds_none_says_so(
@@ -382,7 +382,7 @@ def test_a_folder_that_needs_no_import_or_holds_none_says_so(
         tmp_path / "files": "has no config.json; name the file in it: model.gguf",
     }.items():
         with pytest.raises(FormatError, match=message):
-            open_foreign(folder)
+            import_model(folder)
 
 
 def test_an_imported_model_trains_on(
@@ -539,7 +539,7 @@ def llama2c(folder: Path, *, tied: bool) -> tuple[Path, Any]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_llama2c_file_is_read(tied: bool, tmp_path: Path) -> None:
     file, decoder = llama2c(tmp_path / "c", tied=tied)
-    back = open_foreign(file)
+    back = import_model(file)
     assert same(back.build(), decoder)
     # The space before a text, then merges by their score.
     assert back.tokenizer.encode("ab a").tolist() == [259, 262, 263]
@@ -552,25 +552,25 @@ def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_refused(tmp_path: Pa
     data = file.read_bytes()
     file.write_bytes(data[:-4])
     with pytest.raises(FormatError, match="bytes; its sizes"):
-        open_foreign(file)
+        import_model(file)
     file.write_bytes(struct.pack("<i", 0x616B3432) + data[4:])
     with pytest.raises(FormatError, match=r"a later version of llama2.c's format"):
-        open_foreign(file)
+        import_model(file)
     file.write_bytes(data)
     table = (file.parent / "tok265.bin").read_bytes()
     (file.parent / "tok265.bin").write_bytes(table[:-3])
     with pytest.raises(FormatError, match=r"no piece of llama2.c"):
-        open_foreign(file)
+        import_model(file)
     (file.parent / "tok265.bin").write_bytes(table[: len(table) // 2])
     with pytest.raises(FormatError, match=r"no piece of llama2.c|too few"):
-        open_foreign(file)
+        import_model(file)
     # Without its last piece, of two bytes, a file looks whole.
     (file.parent / "tok265.bin").write_bytes(table[:-10])
     with pytest.raises(FormatError, match=r"has 264 pieces and .* a vocabulary of 265"):
-        open_foreign(file)
+        import_model(file)
     (file.parent / "tok265.bin").unlink()
     with pytest.raises(FormatError, match="there are 0 files tok"):
-        open_foreign(file)
+        import_model(file)
 
 
 STORY = (
@@ -592,7 +592,7 @@ def test_imported_llamas_begin_a_text_with_their_own_token(tmp_path: Path) -> No
     from pretrain.data import prepare
 
     _, decoder = llama2c(tmp_path / "c", tied=True)
-    tokenizer: Tokenizer = open_foreign(tmp_path / "c/model.bin").tokenizer
+    tokenizer: Tokenizer = import_model(tmp_path / "c/model.bin").tokenizer
     tokenizer.save(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("ab a b " * 400)
     data = prepare(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.export.architectures import is_native, layout_of, to_description
-from pretrain.export.layouts import Layout, stored_tensors, to_theirs
+from pretrain.export.architectures import is_native, layout_of, to_hf_config
+from pretrain.export.layouts import Layout, stored_tensors, to_stored
 from pretrain.model import Decoder, ModelConfig, build
 from pretrain.model.config import model_defaults
 from pretrain.rng import normal
@@ -113,7 +113,7 @@ class Oracle:
 
             assert is_native(config)
             layout = layout_of(config)
-            described = {**to_description(config), "vocab_size": vocab_size}
+            described = {**to_hf_config(config), "vocab_size": vocab_size}
             kind = described.pop("model_type")
             quiet = {"bos_token_id": 0, "eos_token_id": None}
             self.model = AutoModelForCausalLM.from_config(
@@ -124,7 +124,7 @@ class Oracle:
         self.stored = stored_tensors(config, layout, vocab_size=vocab_size)
         with torch.no_grad():
             for stored in self.stored:
-                self._parameter(stored.name).copy_(to_theirs(stored, own.__getitem__))
+                self._parameter(stored.name).copy_(to_stored(stored, own.__getitem__))
 
     def _parameter(self, name: str) -> nn.Parameter:
         found: nn.Parameter = self.model.get_parameter(name.replace("proj_.weight", "proj_weight"))
@@ -137,4 +137,4 @@ class Oracle:
 
     def gradients(self, read: Callable[[str], Tensor]) -> list[tuple[str, Tensor | None, Tensor]]:
         """Name, their gradient, and ours in their layout."""
-        return [(s.name, self._parameter(s.name).grad, to_theirs(s, read)) for s in self.stored]
+        return [(s.name, self._parameter(s.name).grad, to_stored(s, read)) for s in self.stored]

@@ -82,7 +82,7 @@ class Trainee:
         import torch
 
         from pretrain.data import evaluation_batches
-        from pretrain.evaluate.scorer import score_batches
+        from pretrain.evaluate.loss import score_batches
 
         number, n = self.model.scored
         each = {"rank": number, "size": n}
@@ -123,7 +123,7 @@ def train(
     import torch
 
     from pretrain.data.order import Order
-    from pretrain.evaluate.scorer import Ids
+    from pretrain.evaluate.loss import Ids
     from pretrain.train.batches import TrainingBatches
     from pretrain.train.build import rows_of
     from pretrain.train.steps import training_steps

@@ -15,8 +15,8 @@ from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
 from pretrain.data import prepare
-from pretrain.evaluate import Expectation
-from pretrain.evaluate.cards import card
+from pretrain.evaluate import TokenLoss
+from pretrain.evaluate.token_stats import card
 from pretrain.export import write_hugging_face
 from pretrain.generate import sampling
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -103,7 +103,7 @@ def test_what_continues_a_text_keeps_the_space_before_it(
         found = json.loads(capsys.readouterr().out)
         assert spaced in {token["text"] for token in found["tokens"]}
         assert not more or found["answer"]["tokens"][0]["text"] == spaced
-    seen = Expectation(added[0], 1.0, 1, ((added[0], 0.5),))
+    seen = TokenLoss(added[0], 1.0, 1, ((added[0], 0.5),))
     shown = card(ours, [], seen)
     assert shown["answer"]["text"] == shown["likeliest"][0]["text"] == spaced
 

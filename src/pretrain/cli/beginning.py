@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from pretrain.cli.environment import only_writer, write_environment
 from pretrain.cli.output import Output
-from pretrain.cli.scoring import read_followed
 from pretrain.cli.training import fingerprint_of, train_run
 from pretrain.config import RunConfig, to_yaml
 from pretrain.data.shards import PreparedData
+from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import replace_file
 from pretrain.runner.launch import check_same_on_all_ranks, open_world_of
 from pretrain.runner.request import REQUESTED
@@ -23,7 +23,7 @@ from pretrain.train.windows import check_windows
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
-    from pretrain.evaluate.following import Followed
+    from pretrain.evaluate.task_files import EvalTask
 
 
 def start(
@@ -37,17 +37,17 @@ def start(
         if leads:
             replace_file(folder / REQUESTED, to_yaml(config).encode())
         try:
-            followed = read_followed(config.evaluate)
+            eval_tasks = read_in_loop_tasks(config.evaluate)
             data = open_text(config, output.say, world)
             check_windows(config.model, config.train, n_tokens=data.min_source_tokens)
             world = world or open_world_of(config)
-            config = _decide(config, folder, data, followed, output, world)
+            config = _decide(config, folder, data, eval_tasks, output, world)
         except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
             if leads:
                 _take_back(folder, new)
             raise
         return train_run(
-            config, folder, data, world, output, began, followed=followed, resume_from=None
+            config, folder, data, world, output, began, eval_tasks=eval_tasks, resume_from=None
         )
 
 
@@ -64,7 +64,7 @@ def _decide(
     config: RunConfig,
     folder: Path,
     data: PreparedData,
-    followed: list[Followed],
+    eval_tasks: list[EvalTask],
     output: Output,
     world: World,
 ) -> RunConfig:
@@ -82,7 +82,7 @@ def _decide(
         parallel=config.parallel,
         world=world,
         evaluate=config.evaluate,
-        followed=followed,
+        eval_tasks=eval_tasks,
     )
     sections = {each.name: getattr(decided, each.name) for each in fields(decided)}
     config = replace(config, **sections)

@@ -25,11 +25,11 @@ from pretrain.cli.resuming import (
     summary_of,
     with_settings,
 )
-from pretrain.cli.scoring import read_followed
 from pretrain.cli.training import fingerprint_of, train_run
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
 from pretrain.data.shards import PreparedData
 from pretrain.distributed import leave_world, n_processes
+from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report import require_packages, write_report
 from pretrain.runner.launch import check_same_on_all_ranks, open_world_of
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
     from pretrain.cli.continuing import Continuation
     from pretrain.distributed import World
-    from pretrain.evaluate.following import Followed
+    from pretrain.evaluate.task_files import EvalTask
 
 
 def resume(
@@ -67,7 +67,7 @@ def resume(
     stored = read_run(folder)
     wanted = _wanted(stored, target, overrides)
     require_packages(wanted.report.to)
-    followed = read_followed(wanted.evaluate)
+    eval_tasks = read_in_loop_tasks(wanted.evaluate)
     if continuation is not None:
         continuation.check(folder, wanted)
     elif is_finished(folder, stored):
@@ -84,7 +84,7 @@ def resume(
         found.refuse_other_text()
         data = open_text(found.wanted, output.say)
         world = joined or open_world_of(found.wanted)
-        final = _settled(found, continuation, data, followed, output, world)
+        final = _settled(found, continuation, data, eval_tasks, output, world)
         put_tokenizer(folder, data, output)
         set_aside(folder)
         output.say(_where_it_goes_on(folder, checkpoint))
@@ -98,7 +98,7 @@ def resume(
             world,
             output,
             began,
-            followed=followed,
+            eval_tasks=eval_tasks,
             resume_from=checkpoint,
             ends=ends,
         )
@@ -133,7 +133,7 @@ def _follow_leader(folder: Path, world: World, output: Output, began: float, end
         world,
         output,
         began,
-        followed=read_followed(config.evaluate),
+        eval_tasks=read_in_loop_tasks(config.evaluate),
         resume_from=open_checkpoint(folder / "checkpoints" / name) if name else None,
         ends=ends,
     )
@@ -143,7 +143,7 @@ def _settled(
     found: Resumption,
     continuation: Continuation | None,
     data: PreparedData,
-    followed: list[Followed],
+    eval_tasks: list[EvalTask],
     output: Output,
     world: World,
 ) -> RunConfig:
@@ -156,14 +156,14 @@ def _settled(
         final = continuation.extended(final, found.step)
         continuation.refuse_other_order(data, found.wanted, final)
     check_windows(final.model, final.train, n_tokens=data.min_source_tokens)
-    if followed and final.evaluate.every is None:  # the run follows nothing yet
-        final = _with_interval(final, data, world, followed)
+    if eval_tasks and final.evaluate.every is None:  # the run follows nothing yet
+        final = _with_interval(final, data, world, eval_tasks)
     found.write(final, changes, output)
     return final
 
 
 def _with_interval(
-    config: RunConfig, data: PreparedData, world: World, followed: list[Followed]
+    config: RunConfig, data: PreparedData, world: World, eval_tasks: list[EvalTask]
 ) -> RunConfig:
     from pretrain.train.decide import measure_pace, task_interval
 
@@ -174,7 +174,7 @@ def _with_interval(
         )
     alone = world.alone()
     sections = (config.model, config.optimizer, config.train, ParallelConfig())
-    pace = measure_pace(data, *sections, alone, followed)
+    pace = measure_pace(data, *sections, alone, eval_tasks)
     every = task_interval(config.train, pace)
     return replace(config, evaluate=replace(config.evaluate, every=every))
 

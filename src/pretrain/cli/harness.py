@@ -60,7 +60,7 @@ class HarnessModel:
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """log p of whole texts behind a start-of-text, in nats."""
-        from pretrain.evaluate.continuations import rolled
+        from pretrain.evaluate.loglikelihood import rolled
 
         tokenizer = self._model.tokenizer
         texts = [
@@ -101,7 +101,7 @@ class HarnessModel:
         return score_pairs(model.decoder, pairs, world=model.world, precision=model.precision)
 
     def _written(self, prompt: str, settings: Mapping[str, Any], *, seed: int) -> str:
-        from pretrain.evaluate.results import cut_before, ends_of
+        from pretrain.evaluate.run_tasks import cut_before, ends_of
         from pretrain.generate import Sampling, generate_ids
 
         stops, max_tokens, how = _read_settings(settings)

@@ -19,7 +19,7 @@ MOST_TOKENS = 20_000
 def draw_texts(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> None:
     """Write the page; of all texts together the first MOST_TOKENS are drawn."""
     from pretrain.corpus import read_documents
-    from pretrain.evaluate import Pair, look_at, pieces
+    from pretrain.evaluate import Pair, annotated_text, token_losses
 
     tokenizer, left, drawn = model.tokenizer, MOST_TOKENS, {}
     for name in arguments.text:
@@ -31,7 +31,7 @@ def draw_texts(model: LoadedModel, arguments: argparse.Namespace, output: Output
             if not ids:
                 continue
             left -= len(ids)
-            found = look_at(
+            found = token_losses(
                 model.decoder,
                 Pair((tokenizer.start_of_text, *ids), 1),
                 world=model.world,
@@ -39,7 +39,7 @@ def draw_texts(model: LoadedModel, arguments: argparse.Namespace, output: Output
                 stride=arguments.stride,
                 top=1,
             )
-            rows: list[dict[str, Any]] = pieces(tokenizer, found)
+            rows: list[dict[str, Any]] = annotated_text(tokenizer, found)
             drawn[name if number == 1 else f"{name}, document {number:,}"] = rows
     cut = "" if left else f" Drawn are the first {MOST_TOKENS:,} tokens."
     note = "The redder a token, the less the model foresaw it from what stands before." + cut

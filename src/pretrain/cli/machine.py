@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.cli.scoring import read_followed, task_folder
 from pretrain.config import RunConfig
 from pretrain.corpus import list_files
 from pretrain.data.manifest import is_prepared
+from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report import require_packages
 
 
@@ -28,7 +28,7 @@ def mistakes_here(config: RunConfig) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             yield "report.to", str(error)
     try:
-        read_followed(config.evaluate)
+        read_in_loop_tasks(config.evaluate)
     except ValueError as error:
         yield "evaluate.tasks evaluate.task_files evaluate.texts evaluate.examples", str(error)
     has_end = config.train.steps is not None or config.train.minutes is not None

@@ -16,10 +16,9 @@ from pretrain.runner.text import cache_folder, text_of_run
 from pretrain.train.records import write_json
 
 if TYPE_CHECKING:
-    from pretrain.cli.scoring import Asked
     from pretrain.corpus.bloom import BloomFilter
     from pretrain.data import PreparedData
-    from pretrain.evaluate import Results
+    from pretrain.evaluate import EvalTask, TaskResults
     from pretrain.runner.open import LoadedModel
 
 OVERLAP = "overlap.json"
@@ -42,7 +41,7 @@ def training_text(model: LoadedModel) -> PreparedData:
 def measure(
     model: LoadedModel,
     data: PreparedData,
-    answered: Sequence[tuple[Asked, Results]],
+    answered: Sequence[tuple[EvalTask, TaskResults]],
     *,
     arguments: argparse.Namespace,
     output: Output,
@@ -108,7 +107,7 @@ def _corpus_filter(data: PreparedData, output: Output) -> BloomFilter:
 def _sets(
     data: PreparedData,
     corpus: BloomFilter,
-    answered: Sequence[tuple[Asked, Results]],
+    answered: Sequence[tuple[EvalTask, TaskResults]],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """A row for each evaluation set; the held-out split, which is of the same source as the
@@ -116,7 +115,7 @@ def _sets(
     from pretrain.corpus import read_documents
     from pretrain.corpus.overlap import measure_overlap
     from pretrain.evaluate.documents import document_texts
-    from pretrain.evaluate.memorisation import row_of, score_without
+    from pretrain.evaluate.overlap import row_of, score_without
 
     held_out = data.split("val")
     ids = (origin.id for _, origin in held_out.origins(lambda *_: True))
@@ -127,7 +126,7 @@ def _sets(
         texts = read_documents(file, text_field=arguments.text_field)
         rows[file] = row_of(measure_overlap(((each.id, each.text) for each in texts), corpus))
     for asked, results in answered:
-        found = measure_overlap(_numbered(asked.texts), corpus)
+        found = measure_overlap(_numbered(asked.solved_texts), corpus)
         metric = asked.task.metric
         score = score_without(metric, results.statistics[metric], found)
         rows[asked.task.name] = row_of(found) | {"score": score}
@@ -148,7 +147,7 @@ def _writing(
     """A row for what the model wrote while it was trained, for what it writes after held-out text,
     and for what stands there."""
     from pretrain.corpus.overlap import measure_overlap
-    from pretrain.evaluate.memorisation import continue_held_out, longest_of, row_of
+    from pretrain.evaluate.overlap import continue_held_out, longest_of, row_of
     from pretrain.generate import pack_weights
 
     output.say("continuing held-out text ...")

@@ -24,7 +24,7 @@ from pretrain.train.signals import TO_THE_END, Ends
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
     from pretrain.distributed import World
-    from pretrain.evaluate.following import Followed
+    from pretrain.evaluate.task_files import EvalTask
 
 
 def fingerprint_of(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
@@ -43,18 +43,18 @@ def train_run(
     output: Output,
     began: float,
     *,
-    followed: list[Followed],
+    eval_tasks: list[EvalTask],
     resume_from: Checkpoint | None,
     ends: Ends = TO_THE_END,
 ) -> int:
     from pretrain.distributed import leave_world
     from pretrain.train.loop import train
-    from pretrain.train.overview import show_followed, show_plan, show_summary
+    from pretrain.train.overview import show_eval_tasks, show_plan, show_summary
     from pretrain.train.screen import Screen
 
     screen = Screen(output.people)
     show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
-    show_followed(screen, followed, every=config.evaluate.every, steps=config.train.steps)
+    show_eval_tasks(screen, eval_tasks, every=config.evaluate.every, steps=config.train.steps)
     if world.leads:
         _follow(config, folder)
     run = read_environment(folder)["run"]
@@ -73,8 +73,8 @@ def train_run(
             began=began,
             first_weights=initial_checkpoint(config),
             resume_from=resume_from,
-            followed=followed,
-            asked_every=config.evaluate.every,
+            eval_tasks=eval_tasks,
+            eval_tasks_every=config.evaluate.every,
             ends=ends,
         )
     leave_world(world)

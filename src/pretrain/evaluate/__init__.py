@@ -1,12 +1,12 @@
-"""Weights -> numbers: nats, perplexity and bits per byte of text (`scorer`), log p(continuation |
-context) of pairs (`continuations`), and what simple models reach (`baselines`).
+"""Weights -> numbers: nats, perplexity and bits per byte of text, accuracies of tasks.
 
-A task is a definition (`tasks`) and examples from a file (`examples`); answers to them (`results`)
-become numbers (`metrics`) with errors, or a comparison of models (`errors`). Some are asked again
-and again while a model is trained (`following`, `config`). `cards` goes through a text token by
-token.
-
-There is one scorer, and everything that reports a number of a model goes through it.
+`loss` scores texts and token streams, and `loglikelihood` scores pairs, log p(continuation |
+context); every number that is reported of a model comes from one of these two. A task (`tasks`) has
+examples, read from a file (`examples`, `task_files`); `run_tasks` evaluates a model on them, and
+`metrics` and `bootstrap` turn the statistics into a value, a standard error, or a comparison of two
+models. `token_stats` gives the loss of each token of a text, `overlap` what of it was in the
+training text, `baselines` what simple models reach. `lm_eval` makes our models available to
+lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.evaluate.baselines import measure_baselines
-    from pretrain.evaluate.cards import Expectation, look_at, pieces
-    from pretrain.evaluate.continuations import Answer, Pair, encode_pair, score_pairs
-    from pretrain.evaluate.errors import compare, estimate
+    from pretrain.evaluate.bootstrap import compare, estimate
     from pretrain.evaluate.examples import Example, read_examples
-    from pretrain.evaluate.following import Followed
-    from pretrain.evaluate.results import Results, ask, ask_followed
-    from pretrain.evaluate.scorer import Score, byte_lengths, score, score_each, score_texts
+    from pretrain.evaluate.loglikelihood import Pair, PairScore, encode_pair, score_pairs
+    from pretrain.evaluate.loss import Score, byte_lengths, score, score_each, score_texts
+    from pretrain.evaluate.run_tasks import TaskResults, evaluate_in_loop, evaluate_task
+    from pretrain.evaluate.task_files import EvalTask
     from pretrain.evaluate.tasks import Task, task_named
+    from pretrain.evaluate.token_stats import TokenLoss, annotated_text, token_losses
 
 __getattr__ = lazily(
     __name__,
     baselines="measure_baselines",
-    cards="Expectation look_at pieces",
-    continuations="Answer Pair encode_pair score_pairs",
-    errors="compare estimate",
+    bootstrap="compare estimate",
     examples="Example read_examples",
-    following="Followed",
-    results="Results ask ask_followed",
-    scorer="Score byte_lengths score score_each score_texts",
+    loglikelihood="Pair PairScore encode_pair score_pairs",
+    loss="Score byte_lengths score score_each score_texts",
+    run_tasks="TaskResults evaluate_in_loop evaluate_task",
+    task_files="EvalTask",
     tasks="Task task_named",
+    token_stats="TokenLoss annotated_text token_losses",
 )
 __all__ = [
-    "Answer",
+    "EvalTask",
     "Example",
-    "Expectation",
-    "Followed",
     "Pair",
-    "Results",
+    "PairScore",
     "Score",
     "Task",
-    "ask",
-    "ask_followed",
+    "TaskResults",
+    "TokenLoss",
+    "annotated_text",
     "byte_lengths",
     "compare",
     "encode_pair",
     "estimate",
-    "look_at",
+    "evaluate_in_loop",
+    "evaluate_task",
     "measure_baselines",
-    "pieces",
     "read_examples",
     "score",
     "score_each",
     "score_pairs",
     "score_texts",
     "task_named",
+    "token_losses",
 ]

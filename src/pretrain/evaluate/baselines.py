@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data import TokenStream
-from pretrain.evaluate.scorer import Score
+from pretrain.evaluate.loss import Score
 from pretrain.tokenizer import Tokenizer
 
 Array = NDArray[np.int64]

@@ -14,8 +14,8 @@ import numpy as np
 
 from pretrain.corpus.demonstrations import split_sentences
 from pretrain.distributed import World
-from pretrain.evaluate.continuations import encode_pair, score_pairs
 from pretrain.evaluate.examples import Example, prompt
+from pretrain.evaluate.loglikelihood import encode_pair, score_pairs
 from pretrain.evaluate.metrics import Array, statistics_of_answer
 from pretrain.evaluate.tasks import Task, task_named
 from pretrain.model import Decoder

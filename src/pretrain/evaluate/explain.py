@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.distributed import World
-from pretrain.evaluate.continuations import Pair, encode_pair, rolled, score_pairs
 from pretrain.evaluate.examples import Example
-from pretrain.evaluate.results import Results
+from pretrain.evaluate.loglikelihood import Pair, encode_pair, rolled, score_pairs
+from pretrain.evaluate.run_tasks import TaskResults
 from pretrain.evaluate.samples import Sample
 from pretrain.evaluate.tasks import Task
 from pretrain.model import Decoder
@@ -102,7 +102,7 @@ def explain(
     tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
-    results: Results,
+    results: TaskResults,
     samples: Mapping[int, Sample],
     *,
     world: World,
@@ -172,7 +172,7 @@ def _agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return all(abs(a - b) <= max(TOLERANCE_NATS, _RELATIVE * abs(a)) for a, b in pairs)
 
 
-def _by_numbers(task: Task, results: Results, case: _Case) -> Difference | None:
+def _by_numbers(task: Task, results: TaskResults, case: _Case) -> Difference | None:
     """What can be said without asking again: of examples that agree in every log p, why the answer
     is another; None where that is the same, and where log p differs for another reason."""
     if case.n_options_differ:
@@ -186,7 +186,7 @@ def _by_numbers(task: Task, results: Results, case: _Case) -> Difference | None:
     return None
 
 
-def _by_answer(task: Task, results: Results, case: _Case) -> Difference | None:
+def _by_answer(task: Task, results: TaskResults, case: _Case) -> Difference | None:
     ours = {
         metric: bool(rows[case.number][0])
         for metric, rows in results.statistics.items()

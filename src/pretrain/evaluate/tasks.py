@@ -1,8 +1,8 @@
 """Tasks: what each asks, which file it needs, and by which number a model is judged.
 
-The table is tasks.toml, one section a task; a file in the documented form (docs/how-to/tasks.md)
-is a task too, whose kind is told by the fields of its records. A name that is not in the table is
-refused with what would be legal.
+The table is tasks.toml, one section a task; a file in the documented form (docs/how-to/tasks.md) is
+a task too, whose kind is told by the fields of its records. An unknown name is a
+ValueError with the nearest names.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Weights <-> other people's formats: transformers' directories, GGUF, llama2.c.
+"""Weights <-> other programs' formats: Hugging Face directories, GGUF, llama2.c.
 
-`layouts` and `architectures` hold the names, a table a family; `hugging_face`, `gguf` and `llama2c`
-the files; `opening` finds out what a file is; `certificate` proves an export by another library,
-which `witness.py` asks in a process of its own. `modeling_pretrain.py` travels with the weights
-that transformers has no class for.
+`layouts` and `architectures` contain the names that other programs use, one table a family; `hf`,
+`gguf` and `llama2c` read and write the files; `importing` opens any of them; `verification` checks
+an export with another library, which `verification_worker.py` runs in its own process.
+`modeling_pretrain.py` is shipped with the weights that transformers has no class for.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING
 from pretrain import lazily
 
 if TYPE_CHECKING:
-    from pretrain.export.certificate import Exported, certify
-    from pretrain.export.foreign import ForeignModel
     from pretrain.export.gguf import write_gguf
-    from pretrain.export.hugging_face import write_hugging_face
+    from pretrain.export.hf import write_hugging_face
+    from pretrain.export.imported import ImportedModel
+    from pretrain.export.importing import import_model
     from pretrain.export.layouts import FormatError
-    from pretrain.export.opening import open_foreign
+    from pretrain.export.verification import Exported, verify_export
 
 __getattr__ = lazily(
     __name__,
-    certificate="Exported certify",
-    foreign="ForeignModel",
     gguf="write_gguf",
-    hugging_face="write_hugging_face",
+    hf="write_hugging_face",
+    imported="ImportedModel",
+    importing="import_model",
     layouts="FormatError",
-    opening="open_foreign",
+    verification="Exported verify_export",
 )
 __all__ = [
     "Exported",
-    "ForeignModel",
     "FormatError",
-    "certify",
-    "open_foreign",
+    "ImportedModel",
+    "import_model",
+    "verify_export",
     "write_gguf",
     "write_hugging_face",
 ]

@@ -126,7 +126,7 @@ def layout_of(config: ModelConfig) -> Layout:
     return HUGGING_FACE[config.family] if is_native(config) else OWN
 
 
-def to_description(config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """What config.json says of the architecture."""
     if not is_native(config):
         whole = {**asdict(config), "d_ff": config.feed_forward_width, "preset": None}
@@ -160,7 +160,7 @@ def to_description(config: ModelConfig) -> dict[str, Any]:
     return content
 
 
-def from_description(content: Mapping[str, Any]) -> ModelConfig:
+def from_hf_config(content: Mapping[str, Any]) -> ModelConfig:
     """The architecture of a config.json. FormatError for one that is not ours."""
     kind = content.get("model_type")
     if kind == OWN_TYPE:

@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.export.architectures import is_native
-from pretrain.export.foreign import ForeignModel, checked_parameters, checked_vocab_size, fitting
 from pretrain.export.gguf_header import refuse_broken_header
 from pretrain.export.gguf_vocabulary import read_vocabulary, write_vocabulary
+from pretrain.export.imported import ImportedModel, checked_parameters, checked_vocab_size, fitting
 from pretrain.export.layouts import (
     GGUF,
     FormatError,
     Read,
     Rounded,
-    Stored,
+    StoredTensor,
     leave,
-    refuse_differences,
+    match_tensors,
     stored_tensors,
-    to_ours,
-    to_theirs,
+    to_parameters,
+    to_stored,
 )
 from pretrain.model import ModelConfig
 from pretrain.model.families import FAMILIES
@@ -119,11 +119,11 @@ def write_gguf(
     if factors is not None:
         writer.write_tensor_data(factors)
     for stored, kind in zip(tensors, kinds, strict=True):
-        data = gguf.quants.quantize(to_theirs(stored, read).float().numpy(), kind)
+        data = gguf.quants.quantize(to_stored(stored, read).float().numpy(), kind)
         writer.write_tensor_data(data)
         if kind != gguf.GGMLQuantizationType.F32:
             there = torch.from_numpy(gguf.quants.dequantize(data, kind)).view(stored.shape)
-            for name, values in to_ours([stored], {stored.name: there}.__getitem__):
+            for name, values in to_parameters([stored], {stored.name: there}.__getitem__):
                 rounded(name, values)
     writer.close()
 
@@ -148,7 +148,7 @@ def _add_description(writer: Any, config: ModelConfig, tokenizer: Tokenizer, num
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 
 
-def _kind_of(stored: Stored, numbers: str) -> str:
+def _kind_of(stored: StoredTensor, numbers: str) -> str:
     if len(stored.shape) == 1 or stored.parts == ("position_embedding.weight",):
         return "F32"
     if numbers == "q8_0" and stored.shape[-1] % _BLOCK:
@@ -166,7 +166,7 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
     return factors
 
 
-def open_gguf(file: Path) -> ForeignModel:
+def open_gguf(file: Path) -> ImportedModel:
     """A model file, checked. FormatError for one that is damaged, or is not one of ours."""
     _require()
     import gguf
@@ -192,7 +192,7 @@ def open_gguf(file: Path) -> ForeignModel:
     except (FormatError, RuntimeError, OverflowError) as error:
         raise FormatError(f"{file}: {error}") from None
     shapes = {name: tuple(int(n) for n in e.shape[::-1]) for name, e in entries.items()}
-    names = refuse_differences(tensors, shapes, layout=layout, what=str(file))
+    names = match_tensors(tensors, shapes, layout=layout, what=str(file))
     odd = [
         f"{e.name} is {e.tensor_type.name}"
         for e in entries.values()
@@ -209,7 +209,7 @@ def open_gguf(file: Path) -> ForeignModel:
     def parameters() -> Iterator[tuple[str, Tensor]]:
         return checked_parameters(tensors, read, layout=layout, names=names)
 
-    return ForeignModel("GGUF", (file,), config, tokenizer, parameters)
+    return ImportedModel("GGUF", (file,), config, tokenizer, parameters)
 
 
 def _config_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.export.foreign import named_ends
+from pretrain.export.imported import named_ends
 from pretrain.export.layouts import FormatError
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe

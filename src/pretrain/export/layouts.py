@@ -148,7 +148,7 @@ GGUF: dict[str, Layout] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor of theirs, and the parameters of ours that it holds."""
 
     name: str
@@ -161,7 +161,7 @@ class Stored:
     """Of each part, the number of heads whose rotary pairs are interleaved, or 0."""
 
 
-def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> list[Stored]:
+def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> list[StoredTensor]:
     """Their tensors for a decoder, in its order; nothing is built but names and shapes."""
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size=vocab_size)
@@ -182,7 +182,7 @@ def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> l
             shape = (sum(rows), *shapes[parts[0]][1:])
             turned = layout.transposed and len(shape) == 2 and parts[0].startswith("blocks.")
             found.append(
-                Stored(
+                StoredTensor(
                     f"{theirs}.{kind}",
                     shape[::-1] if turned else shape,
                     parts,
@@ -201,7 +201,7 @@ def leave(name: str, values: Tensor) -> None:
     """Of no use for what a file holds."""
 
 
-def to_theirs(stored: Stored, read: Read) -> Tensor:
+def to_stored(stored: StoredTensor, read: Read) -> Tensor:
     """Their tensor from our parameters."""
     parts = [
         interleave(read(part), n_heads) if n_heads else read(part)
@@ -211,7 +211,7 @@ def to_theirs(stored: Stored, read: Read) -> Tensor:
     return whole.T.contiguous() if stored.transposed else whole
 
 
-def to_ours(tensors: list[Stored], read: Read) -> Iterator[tuple[str, Tensor]]:
+def to_parameters(tensors: list[StoredTensor], read: Read) -> Iterator[tuple[str, Tensor]]:
     """Our parameters by name, in float32, from a reader of their tensors; each is read once."""
     for stored in tensors:
         whole = read(stored.name).float()
@@ -222,8 +222,8 @@ def to_ours(tensors: list[Stored], read: Read) -> Iterator[tuple[str, Tensor]]:
             yield part, (deinterleave(values, n_heads) if n_heads else values).contiguous()
 
 
-def refuse_differences(
-    tensors: list[Stored], found: Mapping[str, Shape], *, layout: Layout, what: str
+def match_tensors(
+    tensors: list[StoredTensor], found: Mapping[str, Shape], *, layout: Layout, what: str
 ) -> dict[str, str]:
     """The name in the file of each tensor that is expected, and of copies. FormatError with
     everything that is missing, too much, or in another shape."""

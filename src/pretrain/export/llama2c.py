@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.export.foreign import ForeignModel, finite
+from pretrain.export.imported import ImportedModel, finite
 from pretrain.export.layouts import FormatError, Shape, deinterleave
 from pretrain.model import ModelConfig
 from pretrain.model.families import llama
@@ -45,7 +45,7 @@ def is_llama2c(file: Path) -> bool:
     )
 
 
-def open_llama2c(file: Path, tokenizer: Path | None = None) -> ForeignModel:
+def open_llama2c(file: Path, tokenizer: Path | None = None) -> ImportedModel:
     """A model file and its tokenizer: `tokenizer`, or the one tok*.bin beside the model."""
     with open(file, "rb") as opened:
         d, f, layers, heads, kv_heads, vocab, context = _HEADER.unpack(opened.read(_HEADER.size))
@@ -89,7 +89,7 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> ForeignModel:
             f"{pieces} has {found.vocab_size:,} pieces and {file} a vocabulary of {abs(vocab):,}; "
             "legal: as many"
         )
-    return ForeignModel("llama2.c", (file, pieces), config, found, parameters)
+    return ImportedModel("llama2.c", (file, pieces), config, found, parameters)
 
 
 def _places(config: ModelConfig, vocab_size: int) -> tuple[dict[str, tuple[int, Shape]], int]:

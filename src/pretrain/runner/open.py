@@ -164,9 +164,9 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
 def _load_foreign(path: Path, device: str) -> LoadedModel:
     """Load a model in another library's format."""
     from pretrain.distributed import open_world
-    from pretrain.export import open_foreign
+    from pretrain.export import import_model
 
-    foreign = open_foreign(path)
+    foreign = import_model(path)
     world = open_world(device)
     config = compose([{"model": asdict(foreign.config)}])
     decoder = foreign.build(device=world.device.type).eval()

@@ -17,9 +17,9 @@ from typing import cast
 from pretrain.data import MicroBatch, PreparedData
 from pretrain.data.mixed import MixedData
 from pretrain.distributed import World, memory_bytes, n_beside
-from pretrain.evaluate import Followed
+from pretrain.evaluate import EvalTask
 from pretrain.evaluate.config import EvaluateConfig
-from pretrain.evaluate.results import asking_seconds
+from pretrain.evaluate.run_tasks import evaluation_seconds
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.optim import OptimizerConfig, ScheduleConfig
 from pretrain.parallel import ParallelConfig
@@ -65,10 +65,10 @@ def decide(
     world: World,
     parallel: ParallelConfig | None = None,
     evaluate: EvaluateConfig | None = None,
-    followed: Sequence[Followed] = (),
+    eval_tasks: Sequence[EvalTask] = (),
 ) -> Decided:
     """Fill every empty field. Takes seconds when `train.minutes` must be turned into steps, or
-    tasks are `followed`, else none."""
+    tasks are `eval_tasks`, else none."""
     context, batch_tokens = check_windows(model, train, n_tokens=data.min_source_tokens)
     model = replace(model, context_length=context)
     if model.ngram_rows and model.longest_ngram is None:
@@ -98,18 +98,18 @@ def decide(
     if train.steps is None and train.minutes is None:
         raise ValueError("nothing says how long to train: give train.steps or train.minutes")
     pace = None
-    if train.steps is None or (followed and evaluate.every is None):
-        pace = measure_pace(data, model, optimizer, train, parallel, world, followed)
+    if train.steps is None or (eval_tasks and evaluate.every is None):
+        pace = measure_pace(data, model, optimizer, train, parallel, world, eval_tasks)
     if train.steps is None:
         assert pace is not None
-        fit = _steps_that_fit(data, model, train, pace, asked_every=evaluate.every)
+        fit = _steps_that_fit(data, model, train, pace, eval_tasks_every=evaluate.every)
         train = replace(train, steps=fit)
     steps = train.steps
     assert steps is not None
     training_batches(data, model, train, parallel, world)  # the order, refused here if it cannot be
     every = train.evaluate_every or max(1, -(-steps // EVALUATIONS))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
-    if pace is not None and followed and evaluate.every is None:
+    if pace is not None and eval_tasks and evaluate.every is None:
         evaluate = replace(evaluate, every=task_interval(train, pace))
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
@@ -121,7 +121,7 @@ class Pace:
     """What was timed before the start."""
 
     step_seconds: float
-    asking_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     """of all tasks that are followed, once"""
 
 
@@ -132,7 +132,7 @@ def task_interval(train: TrainConfig, pace: Pace) -> int:
     steps, every = train.steps, train.evaluate_every
     assert steps is not None
     assert every is not None
-    times = int(TASKS_SHARE * steps * pace.step_seconds / max(pace.asking_seconds, 1e-9))
+    times = int(TASKS_SHARE * steps * pace.step_seconds / max(pace.evaluation_seconds, 1e-9))
     if times <= 1:
         return steps
     return min(steps, -(-steps // (times * every)) * every)
@@ -190,15 +190,15 @@ def _steps_that_fit(
     train: TrainConfig,
     pace: Pace,
     *,
-    asked_every: int | None,
+    eval_tasks_every: int | None,
 ) -> int:
     """Updates that fit into `train.minutes`; with n-gram tables no more than one reading of the
     text makes, or SHORT_RUN."""
     assert train.minutes is not None
     evaluating = _evaluating_steps(data, train) * pace.step_seconds
-    asking = TASKS_SHARE * pace.step_seconds if pace.asking_seconds else 0.0
-    if asked_every is not None:
-        asking = pace.asking_seconds / asked_every
+    asking = TASKS_SHARE * pace.step_seconds if pace.evaluation_seconds else 0.0
+    if eval_tasks_every is not None:
+        asking = pace.evaluation_seconds / eval_tasks_every
     fit = max(1, int((60 * train.minutes - evaluating) / (pace.step_seconds + asking)))
     return min(fit, most_steps(data, model, train) or fit)
 
@@ -227,12 +227,12 @@ def measure_pace(
     train: TrainConfig,
     parallel: ParallelConfig,
     world: World,
-    followed: Sequence[Followed] = (),
+    eval_tasks: Sequence[EvalTask] = (),
 ) -> Pace:
     """Seconds of a step, and of asking tasks, by timed ones of copies that are thrown away: about a
     hundredth of the run's steps at most, where it is given them, and none after one that is fast
     enough for all there is to read."""
-    fast_enough = 0.0 if followed else _fast_enough(data, model, train)
+    fast_enough = 0.0 if eval_tasks else _fast_enough(data, model, train)
     n_steps = min(CALIBRATION_STEPS, max(1, (train.steps or 10**9) // 200))
     steps = trial_steps(data, model, optimizer, train, parallel, world, steps=n_steps + 2)
     seconds, began = [], time.perf_counter()
@@ -254,12 +254,12 @@ def measure_pace(
     # Others than the first may have none, whose clocks began later.
     step_seconds = sorted(seconds)[len(seconds) // 4] if seconds else math.nan
     asking = 0.0
-    if followed:
+    if eval_tasks:
         trial = build_model(data, model, train, parallel, world)
-        asking = uncompiled(asking_seconds)(
+        asking = uncompiled(evaluation_seconds)(
             trial.lm_loss.decoder,
             data.tokenizer(),
-            followed,
+            eval_tasks,
             world=world,
             precision=train.precision,
         )

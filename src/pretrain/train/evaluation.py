@@ -6,7 +6,7 @@ import math
 
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import Score, byte_lengths
-from pretrain.evaluate.scorer import EVALUATION_TOKENS, score_batches
+from pretrain.evaluate.loss import EVALUATION_TOKENS, score_batches
 from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals

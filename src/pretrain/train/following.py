@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.evaluate import Followed, ask_followed
+from pretrain.evaluate import EvalTask, evaluate_in_loop
 from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 from pretrain.train.signals import StopSignals
@@ -23,13 +23,13 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
     that a resume does."""
     tokenizer, new = run.data.tokenizer(), []
     run.model.gather()
-    for followed in missing_tasks(run):
+    for eval_tasks in missing_tasks(run):
         if stop.breaks_off(run.world):
             break
-        row = ask_followed(
+        row = evaluate_in_loop(
             run.lm_loss.decoder,
             tokenizer,
-            followed,
+            eval_tasks,
             world=run.world,
             precision=run.settings.precision,
         )
@@ -39,15 +39,15 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
         run.screen.tasks(run.done, new)
 
 
-def missing_tasks(run: Run) -> list[Followed]:
+def missing_tasks(run: Run) -> list[EvalTask]:
     """What is followed and has no row for this step yet."""
     rows = [r for r in run.records.metrics() if r["kind"] == KIND and r["step"] == run.done]
     asked = {row["task"] for row in rows}
-    return [each for each in run.followed if each.task.name not in asked]
+    return [each for each in run.eval_tasks if each.task.name not in asked]
 
 
 def last_rows(run: Run) -> dict[str, dict[str, Any]]:
     """By task, what it came to when it was last asked, for the summary."""
     rows = {row["task"]: row for row in run.records.metrics() if row["kind"] == KIND}
-    names = [followed.task.name for followed in run.followed]
+    names = [eval_tasks.task.name for eval_tasks in run.eval_tasks]
     return {name: {key: rows[name][key] for key in _IN_SUMMARY} for name in names if name in rows}

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pretrain.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
 from pretrain.data import PreparedData
 from pretrain.distributed import World
-from pretrain.evaluate import Followed, measure_baselines
+from pretrain.evaluate import EvalTask, measure_baselines
 from pretrain.generate import Sampling, generate
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.optim import OptimizerConfig, ScheduleConfig, lr_at
@@ -56,12 +56,12 @@ def train(
     began: float,
     first_weights: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
-    followed: Sequence[Followed] = (),
-    asked_every: int | None = None,
+    eval_tasks: Sequence[EvalTask] = (),
+    eval_tasks_every: int | None = None,
     ends: Ends = TO_THE_END,
 ) -> int:
     """Train to the end, or to a signal; returns an exit code. The command `began` on perf_counter.
-    `first_weights` are another run's; what is `followed` is asked every `asked_every` steps."""
+    `first_weights` are another run's; `eval_tasks` are evaluated every `eval_tasks_every` steps."""
     run = begin(
         folder,
         data=data,
@@ -72,8 +72,8 @@ def train(
         world=world,
         screen=screen,
         identity=identity,
-        followed=followed,
-        asked_every=asked_every,
+        eval_tasks=eval_tasks,
+        eval_tasks_every=eval_tasks_every,
     )
     run.began = began
     _take_up(run, resume_from, first_weights)
@@ -116,7 +116,7 @@ def _catch_up(run: Run, stop: StopSignals) -> None:
     """Measure what a signal kept from being measured after the last step."""
     if _evaluation_is_missing(run):
         _evaluate(run, stop)
-    if run.done and run.followed and due(run.done, run.asked_every, run.steps):
+    if run.done and run.eval_tasks and due(run.done, run.eval_tasks_every, run.steps):
         ask_tasks(run, stop)
 
 
@@ -157,7 +157,7 @@ def _make_steps(
             return "spike"
         _note_step(run, report, seconds=time.perf_counter() - clock)
         is_best = due(run.done, settings.evaluate_every, run.steps) and _evaluate(run, stop)
-        if run.followed and due(run.done, run.asked_every, run.steps):
+        if run.eval_tasks and due(run.done, run.eval_tasks_every, run.steps):
             ask_tasks(run, stop)
         stops = stop.ends_run(run.world) or run.done == ends.stop_after
         is_kept = settings.keep_every is not None and run.done % settings.keep_every == 0
@@ -354,7 +354,7 @@ def _finish(run: Run) -> None:
         "peak_memory_bytes": int(max(peak for (peak,) in peaks)),
         "checkpoint": chosen.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
-        **({"tasks": last_rows(run)} if run.followed else {}),
+        **({"tasks": last_rows(run)} if run.eval_tasks else {}),
         **run.batches.source_tokens(run.done, epochs=True),
     }
     write_json(run.folder / SUMMARY, summary)

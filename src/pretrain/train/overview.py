@@ -10,7 +10,7 @@ from typing import Any
 from pretrain.data import Order, PreparedData
 from pretrain.data.order import MixtureOrder
 from pretrain.distributed import World
-from pretrain.evaluate import Followed
+from pretrain.evaluate import EvalTask
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.train.config import TrainConfig
 from pretrain.train.decide import most_steps
@@ -77,15 +77,15 @@ def show_plan(
     _show_notes(screen, epochs=epochs, ends_early=ends_early)
 
 
-def show_followed(
-    screen: Screen, followed: Sequence[Followed], *, every: int | None, steps: int | None
+def show_eval_tasks(
+    screen: Screen, eval_tasks: Sequence[EvalTask], *, every: int | None, steps: int | None
 ) -> None:
     """Which tasks are asked, and how often."""
-    if not followed:
+    if not eval_tasks:
         return
     assert every is not None
     assert steps is not None
-    names = ", ".join(f"{each.task.name} ({len(each.examples):,})" for each in followed)
+    names = ", ".join(f"{each.task.name} ({len(each.examples):,})" for each in eval_tasks)
     often = "after the last step" if every >= steps else f"every {every:,} steps"
     screen.facts([("asked", f"{names}, {often}")])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.evaluate.cards import predictions
+from pretrain.evaluate.token_stats import predictions
 from pretrain.train.build import uncompiled
 from pretrain.train.run import Run
 

@@ -23,7 +23,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.data import PreparedData
 from pretrain.distributed import World
-from pretrain.evaluate import Followed
+from pretrain.evaluate import EvalTask
 from pretrain.fileio import check_free_space
 from pretrain.model import LMLoss, ModelConfig
 from pretrain.optim import OptimizerConfig
@@ -60,9 +60,9 @@ class Run:
     saver: BackgroundSaver
     identity: Mapping[str, Any]
     """What each checkpoint says of the run: whose it is, and what its numbers hang on."""
-    followed: Sequence[Followed] = ()
-    """Tasks that are asked every `asked_every` steps, and after the last one."""
-    asked_every: int | None = None
+    eval_tasks: Sequence[EvalTask] = ()
+    """Tasks that are asked every `eval_tasks_every` steps, and after the last one."""
+    eval_tasks_every: int | None = None
     best: Best = field(default_factory=Best)
     stragglers: Stragglers = field(default_factory=Stragglers)
     watch: Watch = field(default_factory=lambda: Watch(0.0))
@@ -268,8 +268,8 @@ def begin(
     world: World,
     screen: Screen,
     identity: Mapping[str, Any],
-    followed: Sequence[Followed] = (),
-    asked_every: int | None = None,
+    eval_tasks: Sequence[EvalTask] = (),
+    eval_tasks_every: int | None = None,
 ) -> Run:
     """A run before its first step. OSError where the disk has no room for its checkpoints."""
     laid_out = build_model(data, model, settings, parallel, world)
@@ -295,8 +295,8 @@ def begin(
         records=Records(folder, writes=world.leads),
         saver=BackgroundSaver(folder / "checkpoints", world),
         identity=identity,
-        followed=followed,
-        asked_every=asked_every,
+        eval_tasks=eval_tasks,
+        eval_tasks_every=eval_tasks_every,
     )
 
 

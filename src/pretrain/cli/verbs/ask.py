@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     task = task_named(arguments.task)
     context = prompt(task, arguments.input)
 
-    from pretrain.evaluate.results import Writer
+    from pretrain.evaluate.run_tasks import Writer
     from pretrain.runner.open import load_model
 
     model = load_model(arguments.model, device=arguments.device)

@@ -16,6 +16,7 @@ from pretrain.cli.output import Output
 from pretrain.runner.open import MODEL_HELP
 
 if TYPE_CHECKING:
+    from pretrain.evaluate import EvalTask
     from pretrain.evaluate.metrics import Array
 
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"{' '.join(arguments.models)} is one model; compare needs two or more")
     if not (arguments.text or arguments.tasks or arguments.task_file):
         raise ValueError("compare needs what to ask: --text FILE, --tasks NAME or --task-file FILE")
-    asked = scoring.read_asked(arguments)
+    asked = scoring.read_eval_tasks(arguments)
     for name in names:  # a model that cannot be opened or read so is said before one is asked
         scoring.text_protocol(scoring.open_scored(name, arguments), arguments.stride)
     found: dict[str, dict[tuple[str, str], Array]] = {}
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _statistics(
-    name: str, asked: list[scoring.Asked], arguments: argparse.Namespace
+    name: str, asked: list[EvalTask], arguments: argparse.Namespace
 ) -> tuple[dict[tuple[str, str], Array], dict[str, str]]:
     """Of one model: statistics by what was asked and its metric, and how it was asked."""
     import numpy as np
@@ -73,8 +74,10 @@ def _statistics(
         bits = [(score.nats / math.log(2), score.bytes) for score in scores]
         found[text, "bits_per_byte"] = np.array(bits, np.float64)
     for each in asked:
-        results = scoring.answers_of(model, each, arguments.stride)
-        protocol[each.task.name] = f"{each.task.name}: {each.protocol(model, results)}"
+        results = scoring.task_results(model, each, arguments.stride)
+        protocol[each.task.name] = (
+            f"{each.task.name}: {scoring.task_protocol(model, each, results)}"
+        )
         found[each.task.name, each.task.metric] = results.statistics[each.task.metric]
     return found, protocol
 
@@ -82,7 +85,7 @@ def _statistics(
 def _row(
     what: tuple[str, str], first: tuple[str, Array], second: tuple[str, Array], seed: int
 ) -> dict[str, Any]:
-    from pretrain.evaluate.errors import compare
+    from pretrain.evaluate.bootstrap import compare
     from pretrain.evaluate.metrics import value
 
     on, metric = what

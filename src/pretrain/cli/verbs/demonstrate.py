@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.cli.output import Output
-from pretrain.cli.scoring import text_of
+from pretrain.evaluate.task_files import read_task_file
 
 DEFAULT = "demonstrations"
 TEST_FRACTION = 0.04
@@ -120,7 +120,7 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     for path in sorted(folder.iterdir()):
         if match := _ALIGNED.fullmatch(path.name):
             # Not splitlines: some signs at which that cuts stand within sentences.
-            lines = text_of(path).removesuffix("\n").split("\n")
+            lines = read_task_file(path).removesuffix("\n").split("\n")
             found[match["split"], match["name"]][match["language"]] = lines
     if {split for split, _ in found} != {"train", "test"}:
         raise ValueError(f"{folder} has no files such as NAME.train.en and NAME.test.en")

@@ -28,7 +28,7 @@ from pretrain.runner.open import MODEL_HELP
 from pretrain.runner.text import text_of_run
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import Results, Score, Task
+    from pretrain.evaluate import EvalTask, Score, Task, TaskResults
     from pretrain.evaluate.samples import Sample
     from pretrain.runner.open import LoadedModel
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    asked = scoring.read_asked(arguments)
+    asked = scoring.read_eval_tasks(arguments)
     if arguments.heat_map and arguments.text is None:
         raise ValueError("--heat-map is for texts; give --text with it")
     answers = Path(arguments.answers) if arguments.answers else None
@@ -89,9 +89,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     lines: list[str] = []
     answered = []
     for each in asked:
-        results = scoring.answers_of(model, each, arguments.stride)
+        results = scoring.task_results(model, each, arguments.stride)
         name = each.task.name
-        protocol[name] = each.protocol(model, results)
+        protocol[name] = scoring.task_protocol(model, each, results)
         tasks[name] = _task_row(each, results.statistics)
         output.say(f"{name}: {protocol[name]}")
         for metric, found in tasks[name]["metrics"].items():
@@ -114,19 +114,20 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _read_samples(name: str, asked: list[scoring.Asked]) -> dict[int, Sample]:
+def _read_samples(name: str, asked: list[EvalTask]) -> dict[int, Sample]:
     from pretrain.evaluate.samples import read_samples
+    from pretrain.evaluate.task_files import read_task_file
 
     if len(asked) != 1 or asked[0].task.kind == "answer":
         what = ", ".join(f"{each.task.name} ({each.task.kind})" for each in asked)
         raise ValueError(f"--explain is for one task, and none of open answers; asked: {what}")
-    return read_samples(scoring.text_of(Path(name)), file=name)
+    return read_samples(read_task_file(Path(name)), file=name)
 
 
 def _explained(
     model: LoadedModel,
-    asked: scoring.Asked,
-    results: Results,
+    asked: EvalTask,
+    results: TaskResults,
     samples: dict[int, Sample],
     output: Output,
 ) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _explained(
     return asdict(found) | {"causes": causes}
 
 
-def _task_row(asked: scoring.Asked, statistics: Any) -> dict[str, Any]:
+def _task_row(asked: EvalTask, statistics: Any) -> dict[str, Any]:
     metrics = scoring.estimates(statistics, seed=asked.seed)
     main = metrics[asked.task.metric]
     return {
@@ -167,7 +168,7 @@ def _task_row(asked: scoring.Asked, statistics: Any) -> dict[str, Any]:
 
 
 def _say_conditions(
-    each: scoring.Asked, results: Results, conditions: dict[str, Any], output: Output
+    each: EvalTask, results: TaskResults, conditions: dict[str, Any], output: Output
 ) -> None:
     output.say(_conditions_line(each.task, conditions))
     for line in results.lines[:EXAMPLES_SHOWN]:
@@ -221,7 +222,7 @@ def _score_split(model: LoadedModel, stride: int | None) -> dict[str, Any]:
     from pretrain.data import evaluation_batches
     from pretrain.evaluate import byte_lengths, score
     from pretrain.evaluate.documents import document_texts
-    from pretrain.evaluate.scorer import EVALUATION_TOKENS
+    from pretrain.evaluate.loss import EVALUATION_TOKENS
     from pretrain.model import LMLoss
 
     seen = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")

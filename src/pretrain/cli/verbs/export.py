@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"--type {arguments.type} is not for {arguments.format}; legal: {legal}")
     text = _text(arguments.text)
 
-    from pretrain.export.certificate import DISAGREES, FILE_NAME, NOT_VERIFIED, table
+    from pretrain.export.verification import DISAGREES, FILE_NAME, NOT_VERIFIED, table
     from pretrain.runner.open import load_model
 
     # On the CPU in float32: the reference that every other library is held to.
@@ -124,12 +124,12 @@ def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Expor
 
 def _certify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
     from pretrain.evaluate import score_texts
-    from pretrain.export.certificate import certify, foreign_library
+    from pretrain.export.verification import verification_library, verify_export
     from pretrain.model import LMLoss
 
-    output.say(f"written; asking {foreign_library(exported.format) or 'nobody'} ...")
+    output.say(f"written; asking {verification_library(exported.format) or 'nobody'} ...")
     score = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
-    return certify(exported, text, score, threads=model.world.threads)
+    return verify_export(exported, text, score, threads=model.world.threads)
 
 
 def _encodable(model: LoadedModel, text: str) -> str:

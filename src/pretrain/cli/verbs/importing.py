@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     out = final_folder(arguments.out)
 
-    from pretrain.export import open_foreign
+    from pretrain.export import import_model
 
     tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
-    model = open_foreign(Path(arguments.source), tokenizer=tokenizer)
+    model = import_model(Path(arguments.source), tokenizer=tokenizer)
     origin = {
         "format": model.format,
         "files": {file.name: _sha256(file) for file in model.files},

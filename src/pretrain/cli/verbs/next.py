@@ -65,15 +65,16 @@ def _say(rows: list[dict[str, Any]], output: Output) -> None:
 
 def _show_card(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> int:
     """What was expected, then what came."""
-    from pretrain.evaluate import encode_pair, look_at
+    from pretrain.evaluate import encode_pair, token_losses
 
     tokenizer = model.tokenizer
     pair = encode_pair(tokenizer, arguments.prompt, arguments.answer)
-    found = look_at(
+    found = token_losses(
         model.decoder, pair, world=model.world, precision=model.precision, top=arguments.top
     )
     rows = [
-        {"id": i, "text": tokenizer.token_text(i), "probability": p} for i, p in found[0].likeliest
+        {"id": i, "text": tokenizer.token_text(i), "probability": p}
+        for i, p in found[0].most_probable
     ]
     answer = [
         {

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from pretrain.distributed import World
-from pretrain.evaluate.continuations import Answer, encode_pair, score_pairs
-from pretrain.evaluate.errors import estimate
+from pretrain.evaluate.bootstrap import estimate
 from pretrain.evaluate.examples import Example, compared_part
-from pretrain.evaluate.following import Followed
+from pretrain.evaluate.loglikelihood import PairScore, encode_pair, score_pairs
 from pretrain.evaluate.metrics import Array, statistics_of_answer
+from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.tasks import Task
 from pretrain.generate import Sampling, generate_ids
 from pretrain.model import Decoder
@@ -34,7 +34,7 @@ _TIMED = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class TaskResults:
     """What a model said to one task."""
 
     statistics: dict[str, Array]
@@ -45,7 +45,7 @@ class Results:
     """Examples of which a context did not fit the model and lost its left."""
 
 
-def ask(
+def evaluate_task(
     decoder: Decoder,
     tokenizer: Tokenizer,
     task: Task,
@@ -54,7 +54,7 @@ def ask(
     world: World,
     precision: str = "fp32",
     stride: int | None = None,
-) -> Results:
+) -> TaskResults:
     """Ask a model all examples of a task. `stride` is of the windows of what is longer than the
     context."""
     if task.kind == "answer":
@@ -80,13 +80,13 @@ def ask(
         for metric, row in _ROWS[task.kind](example, options, line).items():
             rows.setdefault(metric, []).append(row)
         lines.append(line)
-    return Results(_arrays(rows), lines, n_cut)
+    return TaskResults(_arrays(rows), lines, n_cut)
 
 
-def ask_followed(
+def evaluate_in_loop(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    followed: Followed,
+    followed: EvalTask,
     *,
     world: World,
     precision: str = "fp32",
@@ -95,7 +95,7 @@ def ask_followed(
     reaches, and the seconds that it took: what `pretrain evaluate --limit` gives."""
     began = time.perf_counter()
     task, examples = followed.task, followed.examples
-    results = ask(decoder, tokenizer, task, examples, world=world, precision=precision)
+    results = evaluate_task(decoder, tokenizer, task, examples, world=world, precision=precision)
     found = estimate(task.metric, results.statistics[task.metric], seed=_SEED)
     return {
         "task": task.name,
@@ -108,10 +108,10 @@ def ask_followed(
     }
 
 
-def asking_seconds(
+def evaluation_seconds(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    followed: Sequence[Followed],
+    followed: Sequence[EvalTask],
     *,
     world: World,
     precision: str = "fp32",
@@ -121,7 +121,7 @@ def asking_seconds(
     seconds = 0.0
     for each in followed:
         some = replace(each, examples=each.examples[:_TIMED])
-        row = ask_followed(decoder, tokenizer, some, world=world, precision=precision)
+        row = evaluate_in_loop(decoder, tokenizer, some, world=world, precision=precision)
         seconds += row["seconds"] * len(each.examples) / len(some.examples)
     return seconds
 
@@ -144,7 +144,7 @@ def _chosen(example: Example, scores: Sequence[float], line: dict[str, Any], met
 
 
 def _of_choices(
-    example: Example, options: Sequence[Answer], line: dict[str, Any]
+    example: Example, options: Sequence[PairScore], line: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
     """Every normalisation that papers use, side by side: none (GPT-2), a token (GPT-3), a character
     (Llama, lm-evaluation-harness' acc_norm), a byte (its acc_bytes), and the choice's own
@@ -163,13 +163,13 @@ def _of_choices(
 
 
 def _of_options(
-    example: Example, options: Sequence[Answer], line: dict[str, Any]
+    example: Example, options: Sequence[PairScore], line: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
     return {"accuracy": _chosen(example, [-o.nats for o in options], line, "accuracy")}
 
 
 def _of_clozes(
-    example: Example, options: Sequence[Answer], line: dict[str, Any]
+    example: Example, options: Sequence[PairScore], line: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
     """The word is right where greedy decoding would write it; perplexity is a word's."""
     (word,), (text,) = options, example.continuations
@@ -182,7 +182,7 @@ def _of_clozes(
 
 
 def _of_texts(
-    example: Example, options: Sequence[Answer], line: dict[str, Any]
+    example: Example, options: Sequence[PairScore], line: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
     (whole,), (text,) = options, example.continuations
     n_bytes = len(text.encode("utf-8", "replace"))
@@ -194,7 +194,7 @@ def _of_texts(
 
 
 def _of_pairs(
-    example: Example, options: Sequence[Answer], line: dict[str, Any]
+    example: Example, options: Sequence[PairScore], line: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
     """A half where both are as likely: the good one always stands first."""
     good, bad = (option.nats for option in options)
@@ -219,7 +219,7 @@ def _open_answers(
     *,
     world: World,
     precision: str,
-) -> Results:
+) -> TaskResults:
     writer = Writer(decoder, tokenizer, task, world=world, precision=precision)
     # Words that are compared without punctuation say nothing of numbers.
     usual = () if task.answer_after else ("exact_match", "f1")
@@ -236,7 +236,7 @@ def _open_answers(
         lines.append(
             {"example": number, "answer": answer, "references": list(example.continuations)}
         )
-    return Results(_arrays(rows), lines, n_cut)
+    return TaskResults(_arrays(rows), lines, n_cut)
 
 
 class Writer:

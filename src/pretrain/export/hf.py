@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.export.architectures import from_description, is_native, layout_of, to_description
-from pretrain.export.foreign import (
-    ForeignModel,
+from pretrain.export.architectures import from_hf_config, is_native, layout_of, to_hf_config
+from pretrain.export.imported import (
+    ImportedModel,
     checked_parameters,
     checked_vocab_size,
     fitting,
@@ -29,12 +29,12 @@ from pretrain.export.layouts import (
     Read,
     Rounded,
     Shape,
-    Stored,
+    StoredTensor,
     leave,
-    refuse_differences,
+    match_tensors,
     stored_tensors,
-    to_ours,
-    to_theirs,
+    to_parameters,
+    to_stored,
 )
 from pretrain.model import ModelConfig
 from pretrain.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +62,7 @@ def write_hugging_face(
     """Write a model directory into an existing folder. `read` gives our parameters by name; one
     file of weights at a time is held in memory. `rounded` is given those that the files hold
     rounded, as they hold them."""
-    description = to_description(config)
+    description = to_hf_config(config)
     special = {
         "bos_token_id": tokenizer.start_of_text,
         "eos_token_id": tokenizer.stop_ids
@@ -102,10 +102,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
 
 
 def _files_of(
-    tensors: list[Stored], number_bytes: int, largest_file_bytes: int
-) -> list[list[Stored]]:
+    tensors: list[StoredTensor], number_bytes: int, largest_file_bytes: int
+) -> list[list[StoredTensor]]:
     """The tensors in their order, file by file."""
-    groups: list[list[Stored]] = [[]]
+    groups: list[list[StoredTensor]] = [[]]
     filled = 0
     for stored in tensors:
         n_bytes = torch.Size(stored.shape).numel() * number_bytes
@@ -118,7 +118,7 @@ def _files_of(
 
 
 def _write_weights(
-    folder: Path, groups: list[list[Stored]], read: Read, rounded: Rounded, dtype: torch.dtype
+    folder: Path, groups: list[list[StoredTensor]], read: Read, rounded: Rounded, dtype: torch.dtype
 ) -> None:
     from safetensors.torch import save_file
 
@@ -128,26 +128,26 @@ def _write_weights(
         name = (
             _WEIGHTS if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         )
-        tensors = {stored.name: to_theirs(stored, read).to(dtype).contiguous() for stored in group}
+        tensors = {stored.name: to_stored(stored, read).to(dtype).contiguous() for stored in group}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
         total += sum(values.nbytes for values in tensors.values())
         if dtype != torch.float32:
-            for part, values in to_ours(group, tensors.__getitem__):
+            for part, values in to_parameters(group, tensors.__getitem__):
                 rounded(part, values)
     if len(groups) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": places}
         _write_json(folder / _INDEX, content)
 
 
-def open_hugging_face(folder: Path) -> ForeignModel:
+def open_hugging_face(folder: Path) -> ImportedModel:
     """A model directory, checked. FormatError for one that is damaged, or is not one of ours."""
     content = _read_json(folder / "config.json")
     files = _weight_files(folder)
     with ExitStack() as opened:
         found = _tensors_of(files, opened)
         try:
-            config = from_description(content)
+            config = from_hf_config(content)
             vocab_size = checked_vocab_size(content.get("vocab_size"))
             if config.n_layers > len(found):
                 raise FormatError(f"{config.n_layers:,} layers in {len(found):,} tensors")
@@ -156,7 +156,7 @@ def open_hugging_face(folder: Path) -> ForeignModel:
         except (FormatError, RuntimeError, OverflowError) as error:
             raise FormatError(f"{folder / 'config.json'}: {error}") from None
         shapes: dict[str, Shape] = {name: shape for name, (_, shape, _) in found.items()}
-        names = refuse_differences(tensors, shapes, layout=layout, what=str(folder))
+        names = match_tensors(tensors, shapes, layout=layout, what=str(folder))
         odd = sorted(name for name in names.values() if found[name][2] not in _FLOATS)
         if odd:
             raise FormatError(
@@ -175,7 +175,7 @@ def open_hugging_face(folder: Path) -> ForeignModel:
 
             yield from checked_parameters(tensors, read, layout=layout, names=names)
 
-    return ForeignModel(
+    return ImportedModel(
         f"transformers' {content['model_type']}",
         (folder / "config.json", *files),
         config,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.data.batches import resolve_stride
 from pretrain.distributed import World
-from pretrain.evaluate.scorer import EVALUATION_TOKENS
+from pretrain.evaluate.loss import EVALUATION_TOKENS
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PairScore:
     """What the model says of one continuation."""
 
     nats: float
@@ -111,7 +111,7 @@ def score_pairs(
     precision: str = "fp32",
     stride: int | None = None,
     batch_tokens: int = EVALUATION_TOKENS,
-) -> list[Answer]:
+) -> list[PairScore]:
     """An answer for each pair. ValueError for a pair without context or continuation, and for a
     stride that does not fit the context."""
     context = decoder.config.window_tokens
@@ -134,7 +134,8 @@ def score_pairs(
             nats[window.pair] += part
             greedy[window.pair] &= likeliest
     return [
-        Answer(nats[n], len(p.ids) - p.n_context, greedy[n], n in cut) for n, p in enumerate(pairs)
+        PairScore(nats[n], len(p.ids) - p.n_context, greedy[n], n in cut)
+        for n, p in enumerate(pairs)
     ]
 
 

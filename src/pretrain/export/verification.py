@@ -25,7 +25,7 @@ import torch
 
 from pretrain import __version__
 from pretrain.evaluate import Score
-from pretrain.export.witness import CANNOT_RUN
+from pretrain.export.verification_worker import CANNOT_RUN
 from pretrain.model import Decoder
 from pretrain.rng import uniform
 from pretrain.tokenizer import Tokenizer
@@ -80,13 +80,15 @@ class Exported:
     tokenizer: Tokenizer
 
 
-def foreign_library(format: str) -> str | None:
+def verification_library(format: str) -> str | None:
     """The library that reads the format and is installed here; None for none."""
     name = {"hf": "transformers", "gguf": "llama_cpp"}[format]
     return name if importlib.util.find_spec(name) is not None else None
 
 
-def certify(exported: Exported, text: str, score: Score, *, threads: int = 1) -> dict[str, Any]:
+def verify_export(
+    exported: Exported, text: str, score: Score, *, threads: int = 1
+) -> dict[str, Any]:
     """The certificate, with `text` scored by both sides: `score` is ours."""
     folder = exported.path if exported.path.is_dir() else exported.path.parent
     content: dict[str, Any] = {
@@ -97,7 +99,7 @@ def certify(exported: Exported, text: str, score: Score, *, threads: int = 1) ->
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "files": checksums(folder),
     }
-    library = foreign_library(exported.format)
+    library = verification_library(exported.format)
     if library is None:
         return content
     request = _request(exported, text, library, threads)
@@ -201,7 +203,12 @@ def _ask(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # -P: the script's own folder, which is this package's, is not where modules come from.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("witness.py")), name]
+        command = [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("verification_worker.py")),
+            name,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]

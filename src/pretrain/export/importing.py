@@ -1,14 +1,14 @@
-"""Any model that somebody else's program wrote, opened by what its files hold."""
+"""A path -> the model in it, whichever other program wrote it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.export.foreign import ForeignModel
+from pretrain.export.imported import ImportedModel
 from pretrain.export.layouts import FormatError
 
 
-def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
+def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
     """A folder of transformers, a GGUF file, or a .bin of llama2.c (with its `tokenizer`).
 
     Raises FormatError for what is none of them, is damaged, or is another architecture.
@@ -18,7 +18,7 @@ def open_foreign(path: Path, *, tokenizer: Path | None = None) -> ForeignModel:
     if tokenizer is not None and not (path.is_file() and is_llama2c(path)):
         raise FormatError(f"--tokenizer is for a .bin of llama2.c; {path} is none, leave it out")
     if path.is_dir():
-        from pretrain.export.hugging_face import open_hugging_face
+        from pretrain.export.hf import open_hugging_face
 
         _refuse_other_folders(path)
         return open_hugging_face(path)

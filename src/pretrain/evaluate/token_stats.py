@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.data.batches import resolve_stride
 from pretrain.distributed import World
-from pretrain.evaluate.continuations import LOGIT_ROWS, Pair, windows_of
+from pretrain.evaluate.loglikelihood import LOGIT_ROWS, Pair, windows_of
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
 
@@ -26,14 +26,14 @@ N_CARDS, CARD_CONTEXT_TOKENS = 6, 60
 
 
 @dataclass(frozen=True, slots=True)
-class Expectation:
+class TokenLoss:
     """A token that came, beside what was expected in its place."""
 
     id: int
     nats: float
     rank: int
     """1 for the likeliest"""
-    likeliest: tuple[tuple[int, float], ...]
+    most_probable: tuple[tuple[int, float], ...]
     """ids and their probabilities, the likeliest first"""
 
     @property
@@ -42,7 +42,7 @@ class Expectation:
 
 
 @torch.no_grad()
-def look_at(
+def token_losses(
     decoder: Decoder,
     pair: Pair,
     *,
@@ -50,13 +50,13 @@ def look_at(
     precision: str = "fp32",
     stride: int | None = None,
     top: int = 5,
-) -> list[Expectation]:
+) -> list[TokenLoss]:
     """An expectation for each id of the continuation. ValueError for a pair without context or
     continuation, and for a stride that does not fit the context."""
     if not 1 <= pair.n_context < len(pair.ids):
         raise ValueError(f"{pair.n_context} of {len(pair.ids)} ids are context; legal: 1 up")
     context = decoder.config.window_tokens
-    found: list[Expectation] = []
+    found: list[TokenLoss] = []
     for start, stop, n in windows_of(
         pair, context_length=context, stride=resolve_stride(stride, context)
     ):
@@ -70,7 +70,7 @@ def look_at(
     return found
 
 
-def _expectations(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> list[Expectation]:
+def _expectations(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> list[TokenLoss]:
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     log_p_TV = logits_TV.log_softmax(-1)
     targets_T1 = torch.tensor(targets, device=logits_TV.device)[:, None]
@@ -86,12 +86,12 @@ def _expectations(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> lis
         strict=True,
     )
     return [
-        Expectation(id_, nats, rank, tuple(zip(ids, probabilities, strict=True)))
+        TokenLoss(id_, nats, rank, tuple(zip(ids, probabilities, strict=True)))
         for id_, nats, rank, ids, probabilities in rows
     ]
 
 
-def pieces(tokenizer: Tokenizer, found: Sequence[Expectation]) -> list[dict[str, Any]]:
+def annotated_text(tokenizer: Tokenizer, found: Sequence[TokenLoss]) -> list[dict[str, Any]]:
     """The text in pieces, each a token, or the tokens that a character is made of: its text, and
     the nats and the rank of each of its tokens."""
     characters = codecs.getincrementaldecoder("utf-8")("replace")
@@ -108,12 +108,13 @@ def pieces(tokenizer: Tokenizer, found: Sequence[Expectation]) -> list[dict[str,
     return made
 
 
-def card(tokenizer: Tokenizer, before: Sequence[int], expectation: Expectation) -> dict[str, Any]:
+def card(tokenizer: Tokenizer, before: Sequence[int], expectation: TokenLoss) -> dict[str, Any]:
     """A flash card: the context (the end of it), the likeliest tokens, and the one that came."""
     return {
         "context": tokenizer.decode(before[-CARD_CONTEXT_TOKENS:]),
         "likeliest": [
-            {"text": tokenizer.token_text(i), "probability": p} for i, p in expectation.likeliest
+            {"text": tokenizer.token_text(i), "probability": p}
+            for i, p in expectation.most_probable
         ],
         "answer": {
             "text": tokenizer.token_text(expectation.id),
@@ -134,9 +135,9 @@ def predictions(
 ) -> dict[str, Any]:
     """What a run keeps of a passage: its pieces, and some cards, evenly spread over it."""
     pair = Pair((tokenizer.start_of_text, *ids), 1)
-    found = look_at(decoder, pair, world=world, precision=precision)
+    found = token_losses(decoder, pair, world=world, precision=precision)
     places = sorted({(n + 1) * len(ids) // (N_CARDS + 1) for n in range(N_CARDS)} - {0})
     return {
-        "passage": pieces(tokenizer, found),
+        "passage": annotated_text(tokenizer, found),
         "cards": [card(tokenizer, ids[:place], found[place]) for place in places],
     }

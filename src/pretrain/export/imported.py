@@ -1,4 +1,4 @@
-"""What was read of somebody else's model: architecture, tokenizer, and a reader of its weights."""
+"""A model read from another program's files, and the checks that every format shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.export.layouts import FormatError, Layout, Read, Stored, to_ours
+from pretrain.export.layouts import FormatError, Layout, Read, StoredTensor, to_parameters
 from pretrain.model import Decoder, ModelConfig, build
 from pretrain.tokenizer import Tokenizer
 
@@ -18,7 +18,7 @@ _LARGEST_VOCABULARY = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignModel:
+class ImportedModel:
     """A model in another program's files, checked to be whole; nothing of its weights is read
     yet."""
 
@@ -41,7 +41,7 @@ class ForeignModel:
 
 
 def checked_parameters(
-    tensors: list[Stored], read: Read, *, layout: Layout, names: Container[str]
+    tensors: list[StoredTensor], read: Read, *, layout: Layout, names: Container[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Our parameters from a reader of their tensors, of which the file has `names`. FormatError for
     a number that is not finite, and for a head beside a tied one that says something else."""
@@ -54,7 +54,7 @@ def checked_parameters(
                 f"the file's head {copy} is not its token embedding {original}; legal for a model "
                 "whose head is tied: a copy of it, or none"
             )
-    return to_ours(tensors, lambda name: finite(name, read(name).float()))
+    return to_parameters(tensors, lambda name: finite(name, read(name).float()))
 
 
 def finite(name: str, values: Tensor) -> Tensor:

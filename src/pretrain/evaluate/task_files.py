@@ -1,0 +1,205 @@
+"""Files of tasks and of text -> tasks that are ready to be evaluated. Free of torch.
+
+Used by `pretrain evaluate`, by `pretrain compare`, and for the tasks that a run evaluates while it
+trains. Every file is read and checked before a model is loaded; what is missing or damaged is a
+ValueError that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from pretrain.corpus import ReadingReport, list_files, read_documents
+from pretrain.corpus.streams import DamagedStreamError, read_chunks
+from pretrain.evaluate.config import EvaluateConfig
+from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots
+from pretrain.evaluate.metrics import statistics_of_answer
+from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
+
+TASKS_VARIABLE = "PRETRAIN_TASKS"
+# A text that is evaluated while a run trains is cut into chunks, one example each.
+CHUNK_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class EvalTask:
+    """A task with the examples that a model is evaluated on."""
+
+    task: Task
+    examples: tuple[Example, ...]
+    """With the shots before each context."""
+    solved_texts: tuple[str, ...] = ()
+    """Context and right answer of each example as one text, without shots."""
+    n_shots: int = 0
+    seed: int = 1
+    """Draws the shots, and the resamples of the bootstrap."""
+
+    @property
+    def chance(self) -> float | None:
+        """The expected accuracy of a random choice, averaged over the examples; None where nothing
+        is chosen."""
+        if self.task.kind not in ("choice", "schema", "pair"):
+            return None
+        n_options = [len(e.contexts) * len(e.continuations) for e in self.examples]
+        return math.fsum(1 / n for n in n_options) / len(n_options)
+
+
+def load_task(
+    task: Task, path: Path, *, limit: int | None = None, n_shots: int = 0, seed: int = 1
+) -> EvalTask:
+    """Read a task's file: its first `limit` examples, with `n_shots` solved ones before each.
+    ValueError for a damaged file, too few examples, or a metric whose library is missing."""
+    if task.kind == "answer":
+        statistics_of_answer(task.metric, "a", ["a"])  # raises where the library is not installed
+    examples = read_examples(task, read_task_file(path), file=str(path), limit=limit)
+    solved_texts = tuple(solved_text(task, example) for example in examples)
+    examples = with_shots(task, examples, shots=n_shots, seed=seed)
+    return EvalTask(task, tuple(examples), solved_texts, n_shots, seed)
+
+
+def load_tasks(
+    names: Iterable[str],
+    files: Iterable[str],
+    *,
+    folder: str | None = None,
+    metric: str | None = None,
+    limit: int | None = None,
+    n_shots: int = 0,
+    seed: int = 1,
+) -> list[EvalTask]:
+    """Read tasks of the table (their files are in `folder`) and tasks in the user's own files.
+    With a `metric`, all are judged by it. ValueError for what is missing, or does not fit."""
+    with_files = [(task, find_task_file(task, folder)) for task in map(task_named, names)]
+    with_files += [(task_of_file(file, name=file), Path(file)) for file in files]
+    return [
+        load_task(
+            task if metric is None else with_metric(task, metric),
+            path,
+            limit=limit,
+            n_shots=n_shots,
+            seed=seed,
+        )
+        for task, path in with_files
+    ]
+
+
+def read_in_loop_tasks(config: EvaluateConfig) -> list[EvalTask]:
+    """The tasks that a run evaluates while it trains: the first examples of each. ValueError for
+    what `pretrain evaluate` rejects, and for two files with the same name."""
+    limit = config.examples
+    eval_tasks = load_tasks(dict.fromkeys(config.tasks), (), folder=config.task_data, limit=limit)
+    for file in config.task_files:
+        task = task_of_file(file, name=Path(file).name)
+        eval_tasks.append(load_task(task, Path(file), limit=limit))
+    for file in config.texts:
+        list_files(file)
+        report = ReadingReport()
+        texts = (document.text for document in read_documents(file, report=report))
+        eval_tasks.append(text_eval_task(Path(file).name, texts, limit=limit))
+        reject_partial_files(report)
+    names = [each.task.name for each in eval_tasks]
+    duplicates = [name for name in names if names.count(name) > 1]
+    if duplicates:
+        raise ValueError(
+            f"two in-loop tasks have the name {min(duplicates)}, by which the log tells them "
+            "apart; rename one of the files"
+        )
+    return eval_tasks
+
+
+def text_eval_task(name: str, texts: Iterable[str], *, limit: int) -> EvalTask:
+    """The first chunks of some documents, `limit` at most, as a task of the kind `text`, so that a
+    text has a standard error too. Reads no more than it needs. ValueError for no text at all."""
+    chunks = islice((chunk for text in texts for chunk in chunks_of(text)), limit)
+    examples = tuple(Example(("",), (chunk,)) for chunk in chunks)
+    if not examples:
+        raise ValueError(f"{name} contains no text")
+    return EvalTask(task_of_kind("text", name), examples)
+
+
+def chunks_of(text: str) -> Iterator[str]:
+    """Cut a text into chunks of at most CHUNK_CHARACTERS, after white space where possible."""
+    start = 0
+    while len(text) - start > CHUNK_CHARACTERS:
+        stop = start + CHUNK_CHARACTERS
+        cut = next((i for i in range(stop - 1, start, -1) if text[i].isspace()), stop)
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def task_folder(folder: str | Path | None) -> Path | None:
+    """The folder of task files: `folder`, else the one in the environment variable."""
+    name = folder or os.environ.get(TASKS_VARIABLE)
+    return Path(name) if name else None
+
+
+def task_of_file(file: str, *, name: str) -> Task:
+    """The task of a file in the documented form, its kind found by its first record."""
+    return task_of_kind(kind_of(read_task_file(Path(file)), file=file), name)
+
+
+def find_task_file(task: Task, folder: str | Path | None) -> Path:
+    """The file of a task in the user's folder. ValueError where it is missing or another file."""
+    needs = f"task {task.name} needs the file {task.file} ({task.source})"
+    directory = task_folder(folder)
+    if directory is None:
+        raise ValueError(
+            f"{needs}; name the folder that contains it: --task-data DIR, in a config "
+            f"evaluate.task_data, or the environment variable {TASKS_VARIABLE}"
+        )
+    path = directory / task.file
+    if not path.is_file():
+        raise ValueError(f"{needs}, which is not in {directory}")
+    if task.sha256 is not None:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != task.sha256:
+            raise ValueError(
+                f"{path} is not the file of task {task.name}: its sha256 is {sha256}, not "
+                f"{task.sha256}; --task-file takes any file in the form of docs/how-to/tasks.md"
+            )
+    return path
+
+
+def read_task_file(path: Path) -> str:
+    """The text of one file, compressed or not. ValueError where it cannot be read."""
+    first, *others = list_files(path)
+    if others:
+        raise ValueError(f"{path} is {1 + len(others)} files; it must be one file")
+    try:
+        text = b"".join(read_chunks(first, report=ReadingReport())).decode("utf-8-sig")
+    except (DamagedStreamError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return text.replace("\r\n", "\n")
+
+
+def read_texts(file: str, text_field: str | None) -> tuple[list[str], str]:
+    """The texts of a file, and a note on skipped or repaired documents ("" for none). ValueError
+    for a truncated file, and for one without any text."""
+    report = ReadingReport()
+    texts = [each.text for each in read_documents(file, text_field=text_field, report=report)]
+    reject_partial_files(report)
+    first_problem = f"; {report.problems[0]}" if report.problems else ""
+    if not any(texts):
+        raise ValueError(f"{file} contains no text{first_problem}")
+    counts = {
+        "files skipped": report.n_skipped_files,
+        "documents skipped": report.n_skipped_records,
+        "documents repaired": report.n_repaired,
+    }
+    note = ", ".join(f"{name}: {n:,}" for name, n in counts.items() if n)
+    return texts, note and note + first_problem
+
+
+def reject_partial_files(report: ReadingReport) -> None:
+    """ValueError where a file was cut off, so that only a part of its text would be scored."""
+    if report.n_partial_files:
+        raise ValueError(f"{report.problems[-1]}: only a part of the text would be scored")
