@@ -93,7 +93,7 @@ class Arm:
             VARIANTS[how]()
         self.how, self.steps, self.averages = how, steps, list[Any]()
         self.world = open_world("cpu", threads=1)
-        self.precision = "bf16" if self.world.has_bf16_units() else "fp32"
+        self.precision = "bf16" if self.world.has_native_bf16() else "fp32"
         fixed = f"--model.size {size} --train.seed {seed} --train.steps {steps}"
         words = [*fixed.split(), *(how.split() if how.startswith("--") else [])]
         self.config = compose([*read_target(RECIPE)[1], parse_overrides(words)])

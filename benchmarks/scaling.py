@@ -29,7 +29,7 @@ from unittest import mock
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
-from pretrain.distributed import MEETING_FILE
+from pretrain.distributed import RENDEZVOUS_FILE
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 
@@ -112,7 +112,7 @@ def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
     from pretrain.runner.launch import run_processes
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        os.environ[MEETING_FILE] = f"{folder}/meeting"
+        os.environ[RENDEZVOUS_FILE] = f"{folder}/meeting"
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ["OMP_NUM_THREADS"] = "1"
         words = [sys.executable, __file__, "--member", kind, "--answer", f"{folder}/answer"]

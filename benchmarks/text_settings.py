@@ -64,7 +64,7 @@ def words_of(who: str, setting: str, steps: int) -> tuple[dict[str, str], list[s
     if who == OURS:
         # As a run that is given minutes has it; but all are given steps, which other programs that
         # run during a calibration do not change.
-        precision = "bf16" if open_world("cpu", threads=None).has_bf16_units() else "fp32"
+        precision = "bf16" if open_world("cpu", threads=None).has_native_bf16() else "fp32"
         fixed = f"train english --train.device cpu --train.precision {precision} "
         fixed += f"--train.steps {steps}"
     elif who == "nanoGPT":

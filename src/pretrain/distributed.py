@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # microseconds. Its own 300,000 keep a core from whoever has work, this program's other threads too.
 SPINS = 3000
 # Where processes of one machine meet: a file, since a socket would be open to the whole network.
-MEETING_FILE = "PRETRAIN_MEETING_FILE"
+RENDEZVOUS_FILE = "PRETRAIN_RENDEZVOUS_FILE"
 # The first process may prepare text for as long as it takes.
 PATIENCE_DAYS = 7
 # Those that wait in vain say so at about the same time, and then look who is there.
@@ -43,21 +43,21 @@ class World:
     size: int
     device: torch.device
     threads: int
-    texts: ProcessGroup | None = None
+    cpu_group: ProcessGroup | None = None
     """what the processes talk through beside the model's own traffic, where there are several"""
-    saving: ProcessGroup | None = None
+    save_group: ProcessGroup | None = None
     """the same for a thread that saves, which must not share a group with the loop"""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one process that writes files and talks to people."""
         return self.rank == 0
 
-    def alone(self) -> World:
+    def single_process(self) -> World:
         """The same process by itself, for what it does without the others."""
         return World(0, 1, self.device, self.threads)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place: the same bits for each of them."""
         import torch.distributed as dist
 
@@ -65,7 +65,7 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+    def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of each process, as float64, by rank; each gives as many."""
         import torch
         import torch.distributed as dist
@@ -74,27 +74,27 @@ class World:
         if self.size == 1:
             return [mine.tolist()]
         all_of_them = mine.new_empty(self.size, len(numbers))
-        dist.all_gather(list(all_of_them.unbind()), mine, group=self.texts)
+        dist.all_gather(list(all_of_them.unbind()), mine, group=self.cpu_group)
         return all_of_them.tolist()
 
-    def gather_all(self, numbers: Sequence[float]) -> list[float]:
+    def all_gather_uneven(self, numbers: Sequence[float]) -> list[float]:
         """The numbers of all processes in a row, of which each may give as many as it has."""
-        most = int(max(n for (n,) in self.gather([len(numbers)])))
-        rows = self.gather([len(numbers), *numbers, *[0.0] * (most - len(numbers))])
+        most = int(max(n for (n,) in self.all_gather([len(numbers)])))
+        rows = self.all_gather([len(numbers), *numbers, *[0.0] * (most - len(numbers))])
         return [number for n, *row in rows for number in row[: int(n)]]
 
-    def total(self, *numbers: float) -> list[float]:
+    def all_sum(self, *numbers: float) -> list[float]:
         """Sums of numbers over all processes, in the order of ranks."""
-        return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
+        return [sum(column) for column in zip(*self.all_gather(numbers), strict=True)]
 
-    def gather_texts(self, text: str, *, group: ProcessGroup | None = None) -> list[str]:
+    def all_gather_str(self, text: str, *, group: ProcessGroup | None = None) -> list[str]:
         """The text of each process, by rank."""
         import torch
         import torch.distributed as dist
 
         if self.size == 1:
             return [text]
-        group = group or self.texts
+        group = group or self.cpu_group
         mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
         sizes = torch.zeros(self.size, 1, dtype=torch.int64)
         dist.all_gather(list(sizes.unbind()), torch.tensor([len(mine)]), group=group)
@@ -107,7 +107,7 @@ class World:
             for row, n in zip(found, sizes, strict=True)
         ]
 
-    def share(self, text: str) -> str:
+    def broadcast_str(self, text: str) -> str:
         """The first process's text."""
         import torch
         import torch.distributed as dist
@@ -116,12 +116,12 @@ class World:
             return text
         mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
         size = torch.tensor([len(mine)])
-        dist.broadcast(size, 0, group=self.texts)
-        told = mine if self.leads else mine.new_empty(int(size))
-        dist.broadcast(told, 0, group=self.texts)
+        dist.broadcast(size, 0, group=self.cpu_group)
+        told = mine if self.is_main else mine.new_empty(int(size))
+        dist.broadcast(told, 0, group=self.cpu_group)
         return told[:-1].numpy().tobytes().decode()
 
-    def missing(self) -> str:
+    def unresponsive_ranks(self) -> str:
         """Who does not answer, as numbers in a text: everybody leaves word where the processes met,
         and the same ones are missing for each."""
         absent: list[int] | None = None
@@ -153,7 +153,7 @@ class World:
             time.sleep(0.1)
         return absent
 
-    def wait_for_leader(self) -> None:
+    def wait_for_main(self) -> None:
         """Go on when the first process comes here too, however long it has to work."""
         import torch.distributed as dist
 
@@ -162,7 +162,7 @@ class World:
         # Where the processes met they also leave word, for which there is no limit of time.
         store = dist.distributed_c10d._get_default_store()
         word = f"pretrain/leader/{store.add(f'pretrain/waits/{self.rank}', 1)}"
-        if self.leads:
+        if self.is_main:
             store.set(word, "here")
         else:
             store.wait([word], timedelta(days=PATIENCE_DAYS))
@@ -184,7 +184,7 @@ class World:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def has_bf16_units(self) -> bool:
+    def has_native_bf16(self) -> bool:
         """Whether this device multiplies in bfloat16 itself, and not by imitation, which is up to a
         hundred times slower."""
         import torch
@@ -254,7 +254,7 @@ def open_world(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     rank, size = int(os.environ.get("RANK", 0)), n_processes()
-    threads = threads or max(1, usable_cores() // n_beside())
+    threads = threads or max(1, usable_cores() // n_local_processes())
     torch.set_num_threads(threads)
     # Numbers below 1e-38 take a slow path in the CPU, and no result of ours hangs on them.
     torch.set_flush_denormal(True)
@@ -265,8 +265,8 @@ def open_world(
         here, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if here >= n_gpus:
             raise ValueError(
-                f"each process needs a GPU of its own; there are {n_beside()} processes on this "
-                f"machine, and GPUs: {n_gpus}. Give --parallel.processes {n_gpus} or fewer, or "
+                f"each process needs a GPU of its own: {n_local_processes()} processes are on "
+                f"this machine, GPUs: {n_gpus}. Give --parallel.processes {n_gpus} or fewer, or "
                 "train.device cpu"
             )
         place = torch.device("cuda", here)
@@ -280,7 +280,7 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def n_beside() -> int:
+def n_local_processes() -> int:
     """How many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
 
@@ -295,7 +295,7 @@ def _join(rank: int, size: int, device: torch.device, timeout_seconds: float) ->
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        met = os.environ.get(MEETING_FILE)
+        met = os.environ.get(RENDEZVOUS_FILE)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{met}" if met else "env://",

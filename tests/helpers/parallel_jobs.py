@@ -53,8 +53,8 @@ class Trainee:
         self.world = open_world(device_here(), threads=1)
         sizes = (FAMILIES | THIN)[family]
         config = config_of(family.removeprefix("thin "), context_length=CONTEXT, **sizes)
-        self.layout = ParallelConfig(**axes).laid_out(self.world.size)
-        is_cut = self.layout.cuts_weights
+        self.layout = ParallelConfig(**axes).resolve(self.world.size)
+        is_cut = self.layout.shards_weights
         place, seed = ("meta", None) if is_cut else (self.world.device, SEED)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
         lm_loss, self.precision = LMLoss(decoder, seed=SEED), precision
@@ -62,7 +62,7 @@ class Trainee:
         if is_cut:
             self.model.initialize(SEED)
         self.optimizer = build_optimizer(
-            self.model.held_parameters(),
+            self.model.local_parameters(),
             config=OptimizerConfig(name=optimizer, learning_rate=RATE),  # type: ignore[arg-type]
             batch_tokens=8 * CONTEXT,
             orthogonalizer=self.model.orthogonalizer,
@@ -74,8 +74,8 @@ class Trainee:
 
     def held(self) -> dict[str, Any]:
         """Boxes of weights, and their numbers."""
-        parts = self.model.parts.items()
-        return {name: (p.box, p.local.detach().cpu().numpy().copy()) for name, p in parts}
+        parts = self.model.shards.items()
+        return {name: (p.bounds, p.local.detach().cpu().numpy().copy()) for name, p in parts}
 
     def evaluate(self, ids: Any) -> float:
         """Nats of some ids: what a run asks between two steps."""
@@ -84,7 +84,7 @@ class Trainee:
         from pretrain.data import evaluation_batches
         from pretrain.evaluate.loss import score_batches
 
-        number, n = self.model.scored
+        number, n = self.model.eval_shard
         each = {"rank": number, "size": n}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
@@ -95,15 +95,15 @@ class Trainee:
             world=self.world,
             precision=self.precision,
         )
-        own = own if self.model.counts else []
-        return math.fsum(self.world.gather_all([each.nats for each in own]))
+        own = own if self.model.owns_loss else []
+        return math.fsum(self.world.all_gather_uneven([each.nats for each in own]))
 
     def sample(self) -> list[int]:
         """A few ids that it writes, as a run does beside an evaluation."""
         from pretrain.generate import Sampling, generate_ids
 
-        self.model.gather()
-        with self.world.autocast(self.model.read_in):
+        self.model.unshard()
+        with self.world.autocast(self.model.compute_dtype):
             (ids,) = generate_ids(
                 self.model.lm_loss.decoder, [1, 2], max_tokens=8, sampling=Sampling(seed=SEED)
             )
@@ -142,7 +142,7 @@ def train(
             micro_batch_rows=2,
             byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
             own_rows=rows_of(
-                *trainee.layout.rows(trainee.world.rank),
+                *trainee.layout.batch_shard(trainee.world.rank),
                 rows,
                 micro_batch_rows=2 if trainee.layout.elastic else None,
             ),
@@ -181,8 +181,8 @@ def train(
             if report is None:
                 break
             reports.append(report)
-            share = trainee.layout.rows(0)[1] / trainee.world.size
-            checksums.append(trainee.world.total(batches.checksum)[0] * share)
+            share = trainee.layout.batch_shard(0)[1] / trainee.world.size
+            checksums.append(trainee.world.all_sum(batches.checksum)[0] * share)
             if report.step % 2:
                 evaluations.append(trainee.evaluate(ids))
         return {
@@ -237,9 +237,9 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     trainee = Trainee("fast", "muon", **axes)
     if fresh:
         # Other numbers than zeros in every memory, the same ones whatever the layout.
-        for part in trainee.model.parts.values():
+        for part in trainee.model.shards.values():
             whole = torch.arange(part.shape.numel(), dtype=torch.float32).view(part.shape)
-            mine = whole[tuple(slice(*pair) for pair in part.box)] * 1e-4
+            mine = whole[tuple(slice(*pair) for pair in part.bounds)] * 1e-4
             part.local.grad = mine.to(trainee.world.device)
         trainee.optimizer.step()
     world = trainee.world
@@ -253,7 +253,7 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
         settings=TrainConfig(steps=1),
         world=world,
         screen=None,  # type: ignore[arg-type]
-        records=Records(Path(folder), writes=world.leads),
+        records=Records(Path(folder), writes=world.is_main),
         saver=BackgroundSaver(Path(folder) / "checkpoints", world),
         identity={},
         done=1,
@@ -275,7 +275,7 @@ def fail_to_save(folder: str, failing: int) -> str:
 
     world = open_world("cpu", threads=1)
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    tensors = {"model/x": torch.ones(3)} if world.leads else {"model/y": torch.ones(2)}
+    tensors = {"model/x": torch.ones(3)} if world.is_main else {"model/y": torch.ones(2)}
     disk_is_full = mock.patch.object(page, "write_tensors", full)
     try:
         with disk_is_full if world.rank == failing else nullcontext():
@@ -292,16 +292,16 @@ def talk() -> dict[str, Any]:
     from pretrain.distributed import open_world
 
     world = open_world("cpu", threads=1)
-    world.wait_for_leader()
+    world.wait_for_main()
     return {
         "rank": world.rank,
-        "leads": world.leads,
-        "texts": world.gather_texts("é" * world.rank),
-        "shared": world.share(f"from {world.rank}"),
-        "numbers": world.gather([world.rank, 0.5]),
-        "total": world.total(world.rank + 1, 1e15 + world.rank),
-        "sum": world.sum_(torch.tensor([1.0, world.rank])).tolist(),
-        "alone": world.alone().total(world.rank)[0],
+        "leads": world.is_main,
+        "texts": world.all_gather_str("é" * world.rank),
+        "shared": world.broadcast_str(f"from {world.rank}"),
+        "numbers": world.all_gather([world.rank, 0.5]),
+        "total": world.all_sum(world.rank + 1, 1e15 + world.rank),
+        "sum": world.all_reduce_(torch.tensor([1.0, world.rank])).tolist(),
+        "alone": world.single_process().all_sum(world.rank)[0],
     }
 
 
@@ -358,4 +358,4 @@ def who_is_missing(absent: int) -> str:
     if here.rank == absent:
         time.sleep(3)
         return ""
-    return here.missing()
+    return here.unresponsive_ranks()

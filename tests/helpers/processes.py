@@ -86,7 +86,7 @@ def surroundings(rank: int, size: int, meeting: Path) -> Iterator[None]:
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(size),
-        "PRETRAIN_MEETING_FILE": str(meeting),
+        "PRETRAIN_RENDEZVOUS_FILE": str(meeting),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     os.environ.update(words)

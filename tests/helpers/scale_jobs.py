@@ -98,7 +98,7 @@ def trace(
     world = World(0, size, torch.device("cpu"), threads=1)
     defaults = model_defaults({"family": "llama", "preset": preset})
     config = ModelConfig(**{**defaults, "context_length": tokens})
-    parallel = ParallelConfig(**axes).laid_out(size)
+    parallel = ParallelConfig(**axes).resolve(size)
     meshes, moved = layout._arrange(parallel, world), Moved()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -113,7 +113,7 @@ def trace(
         sizes = {name: p.numel() for name, p in decoder.named_parameters()}
         in_the_ends = sum(n for name, n in sizes.items() if not name.startswith("blocks."))
         model = layout.parallelize(LMLoss(decoder, seed=1), parallel, world)
-        held = sum(part.local.numel() for part in model.parts.values())
+        held = sum(part.local.numel() for part in model.shards.values())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = MicroBatch(ids, ids.clone(), torch.zeros(1, dtype=torch.int64))
         kept = Kept(decoder, VOCAB)
@@ -125,10 +125,10 @@ def trace(
                 block.unshard()
                 block.reshard()
             nats.backward()  # type: ignore[no-untyped-call]
-        model.let_go()
-        for part in model.parts.values():
-            part.take_gradient()
-        slopes = [p.local.grad for p in model.parts.values()]
+        model.reshard()
+        for part in model.shards.values():
+            part.localize_grad()
+        slopes = [p.local.grad for p in model.shards.values()]
     return {
         "parameters": sum(sizes.values()),
         "in the ends": in_the_ends,
@@ -150,7 +150,7 @@ def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
     config = config_of("llama", n_kv_heads=2)
     decoder = build(config, vocab_size=V, seed=None, device="meta")
     sizes = {name: p.numel() for name, p in decoder.named_parameters()}
-    parallel = ParallelConfig(**axes).laid_out(world.size)
+    parallel = ParallelConfig(**axes).resolve(world.size)
     model = layout.parallelize(LMLoss(decoder, seed=1), parallel, world, precision=precision)
     model.initialize(1)
     ids = torch.zeros(rows, T, dtype=torch.int64)

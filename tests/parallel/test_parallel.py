@@ -23,7 +23,7 @@ from pretrain.distributed import open_world
 from pretrain.model import ModelConfig, n_parameters
 from pretrain.model.config import model_defaults
 from pretrain.parallel import ParallelConfig
-from pretrain.parallel.elastic import Branches
+from pretrain.parallel.deterministic import ReductionTree
 from pretrain.runner import launch as launch_module
 from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
 from pretrain.train import decide as decide_page
@@ -129,7 +129,7 @@ def test_so_they_do_in_all_others(pool: Pool, family: str, layout: str) -> None:
 def test_sizes_that_are_decided_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(**model_defaults({"family": "llama"}))
     model = replace(model, context_length=128)
-    axes = ParallelConfig(context=3, processes=3).laid_out(3)
+    axes = ParallelConfig(context=3, processes=3).resolve(3)
     with pytest.raises(ValueError, match=r"context_length 128 is not a multiple of .*context 3"):
         decide_page._refuse_what_does_not_fit(model, axes, vocab_size=100)
 
@@ -140,7 +140,7 @@ def test_memory_is_asked_for_what_a_machine_is_to_hold(monkeypatch: pytest.Monke
     monkeypatch.setattr(decide_page, "memory_bytes", lambda: whole // 2)
     for beside, fits in ((1, True), (2, True), (3, False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
-        axes = ParallelConfig(shard=4, processes=4).laid_out(4)
+        axes = ParallelConfig(shard=4, processes=4).resolve(4)
         with nullcontext() if fits else pytest.raises(ValueError, match="this machine has"):
             decide_page._refuse_what_does_not_fit(model, axes, vocab_size=1000)
 
@@ -316,7 +316,7 @@ def test_the_elastic_order_is_the_same_bits_on_any_number_of_processes(
 
 def test_every_leaf_of_the_tree_has_one_process() -> None:
     for size, n_leaves in itertools.product(range(1, 10), range(1, 20)):
-        branches = Branches(size, n_leaves)
+        branches = ReductionTree(size, n_leaves)
         leaves = [leaf for rank in range(size) for leaf in branches.leaves(rank)]
         assert leaves == list(range(n_leaves))
         owners = [branches.owner(b) for rank in range(size) for b in branches.of(rank)]
@@ -421,9 +421,9 @@ def test_axes_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str
 
 
 def test_axes_are_filled_from_the_processes() -> None:
-    assert ParallelConfig(shard=2).laid_out(8) == ParallelConfig(processes=8, data=4, shard=2)
+    assert ParallelConfig(shard=2).resolve(8) == ParallelConfig(processes=8, data=4, shard=2)
     with pytest.raises(ValueError, match="there are 3 processes"):
-        ParallelConfig(shard=2).laid_out(3)
+        ParallelConfig(shard=2).resolve(3)
 
 
 def test_a_slow_process_is_named_once_and_its_recovery_too() -> None:

@@ -48,7 +48,7 @@ def test_its_commands_are_legal(name: str) -> None:
     config = compose([*read_target(recipe)[1], parse_overrides(settings)])
     assert config.train.steps == 10_000
     # Two machines of eight: a copy of the model on each.
-    assert config.parallel.laid_out(16).data == 2
+    assert config.parallel.resolve(16).data == 2
     assert again == f"train --resume --run {folder}"
     assert f"{folder}/config.yaml" in text.replace("$run", folder)
 

@@ -310,7 +310,7 @@ def test_a_resume_without_the_compilers_cache_has_the_same_bits(
 def test_a_cpu_multiplies_in_bf16_only_to_make_more_steps_in_the_same_minutes(
     asked: dict[str, Any], units: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(World, "has_bf16_units", lambda world: units)
+    monkeypatch.setattr(World, "has_native_bf16", lambda world: units)
     world = open_world("cpu", threads=1)
     assert decided_precision(TrainConfig(**asked), world) == chosen
 

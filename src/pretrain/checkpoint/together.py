@@ -23,7 +23,7 @@ class Processes:
         """The text of each, by rank."""
         if self._world is None or self.size == 1:
             return [text]
-        return self._world.gather_texts(text, group=self._world.saving)
+        return self._world.all_gather_str(text, group=self._world.save_group)
 
     def each(self, work: Callable[[], str | None]) -> list[str]:
         """Let each process work; returns what all came to. OSError if it fails for one."""

@@ -32,9 +32,9 @@ def start(
     """Begin a run. From the first moment its folder says what was asked for, so that a run that is
     killed before anything could be decided can be resumed too."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
-    leads = world is None or world.leads
-    with only_writer(folder, output) if leads else nullcontext():
-        if leads:
+    is_main = world is None or world.is_main
+    with only_writer(folder, output) if is_main else nullcontext():
+        if is_main:
             replace_file(folder / REQUESTED, to_yaml(config).encode())
         try:
             eval_tasks = read_in_loop_tasks(config.evaluate)
@@ -43,7 +43,7 @@ def start(
             world = world or open_world_of(config)
             config = _decide(config, folder, data, eval_tasks, output, world)
         except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
-            if leads:
+            if is_main:
                 _take_back(folder, new)
             raise
         return train_run(
@@ -87,8 +87,8 @@ def _decide(
     sections = {each.name: getattr(decided, each.name) for each in fields(decided)}
     config = replace(config, **sections)
     check_same_on_all_ranks(world, fingerprint_of(config, data, world))
-    if not world.leads:
-        world.wait_for_leader()
+    if not world.is_main:
+        world.wait_for_main()
         return config
     data.tokenizer().save(folder / "tokenizer")
     text = to_yaml(config)
@@ -96,5 +96,5 @@ def _decide(
     # Last: from now on a resume goes by it.
     replace_file(folder / "config.yaml", text.encode())
     (folder / REQUESTED).unlink()
-    world.wait_for_leader()
+    world.wait_for_main()
     return config

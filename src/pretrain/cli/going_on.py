@@ -75,7 +75,7 @@ def resume(
         check_accepted(changes, {c.word for c in changes}.intersection(accepted))
         return _say_finished(folder, wanted, output)
     joined, output = join(wanted, output)
-    if joined is not None and not joined.leads:
+    if joined is not None and not joined.is_main:
         return _follow_leader(folder, joined, output, began, ends)
     with only_writer(folder, output):
         checkpoint = continuation.checkpoint(folder) if continuation else _newest(folder, output)
@@ -88,8 +88,8 @@ def resume(
         put_tokenizer(folder, data, output)
         set_aside(folder)
         output.say(_where_it_goes_on(folder, checkpoint))
-        world.wait_for_leader()
-        world.share("" if checkpoint is None else checkpoint.path.name)
+        world.wait_for_main()
+        world.broadcast_str("" if checkpoint is None else checkpoint.path.name)
         check_same_on_all_ranks(world, fingerprint_of(final, data, world))
         return train_run(
             final,
@@ -106,13 +106,13 @@ def resume(
 
 def _say_finished(folder: Path, config: RunConfig, output: Output) -> int:
     joined, output = join(config, output)
-    if joined is None or joined.leads:
+    if joined is None or joined.is_main:
         output.say(f"{folder} is finished: there is nothing left to train")
         if report_is_due(folder):  # it died in between
             write_report(folder)
         output.result({"run": str(folder), **summary_of(folder)})
     if joined is not None:
-        joined.wait_for_leader()
+        joined.wait_for_main()
         leave_world(joined)
     return 0
 
@@ -121,8 +121,8 @@ def _follow_leader(folder: Path, world: World, output: Output, began: float, end
     """Go on with a run as the first process has settled it."""
     from pretrain.checkpoint import open_checkpoint
 
-    world.wait_for_leader()
-    name = world.share("")
+    world.wait_for_main()
+    name = world.broadcast_str("")
     config = read_run(folder)
     data = prepared_text(config)
     check_same_on_all_ranks(world, fingerprint_of(config, data, world))
@@ -172,7 +172,7 @@ def _with_interval(
             "tasks that several processes begin to follow need --evaluate.every N: how often they "
             "are asked is measured where a run begins"
         )
-    alone = world.alone()
+    alone = world.single_process()
     sections = (config.model, config.optimizer, config.train, ParallelConfig())
     pace = measure_pace(data, *sections, alone, eval_tasks)
     every = task_interval(config.train, pace)
@@ -201,7 +201,7 @@ def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfi
     own, here = to_dict(stored), {"parallel": {"processes": n_processes()}}
     said = [{"parallel": layer["parallel"]} for layer in layers if "parallel" in layer]
     axes = compose([{name: own[name] for name in ("model", "parallel")}, *said, here]).parallel
-    axes.laid_out(n_processes())
+    axes.resolve(n_processes())
     # Another number of processes is a change like others.
     return replace(wanted, parallel=axes)
 

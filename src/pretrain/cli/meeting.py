@@ -34,8 +34,8 @@ def meet(device: str, output: Output) -> int:
 
     began = time.perf_counter()
     world = open_world(device, timeout_seconds=60)
-    output = output if world.leads else Silent()
-    hosts = sorted(set(world.gather_texts(platform.node())))
+    output = output if world.is_main else Silent()
+    hosts = sorted(set(world.all_gather_str(platform.node())))
     took = time.perf_counter() - began
     checks = {
         "meeting": Check(AGREES, f"{world.size} processes on {', '.join(hosts)}, in {took:.1f} s")
@@ -66,7 +66,7 @@ def _versions(world: World) -> Check:
     from pretrain.train.fingerprint import code_hash
 
     mine = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
-    told = [json.loads(text) for text in world.gather_texts(json.dumps(mine))]
+    told = [json.loads(text) for text in world.all_gather_str(json.dumps(mine))]
     for rank, other in enumerate(told):
         for name in mine:
             if other[name] != told[0][name]:
@@ -76,8 +76,8 @@ def _versions(world: World) -> Check:
 
 
 def _clocks(world: World) -> Check:
-    world.gather([0.0])  # all leave it at about the same time
-    times = [now for (now,) in world.gather([time.time()])]
+    world.all_gather([0.0])  # all leave it at about the same time
+    times = [now for (now,) in world.all_gather([time.time()])]
     apart = max(times) - min(times)
     verdict = AGREES if apart < _CLOCK_SECONDS else DIFFERS
     return Check(verdict, f"{apart:.3f} s apart at most (legal {_CLOCK_SECONDS:g})")
@@ -85,14 +85,14 @@ def _clocks(world: World) -> Check:
 
 def _folder(world: World) -> Check:
     """Whether all see what the first one writes here, where runs go."""
-    word = world.share(secrets.token_hex(8))
+    word = world.broadcast_str(secrets.token_hex(8))
     with tempfile.TemporaryDirectory(dir=".", prefix=".doctor-") as own:
-        path = Path(world.share(own)) / "word"
-        if world.leads:
+        path = Path(world.broadcast_str(own)) / "word"
+        if world.is_main:
             path.write_text(word)
-        world.gather([0.0])
+        world.all_gather([0.0])
         sees = path.is_file() and path.read_text() == word
-        blind = [rank for rank, (seen,) in enumerate(world.gather([sees])) if not seen]
+        blind = [rank for rank, (seen,) in enumerate(world.all_gather([sees])) if not seen]
     if blind:
         return Check(
             DIFFERS, f"processes {blind} do not see what process 0 writes into {Path.cwd()}"
@@ -109,9 +109,9 @@ def _sums(world: World) -> Check:
     best = float("inf")
     for _ in range(_SUMS):
         mine = whole * (world.rank + 1)
-        world.gather([0.0])
+        world.all_gather([0.0])
         began = time.perf_counter()
-        world.sum_(mine)
+        world.all_reduce_(mine)
         world.synchronize()
         best = min(best, time.perf_counter() - began)
         if not torch.equal(mine, whole * (world.size * (world.size + 1) // 2)):
@@ -136,9 +136,9 @@ def _layout(layout: ParallelConfig) -> Callable[[World], Check]:
         is_cpu = world.device.type == "cpu"
         dtype, legal = (torch.float64, 1e-9) if is_cpu else (torch.float32, 1e-5)
         elastic = ParallelConfig(elastic=True) if layout.elastic else None
-        alone = losses(world.alone(), dtype, 2, parallel=elastic)
+        alone = losses(world.single_process(), dtype, 2, parallel=elastic)
         found = losses(world, dtype, 2, parallel=layout)
-        far = max(f for (f,) in world.gather([furthest(alone, found)]))
+        far = max(f for (f,) in world.all_gather([furthest(alone, found)]))
         if layout.elastic:
             text = f"losses of {STEPS} steps: {far:.1e} from one process's (legal: 0)"
             return Check(DIFFERS if far else AGREES, text)

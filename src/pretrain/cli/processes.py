@@ -31,14 +31,14 @@ class Silent(Output):
 
 def join(config: RunConfig, output: Output) -> tuple[World | None, Output]:
     world, _ = join_processes(config, output.people)
-    return world, output if world is None or world.leads else Silent()
+    return world, output if world is None or world.is_main else Silent()
 
 
 def agreed_folder(world: World | None, choose: Callable[[], Path]) -> Path:
     """The folder that the first process chooses."""
     if world is None:
         return choose()
-    return Path(world.share(str(choose()) if world.leads else ""))
+    return Path(world.broadcast_str(str(choose()) if world.is_main else ""))
 
 
 def launch_train(arguments: argparse.Namespace, folder: Path, n: int, output: Output) -> int:

@@ -55,7 +55,7 @@ def train_run(
     screen = Screen(output.people)
     show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
     show_eval_tasks(screen, eval_tasks, every=config.evaluate.every, steps=config.train.steps)
-    if world.leads:
+    if world.is_main:
         _follow(config, folder)
     run = read_environment(folder)["run"]
     with naming_lost_ranks(world, config.parallel.timeout_seconds):
@@ -78,7 +78,7 @@ def train_run(
             ends=ends,
         )
     leave_world(world)
-    if not world.leads:
+    if not world.is_main:
         return code
     report = write_report(folder)
     if not (folder / "summary.json").is_file():

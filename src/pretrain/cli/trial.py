@@ -36,7 +36,7 @@ def losses(
 
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 32, "dropout": 0.1}
     config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
-    layout = (parallel or ParallelConfig()).laid_out(world.size)
+    layout = (parallel or ParallelConfig()).resolve(world.size)
     is_cut = layout.shard > 1
     place, seed = (torch.device("meta"), None) if is_cut else (world.device, _SEED)
     decoder = build(config, vocab_size=_IDS, seed=seed, device=place).to(dtype)

@@ -14,12 +14,12 @@ from pretrain import lazily
 if TYPE_CHECKING:
     from pretrain.parallel.config import ParallelConfig
     from pretrain.parallel.layout import parallelize
-    from pretrain.parallel.model import Parallel
+    from pretrain.parallel.model import ParallelModel
 
 __getattr__ = lazily(
     __name__,
     config="ParallelConfig",
     layout="parallelize",
-    model="Parallel",
+    model="ParallelModel",
 )
-__all__ = ["Parallel", "ParallelConfig", "parallelize"]
+__all__ = ["ParallelConfig", "ParallelModel", "parallelize"]

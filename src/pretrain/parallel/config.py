@@ -89,7 +89,7 @@ class ParallelConfig:
             yield from self._mistakes_of_axes(self.processes)
 
     @property
-    def cuts_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether a process holds less than all weights."""
         return self._within_copy > 1
 
@@ -97,7 +97,7 @@ class ParallelConfig:
     def _within_copy(self) -> int:
         return self.shard * self.context * self.tensor * self.pipeline
 
-    def rows(self, rank: int) -> tuple[int, int]:
+    def batch_shard(self, rank: int) -> tuple[int, int]:
         """Which of how many parts of a batch a process reads; those of one context, tensor and
         pipeline axis read the same. The axes must be filled."""
         assert self.data is not None
@@ -139,7 +139,7 @@ class ParallelConfig:
                     "it is shared",
                 )
 
-    def laid_out(self, n_processes: int) -> ParallelConfig:
+    def resolve(self, n_processes: int) -> ParallelConfig:
         """The same with every axis filled, for so many processes; ValueError where the axes do not
         multiply to them."""
         for _, mistake in self._mistakes_of_axes(n_processes):

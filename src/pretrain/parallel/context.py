@@ -20,7 +20,7 @@ from pretrain.model.layers import ATTENTION_DROPOUT_ID, KeyValueCache
 from pretrain.model.random import DropoutRng
 
 
-class Stretches(KeyValueCache):
+class ContextParallelCache(KeyValueCache):
     """What a decoder takes for a cache: the stretches before its own, as the others have them."""
 
     def __init__(self, group: dist.ProcessGroup, stretch_tokens: int) -> None:
@@ -64,7 +64,7 @@ class _Gather(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class PartOfNoise(DropoutRng):
+class ShardedDropoutRng(DropoutRng):
     """The masks of whole windows and all heads, of which this process has a stretch and some."""
 
     stretch: tuple[int, int] = (0, 1)

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.distributed import World
 from pretrain.model import LMLoss
+from pretrain.parallel.activation_checkpointing import recompute
 from pretrain.parallel.config import ParallelConfig
-from pretrain.parallel.elastic import Elastic
-from pretrain.parallel.model import Parallel
-from pretrain.parallel.recompute import recompute
-from pretrain.parallel.shards import part_of
+from pretrain.parallel.deterministic import Elastic
+from pretrain.parallel.model import ParallelModel
+from pretrain.parallel.shards import local_shard
 
 if TYPE_CHECKING:
     from pretrain.parallel.sharded import Meshes
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 def parallelize(
     lm_loss: LMLoss, config: ParallelConfig, world: World, *, precision: str = "fp32"
-) -> Parallel:
+) -> ParallelModel:
     """Lay an objective over the processes of `world`, by a config whose axes are filled.
 
     Where weights are laid over processes the objective comes without memory (device meta), so that
-    no process ever holds it whole, and must be given values: `Parallel.initialize`, or those of a
+    no process ever holds it whole, and must be given values: by `initialize`, or those of a
     checkpoint. For the `precision` bf16 blocks are gathered in bfloat16, their norms too; what each
     process keeps, and sums of gradients, are float32.
     """
-    if not config.cuts_weights:
+    if not config.shards_weights:
         recompute(lm_loss.decoder, config.activation_checkpointing)
     if config.elastic:
-        return Elastic(lm_loss, lm_loss, world)
+        return Elastic(lm_loss, world)
     if world.size == 1:
-        return Parallel(lm_loss, lm_loss, world)
+        return ParallelModel(lm_loss, world)
     assert config.data is not None
-    if not config.cuts_weights:
+    if not config.shards_weights:
         return _copied(lm_loss, world)
     # Half a second that one process need not spend.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -72,18 +72,17 @@ def parallelize(
     lm_loss.to_empty(device=world.device)
     return Sharded(
         lm_loss,
-        lm_loss,
         world,
-        n_alike=config.tensor * config.pipeline,
-        n_counting=config.tensor,
-        parts={name: part_of(parameter) for name, parameter in decoder.named_parameters()},
-        read_in=precision,
+        model_parallel_size=config.tensor * config.pipeline,
+        n_loss_ranks=config.tensor,
+        shards={name: local_shard(parameter) for name, parameter in decoder.named_parameters()},
+        compute_dtype=precision,
         meshes=meshes,
         pipe=Pipe(lm_loss, meshes.pipeline) if config.pipeline > 1 else None,
     )
 
 
-def _copied(lm_loss: LMLoss, world: World) -> Parallel:
+def _copied(lm_loss: LMLoss, world: World) -> ParallelModel:
     """Copies of the whole model, whose gradients are summed while they are made."""
     ngrams = lm_loss.decoder.ngrams
     tables = dict(ngrams.named_parameters()) if ngrams and ngrams.sparse_gradients else {}
@@ -96,7 +95,7 @@ def _copied(lm_loss: LMLoss, world: World) -> Parallel:
         init_sync=False,
         gradient_as_bucket_view=True,
     )
-    return Parallel(lm_loss, copies, world, tables=list(tables.values()))
+    return ParallelModel(lm_loss, world, module=copies, tables=list(tables.values()))
 
 
 def _arrange(config: ParallelConfig, world: World) -> Meshes:

@@ -24,67 +24,69 @@ from pretrain.model.loss import Batch
 from pretrain.optim.muon import Orthogonalizer
 from pretrain.optim.param_groups import clip_gradients, gradient_values
 from pretrain.parallel.rows import mean_rows_
-from pretrain.parallel.shards import Box, Part, cut, whole_part
+from pretrain.parallel.shards import LocalShard, ShardSlice, cut, full_shard
 
 
 @dataclass(slots=True)
-class Parallel:
+class ParallelModel:
     """An objective, and this process's share of it."""
 
     lm_loss: LMLoss
-    module: Callable[[Batch], tuple[Tensor, Tensor]]
-    """what is called: the objective, or what sums its gradients over processes"""
     world: World
-    n_alike: int = 1
+    module: Callable[[Batch], tuple[Tensor, Tensor]] = None  # type: ignore[assignment]
+    """what is called, if it is not the loss module itself: its wrapper, which sums gradients"""
+    model_parallel_size: int = 1
     """processes that have the same rows, and parts of a model"""
-    n_counting: int = 1
+    n_loss_ranks: int = 1
     """of them, those that come to the nats"""
     tables: list[nn.Parameter] = field(default_factory=list)
     """those of which a step names the rows that it has read"""
-    read_in: str = "fp32"
+    compute_dtype: str = "fp32"
     """the precision in which weights come that a pass reads, and so that of its products"""
-    parts: dict[str, Part] = field(default_factory=dict)
+    shards: dict[str, LocalShard] = field(default_factory=dict)
     """what this process holds, by the decoder's names"""
 
     forward_seconds: float = 0.0
     """in which this process went forward in the last step"""
 
     def __post_init__(self) -> None:
-        if not self.parts:
+        if self.module is None:
+            self.module = self.lm_loss
+        if not self.shards:
             named = self.lm_loss.decoder.named_parameters()
-            self.parts = {name: whole_part(parameter) for name, parameter in named}
+            self.shards = {name: full_shard(parameter) for name, parameter in named}
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What this process updates: whole parameters, or its rows of them, if it has any."""
-        return [(name, p) for name, p in self.held_parameters() if p.numel()]
+        return [(name, p) for name, p in self.local_parameters() if p.numel()]
 
-    def held_parameters(self) -> list[tuple[str, nn.Parameter]]:
+    def local_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The same with those of which it has no row: an optimizer of whole matrices may need its
         hand all the same."""
-        return [(name, part.local) for name, part in self.parts.items()]
+        return [(name, part.local) for name, part in self.shards.items()]
 
-    def saves(self, name: str, *, is_whole: bool = False) -> bool:
-        """Whether it is this process that saves its part of a parameter, or what `is_whole` beside
+    def is_saver(self, name: str, *, is_full: bool = False) -> bool:
+        """Whether it is this process that saves its part of a parameter, or what `is_full` beside
         it, as a count of steps is."""
-        return self.world.leads
+        return self.world.is_main
 
     @property
-    def scored(self) -> tuple[int, int]:
+    def eval_shard(self) -> tuple[int, int]:
         """Which of how many parts of a text this process evaluates; some may have the same one."""
         return self.world.rank, self.world.size
 
     @property
-    def counts(self) -> bool:
+    def owns_loss(self) -> bool:
         """Whether what this process finds counts, and not what another finds of the same part."""
         return True
 
-    def place_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], Box] | None:
+    def shard_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], ShardSlice] | None:
         """The whole shape of a parameter, or of an optimizer's memory of so many dims beside it,
         and the box of it that this process holds; None where that is all of it."""
-        part = self.parts[name]
-        if part.local is part.whole or not n_dims:
+        part = self.shards[name]
+        if part.local is part.parameter or not n_dims:
             return None
-        return tuple(part.shape[:n_dims]), part.box[:n_dims]
+        return tuple(part.shape[:n_dims]), part.bounds[:n_dims]
 
     @property
     def orthogonalizer(self) -> Orthogonalizer:
@@ -95,18 +97,18 @@ class Parallel:
         """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
         the count of all processes."""
         self.forward_seconds = 0.0
-        self.let_go()
+        self.reshard()
         self.lm_loss.zero_grad(set_to_none=True)
         nats, count = self._pass(batches, precision)
-        for part in self.parts.values():
-            part.take_gradient()
+        for part in self.shards.values():
+            part.localize_grad()
         self._sum_ends()
         for width in sorted({table.shape[1] for table in self.tables}):
             mean_rows_([t for t in self.tables if t.shape[1] == width], self.world.size)
         # Read once a step: a look at each micro-batch would make a GPU wait.
         if self.world.size > 1:
-            nats, count = self.world.sum_(torch.stack([nats.double(), count.double()]))
-        return float(nats) / self.n_counting, int(count) // self.n_counting
+            nats, count = self.world.all_reduce_(torch.stack([nats.double(), count.double()]))
+        return float(nats) / self.n_loss_ranks, int(count) // self.n_loss_ranks
 
     def _pass(self, batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
         """Forward and back with all micro-batches; this process's nats and count."""
@@ -135,15 +137,15 @@ class Parallel:
         return nullcontext()
 
     @property
-    def mean_over(self) -> int:
+    def grad_divisor(self) -> int:
         """Of how many sums `backward` leaves the mean."""
-        return self.world.size // self.n_alike
+        return self.world.size // self.model_parallel_size
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Have the weights at hand that are not read within the decoder's own call: embedding and
         head, where they are laid over processes."""
 
-    def let_go(self) -> None:
+    def reshard(self) -> None:
         """Let go of them."""
 
     def clip(self, limit: float) -> float:
@@ -159,20 +161,20 @@ class Parallel:
         """The squared norm of each gradient."""
         norms = {
             name: torch.linalg.vector_norm(values, dtype=torch.float64)
-            for name, part in self.parts.items()
+            for name, part in self.shards.items()
             for values in gradient_values([part.local])
         }
         # Read at once: each look makes a GPU wait.
         read = torch.stack(list(norms.values())).square().tolist() if norms else []
-        return dict.fromkeys(self.parts, 0.0) | dict(zip(norms, read, strict=True))
+        return dict.fromkeys(self.shards, 0.0) | dict(zip(norms, read, strict=True))
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Give each parameter that this process holds its values at the start of training."""
         decoder = self.lm_loss.decoder
-        for name, part in self.parts.items():
+        for name, part in self.shards.items():
             # All columns of its rows, if it has but some: an element's number is its place.
-            rows = part.box[0] if part.box else (0, 1)
+            rows = part.bounds[0] if part.bounds else (0, 1)
             row = math.prod(part.shape[1:])
             values = initial_value(
                 decoder.config,
@@ -183,7 +185,7 @@ class Parallel:
                 seed=seed,
                 device=self.world.device,
             ).view(rows[1] - rows[0], *part.shape[1:])
-            part.local.copy_(cut(values, ((0, rows[1] - rows[0]), *part.box[1:])))
+            part.local.copy_(cut(values, ((0, rows[1] - rows[0]), *part.bounds[1:])))
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

@@ -15,13 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.optim.muon import Orthogonalizer, orthogonalize
-from pretrain.parallel.shards import Map, Part, cut
+from pretrain.parallel.shards import LocalShard, ShardLayout, cut
 
 
 class ShardedOrthogonalizer(Orthogonalizer):
     """Matrices of which this process holds a box each, as the others of `group` do."""
 
-    def __init__(self, parts: Mapping[str, Part], boxes: Map, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, parts: Mapping[str, LocalShard], boxes: ShardLayout, group: dist.ProcessGroup
+    ) -> None:
         self._names = {part.local: name for name, part in parts.items()}
         self._parts, self._boxes, self._group = parts, boxes, group
         self._ranks = dist.get_process_group_ranks(group)

@@ -15,11 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from pretrain.optim.muon import Orthogonalizer
 from pretrain.optim.param_groups import gradient_values
-from pretrain.parallel.context import PartOfNoise, Stretches
-from pretrain.parallel.model import Parallel
+from pretrain.parallel.context import ContextParallelCache, ShardedDropoutRng
+from pretrain.parallel.model import ParallelModel
 from pretrain.parallel.muon import ShardedOrthogonalizer
 from pretrain.parallel.pipeline import Pipe
-from pretrain.parallel.shards import Map
+from pretrain.parallel.shards import ShardLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +49,31 @@ class Meshes:
 
 
 @dataclass(slots=True)
-class Sharded(Parallel):
+class Sharded(ParallelModel):
     """Each process holds a box of each parameter, and knows who holds the others."""
 
     meshes: Meshes | None = None
     pipe: Pipe | None = None
     """this process's layers among others', where there is a pipeline axis"""
-    boxes: Map = field(init=False)
+    layout: ShardLayout = field(init=False)
     _stretch_tokens: int = 0
     """those of each window that this process reads at the moment, where it does not read all"""
 
     def __post_init__(self) -> None:
-        Parallel.__post_init__(self)
-        self.boxes = Map(self.parts, self.world)
+        ParallelModel.__post_init__(self)
+        self.layout = ShardLayout(self.shards, self.world)
         self.lm_loss.decoder.register_forward_pre_hook(self._part_of_window, with_kwargs=True)
 
-    def saves(self, name: str, *, is_whole: bool = False) -> bool:
-        return self.boxes.is_first(name, of_any_box=is_whole)
+    def is_saver(self, name: str, *, is_full: bool = False) -> bool:
+        return self.layout.is_first(name, of_any_box=is_full)
 
     @property
-    def scored(self) -> tuple[int, int]:
-        n = self.world.size // self.n_alike
+    def eval_shard(self) -> tuple[int, int]:
+        n = self.world.size // self.model_parallel_size
         return self.world.rank // self._n_tensor % n, n
 
     @property
-    def counts(self) -> bool:
+    def owns_loss(self) -> bool:
         assert self.meshes is not None
         is_last = self.pipe is None or self.pipe.is_last
         return is_last and self.meshes.heads[0] == 0
@@ -86,13 +86,13 @@ class Sharded(Parallel):
     @property
     def orthogonalizer(self) -> Orthogonalizer:
         assert self.meshes is not None
-        return ShardedOrthogonalizer(self.parts, self.boxes, self.meshes.holders)
+        return ShardedOrthogonalizer(self.shards, self.layout, self.meshes.holders)
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         if isinstance(self.lm_loss.decoder, FSDPModule):
             self.lm_loss.decoder.unshard()
 
-    def let_go(self) -> None:
+    def reshard(self) -> None:
         """What an evaluation has gathered stands in the place of this process's own: it keeps other
         weights from being read, and gradients from being forgotten."""
         if isinstance(self.lm_loss.decoder, FSDPModule):
@@ -110,13 +110,13 @@ class Sharded(Parallel):
         name = "token_embedding.weight"
         if self.pipe is None or self.lm_loss.decoder.config.tied_head is False:
             return
-        if name in self.parts:
+        if name in self.shards:
             assert self.meshes is not None
-            dist.all_reduce(self.parts[name].local.grad, group=self.meshes.ends)
+            dist.all_reduce(self.shards[name].local.grad, group=self.meshes.ends)
 
     def _pass(self, batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
         if self.pipe is None:
-            return Parallel._pass(self, batches, precision)
+            return ParallelModel._pass(self, batches, precision)
         return self.pipe.run(list(batches), self.world, precision)
 
     def _called(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -142,19 +142,19 @@ class Sharded(Parallel):
         assert self.meshes is not None
         is_cut, dropout_rng = bool(self._stretch_tokens), named.get("dropout_rng")
         if is_cut:
-            named["cache"] = Stretches(self.meshes.context, self._stretch_tokens)
+            named["cache"] = ContextParallelCache(self.meshes.context, self._stretch_tokens)
         if dropout_rng is not None:
             stretch = self.meshes.stretch if is_cut else (0, 1)
-            named["dropout_rng"] = PartOfNoise(
+            named["dropout_rng"] = ShardedDropoutRng(
                 dropout_rng.seed, dropout_rng.samples_B, stretch=stretch, heads=self.meshes.heads
             )
         return given, named
 
     def _squares(self) -> dict[str, float]:
-        mine = Parallel._squares(self)
-        shares = {name: square / len(self.boxes.holders(name)) for name, square in mine.items()}
-        totals = self.world.total(*(shares.get(name, 0.0) for name in self.boxes.names))
-        return dict(zip(self.boxes.names, totals, strict=True))
+        mine = ParallelModel._squares(self)
+        shares = {name: square / len(self.layout.holders(name)) for name, square in mine.items()}
+        totals = self.world.all_sum(*(shares.get(name, 0.0) for name in self.layout.names))
+        return dict(zip(self.layout.names, totals, strict=True))
 
     def clip(self, limit: float) -> float:
         norm = math.sqrt(sum(self._squares().values()))

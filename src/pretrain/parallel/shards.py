@@ -1,8 +1,8 @@
 """What one process holds of a parameter: a box of it, as a plain tensor that an optimizer updates.
 
 The parameter of a model that is laid over processes comes in; the box, and a local parameter that
-shares its memory, go out. Rules that look at each number, or at each row, need no more. A `Map`
-knows what all the others hold.
+shares its memory, go out. Rules that look at each number, or at each row, need no more.
+`ShardLayout` knows what all the others hold.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 
 from pretrain.distributed import World
 
-Box = tuple[tuple[int, int], ...]
+ShardSlice = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LocalShard:
     """A box of a parameter."""
 
-    whole: nn.Parameter
+    parameter: nn.Parameter
     """the model's own parameter"""
     local: nn.Parameter
     """the memory of this process's box; the parameter itself, where that is all of it"""
     shape: torch.Size
     """of the whole parameter"""
-    box: Box
+    bounds: ShardSlice
     """(start, stop) a dim"""
 
-    def take_gradient(self) -> None:
+    def localize_grad(self) -> None:
         """Let the local parameter have the gradient of its box."""
-        if self.local is self.whole:
+        if self.local is self.parameter:
             return
-        gradient, whole = self.whole.grad, cast(Any, self.whole)
+        gradient, whole = self.parameter.grad, cast(Any, self.parameter)
         # It may come as it was made: a sum that is not yet made, or more than the box.
         laid = (
             None
@@ -47,18 +47,18 @@ class Part:
         self.local.grad = None if laid is None else laid.to_local()
 
 
-def whole_part(parameter: nn.Parameter) -> Part:
+def full_shard(parameter: nn.Parameter) -> LocalShard:
     """All of a parameter."""
-    return Part(parameter, parameter, parameter.shape, tuple((0, n) for n in parameter.shape))
+    return LocalShard(parameter, parameter, parameter.shape, tuple((0, n) for n in parameter.shape))
 
 
-def part_of(parameter: nn.Parameter) -> Part:
+def local_shard(parameter: nn.Parameter) -> LocalShard:
     """This process's box of a parameter, where that is laid over several."""
     from torch.distributed.tensor import DTensor
 
     data = parameter.detach()
     if not isinstance(data, DTensor):
-        return whole_part(parameter)
+        return full_shard(parameter)
     mesh, coordinate = data.device_mesh, data.device_mesh.get_coordinate()
     assert coordinate is not None
     box = [(0, n) for n in data.shape]
@@ -74,26 +74,26 @@ def part_of(parameter: nn.Parameter) -> Part:
             box[dim] = first, min(first + each, stop)
     local = data.to_local()
     assert list(local.shape) == [stop - start for start, stop in box], "torch cuts otherwise"
-    return Part(parameter, nn.Parameter(local), parameter.shape, tuple(box))
+    return LocalShard(parameter, nn.Parameter(local), parameter.shape, tuple(box))
 
 
-def cut(whole: Tensor, box: Box) -> Tensor:
+def cut(whole: Tensor, box: ShardSlice) -> Tensor:
     """A view of the box of a whole tensor."""
     return whole[tuple(slice(*pair) for pair in box)]
 
 
-class Map:
+class ShardLayout:
     """Which process holds which box of each parameter."""
 
-    def __init__(self, parts: Mapping[str, Part], world: World) -> None:
-        told = world.gather_texts(json.dumps({name: part.box for name, part in parts.items()}))
+    def __init__(self, parts: Mapping[str, LocalShard], world: World) -> None:
+        told = world.all_gather_str(json.dumps({name: part.bounds for name, part in parts.items()}))
         self._boxes = [
             {name: tuple(map(tuple, box)) for name, box in json.loads(text).items()}
             for text in told
         ]
         self._rank = world.rank
 
-    def box(self, name: str, rank: int) -> Box | None:
+    def box(self, name: str, rank: int) -> ShardSlice | None:
         return self._boxes[rank].get(name)
 
     @property

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import Layer, RunConfig, compose, read_file
-from pretrain.distributed import MEETING_FILE, memory_bytes, n_processes
+from pretrain.distributed import RENDEZVOUS_FILE, memory_bytes, n_processes
 from pretrain.runner.request import requested_file
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def launch_once(args: Sequence[str], n: int, *, module: str = "pretrain") -> int
         )
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
         # No socket of this run is open to the network: agent and processes meet through files.
-        os.environ[MEETING_FILE] = f"{folder}/meeting"
+        os.environ[RENDEZVOUS_FILE] = f"{folder}/meeting"
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -187,7 +187,7 @@ def _failure_of(rank: int, exit_code: int, folder: Path) -> ProcessFailed:
 def report_to_launcher(message: str) -> bool:
     """Leave this rank's error message for the process that started it; returns whether there is
     one."""
-    rendezvous, rank = os.environ.get(MEETING_FILE), os.environ.get("RANK")
+    rendezvous, rank = os.environ.get(RENDEZVOUS_FILE), os.environ.get("RANK")
     if rendezvous is None or rank is None:
         return False
     Path(f"{rendezvous}.{rank}").write_text(message, encoding="utf-8")
@@ -210,7 +210,7 @@ def join_processes(config: RunConfig, stream: TextIO) -> tuple[World | None, Tex
         return None, stream
     _die_with_parent()
     world = open_world_of(config)
-    if not world.leads:
+    if not world.is_main:
         stream = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     return world, stream
 
@@ -238,7 +238,7 @@ def naming_lost_ranks(world: World, timeout_seconds: float) -> Iterator[None]:
         if world.size == 1 or not _CONNECTION_LOST.search(str(error)):
             raise
         message = f"rank {world.rank} ({platform.node()}): lost the connection to another rank"
-        if "imed out" in str(error) and (missing := world.missing()):
+        if "imed out" in str(error) and (missing := world.unresponsive_ranks()):
             message = (
                 f"rank {world.rank} ({platform.node()}): timed out after {timeout_seconds:g} "
                 f"seconds; {_NO_ANSWER} {missing}"
@@ -250,7 +250,7 @@ def check_same_on_all_ranks(world: World, facts: Mapping[str, Any]) -> None:
     """All ranks have the same text, settings, code and versions. ValueError with the
     differences."""
     own = json.dumps(dict(facts), default=str)
-    first, *others = [json.loads(text) for text in world.gather_texts(own)]
+    first, *others = [json.loads(text) for text in world.all_gather_str(own)]
     for rank, other in enumerate(others, start=1):
         names = [name for name in sorted({*first, *other}) if first.get(name) != other.get(name)]
         if names:

@@ -139,7 +139,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
 
     from pretrain.distributed import open_world
     from pretrain.model import LMLoss, build
-    from pretrain.parallel import Parallel
+    from pretrain.parallel import ParallelModel
     from pretrain.tokenizer import load_tokenizer
     from pretrain.train.run import load_weights
 
@@ -157,7 +157,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
         )
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     loss = LMLoss(decoder)
-    load_weights(Parallel(loss, loss, world), checkpoint)
+    load_weights(ParallelModel(loss, world), checkpoint)
     return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
 
 

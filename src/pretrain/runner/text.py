@@ -36,12 +36,12 @@ def cache_folder() -> Path:
 def open_text(config: RunConfig, log: Log, world: World | None = None) -> PreparedData:
     """Open the run's text, prepared first if necessary; of several processes rank 0 prepares it
     while the others wait."""
-    if world is not None and not world.leads:
-        world.wait_for_leader()
+    if world is not None and not world.is_main:
+        world.wait_for_main()
     log(f"text: {', '.join(config.data.paths)}")
     data = prepared_text(config, progress=stage_progress(log))
-    if world is not None and world.leads:
-        world.wait_for_leader()
+    if world is not None and world.is_main:
+        world.wait_for_main()
     return data
 
 

@@ -18,8 +18,8 @@ from pretrain.distributed import World
 from pretrain.evaluate import byte_lengths
 from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.optim import OptimizerConfig, build_optimizer
-from pretrain.parallel import Parallel, ParallelConfig, parallelize
-from pretrain.parallel.elastic import Branches
+from pretrain.parallel import ParallelConfig, ParallelModel, parallelize
+from pretrain.parallel.deterministic import ReductionTree
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.config import TrainConfig
 
@@ -47,9 +47,9 @@ def build_model(
     train: TrainConfig,
     parallel: ParallelConfig,
     world: World,
-) -> Parallel:
+) -> ParallelModel:
     """The objective with its first weights, laid over the processes of `world`."""
-    is_cut = parallel.cuts_weights
+    is_cut = parallel.shards_weights
     decoder = build(
         model,
         vocab_size=data.manifest.vocab_size,
@@ -62,7 +62,7 @@ def build_model(
     if train.compile == "on":
         # Where weights are gathered block by block, a graph cannot reach over several.
         lm_loss.compile_parts(by_block=is_cut)
-    axes = parallel.laid_out(world.size)
+    axes = parallel.resolve(world.size)
     laid_out = parallelize(lm_loss, axes, world, precision=train.precision)
     if is_cut:
         laid_out.initialize(train.seed)
@@ -70,12 +70,12 @@ def build_model(
 
 
 def build_updates(
-    model: Parallel, optimizer: OptimizerConfig, train: TrainConfig
+    model: ParallelModel, optimizer: OptimizerConfig, train: TrainConfig
 ) -> torch.optim.Optimizer:
     """The optimizer of what this process holds."""
     assert train.batch_tokens is not None
     return build_optimizer(
-        model.held_parameters(),
+        model.local_parameters(),
         config=optimizer,
         width=model.lm_loss.decoder.config.d_model,
         batch_tokens=train.batch_tokens,
@@ -103,7 +103,7 @@ def training_batches(
     )
     number, n = 0, 1
     if parallel is not None and world is not None:
-        number, n = parallel.laid_out(world.size).rows(world.rank)
+        number, n = parallel.resolve(world.size).batch_shard(world.rank)
     is_elastic = parallel is not None and parallel.elastic
     return TrainingBatches(
         stream=data.split("train"),
@@ -127,5 +127,5 @@ def rows_of(rank: int, size: int, batch_size: int, *, micro_batch_rows: int | No
         each = -(-batch_size // size)
         return range(rank * each, (rank + 1) * each)
     n_leaves = -(-batch_size // micro_batch_rows)
-    leaves = Branches(size, n_leaves).leaves(rank)
+    leaves = ReductionTree(size, n_leaves).leaves(rank)
     return range(leaves.start * micro_batch_rows, leaves.stop * micro_batch_rows)

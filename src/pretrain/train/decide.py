@@ -16,7 +16,7 @@ from typing import cast
 
 from pretrain.data import MicroBatch, PreparedData
 from pretrain.data.mixed import MixedData
-from pretrain.distributed import World, memory_bytes, n_beside
+from pretrain.distributed import World, memory_bytes, n_local_processes
 from pretrain.evaluate import EvalTask
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.run_tasks import evaluation_seconds
@@ -75,9 +75,9 @@ def decide(
         small = data.manifest.vocab_size < SMALL_VOCABULARY
         model = replace(model, longest_ngram=6 if small else 3)
     parallel = replace(parallel or ParallelConfig(), processes=world.size)
-    axes = parallel.laid_out(world.size)
+    axes = parallel.resolve(world.size)
     _refuse_what_does_not_fit(model, axes, vocab_size=data.manifest.vocab_size)
-    _, n_readers = axes.rows(0)
+    _, n_readers = axes.batch_shard(0)
     rows = batch_tokens // context
     # The elastic order is one of micro-batches that are the same for any number of processes.
     each = rows if parallel.elastic else -(-rows // n_readers)
@@ -146,7 +146,7 @@ def _refuse_what_does_not_fit(model: ModelConfig, axes: ParallelConfig, *, vocab
     n, there = n_parameters(model, vocab_size=vocab_size), memory_bytes()
     assert axes.data is not None
     # Of a copy each process has a part, and several of them may be on this machine.
-    share = n_beside() * axes.data / axes.processes
+    share = n_local_processes() * axes.data / axes.processes
     if there is not None and 2 * 4 * n * share > there:
         raise ValueError(
             f"a model of {n:,} parameters needs {int(8 * n * share):,} bytes for weights and "
@@ -175,7 +175,7 @@ def decided_precision(train: TrainConfig, world: World) -> Precision:
         return train.precision
     is_timed = train.steps is None and train.minutes is not None
     wanted = world.device.type == "cuda" or (world.device.type == "cpu" and is_timed)
-    return "bf16" if wanted and world.has_bf16_units() else "fp32"
+    return "bf16" if wanted and world.has_native_bf16() else "fp32"
 
 
 def _compile(choice: Compile, world: World) -> Compile:
@@ -248,7 +248,7 @@ def measure_pace(
         last = now
         # The first process has the clock, and all stop at one step.
         is_long = now - began > CALIBRATION_SECONDS
-        if world.gather([bool(seconds) and (is_long or seconds[-1] <= fast_enough)])[0][0]:
+        if world.all_gather([bool(seconds) and (is_long or seconds[-1] <= fast_enough)])[0][0]:
             break
     # The first quarter: what else a machine does now and then only ever makes a step slower.
     # Others than the first may have none, whose clocks began later.
@@ -263,7 +263,7 @@ def measure_pace(
             world=world,
             precision=train.precision,
         )
-    return Pace(*world.gather([step_seconds, asking])[0])
+    return Pace(*world.all_gather([step_seconds, asking])[0])
 
 
 def trial_steps(

@@ -16,7 +16,7 @@ from pretrain.train.signals import StopSignals
 def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) -> Score | None:
     """The held-out split, or the fixed part of it that is looked at during training; None if a
     signal came meanwhile."""
-    number, n = run.model.scored
+    number, n = run.model.eval_shard
     context = run.lm_loss.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
@@ -35,8 +35,8 @@ def evaluate_split(run: Run, *, whole: bool, stop: StopSignals | None = None) ->
     )
     if stop is not None and stop.breaks_off(run.world):
         return None
-    own = own if run.model.counts else []
-    nats = math.fsum(run.world.gather_all([each.nats for each in own]))
+    own = own if run.model.owns_loss else []
+    nats = math.fsum(run.world.all_gather_uneven([each.nats for each in own]))
     counts = (sum(each.tokens for each in own), sum(each.bytes for each in own))
-    tokens, n_bytes = run.world.total(*counts)
+    tokens, n_bytes = run.world.all_sum(*counts)
     return Score(nats, int(tokens), int(n_bytes))

@@ -22,7 +22,7 @@ def ask_tasks(run: Run, stop: StopSignals) -> None:
     """Ask what has no row for this step yet, until a signal comes: the rest is then the first thing
     that a resume does."""
     tokenizer, new = run.data.tokenizer(), []
-    run.model.gather()
+    run.model.unshard()
     for eval_tasks in missing_tasks(run):
         if stop.breaks_off(run.world):
             break

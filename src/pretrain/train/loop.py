@@ -184,7 +184,7 @@ def _look_into(run: Run, step: int, loss: float, grad_norm: float, *, clip: floa
     makes_it = finding.kind == SPIKE and action == "warn"
     norms = run.model.gradient_norms()
     written = None
-    if run.world.leads:
+    if run.world.is_main:
         written = write_post_mortem(
             run.folder,
             step=step,
@@ -294,8 +294,8 @@ def _evaluate(run: Run, stop: StopSignals) -> bool:
         best=is_best,
     )
     sampling = Sampling(temperature=0.8, seed=run.settings.seed)
-    run.model.gather()
-    with run.world.autocast(run.model.read_in):
+    run.model.unshard()
+    with run.world.autocast(run.model.compute_dtype):
         text = uncompiled(generate)(
             run.lm_loss.decoder,
             run.data.tokenizer(),
@@ -327,8 +327,8 @@ def _finish(run: Run) -> None:
     result = evaluate_split(run, whole=True)
     assert result is not None
     tokens = run.done * (run.settings.batch_tokens or 0)
-    predictions, peaks = look_at_passage(run), run.world.gather([run.world.peak_memory_bytes()])
-    if not run.world.leads:
+    predictions, peaks = look_at_passage(run), run.world.all_gather([run.world.peak_memory_bytes()])
+    if not run.world.is_main:
         return
     decoder = run.lm_loss.decoder
     run.screen.line("scoring count tables and xz on the same held-out tokens ...")

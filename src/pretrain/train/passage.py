@@ -27,7 +27,7 @@ def look_at_passage(run: Run) -> dict[str, Any]:
     passage = max(documents, key=len)[:PASSAGE_TOKENS].tolist()
     if not passage:
         return {"passage": [], "cards": []}
-    run.model.gather()
+    run.model.unshard()
     return predictions(
         run.lm_loss.decoder,
         tokenizer,

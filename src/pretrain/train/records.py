@@ -79,7 +79,9 @@ class Records:
     def take_up(self, world: World) -> None:
         """Let each process know the metrics that the first one has."""
         if world.size > 1:
-            told = json.loads(world.share(json.dumps(self.metrics() if self.writes else [])))
+            told = json.loads(
+                world.broadcast_str(json.dumps(self.metrics() if self.writes else []))
+            )
             self._told[:] = told if not self.writes else []
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:

@@ -32,9 +32,9 @@ def roll_back(run: Run, first_weights: Checkpoint | None) -> None:
             f"not help. The files in {run.folder / POST_MORTEMS} say what was read; a lower "
             "optimizer.learning_rate may help"
         )
-    if run.world.leads:
+    if run.world.is_main:
         forget_after(run.checkpoints, target)
-    run.world.wait_for_leader()
+    run.world.wait_for_main()
     if target:
         run.restore(open_checkpoint(run.checkpoints / checkpoint_name(target)))
     else:
@@ -53,7 +53,7 @@ def _target(run: Run) -> int:
     every = run.settings.save_every
     assert every is not None
     due_step, found = run.done // every * every, ""
-    if run.world.leads and due_step:
+    if run.world.is_main and due_step:
         names = [path.name for path in list_checkpoints(run.checkpoints)]
         steps = [int(name.removeprefix("step-")) for name in names]
         target = due_step if due_step in steps else max(steps, default=0)
@@ -61,4 +61,4 @@ def _target(run: Run) -> int:
             raise ValueError(f"nothing is saved that {run.folder} could go back to")
         open_checkpoint(run.checkpoints / checkpoint_name(target)).verify()
         found = str(target)
-    return int(run.world.share(found) or 0) if due_step else 0
+    return int(run.world.broadcast_str(found) or 0) if due_step else 0

@@ -28,7 +28,7 @@ from pretrain.fileio import check_free_space
 from pretrain.model import LMLoss, ModelConfig
 from pretrain.optim import OptimizerConfig
 from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, role_of
-from pretrain.parallel import Parallel, ParallelConfig
+from pretrain.parallel import ParallelConfig, ParallelModel
 from pretrain.train.batches import TrainingBatches
 from pretrain.train.build import build_model, build_updates, training_batches
 from pretrain.train.config import TrainConfig
@@ -49,7 +49,7 @@ class Run:
     folder: Path
     data: PreparedData
     batches: TrainingBatches
-    model: Parallel
+    model: ParallelModel
     """the objective, and this process's share of it"""
     parallel: ParallelConfig
     optimizer: torch.optim.Optimizer
@@ -100,11 +100,11 @@ class Run:
         found = {f"model/{name}": p.detach() for name, p in parameters}
         state = optimizer_state(self.optimizer, parameters)
         found |= {f"optimizer/{name}": t for name, t in state.items()}
-        places, saves = self.places(found), self.model.saves
+        places, saves = self.places(found), self.model.is_saver
         return {
             name: tensor
             for name, tensor in found.items()
-            if saves(name.split("/")[1], is_whole=name not in places)
+            if saves(name.split("/")[1], is_full=name not in places)
         }
 
     def places(self, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
@@ -112,7 +112,7 @@ class Run:
         found = {}
         for name, tensor in tensors.items():
             owner = name.split("/")[1]
-            if (place := self.model.place_of(owner, tensor.ndim)) is not None:
+            if (place := self.model.shard_of(owner, tensor.ndim)) is not None:
                 found[name] = Place(*place)
         return found
 
@@ -120,10 +120,10 @@ class Run:
         """Bytes and checksum of what the step has read; processes that read the same are one. Says
         it if one of them is slow."""
         own = (self.batches.n_bytes, self.batches.checksum, self.model.forward_seconds)
-        n_bytes, checksums, seconds = zip(*self.world.gather(own), strict=True)
+        n_bytes, checksums, seconds = zip(*self.world.all_gather(own), strict=True)
         for sentence in self.stragglers.note(seconds):
             self.screen.line(sentence, style="yellow")
-        _, n = self.parallel.laid_out(self.world.size).rows(self.world.rank)
+        _, n = self.parallel.resolve(self.world.size).batch_shard(self.world.rank)
         size = self.world.size
         return int(sum(n_bytes)) * n // size, int(sum(checksums)) * n // size
 
@@ -143,7 +143,7 @@ class Run:
     def _read_state(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """What this process holds of a tensor of the optimizer."""
         shape = checkpoint.shape(f"optimizer/{name}")
-        place = self.model.place_of(name.split("/")[0], len(shape))
+        place = self.model.shard_of(name.split("/")[0], len(shape))
         box = None if place is None else place[1]
         return checkpoint.read(f"optimizer/{name}", box).to(self.world.device)
 
@@ -194,7 +194,7 @@ class Run:
             "train_seconds": self.train_seconds,
             "total_seconds": time.perf_counter() - self.began,
             "position": self.batches.position(self.done),
-            "records": self.records.sums() if self.world.leads else {},
+            "records": self.records.sums() if self.world.is_main else {},
             **self.identity,
         }
 
@@ -248,13 +248,13 @@ class Run:
         )
 
 
-def load_weights(model: Parallel, checkpoint: Checkpoint) -> None:
+def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model of the same shape: of each what this process
     holds."""
-    model.let_go()
+    model.reshard()
     with torch.no_grad():
-        for name, part in model.parts.items():
-            part.local.copy_(checkpoint.read(f"model/{name}", part.box))
+        for name, shard in model.shards.items():
+            shard.local.copy_(checkpoint.read(f"model/{name}", shard.bounds))
 
 
 def begin(
@@ -280,7 +280,7 @@ def begin(
         for name, p in laid_out.lm_loss.decoder.named_parameters()
     )
     n_new = 1 if list_checkpoints(folder / "checkpoints") else 2
-    if world.leads:
+    if world.is_main:
         check_free_space(folder, n_bytes=n_new * n_bytes, n_files=20)
     return Run(
         folder=folder,
@@ -292,7 +292,7 @@ def begin(
         settings=settings,
         world=world,
         screen=screen,
-        records=Records(folder, writes=world.leads),
+        records=Records(folder, writes=world.is_main),
         saver=BackgroundSaver(folder / "checkpoints", world),
         identity=identity,
         eval_tasks=eval_tasks,

@@ -68,7 +68,7 @@ class StopSignals:
 
     def ends_run(self, world: World) -> bool:
         """Whether a signal came; of several processes to any, so that all stop at one step."""
-        found = [int(n) for (n,) in world.gather([self.received or 0]) if n]
+        found = [int(n) for (n,) in world.all_gather([self.received or 0]) if n]
         self._agreed = found[0] if found else None
         return self._agreed is not None
 

@@ -19,7 +19,7 @@ from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World
 from pretrain.model import LMLoss
 from pretrain.optim.param_groups import gradient_values, set_learning_rate
-from pretrain.parallel import Parallel
+from pretrain.parallel import ParallelModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ Accept = Callable[[int, float, float], bool]
 
 
 def train_step(
-    lm_loss: LMLoss | Parallel,
+    lm_loss: LMLoss | ParallelModel,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[MicroBatch],
     *,
@@ -64,12 +64,12 @@ def train_step(
     A loss or gradient that is not finite makes no update, nor does one that `accept` does not want
     or a batch without targets: weights and optimizer stay as they were, bit for bit.
     """
-    model = Parallel(lm_loss, lm_loss, world) if isinstance(lm_loss, LMLoss) else lm_loss
+    model = ParallelModel(lm_loss, world) if isinstance(lm_loss, LMLoss) else lm_loss
     set_learning_rate(optimizer, rate)
     optimizer.zero_grad(set_to_none=True)
     nats, count = model.backward(micro_batches, precision)
     values = gradient_values(parameter for _, parameter in model.named_parameters())
-    torch._foreach_div_(values, max(1, count) / model.mean_over)
+    torch._foreach_div_(values, max(1, count) / model.grad_divisor)
     norm = model.clip(clip)
     updated = count > 0 and math.isfinite(nats) and math.isfinite(norm)
     if accept is not None:
@@ -80,7 +80,7 @@ def train_step(
 
 
 def training_steps(
-    lm_loss: LMLoss | Parallel,
+    lm_loss: LMLoss | ParallelModel,
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Iterable[MicroBatch]],
     *,
@@ -96,7 +96,7 @@ def training_steps(
 
     `batch_at(step)` gives the micro-batches of a step, `lr_at(step)` its learning rate.
     """
-    model = Parallel(lm_loss, lm_loss, world) if isinstance(lm_loss, LMLoss) else lm_loss
+    model = ParallelModel(lm_loss, world) if isinstance(lm_loss, LMLoss) else lm_loss
     model.lm_loss.train()
     for step in range(first_step, steps):
         yield train_step(

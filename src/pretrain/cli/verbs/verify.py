@@ -255,7 +255,7 @@ def _other_rows(config: RunConfig) -> int | None:
     train = config.train
     assert train.batch_tokens is not None
     assert train.micro_batch_rows is not None
-    _, readers = config.parallel.laid_out(config.parallel.processes).rows(0)
+    _, readers = config.parallel.resolve(config.parallel.processes).batch_shard(0)
     rows = -(-train.batch_tokens // config.model.window_tokens // readers)
     legal = [m for m in range(1, rows + 1) if rows % m == 0 and m != train.micro_batch_rows]
     smaller = [m for m in legal if m < train.micro_batch_rows]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.parallel.model import Parallel
+from pretrain.parallel.model import ParallelModel
 
 # The gradients of some micro-batches together, a parameter each; None where there is none.
 Gradients = list[Tensor | None]
@@ -37,7 +37,7 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Branches:
+class ReductionTree:
     """How `size` processes share the tree over `n_leaves` micro-batches: it has a power of two of
     branches, so that each is whole, and each process has some in a row."""
 
@@ -92,20 +92,20 @@ class Tree:
         return branches[0]
 
 
-class Elastic(Parallel):
+class Elastic(ParallelModel):
     """A model of which every process has a copy, and gradients in the order of the tree."""
 
     @property
-    def mean_over(self) -> int:
+    def grad_divisor(self) -> int:
         return 1
 
     def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
         """Gradients, nats and count of all micro-batches, of which these are this process's, those
-        of `Branches.leaves`."""
+        of `ReductionTree.leaves`."""
         own, world = list(batches), self.world
-        branches = Branches(world.size, int(world.total(len(own))[0]))
+        branches = ReductionTree(world.size, int(world.all_sum(len(own))[0]))
         trees = {number: Tree() for number in branches.of(world.rank)}
-        parameters = [part.whole for part in self.parts.values()]
+        parameters = [part.parameter for part in self.shards.values()]
         nats, count = [0.0] * (branches.leaves_each * len(trees)), 0
         self.forward_seconds = 0.0
         for place, batch in enumerate(own):
@@ -121,17 +121,19 @@ class Elastic(Parallel):
         # A process may have more leaves than another: that does not make it slow.
         self.forward_seconds /= max(1, len(own))
         sums = {number: tree.total() for number, tree in trees.items() if tree.has_grown}
-        for parameter, gradient in zip(parameters, gather(sums, parameters, branches), strict=True):
+        for parameter, gradient in zip(
+            parameters, broadcast_branches(sums, parameters, branches), strict=True
+        ):
             parameter.grad = gradient
-        return math.fsum(world.gather_all(nats)), int(world.total(count)[0])
+        return math.fsum(world.all_gather_uneven(nats)), int(world.all_sum(count)[0])
 
 
 def _coalesced(gradient: Tensor | None) -> Tensor | None:
     return gradient.coalesce() if gradient is not None and gradient.is_sparse else gradient
 
 
-def gather(
-    own: dict[int, Gradients], parameters: Sequence[nn.Parameter], branches: Branches
+def broadcast_branches(
+    own: dict[int, Gradients], parameters: Sequence[nn.Parameter], branches: ReductionTree
 ) -> Gradients:
     """The sum of all branches, for everybody, from each process's `own` by number."""
     tree, nothing = Tree(), [None] * len(parameters)
