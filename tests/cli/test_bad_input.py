@@ -52,7 +52,7 @@ STEPS = ["--train.steps", "1"]
     [
         (["missing.txt"], "neither a recipe (characters"),
         (["missing.yaml"], "there is no config file missing.yaml"),
-        (["empty"], "holds no file"),
+        (["empty"], "contains no file"),
         (["binary.txt"], "binary"),
         (["empty.txt", *STEPS], "empty.txt"),
         (["blank.txt", *STEPS], "blank.txt"),

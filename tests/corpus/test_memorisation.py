@@ -28,7 +28,7 @@ from pretrain.corpus.overlap import (
     longest_matches,
     measure_overlap,
 )
-from pretrain.corpus.words import mixed, ngram_hashes, split_words, word_hash_windows, word_hashes
+from pretrain.corpus.words import ngram_hashes, split_words, word_hash_windows, word_hashes
 from pretrain.data import PreparedData, open_prepared, prepare
 from pretrain.evaluate import overlap as memorisation
 from pretrain.evaluate.documents import document_texts
@@ -41,6 +41,7 @@ from pretrain.evaluate.overlap import (
     score_without,
 )
 from pretrain.report import write_report
+from pretrain.rng import splitmix64
 from tiny import TINY
 
 SEA = "The sea was calm, and the SEA was wide; the sun went down at nine."  # 15 words, 8 n-grams
@@ -53,25 +54,25 @@ SHIP = "one old ship came home from the south with forty tired men on deck"  # 1
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)))
 def test_what_was_put_in_is_always_found(first: list[int], second: list[int]) -> None:
-    corpus = BloomFilter.sized(1)  # far too small: never a miss, however full
+    corpus = BloomFilter.with_capacity(1)  # far too small: never a miss, however full
     for part in (first, second):
         corpus.add(np.array(part, np.uint64))
-    assert corpus.holds(np.array(first + second, np.uint64)).all()
+    assert corpus.contains(np.array(first + second, np.uint64)).all()
 
 
 def test_what_was_not_in_corpus_as_rarely_as_was_asked() -> None:
     n, n_others, rate = 100_000, 1_000_000, 1e-3
-    corpus = BloomFilter.sized(n, false_positives=rate)
-    hashes = mixed(np.arange(n + n_others, dtype=np.uint64))
+    corpus = BloomFilter.with_capacity(n, false_positives=rate)
+    hashes = splitmix64(np.arange(n + n_others, dtype=np.uint64))
     corpus.add(hashes[:n])
-    assert corpus.holds(hashes[:n]).all()
-    found = int(corpus.holds(hashes[n:]).sum())
+    assert corpus.contains(hashes[:n]).all()
+    found = int(corpus.contains(hashes[n:]).sum())
     assert abs(found - rate * n_others) < 5 * math.sqrt(rate * n_others)
     assert corpus.false_positives == pytest.approx(rate, rel=0.02)
     # The bits of a hash at the paper's rate: 16 / -ln(1 - 10^(-8/16)).
-    assert BloomFilter.sized(n).n_bytes * 8 / n == pytest.approx(42.09, abs=0.01)
-    with pytest.raises(ValueError, match="false positives are 0; legal: between 0 and 1"):
-        BloomFilter.sized(n, false_positives=0)
+    assert BloomFilter.with_capacity(n).n_bytes * 8 / n == pytest.approx(42.09, abs=0.01)
+    with pytest.raises(ValueError, match="false_positives must be between 0 and 1, not 0"):
+        BloomFilter.with_capacity(n, false_positives=0)
 
 
 def test_a_filter_is_the_same_bits_everywhere_and_after_it_was_kept(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_filter_is_the_same_bits_everywhere_and_after_it_was_kept(tmp_path: Pa
         "e879af318efb2030",
         "14430020ad8e6060",
     ]
-    assert kept.holds(ngram_hashes(word_hashes(SEA), 8)).all()
+    assert kept.contains(ngram_hashes(word_hashes(SEA), 8)).all()
     assert [path.name for path in tmp_path.iterdir()] == ["kept.npy"]
 
 

@@ -1,10 +1,10 @@
-"""Files -> documents, without torch.
+"""Files -> documents -> filtered documents, without torch.
 
-`files` finds what there is to read under a path, `streams` turns one file into bytes
-(decompressing, and noticing a cut-off end), `files` tells what they hold, and `reading` picks the
-reader: `rows` gives rows that `records` makes into documents, `web` reads HTML and archives of it.
-`documents` holds the plain classes that travel: `Document`, `Problem`,
-`ReadingReport`. The corpus that ships with the package lies in `bundled/`.
+`files` lists the files of a source and detects their formats; `streams` decompresses them. `rows`
+reads JSON lines, JSON, CSV and Parquet, whose rows `records` turns into documents; `web` reads HTML
+and WARC; `reading` chooses the reader. `filters`, `duplicates` and `overlap` find the documents to
+remove, by the hashes of `words`. `documents` has the classes that all of them share. The corpus
+that is installed with the package is in `bundled/`.
 """
 
 from __future__ import annotations

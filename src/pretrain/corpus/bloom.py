@@ -1,48 +1,48 @@
-"""A set of hashes in fewer bits than they have: what was put in is always found, and something else
-as rarely as was asked.
+"""A Bloom filter: a set of hashes in few bits, with a known rate of false positives.
 
-Hashes of any number go in, flags come out: the filter of Bloom, "Space/time trade-offs in hash
-coding with allowable errors", 1970. The places of a hash are a sum of two hashes, see Kirsch and
-Mitzenmacher, "Less Hashing, Same Performance: Building a Better Bloom Filter", 2006. The same bits
-on every machine.
+It never misses a hash that was added. Source: Bloom, "Space/time trade-offs in hash coding with
+allowable errors", 1970. The bit positions of a hash are those of double hashing: Kirsch and
+Mitzenmacher, "Less Hashing, Same Performance: Building a Better Bloom Filter", 2006. The bits are
+the same on every machine.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.words import Hashes, mixed
+from pretrain.corpus.words import Hashes
+from pretrain.fileio import replacing
+from pretrain.rng import splitmix64
 
 FALSE_POSITIVES = 1e-8
-"""What Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 4,
-bound it by."""
-# With 27 a filter of that rate is smallest, 38.3 bits a hash; 16 need 42.1, and 11 places less to
-# look at, each of which is a miss of the processor's cache.
-N_PLACES = 16
-# Hashes at once: so few that two of them seldom meet in a word.
+"""The bound in Radford et al., "Language Models are Unsupervised Multitask Learners", 2019,
+section 4."""
+# A filter with this rate is smallest with 27 probes (38.3 bits per hash). 16 probes need 42.1 bits,
+# but save 11 cache misses per look-up.
+N_PROBES = 16
+# Hashes that are added at once: so few that two of them are rarely in the same word.
 _BATCH = 1 << 16
 
 
 class BloomFilter:
-    """Hashes that were put in, and a few others."""
+    """A set of 64-bit hashes."""
 
     def __init__(self, words: Hashes) -> None:
-        """From its bits, 64 a word; `sized` makes an empty one."""
+        """Take over the bits, 64 in each word; `with_capacity` creates an empty filter."""
         self._words = words
 
     @staticmethod
-    def sized(n_hashes: int, *, false_positives: float = FALSE_POSITIVES) -> BloomFilter:
-        """An empty one that finds what is not there at most so often once it holds `n_hashes`."""
+    def with_capacity(n_hashes: int, *, false_positives: float = FALSE_POSITIVES) -> BloomFilter:
+        """An empty filter whose false positive rate is at most this with `n_hashes` hashes."""
         if not 0 < false_positives < 1:
-            raise ValueError(f"false positives are {false_positives}; legal: between 0 and 1")
-        fill = false_positives ** (1 / N_PLACES)
-        n_bits = -N_PLACES * max(n_hashes, 1) / math.log1p(-fill)
+            raise ValueError(f"false_positives must be between 0 and 1, not {false_positives}")
+        fill = false_positives ** (1 / N_PROBES)
+        n_bits = -N_PROBES * max(n_hashes, 1) / math.log1p(-fill)
         return BloomFilter(np.zeros(math.ceil(n_bits / 64), np.uint64))
 
     @property
@@ -51,51 +51,48 @@ class BloomFilter:
 
     @property
     def false_positives(self) -> float:
-        """How often a hash is found that is not there, from the share of bits that are set."""
-        n_set = sum(int(np.unpackbits(part.view(np.uint8)).sum()) for part in _parts(self._words))
-        return float((n_set / (64 * len(self._words))) ** N_PLACES)
+        """Current false positive rate, from the fraction of bits that are set."""
+        n_set = sum(int(np.unpackbits(b.view(np.uint8)).sum()) for b in _batches(self._words))
+        return float((n_set / (64 * len(self._words))) ** N_PROBES)
 
     def add(self, hashes: Hashes) -> None:
         words = self._words
-        for part in _parts(hashes):
-            for place, bit in self._places(part):
-                # Of two that meet in a word only one is written at once.
-                while place.size:
-                    words[place] |= bit
-                    is_lost = words[place] & bit == 0
-                    place, bit = place[is_lost], bit[is_lost]
+        for batch in _batches(hashes):
+            for index, bit in self._probes(batch):
+                # If two hashes set bits of the same word, numpy writes only one of them: repeat.
+                while index.size:
+                    words[index] |= bit
+                    is_lost = words[index] & bit == 0
+                    index, bit = index[is_lost], bit[is_lost]
 
-    def holds(self, hashes: Hashes) -> NDArray[np.bool_]:
-        """For each hash whether it was put in, shape (n,)."""
-        found = np.ones(len(hashes), bool)
-        for start, part in zip(range(0, len(hashes), _BATCH), _parts(hashes), strict=True):
-            for place, bit in self._places(part):
-                found[start : start + _BATCH] &= self._words[place] & bit != 0
-        return found
+    def contains(self, hashes: Hashes) -> NDArray[np.bool_]:
+        """Whether each hash was added (or is a false positive), shape (n,)."""
+        flags = [np.ones(len(batch), bool) for batch in _batches(hashes)]
+        for is_present, batch in zip(flags, _batches(hashes), strict=True):
+            for index, bit in self._probes(batch):
+                is_present &= self._words[index] & bit != 0
+        return np.concatenate([np.empty(0, bool), *flags])
 
-    def _places(self, hashes: Hashes) -> Iterator[tuple[NDArray[np.int64], Hashes]]:
-        """The word and the bit in it, N_PLACES times for each hash."""
-        place, step = hashes.copy(), mixed(hashes) | np.uint64(1)
+    def _probes(self, hashes: Hashes) -> Iterator[tuple[NDArray[np.int64], Hashes]]:
+        """Yield N_PROBES times the index of a word and a bit in it, for each hash."""
+        position = hashes.copy()
+        step = splitmix64(hashes) | np.uint64(1)
         n_words = np.uint64(len(self._words))
-        for _ in range(N_PLACES):
-            word = ((place >> np.uint64(32)) * n_words) >> np.uint64(32)
-            yield word.astype(np.int64), np.uint64(1) << (place & np.uint64(63))
-            place += step
+        for _ in range(N_PROBES):
+            index = ((position >> np.uint64(32)) * n_words) >> np.uint64(32)
+            yield index.astype(np.int64), np.uint64(1) << (position & np.uint64(63))
+            position += step
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(unfinished, "wb") as file:
+        """Write the bits atomically as a .npy file."""
+        with replacing(path) as file:
             np.save(file, self._words)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
 
     @staticmethod
     def open(path: Path) -> BloomFilter:
-        """A saved one; its bits stay on the disk until they are looked at."""
+        """Map a saved filter into memory; its bits are read from the disk when they are used."""
         return BloomFilter(np.load(path, mmap_mode="r"))
 
 
-def _parts(hashes: Hashes) -> Iterator[Hashes]:
+def _batches(hashes: Hashes) -> Iterator[Hashes]:
     return (hashes[start : start + _BATCH] for start in range(0, len(hashes), _BATCH))

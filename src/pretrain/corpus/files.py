@@ -1,9 +1,10 @@
-"""Which files sources hold: paths come in, a list of readable files goes out.
+"""The files of a source, and the format of each: paths in, a list of readable files out.
 
-A folder is walked in the order of relative paths, so the order is the same on every machine; hidden
-names are passed over silently, links, pipes and devices inside a folder are written into the
-report. Names with * ? or [ are patterns unless a file is called so. A source that does not exist,
-is not a regular file or holds no file is a ValueError. What a file holds is told when it is read.
+A folder is walked in the order of relative paths, so the order is the same on every machine. Hidden
+names are ignored; links, pipes and devices inside a folder are reported as skipped. Names with *, ?
+or [ are glob patterns unless a file has that name. A source that does not exist, is not a regular
+file or contains no file is a ValueError. The format is detected from the first bytes when a file is
+read; its name only breaks ties.
 """
 
 from __future__ import annotations
@@ -24,10 +25,25 @@ from typing import Literal
 from pretrain.corpus.documents import Problem, ReadingReport
 
 BUNDLED = "bundled"
-"""The source of this name is the corpus that ships with the package; `./bundled` forces a path."""
+"""Name of the corpus that is installed with the package; `./bundled` forces a path."""
 
 Source = str | Path | Sequence[str | Path]
-"""A file, a folder, a pattern of them, "bundled", or several of these."""
+"""A file, a folder, a glob pattern, "bundled", or several of these."""
+
+SUPPORTED_FORMATS = (
+    "readable formats are text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet and WARC, "
+    "plain or as .gz, .bz2, .xz or .zst"
+)
+
+# Files that mark a folder as written by this program: a run, an imported model or a prepared text.
+# Read as a corpus, a run would train on its own logs.
+_OWN_FOLDERS = (
+    {"config.yaml", "environment.json", "tokenizer"},
+    {"config.yaml", "checkpoints", "tokenizer"},
+    {"asked.yaml"},
+    {"requested.yaml"},
+    {"manifest.json", "report.json", "tokenizer"},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,56 +52,71 @@ class SourceFile:
 
     path: Path
     name: str
-    """Path relative to the source, with `/`, or its name for a source that is one file; behind the
-    source itself where there are several."""
+    """Path relative to the source, with `/`, or the file's name if the source is one file. With
+    several sources, the source's path comes first."""
     n_bytes: int
     """Size on disk."""
     source_argument: str = ""
-    """The source of which it is a part, as it was given."""
+    """The source that contains the file, as the user wrote it."""
     is_named: bool = False
-    """Given by name rather than found in a folder: if it cannot be read, that is a mistake."""
+    """Whether the user named this file: if it cannot be read, that is an error."""
 
 
 def bundled_corpus() -> Path:
-    """The corpus that ships with the package: public-domain English, 12.0 MB of text in 371
-    documents."""
+    """Path of the bundled corpus: public-domain English, 12.0 MB of text in 371 documents."""
     return Path(str(importlib.resources.files("pretrain.corpus") / BUNDLED / "english.jsonl.xz"))
 
 
 def list_files(
     source: Source, *, report: ReadingReport | None = None, strict: bool = False
 ) -> list[SourceFile]:
-    """The files of a source, sorted by relative path, or of several sources one after the other.
+    """List the files of one source, sorted by relative path, or of several in their order.
 
-    What is passed over in a folder goes into `report`. Raises ValueError where there is nothing to
-    read, and for a file that would be read twice.
+    Entries of folders that are skipped are added to `report`. ValueError if there is nothing to
+    read, or if a file would be read twice.
     """
-    given = [source] if isinstance(source, str | Path) else source
-    sources = [(str(one), path) for one in given for path in _matches(one)]
-    if not sources or "" in given:  # which is the current folder to a Path
-        raise ValueError("no source of text is given; legal: files, folders and patterns")
+    report = report if report is not None else ReadingReport()
+    report.strict = strict
+    arguments = [source] if isinstance(source, str | Path) else source
+    sources = [(str(argument), path) for argument in arguments for path in _expand(argument)]
+    if not sources or "" in arguments:  # Path("") would be the current folder
+        raise ValueError("no source of text; name files, folders or glob patterns")
+
     files: list[SourceFile] = []
-    read_as: dict[str, str | Path] = {}
-    for name, one in sources:
-        for file in _list_one(one, report=report, strict=strict):
+    source_of: dict[str, str | Path] = {}
+    for argument, path in sources:
+        for file in _list_one(path, report):
             real = os.path.realpath(file.path)
-            if real in read_as:
+            if real in source_of:
                 raise ValueError(
-                    f"{str(file.path)!r} would be read twice: as part of {str(read_as[real])!r} "
-                    f"and of {str(one)!r}"
+                    f"{str(file.path)!r} would be read twice: as part of {str(source_of[real])!r} "
+                    f"and of {str(path)!r}"
                 )
-            read_as[real] = one
-            file = replace(file, source_argument=_written(name), name=_written(file.name))
+            source_of[real] = path
+            name = _printable(file.name)
             if len(sources) > 1:
-                place = _written(Path(one).as_posix())
-                file = replace(file, name=place if file.is_named else f"{place}/{file.name}")
-            files.append(file)
+                prefix = _printable(Path(path).as_posix())
+                name = prefix if file.is_named else f"{prefix}/{name}"
+            files.append(replace(file, name=name, source_argument=_printable(argument)))
     return files
 
 
-def _list_one(
-    source: str | Path, *, report: ReadingReport | None, strict: bool
-) -> list[SourceFile]:
+def _printable(name: str) -> str:
+    """A file name as valid UTF-8; on disk a name may contain any bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _expand(source: str | Path) -> list[str | Path]:
+    """The paths that match a glob pattern, sorted; any other source is returned as it is."""
+    if source == BUNDLED or not glob.has_magic(str(source)) or os.path.lexists(source):
+        return [source]
+    paths = sorted(glob.glob(str(source), recursive=True))
+    if not paths:
+        raise ValueError(f"no file matches the pattern {str(source)!r}")
+    return list(paths)
+
+
+def _list_one(source: str | Path, report: ReadingReport) -> list[SourceFile]:
     path = bundled_corpus() if source == BUNDLED else Path(source)
     try:
         mode = os.stat(path).st_mode
@@ -98,114 +129,88 @@ def _list_one(
         return [SourceFile(path, path.name, os.stat(path).st_size, is_named=True)]
     if not stat.S_ISDIR(mode):
         raise ValueError(
-            f"source {str(path)!r} is a {_kind(mode)}, not a regular file; copy it to a file first"
+            f"source {str(path)!r} is a {_file_type(mode)}, not a regular file; copy it to a file "
+            "first"
         )
 
-    report = report if report is not None else ReadingReport()
     files: list[SourceFile] = []
-    _walk(path, "", files, report, strict)
+    _walk(path, "", files, report)
     if not files:
-        raise ValueError(f"folder {str(path)!r} holds no file; {LEGAL}")
+        raise ValueError(f"folder {str(path)!r} contains no file; {SUPPORTED_FORMATS}")
     return sorted(files, key=lambda file: file.name)
 
 
-def _written(name: str) -> str:
-    """A name as it can be written as UTF-8; a name on disk may hold any bytes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _matches(source: str | Path) -> list[str | Path]:
-    """The paths that a pattern stands for, sorted; the source itself if it is none."""
-    if source == BUNDLED or not glob.has_magic(str(source)) or os.path.lexists(source):
-        return [source]
-    found = sorted(glob.glob(str(source), recursive=True))
-    if not found:
-        raise ValueError(f"no file matches the pattern {str(source)!r}")
-    return list(found)
-
-
-# What lies in a folder that this program has written, a run, an imported model or a prepared text:
-# a run would read its own records.
-_OWN = (
-    {"config.yaml", "environment.json", "tokenizer"},
-    {"config.yaml", "checkpoints", "tokenizer"},
-    {"asked.yaml"},
-    {"requested.yaml"},
-    {"manifest.json", "report.json", "tokenizer"},
-)
-
-
-def _walk(
-    folder: Path, prefix: str, files: list[SourceFile], report: ReadingReport, strict: bool
-) -> None:
-    # lstat, never stat: a link is not followed (it may lead into a loop, out of the source, or to a
-    # text that is read already), and a pipe is not opened (it would block for ever).
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    if any(marks <= {entry.name for entry in ordered} for marks in _OWN):
+def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingReport) -> None:
+    # lstat, never stat: a link is not followed, because it may lead into a loop, out of the source
+    # or to a text that is already read; and a pipe is not opened, because that would block.
+    with os.scandir(folder) as iterator:
+        entries = sorted(iterator, key=lambda entry: entry.name)
+    names = {entry.name for entry in entries}
+    if any(marks <= names for marks in _OWN_FOLDERS):
         if not prefix:
             raise ValueError(
-                f"source {str(folder)!r} is what pretrain has written, a run or a prepared text; "
-                "a run goes on by pretrain train --resume --run DIR, or pretrain extend DIR"
+                f"source {str(folder)!r} was written by pretrain: it is a run or a prepared text; "
+                "resume a run with pretrain train --resume --run DIR, or with pretrain extend DIR"
             )
         report.n_skipped_files += 1
-        report.add(Problem(_written(prefix), "skipped: a run or a prepared text"), strict=strict)
+        reason = "skipped: a run or a prepared text"
+        report.add(Problem(_printable(prefix), reason))
         return
-    for entry in ordered:
+
+    for entry in entries:
         if entry.name.startswith("."):
             continue
         name = prefix + entry.name
-        found = entry.stat(follow_symlinks=False)
-        if stat.S_ISDIR(found.st_mode):
-            _walk(Path(entry.path), name + "/", files, report, strict)
-        elif stat.S_ISREG(found.st_mode):
-            files.append(SourceFile(Path(entry.path), name, found.st_size))
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            _walk(Path(entry.path), name + "/", files, report)
+        elif stat.S_ISREG(status.st_mode):
+            files.append(SourceFile(Path(entry.path), name, status.st_size))
         else:
             report.n_skipped_files += 1
-            report.add(Problem(_written(name), f"skipped: a {_kind(found.st_mode)}"), strict=strict)
+            reason = f"skipped: a {_file_type(status.st_mode)}"
+            report.add(Problem(_printable(name), reason))
 
 
-def _kind(mode: int) -> str:
-    kinds = {
+def _file_type(mode: int) -> str:
+    names = {
         stat.S_IFLNK: "symbolic link",
         stat.S_IFIFO: "pipe",
         stat.S_IFCHR: "device",
         stat.S_IFBLK: "device",
         stat.S_IFSOCK: "socket",
     }
-    return kinds.get(stat.S_IFMT(mode), "special file")
+    return names.get(stat.S_IFMT(mode), "special file")
 
 
 def _cannot_find(path: Path, error: OSError) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"source {str(path)!r} cannot be read: {error.strerror}"
-    text = f"source {str(path)!r} does not exist"
+    message = f"source {str(path)!r} does not exist"
     try:
         names = os.listdir(path.parent)
     except OSError:
-        return f"{text}; neither can its folder {str(path.parent)!r} be read"
-    near = difflib.get_close_matches(path.name, names, n=3)
-    if near:
-        text += "; in the same folder there is " + " or ".join(repr(name) for name in near)
-    return text
+        return f"{message}; its folder {str(path.parent)!r} cannot be read either"
+    similar = difflib.get_close_matches(path.name, names, n=3)
+    if similar:
+        message += "; the same folder contains " + " or ".join(map(repr, similar))
+    return message
 
+
+# Formats
 
 Format = Literal["text", "html", "jsonl", "json", "csv", "parquet", "warc"]
 
 HEAD_BYTES = 1 << 16
+"""Bytes of a file from which its format is detected."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
-MAGIC = {
+_MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstandard",
 }
-LEGAL = (
-    "what can be read is text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet and WARC, plain "
-    "or as .gz, .bz2, .xz or .zst"
-)
-
-_BY_NAME: dict[str, Format] = {
+_FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -222,13 +227,16 @@ _OBJECT = re.compile(rb'\s*\{\s*"')
 
 
 def compression_of(head: bytes) -> str:
-    """gzip, bzip2, xz, zstandard or "", by the first bytes."""
-    return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
+    """gzip, bzip2, xz, zstandard or "", detected from the first bytes."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
 
 
 def format_of(head: bytes, name: str) -> Format | None:
-    """The format of a file whose (decompressed) head and name these are; None for what is no
-    text."""
+    """Detect the format from the (decompressed) head and the name of a file; None for binary data.
+
+    A .txt of JSON lines is read as JSON lines, and a Parquet file may have any name. But a table
+    cannot be distinguished from prose with commas, so the suffixes .csv and .tsv are trusted.
+    """
     head = head.removeprefix(codecs.BOM_UTF8)
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -236,33 +244,34 @@ def format_of(head: bytes, name: str) -> Format | None:
         return "warc"
     if b"\0" in head:
         return None
-    named = _BY_NAME.get(_suffix(name))
-    if named in ("jsonl", "csv"):
-        return named
+
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+    by_name = _FORMAT_OF_SUFFIX.get(suffix)
+    if by_name in ("jsonl", "csv"):
+        return by_name
     if _HTML.match(head):
         return "html"
-    if _holds_json_lines(head, n_least=2 if named == "json" else 1):
+    if _is_json_lines(head, min_lines=2 if by_name == "json" else 1):
         return "jsonl"
-    return named or "text"
+    return by_name or "text"
 
 
-def _suffix(name: str) -> str:
-    stem, last = os.path.splitext(name.lower())
-    return os.path.splitext(stem)[1] if last in COMPRESSIONS else last
+def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
+    """Whether the first two non-blank lines are JSON objects, and there are `min_lines` of them.
 
-
-def _holds_json_lines(head: bytes, *, n_least: int) -> bool:
-    """Whether the first two lines that are not blank are objects, as far as they can be seen, and
-    there are `n_least`."""
+    If the head is shorter than one line, its beginning decides.
+    """
     lines = head.split(b"\n")
-    rest = lines.pop() if len(head) >= HEAD_BYTES else b""
+    partial_line = lines.pop() if len(head) >= HEAD_BYTES else b""
     lines = [line for line in lines if line.strip()][:2]
     if not lines:
-        return n_least == 1 and _OBJECT.match(rest) is not None
-    return len(lines) >= n_least and all(map(_is_object, lines))
+        return min_lines == 1 and _OBJECT.match(partial_line) is not None
+    return len(lines) >= min_lines and all(map(_is_json_object, lines))
 
 
-def _is_object(line: bytes) -> bool:
+def _is_json_object(line: bytes) -> bool:
     if not _OBJECT.match(line):
         return False
     try:

@@ -1,7 +1,8 @@
-"""JSON lines and JSON -> rows, the first in constant memory.
+"""JSON lines, JSON, CSV and Parquet -> rows, one for each record.
 
-Lines end at the byte `\n` and nowhere else. A line that is not UTF-8, not strict JSON, not an
-object or too long is a row that says so, with its line number and byte offset.
+All but JSON are read in constant memory. Lines end at the byte `\n` and nowhere else. A record that
+is not valid UTF-8, strict JSON or CSV, that does not match the table's header, or that is too long
+becomes a row with the reason, with its line number and byte offset.
 """
 
 from __future__ import annotations
@@ -11,19 +12,34 @@ import csv
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from pretrain import missing_package
 from pretrain.corpus.documents import Problem, ReadingReport
 from pretrain.corpus.files import SourceFile, compression_of
-from pretrain.corpus.records import EVERY_FIELD, MAX_RECORD_BYTES, Row, holds_text, json_kind
+from pretrain.corpus.records import (
+    EVERY_FIELD,
+    MAX_RECORD_BYTES,
+    Row,
+    Skipped,
+    has_text,
+    json_type,
+)
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 
 MAX_JSON_BYTES = 1 << 28
+
+_PARQUET_ROWS = 256
+_STRING_TYPE = re.compile(r"(dictionary<values=)?(large_)?string")
+"""Names of pyarrow's string types; also matches `string_view`."""
+
+
+# Lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,222 +47,219 @@ class Line:
     """One line of a file, without its newline."""
 
     number: int
+    """From 1."""
     offset: int
+    """First byte in the decompressed file."""
     data: bytes
+    """Only the end of a line that is too long."""
     is_too_long: bool = False
 
-
-def jsonl_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Row]:
-    """A row for each line that is not blank."""
-    for line in read_lines(file, report=report, strict=strict):
-        if line.is_too_long:
-            found: dict[str, Any] | str = f"a line of more than {MAX_RECORD_BYTES:,} bytes"
-        else:
-            found = _object(line.data, line.offset)
-        yield Row(line.number, line.offset, found, len(line.data))
-
-
-def json_rows(
-    file: SourceFile, *, text_field: str | None, report: ReadingReport, strict: bool
-) -> Iterator[Row]:
-    """A row for each object of a JSON file: of its list, of the only list in its object where that
-    holds objects and the object no text of its own, or itself.
-
-    The file is held in memory, so there is a limit to it; JSON lines have none.
-    """
-    data = bytearray()
-    try:
-        for chunk in read_chunks(file, report=report):
-            data += chunk
-            if len(data) > MAX_JSON_BYTES:
-                yield Row(1, 0, f"JSON of more than {MAX_JSON_BYTES:,} bytes; make it JSON lines")
-                return
-    except DamagedStreamError as damage:
-        report.n_partial_files += 1
-        report.add(Problem(file.name, str(damage), offset=len(data)), strict=strict)
-    found = _value(bytes(data.removeprefix(codecs.BOM_UTF8)), 0)
-    if isinstance(found, _Invalid):
-        yield Row(1, 0, str(found))
-        return
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        is_list = len(lists) == 1 and any(isinstance(each, dict) for each in lists[0])
-        found = lists[0] if is_list and not holds_text(found, text_field) else [found]
-    for number, value in enumerate(found if isinstance(found, list) else [found], start=1):
-        good = isinstance(value, dict)
-        yield Row(number, None, value if good else f"{json_kind(value)}, not an object")
-
-
-class _Invalid(str):
-    """Why something is no JSON."""
-
-
-def _object(data: bytes, offset: int) -> dict[str, Any] | str:
-    value = _value(data, offset)
-    if isinstance(value, dict | _Invalid):
-        return value
-    return f"{json_kind(value)}, not an object"
-
-
-def _value(data: bytes, offset: int) -> Any:
-    try:
-        return _parse(data)
-    except UnicodeDecodeError as error:
-        return _Invalid(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
-    except RecursionError:
-        return _Invalid("invalid JSON: nested too deeply")
-    except ValueError as error:
-        return _Invalid(f"invalid JSON: {error}")
+    @property
+    def is_blank(self) -> bool:
+        return not self.is_too_long and not self.data.strip()
 
 
 def read_lines(
-    file: SourceFile, *, report: ReadingReport, strict: bool, blank: bool = False
+    file: SourceFile, report: ReadingReport, *, keep_blank: bool = False
 ) -> Iterator[Line]:
-    """The lines, blank ones only if wanted; a last line without its newline counts."""
-    rest: list[bytes] = []
-    n_rest = number = offset = 0
+    """Yield the lines, blank ones only with `keep_blank`; the last line may have no newline."""
+    pieces: list[bytes] = []  # the beginning of a line, from earlier chunks
+    n_bytes = 0  # its length, also if it is too long to be kept
+    number = 1
+    offset = 0
 
-    def line(end: bytes, n_dropped: int) -> Line:
-        data = b"".join([*rest, end])
-        if number == 1 and data.startswith(codecs.BOM_UTF8):
-            data = data[len(codecs.BOM_UTF8) :]
-        return Line(number, offset, data, is_too_long=n_dropped > MAX_RECORD_BYTES)
+    def complete(end: bytes) -> Line:
+        data = b"".join(pieces) + end
+        if number == 1:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        return Line(number, offset, data, is_too_long=n_bytes + len(end) > MAX_RECORD_BYTES)
 
     try:
-        for chunk in read_chunks(file, report=report):
+        for chunk in read_chunks(file, report):
             start = 0
             while (stop := chunk.find(b"\n", start)) >= 0:
+                line = complete(chunk[start:stop])
+                if keep_blank or not line.is_blank:
+                    yield line
                 number += 1
-                n_line = n_rest + stop - start
-                found = line(chunk[start:stop], n_line)
-                if blank or found.is_too_long or found.data.strip():
-                    yield found
-                offset += n_line + 1
-                rest, n_rest, start = [], 0, stop + 1
-            n_rest += len(chunk) - start
-            if n_rest > MAX_RECORD_BYTES:
-                rest = []
+                offset += n_bytes + stop - start + 1
+                pieces, n_bytes = [], 0
+                start = stop + 1
+            n_bytes += len(chunk) - start
+            if n_bytes > MAX_RECORD_BYTES:
+                pieces = []
             else:
-                rest.append(chunk[start:])
+                pieces.append(chunk[start:])
     except DamagedStreamError as damage:
         report.n_partial_files += 1
-        note = f"{damage}; kept the {number:,} whole lines before that"
-        report.add(Problem(file.name, note, offset=offset), strict=strict)
+        reason = f"{damage}; kept the {number - 1:,} complete lines before that"
+        report.add(Problem(file.name, reason, offset=offset))
         return
-    number += 1
-    last = line(b"", n_rest)
-    if last.is_too_long or last.data.strip():
-        yield last
+    line = complete(b"")
+    if not line.is_blank:
+        yield line
 
 
-def _parse(data: bytes) -> Any:
-    return json.loads(
-        data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-    )
+# JSON lines and JSON
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def jsonl_rows(file: SourceFile, report: ReadingReport) -> Iterator[Row]:
+    """Yield a row for each line that is not blank."""
+    record: dict[str, Any] | Skipped
+    for line in read_lines(file, report):
+        if line.is_too_long:
+            record = Skipped(f"a line of more than {MAX_RECORD_BYTES:,} bytes")
+        else:
+            record = _as_record(_parse_json(line.data, line.offset))
+        yield Row(line.number, line.offset, record, len(line.data))
+
+
+def json_rows(file: SourceFile, text_field: str | None, report: ReadingReport) -> Iterator[Row]:
+    """Yield a row for each object of a JSON file.
+
+    The objects are those of its list; or, if it is an object without text of its own and with a
+    single list of objects, those of that list; or itself. The file is read into memory, therefore
+    it has a size limit; JSON lines have none.
+    """
+    data = bytearray()
+    try:
+        for chunk in read_chunks(file, report):
+            data += chunk
+            if len(data) > MAX_JSON_BYTES:
+                reason = f"JSON of more than {MAX_JSON_BYTES:,} bytes; convert it to JSON lines"
+                yield Row(1, 0, Skipped(reason))
+                return
+    except DamagedStreamError as damage:
+        report.n_partial_files += 1
+        report.add(Problem(file.name, str(damage), offset=len(data)))
+
+    value = _parse_json(bytes(data.removeprefix(codecs.BOM_UTF8)), 0)
+    if isinstance(value, Skipped):
+        yield Row(1, 0, value)
+        return
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and not has_text(value, text_field):
+        lists = [each for each in value.values() if isinstance(each, list)]
+        if len(lists) == 1 and any(isinstance(each, dict) for each in lists[0]):
+            values = lists[0]
+    for number, each in enumerate(values, start=1):
+        yield Row(number, None, _as_record(each))
+
+
+def _as_record(value: Any) -> dict[str, Any] | Skipped:
+    if isinstance(value, dict | Skipped):
+        return value
+    return Skipped(f"{json_type(value)}, not an object")
+
+
+def _parse_json(data: bytes, offset: int) -> Any:
+    """The value of strict JSON, or `Skipped`; `offset` is that of `data` in its file."""
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_reject_constant
+        )
+    except UnicodeDecodeError as error:
+        return Skipped(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
+    except RecursionError:
+        return Skipped("invalid JSON: nested too deeply")
+    except ValueError as error:
+        return Skipped(f"invalid JSON: {error}")
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {double!r} occurs twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {duplicate!r} occurs twice")
     return record
 
 
-def _refuse_constant(name: str) -> object:
+def _reject_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-_PARQUET_ROWS = 256
-_STRING = re.compile(r"(dictionary<values=)?(large_)?string")
-"""How pyarrow calls columns of text; `string_view` too."""
+# CSV and TSV
 
 
-def csv_rows(file: SourceFile, *, report: ReadingReport, strict: bool) -> Iterator[Row]:
-    """A row for each record; `number` and `offset` are those of its first line."""
+class _CsvRecord:
+    """The lines that csv.reader has consumed for the current record, which may be several."""
+
+    def __init__(self) -> None:
+        self.first_line: Line | None = None
+        self.error: str | None = None
+
+    def decode(self, lines: Iterable[Line]) -> Iterator[str]:
+        """Yield lines as text; note the first one of the record, and why one is invalid."""
+        for line in lines:
+            if self.first_line is None:
+                self.first_line = line
+            if line.is_too_long:
+                self.error = f"a line of more than {MAX_RECORD_BYTES:,} bytes"
+            try:
+                text = line.data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                offset = line.offset + error.start
+                self.error = f"invalid UTF-8 at byte {offset}: {error.reason}"
+                text = line.data.decode("utf-8", "replace")
+            yield text + "\n"
+
+
+def csv_rows(file: SourceFile, report: ReadingReport) -> Iterator[Row]:
+    """Yield a row for each record below the header; its place is that of its first line.
+
+    csv.reader pulls lines until a quoted field ends, so `_CsvRecord` tells which lines it has used.
+    After an error it continues with the next line.
+    """
     csv.field_size_limit(MAX_RECORD_BYTES)
-    lines = _CsvLines(file, report, strict)
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
+    current = _CsvRecord()
+    lines = current.decode(read_lines(file, report, keep_blank=True))
+
+    header_line: str | None = "\n"
+    while header_line is not None and not header_line.strip():
+        current.first_line = None
+        header_line = next(lines, None)
+    if header_line is None:
         return
-    delimiter = "\t" if ".tsv" in file.path.suffixes else _delimiter(first)
-    lines.give_back(first)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    current.error = None  # invalid bytes in the header are kept as U+FFFD
+    delimiter = "\t" if ".tsv" in file.path.suffixes else max(",;\t|", key=header_line.count)
+
     header: list[str] | None = None
+    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
     while True:
-        lines.begin_record()
-        cells: list[str] | str | None
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            cells = f"invalid CSV: {error}"
-        place = (lines.first_number, lines.first_offset)
+            cells = []
+            current.error = current.error or f"invalid CSV: {error}"
         if cells is None:
             return
-        if lines.bad is not None:
-            yield Row(*place, lines.bad)
-        elif isinstance(cells, str):
-            yield Row(*place, cells)
+        assert current.first_line is not None
+        place = (current.first_line.number, current.first_line.offset)
+        if current.error is not None:
+            yield Row(*place, Skipped(current.error))
         elif header is None:
-            names = [name.strip() for name in cells]
-            # The first of a name keeps it.
-            header = [f"{n}_{i}" if n in names[:i] else n for i, n in enumerate(names)]
+            header = _unique_names(cells)
         elif cells and len(cells) != len(header):
-            yield Row(*place, f"{len(cells)} cells, but the first line names {len(header)}")
+            reason = f"{len(cells)} cells, but the header has {len(header)}"
+            yield Row(*place, Skipped(reason))
         elif cells:
-            yield Row(
-                *place, dict(zip(header, cells, strict=True)), sum(len(cell) for cell in cells)
-            )
+            n_bytes = sum(len(cell) for cell in cells)
+            yield Row(*place, dict(zip(header, cells, strict=True)), n_bytes)
+        current.first_line = current.error = None
 
 
-class _CsvLines:
-    """The lines of a file as text, and where the record that is being read began."""
-
-    def __init__(self, file: SourceFile, report: ReadingReport, strict: bool) -> None:
-        self._lines = read_lines(file, report=report, strict=strict, blank=True)
-        self._waiting: str | None = None
-        self._place = (1, 0)
-        self.begin_record()
-
-    def begin_record(self) -> None:
-        self.bad: str | None = None
-        self.first_number, self.first_offset = self._place
-        self._is_first = True
-
-    def give_back(self, line: str) -> None:
-        self._waiting = line
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        if self._waiting is not None:
-            line, self._waiting = self._waiting, None
-            return line
-        found = next(self._lines)
-        self._place = (found.number, found.offset)
-        if self._is_first:
-            self.first_number, self.first_offset = self._place
-            self._is_first = False
-        if found.is_too_long:
-            self.bad = f"a line of more than {MAX_RECORD_BYTES:,} bytes"
-        try:
-            return found.data.decode("utf-8") + "\n"
-        except UnicodeDecodeError as error:
-            self.bad = f"invalid UTF-8 at byte {found.offset + error.start}: {error.reason}"
-            return found.data.decode("utf-8", "replace") + "\n"
+def _unique_names(cells: list[str]) -> list[str]:
+    """The names of a header; a name that repeats an earlier one gets its column's number."""
+    names = [cell.strip() for cell in cells]
+    return [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
-def _delimiter(line: str) -> str:
-    """The likeliest of four, by the first line."""
-    return max(",;\t|", key=line.count)
+# Parquet
 
 
-def parquet_rows(
-    file: SourceFile, *, text_field: str | None, report: ReadingReport, strict: bool
-) -> Iterator[Row]:
-    """A row for each record, with what may be its text, title or id; `number` counts from 1."""
+def parquet_rows(file: SourceFile, text_field: str | None, report: ReadingReport) -> Iterator[Row]:
+    """Yield a row for each record with its strings and its id; `number` counts from 1."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -255,40 +268,38 @@ def parquet_rows(
     number = 0
     try:
         with _seekable(file) as stream, parquet.ParquetFile(stream) as table:
-            # The other columns stay on the disk.
-            wanted = [
+            # Other columns are not read from the disk.
+            columns = [
                 column.name
                 for column in table.schema_arrow
                 if text_field in (column.name, EVERY_FIELD)
                 or column.name == "id"
-                or _STRING.match(str(column.type))
+                or _STRING_TYPE.match(str(column.type))
             ]
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield Row(number, None, record, sum(map(_size, record.values())))
+                    values = record.values()
+                    n_bytes = sum(len(v) if isinstance(v, str) else 8 for v in values)
+                    yield Row(number, None, record, n_bytes)
     except DamagedStreamError as damage:
         report.n_partial_files += 1
-        report.add(Problem(file.name, str(damage)), strict=strict)
+        report.add(Problem(file.name, str(damage)))
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         report.n_partial_files += 1
-        reason = str(error).splitlines()[0][:200]
-        note = f"the Parquet file is broken: {reason}; kept the {number:,} records before that"
-        report.add(Problem(file.name, note), strict=strict)
+        message = str(error).splitlines()[0][:200]
+        reason = f"the Parquet file is broken: {message}; kept the {number:,} records before that"
+        report.add(Problem(file.name, reason))
     else:
         report.n_read_bytes += file.n_bytes
 
 
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str) else 8
-
-
 @contextmanager
 def _seekable(file: SourceFile) -> Iterator[Path | IO[bytes]]:
-    """The file itself, or a temporary copy of a compressed one: Parquet is read from its end."""
+    """The file, or a temporary copy of a compressed one: Parquet is read from its end."""
     with open(file.path, "rb") as raw:
-        is_plain = not compression_of(raw.read(8))
-    if is_plain:
+        is_compressed = compression_of(raw.read(8)) != ""
+    if not is_compressed:
         yield file.path
         return
     with tempfile.TemporaryFile() as copy:

@@ -1,9 +1,8 @@
-"""One file -> its bytes in chunks, decompressed, with every cut-off or broken end noticed.
+"""One file -> its bytes in chunks: decompressed, UTF-16 and UTF-32 as UTF-8, damage detected.
 
-A `SourceFile` comes in, chunks of bytes go out, of UTF-16 and UTF-32 as UTF-8; memory stays at a
-few MiB whatever the compression ratio. Compression is told by the first bytes, not by the name.
-Damage is raised as `DamagedStreamError` after the good bytes were handed out, and a missing
-decompressor is a ValueError with the command that installs it.
+Memory stays at a few MiB whatever the compression ratio. The compression is detected from the first
+bytes, not from the name. Damage is raised as `DamagedStreamError` after the valid bytes have been
+yielded; a missing decompressor is a ValueError with the command that installs it.
 """
 
 from __future__ import annotations
@@ -22,59 +21,51 @@ from typing import BinaryIO, Protocol, cast
 
 from pretrain import missing_package
 from pretrain.corpus.documents import ReadingReport
-from pretrain.corpus.files import (
-    COMPRESSIONS,
-    HEAD_BYTES,
-    SourceFile,
-    compression_of,
-)
+from pretrain.corpus.files import COMPRESSIONS, HEAD_BYTES, SourceFile, compression_of
 
 CHUNK_BYTES = 1 << 18
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
-_WIDE_MARKS = {
+# UTF-32 first: its little-endian byte order mark begins with that of UTF-16.
+_WIDE_ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# Text shrinks five to ten times, logs a hundred times: what grows more than this is a bomb.
+# Text is compressed five to ten times, logs a hundred times: a higher ratio is a bomb.
 BOMB_RATIO = 256
 BOMB_BYTES = 1 << 26
-# zstd can grow 32,000-fold and its streaming object has no limit on output: feed it little at a
-# time.
+# zstd can grow 32,000-fold, and its streaming object cannot limit its output: feed it small chunks.
 _ZSTD_CHUNK_BYTES = 1 << 12
 
 
 class DamagedStreamError(Exception):
-    """A compressed file ends too early or is broken; what came before was handed out."""
+    """A compressed file ends too early or is broken; the bytes before that were yielded."""
 
 
-class _Reads(Protocol):
+class _Readable(Protocol):
     def read1(self, size: int, /) -> bytes: ...
 
 
-def read_chunks(file: SourceFile, *, report: ReadingReport) -> Iterator[bytes]:
-    """The (decompressed) bytes of a file, in order. Counts the bytes on disk into
-    `report.n_read_bytes`."""
+def read_chunks(file: SourceFile, report: ReadingReport) -> Iterator[bytes]:
+    """Yield the (decompressed) bytes of a file; adds the bytes on disk to `report.n_read_bytes`."""
     with open(file.path, "rb") as raw:
-        counted = n_unpacked = 0
-        for chunk in _narrow(_chunks(raw, file)):
-            n_unpacked += len(chunk)
-            if n_unpacked > max(BOMB_BYTES, BOMB_RATIO * file.n_bytes):
+        n_reported = n_decompressed = 0
+        for chunk in _as_utf8(_decompress(raw, file)):
+            n_decompressed += len(chunk)
+            if n_decompressed > max(BOMB_BYTES, BOMB_RATIO * file.n_bytes):
                 raise DamagedStreamError(
-                    f"a bomb: it unpacks to more than {BOMB_RATIO} times its size"
+                    f"a decompression bomb: more than {BOMB_RATIO} times its size on disk"
                 )
-            position = raw.tell()
-            report.n_read_bytes += position - counted
-            counted = position
+            report.n_read_bytes += raw.tell() - n_reported
+            n_reported = raw.tell()
             yield chunk
 
 
 def read_head(file: SourceFile) -> bytes:
-    """The first (decompressed) bytes of a file, HEAD_BYTES of them if there are as many."""
+    """Return the first (decompressed) bytes of a file, at most HEAD_BYTES."""
     head = b""
     with open(file.path, "rb") as raw, suppress(DamagedStreamError):
-        for chunk in _narrow(_chunks(raw, file)):
+        for chunk in _as_utf8(_decompress(raw, file)):
             head += chunk
             if len(head) >= HEAD_BYTES:
                 break
@@ -82,15 +73,17 @@ def read_head(file: SourceFile) -> bytes:
 
 
 class ChunkFile(io.RawIOBase):
-    """The chunks of a file as something to `read` from, for libraries that want a file.
+    """Chunks as a readable file object, for libraries that need one.
 
-    Where the stream is damaged it ends, and `damage` tells what happened.
+    The file ends where the stream is damaged, and `damage` is the error.
     """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         super().__init__()
         self.damage: DamagedStreamError | None = None
-        self._chunks, self._rest, self._position = chunks, b"", 0
+        self._chunks = chunks
+        self._buffer = b""
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -99,7 +92,7 @@ class ChunkFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        while not self._rest:
+        while not self._buffer:
             try:
                 chunk = next(self._chunks, None)
             except DamagedStreamError as damage:
@@ -107,20 +100,21 @@ class ChunkFile(io.RawIOBase):
                 return 0
             if chunk is None:
                 return 0
-            self._rest = chunk
-        n = min(len(buffer), len(self._rest))
-        buffer[:n] = self._rest[:n]
-        self._rest = self._rest[n:]
+            self._buffer = chunk
+        n = min(len(buffer), len(self._buffer))
+        buffer[:n] = self._buffer[:n]
+        self._buffer = self._buffer[n:]
         self._position += n
         return n
 
 
-def _narrow(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """As UTF-8 what has a mark of UTF-16 or UTF-32, all else as it is."""
+def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Convert UTF-16 and UTF-32 with a byte order mark to UTF-8; pass on everything else."""
     first = next(chunks, b"")
-    encoding = next((name for mark, name in _WIDE_MARKS.items() if first.startswith(mark)), None)
+    encoding = next((e for mark, e in _WIDE_ENCODINGS.items() if first.startswith(mark)), None)
     if encoding is None:
-        yield from chain([first], chunks)
+        yield first
+        yield from chunks
         return
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
@@ -128,20 +122,22 @@ def _narrow(chunks: Iterator[bytes]) -> Iterator[bytes]:
             yield decoder.decode(chunk).encode()
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise DamagedStreamError(f"the mark is of {encoding}, but {error.reason}") from error
+        reason = f"it starts with the byte order mark of {encoding}, but {error.reason}"
+        raise DamagedStreamError(reason) from error
 
 
-def _chunks(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
+def _decompress(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
     compression = compression_of(raw.read(8))
     raw.seek(0)
     expected = COMPRESSIONS.get(os.path.splitext(file.path.name.lower())[1])
     if expected and not compression:
-        kind = "an empty file" if file.n_bytes == 0 else "by its first bytes it"
-        raise DamagedStreamError(f"{kind} is no {expected} file, as its name says")
+        content = "is empty" if file.n_bytes == 0 else f"does not start like a {expected} file"
+        raise DamagedStreamError(f"its name is that of a {expected} file, but it {content}")
     if compression == "zstandard":
-        yield from _zstandard_chunks(raw)
+        yield from _decompress_zstandard(raw)
         return
-    stream: _Reads
+
+    stream: _Readable
     if compression == "gzip":
         stream = gzip.GzipFile(fileobj=raw, mode="rb")
     elif compression == "bzip2":
@@ -149,13 +145,13 @@ def _chunks(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
     elif compression == "xz":
         stream = lzma.LZMAFile(raw, "rb")  # noqa: SIM115 `raw` is the caller's
     else:
-        stream = cast(_Reads, raw)
+        stream = cast(_Readable, raw)
     while True:
-        # read1, not read: read would lose what it has gathered when it meets the damage.
+        # read1, not read: at damage, read would lose the bytes that it has already decompressed.
         try:
             chunk = stream.read1(CHUNK_BYTES)
         except EOFError as error:
-            raise DamagedStreamError(f"the {compression} file is cut off") from error
+            raise DamagedStreamError(f"the {compression} file is truncated") from error
         except (OSError, zlib.error, lzma.LZMAError, ValueError) as error:
             kind = f"{compression} file" if compression else "file"
             raise DamagedStreamError(f"the {kind} is broken: {error}") from error
@@ -164,19 +160,16 @@ def _chunks(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
         yield chunk
 
 
-def _zstandard_chunks(raw: BinaryIO) -> Iterator[bytes]:
+def _decompress_zstandard(raw: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
         raise missing_package("a zstandard file", "zstandard") from error
 
-    # Its stream reader is silent about a missing end, therefore frame by frame, each with its own
-    # `eof`.
+    # zstandard's stream reader does not report a truncated end. Therefore each frame is
+    # decompressed by its own object, whose `eof` tells whether it was complete.
     frame = None
-    while True:
-        data = raw.read(_ZSTD_CHUNK_BYTES)
-        if not data:
-            break
+    while data := raw.read(_ZSTD_CHUNK_BYTES):
         while data:
             if frame is None:
                 frame = zstandard.ZstdDecompressor().decompressobj()
@@ -190,4 +183,4 @@ def _zstandard_chunks(raw: BinaryIO) -> Iterator[bytes]:
             if frame.eof:
                 frame = None
     if frame is not None or raw.tell() == 0:
-        raise DamagedStreamError("the zstandard file is cut off")
+        raise DamagedStreamError("the zstandard file is truncated")

@@ -1,9 +1,8 @@
-"""Text -> hashes of its words and of n words in a row: what near-duplicates and overlaps are told
-by.
+"""Text -> 64-bit hashes of its words and word n-grams, for near-duplicates and overlaps.
 
-A text comes in, uint64 hashes go out, the same on every machine. Case and punctuation do not count:
-a word is a run of letters, marks and digits, lower-cased. Scripts that are written without spaces
-give a word a character. Nothing is refused.
+The hashes are the same on every machine. Case and punctuation are ignored: a word is a run of
+letters, marks and digits, in lower case. In scripts that are written without spaces each character
+is a word. Every text is accepted.
 """
 
 from __future__ import annotations
@@ -15,118 +14,113 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.rng import splitmix64
+
 Hashes = NDArray[np.uint64]
 
 _CHUNK_CHARACTERS = 1 << 18
 _N_MULTIPLIERS = 64
-_SEPARATOR, _LETTER, _ALONE = 0, 1, 2
-
-
-def word_hashes(text: str) -> Hashes:
-    """A 64-bit hash of each word of a text, shape (n_words,)."""
-    found = [_hash_chunk(chunk) for chunk in _chunks(text)]
-    return np.concatenate(found) if len(found) != 1 else found[0]
-
-
-def ngram_hashes(words: Hashes, n: int) -> Hashes:
-    """A 64-bit hash of each `n` words in a row, shape (n_words - n + 1,), empty for fewer words."""
-    count = len(words) - n + 1
-    if count < 1:
-        return np.empty(0, np.uint64)
-    found = np.zeros(count, np.uint64)
-    for place, multiplier in enumerate(_multipliers()[:n]):
-        found += words[place : place + count] * multiplier
-    return mixed(found)
+_SEPARATOR, _LETTER, _SINGLE = 0, 1, 2
+"""Classes of code points: between words, in a word, a word by itself."""
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text as they are hashed."""
+    """Split a text into its words: "The SEA, 中文!" -> ["the", "sea", "中", "文"]."""
     lowered = text.lower()
-    inside, starts = _bounds(_points(lowered))
-    stops = np.append(starts, len(inside))[1:] - 1
-    bounds = zip(inside[starts].tolist(), inside[stops].tolist(), strict=True)
-    return [lowered[first : last + 1] for first, last in bounds]
+    inside, starts = _word_starts(_code_points(lowered))
+    firsts = inside[starts]
+    lasts = inside[np.append(starts, len(inside))[1:] - 1]
+    return [lowered[i : j + 1] for i, j in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 
-def word_hash_windows(pieces: Iterable[tuple[int, str]], n: int) -> Iterator[tuple[int, Hashes]]:
-    """Hashes of the words of numbered documents, of which a long one may come in pieces: each but
-    its first begins with the last `n` - 1 words before it, so that every `n` in a row are once in
-    a window."""
-    document, before = -1, np.empty(0, np.uint64)
-    for number, text in pieces:
+def word_hashes(text: str) -> Hashes:
+    """Hash each word of a text, shape (n_words,)."""
+    chunks = []
+    start = 0
+    # In chunks of bounded size, cut at a space if there is one.
+    while len(text) - start > _CHUNK_CHARACTERS:
+        stop = text.rfind(" ", start + 1, start + _CHUNK_CHARACTERS)
+        if stop <= start:
+            stop = start + _CHUNK_CHARACTERS
+        chunks.append(_hash_words(text[start:stop]))
+        start = stop
+    chunks.append(_hash_words(text[start:]))
+    return np.concatenate(chunks)
+
+
+def ngram_hashes(words: Hashes, n: int) -> Hashes:
+    """Hash each `n` consecutive words, shape (n_words - n + 1,); empty for fewer words."""
+    n_ngrams = len(words) - n + 1
+    if n_ngrams < 1:
+        return np.empty(0, np.uint64)
+    sums = np.zeros(n_ngrams, np.uint64)
+    for position, multiplier in enumerate(_multipliers()[:n]):
+        sums += words[position : position + n_ngrams] * multiplier
+    return splitmix64(sums)
+
+
+def word_hash_windows(chunks: Iterable[tuple[int, str]], n: int) -> Iterator[tuple[int, Hashes]]:
+    """Yield (document number, word hashes) of numbered documents, a long one in several chunks.
+
+    Each chunk but a document's first is preceded by the last `n` - 1 words before it, so that every
+    n-gram of a document is in exactly one window.
+    """
+    document = -1
+    previous = np.empty(0, np.uint64)
+    for number, text in chunks:
         words = word_hashes(text)
         if number == document:
-            words = np.concatenate([before, words])
+            words = np.concatenate([previous, words])
         yield number, words
-        document, before = number, words[max(0, len(words) - n + 1) :]
+        document = number
+        previous = words[max(0, len(words) - n + 1) :]
 
 
-def _hash_chunk(text: str) -> Hashes:
-    points = _points(text.lower())
-    inside, starts = _bounds(points)
+def _hash_words(text: str) -> Hashes:
+    points = _code_points(text.lower())
+    inside, starts = _word_starts(points)
     if not inside.size:
         return np.empty(0, np.uint64)
+    # A word's hash is the sum of (letter x multiplier of its position), for all words at once.
     lengths = np.diff(starts, append=len(inside))
-    # The sum of letter times a multiplier of its place: one pass over all words at once.
-    places = np.arange(len(inside)) - np.repeat(starts, lengths)
-    values = (points[inside].astype(np.uint64) + np.uint64(1)) * _multipliers()[
-        places % _N_MULTIPLIERS
-    ]
-    return mixed(np.add.reduceat(values, starts))
+    positions = np.arange(len(inside)) - np.repeat(starts, lengths)
+    letters = points[inside].astype(np.uint64) + np.uint64(1)
+    values = letters * _multipliers()[positions % _N_MULTIPLIERS]
+    return splitmix64(np.add.reduceat(values, starts))
 
 
-def _points(text: str) -> NDArray[np.uint32]:
+def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "replace"), dtype="<u4")
 
 
-def _bounds(points: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which code points are in words, and the places in that list where words begin: where the
-    neighbour on the left is none of the word's letters."""
-    kinds = _kinds()[np.minimum(points, 0x10000)]
-    inside = np.flatnonzero(kinds)
-    inner = kinds[inside]
-    begins = np.ones(len(inside), bool)
-    begins[1:] = (np.diff(inside) > 1) | (inner[1:] == _ALONE) | (inner[:-1] == _ALONE)
-    return inside, np.flatnonzero(begins)
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """A text in parts of bounded length, cut at spaces."""
-    start = 0
-    while len(text) - start > _CHUNK_CHARACTERS:
-        stop = text.rfind(" ", start + 1, start + _CHUNK_CHARACTERS)
-        stop = stop if stop > start else start + _CHUNK_CHARACTERS
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
-def mixed(values: Hashes) -> Hashes:
-    """Numbers of which every bit depends on every bit of those given, one to one: the finalizer of
-    SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _word_starts(points: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the code points inside words, and the positions in that list where words start."""
+    classes = _character_classes()[np.minimum(points, 0x10000)]
+    inside = np.flatnonzero(classes)
+    classes = classes[inside]
+    is_start = np.ones(len(inside), bool)
+    is_start[1:] = (np.diff(inside) > 1) | (classes[1:] == _SINGLE) | (classes[:-1] == _SINGLE)
+    return inside, np.flatnonzero(is_start)
 
 
 @cache
 def _multipliers() -> Hashes:
-    """Odd numbers without a pattern: what splitmix64 makes of 1, 2, 3, ..."""
+    """Odd pseudo-random numbers: SplitMix64 of 1, 2, 3, ... times its increment."""
     counter = np.arange(1, _N_MULTIPLIERS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return mixed(counter) | np.uint64(1)
+    return splitmix64(counter) | np.uint64(1)
 
 
 @cache
-def _kinds() -> NDArray[np.uint8]:
-    """What a code point is to a word, one entry for all beyond U+FFFF."""
-    kinds = np.zeros(0x10001, np.uint8)
+def _character_classes() -> NDArray[np.uint8]:
+    """The class of each code point up to U+FFFF, and of all others as the last element."""
+    classes = np.zeros(0x10001, np.uint8)
     for point in range(0x10000):
         if unicodedata.category(chr(point))[0] in "LMN":
-            kinds[point] = _LETTER
-    # Thai to Khmer, and Kana, Han, Yi: no spaces between words. Beyond: Han again, and emoji.
+            classes[point] = _LETTER
+    # Thai to Khmer, and Kana, Han, Yi: no spaces between words. Beyond U+FFFF: more Han, and emoji.
     for first, last in ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0xA4CF)):
-        letters = kinds[first : last + 1]
-        letters[letters == _LETTER] = _ALONE
-    kinds[0xF900:0xFB00] = _ALONE
-    kinds[0x10000] = _ALONE
-    return kinds
+        letters = classes[first : last + 1]
+        letters[letters == _LETTER] = _SINGLE
+    classes[0xF900:0xFB00] = _SINGLE
+    classes[0x10000] = _SINGLE
+    return classes
