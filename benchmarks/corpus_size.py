@@ -30,7 +30,7 @@ from rows import OURS, Row, spread, table
 from pretrain.config import compose
 from pretrain.corpus import read_documents
 from pretrain.data import MicroBatch, open_prepared, prepare
-from pretrain.data.manifest import is_prepared
+from pretrain.data.format import is_prepared
 from pretrain.distributed import open_world, usable_cores
 from pretrain.runner.request import read_target
 from pretrain.train.build import training_batches

@@ -14,8 +14,7 @@ import pytest
 
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data import prepare
-from pretrain.data.cluster import shares
-from pretrain.data.preparation import begin, finish
+from pretrain.data.preparation import begin, cluster_tasks, finish
 from test_resumed_preparation import corpus, hashes
 
 __all__ = ["corpus"]
@@ -33,9 +32,9 @@ def test_any_number_of_tasks_does_the_same(
     corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
-    with pytest.raises(RuntimeError, match=r"1 of 1 units of the step 'list' are not done"):
+    with pytest.raises(RuntimeError, match=r"1 of 1 tasks of the stage 'list' are not finished"):
         finish(job, tmp_path / "out")
-    for share in shares(job):
+    for share in cluster_tasks(job):
         for rank in (2, 0, 1):
             share(None, rank, 3)
     finish(job, tmp_path / "out")
@@ -46,7 +45,7 @@ def test_the_local_executor(corpus: Path, expected: dict[str, str], tmp_path: Pa
     executors = pytest.importorskip("datatrove.executor")
     job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
     executor = None
-    for number, share in enumerate(shares(job)):
+    for number, share in enumerate(cluster_tasks(job)):
         executor = executors.LocalPipelineExecutor(
             pipeline=[share],
             tasks=2,
@@ -65,7 +64,7 @@ def kill_one_at_work(folder: Path, killed: list[int]) -> None:
     Not a worker that is still starting: for that the executor waits without end.
     """
     while not killed:
-        for path in folder.glob("[rse]*/*.*-*"):
+        for path in folder.glob("[rfe]*/*.*-*"):
             process = int(path.name.partition(".")[2].partition("-")[0])
             try:
                 above = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
@@ -96,7 +95,7 @@ def test_ray_with_a_worker_killed(
         killer = threading.Thread(target=kill_one_at_work, args=(job.folder, killed), daemon=True)
         killer.start()
         executor: Any = None
-        for number, share in enumerate(shares(job)):
+        for number, share in enumerate(cluster_tasks(job)):
             executor = executors.RayPipelineExecutor(
                 pipeline=[share],
                 tasks=2,
@@ -142,7 +141,7 @@ def test_what_slurm_would_run(
     monkeypatch.setenv("PATH", os.pathsep.join(path))
     job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
     executor: Any = None
-    for number, share in enumerate(shares(job)):
+    for number, share in enumerate(cluster_tasks(job)):
         executor = executors.SlurmPipelineExecutor(
             pipeline=[share],
             tasks=2,

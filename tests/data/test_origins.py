@@ -10,7 +10,8 @@ import pytest
 
 from pretrain.corpus import Document
 from pretrain.data import open_prepared, prepare
-from pretrain.data.origins import Strangest, find_origins
+from pretrain.data.format import find_origins
+from pretrain.data.writer import CompressionOutliers
 from pretrain.tokenizer import train_tokenizer
 
 WORDS = "the sea was calm and the old ship went home with many men on her deck".split()
@@ -98,7 +99,7 @@ def test_damage_to_the_origins_is_noticed(tmp_path: Path, two_sources: list[Path
 @pytest.mark.parametrize("seed", range(30))
 def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
     draw = random.Random(seed)
-    strangest = Strangest()
+    strangest = CompressionOutliers()
     ratios = {}
     n_tokens = n_bytes = 0
     for number in range(draw.randint(11, 200)):
@@ -113,7 +114,7 @@ def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
         return max(ratios[name] / usual, usual / ratios[name])
 
     expected = sorted(ratios, key=distance, reverse=True)[:10]
-    assert [entry["id"] for entry in strangest.found()] == expected
+    assert [entry["id"] for entry in strangest.records()] == expected
 
 
 def test_a_document_without_a_token_is_not_among_the_strangest(tmp_path: Path) -> None:
@@ -129,5 +130,5 @@ def test_nothing_is_strange_where_every_byte_is_a_token(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the sea was calm. " * 200, encoding="utf-8")
     prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes")
     assert json.loads((tmp_path / "out/report.json").read_text())["strangest"] == []
-    with pytest.raises(ValueError, match="is prepared already"):
+    with pytest.raises(ValueError, match="is already prepared"):
         prepare([tmp_path / "a.txt", tmp_path / "out"], tmp_path / "again")

@@ -15,10 +15,9 @@ from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.document_shards import KEY
 from pretrain.corpus.duplicates import text_hash
 from pretrain.data.config import DataConfig
-from pretrain.data.manifest import SplitName
+from pretrain.data.format import PreparedData, SplitName
 from pretrain.data.preparation import prepare, prepared_key
-from pretrain.data.shards import PreparedData
-from pretrain.data.splitting import Split, choose_split, default_val_fraction
+from pretrain.data.stages import Split, choose_split, default_val_fraction
 from pretrain.tokenizer import train_tokenizer
 
 
@@ -155,7 +154,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path, many: list[str]) -> None:
     second = prepare(source, tmp_path / "two", tokenizer=tmp_path / "one")
     assert second.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
     assert second.split("train").sha256 == first.split("train").sha256
-    with pytest.raises(ValueError, match="has 400 entries"):
+    with pytest.raises(ValueError, match="has 400 tokens"):
         prepare(source, tmp_path / "three", tokenizer=tmp_path / "one", vocab_size=500)
 
 
@@ -181,7 +180,7 @@ def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
     (tmp_path / "out").mkdir()
     prepare(source, tmp_path / "out", tokenizer="bytes")
-    with pytest.raises(FileExistsError, match="holds 11 files"):
+    with pytest.raises(FileExistsError, match="has 11 files"):
         prepare(source, tmp_path / "out", tokenizer="bytes")
     with pytest.raises(FileExistsError):
         prepare(source, source, tokenizer="bytes")
@@ -230,7 +229,7 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
     assert list(dict.fromkeys(stage for stage, _ in seen)) == [
         "looking for files",
         "reading",
-        "selecting",
+        "filtering",
         "comparing",
         "choosing held-out text and tokenizer",
         "encoding",
@@ -260,5 +259,5 @@ def test_any_number_of_workers_writes_the_same_bytes(
     for workers in (2, 3):
         for name, content in first.items():
             assert (tmp_path / f"{workers}" / name).read_bytes() == content
-    with pytest.raises(ValueError, match="workers is 0"):
+    with pytest.raises(ValueError, match=r"workers must be at least 1 \(got 0\)"):
         prepare(source, tmp_path / "0", workers=0)

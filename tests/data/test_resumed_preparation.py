@@ -22,8 +22,8 @@ from pretrain import fileio
 from pretrain.cli import main
 from pretrain.corpus import document_shards
 from pretrain.corpus.config import CorpusConfig
-from pretrain.data import job, prepare, steps
-from pretrain.data.job import Job, Step
+from pretrain.data import jobs, prepare, stages
+from pretrain.data.jobs import Job, Stage
 from pretrain.data.preparation import begin, work_folder
 from texts import changed, prose
 
@@ -77,20 +77,20 @@ class Killed(BaseException):
 def test_every_unit_may_be_the_last(
     corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    do = Job.do
+    run_task = Job.run_task
     n_done = n_left = 0
 
-    def counted(job: Job, step: Step, unit: int) -> None:
+    def counted(job: Job, stage: Stage, task: int) -> None:
         nonlocal n_done, n_left
         if n_left == 0:
             raise Killed
         n_left -= 1
         n_done += 1
-        do(job, step, unit)
+        run_task(job, stage, task)
 
     n_stops = 0
     draw = random.Random(1)
-    monkeypatch.setattr(Job, "do", counted)
+    monkeypatch.setattr(Job, "run_task", counted)
     while not (tmp_path / "out").exists():
         n_left = draw.randint(0, 3)
         try:
@@ -126,8 +126,8 @@ def test_death_while_work_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     texts, out = tmp_path / "a.jsonl", tmp_path / "out"
     texts.write_text("".join(f'{{"text": "A whale is number {n}."}}\n' * 2 for n in range(40)))
     begun = begin(texts, out, tokenizer="bytes")
-    for step in steps.STEPS[:3]:
-        begun.do(step, 0)
+    for stage in stages.STAGES[:3]:
+        begun.run_task(stage, 0)
     with pytest.raises(Killed):
         dying(begun)  # as where other settings are asked for
     prepare(texts, out, tokenizer="bytes").verify()
@@ -168,8 +168,8 @@ def test_death_inside_a_unit(
         return dies
 
     for module, name in (
-        (steps, "write_json"),
-        (job, "sync_tree"),
+        (stages, "write_json"),
+        (jobs, "sync_tree"),
         (fileio, "sync_folder"),
         (shutil, "rmtree"),
     ):
@@ -195,7 +195,7 @@ def test_other_settings_begin_anew(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "choose_split", dies)
+        patch.setattr(stages, "choose_split", dies)
         with pytest.raises(Killed):
             prepare(corpus, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
     work = work_folder(tmp_path / "out")

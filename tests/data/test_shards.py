@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from pretrain.corpus import Document
-from pretrain.data.manifest import is_prepared
+from pretrain.data.format import TokenStream, is_prepared, open_prepared
 from pretrain.data.preparation import prepare
-from pretrain.data.shards import TokenStream, open_prepared
-from pretrain.data.writing import PartWriter, ShardWriter
+from pretrain.data.writer import StreamWriter, TaskWriter
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,11 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(8, vocab_size, size) for size in (1, 5, 700_000, 3)]
-    end = ShardWriter(tmp_path, name="train", vocab_size=vocab_size, end_of_text=7)
+    end = StreamWriter(tmp_path, name="train", vocab_size=vocab_size, end_of_text=7)
     for number, part in enumerate((documents[:2], [], documents[2:])):
         folder = tmp_path / str(number)
         folder.mkdir()
-        writer = PartWriter(folder, name="train", vocab_size=vocab_size, end_of_text=7)
+        writer = TaskWriter(folder, name="train", vocab_size=vocab_size, end_of_text=7)
         for document in part:
             half = len(document) // 2
             writer.add(document[:half])
@@ -76,7 +75,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
     assert (tmp_path / "train.bin").stat().st_size == 64 + width * len(expected)
     stream.verify()
     for start, stop in ((-1, 2), (5, 4), (0, stream.n_tokens + 1)):
-        with pytest.raises(ValueError, match="legal: 0 to"):
+        with pytest.raises(ValueError, match="must be in 0 to"):
             stream.read(start, stop)
 
 
@@ -85,7 +84,7 @@ def test_a_file_cut_off_under_a_run_is_an_error(folder: Path) -> None:
     with open(folder / "train.bin", "r+b") as file:
         file.truncate(64 + 2 * 100_000)
     assert len(stream.read(0, 100_000)) == 100_000
-    with pytest.raises(ValueError, match=r"train\.bin: ends at byte 200,064: the file was cut off"):
+    with pytest.raises(ValueError, match=r"train\.bin: ends at byte 200,064: the file was trunc"):
         stream.read(99_000, 101_000)
 
 
@@ -105,12 +104,12 @@ def test_what_was_read_is_not_held(tmp_path: Path) -> None:
 
     ids = tmp_path / "part"
     ids.mkdir()
-    part = PartWriter(ids, name="train", vocab_size=300, end_of_text=7)
+    part = TaskWriter(ids, name="train", vocab_size=300, end_of_text=7)
     for _ in range(30):
         part.add(np.ones(1 << 20, np.int64))
     part.end_document(Document(id="one", text=""), n_bytes=1)
     part.close()
-    writer = ShardWriter(tmp_path, name="train", vocab_size=300, end_of_text=7)
+    writer = StreamWriter(tmp_path, name="train", vocab_size=300, end_of_text=7)
     writer.append(ids, source="a")
     stream = TokenStream(tmp_path, writer.close(), vocab_size=300)
     stream.read(0, 1000)
@@ -121,10 +120,10 @@ def test_what_was_read_is_not_held(tmp_path: Path) -> None:
 
 
 def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
-    writer = PartWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
+    writer = TaskWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
     # 65836 would become 300 - 0 in 16 bits, silently.
     for bad in (300, -1, 65536 + 5):
-        with pytest.raises(ValueError, match=f"{bad} cannot be stored; legal: 0 to 299"):
+        with pytest.raises(ValueError, match=rf"token id must be 0 to 299 \(got {bad}\)"):
             writer.add(np.array([1, bad]))
     writer.close()
 
@@ -135,7 +134,7 @@ def test_whole_folder_opens(folder: Path) -> None:
     assert is_prepared(folder)
     assert not is_prepared(folder.parent)
     assert data.tokenizer().vocab_size == data.manifest.vocab_size == 257
-    with pytest.raises(ValueError, match="legal: train, val"):
+    with pytest.raises(ValueError, match="must be one of train, val"):
         data.split("test")  # type: ignore[arg-type]
 
 
@@ -173,7 +172,7 @@ def test_damaged_ids_are_not_read(folder: Path) -> None:
 
 def test_header_is_checked(folder: Path) -> None:
     for place, value, reason in (
-        (0, b"NUMPY", "no shard"),
+        (0, b"NUMPY", "not a shard"),
         (8, b"\x09", "format version is 9"),
         (12, b"\x04", "bytes per id is 4"),
         (16, b"\x00\x00", "number of ids"),
@@ -219,11 +218,14 @@ def test_another_tokenizer_is_refused(folder: Path) -> None:
         (lambda m: m["streams"].pop("val"), "streams are"),
         (lambda m: m["streams"]["val"].update(file="../../x"), "is damaged: file"),
         (lambda m: m["streams"]["val"].update(n_tokens=-1), "is damaged: n_tokens"),
-        (lambda m: m["streams"]["val"].update(max_id=257), "holds id 257"),
+        (lambda m: m["streams"]["val"].update(max_id=257), "has id 257"),
         (lambda m: m["streams"]["val"].pop("sources"), "is damaged: 'sources'"),
         (lambda m: m["streams"]["val"]["sources"].pop(), "the tokens of the sources"),
         (lambda m: m["streams"]["val"]["sources"][0].update(n_tokens="x"), "n_tokens is 'x'"),
-        (lambda m: m["streams"]["val"].update(block_checksums=[]), "0 checksums"),
+        (
+            lambda m: m["streams"]["val"].update(block_checksums=[]),
+            "checksums in the manifest is 0",
+        ),
         (lambda m: m.update(streams=[]), "is damaged"),
     ],
 )

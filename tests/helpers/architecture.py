@@ -113,7 +113,7 @@ TABLE: Mapping[str, frozenset[str]] = {
 # Rooms where torch is not even imported lazily, and single files that come up without it.
 WITHOUT_TORCH = frozenset({"fileio", "corpus", "tokenizer", "run", "report", "config"})
 TORCH_FREE_FILES = frozenset(
-    {f"{PACKAGE}.rng", f"{PACKAGE}.data.shards", f"{PACKAGE}.data.prepare"}
+    {f"{PACKAGE}.rng", f"{PACKAGE}.data.format", f"{PACKAGE}.data.preparation"}
 )
 
 

@@ -71,7 +71,7 @@ def test_a_room_imports_only_what_the_table_allows() -> None:
         ("model__decoder", "import pretrain.data", "pretrain.data"),
         ("model__decoder", "from pretrain.data import shards", "pretrain.data"),
         ("model__decoder", "from pretrain import data", "pretrain.data"),
-        ("model__decoder", "from ..data.shards import read", "pretrain.data.shards"),
+        ("model__decoder", "from ..data.format import read", "pretrain.data.format"),
         ("model____init__", "from ..data import shards", "pretrain.data"),
         ("model__decoder", "def f():\n    import pretrain.train", "pretrain.train"),
         ("model__decoder", "def f():\n    from .. import train", "pretrain.train"),
@@ -80,9 +80,9 @@ def test_a_room_imports_only_what_the_table_allows() -> None:
         ("corpus__readers", "importlib.import_module('..data', __name__)", "pretrain.data"),
         (
             "model____init__",
-            "MAP = {'read': 'pretrain.data.shards'}\n"
+            "MAP = {'read': 'pretrain.data.format'}\n"
             "def __getattr__(name): return importlib.import_module(MAP[name])",
-            "pretrain.data.shards",
+            "pretrain.data.format",
         ),
         ("config", "from pretrain.model import decoder", "pretrain.model"),
         ("config", "import pretrain.model.decoder", "pretrain.model.decoder"),
@@ -139,12 +139,12 @@ def test_there_is_no_cycle_between_modules() -> None:
 
 def test_a_cycle_between_modules_is_found() -> None:
     modules = package(
-        data__shards="from pretrain.data import order",
+        data__format="from pretrain.data import order",
         data__order="def f():\n    from .shards import read",
         data__batches="from .order import visit",
     )
     edges = architecture.module_edges(modules)
-    assert architecture.cycles(edges) == [["pretrain.data.order", "pretrain.data.shards"]]
+    assert architecture.cycles(edges) == [["pretrain.data.order", "pretrain.data.format"]]
 
 
 def test_a_module_that_asks_its_own_room_is_a_cycle() -> None:
@@ -159,7 +159,7 @@ def test_a_module_that_asks_its_own_room_is_a_cycle() -> None:
 def test_a_cycle_between_rooms_is_found() -> None:
     modules = package(
         model__decoder="from pretrain.data.order import visit",
-        data__shards="def f():\n    import pretrain.model.config",
+        data__format="def f():\n    import pretrain.model.config",
         data__order="",
         model__config="",
     )
@@ -179,7 +179,7 @@ def test_rooms_without_torch_do_not_import_it() -> None:
         {"model__config": "from torch import nn"},
         {"data__prepare": "import safetensors.torch"},
         {"data__prepare": "from . import batches", "data__batches": "import torch"},
-        {"data__shards": "from pretrain.data.batches import x", "data__batches": "import torch"},
+        {"data__format": "from pretrain.data.batches import x", "data__batches": "import torch"},
         {"model____init__": "from .decoder import Decoder", "model__decoder": "import torch"},
         {"config": "from pretrain.model import config", "model____init__": "import torch"},
     ],

@@ -13,7 +13,7 @@ from pretrain.cli.environment import only_writer, write_environment
 from pretrain.cli.output import Output
 from pretrain.cli.training import fingerprint_of, train_run
 from pretrain.config import RunConfig, to_yaml
-from pretrain.data.shards import PreparedData
+from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import replace_file
 from pretrain.runner.launch import check_same_on_all_ranks, open_world_of

@@ -27,7 +27,7 @@ from pretrain.cli.resuming import (
 )
 from pretrain.cli.training import fingerprint_of, train_run
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
-from pretrain.data.shards import PreparedData
+from pretrain.data.format import PreparedData
 from pretrain.distributed import leave_world, n_processes
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.parallel.config import ParallelConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pretrain.config import RunConfig
 from pretrain.corpus import list_files
-from pretrain.data.manifest import is_prepared
+from pretrain.data.format import is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report import require_packages
 

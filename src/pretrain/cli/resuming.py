@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
-from pretrain.data.shards import PreparedData
+from pretrain.data.format import PreparedData
 from pretrain.fileio import replace_file, sync_folder
 from pretrain.optim.schedule import LRSchedule, compare_schedules, schedule_table
 from pretrain.train.changes import (

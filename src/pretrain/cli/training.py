@@ -15,7 +15,7 @@ from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
 from pretrain.cli.resuming import settings_of, summary_of
 from pretrain.config import RunConfig
-from pretrain.data.shards import PreparedData
+from pretrain.data.format import PreparedData
 from pretrain.report import write_report
 from pretrain.runner.launch import naming_lost_ranks
 from pretrain.runner.request import initial_checkpoint

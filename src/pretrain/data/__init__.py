@@ -1,8 +1,9 @@
 """Documents -> shards -> batches.
 
-`prepare` turns a corpus into a folder of ids, `shards` writes and reads such a folder, `order` says
-which window is sample number s, `batches` makes tensors of windows. The first three are free of
-torch; text ends at the shards.
+`preparation` turns a corpus into a folder of token ids by the `stages` of a job (`jobs`), `writer`
+writes such a folder and `format` reads it, `order` maps samples to windows, `mixed` joins several
+sources, `trace` answers what a step read, and `batches` reads windows as tensors. Only `batches`
+needs torch.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from pretrain import lazily
 if TYPE_CHECKING:
     from pretrain.data.batches import MicroBatch, evaluation_batches, micro_batch_at
     from pretrain.data.config import DataConfig
+    from pretrain.data.format import PreparedData, TokenStream, open_prepared
     from pretrain.data.order import Order
     from pretrain.data.preparation import prepare
-    from pretrain.data.shards import PreparedData, TokenStream, open_prepared
 
 __getattr__ = lazily(
     __name__,
     batches="MicroBatch evaluation_batches micro_batch_at",
     config="DataConfig",
+    format="PreparedData TokenStream open_prepared",
     order="Order",
     preparation="prepare",
-    shards="PreparedData TokenStream open_prepared",
 )
 __all__ = [
     "DataConfig",

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.config import DataConfig
-from pretrain.data.manifest import SourceShare
+from pretrain.data.format import Origin, PreparedData, SourceShare, TokenStream
 from pretrain.data.order import MixtureOrder, SourceSpan
-from pretrain.data.origins import Origin
-from pretrain.data.shards import PreparedData, TokenStream
 
 UNKNOWN_STEPS = 1 << 40
 """In place of a number of training steps that is not known yet."""

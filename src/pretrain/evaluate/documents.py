@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from pretrain.data.shards import TokenStream
+from pretrain.data.format import TokenStream
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 _PIECE_TOKENS = 1 << 19

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import RunConfig
-from pretrain.data.manifest import is_prepared
+from pretrain.data.format import PreparedData, is_prepared, open_prepared
 from pretrain.data.mixed import MixedData
 from pretrain.data.preparation import prepare, prepared_key
-from pretrain.data.shards import PreparedData, open_prepared
 
 if TYPE_CHECKING:
     from pretrain.distributed import World

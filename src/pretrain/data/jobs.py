@@ -1,0 +1,336 @@
+"""A preparation in progress on disk, and its work in this process or in a pool of workers.
+
+A job is a folder with settings. Its stages are divided into tasks that depend only on the results
+of earlier stages, so anyone who sees the folder can run any task: this process, a pool, or many
+machines. The results of a task get their name in one rename when they are complete; what a killed
+process had begun is done again, and what is complete stays. So the bytes do not depend on who
+worked, how many, or how often they were stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.corpus.config import CorpusConfig
+from pretrain.fileio import read_json, sync_tree, write_json
+
+# Of the files inside a job's folder; a job of another version is started from scratch.
+_JOB_VERSION = 2
+
+Progress = Callable[[str, float], None]
+"""Called with the title of a stage and the fraction of it that is done, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The arguments of a preparation."""
+
+    sources: tuple[str, ...]
+    tokenizer: str = "bpe"
+    vocab_size: int | None = None
+    text_field: str | None = None
+    val_fraction: float | None = None
+    strict: bool = False
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Settings:
+        """Invert `asdict` followed by JSON, which turns tuples into lists."""
+        corpus: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content["corpus"].items()
+        }
+        sources = tuple(content["sources"])
+        return Settings(**content | {"sources": sources, "corpus": CorpusConfig(**corpus)})
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentShard:
+    """Consecutive documents of one source, in one file of `corpus.document_shards`."""
+
+    documents: Path
+    keys: Path
+    source: str
+    first_document: int
+    """Number of its first document in the order of the corpus."""
+    n_documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHashes:
+    """The hashes of one shard's documents that are compared to find duplicates."""
+
+    first_document: int
+    """Number of its first document in the order of the corpus."""
+    n_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a preparation; the functions must be importable by name, for workers."""
+
+    name: str
+    title: str
+    """Shown to the user, as in "encoding"."""
+    n_tasks: Callable[[Job], int]
+    """Its number of tasks, known when the stages before it are complete."""
+    work: Callable[[Job, int, Path], None]
+    """Runs one task: the job, the number of the task, and an empty folder for its results."""
+
+
+class Job:
+    """The folder of a preparation in progress."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a job that `begin` has created."""
+        self.folder = folder
+        self.settings = Settings.from_dict(read_json(folder / "job.json")["settings"])
+        self.on_fraction: Callable[[float], None] | None = None
+        """Called by a long task with the fraction of it that is done, 0 to 1."""
+
+    @staticmethod
+    def begin(folder: Path, settings: Settings, *, key: str) -> Job:
+        """Open the job in `folder` if it has this key, else start it from scratch."""
+        if not Job.is_begun(folder, key=key):
+            discard(folder)
+            os.makedirs(folder)
+            temporary = folder / "job.tmp"
+            content = {"version": _JOB_VERSION, "key": key, "settings": asdict(settings)}
+            write_json(temporary, content, ascii_only=True)
+            os.rename(temporary, folder / "job.json")
+        return Job(folder)
+
+    @staticmethod
+    def is_begun(folder: Path, *, key: str) -> bool:
+        """Whether `folder` has the job of this key."""
+        try:
+            content = read_json(folder / "job.json")
+        except (OSError, ValueError):
+            return False
+        return content.get("version") == _JOB_VERSION and content.get("key") == key
+
+    def remove_unfinished(self) -> None:
+        """Delete what killed processes left of tasks; nobody else may be working."""
+        for path in self.folder.glob("*/*.*-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        discard(self.folder)
+
+    def task_folder(self, stage: str, task: int = 0) -> Path:
+        """Where a task leaves its results."""
+        return self.folder / stage / f"{task:06}"
+
+    def unfinished_tasks(self, stage: Stage) -> list[int]:
+        """The numbers of the tasks that have no results yet."""
+        tasks = range(stage.n_tasks(self))
+        return [task for task in tasks if not self.task_folder(stage.name, task).is_dir()]
+
+    def run_task(self, stage: Stage, task: int) -> None:
+        """Run a task unless it has results."""
+        folder = self.task_folder(stage.name, task)
+        if folder.is_dir():
+            return
+        folder.parent.mkdir(exist_ok=True)
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            stage.work(self, task, temporary)
+            sync_tree(temporary)
+            os.rename(temporary, folder)
+        except OSError:
+            # Another process was faster; its results are the same.
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def task_report(self, stage: str, task: int = 0) -> dict[str, Any]:
+        """The report.json of a task."""
+        return read_json(self.task_folder(stage, task) / "report.json")
+
+    @cached_property
+    def n_groups(self) -> int:
+        """Number of groups of files, of which each is read by one task."""
+        return int(self.task_report("list")["n_groups"])
+
+    @cached_property
+    def read_shards(self) -> list[DocumentShard]:
+        """The shards that were read, in the order of the corpus."""
+        return self._shards("read", self.n_groups)
+
+    @cached_property
+    def shards(self) -> list[DocumentShard]:
+        """The shards that remain after filtering by text, in the order of the corpus."""
+        if not self.settings.corpus.looks_at_text:
+            return self.read_shards
+        return self._shards("filter", len(self.read_shards))
+
+    def _shards(self, stage: str, n_tasks: int) -> list[DocumentShard]:
+        shards: list[DocumentShard] = []
+        first = 0
+        for task in range(n_tasks):
+            report, folder = self.task_report(stage, task), self.task_folder(stage, task)
+            for number, n_documents in enumerate(report["shards"]):
+                files = folder / f"{number}.part", folder / f"{number}.keys.npy"
+                shards.append(DocumentShard(*files, report["source"], first, n_documents))
+                first += n_documents
+        return shards
+
+    @cached_property
+    def hashes(self) -> list[ShardHashes]:
+        """The hashes that each task of the stage "filter" left for comparison."""
+        hashes: list[ShardHashes] = []
+        first = 0
+        for task in range(len(self.read_shards)):
+            report = self.task_report("filter", task)
+            hashes.append(ShardHashes(first, report["n_records"]))
+            first += report["n_documents"]
+        return hashes
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in `shards`."""
+        return sum(shard.n_documents for shard in self.shards)
+
+    def duplicate_marks(self, shard: DocumentShard) -> NDArray[np.uint8]:
+        """Which documents of a shard are like an earlier one, shape (n_documents,): 0 no, 1 equal,
+        2 nearly equal."""
+        if self.settings.corpus.deduplicate == "none":
+            return np.zeros(shard.n_documents, np.uint8)
+        marks = np.load(self.task_folder("join") / "duplicates.npy", mmap_mode="r")
+        return np.array(marks[shard.first_document : shard.first_document + shard.n_documents])
+
+
+def discard(folder: Path) -> None:
+    """Delete a job's folder after a rename, so that a kill never leaves a job of which a part is
+    missing; and the rest of one whose deletion was cut off."""
+    trash = folder.with_name(f"{folder.name}.trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(folder, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def run_stages(
+    job: Job, stages: Sequence[Stage], *, workers: int, progress: Progress | None
+) -> None:
+    """Run all unfinished tasks of all stages, with `workers` processes.
+
+    With more than one a script must have the usual `if __name__ == "__main__"`. A worker that dies
+    is an OSError; finished tasks stay.
+    """
+    with ExitStack() as opened:
+        pool: ProcessPoolExecutor | None = None
+        for stage in stages:
+            tasks = job.unfinished_tasks(stage)
+            if workers == 1 or len(tasks) < 2:
+                _run_here(job, stage, tasks, progress)
+                continue
+            if pool is None:
+                # Not fork: a forked process inherits locks of threads that it does not have.
+                pool = ProcessPoolExecutor(
+                    workers,
+                    mp_context=get_context("spawn"),
+                    initializer=_start_worker,
+                    initargs=(job.folder, os.getpid()),
+                )
+                opened.callback(pool.shutdown, cancel_futures=True)
+            try:
+                _run_in_pool(pool, job, stage, tasks, progress)
+            except BrokenProcessPool:
+                raise OSError(
+                    errno.ENOMEM,
+                    f"a worker was killed while {stage.title}, possibly out of memory; the same "
+                    "command resumes where it stopped, and needs less memory with fewer --workers",
+                ) from None
+
+
+def _run_here(job: Job, stage: Stage, tasks: list[int], progress: Progress | None) -> None:
+    last_shown = -1.0
+    n_done = 0
+
+    def show(fraction: float) -> None:
+        nonlocal last_shown
+        total = (n_done + min(fraction, 1.0)) / len(tasks)
+        if progress is not None and total >= last_shown + 0.005:
+            progress(stage.title, total)
+            last_shown = total
+
+    job.on_fraction = show
+    for task in tasks:
+        show(0.0)
+        job.run_task(stage, task)
+        show(1.0)
+        n_done += 1
+
+
+def _run_in_pool(
+    pool: ProcessPoolExecutor,
+    job: Job,
+    stage: Stage,
+    tasks: list[int],
+    progress: Progress | None,
+) -> None:
+    """Run tasks in workers. BrokenProcessPool if one of them dies."""
+    running: dict[Future[None], int] = {}
+    for task in tasks:
+        try:
+            running[pool.submit(_run_in_worker, stage, task)] = task
+        except (ValueError, OSError) as cause:
+            # Python starts workers in submit; if one dies in the meantime, submit finds a closed
+            # pipe.
+            raise BrokenProcessPool from cause
+    while running:
+        if progress is not None:
+            progress(stage.title, 1 - len(running) / len(tasks))
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task, error = running.pop(future), future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            if error is not None:
+                # Repeat it here: it fails in the same way, with a traceback of this process.
+                job.run_task(stage, task)
+    if progress is not None:
+        progress(stage.title, 1.0)
+
+
+_worker_job: Job | None = None
+
+
+def _start_worker(folder: Path, parent: int) -> None:
+    """Open the job in a new worker, which exits when its parent dies, however that happens."""
+    global _worker_job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def exit_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    _worker_job = Job(folder)
+
+
+def _run_in_worker(stage: Stage, task: int) -> None:
+    assert _worker_job is not None
+    _worker_job.run_task(stage, task)

@@ -1,0 +1,500 @@
+"""The stages of a preparation, in order: from files of text to ids.
+
+    list -> read -> filter -> compare -> join -> split -> encode -> (preparation.finish)
+
+Each takes what earlier stages left in the job's folder and leaves its own results there; `jobs`
+explains stages and tasks. What a task counted goes into its report.json, and `finish` adds them up.
+ValueError for sources without text, and for settings that contradict the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.corpus.document_shards import read_document_shard, write_document_shards
+from pretrain.corpus.documents import Document, ReadingReport
+from pretrain.corpus.duplicates import (
+    DUPLICATE_PAIR,
+    HASH_RECORD,
+    band_hashes,
+    component_roots,
+    duplicate_pairs,
+    n_hash_ranges,
+    text_hash,
+    write_records,
+)
+from pretrain.corpus.files import SourceFile, list_files
+from pretrain.corpus.filters import DocumentFilter, write_removed_document
+from pretrain.corpus.overlap import EvaluationNgrams
+from pretrain.corpus.reading import read_documents, read_files
+from pretrain.corpus.records import EVERY_FIELD
+from pretrain.data.format import SPLITS, SplitName
+from pretrain.data.jobs import DocumentShard, Job, Stage
+from pretrain.data.writer import CompressionOutliers, TaskWriter
+from pretrain.fileio import read_json, write_json
+from pretrain.tokenizer.config import TRAINED_NAMES
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import train_tokenizer
+
+GROUP_BYTES = 1 << 23
+GROUP_FILES = 1 << 12
+"""Files are read in groups of about so many bytes on disk, and at most so many files."""
+
+EQUAL, NEARLY_EQUAL = 1, 2
+"""Marks of documents that are duplicates of an earlier one; others have 0."""
+DUPLICATE_REASONS = {
+    EQUAL: "duplicate: equal to an earlier document",
+    NEARLY_EQUAL: "duplicate: nearly equal to an earlier document",
+}
+UNENCODABLE = "vocabulary: it lacks a character"
+"""Why a document is removed that the tokenizer cannot encode."""
+
+
+# list ---------------------------------------------------------------------------------------------
+
+
+def _one_task(job: Job) -> int:
+    return 1
+
+
+def _list_files(job: Job, task: int, out: Path) -> None:
+    """List the files of all sources in groups, each group of one source."""
+    settings, report = job.settings, ReadingReport()
+    groups: list[list[SourceFile]] = []
+    n_bytes = 0
+    with _recording_problems(out, report):
+        for file in list_files(settings.sources, report=report, strict=settings.strict):
+            is_full = n_bytes >= GROUP_BYTES or (groups and len(groups[-1]) >= GROUP_FILES)
+            if not groups or is_full or groups[-1][0].source_argument != file.source_argument:
+                groups.append([])
+                n_bytes = 0
+            groups[-1].append(file)
+            n_bytes += file.n_bytes
+    for number, group in enumerate(groups):
+        files = [asdict(file) | {"path": str(file.path)} for file in group]
+        write_json(out / f"{number}.json", {"files": files}, ascii_only=True)
+    names = settings.corpus.evaluation_texts
+    if names:
+        texts = ((name, t) for name in names for t in _evaluation_strings(name, settings.strict))
+        EvaluationNgrams.from_texts(texts).save(out / "overlaps.npz")
+    write_json(out / "report.json", {"n_groups": len(groups), "reading": report.as_dict()})
+
+
+def _evaluation_strings(name: str, strict: bool) -> Iterator[str]:
+    """Yield all strings of an evaluation text. ValueError if some of it cannot be read: its overlap
+    would be missed."""
+    report = ReadingReport()
+    for document in read_documents(name, text_field=EVERY_FIELD, report=report, strict=strict):
+        yield from document.text.split(EVERY_FIELD)
+    if report.n_problems > report.n_repaired:
+        raise ValueError(
+            f"corpus.evaluation_texts: {name!r} must be readable without skipping anything: "
+            f"{report.summary()}"
+        )
+
+
+@contextmanager
+def _recording_problems(folder: Path, report: ReadingReport) -> Iterator[None]:
+    """While the context is open, write all problems of a report to problems.jsonl."""
+    with open(folder / "problems.jsonl", "x", encoding="utf-8") as file:
+        report.on_problem = lambda problem: print(json.dumps(asdict(problem)), file=file)
+        yield
+
+
+# read ---------------------------------------------------------------------------------------------
+
+
+def _n_read(job: Job) -> int:
+    return job.n_groups
+
+
+def _read(job: Job, task: int, out: Path) -> None:
+    """Read the documents of a group of files into shards."""
+    content = read_json(job.task_folder("list") / f"{task}.json")
+    files = [SourceFile(**file | {"path": Path(file["path"])}) for file in content["files"]]
+    report, settings = ReadingReport(), job.settings
+    n_bytes = max(1, sum(file.n_bytes for file in files))
+
+    def with_progress(documents: Iterable[Document]) -> Iterator[Document]:
+        for document in documents:
+            if job.on_fraction is not None:
+                job.on_fraction(report.n_read_bytes / n_bytes)
+            yield document
+
+    with _recording_problems(out, report):
+        documents = read_files(
+            files, text_field=settings.text_field, report=report, strict=settings.strict
+        )
+        counts = write_document_shards(with_progress(documents), out)
+    source = files[0].source_argument
+    write_json(
+        out / "report.json", {"source": source, "shards": counts, "reading": report.as_dict()}
+    )
+
+
+def reading_report(job: Job) -> ReadingReport:
+    """The reports of reading added up."""
+    total = ReadingReport()
+    for stage, task in _reading_tasks(job):
+        total.merge(ReadingReport.from_dict(job.task_report(stage, task)["reading"]))
+    return total
+
+
+def problem_files(job: Job) -> list[Path]:
+    """The files with all problems of reading, in the order of the corpus."""
+    return [job.task_folder(*task) / "problems.jsonl" for task in _reading_tasks(job)]
+
+
+def _reading_tasks(job: Job) -> list[tuple[str, int]]:
+    return [("list", 0), *(("read", task) for task in range(job.n_groups))]
+
+
+# filter -------------------------------------------------------------------------------------------
+
+
+def _n_filter(job: Job) -> int:
+    if not job.read_shards:
+        sources = ", ".join(repr(source) for source in job.settings.sources)
+        raise ValueError(f"source {sources} gave no document: {reading_report(job).summary()}")
+    corpus = job.settings.corpus
+    return len(job.read_shards) if corpus.looks_at_text or corpus.deduplicate != "none" else 0
+
+
+def _filter(job: Job, task: int, out: Path) -> None:
+    """Keep the documents of a shard that pass the filters, and compute their duplicate hashes."""
+    shard, corpus = job.read_shards[task], job.settings.corpus
+    report: dict[str, Any] = {"source": shard.source}
+    files = [(shard.documents, shard.keys)]
+    if corpus.looks_at_text:
+        overlaps = None
+        if corpus.evaluation_texts:
+            overlaps = EvaluationNgrams.open(job.task_folder("list") / "overlaps.npz")
+        with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
+            document_filter = DocumentFilter(corpus, overlaps, removed)
+            documents = document_filter.filter(read_document_shard(shard.documents))
+            report["shards"] = write_document_shards(documents, out)
+        report["removed"] = document_filter.reasons
+        np.save(out / "shared.npy", document_filter.shared_ngrams())
+        files = [(out / f"{n}.part", out / f"{n}.keys.npy") for n in range(len(report["shards"]))]
+    if corpus.deduplicate != "none":
+        exact, near = _duplicate_hashes(files, near=corpus.deduplicate == "near")
+        write_records(out / "exact.npy", exact)
+        write_records(out / "near.npy", near)
+        report |= {"n_documents": len(exact), "n_records": len(exact) + len(near)}
+    write_json(out / "report.json", report)
+
+
+def _duplicate_hashes(
+    files: list[tuple[Path, Path]], *, near: bool
+) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """HASH_RECORDs of full texts and, with `near`, of MinHash bands, of documents numbered from
+    0."""
+    keys = np.empty(0, HASH_RECORD)
+    if files:
+        keys = np.concatenate([np.load(path) for _, path in files])
+    exact = np.zeros(len(keys), HASH_RECORD)
+    exact["hash"], exact["check"] = keys["hash"], keys["check"]
+    exact["document"] = np.arange(len(keys), dtype=np.uint64)
+    if not near:
+        return exact, np.empty(0, HASH_RECORD)
+    bands = [band_hashes(d.text) for path, _ in files for d in read_document_shard(path)]
+    n_bands = [len(each) for each in bands]
+    records = np.zeros(sum(n_bands), HASH_RECORD)
+    records["hash"] = np.concatenate([np.empty(0, np.uint64), *bands])
+    records["document"] = np.repeat(np.arange(len(bands), dtype=np.uint64), n_bands)
+    return exact, records
+
+
+# compare and join ---------------------------------------------------------------------------------
+
+
+def _n_compare(job: Job) -> int:
+    if job.settings.corpus.deduplicate == "none":
+        return 0
+    return n_hash_ranges(sum(hashes.n_records for hashes in job.hashes))
+
+
+def _compare(job: Job, task: int, out: Path) -> None:
+    """Find the pairs of like documents in one range of the hashes."""
+    n_tasks = _n_compare(job)
+    for name in ("exact", "near"):
+        files = [
+            (job.task_folder("filter", number) / f"{name}.npy", hashes.first_document)
+            for number, hashes in enumerate(job.hashes)
+        ]
+        with open(out / name, "xb") as file:
+            for pairs in duplicate_pairs(files, index=task, n_ranges=n_tasks):
+                file.write(pairs.tobytes())
+
+
+def _n_join(job: Job) -> int:
+    return int(job.settings.corpus.deduplicate != "none")
+
+
+def _join(job: Job, task: int, out: Path) -> None:
+    """Mark each document of which an earlier one is equal or nearly equal."""
+    n_documents = job.n_documents
+    marks = np.lib.format.open_memmap(
+        out / "duplicates.npy", mode="w+", dtype=np.uint8, shape=(n_documents,)
+    )
+    # Exact duplicates come last: a document that is both is marked equal.
+    for name, mark in (("near", NEARLY_EQUAL), ("exact", EQUAL)):
+        files = [job.task_folder("compare", number) / name for number in range(_n_compare(job))]
+        scratch = out / "roots.npy"
+        roots = component_roots(_read_pairs(files), n_documents=n_documents, scratch=scratch)
+        for start in range(0, n_documents, 1 << 20):
+            chunk = roots[start : start + (1 << 20)]
+            numbers = np.arange(start, start + len(chunk), dtype=np.uint64)
+            marks[start : start + len(chunk)][chunk != numbers] = mark
+        scratch.unlink()
+    n_marks = np.zeros(3, np.int64)
+    for start in range(0, n_documents, 1 << 20):
+        n_marks += np.bincount(marks[start : start + (1 << 20)], minlength=3)
+    marks.flush()
+    counts = {DUPLICATE_REASONS[mark]: int(n_marks[mark]) for mark in (EQUAL, NEARLY_EQUAL)}
+    write_json(out / "report.json", {"removed": counts})
+
+
+def _read_pairs(files: Iterable[Path]) -> Iterator[NDArray[np.void]]:
+    for path in files:
+        with open(path, "rb") as file:
+            while data := file.read(DUPLICATE_PAIR.itemsize << 20):
+                yield np.frombuffer(data, DUPLICATE_PAIR)
+
+
+def removed_documents(job: Job) -> Counter[str]:
+    """Number of documents removed for each reason, before encoding."""
+    removed = Counter[str]()
+    if job.settings.corpus.looks_at_text:
+        for task in range(len(job.read_shards)):
+            removed.update(job.task_report("filter", task)["removed"])
+    if job.settings.corpus.deduplicate != "none":
+        removed.update({r: n for r, n in job.task_report("join")["removed"].items() if n})
+    return removed
+
+
+def _unique_documents(
+    job: Job, shard: DocumentShard, removed: TextIO | None = None
+) -> Iterator[Document]:
+    """Yield the documents of a shard without duplicates; those are recorded in the file
+    `removed`."""
+    marks = job.duplicate_marks(shard).tolist()
+    for mark, document in zip(marks, read_document_shard(shard.documents), strict=True):
+        if not mark:
+            yield document
+        elif removed is not None:
+            write_removed_document(removed, document, DUPLICATE_REASONS[mark])
+
+
+# split: held-out text and tokenizer ---------------------------------------------------------------
+
+VAL_BYTES = 400_000
+"""Default size of the validation text: the standard error of its loss is well below 1 %."""
+MAX_VAL_BYTES = 2_000_000
+"""Of more text a five hundredth, up to this: it is scored at the end of every run, even a short
+one."""
+MIN_DOCUMENTS = 20
+"""With fewer different documents, a split by documents is too coarse: the end of each document is
+validation instead."""
+MIN_TAIL_BYTES = 32
+"""A shorter end would hardly be scored; such a document stays in training as a whole."""
+_CUT_SEARCH_CHARACTERS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How documents are divided into training and validation text."""
+
+    val_fraction: float
+    policy: str
+    """"documents" or "tails"."""
+    bound: int
+    """Under "documents": documents whose hash is below this are validation."""
+
+    def parts(self, text: str) -> Iterator[tuple[SplitName, str]]:
+        """Yield the parts of one document in order; their texts joined are the document's."""
+        if self.policy == "documents":
+            yield ("val" if text_hash(text.encode())[0] < self.bound else "train"), text
+            return
+        cut = _tail_start(text, self.val_fraction)
+        if cut:
+            yield "train", text[:cut]
+            yield "val", text[cut:]
+        else:
+            yield "train", text
+
+
+def _tail_start(text: str, val_fraction: float) -> int:
+    """Where the validation tail of a document begins, at a whitespace if one is near; 0 if the
+    document has no tail."""
+    cut = wanted = round(len(text) * (1 - val_fraction))
+    for place in range(wanted, max(0, wanted - _CUT_SEARCH_CHARACTERS), -1):
+        # The whitespace goes to the tail, so that the head ends like a text and the tail's tokens
+        # are usual ones.
+        if place < len(text) and text[place].isspace():
+            cut = place
+            break
+    if cut <= 0 or len(text[cut:].encode()) < MIN_TAIL_BYTES or not text[:cut].strip():
+        return 0
+    return cut
+
+
+def default_val_fraction(n_bytes: int) -> float:
+    """The fraction that gives VAL_BYTES to MAX_VAL_BYTES of validation text, at most 0.1."""
+    wanted = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
+    return min(wanted / max(n_bytes, 1), 0.1)
+
+
+def choose_split(
+    keys: Callable[[], Iterable[NDArray[np.void]]], *, val_fraction: float | None
+) -> Split:
+    """Divide by documents if there are at least MIN_DOCUMENTS different ones, else by the end of
+    each: a pure function of the texts and the fraction.
+
+    A document is validation if the 64-bit BLAKE2b of its text, as a fraction of 2^64, is below
+    `val_fraction`, or if it has the smallest hash. So equal documents are never on both sides, and,
+    if `val_fraction` is given, a document added later moves no other one. If that made most of the
+    text validation (one document is nearly everything), the ends are used too. `keys` yields the
+    documents' `document_shards.KEY`s, in arrays, each time it is called.
+    """
+    n_bytes = 0
+    smallest: set[int] = set()
+    for chunk in keys():
+        n_bytes += int(chunk["n_bytes"].sum())
+        smallest.update(np.unique(chunk["hash"])[:MIN_DOCUMENTS].tolist())
+        smallest = set(sorted(smallest)[:MIN_DOCUMENTS])
+    fraction = val_fraction if val_fraction is not None else default_val_fraction(n_bytes)
+    if len(smallest) == MIN_DOCUMENTS:
+        bound = max(int(fraction * 2**64), min(smallest) + 1)
+        n_val_bytes = sum(
+            int(chunk["n_bytes"][chunk["hash"] < np.uint64(bound)].sum()) for chunk in keys()
+        )
+        if n_val_bytes <= max(0.5, 1.5 * fraction) * n_bytes:
+            return Split(val_fraction=fraction, policy="documents", bound=bound)
+    return Split(val_fraction=fraction, policy="tails", bound=0)
+
+
+def _split(job: Job, task: int, out: Path) -> None:
+    """Choose the held-out text, and train or load the tokenizer."""
+
+    def keys() -> Iterator[NDArray[np.void]]:
+        for shard in job.shards:
+            yield np.load(shard.keys)[job.duplicate_marks(shard) == 0]
+
+    source_hash = hashlib.sha256()
+    n_documents = 0
+    for chunk in keys():
+        source_hash.update(chunk["hash"].astype(">u8").tobytes())
+        n_documents += len(chunk)
+    if n_documents == 0:
+        counts = removed_documents(job).most_common(5)
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts)
+        raise ValueError(f"every document was removed; use fewer filters: {reasons}")
+    split = choose_split(keys, val_fraction=job.settings.val_fraction)
+    _train_or_load_tokenizer(job, split).save(out / "tokenizer")
+    report = {"split": asdict(split), "source_sha256": source_hash.hexdigest()}
+    write_json(out / "report.json", report)
+
+
+def split_of(job: Job) -> Split:
+    """How the job's documents are divided."""
+    return Split(**job.task_report("split")["split"])
+
+
+def _train_or_load_tokenizer(job: Job, split: Split) -> Tokenizer:
+    """Load the given tokenizer, or train one on the training split; `characters` is trained on all
+    text, because it must be able to encode the validation split."""
+    name = job.settings.tokenizer
+    if name not in TRAINED_NAMES:
+        return load_tokenizer(name)
+    shards = job.shards if name != "bytes" else []
+
+    def texts() -> Iterator[str]:
+        for number, shard in enumerate(shards):
+            for document in _unique_documents(job, shard):
+                for side, text in split.parts(document.text):
+                    if side == "train" or name == "characters":
+                        yield text
+            if job.on_fraction is not None:
+                job.on_fraction((number + 1) / len(shards))
+
+    return train_tokenizer(texts(), name=name, vocab_size=job.settings.vocab_size)
+
+
+# encode -------------------------------------------------------------------------------------------
+
+
+def _n_encode(job: Job) -> int:
+    return len(job.shards)
+
+
+def _encode(job: Job, task: int, out: Path) -> None:
+    """Encode the documents of a shard, into one set of files for each side of the split."""
+    shard, split, tokenizer = job.shards[task], split_of(job), _cached_tokenizer(job)
+    ids = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+    writers = {name: TaskWriter(out, name=name, **ids) for name in SPLITS}
+    outliers, counts = CompressionOutliers(), Counter[str]()
+    with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
+        for document in _unique_documents(job, shard, removed):
+            unencodable = tokenizer.first_unencodable(document.text)
+            if unencodable is not None:
+                reason = f"{UNENCODABLE}: {unencodable!r}"
+                if job.settings.strict:
+                    place = f"{document.source}, {document.id}"
+                    raise ValueError(f"{place}: {reason} (--strict removes nothing)")
+                write_removed_document(removed, document, reason)
+                counts["n_unencodable"] += 1
+                continue
+            counts["n_kept_documents"] += 1
+            for name, text in split.parts(document.text):
+                n_tokens = _encode_text(text, tokenizer, document, writers[name])
+                n_bytes = len(text.encode())
+                outliers.add(document, n_tokens=n_tokens, n_bytes=n_bytes)
+                counts.update(n_tokens=n_tokens, n_kept_text_bytes=n_bytes)
+    for writer in writers.values():
+        writer.close()
+    write_json(out / "report.json", {"counts": counts, "outliers": outliers.state()})
+
+
+def _encode_text(text: str, tokenizer: Tokenizer, document: Document, writer: TaskWriter) -> int:
+    """Write one document, or one side of it; returns its number of tokens without end-of-text."""
+    if tokenizer.start_of_text != tokenizer.end_of_text:
+        writer.add(np.array([tokenizer.start_of_text], np.int64))
+    for ids in tokenizer.encode_chunks(text):
+        writer.add(ids)
+    return writer.end_document(document, n_bytes=len(text.encode()))
+
+
+_tokenizers: dict[Path, Tokenizer] = {}
+
+
+def _cached_tokenizer(job: Job) -> Tokenizer:
+    """The job's tokenizer, loaded once a process."""
+    folder = job.task_folder("split") / "tokenizer"
+    if folder not in _tokenizers:
+        _tokenizers.clear()
+        _tokenizers[folder] = load_tokenizer(folder)
+    return _tokenizers[folder]
+
+
+STAGES = (
+    Stage("list", "looking for files", _one_task, _list_files),
+    Stage("read", "reading", _n_read, _read),
+    Stage("filter", "filtering", _n_filter, _filter),
+    Stage("compare", "comparing", _n_compare, _compare),
+    Stage("join", "comparing", _n_join, _join),
+    Stage("split", "choosing held-out text and tokenizer", _one_task, _split),
+    Stage("encode", "encoding", _n_encode, _encode),
+)
+"""All stages but the last, which writes the prepared folder: `preparation.finish`."""
