@@ -34,15 +34,17 @@ ifeq ($(PYTHON),)
 run = $(VENV)/bin/python
 train_ready = $(VENV)/.train-stamp
 dev_ready = $(VENV)/.dev-stamp
+docs_ready = $(VENV)/.docs-stamp
 else
 run = PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 train_ready =
 dev_ready =
+docs_ready =
 endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-long faults-ci faults bench bench-full check format clean FORCE
+.PHONY: help train test test-long faults-ci faults bench bench-full check docs format clean FORCE
 
 help:
 	@echo 'make train       train the default model on the bundled corpus (ARGS="..." changes that)'
@@ -53,6 +55,7 @@ help:
 	@echo 'make bench       speed beside transformers and PEERS, under 20 minutes; writes docs/explanation/benchmarks.md'
 	@echo 'make bench-full  5 rounds, also compiled, to 1.55 nats, and on 2.5 GB of text (8 GB of disk)'
 	@echo 'make check       ruff, format, strict types, spelling'
+	@echo 'make docs        the documentation as a site in site/, its reference pages written again, links checked'
 	@echo 'make format      lets ruff correct what it can'
 	@echo 'make clean       removes the environment and all caches; runs/ stays'
 	@echo
@@ -86,6 +89,10 @@ check: $(dev_ready)
 	$(run) -m ruff format --check .
 	$(run) -m mypy
 	$(run) -m codespell_lib
+
+docs: $(docs_ready)
+	$(run) scripts/make_reference.py
+	NO_COLOR=1 $(run) -m zensical build --strict --config-file mkdocs.yml
 
 format: $(dev_ready)
 	$(run) -m ruff check --fix .
@@ -126,3 +133,7 @@ $(VENV)/.train-stamp: pyproject.toml $(VENV)/constraints.txt
 $(VENV)/.dev-stamp: pyproject.toml $(VENV)/constraints.txt
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.train-stamp
+
+$(VENV)/.docs-stamp: pyproject.toml $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(VENV)/constraints.txt -e '.[docs]'
+	@touch $@

@@ -1,0 +1,151 @@
+"""Write docs/reference/settings.md, commands.md and api.md from the package itself.
+
+python scripts/make_reference.py [--check]
+
+Settings come from the fields of the config classes and their docstrings, commands from their
+`--help`, the API from the docstrings of the public names. With --check nothing is written, and the
+exit code is 1 if a page on disk differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pretrain
+from pretrain.cli import COMMANDS
+from pretrain.cli.settings import field_docstrings
+from pretrain.config import SECTIONS, default_of
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+GENERATED = "<!-- Written by scripts/make_reference.py; edit the source, then run `make docs`. -->"
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check the pages; return the exit code."""
+    stale = []
+    for name, text in (("settings", settings()), ("commands", commands()), ("api", api())):
+        path = FOLDER / f"{name}.md"
+        if "--check" not in arguments:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run: python scripts/make_reference.py")
+    return 1 if stale else 0
+
+
+def settings() -> str:
+    """Return the page of all settings: name, type and range, default, meaning."""
+    lines = [
+        "# Settings",
+        "",
+        GENERATED,
+        "",
+        "Every setting can stand in a YAML file (a section with keys) or on the command line"
+        " (`--SECTION.KEY VALUE`). An empty default is resolved at the start and written to the"
+        " run's `config.yaml`.",
+    ]
+    for section, kind in SECTIONS.items():
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        meanings = field_docstrings(kind)
+        hints = typing.get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            default = default_of(field)
+            shown = "" if default in (None, ()) else f"`{default}`"
+            meaning = meanings.get(field.name, "").replace("|", "\\|")
+            lines.append(
+                f"| `{field.name}` | {type_text(hints[field.name])} | {shown} | {meaning} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def type_text(hint: Any) -> str:
+    """Return a type as a reader of a table wants it: `int`, a choice of values, with its range."""
+    if typing.get_origin(hint) is typing.Annotated:
+        base, *extras = typing.get_args(hint)
+        return ", ".join([type_text(base), *map(str, extras)])
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if typing.get_origin(hint) in (tuple, list):
+        return f"list of {type_text(options[0])}"
+    if options:
+        return " or ".join(type_text(option) for option in options)
+    return getattr(hint, "__name__", str(hint))
+
+
+def commands() -> str:
+    """Return the page of all commands: what `--help` prints, the settings of `train` aside."""
+    lines = ["# Commands", "", GENERATED, ""]
+    lines.append(
+        "Every command takes `--json`. Exit codes: [troubleshooting](../troubleshooting.md)."
+    )
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
+    for name in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", "pretrain", name, "--help"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        text = done.stdout.partition("\nsettings, in a config file")[0].strip()
+        lines += ["", f"## {name}", "", "```text", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def api() -> str:
+    """Return the page of the public names, with signatures and docstrings."""
+    lines = ["# Python API", "", GENERATED, ""]
+    lines.append("`import pretrain` is instant: a name loads torch when it is first used.")
+    for name in pretrain.__all__:
+        value = getattr(pretrain, name)
+        if not callable(value):
+            continue
+        lines += ["", f"## pretrain.{name}", ""]
+        if inspect.isclass(value):
+            lines += [paragraphs(value)]
+            for method, function in vars(value).items():
+                is_public = callable(function) and not method.startswith("_")
+                if is_public:
+                    lines += ["", f"### {name}.{method}", "", signature(method, function), ""]
+                    lines += [paragraphs(function)]
+        else:
+            lines += [signature(f"pretrain.{name}", value), "", paragraphs(value)]
+    return "\n".join(lines) + "\n"
+
+
+def signature(name: str, function: Any) -> str:
+    """Return a function's signature as a block of Python, an argument a line where it is long."""
+    text = f"{name}{inspect.signature(function)}"
+    if len(text) > 90:
+        parts = [str(p) for p in inspect.signature(function).parameters.values()]
+        returns = inspect.signature(function).return_annotation
+        text = f"{name}(\n    " + ",\n    ".join(parts) + f",\n) -> {returns}"
+    return f"```text\n{text}\n```"
+
+
+def paragraphs(value: Any) -> str:
+    """Return a docstring, its `Args:` and like sections as fixed-width text."""
+    text = inspect.getdoc(value) or ""
+    head, separator, rest = text.partition("\n\nArgs:")
+    if not separator:
+        return text
+    return f"{head}\n\n```text\nArgs:{rest}\n```"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
