@@ -86,7 +86,7 @@ class Arm:
         from pretrain.runner.request import read_target
         from pretrain.runner.text import prepared_text
         from pretrain.train.build import training_batches
-        from pretrain.train.decide import decide
+        from pretrain.train.resolve import resolve
 
         how = ARMS[arm]
         if how in VARIANTS:
@@ -98,31 +98,24 @@ class Arm:
         words = [*fixed.split(), *(how.split() if how.startswith("--") else [])]
         self.config = compose([*read_target(RECIPE)[1], parse_overrides(words)])
         self.data = prepared_text(self.config, progress=lambda *_: None)
-        self.decided = decide(
-            data=self.data,
-            model=self.config.model,
-            optimizer=self.config.optimizer,
-            schedule=self.config.schedule,
-            train=self.config.train,
-            world=self.world,
-        )
-        self.context = self.decided.model.window_tokens
-        tokens = self.decided.train.batch_tokens
+        self.config = resolve(self.config, self.data, self.world)
+        self.context = self.config.model.window_tokens
+        tokens = self.config.train.batch_tokens
         assert tokens is not None
-        decoder = build(self.decided.model, vocab_size=self.data.manifest.vocab_size, seed=seed)
+        decoder = build(self.config.model, vocab_size=self.data.manifest.vocab_size, seed=seed)
         self.lm_loss = LMLoss(decoder).train()
         self.optimizer = build_optimizer(
             decoder.named_parameters(),
             config=self.config.optimizer,
-            width=self.decided.model.d_model,
+            width=self.config.model.d_model,
             batch_tokens=tokens,
             precision=self.precision,
         )
-        self.batches = training_batches(self.data, self.decided.model, self.decided.train)
+        self.batches = training_batches(self.config, self.data)
 
     def step(self, step: int) -> None:
         from pretrain.optim import lr_at
-        from pretrain.train.steps import train_step
+        from pretrain.train.step import train_step
 
         peak = self.config.optimizer.learning_rate
         train_step(
@@ -130,7 +123,7 @@ class Arm:
             self.optimizer,
             self._growing(step) if self.how == "batch_grows" else self.batches.at(step),
             step=step,
-            rate=lr_at(step, config=self.decided.schedule, learning_rate=peak, steps=self.steps),
+            lr=lr_at(step, config=self.config.schedule, learning_rate=peak, steps=self.steps),
             clip=self.config.optimizer.clip,
             world=self.world,
             precision=self.precision,

@@ -84,8 +84,8 @@ def pretrain(shape: Shape) -> Step:
     from pretrain.distributed import open_world
     from pretrain.model import LMLoss, build
     from pretrain.optim import OptimizerConfig, build_optimizer
-    from pretrain.train.decide import micro_batch_rows
-    from pretrain.train.steps import train_step
+    from pretrain.train.resolve import fit_micro_batch
+    from pretrain.train.step import train_step
 
     model, world = shape.model(), open_world(shape.device, threads=shape.threads)
     decoder = build(model, vocab_size=shape.vocab_size, seed=1, device=world.device)
@@ -95,7 +95,7 @@ def pretrain(shape: Shape) -> Step:
     optimizer = build_optimizer(
         decoder.named_parameters(), config=OptimizerConfig(), batch_tokens=shape.batch_tokens
     )
-    rows, draw = micro_batch_rows(shape.rows, model, shape.device), batches_of(shape)
+    rows, draw = fit_micro_batch(shape.rows, model, shape.device), batches_of(shape)
     how = {"clip": 1.0, "world": world, "precision": shape.precision}
 
     def step() -> object:
@@ -103,7 +103,7 @@ def pretrain(shape: Shape) -> Step:
         parts = [
             MicroBatch(*ids, numbers) for ids, numbers in zip(draw(rows), samples, strict=True)
         ]
-        return train_step(lm_loss, optimizer, parts, step=0, rate=1e-3, **how)
+        return train_step(lm_loss, optimizer, parts, step=0, lr=1e-3, **how)
 
     return step
 

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from asked import Asked
@@ -33,8 +32,8 @@ from pretrain.data import MicroBatch, open_prepared, prepare
 from pretrain.data.format import is_prepared
 from pretrain.distributed import open_world, usable_cores
 from pretrain.runner.request import read_target
-from pretrain.train.build import training_batches
-from pretrain.train.decide import decide, decided_precision, trial_steps
+from pretrain.train.build import training_batches, trial_steps
+from pretrain.train.resolve import resolve, resolve_precision
 
 MEGABYTES = (25, 250, 2500)
 WARM_TURNS, TURNS = 2, 10
@@ -74,10 +73,9 @@ def serve(folder: str, threads: int) -> None:
     config = compose([*read_target("english")[1], {"data": {"source": folder}}])
     world, data = open_world("cpu", threads=threads), open_prepared(folder)
     # That its steps are given makes a calibration unnecessary; the precision is the real run's.
-    sections: dict[str, Any] = {"data": data, "optimizer": config.optimizer, "world": world}
-    train = replace(config.train, steps=ENDLESS, precision=decided_precision(config.train, world))
-    decided = decide(**sections, model=config.model, schedule=config.schedule, train=train)
-    model, train, reading = decided.model, decided.train, 0.0
+    train = replace(config.train, steps=ENDLESS, precision=resolve_precision(config.train, world))
+    config = resolve(replace(config, train=train), data, world)
+    reading = 0.0
 
     def read(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         nonlocal reading
@@ -87,11 +85,10 @@ def serve(folder: str, threads: int) -> None:
             yield batch
             began = time.perf_counter()
 
-    sections |= {"parallel": decided.parallel, "model": model, "train": train}
-    updates = trial_steps(**sections, steps=ENDLESS, read=read)
+    updates = trial_steps(config, data, world, steps=ENDLESS, read=read)
     for _ in sys.stdin:
         began = time.perf_counter()
-        next(training_batches(open_prepared(folder), model, train).at(0))
+        next(training_batches(config, open_prepared(folder)).at(0))
         opened, reading = time.perf_counter(), 0.0
         report = next(updates)
         seconds = time.perf_counter() - opened

@@ -28,13 +28,13 @@ from pretrain.distributed import open_world
 from pretrain.model import LMLoss, build
 from pretrain.optim import build_optimizer
 from pretrain.optim.param_groups import optimizer_state
+from pretrain.run.log import RunLog
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
-from pretrain.train.decide import decide
-from pretrain.train.records import Records
-from pretrain.train.steps import train_step
-from pretrain.train.watch import Watch
+from pretrain.train.monitor import SpikeDetector
+from pretrain.train.resolve import resolve
+from pretrain.train.step import train_step
 
 BLOCK_STEPS = 4
 
@@ -55,19 +55,18 @@ def main() -> None:
     config = replace(config, train=replace(config.train, steps=1000, minutes=None))
     world = open_world("cpu", threads=asked.threads)
     data = prepared_text(config)
-    sections = {"model": config.model, "optimizer": config.optimizer, "schedule": config.schedule}
-    decided = decide(data=data, train=config.train, world=world, **sections)  # type: ignore[arg-type]
-    decoder = build(decided.model, vocab_size=data.manifest.vocab_size, seed=1)
+    config = resolve(config, data, world)
+    decoder = build(config.model, vocab_size=data.manifest.vocab_size, seed=1)
     lm_loss = LMLoss(decoder, seed=1)
     optimizer = build_optimizer(
-        decoder.named_parameters(), config=config.optimizer, width=decided.model.d_model
+        decoder.named_parameters(), config=config.optimizer, width=config.model.d_model
     )
-    batches = training_batches(data, decided.model, decided.train)
-    watch, loss, norm = Watch(6.0), 5.0, 1.0
+    batches = training_batches(config, data)
+    watch, loss, norm = SpikeDetector(6.0), 5.0, 1.0
     for i in range(64):
-        watch.note(5.0 + 0.01 * (i % 7), None)
+        watch.record(5.0 + 0.01 * (i % 7), None)
     with tempfile.TemporaryDirectory() as name:
-        records, saver = Records(Path(name)), BackgroundSaver(Path(name) / "checkpoints")
+        records, saver = RunLog(Path(name)), BackgroundSaver(Path(name) / "checkpoints")
         record = {
             **dict.fromkeys("step tokens ids".split(), 123456),
             **dict.fromkeys(
@@ -77,22 +76,19 @@ def main() -> None:
         }
 
         def step(number: int, watched: bool) -> None:
-            def accept(_: int, loss: float, norm: float) -> bool:
-                return watch.judge(loss, norm) is None or True
-
             train_step(
                 lm_loss,
                 optimizer,
                 batches.at(number) if watched else bare(number),
                 step=number,
-                rate=1e-3,
+                lr=1e-3,
                 clip=1.0,
                 world=world,
-                accept=accept if watched else None,
             )
             if watched:
-                watch.note(loss, None)
-                records.add_metrics(record)
+                watch.check(loss, norm)
+                watch.record(loss, None)
+                records.append_metrics(record)
                 saver.poll()
 
         def bare(number: int) -> list[Any]:
@@ -136,8 +132,8 @@ def main() -> None:
         ids = torch.zeros(batches.batch_size, batches.context_length + 1, dtype=torch.int64)
         parts = {
             "checksum of the ids": lambda: zlib.crc32(ids.numpy().data),
-            "judging the loss": lambda: watch.judge(loss, norm),
-            "a line of metrics.jsonl": lambda: records.add_metrics(record),
+            "judging the loss": lambda: watch.check(loss, norm),
+            "a line of metrics.jsonl": lambda: records.append_metrics(record),
             "a look at the saver": saver.poll,
         }
         for what, deed in parts.items():

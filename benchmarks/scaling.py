@@ -46,7 +46,8 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
 
     from pretrain.distributed import leave_world, open_world
     from pretrain.parallel import ParallelConfig, layout
-    from pretrain.train.decide import decide, trial_steps
+    from pretrain.train.build import trial_steps
+    from pretrain.train.resolve import resolve
 
     config = compose(read_target(recipe)[1])
     answers = os.environ["RANK"] == "0"
@@ -55,14 +56,8 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     world, data = open_world("cpu", threads=1), prepared_text(config)
     tokens = (config.train.batch_tokens or 8192) * world.size
     train = replace(config.train, steps=steps, batch_tokens=tokens, precision="fp32", minutes=None)
-    sections: dict[str, Any] = {"data": data, "optimizer": config.optimizer, "world": world}
-    decided = decide(
-        **sections,
-        model=config.model,
-        schedule=config.schedule,
-        train=train,
-        parallel=ParallelConfig(processes=world.size),
-    )
+    parallel = ParallelConfig(processes=world.size)
+    config = resolve(replace(config, train=train, parallel=parallel), data, world)
     begun: list[float] = []
 
     class Watched(DistributedDataParallel):
@@ -83,8 +78,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
 
     kinds = {ALONE: Watched, APART: Watched, TOGETHER: Watched, AFTERWARDS: AllInOne}
     with mock.patch.object(layout, "DistributedDataParallel", kinds[kind]):
-        sections |= {"parallel": decided.parallel, "model": decided.model, "train": decided.train}
-        updates = trial_steps(**sections, steps=steps)
+        updates = trial_steps(config, data, world, steps=steps)
         seconds, shares = [], []
         last = time.perf_counter()
         for report in updates:

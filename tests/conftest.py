@@ -74,6 +74,6 @@ def finished_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session", autouse=True)
 def short_samples() -> None:
     """A sample is most of what an evaluation of a tiny model costs, and is as good when short."""
-    from pretrain.train import loop
+    from pretrain.train import eval_hooks
 
-    loop.SAMPLE_TOKENS = 8
+    eval_hooks.SAMPLE_TOKENS = 8

@@ -170,6 +170,6 @@ def test_our_own_mistakes_are_exit_code_1(
     def broken(*args: Any, **keywords: Any) -> None:
         json.loads("{")  # a ValueError from inside a library is not the user's
 
-    monkeypatch.setattr("pretrain.train.loop.training_steps", broken)
+    monkeypatch.setattr("pretrain.train.loop.compute_gradients", broken)
     assert main(["train", "good.jsonl", *TINY, *STEPS, "--run", "run"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from pretrain.cli import main
 from pretrain.data import Order
 from pretrain.data.trace import Occurrence, Tracer
-from pretrain.train.changes import record, write_records
+from pretrain.run.identity import record, write_records
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]

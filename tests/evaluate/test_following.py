@@ -21,9 +21,9 @@ from pretrain.evaluate.examples import Example
 from pretrain.evaluate.task_files import CHUNK_CHARACTERS, EvalTask, chunks_of
 from pretrain.evaluate.tasks import task_of_kind
 from pretrain.train.config import TrainConfig
-from pretrain.train.decide import Pace, task_interval
+from pretrain.train.resolve import Pace, task_interval
+from runs import assert_same_run, records, stop_after, weights
 from test_tasks import RECORDS, written
-from test_train import assert_same_run, records, stop_after, weights
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]

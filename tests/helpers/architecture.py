@@ -247,11 +247,20 @@ def module_edges(modules: Sequence[Module]) -> dict[str, set[str]]:
 
 
 def room_edges(modules: Sequence[Module]) -> dict[str, set[str]]:
-    """Return, for each room, the other rooms that its modules import."""
+    """Return, for each room, the other rooms that its modules import.
+
+    What `config` imports of a room is its config module alone, which imports no other room, so
+    that is not counted: train may import `config`, and `config` the config of train.
+    """
     edges: dict[str, set[str]] = {}
     known = [module.name for module in modules]
     for module in modules:
-        targets = {room_of(f.target) for f in imports_of(module, known) if is_ours(f.target)}
+        targets = {
+            room_of(found.target)
+            for found in imports_of(module, known)
+            if is_ours(found.target)
+            and not (module.room == "config" and found.target.endswith(".config"))
+        }
         edges.setdefault(module.room, set()).update(targets - {module.room})
     return edges
 

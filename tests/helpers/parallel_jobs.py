@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,8 @@ def train(
 
     from pretrain.data.order import Order
     from pretrain.evaluate.loss import Ids
-    from pretrain.train.batches import TrainingBatches
-    from pretrain.train.build import rows_of
-    from pretrain.train.steps import training_steps
+    from pretrain.train.build import TrainingBatches, rows_of
+    from pretrain.train.step import training_steps
 
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -230,9 +230,11 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     import torch
 
     from pretrain.checkpoint import BackgroundSaver
+    from pretrain.config import RunConfig
+    from pretrain.run.log import RunLog
     from pretrain.train.config import TrainConfig
-    from pretrain.train.records import Records
-    from pretrain.train.run import Run
+    from pretrain.train.console import Console
+    from pretrain.train.state import Run, Saver
 
     trainee = Trainee("fast", "muon", **axes)
     if fresh:
@@ -243,20 +245,20 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
             part.local.grad = mine.to(trainee.world.device)
         trainee.optimizer.step()
     world = trainee.world
+    console = Console(sys.stderr)
     return Run(
         folder=Path(folder),
         data=None,  # type: ignore[arg-type]
         batches=_NoBatches(),  # type: ignore[arg-type]
         model=trainee.model,
-        parallel=trainee.layout,
         optimizer=trainee.optimizer,
-        settings=TrainConfig(steps=1),
+        config=RunConfig(train=TrainConfig(steps=1), parallel=trainee.layout),
         world=world,
-        screen=None,  # type: ignore[arg-type]
-        records=Records(Path(folder), writes=world.is_main),
-        saver=BackgroundSaver(Path(folder) / "checkpoints", world),
+        console=console,
+        log=RunLog(Path(folder), writes=world.is_main),
+        saver=Saver(BackgroundSaver(Path(folder) / "checkpoints", world), console),
         identity={},
-        done=1,
+        step=1,
     )
 
 

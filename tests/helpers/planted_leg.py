@@ -12,9 +12,8 @@ from typing import Any
 from pretrain import rng
 from pretrain.cli import leg
 from pretrain.model import random
-from pretrain.train import loop
-from pretrain.train import run as runs
-from pretrain.train.batches import TrainingBatches
+from pretrain.train import state
+from pretrain.train.build import TrainingBatches
 
 
 def order() -> None:
@@ -32,19 +31,19 @@ def randomness() -> None:
 
 def optimizer() -> None:
     """One tensor of the optimizer is not put back."""
-    real = runs.restore_optimizer_state  # type: ignore[attr-defined]
+    real = state.restore_optimizer_state  # type: ignore[attr-defined]
 
     def forgetful(optimizer: Any, parameters: Any, tensors: dict[str, Any]) -> None:
         name = next(name for name in tensors if name.endswith("exp_avg"))
         real(optimizer, parameters, {**tensors, name: tensors[name] * 0})
 
-    runs.restore_optimizer_state = forgetful  # type: ignore[assignment, attr-defined]
+    state.restore_optimizer_state = forgetful  # type: ignore[assignment, attr-defined]
 
 
 def schedule() -> None:
     """The warm-up begins anew."""
-    real = loop.lr_at  # type: ignore[attr-defined]
-    loop.lr_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
+    real = state.lr_at  # type: ignore[attr-defined]
+    state.lr_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from pretrain.cli import main
+from pretrain.config import RunConfig
 from pretrain.distributed import open_world
 from pretrain.model import LMLoss, ModelConfig
 from pretrain.model.config import model_defaults
-from pretrain.optim import OptimizerConfig
-from pretrain.parallel import ParallelConfig
-from pretrain.train import decide as page
+from pretrain.train import resolve as page
 from pretrain.train.config import Compile, TrainConfig
 from tiny import TINY
 
@@ -91,16 +90,12 @@ def pace_of(monkeypatch: pytest.MonkeyPatch, compiled: Compile, seconds: list[fl
             clock, made = clock + seconds[min(step, len(seconds) - 1)], made + 1
             yield SimpleNamespace(step=step)
 
-    monkeypatch.setattr(page, "trial_steps", steps)
+    monkeypatch.setattr("pretrain.train.build.trial_steps", steps)
     monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: clock))
-    pace = page.measure_pace(
-        None,  # type: ignore[arg-type]
-        ModelConfig(**model_defaults({"family": "gpt2"})),
-        OptimizerConfig(),
-        TrainConfig(minutes=1.0, batch_tokens=256, compile=compiled),
-        ParallelConfig(),
-        open_world("cpu", threads=1),
-    )
+    train = TrainConfig(minutes=1.0, batch_tokens=256, compile=compiled)
+    config = RunConfig(model=ModelConfig(**model_defaults({"family": "gpt2"})), train=train)
+    data: Any = None
+    pace = page.measure_pace(config, data, open_world("cpu", threads=1))
     return pace.step_seconds, made
 
 
@@ -125,6 +120,6 @@ def test_no_more_is_timed_than_decides(
     each: float, made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A minute, and a text that 100 steps have read: at 0.6 s a step it is enough."""
-    monkeypatch.setattr(page, "most_steps", lambda *_: 100)
+    monkeypatch.setattr(page, "max_steps", lambda *_: 100)
     monkeypatch.setattr(page, "_evaluating_steps", lambda *_: 0.0)
     assert pace_of(monkeypatch, "off", [each])[1] == made

@@ -17,8 +17,8 @@ from pretrain.optim import build_optimizer, lr_at
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
-from pretrain.train.decide import decide
-from pretrain.train.steps import training_steps
+from pretrain.train.resolve import resolve
+from pretrain.train.step import training_steps
 
 RATES = [7e-3 * 1.5**k for k in (-3, -1.5, 0, 1.5, 3)]
 USUAL = {
@@ -40,29 +40,22 @@ def nats(settings: dict[str, float]) -> float:
     config = compose([*read_target("english")[1], parse_overrides(words)])
     data = prepared_text(config, progress=lambda *_: None)
     world = open_world("cpu", threads=2)
-    decided = decide(
-        data=data,
-        model=config.model,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        train=config.train,
-        world=world,
-    )
-    steps, batch_tokens = decided.train.steps, decided.train.batch_tokens
+    config = resolve(config, data, world)
+    steps, batch_tokens = config.train.steps, config.train.batch_tokens
     assert steps is not None
     assert batch_tokens is not None
     peak = config.optimizer.learning_rate
-    lm_loss = LMLoss(build(decided.model, vocab_size=data.manifest.vocab_size, seed=1))
+    lm_loss = LMLoss(build(config.model, vocab_size=data.manifest.vocab_size, seed=1))
     updates = training_steps(
         lm_loss,
         build_optimizer(
             lm_loss.decoder.named_parameters(),
             config=config.optimizer,
-            width=decided.model.d_model,
+            width=config.model.d_model,
             batch_tokens=batch_tokens,
         ),
-        training_batches(data, decided.model, decided.train).at,
-        lr_at=lambda s: lr_at(s, config=decided.schedule, learning_rate=peak, steps=steps),
+        training_batches(config, data).at,
+        lr_at=lambda s: lr_at(s, config=config.schedule, learning_rate=peak, steps=steps),
         steps=steps,
         clip=config.optimizer.clip,
         world=world,

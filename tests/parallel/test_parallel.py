@@ -26,8 +26,8 @@ from pretrain.parallel import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
 from pretrain.runner import launch as launch_module
 from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
-from pretrain.train import decide as decide_page
-from pretrain.train.stragglers import WINDOW, Stragglers
+from pretrain.train import resolve as resolve_page
+from pretrain.train.monitor import STRAGGLER_STEPS, StragglerDetector
 from processes import Pool
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -131,18 +131,18 @@ def test_sizes_that_are_decided_are_divided_too(monkeypatch: pytest.MonkeyPatch)
     model = replace(model, context_length=128)
     axes = ParallelConfig(context=3, processes=3).resolve(3)
     with pytest.raises(ValueError, match=r"context_length 128 is not a multiple of .*context 3"):
-        decide_page._refuse_what_does_not_fit(model, axes, vocab_size=100)
+        resolve_page.check_model_fits(model, axes, vocab_size=100)
 
 
 def test_memory_is_asked_for_what_a_machine_is_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(**model_defaults({"family": "llama"}))
     whole = 8 * n_parameters(model, vocab_size=1000)
-    monkeypatch.setattr(decide_page, "memory_bytes", lambda: whole // 2)
+    monkeypatch.setattr(resolve_page, "memory_bytes", lambda: whole // 2)
     for beside, fits in ((1, True), (2, True), (3, False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
         axes = ParallelConfig(shard=4, processes=4).resolve(4)
         with nullcontext() if fits else pytest.raises(ValueError, match="this machine has"):
-            decide_page._refuse_what_does_not_fit(model, axes, vocab_size=1000)
+            resolve_page.check_model_fits(model, axes, vocab_size=1000)
 
 
 def written(folder: Path, **parallel: int) -> Path:
@@ -193,7 +193,7 @@ def test_a_leg_that_fails_is_no_leg_that_was_killed(
 
     monkeypatch.setattr(leg, "launch_once", fails)
     run = written(tmp_path, processes=2)
-    assert leg.main([str(run), "--die-after", "3"]) == 75
+    assert leg.main([str(run), "--kill-after", "3"]) == 75
     assert "the disk is full" in capsys.readouterr().err
 
 
@@ -427,26 +427,26 @@ def test_axes_are_filled_from_the_processes() -> None:
 
 
 def test_a_slow_process_is_named_once_and_its_recovery_too() -> None:
-    seen = Stragglers()
-    said = [seen.note([1.0, 1.1, 1.7, 0.9]) for _ in range(WINDOW)]
-    assert said[:-1] == [[]] * (WINDOW - 1)
+    seen = StragglerDetector()
+    said = [seen.record([1.0, 1.1, 1.7, 0.9]) for _ in range(STRAGGLER_STEPS)]
+    assert said[:-1] == [[]] * (STRAGGLER_STEPS - 1)
     assert said[-1] == [
-        "process 2 is slow: in 20 steps its forward passes went at 59% of the others' speed, and "
+        "process 2 is slow: in 20 steps its forward passes ran at 59% of the others' speed, and "
         "all wait for it"
     ]
-    assert not any(seen.note([1.0, 1.1, 1.7, 0.9]) for _ in range(WINDOW))
-    again = [seen.note([1.0, 1.1, 1.2, 0.9]) for _ in range(WINDOW)][-1]
+    assert not any(seen.record([1.0, 1.1, 1.7, 0.9]) for _ in range(STRAGGLER_STEPS))
+    again = [seen.record([1.0, 1.1, 1.2, 0.9]) for _ in range(STRAGGLER_STEPS)][-1]
     assert again == ["process 2 is as fast as the others again"]
 
 
 def test_one_process_is_never_slow() -> None:
-    seen = Stragglers()
-    assert not any(seen.note([5.0]) for _ in range(2 * WINDOW))
+    seen = StragglerDetector()
+    assert not any(seen.record([5.0]) for _ in range(2 * STRAGGLER_STEPS))
 
 
 def test_processes_that_do_not_say_how_long_they_take_are_not_slow() -> None:
-    seen = Stragglers()
-    assert not any(seen.note([0.0, 0.0]) for _ in range(2 * WINDOW))
+    seen = StragglerDetector()
+    assert not any(seen.record([0.0, 0.0]) for _ in range(2 * STRAGGLER_STEPS))
 
 
 @pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MAX_RESTARTS), (True, 10)])

@@ -16,8 +16,8 @@ import yaml
 from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import main
 from pretrain.cli import resuming as resuming_module
-from pretrain.train.changes import differences, read_records
-from test_train import assert_same_run, records, stop_after
+from pretrain.run.identity import differences, read_records
+from runs import assert_same_run, records, stop_after
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]
@@ -101,7 +101,7 @@ def test_a_difference_names_the_word_that_accepts_it(
 ) -> None:
     run = copy(stopped)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    monkeypatch.setattr("pretrain.train.fingerprint.code_hash", lambda: "another")
+    monkeypatch.setattr("pretrain.run.identity.code_hash", lambda: "another")
     wanted = ["--optimizer.clip", "2", "--train.threads", "2"]
     said = refused(capsys, "train", "--resume", "--run", str(run), *wanted)
     for line in (
@@ -173,11 +173,11 @@ def test_what_is_accepted_is_recorded_and_the_next_resume_is_quiet(
     stopped: Path, copy: Callable[..., Path], capsys: Capture, monkeypatch: Patch
 ) -> None:
     run = copy(stopped)
-    monkeypatch.setattr("pretrain.train.fingerprint.code_hash", lambda: "another")
+    monkeypatch.setattr("pretrain.run.identity.code_hash", lambda: "another")
     words = ["--optimizer.clip", "2", "--accept", "optimizer.clip", "--accept", "code"]
     with monkeypatch.context() as patch:
         # Dead before the first step, and so before a checkpoint that knows.
-        patch.setattr("pretrain.train.steps.train_step", dying)
+        patch.setattr("pretrain.train.loop.compute_gradients", dying)
         with pytest.raises(Killed):
             resume(run, *words)
     said = capsys.readouterr().out
@@ -383,7 +383,7 @@ def test_an_extension_by_other_code_has_to_be_accepted(
     ended: Path, copy: Callable[..., Path], capsys: Capture, monkeypatch: Patch
 ) -> None:
     run = copy(ended)
-    monkeypatch.setattr("pretrain.train.fingerprint.code_hash", lambda: "another")
+    monkeypatch.setattr("pretrain.run.identity.code_hash", lambda: "another")
     words = ["extend", str(run), "--train.steps", "12"]
     assert "-> another   (--accept code)" in refused(capsys, *words)
     assert config_of(run) == config_of(ended)

@@ -23,9 +23,9 @@ from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.model.config import model_defaults
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.train import StepReport, TrainConfig
-from pretrain.train.decide import decided_precision
-from pretrain.train.steps import train_step
-from test_train import (
+from pretrain.train.resolve import resolve_precision
+from pretrain.train.step import train_step
+from runs import (
     DROPOUT,
     assert_same_run,
     batches,
@@ -81,7 +81,7 @@ def masked(parts: list[tuple[int, int]]) -> list[MicroBatch]:
 def made(lm_loss: LMLoss, micro_batches: list[MicroBatch]) -> StepReport:
     optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
     world = open_world("cpu", threads=1)
-    return train_step(lm_loss, optimizer, micro_batches, step=0, rate=1e-2, clip=0.0, world=world)
+    return train_step(lm_loss, optimizer, micro_batches, step=0, lr=1e-2, clip=0.0, world=world)
 
 
 def test_masks_and_unequal_rows_are_divided_once_by_what_was_counted() -> None:
@@ -134,7 +134,7 @@ def test_a_signal_in_an_evaluation_loses_no_step_and_no_evaluation(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*words, "--run", str(whole)) == 0
 
-    from pretrain.train import evaluation
+    from pretrain.train import eval_hooks as evaluation
 
     real, calls = evaluation.score_batches, 0  # type: ignore[attr-defined]
 
@@ -312,7 +312,7 @@ def test_a_cpu_multiplies_in_bf16_only_to_make_more_steps_in_the_same_minutes(
 ) -> None:
     monkeypatch.setattr(World, "has_native_bf16", lambda world: units)
     world = open_world("cpu", threads=1)
-    assert decided_precision(TrainConfig(**asked), world) == chosen
+    assert resolve_precision(TrainConfig(**asked), world) == chosen
 
 
 def test_a_step_in_bf16_is_near_one_in_float32() -> None:

@@ -24,8 +24,8 @@ from pretrain.model import LMLoss, build
 from pretrain.model.loss import chunked_cross_entropy, reference_cross_entropy
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.runner.open import load_model
-from pretrain.train.steps import train_step
-from test_train import assert_same_run
+from pretrain.train.step import train_step
+from runs import assert_same_run
 from tiny import TINY
 
 pytestmark = pytest.mark.gpu
@@ -91,7 +91,7 @@ def test_steps_in_bfloat16_are_those_in_float32_nearly(name: str, optimizer: str
         lm_loss = LMLoss(decoder).train()
         found.append(
             [
-                train_step(lm_loss, updates, [batch()], step=i, rate=3e-3, **how).nats_per_token
+                train_step(lm_loss, updates, [batch()], step=i, lr=3e-3, **how).nats_per_token
                 for i in range(20)
             ]
         )

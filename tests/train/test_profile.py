@@ -15,7 +15,7 @@ from pretrain.data import MicroBatch
 from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.model.config import model_defaults, n_matrix_parameters, training_flops
 from pretrain.model.loss import reference_cross_entropy
-from pretrain.train.profile import Profile, _part_of, lines
+from pretrain.train.profile import Profile, _category, lines
 from tiny import TINY
 
 V, T = 50, 16
@@ -46,18 +46,18 @@ def test_flops_are_what_torch_counts_of_a_step(
     assert training_flops(config, vocab_size=V) * 3 * T == products + attention * 3 * T
 
 
-def test_an_operation_belongs_to_what_it_is_part_of() -> None:
+def test_an_operation_belongs_to_what_it_is_category() -> None:
     def event(name: str, above: object = None) -> SimpleNamespace:
         return SimpleNamespace(name=name, cpu_parent=above)
 
     step = event("Optimizer.step#GroupedOptimizer.step")
-    assert _part_of(event("aten::addmm")) == "matrix products"
-    assert _part_of(event("mkldnn::_linear_pointwise", event("_Linear"))) == "matrix products"
-    assert _part_of(event("aten::bmm", event("aten::matmul", step))) == "optimizer"
-    assert _part_of(step) == "optimizer"
-    assert _part_of(event("aten::_scaled_dot_product_flash_attention_for_cpu")) == "attention"
-    assert _part_of(event("aten::copy_", event("data"))) == "data"
-    assert _part_of(event("aten::gelu")) == "the rest"
+    assert _category(event("aten::addmm")) == "matrix products"
+    assert _category(event("mkldnn::_linear_pointwise", event("_Linear"))) == "matrix products"
+    assert _category(event("aten::bmm", event("aten::matmul", step))) == "optimizer"
+    assert _category(step) == "optimizer"
+    assert _category(event("aten::_scaled_dot_product_flash_attention_for_cpu")) == "attention"
+    assert _category(event("aten::copy_", event("data"))) == "data"
+    assert _category(event("aten::gelu")) == "the rest"
 
 
 def test_profile_says_where_a_step_goes_and_leaves_nothing(

@@ -21,64 +21,27 @@ import torch
 
 from pretrain.checkpoint import list_checkpoints, open_checkpoint
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.cli import main
 from pretrain.config import compose, parse_overrides
 from pretrain.corpus import read_documents
-from pretrain.data import MicroBatch, prepare
+from pretrain.data import prepare
 from pretrain.distributed import open_world
-from pretrain.model import LMLoss, ModelConfig, build
+from pretrain.model import LMLoss, build
 from pretrain.optim import OptimizerConfig, build_optimizer
+from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.request import read_target
-from pretrain.train.decide import decide
-from pretrain.train.records import Best, Records
+from pretrain.train.resolve import check_batch, resolve
 from pretrain.train.signals import StopSignals
-from pretrain.train.steps import train_step, training_steps
-from pretrain.train.windows import check_windows
+from pretrain.train.step import compute_gradients, train_step, training_steps
+from runs import (
+    DROPOUT,
+    assert_same_run,
+    batches,
+    records,
+    small_objective,
+    stop_after,
+    train,
+)
 from tiny import TINY
-
-DROPOUT = ["--model.dropout", "0.1", "--model.family", "gpt2"]
-
-
-def train(*words: str) -> int:
-    return main(["train", *words])
-
-
-def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a run's record, times aside."""
-    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
-        for line in lines
-    ]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(list_checkpoints(run / "checkpoints")[-1])
-    groups = {g: checkpoint.names(g) for g in ("model", "optimizer")}
-    return {f"{g}/{n}": checkpoint.read(f"{g}/{n}") for g, names in groups.items() for n in names}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert records(one) == records(other)
-    assert records(one, "samples.jsonl") == records(other, "samples.jsonl")
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send ourselves SIGTERM while step number `steps` runs."""
-    real = train_step
-    made = 0
-
-    def counting(*args: Any, **keywords: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **keywords)
-
-    monkeypatch.setattr("pretrain.train.steps.train_step", counting)
 
 
 def test_a_run_writes_what_is_promised(finished_run: Path) -> None:
@@ -149,11 +112,11 @@ def test_a_save_that_failed_is_told_and_forgotten_once_the_next_is_good(
     kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert kept == [f"step-{step:08d}" for step in (4, 8, 12)]
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("No space left on device; training goes on") == 3
+    assert said.count("No space left on device; training continues") == 3
     words[words.index("--train.save_every") + 1] = "1"
     failing = {5, 6, 7}
     assert train(*words, "--run", str(tmp_path / "full")) == 75
-    assert "make room, then: --resume" in capsys.readouterr().err
+    assert "free disk space, then: --resume" in capsys.readouterr().err
 
 
 def test_seconds_in_all_are_those_of_every_process(
@@ -186,7 +149,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_cuts_its_records_back
     class Killed(BaseException):
         pass
 
-    real = train_step
+    real = compute_gradients
     made = 0
 
     def dying(*args: Any, **keywords: Any) -> Any:
@@ -197,7 +160,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_cuts_its_records_back
         return real(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train.steps.train_step", dying)
+        patch.setattr("pretrain.train.loop.compute_gradients", dying)
         with pytest.raises(Killed):
             train(*words, "--run", str(killed))
     assert records(killed)[-1]["step"] == 7
@@ -250,7 +213,7 @@ def test_resume_refuses_other_settings_other_text_and_other_threads(
     assert "training text:" in capsys.readouterr().err
     text.write_bytes(corpus.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train.fingerprint.code_hash", lambda: "another")
+        patch.setattr("pretrain.run.identity.code_hash", lambda: "another")
         assert train(*resume) == 2
         assert "code: " in capsys.readouterr().err
     # The run's own command with --resume behind it is no change.
@@ -282,7 +245,7 @@ def test_minutes_buy_one_reading_of_a_text_where_there_are_ngram_tables(
     capsys: pytest.CaptureFixture[str],
     least: int,
 ) -> None:
-    monkeypatch.setattr("pretrain.train.decide.SHORT_RUN", least)
+    monkeypatch.setattr("pretrain.train.resolve.SHORT_RUN", least)
     words = [str(corpus), *TINY, "--train.minutes", "9", "--train.evaluate_every", "1000000"]
     words += ["--run", str(tmp_path / "run"), "--model.ngram_rows", "64"]
     assert train(*words, "--train.batch_tokens", "2048") == 0
@@ -290,7 +253,9 @@ def test_minutes_buy_one_reading_of_a_text_where_there_are_ngram_tables(
     once = math.ceil(done["tokens"] / done["epochs"] / 2048)
     assert 1 < once < 50
     assert done["steps"] == max(least, once)
-    assert "learn a text by heart" in " ".join(capsys.readouterr().out.split())
+    assert "n-gram tables overfit after the first epoch" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,14 +275,7 @@ def test_what_is_left_empty_follows_from_sizes(
     data = prepare(text, tmp_path / "prepared", vocab_size=vocab_size)
     config = compose([{"model": {"family": family, "size": size}, "train": {"steps": 3}}])
     whole = replace(config.train, batch_tokens=30_720)
-    found = decide(
-        data=data,
-        model=config.model,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        train=whole,
-        world=open_world("cpu", threads=1),
-    )
+    found = resolve(replace(config, train=whole), data, open_world("cpu", threads=1))
     assert found.model.context_length == decided["context_length"]
     assert found.model.longest_ngram == decided["longest_ngram"]
     assert found.train.micro_batch_rows is not None
@@ -331,7 +289,7 @@ def test_a_recipes_batch_is_whole_windows_however_its_dial_is_turned(
     recipe: str, size: int
 ) -> None:
     config = compose([*read_target(recipe)[1], parse_overrides(["--model.size", str(size)])])
-    context, batch_tokens = check_windows(config.model, config.train, n_tokens=1_000_000)
+    context, batch_tokens = check_batch(config.model, config.train, n_tokens=1_000_000)
     assert batch_tokens == config.train.batch_tokens
     assert batch_tokens % context == 0
     assert context == 384 if recipe == "multitask" else size * 64 < context <= size * 128
@@ -348,7 +306,7 @@ def test_a_run_without_a_checkpoint_is_not_begun_anew_on_another_text(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train.steps.train_step", dying)
+        patch.setattr("pretrain.train.loop.compute_gradients", dying)
         assert train(str(text), *TINY, "--train.steps", "2", "--run", str(run)) == 130
     text.write_bytes(corpus.read_bytes().replace(b"the", b"then"))
     assert train("--resume", "--run", str(run)) == 2
@@ -378,20 +336,6 @@ def test_ctrl_c_in_a_real_process_saves_and_says_how_to_go_on(corpus: Path, tmp_
     assert f"pretrain train --resume --run {run}" in said
     saved = list_checkpoints(run / "checkpoints")[-1]
     assert open_checkpoint(saved).step == records(run)[-1]["step"]
-
-
-def small_objective(dropout: float = 0.0) -> LMLoss:
-    chosen = ModelConfig(d_model=16, n_heads=2, context_length=8, dropout=dropout)
-    return LMLoss(build(chosen, vocab_size=50, seed=1), seed=1)
-
-
-def batches(rows: int, micro: int, seed: int = 0) -> list[MicroBatch]:
-    ids = torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(seed))
-    samples = torch.arange(rows)
-    return [
-        MicroBatch(ids[i : i + micro, :-1], ids[i : i + micro, 1:], samples[i : i + micro])
-        for i in range(0, rows, micro)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -429,7 +373,7 @@ def test_the_gradient_is_that_of_nats_per_target() -> None:
     gradients = torch.autograd.grad(nats / count, list(lm_loss.parameters()))
     expected = float(torch.nn.utils.get_total_norm(gradients))
     world = open_world("cpu", threads=1)
-    found = train_step(lm_loss, optimizer, batches(6, 2), step=0, rate=1e-3, clip=0.0, world=world)
+    found = train_step(lm_loss, optimizer, batches(6, 2), step=0, lr=1e-3, clip=0.0, world=world)
     assert found.count == 6 * 8
     assert found.nats == pytest.approx(float(nats.detach()), rel=1e-6)
     assert found.grad_norm == pytest.approx(expected, rel=1e-5)
@@ -470,7 +414,7 @@ def test_a_gradient_that_is_not_finite_makes_no_update() -> None:
         optimizer,
         batches(4, 2),
         step=0,
-        rate=1e-3,
+        lr=1e-3,
         clip=1.0,
         world=open_world("cpu", threads=1),
     )
@@ -514,7 +458,7 @@ def test_patience_stops_a_run_that_no_longer_improves(corpus: Path, tmp_path: Pa
 
 
 def test_best_is_a_function_of_the_records() -> None:
-    best = Best.of(
+    best = BestEvaluation.from_log(
         [
             {"kind": "evaluate", "step": s, "val_nats_per_token": v}
             for s, v in ((1, 3), (2, 2), (3, 4))
@@ -524,12 +468,12 @@ def test_best_is_a_function_of_the_records() -> None:
 
 
 def test_records_survive_line_separators_in_samples(tmp_path: Path) -> None:
-    kept = Records(tmp_path)
+    kept = RunLog(tmp_path)
     text = "a\u2028b\u0085c\x0cd\n"
     for step in (1, 2, 3):
-        kept.add_sample({"step": step, "text": text})
-        kept.add_metrics({"kind": "train", "step": step, "loss": math.nan})
-    kept.cut_back(2)
+        kept.append_sample({"step": step, "text": text})
+        kept.append_metrics({"kind": "train", "step": step, "loss": math.nan})
+    kept.truncate(2)
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line) for line in lines] == [{"step": s, "text": text} for s in (1, 2)]
     assert kept.metrics()[0]["loss"] is None
@@ -539,15 +483,15 @@ def test_records_survive_line_separators_in_samples(tmp_path: Path) -> None:
 def test_records_are_on_the_disk_by_line_and_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, synced, real = Records(tmp_path), set(), os.fsync
+    kept, synced, real = RunLog(tmp_path), set(), os.fsync
 
     def fsync(descriptor: int) -> None:
         synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    kept.add_metrics({"step": 1})
-    kept.add_sample({"step": 1})
+    kept.append_metrics({"step": 1})
+    kept.append_sample({"step": 1})
     kept.sync()
     assert synced == {tmp_path, tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"}
 

@@ -13,29 +13,31 @@ import torch
 from pretrain.checkpoint import DamagedCheckpoint, list_checkpoints
 from pretrain.cli import main
 from pretrain.data import MicroBatch
+from pretrain.data.batches import training_micro_batch
 from pretrain.data.order import Rollback, batch_of_step
-from pretrain.train.post_mortem import _clipped_by, _scaled
-from pretrain.train.records import Best
-from pretrain.train.steps import train_step
-from pretrain.train.watch import (
+from pretrain.run.log import BestEvaluation
+from pretrain.train import build
+from pretrain.train.monitor import (
     LEAST_STEPS,
     MOST_IN_A_ROW,
     NOT_FINITE,
     SPIKE,
-    Watch,
+    SpikeDetector,
+    unclipped,
 )
-from test_train import assert_same_run, records, stop_after
+from pretrain.train.step import compute_gradients
+from runs import assert_same_run, records, stop_after
 from tiny import TINY
 
 SETTINGS = [*TINY, *"--train.steps 60 --train.evaluate_every 10 --train.spike_threshold 5".split()]
 POISONED = 45
 
 
-def watched(losses: list[float], threshold: float = 6.0) -> tuple[Watch, list[str | None]]:
-    watch, found = Watch(threshold), []
+def watched(losses: list[float], threshold: float = 6.0) -> tuple[SpikeDetector, list[str | None]]:
+    watch, found = SpikeDetector(threshold), []
     for loss in losses:
-        finding = watch.judge(loss, 1.0)
-        watch.note(loss, finding)
+        finding = watch.check(loss, 1.0)
+        watch.record(loss, finding)
         found.append(None if finding is None else finding.kind)
     return watch, found
 
@@ -50,7 +52,7 @@ def test_a_jump_is_found_and_noise_is_not() -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_found() -> None:
-    finding = Watch(6.0).judge(3.0, math.inf)
+    finding = SpikeDetector(6.0).check(3.0, math.inf)
     assert finding is not None
     assert finding.kind == NOT_FINITE
 
@@ -68,7 +70,7 @@ def test_the_watch_is_a_function_of_the_records() -> None:
         {"kind": "train", "loss": None if math.isnan(x) else x, "finding": f}
         for x, f in zip(losses, found, strict=True)
     ]
-    assert Watch.of(lines, threshold=6.0) == watch
+    assert SpikeDetector.from_log(lines, threshold=6.0) == watch
 
 
 def test_data_that_was_passed_over_is_never_read() -> None:
@@ -80,19 +82,16 @@ def poison(
     monkeypatch: pytest.MonkeyPatch, *, with_nan: bool = False, for_ever: bool = False
 ) -> None:
     """One batch of the data is of noise, whatever step reads it; or all from there on are."""
-    from pretrain.train import batches
 
-    real = batches.micro_batch_at  # type: ignore[attr-defined]
-
-    def spoilt(*args: Any, sample: int, rows: int, **rest: Any) -> MicroBatch:
-        batch = real(*args, sample=sample, rows=rows, **rest)
+    def spoilt(*args: Any, sample: int, **rest: Any) -> tuple[MicroBatch, int]:
+        batch, checksum = training_micro_batch(*args, sample=sample, **rest)
         batch_number = sample // 8  # 8 windows a batch
         if batch_number < POISONED or (batch_number > POISONED and not for_ever):
-            return batch
+            return batch, checksum
         noise = torch.full_like(batch.targets, 399)  # the last entry of the vocabulary
-        return batch._replace(targets=noise)
+        return batch._replace(targets=noise), checksum
 
-    monkeypatch.setattr(batches, "micro_batch_at", spoilt)
+    monkeypatch.setattr(build, "training_micro_batch", spoilt)
     if with_nan:
         from pretrain.model import loss
 
@@ -131,7 +130,7 @@ def test_a_spike_is_written_down_and_trained_on(
     assert (
         "standard deviations above the steps before; the update is made" in capsys.readouterr().out
     )
-    found = json.loads((tmp_path / "run" / "post-mortem" / "step-00000045.json").read_text())
+    found = json.loads((tmp_path / "run" / "post-mortem" / "step-00000046.json").read_text())
     assert found["z_score"] > 5
     assert len(found["last_steps"]) == POISONED
     assert found["documents"]
@@ -143,7 +142,7 @@ def test_a_spike_is_written_down_and_trained_on(
     assert any("attention.query" in name for name in norms)
     sample = found["documents"][0]["sample"]
     capsys.readouterr()
-    assert main(["trace", str(tmp_path / "run"), "--step", str(POISONED), "--json"]) == 0
+    assert main(["trace", str(tmp_path / "run"), "--step", str(POISONED + 1), "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)["seen"]
     assert seen[0]["sample"] == sample
     assert [row["id"] for row in seen] == [row["id"] for row in found["documents"]]
@@ -193,12 +192,12 @@ def test_a_rollback_passes_over_the_data_and_survives_a_kill(
         assert main(["train", "--resume", "--run", str(parts)]) == 0
         assert_same_run(whole, parts)
     capsys.readouterr()
-    assert main(["trace", str(whole), "--step", "40", "--json"]) == 0
+    assert main(["trace", str(whole), "--step", "41", "--json"]) == 0
     moved = json.loads(capsys.readouterr().out)["seen"]
-    assert main(["trace", str(tmp_path / "plain"), "--step", "46", "--json"]) == 0
+    assert main(["trace", str(tmp_path / "plain"), "--step", "47", "--json"]) == 0
     there = json.loads(capsys.readouterr().out)["seen"]
     assert [r["sample"] for r in moved] == [r["sample"] for r in there]
-    assert {r["step"] for r in moved} == {40}
+    assert {r["step"] for r in moved} == {41}
 
 
 def test_records_of_another_history_are_refused(
@@ -259,7 +258,7 @@ def test_checkpoints_of_what_was_given_up_are_gone_before_the_records_are(
     class Killed(BaseException):
         pass
 
-    real, made = train_step, 0
+    real, made = compute_gradients, 0
 
     def dying(*args: Any, **keywords: Any) -> Any:
         nonlocal made
@@ -269,7 +268,7 @@ def test_checkpoints_of_what_was_given_up_are_gone_before_the_records_are(
         return real(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train.steps.train_step", dying)
+        patch.setattr("pretrain.train.loop.compute_gradients", dying)
         with pytest.raises(Killed):
             main([*words, "--run", str(killed)])
     assert list_checkpoints(killed / "checkpoints")[-1].name == "step-00000040"
@@ -283,41 +282,42 @@ def test_a_rollback_goes_to_what_is_there(tmp_path: Path) -> None:
 
     from pretrain.checkpoint import save_checkpoint
     from pretrain.distributed import open_world
-    from pretrain.train import rollback
+    from pretrain.train import state
 
-    settings = SimpleNamespace(save_every=20)
+    config = SimpleNamespace(train=SimpleNamespace(save_every=20))
     run: Any = SimpleNamespace(
-        settings=settings, done=45, world=open_world("cpu"), checkpoints=tmp_path, folder=tmp_path
+        config=config, step=45, world=open_world("cpu"), checkpoints=tmp_path, folder=tmp_path
     )
-    with pytest.raises(ValueError, match="nothing is saved that"):
-        rollback._target(run)
+    with pytest.raises(ValueError, match="has no checkpoint to roll back to"):
+        state.rollback_target(run)
     for step, target in ((30, 30), (43, 43), (40, 40)):
         save_checkpoint(tmp_path, step=step, tensors={"model/w": torch.ones(2)}, state={})
-        assert rollback._target(run) == target
+        assert state.rollback_target(run) == target
     (file,) = (tmp_path / "step-00000040").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedCheckpoint):
-        rollback._target(run)
+        state.rollback_target(run)
     assert len(list_checkpoints(tmp_path)) == 3
-    run.done = 19
-    assert rollback._target(run) == 0
+    run.step = 19
+    assert state.rollback_target(run) == 0
 
 
 def test_a_best_evaluation_is_the_same_from_records() -> None:
-    best = Best()
+    best = BestEvaluation()
     values = [2.0, math.nan, 1.5, math.nan, 1.6]
     for step, nats in enumerate(values):
-        best.note(step, nats)
+        best.update(step, nats)
     lines = [
         {"kind": "evaluate", "step": n, "val_nats_per_token": None if math.isnan(v) else v}
         for n, v in enumerate(values)
     ]
-    assert Best.of(lines) == best
+    assert BestEvaluation.from_log(lines) == best
     assert (best.step, best.since) == (2, 2)
 
 
 def test_norms_that_were_not_clipped_are_not_scaled_back() -> None:
     norms = {"a": 2.0, "b": 0.0, "c": math.inf}
-    assert _scaled(norms, _clipped_by(1.0, math.inf)) == {"a": 2.0, "b": 0.0, "c": None}
-    assert _scaled({"a": 0.5}, _clipped_by(1.0, 4.0)) == {"a": 2.0}
-    assert _scaled({"a": 0.5}, _clipped_by(1.0, 0.5)) == {"a": 0.5}
+    assert unclipped(norms, clip=1.0, grad_norm=math.inf) == norms
+    assert unclipped({"a": 0.5}, clip=1.0, grad_norm=4.0) == {"a": 2.0}
+    assert unclipped({"a": 0.5}, clip=1.0, grad_norm=0.5) == {"a": 0.5}
+    assert unclipped({"a": 0.5}, clip=0.0, grad_norm=4.0) == {"a": 0.5}

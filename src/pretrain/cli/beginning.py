@@ -5,7 +5,6 @@ for, and soon what was decided.
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from pretrain.fileio import replace_file
 from pretrain.runner.launch import check_same_on_all_ranks, open_world_of
 from pretrain.runner.request import REQUESTED
 from pretrain.runner.text import open_text
-from pretrain.train.windows import check_windows
+from pretrain.train.resolve import check_batch
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
@@ -39,7 +38,7 @@ def start(
         try:
             eval_tasks = read_in_loop_tasks(config.evaluate)
             data = open_text(config, output.say, world)
-            check_windows(config.model, config.train, n_tokens=data.min_source_tokens)
+            check_batch(config.model, config.train, n_tokens=data.min_source_tokens)
             world = world or open_world_of(config)
             config = _decide(config, folder, data, eval_tasks, output, world)
         except (ValueError, KeyboardInterrupt):  # a full disk is to be resumed
@@ -69,23 +68,11 @@ def _decide(
     world: World,
 ) -> RunConfig:
     """Fill what the config left open, and write it down, never to be decided again."""
-    from pretrain.train.decide import decide
+    from pretrain.train.resolve import resolve
 
     if config.train.steps is None and config.train.minutes is not None:
         output.say(f"measuring how many steps fit into {config.train.minutes:g} min ...")
-    decided = decide(
-        data=data,
-        model=config.model,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        train=config.train,
-        parallel=config.parallel,
-        world=world,
-        evaluate=config.evaluate,
-        eval_tasks=eval_tasks,
-    )
-    sections = {each.name: getattr(decided, each.name) for each in fields(decided)}
-    config = replace(config, **sections)
+    config = resolve(config, data, world, eval_tasks)
     check_same_on_all_ranks(world, fingerprint_of(config, data, world))
     if not world.is_main:
         world.wait_for_main()

@@ -22,8 +22,8 @@ from pretrain.cli.resuming import (
 )
 from pretrain.config import Layer, RunConfig, compose, to_dict
 from pretrain.optim.schedule import LRSchedule
-from pretrain.train.changes import read_records
-from pretrain.train.records import Best, Records
+from pretrain.run.identity import read_records
+from pretrain.run.log import BestEvaluation, RunLog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ class Continuation:
                 "made; it is the new total"
             )
         final = self.extended(config, done)
-        patience, best = final.train.patience, Best.of(Records(folder).metrics())
+        patience, best = final.train.patience, BestEvaluation.from_log(RunLog(folder).metrics())
         if patience is not None and best.since >= patience:
             raise ValueError(
                 f"{folder} had no better evaluation in the last {best.since}, so train.patience "
@@ -99,7 +99,7 @@ class Continuation:
         from pretrain.data.order import MixtureOrder
         from pretrain.train.build import training_batches
 
-        before, after = (training_batches(data, c.model, c.train).order for c in (old, new))
+        before, after = (training_batches(c, data).order for c in (old, new))
         if isinstance(before, MixtureOrder) and isinstance(after, MixtureOrder):
             firsts = [[stage.first_sample for stage in each.stages] for each in (before, after)]
             if firsts[0] != firsts[1]:

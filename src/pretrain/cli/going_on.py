@@ -32,13 +32,13 @@ from pretrain.distributed import leave_world, n_processes
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report import require_packages, write_report
+from pretrain.run.identity import check_accepted, differences
+from pretrain.run.log import RunLog
 from pretrain.runner.launch import check_same_on_all_ranks, open_world_of
 from pretrain.runner.request import compose_target, initial_checkpoint, read_target, requested_file
 from pretrain.runner.text import open_text, prepared_text
-from pretrain.train.changes import check_accepted, differences
-from pretrain.train.records import Records
-from pretrain.train.signals import TO_THE_END, Ends
-from pretrain.train.windows import check_windows
+from pretrain.train.resolve import check_batch
+from pretrain.train.signals import NO_PLANNED_STOP, PlannedStop
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def resume(
     *,
     accepted: tuple[str, ...] = (),
     continuation: Continuation | None = None,
-    ends: Ends = TO_THE_END,
+    ends: PlannedStop = NO_PLANNED_STOP,
 ) -> int:
     """Go on with a run; with a `continuation`, with a finished one, to more steps."""
     if (path := requested_file(folder)) is not None:
@@ -117,7 +117,9 @@ def _say_finished(folder: Path, config: RunConfig, output: Output) -> int:
     return 0
 
 
-def _follow_leader(folder: Path, world: World, output: Output, began: float, ends: Ends) -> int:
+def _follow_leader(
+    folder: Path, world: World, output: Output, began: float, ends: PlannedStop
+) -> int:
     """Go on with a run as the first process has settled it."""
     from pretrain.checkpoint import open_checkpoint
 
@@ -148,14 +150,14 @@ def _settled(
     world: World,
 ) -> RunConfig:
     """The settings under which the run goes on, with all that was accepted on the disk."""
-    from pretrain.train.fingerprint import fingerprint
+    from pretrain.train.state import fingerprint
 
     changes = found.settle(fingerprint(data, world, initial_checkpoint(found.wanted)), data)
     final = found.wanted
     if continuation is not None:
         final = continuation.extended(final, found.step)
         continuation.refuse_other_order(data, found.wanted, final)
-    check_windows(final.model, final.train, n_tokens=data.min_source_tokens)
+    check_batch(final.model, final.train, n_tokens=data.min_source_tokens)
     if eval_tasks and final.evaluate.every is None:  # the run follows nothing yet
         final = _with_interval(final, data, world, eval_tasks)
     found.write(final, changes, output)
@@ -165,7 +167,7 @@ def _settled(
 def _with_interval(
     config: RunConfig, data: PreparedData, world: World, eval_tasks: list[EvalTask]
 ) -> RunConfig:
-    from pretrain.train.decide import measure_pace, task_interval
+    from pretrain.train.resolve import measure_pace, task_interval
 
     if world.size > 1:  # a step of all of them cannot be timed by the first one
         raise ValueError(
@@ -173,14 +175,13 @@ def _with_interval(
             "are asked is measured where a run begins"
         )
     alone = world.single_process()
-    sections = (config.model, config.optimizer, config.train, ParallelConfig())
-    pace = measure_pace(data, *sections, alone, eval_tasks)
+    pace = measure_pace(replace(config, parallel=ParallelConfig()), data, alone, eval_tasks)
     every = task_interval(config.train, pace)
     return replace(config, evaluate=replace(config.evaluate, every=every))
 
 
 def _where_it_goes_on(folder: Path, checkpoint: Checkpoint | None) -> str:
-    made = max((record["step"] for record in Records(folder).metrics()), default=0)
+    made = max((record["step"] for record in RunLog(folder).metrics()), default=0)
     if checkpoint is None:
         text, lost = f"{folder} has no checkpoint yet: it starts anew, as it was decided", made
     else:
@@ -207,7 +208,7 @@ def _wanted(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfi
 
 
 def _newest(folder: Path, output: Output) -> Checkpoint | None:
-    from pretrain.train.run import newest_of
+    from pretrain.train.state import newest_of
 
     checkpoint, complaints = newest_of(folder, run=read_environment(folder)["run"])
     for complaint in complaints:

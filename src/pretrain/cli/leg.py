@@ -1,7 +1,7 @@
 """One leg of a proof, in as many processes as its run has: it goes on to a given step and stops,
 or dies.
 
-`verify` starts it as python -m pretrain.cli.leg FOLDER --stop-after N | --die-after N.
+`verify` starts it as python -m pretrain.cli.leg FOLDER --stop-after N | --kill-after N.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from pretrain.cli.going_on import resume
 from pretrain.cli.output import Output
 from pretrain.runner.launch import ProcessFailed, launch_once, n_processes_of_run
-from pretrain.train.signals import Ends
+from pretrain.train.signals import PlannedStop
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,17 +25,17 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stop-after", type=int)
-    parser.add_argument("--die-after", type=int)
+    parser.add_argument("--kill-after", type=int)
     asked = parser.parse_args(words)
     if (n := n_processes_of_run(asked.folder, {})) > 1:
         try:
             return launch_once(words, n, module="pretrain.cli.leg")
         except ProcessFailed as error:
-            if asked.die_after is None or error.signal != signal.SIGKILL:
+            if asked.kill_after is None or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
                 return error.exit_code
             os.kill(os.getpid(), signal.SIGKILL)  # as those that it has started did
-    ends = Ends(asked.stop_after, asked.die_after)
+    ends = PlannedStop(asked.stop_after, asked.kill_after)
     return resume(asked.folder, None, {}, Output(json=False), began, ends=ends)
 
 

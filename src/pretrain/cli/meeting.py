@@ -63,7 +63,7 @@ def _versions(world: World) -> Check:
     import torch
 
     from pretrain import __version__
-    from pretrain.train.fingerprint import code_hash
+    from pretrain.run.identity import code_hash
 
     mine = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
     told = [json.loads(text) for text in world.all_gather_str(json.dumps(mine))]

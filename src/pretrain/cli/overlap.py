@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.output import Output, plain
+from pretrain.run.directory import write_json
 from pretrain.runner.text import cache_folder, text_of_run
-from pretrain.train.records import write_json
 
 if TYPE_CHECKING:
     from pretrain.corpus.bloom import BloomFilter

@@ -21,9 +21,10 @@ from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_ya
 from pretrain.data.format import PreparedData
 from pretrain.fileio import replace_file, sync_folder
 from pretrain.optim.schedule import LRSchedule, compare_schedules, schedule_table
-from pretrain.train.changes import (
+from pretrain.run.directory import SUMMARY, read_json
+from pretrain.run.identity import (
     Change,
-    bends_rates,
+    changes_lr,
     check_accepted,
     differences,
     read_records,
@@ -31,7 +32,7 @@ from pretrain.train.changes import (
     with_records,
     write_records,
 )
-from pretrain.train.records import SUMMARY, Records, read_json
+from pretrain.run.log import RunLog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -194,13 +195,13 @@ class Resumption:
     def _records_now(self) -> dict[str, str]:
         """Of the records what a checkpoint counts on: the lines that were there when it was
         made."""
-        records = Records(self.folder)
+        records = RunLog(self.folder)
         then = {} if self.checkpoint is None else self.checkpoint.state["records"]
-        return {_stem(name): records.sum_of(name, size) for name, (size, _) in then.items()}
+        return {_stem(name): records.hash_of_start(name, size) for name, (size, _) in then.items()}
 
     def _changes(self, now: dict[str, Any]) -> list[Change]:
         found = differences(self.old, now)
-        bent = any(c.bends_rates and not c.impossible for c in found)
+        bent = any(c.changes_lr and not c.impossible for c in found)
         # The past was written for the change beside it, and not by the user.
         return [c for c in found if not (bent and c.name == "schedule.history")]
 
@@ -229,7 +230,7 @@ class Resumption:
         if self.by != "accept":
             steps = (old_curve.steps, new_curve.steps)
             lines.append(record(self.step, self.by, *steps, by=self.by))
-        if any(change.bends_rates for change in others):
+        if any(change.changes_lr for change in others):
             # Whoever reads the record later sees what the user saw.
             rows = compare_schedules(old_curve, new_curve, done=self.step)
             lines[-1]["curve"] = rows
@@ -247,7 +248,7 @@ class Resumption:
         """Where newer checkpoints were lost; the rates alone remember where they were changed."""
         for each in self.records:
             is_late = each["step"] > self.step and each["by"] == "accept"
-            if is_late and not bends_rates(each["what"]):
+            if is_late and not changes_lr(each["what"]):
                 output.say(
                     f"note: {each['what']} was changed at step {each['step']:,} and now holds from "
                     f"step {self.step:,} on, for the checkpoint is older"

@@ -19,7 +19,7 @@ from pretrain.data.format import PreparedData
 from pretrain.report import write_report
 from pretrain.runner.launch import naming_lost_ranks
 from pretrain.runner.request import initial_checkpoint
-from pretrain.train.signals import TO_THE_END, Ends
+from pretrain.train.signals import NO_PLANNED_STOP, PlannedStop
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def fingerprint_of(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
     """All that the run's numbers hang on; its settings are among it, for a config.yaml that was
     edited since is another config."""
-    from pretrain.train.fingerprint import fingerprint
+    from pretrain.train.state import fingerprint
 
     return {**fingerprint(data, world, initial_checkpoint(config)), "settings": settings_of(config)}
 
@@ -45,49 +45,46 @@ def train_run(
     *,
     eval_tasks: list[EvalTask],
     resume_from: Checkpoint | None,
-    ends: Ends = TO_THE_END,
+    ends: PlannedStop = NO_PLANNED_STOP,
 ) -> int:
     from pretrain.distributed import leave_world
+    from pretrain.train.console import Console, show_plan, show_summary, show_tasks
     from pretrain.train.loop import train
-    from pretrain.train.overview import show_eval_tasks, show_plan, show_summary
-    from pretrain.train.screen import Screen
+    from pretrain.train.resolve import ends_early
+    from pretrain.train.state import open_run
 
-    screen = Screen(output.people)
-    show_plan(screen, data=data, model=config.model, settings=config.train, world=world)
-    show_eval_tasks(screen, eval_tasks, every=config.evaluate.every, steps=config.train.steps)
+    console = Console(output.people)
+    show_plan(console, config, data, world, ends_early=ends_early(config, data))
+    show_tasks(console, config, eval_tasks)
     if world.is_main:
         _follow(config, folder)
-    run = read_environment(folder)["run"]
+    name = read_environment(folder)["run"]
     with naming_lost_ranks(world, config.parallel.timeout_seconds):
-        code = train(
+        run = open_run(
             folder,
-            data=data,
-            model=config.model,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            settings=config.train,
-            parallel=config.parallel,
-            world=world,
-            screen=screen,
-            identity={"run": run, "fingerprint": fingerprint_of(config, data, world)},
-            began=began,
+            config,
+            data,
+            world,
+            console,
+            identity={"run": name, "fingerprint": fingerprint_of(config, data, world)},
+            tasks=eval_tasks,
             first_weights=initial_checkpoint(config),
             resume_from=resume_from,
-            eval_tasks=eval_tasks,
-            eval_tasks_every=config.evaluate.every,
-            ends=ends,
+            start_time=began,
+            planned_stop=ends,
         )
+        code = train(run)
     leave_world(world)
     if not world.is_main:
         return code
     report = write_report(folder)
     if not (folder / "summary.json").is_file():
         go_on = f"pretrain train --resume --run {shlex.quote(str(folder))}"
-        screen.line(f"stopped and saved; go on with: {go_on}")
+        console.line(f"stopped and saved; go on with: {go_on}")
         output.result({"run": str(folder), "stopped": True, "exit_code": code})
         return code
     summary = summary_of(folder)
-    show_summary(screen, summary, folder=folder, report=report)
+    show_summary(console, summary, folder=folder, report=report)
     output.result({"run": str(folder), "report": str(report), **summary})
     return 0
 

@@ -99,7 +99,7 @@ class Elastic(ParallelModel):
     def grad_divisor(self) -> int:
         return 1
 
-    def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
+    def forward_backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
         """Gradients, nats and count of all micro-batches, of which these are this process's, those
         of `ReductionTree.leaves`."""
         own, world = list(batches), self.world

@@ -93,7 +93,7 @@ class ParallelModel:
         """For an optimizer whose rule is one of whole matrices."""
         return Orthogonalizer()
 
-    def backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
+    def forward_backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
         """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
         the count of all processes."""
         self.forward_seconds = 0.0

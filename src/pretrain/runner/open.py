@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.config import RunConfig, compose, read_file
-from pretrain.train.records import read_json
+from pretrain.run.directory import read_json
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     from pretrain.model import LMLoss, build
     from pretrain.parallel import ParallelModel
     from pretrain.tokenizer import load_tokenizer
-    from pretrain.train.run import load_weights
+    from pretrain.train.state import load_weights
 
     world = open_world(device)
     run, checkpoint = open_checkpoint_of(path)

@@ -1,9 +1,9 @@
 """Batches -> better weights.
 
-`steps` is the heart, a generator of updates; `loop` the whole run around it in time's order;
-`decide` fills what a config left open, `windows` checks what needs no tensor; `records` are the
-run's files, `fingerprint` what a resume must find unchanged, `changes` what was accepted instead,
-`screen` and `overview` what a person sees, `signals` how it is stopped.
+`loop` is the whole run in the order of time, `step` one update; `state` is a run in memory and its
+checkpoints; `resolve` fills the empty fields of a config, `build` makes model, optimizer and
+batches of it. Around the loop: `eval_hooks` evaluates, `monitor` detects loss spikes, `console`
+shows what a user sees, `signals` stops a run, `profile` measures a step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ from pretrain import lazily
 if TYPE_CHECKING:
     from pretrain.train.config import TrainConfig
     from pretrain.train.loop import train
-    from pretrain.train.steps import StepReport, train_step, training_steps
+    from pretrain.train.state import Run, open_run
+    from pretrain.train.step import StepReport, train_step, training_steps
 
 __getattr__ = lazily(
     __name__,
     config="TrainConfig",
     loop="train",
-    steps="StepReport train_step training_steps",
+    state="Run open_run",
+    step="StepReport train_step training_steps",
 )
-__all__ = ["StepReport", "TrainConfig", "train", "train_step", "training_steps"]
+__all__ = [
+    "Run",
+    "StepReport",
+    "TrainConfig",
+    "open_run",
+    "train",
+    "train_step",
+    "training_steps",
+]

@@ -1,131 +1,212 @@
-"""What a run works with, built from its settings: the model over all processes, its optimizer, its
+"""What a run works with, built from its resolved config: the distributed model, its optimizer, its
 batches.
 
-A trial (`decide`) and a run build the same.
+A timed trial (`resolve`, `profile`) and a run build the same.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
-from pretrain.data import PreparedData
+from pretrain.config import RunConfig
+from pretrain.data import MicroBatch, Order, PreparedData, TokenStream
+from pretrain.data.batches import training_micro_batch
+from pretrain.data.order import MixtureOrder, Rollback, batch_of_step, ceil_div
 from pretrain.distributed import World
 from pretrain.evaluate import byte_lengths
-from pretrain.model import LMLoss, ModelConfig, build
-from pretrain.optim import OptimizerConfig, build_optimizer
-from pretrain.parallel import ParallelConfig, ParallelModel, parallelize
+from pretrain.model import LMLoss, build
+from pretrain.optim import build_optimizer
+from pretrain.parallel import ParallelModel, parallelize
 from pretrain.parallel.deterministic import ReductionTree
-from pretrain.train.batches import TrainingBatches
-from pretrain.train.config import TrainConfig
+from pretrain.train.step import StepReport, training_steps
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A function in which nothing is compiled, for what has other shapes than a step's: a compiler
-    would take longer than it saves."""
+def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a function in which nothing is compiled: its batches have other shapes than a
+    step's, and compiling for them takes longer than it saves."""
 
     @wraps(function)
-    def run(*given: Given.args, **named: Given.kwargs) -> Result:
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes long
-            return function(*given, **named)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
+            return function(*args, **kwargs)
         with torch.compiler.set_stance("force_eager"):
-            return function(*given, **named)
+            return function(*args, **kwargs)
 
     return run
 
 
-def build_model(
-    data: PreparedData,
-    model: ModelConfig,
-    train: TrainConfig,
-    parallel: ParallelConfig,
-    world: World,
-) -> ParallelModel:
-    """The objective with its first weights, laid over the processes of `world`."""
-    is_cut = parallel.shards_weights
+def build_model(config: RunConfig, data: PreparedData, world: World) -> ParallelModel:
+    """The loss module with its initial weights, distributed over the processes of `world`."""
+    train = config.train
+    is_sharded = config.parallel.shards_weights
     decoder = build(
-        model,
+        config.model,
         vocab_size=data.manifest.vocab_size,
-        seed=None if is_cut else train.seed,
-        device=torch.device("meta") if is_cut else world.device,
+        seed=None if is_sharded else train.seed,
+        device=torch.device("meta") if is_sharded else world.device,
     )
     lm_loss = LMLoss(
         decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
     )
     if train.compile == "on":
-        # Where weights are gathered block by block, a graph cannot reach over several.
-        lm_loss.compile_parts(by_block=is_cut)
-    axes = parallel.resolve(world.size)
-    laid_out = parallelize(lm_loss, axes, world, precision=train.precision)
-    if is_cut:
-        laid_out.initialize(train.seed)
-    return laid_out
+        # Where weights are gathered block by block, a graph cannot span several blocks.
+        lm_loss.compile_parts(by_block=is_sharded)
+    axes = config.parallel.resolve(world.size)
+    model = parallelize(lm_loss, axes, world, precision=train.precision)
+    if is_sharded:
+        model.initialize(train.seed)
+    return model
 
 
-def build_updates(
-    model: ParallelModel, optimizer: OptimizerConfig, train: TrainConfig
-) -> torch.optim.Optimizer:
-    """The optimizer of what this process holds."""
-    assert train.batch_tokens is not None
+def build_run_optimizer(config: RunConfig, model: ParallelModel) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that this process owns."""
+    assert config.train.batch_tokens is not None
     return build_optimizer(
         model.local_parameters(),
-        config=optimizer,
+        config=config.optimizer,
         width=model.lm_loss.decoder.config.d_model,
-        batch_tokens=train.batch_tokens,
-        precision=train.precision,
+        batch_tokens=config.train.batch_tokens,
+        precision=config.train.precision,
         orthogonalizer=model.orthogonalizer,
     )
 
 
+@dataclass(slots=True)
+class TrainingBatches:
+    """The batch of each step: step s reads samples [s R, (s + 1) R) of R rows a batch, later ones
+    after a rollback.
+
+    It depends neither on the micro-batch size nor on the number of processes that share the rows.
+    """
+
+    stream: TokenStream
+    context_length: int
+    seed: int
+    order: Order | MixtureOrder
+    batch_size: int
+    micro_batch_rows: int
+    byte_lengths_V: Tensor
+    own_rows: range
+    """the rows of each batch that this process reads; rows beyond the batch have no targets"""
+    rollbacks: list[Rollback] = field(default_factory=list)
+    n_bytes: int = 0
+    """bytes of text behind the targets of the last batch, of this process"""
+    checksum: int = 0
+    """the sum of the CRC-32 of each window of the last batch, of this process"""
+
+    def position(self, step: int) -> int:
+        """The batch that a step reads, counted from the start of the data."""
+        return batch_of_step(step, self.rollbacks)
+
+    def at(self, step: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of a step, all of one shape, as a compiled model needs them."""
+        self.n_bytes = self.checksum = 0
+        start = self.position(step) * self.batch_size
+        first = start + self.own_rows.start
+        stop = start + self.own_rows.stop
+        end = min(stop, start + self.batch_size)
+        rows = max(1, min(self.micro_batch_rows, stop - first))
+        for sample in range(first, stop, rows):
+            valid_rows = max(0, min(end - sample, rows))
+            batch, checksum = training_micro_batch(
+                self.stream, self.order, sample=sample, rows=rows, valid_rows=valid_rows
+            )
+            self.checksum += checksum
+            self.n_bytes += int(self.byte_lengths_V[batch.targets[:valid_rows]].sum())
+            yield batch
+
+    def source_tokens(self, steps: int, *, epochs: bool = False) -> dict[str, Any]:
+        """Tokens of each source in the first `steps` steps, for the log; empty for one source."""
+        if isinstance(self.order, Order):
+            return {}
+        tokens = self.order.tokens(steps * self.batch_size)
+        if not epochs:
+            return {"sources": tokens}
+        n_epochs = self.order.epochs(steps * self.batch_size)
+        total = max(1, sum(tokens.values()))
+        return {
+            "sources": {
+                name: {"tokens": count, "share": count / total, "epochs": n_epochs[name]}
+                for name, count in tokens.items()
+            }
+        }
+
+
 def training_batches(
-    data: PreparedData,
-    model: ModelConfig,
-    train: TrainConfig,
-    parallel: ParallelConfig | None = None,
-    world: World | None = None,
+    config: RunConfig, data: PreparedData, world: World | None = None
 ) -> TrainingBatches:
-    """The run's batches, from a config whose empty fields are filled; in a `world` only this
-    process's rows of each."""
+    """The batches of a resolved config; with a `world` only the rows of this process."""
+    train = config.train
+    context = config.model.window_tokens
     assert train.batch_tokens is not None
     assert train.micro_batch_rows is not None
-    rows = train.batch_tokens // model.window_tokens
-    # A calibration does not know the steps yet; any order is as quick.
+    rows = train.batch_tokens // context
+    # A timed trial does not know the number of steps yet; its order may be any.
     known = {} if train.steps is None else {"steps": train.steps}
-    order = data.order(
-        context_length=model.window_tokens, seed=train.seed, batch_size=rows, **known
-    )
-    number, n = 0, 1
-    if parallel is not None and world is not None:
-        number, n = parallel.resolve(world.size).batch_shard(world.rank)
-    is_elastic = parallel is not None and parallel.elastic
+    order = data.order(context_length=context, seed=train.seed, batch_size=rows, **known)
+    rank, size = 0, 1
+    if world is not None:
+        rank, size = config.parallel.resolve(world.size).batch_shard(world.rank)
     return TrainingBatches(
         stream=data.split("train"),
         order=order,
-        context_length=model.window_tokens,
+        context_length=context,
         seed=train.seed,
         batch_size=rows,
         micro_batch_rows=train.micro_batch_rows,
         byte_lengths_V=byte_lengths(data.tokenizer()),
         own_rows=rows_of(
-            number, n, rows, micro_batch_rows=train.micro_batch_rows if is_elastic else None
+            rank,
+            size,
+            rows,
+            micro_batch_rows=train.micro_batch_rows if config.parallel.elastic else None,
         ),
     )
 
 
 def rows_of(rank: int, size: int, batch_size: int, *, micro_batch_rows: int | None) -> range:
-    """The rows of a batch that one of `size` readers has, the first ones for the first. All
-    have as many micro-batches, since each waits for the others at each; but where these are given,
-    as the elastic order has it, branches of a tree over them."""
+    """The rows of a batch that reader `rank` of `size` reads.
+
+    All readers have the same number of micro-batches, since each waits for the others at each one.
+    With `micro_batch_rows`, as the deterministic reduction needs it, a reader instead has the
+    micro-batches of its branches of the reduction tree.
+    """
     if micro_batch_rows is None:
-        each = -(-batch_size // size)
+        each = ceil_div(batch_size, size)
         return range(rank * each, (rank + 1) * each)
-    n_leaves = -(-batch_size // micro_batch_rows)
-    leaves = ReductionTree(size, n_leaves).leaves(rank)
+    leaves = ReductionTree(size, ceil_div(batch_size, micro_batch_rows)).leaves(rank)
     return range(leaves.start * micro_batch_rows, leaves.stop * micro_batch_rows)
+
+
+def trial_steps(
+    config: RunConfig,
+    data: PreparedData,
+    world: World,
+    *,
+    steps: int,
+    read: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
+) -> Iterator[StepReport]:
+    """The first steps of a run at a tiny learning rate, with a model that is thrown away, for
+    measurements. `read` wraps the micro-batches of each step."""
+    batches = training_batches(config, data, world)
+    model = build_model(config, data, world)
+    return training_steps(
+        model,
+        build_run_optimizer(config, model),
+        lambda step: read(batches.at(step)),
+        lr_at=lambda step: config.optimizer.learning_rate * 1e-3,
+        steps=steps,
+        clip=config.optimizer.clip,
+        world=world,
+        precision=config.train.precision,
+    )

@@ -1,360 +1,248 @@
-"""`train()`: the whole run in time's order, from first weights (or a checkpoint) to a summary.
-
-A run directory, prepared data and the filled sections of a config go in; checkpoints, metrics,
-samples and summary.json come out. A signal ends it after the running step with everything saved.
-"""
+"""`train(run)`: a run in the order of time, from its first step or a checkpoint to its summary."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.checkpoint import Checkpoint, checkpoint_name, open_checkpoint
-from pretrain.data import PreparedData
-from pretrain.distributed import World
-from pretrain.evaluate import EvalTask, measure_baselines
-from pretrain.generate import Sampling, generate
-from pretrain.model import ModelConfig, n_parameters
-from pretrain.optim import OptimizerConfig, ScheduleConfig, lr_at
-from pretrain.parallel import ParallelConfig
-from pretrain.train.build import uncompiled
-from pretrain.train.config import TrainConfig
-from pretrain.train.evaluation import evaluate_split
-from pretrain.train.following import ask_tasks, last_rows, missing_tasks
-from pretrain.train.passage import PREDICTIONS, look_at_passage
-from pretrain.train.post_mortem import write_post_mortem
-from pretrain.train.records import SUMMARY, write_json
-from pretrain.train.rollback import roll_back
-from pretrain.train.run import Run, begin, load_weights
-from pretrain.train.screen import Screen
-from pretrain.train.signals import TO_THE_END, Ends, StopSignals
-from pretrain.train.steps import Accept, StepReport, training_steps
-from pretrain.train.watch import MOST_IN_A_ROW, NOT_FINITE, SPIKE
+from pretrain.checkpoint import checkpoint_name, open_checkpoint
+from pretrain.data.trace import Tracer
+from pretrain.evaluate import measure_baselines
+from pretrain.model import n_parameters
+from pretrain.optim.param_groups import set_learning_rate
+from pretrain.run.directory import BASELINES, PREDICTIONS, SUMMARY, write_json
+from pretrain.train.eval_hooks import (
+    evaluate,
+    evaluate_split,
+    evaluate_tasks,
+    evaluation_is_missing,
+    finish_interrupted_evaluation,
+    last_task_results,
+    missing_tasks,
+    token_losses,
+)
+from pretrain.train.monitor import (
+    MOST_IN_A_ROW,
+    NOT_FINITE,
+    SPIKE,
+    Anomaly,
+    unclipped,
+    write_post_mortem,
+)
+from pretrain.train.signals import StopSignals
+from pretrain.train.state import Run, load_weights, roll_back
+from pretrain.train.step import Gradients, compute_gradients
 
-SAMPLE_TOKENS = 60
-Outcome = Literal["done", "stopped", "no better", "spike"]
+Action = Literal["update", "skip", "roll back"]
 
 
-def train(
-    folder: Path,
-    *,
-    data: PreparedData,
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    schedule: ScheduleConfig,
-    settings: TrainConfig,
-    parallel: ParallelConfig,
-    world: World,
-    screen: Screen,
-    identity: Mapping[str, Any],
-    began: float,
-    first_weights: Checkpoint | None = None,
-    resume_from: Checkpoint | None = None,
-    eval_tasks: Sequence[EvalTask] = (),
-    eval_tasks_every: int | None = None,
-    ends: Ends = TO_THE_END,
-) -> int:
-    """Train to the end, or to a signal; returns an exit code. The command `began` on perf_counter.
-    `first_weights` are another run's; `eval_tasks` are evaluated every `eval_tasks_every` steps."""
-    run = begin(
-        folder,
-        data=data,
-        model=model,
-        optimizer=optimizer,
-        settings=settings,
-        parallel=parallel,
-        world=world,
-        screen=screen,
-        identity=identity,
-        eval_tasks=eval_tasks,
-        eval_tasks_every=eval_tasks_every,
-    )
-    run.began = began
-    _take_up(run, resume_from, first_weights)
-    peak = optimizer.learning_rate
-    rate = partial(lr_at, config=schedule, learning_rate=peak, steps=run.steps)
+def train(run: Run) -> int:
+    """Train until the last step, a signal or early stopping; returns the exit code."""
+    config = run.config.train
+    progress = run.console.progress(steps=run.n_steps, step=run.step)
+    with StopSignals(immediate=True) as stop, progress:
+        finish_interrupted_evaluation(run, stop)
+        run.lm_loss.train()
+        while run.step < run.n_steps and not run.patience_exhausted:
+            start = time.perf_counter()
+            lr = run.lr_at(run.step)
+            set_learning_rate(run.optimizer, lr)
+            run.optimizer.zero_grad(set_to_none=True)
+            gradients = compute_gradients(
+                run.model,
+                run.batches.at(run.step),
+                clip=run.config.optimizer.clip,
+                world=run.world,
+                precision=config.precision,
+            )
+            stop.immediate = False  # from now on there is a step to save
 
-    def accept(step: int, loss: float, grad_norm: float) -> bool:
-        stop.nothing_to_lose = False
-        run.finding = run.watch.judge(loss, grad_norm)
-        return run.finding is None or _look_into(run, step, loss, grad_norm, clip=optimizer.clip)
+            anomaly = run.spike_detector.check(gradients.loss, gradients.grad_norm)
+            action = "update" if anomaly is None else on_anomaly(run, anomaly, gradients)
+            if action == "roll back":
+                roll_back(run)  # run.step is an earlier one now
+                continue
+            if action == "update" and gradients.are_usable:
+                run.optimizer.step()
+            run.world.synchronize()
+            log_step(run, gradients, anomaly, lr=lr, seconds=time.perf_counter() - start)
 
-    with StopSignals() as stop, screen.progress(steps=run.steps, done=run.done):
-        # Until a step is made, which may take a compiler minutes, there is nothing to be saved.
-        stop.nothing_to_lose = True
-        _catch_up(run, stop)
-        while run.done < run.steps and not run.has_lost_patience:
-            outcome = _make_steps(run, stop, rate, accept, clip=optimizer.clip, ends=ends)
-            if outcome == "stopped":
+            improved = run.due(config.evaluate_every) and evaluate(run, stop)
+            if run.tasks and run.due(run.config.evaluate.every):
+                evaluate_tasks(run, stop)
+
+            stopping = stop.requested(run.world) or run.step == run.planned_stop.stop_after
+            if improved or stopping or run.due(config.save_every) or run.is_milestone:
+                run.save(wait=stopping or run.step == run.n_steps)
+            run.saver.poll()
+            if run.step == run.planned_stop.kill_after:
+                run.kill()
+            if stopping and (run.step < run.n_steps or final_evaluation_is_missing(run)):
                 return stop.exit_code
-            if outcome == "no better":
-                break
-            if outcome == "spike":
-                roll_back(run, first_weights)
-        stop.nothing_to_lose = True
-        _finish(run)
+            if run.patience_exhausted:
+                run.console.line(
+                    f"no better evaluation in the last {run.best.since}: stopping here"
+                )
+                run.save(wait=True)
+        stop.immediate = True
+        finish(run)
     return 0
 
 
-def _take_up(run: Run, resume_from: Checkpoint | None, first_weights: Checkpoint | None) -> None:
-    """What the run begins with: its own state, another run's weights, or neither."""
-    if resume_from is not None:
-        run.restore(resume_from)
-        run.began -= resume_from.state.get("total_seconds", run.train_seconds)
-    elif first_weights is not None:
-        load_weights(run.model, first_weights)
-    run.take_up_records()
+def on_anomaly(run: Run, anomaly: Anomaly, gradients: Gradients) -> Action:
+    """Report the anomaly of the step at hand, and return what to do about it."""
+    action: Action = "skip"
+    if run.config.train.spike_action == "rollback":
+        action = "roll back"
+    elif run.config.train.spike_action == "warn" and anomaly.kind == SPIKE:
+        action = "update"
 
-
-def _catch_up(run: Run, stop: StopSignals) -> None:
-    """Measure what a signal kept from being measured after the last step."""
-    if _evaluation_is_missing(run):
-        _evaluate(run, stop)
-    if run.done and run.eval_tasks and due(run.done, run.eval_tasks_every, run.steps):
-        ask_tasks(run, stop)
-
-
-def due(done: int, every: int | None, steps: int) -> bool:
-    """Whether something that happens every so many steps happens now; it always does after the
-    last."""
-    assert every is not None
-    return done % every == 0 or done == steps
-
-
-def _make_steps(
-    run: Run,
-    stop: StopSignals,
-    rate: Callable[[int], float],
-    accept: Accept,
-    *,
-    clip: float,
-    ends: Ends,
-) -> Outcome:
-    """Steps until something ends them, with all that happens between them."""
-    settings = run.settings
-    updates = training_steps(
-        run.model,
-        run.optimizer,
-        run.batches.at,
-        lr_at=rate,
-        steps=run.steps,
-        first_step=run.done,
-        clip=clip,
-        world=run.world,
-        precision=settings.precision,
-        accept=accept,
-    )
-    clock = time.perf_counter()
-    for report in updates:
-        run.world.synchronize()
-        if run.finding is not None and settings.spike_action == "rollback":
-            return "spike"
-        _note_step(run, report, seconds=time.perf_counter() - clock)
-        is_best = due(run.done, settings.evaluate_every, run.steps) and _evaluate(run, stop)
-        if run.eval_tasks and due(run.done, run.eval_tasks_every, run.steps):
-            ask_tasks(run, stop)
-        stops = stop.ends_run(run.world) or run.done == ends.stop_after
-        is_kept = settings.keep_every is not None and run.done % settings.keep_every == 0
-        if is_best or stops or is_kept or due(run.done, settings.save_every, run.steps):
-            run.save(wait=stops or run.done == run.steps)
-        run.poll_saver()
-        if run.done == ends.die_after:
-            run.saver.wait()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if stops and (run.done < run.steps or _is_unmeasured(run)):
-            return "stopped"
-        if run.has_lost_patience:
-            run.screen.line(f"no better evaluation in the last {run.best.since}: stopping here")
-            run.save(wait=True)
-            return "no better"
-        clock = time.perf_counter()
-    return "done"
-
-
-def _look_into(run: Run, step: int, loss: float, grad_norm: float, *, clip: float) -> bool:
-    """Say what is wrong with a step and write it down; whether to make its update all the same."""
-    finding, action = run.finding, run.settings.spike_action
-    assert finding is not None
-    makes_it = finding.kind == SPIKE and action == "warn"
+    step, clip = run.step + 1, run.config.optimizer.clip
     norms = run.model.gradient_norms()
-    written = None
+    path = None
     if run.world.is_main:
-        written = write_post_mortem(
+        path = write_post_mortem(
             run.folder,
             step=step,
-            finding=finding,
-            loss=loss,
-            grad_norm=grad_norm,
-            clip=clip,
-            gradient_norms=norms,
-            data=run.data,
-            batches=run.batches,
-            records=run.records.metrics(),
+            anomaly=anomaly,
+            loss=gradients.loss,
+            grad_norm=gradients.grad_norm,
+            gradient_norms=unclipped(norms, clip=clip, grad_norm=gradients.grad_norm),
+            documents=documents_of_batch(run),
+            log=run.log.metrics(),
         )
-    what = f"the loss is {loss:.3f}, the gradient's norm {grad_norm:.3g}"
-    if finding.kind == SPIKE:
-        what += f", {finding.z_score:.1f} standard deviations above the steps before"
-    then = "the update is made" if makes_it else "no update is made"
-    at = "" if written is None else f"; see {written}"
-    run.screen.line(f"step {step + 1:,}: {what}; {then}{at}", style="yellow")
-    return makes_it
+    message = (
+        f"step {step:,}: the loss is {gradients.loss:.3f}, the gradient norm "
+        f"{gradients.grad_norm:.3g}"
+    )
+    if anomaly.kind == SPIKE:
+        message += f", {anomaly.z_score:.1f} standard deviations above the steps before"
+    message += "; the update is made" if action == "update" else "; no update is made"
+    if path is not None:
+        message += f"; see {path}"
+    run.console.line(message, style="yellow")
+    return action
 
 
-def _note_step(run: Run, report: StepReport, *, seconds: float) -> None:
-    run.done = report.step + 1
-    run.train_seconds += seconds
-    loss, finding, batches = report.nats_per_token, run.finding, run.batches
-    run.watch.note(loss, finding)
-    n_bytes, checksum = run.read_by_all()
-    bits_per_byte = report.nats / math.log(2) / n_bytes if n_bytes else math.nan
-    tokens = run.done * (run.settings.batch_tokens or 0)
-    wrong = {} if finding is None else {"finding": finding.kind, "z_score": finding.z_score}
-    run.records.add_metrics(
+def documents_of_batch(run: Run) -> list[dict[str, Any]]:
+    """The documents of the batch at hand: id and file of each, and which of its tokens."""
+    stream = run.data.split("train")
+    batches = run.batches
+    tracer = Tracer(batches.order, stream.document_offsets, batches.batch_size, batches.rollbacks)
+    parts = tracer.occurrences_in(run.step + 1)
+    numbers = {part.document for part in parts}
+    origins = dict(stream.origins(lambda number, _: number in numbers))
+    return [
         {
-            "kind": "train",
-            "step": run.done,
-            "tokens": tokens,
-            "loss": loss,
-            "bits_per_byte": bits_per_byte,
-            "learning_rate": report.learning_rate,
-            "grad_norm": report.grad_norm,
-            "ids": int(checksum),
-            "tokens_per_second": report.count / seconds,
-            "seconds": run.train_seconds,
-            "epoch": tokens / run.data.split("train").n_tokens,
-            **batches.source_tokens(run.done),
-            **wrong,
+            "sample": part.sample,
+            "id": origins[part.document].id,
+            "file": origins[part.document].file,
+            "first_token": part.first_token,
+            "stop_token": part.stop_token,
         }
-    )
-    if finding is not None and finding.kind == NOT_FINITE and run.watch.in_a_row >= MOST_IN_A_ROW:
+        for part in parts
+    ]
+
+
+def log_step(
+    run: Run, gradients: Gradients, anomaly: Anomaly | None, *, lr: float, seconds: float
+) -> None:
+    """Count a step that took `seconds`, and add its line to metrics.jsonl and to the console.
+
+    A new metric is one entry here, and one in `log.METRICS_KEYS`. ValueError where the loss was not
+    finite for too many steps in a row.
+    """
+    run.step += 1
+    run.train_seconds += seconds
+    run.spike_detector.record(gradients.loss, anomaly)
+    n_bytes, checksum = run.sum_over_readers()
+    bits_per_byte = gradients.nats / math.log(2) / n_bytes if n_bytes else math.nan
+    record = {
+        "kind": "train",
+        "step": run.step,
+        "tokens": run.tokens,
+        "loss": gradients.loss,
+        "bits_per_byte": bits_per_byte,
+        "learning_rate": lr,
+        "grad_norm": gradients.grad_norm,
+        "ids": checksum,
+        "tokens_per_second": gradients.n_targets / seconds,
+        "seconds": run.train_seconds,
+        "epoch": run.epochs,
+        **run.batches.source_tokens(run.step),
+    }
+    if anomaly is not None:
+        record |= {"finding": anomaly.kind, "z_score": anomaly.z_score}
+    run.log.append_metrics(record)
+
+    is_not_finite = anomaly is not None and anomaly.kind == NOT_FINITE
+    if is_not_finite and run.spike_detector.in_a_row >= MOST_IN_A_ROW:
         raise ValueError(
-            f"step {report.step}: the loss is {loss}, the gradient's norm {report.grad_norm}, and "
-            f"so it was for {MOST_IN_A_ROW} steps, none of which made an update; a lower "
-            f"optimizer.learning_rate (now {report.learning_rate:.1e}) or a longer "
-            f"schedule.warmup_steps may help. The last checkpoint is whole."
+            f"step {run.step:,}: the loss is {gradients.loss}, the gradient norm "
+            f"{gradients.grad_norm}, for the {MOST_IN_A_ROW}th step in a row, none of which made "
+            f"an update; a lower optimizer.learning_rate (now {lr:.1e}) or a longer "
+            "schedule.warmup_steps may help. The last checkpoint is intact."
         )
-    run.screen.step(
-        run.done,
-        run.steps,
-        loss=loss,
+    run.console.step(
+        run.step,
+        run.n_steps,
+        loss=gradients.loss,
         bits_per_byte=bits_per_byte,
-        rate=report.learning_rate,
-        speed=report.count / seconds,
+        lr=lr,
+        tokens_per_second=gradients.n_targets / seconds,
     )
 
 
-def _evaluation_is_missing(run: Run) -> bool:
-    """Whether the step that weights are from was due to be evaluated, and a signal came between."""
-    if not run.done or not due(run.done, run.settings.evaluate_every, run.steps):
-        return False
-    records = run.records.metrics()
-    return not any(r["kind"] == "evaluate" and r["step"] == run.done for r in records)
-
-
-def _is_unmeasured(run: Run) -> bool:
-    """Whether a signal broke off what is measured after the last step."""
+def final_evaluation_is_missing(run: Run) -> bool:
+    """Whether a signal interrupted the evaluations after the last step; several processes finish
+    them."""
     if run.world.size > 1:
         return False
-    return _evaluation_is_missing(run) or bool(missing_tasks(run))
+    return evaluation_is_missing(run) or bool(missing_tasks(run))
 
 
-def _evaluate(run: Run, stop: StopSignals) -> bool:
-    """Score the fixed part of the held-out split and write a sample; True for a new best score.
-
-    A signal breaks it off without a record: it is then the first thing that a resume does.
-    """
-    result = evaluate_split(run, whole=False, stop=stop)
-    if result is None:
-        return False
-    is_best = run.best.note(run.done, result.nats_per_token)
-    run.records.add_metrics(
-        {
-            "kind": "evaluate",
-            "step": run.done,
-            "tokens": run.done * (run.settings.batch_tokens or 0),
-            "val_nats_per_token": result.nats_per_token,
-            "val_perplexity": result.perplexity,
-            "val_bits_per_byte": result.bits_per_byte,
-            "val_tokens": result.tokens,
-            "seconds": run.train_seconds,
-        }
-    )
-    left = (run.steps - run.done) * run.train_seconds / run.done
-    run.screen.evaluation(
-        run.done,
-        nats_per_token=result.nats_per_token,
-        bits_per_byte=result.bits_per_byte,
-        left_seconds=left,
-        best=is_best,
-    )
-    sampling = Sampling(temperature=0.8, seed=run.settings.seed)
-    run.model.unshard()
-    with run.world.autocast(run.model.compute_dtype):
-        text = uncompiled(generate)(
-            run.lm_loss.decoder,
-            run.data.tokenizer(),
-            "",
-            max_tokens=SAMPLE_TOKENS,
-            sampling=sampling,
-        )[0]
-    run.screen.sample(text)
-    run.records.add_sample(
-        {
-            "step": run.done,
-            "prompt": "",
-            "text": text,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-        }
-    )
-    return is_best
-
-
-def _finish(run: Run) -> None:
-    """Score the best checkpoint on the whole held-out split and write summary.json, the end of the
+def finish(run: Run) -> None:
+    """Score the best checkpoint on the full held-out split and write summary.json, the end of a
     run."""
-    chosen = run.folder / "checkpoints" / checkpoint_name(run.done)
-    best = run.folder / "checkpoints" / checkpoint_name(run.best.step or run.done)
-    if best != chosen and best.exists():
-        chosen = best
-        load_weights(run.model, open_checkpoint(chosen))
-    result = evaluate_split(run, whole=True)
-    assert result is not None
-    tokens = run.done * (run.settings.batch_tokens or 0)
-    predictions, peaks = look_at_passage(run), run.world.all_gather([run.world.peak_memory_bytes()])
+    checkpoint = run.checkpoints / checkpoint_name(run.step)
+    best = run.checkpoints / checkpoint_name(run.best.step or run.step)
+    if best != checkpoint and best.exists():
+        checkpoint = best
+        load_weights(run.model, open_checkpoint(best))
+    score = evaluate_split(run, full=True)
+    assert score is not None
+    predictions = token_losses(run)
+    peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
         return
-    decoder = run.lm_loss.decoder
-    run.screen.line("scoring count tables and xz on the same held-out tokens ...")
-    baselines = measure_baselines(
-        run.data.split("train"), run.data.split("val"), tokenizer=run.data.tokenizer()
-    )
-    write_json(run.folder / "baselines.json", baselines)
+
+    run.console.line("scoring count tables and xz on the same held-out tokens ...")
+    train_split, val_split = run.data.split("train"), run.data.split("val")
+    baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
+    write_json(run.folder / BASELINES, baselines)
     write_json(run.folder / PREDICTIONS, predictions)
+
+    decoder = run.lm_loss.decoder
     summary = {
         "parameters": n_parameters(decoder.config, vocab_size=decoder.vocab_size),
-        "steps": run.done,
-        "tokens": tokens,
-        "epochs": tokens / run.data.split("train").n_tokens,
-        "val_nats_per_token": result.nats_per_token,
-        "val_perplexity": result.perplexity,
-        "val_bits_per_byte": result.bits_per_byte,
-        "val_tokens": result.tokens,
-        "val_bytes": result.bytes,
-        "tokens_per_second": tokens / run.train_seconds,
+        "steps": run.step,
+        "tokens": run.tokens,
+        "epochs": run.epochs,
+        "val_nats_per_token": score.nats_per_token,
+        "val_perplexity": score.perplexity,
+        "val_bits_per_byte": score.bits_per_byte,
+        "val_tokens": score.tokens,
+        "val_bytes": score.bytes,
+        "tokens_per_second": run.tokens / run.train_seconds,
         "train_seconds": run.train_seconds,
         "stalled_seconds": run.stalled_seconds,
-        "total_seconds": time.perf_counter() - run.began,
-        "peak_memory_bytes": int(max(peak for (peak,) in peaks)),
-        "checkpoint": chosen.relative_to(run.folder).as_posix(),
+        "total_seconds": time.perf_counter() - run.start_time,
+        "peak_memory_bytes": int(max(peak for (peak,) in peak_memory)),
+        "checkpoint": checkpoint.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
-        **({"tasks": last_rows(run)} if run.eval_tasks else {}),
-        **run.batches.source_tokens(run.done, epochs=True),
     }
+    if run.tasks:
+        summary["tasks"] = last_task_results(run)
+    summary |= run.batches.source_tokens(run.step, epochs=True)
     write_json(run.folder / SUMMARY, summary)

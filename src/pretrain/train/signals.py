@@ -1,11 +1,12 @@
-"""Signals: the first asks the loop to stop after the running step, the second stops at once.
+"""Signals: the first one asks the loop to stop after the running step, the second stops at once.
 
-Where nothing would be lost (`nothing_to_lose`: before the first new step, while a compiler may work
-for minutes, and after the last one is saved) the first one stops at once too.
+The first one stops at once too while there is nothing to save: before the first new step, in which
+a compiler may work for minutes, and after the last checkpoint.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -13,21 +14,24 @@ from typing import Any, NamedTuple
 from pretrain.distributed import World
 
 
-class Ends(NamedTuple):
-    """Where a run ends before its last step, if anywhere, as proofs of a resume need it."""
+class PlannedStop(NamedTuple):
+    """Where a run is interrupted on purpose, so that `pretrain verify` can test its resume."""
 
     stop_after: int | None = None
-    """it is saved and left after so many steps, as if it had been signalled"""
-    die_after: int | None = None
-    """it kills itself"""
+    """save and stop after this step, as after a signal"""
+    kill_after: int | None = None
+    """send SIGKILL to this process after this step"""
 
 
-TO_THE_END = Ends()
+NO_PLANNED_STOP = PlannedStop()
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that is not to be waited for; `exit_code` is 128 plus its number, as shells have
-    it."""
+    """A signal that stops at once; `exit_code` is 128 plus its number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -35,21 +39,21 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """A context in which SIGINT, SIGTERM and (where there is one) SIGUSR1 are noted in
-    `received`."""
+    """A context in which SIGINT, SIGTERM and (where it exists) SIGUSR1 are noted in `received`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, immediate: bool = False) -> None:
         self.received: int | None = None
-        self.nothing_to_lose = False
-        # Not `received`: where others had it first, this process's own is not its second.
+        self.immediate = immediate
+        """whether even the first signal stops at once, because there is nothing to save"""
+        # Separate from `received`: a signal that other processes got first is not this one's.
         self._agreed: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is not None:
-                self._before[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -58,27 +62,28 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, action in self._before.items():
-            signal.signal(number, action)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = self.received is None, number
-        if self.nothing_to_lose or not first:
+        is_first = self.received is None
+        self.received = number
+        if self.immediate or not is_first:
             raise Stopped(number)
 
-    def ends_run(self, world: World) -> bool:
-        """Whether a signal came; of several processes to any, so that all stop at one step."""
-        found = [int(n) for (n,) in world.all_gather([self.received or 0]) if n]
-        self._agreed = found[0] if found else None
+    def requested(self, world: World) -> bool:
+        """Whether a signal came to any process, so that all stop after the same step."""
+        numbers = [int(number) for (number,) in world.all_gather([self.received or 0]) if number]
+        self._agreed = numbers[0] if numbers else None
         return self._agreed is not None
 
-    def breaks_off(self, world: World) -> bool:
-        """Whether to leave an evaluation undone. Several processes end it: each waits for the
-        others."""
+    def interrupts_evaluation(self, world: World) -> bool:
+        """Whether to break off an evaluation; several processes finish it, since each waits for
+        the others."""
         return self.received is not None and world.size == 1
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as shells have it: 130 for Ctrl-C, 143 for a plain kill."""
+        """128 plus the signal's number, as in a shell: 130 for Ctrl-C, 143 for a plain kill."""
         number = self._agreed or self.received
         return 0 if number is None else 128 + number

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pretrain.checkpoint.save as saver_page
+import pretrain.train.eval_hooks as eval_hooks_page
 import pretrain.train.loop as loop_page
-import pretrain.train.steps as steps_page
 from faults.table import Row, Unrecovered
 from faults.tiny_runs import (
     EVALUATE_EVERY,
@@ -38,17 +38,17 @@ from faults.tiny_runs import (
 from faults.zygote import Phase, fork, kill, side_by_side, wait_for
 from pretrain.checkpoint import list_checkpoints
 from pretrain.model.config import Family
-from pretrain.train.records import Records
+from pretrain.run.log import RunLog
 
 FAMILIES = get_args(Family)
 OPTIMIZERS = ("adamw", "muon")
 DROPOUTS = ("0", "0.1")
 # Where a run dies, and how often it comes by there in STEPS steps.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "step": (steps_page, "train_step", STEPS),
-    "record": (Records, "add_metrics", STEPS + STEPS // EVALUATE_EVERY),
-    "sample": (Records, "add_sample", STEPS // EVALUATE_EVERY),
-    "evaluation": (loop_page, "evaluate_split", STEPS // EVALUATE_EVERY + 1),
+    "step": (loop_page, "compute_gradients", STEPS),
+    "record": (RunLog, "append_metrics", STEPS + STEPS // EVALUATE_EVERY),
+    "sample": (RunLog, "append_sample", STEPS // EVALUATE_EVERY),
+    "evaluation": (eval_hooks_page, "score_batches", STEPS // EVALUATE_EVERY + 1),
     "save": (saver_page, "save_checkpoint", STEPS // SAVE_EVERY + 2),
     "rename": (saver_page, "_rename", STEPS // SAVE_EVERY + 2),
     "verification": (saver_page, "verify_saved", STEPS // SAVE_EVERY + 2),

@@ -20,8 +20,8 @@ from typing import Any
 from unittest import mock
 
 import pretrain.checkpoint.save as saver_page
+import pretrain.train.eval_hooks as eval_hooks_page
 import pretrain.train.loop as loop_page
-import pretrain.train.steps as steps_page
 from faults.resumes import refuse_difference
 from faults.table import Row, Unrecovered
 from faults.tiny_runs import (
@@ -37,14 +37,15 @@ from faults.tiny_runs import (
 )
 from faults.zygote import Phase, fork, kill, wait_for
 from pretrain.checkpoint import list_checkpoints
+from pretrain.train.step import compute_gradients
 
 WORDS = [*OFTEN, "--model.family", "gpt2", "--model.dropout", "0.1", "--train.steps", str(STEPS)]
 YEAR_SECONDS = 365 * 86_400
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "the step": (steps_page, "train_step", 5),
-    "the evaluation": (loop_page, "evaluate_split", 2),
-    "the sample": (loop_page, "generate", 2),
+    "the step": (loop_page, "compute_gradients", 5),
+    "the evaluation": (eval_hooks_page, "score_batches", 2),
+    "the sample": (eval_hooks_page, "generate", 2),
     "the save": (saver_page, "save_checkpoint", 3),
     "the verification": (saver_page, "verify_saved", 3),
 }
@@ -63,7 +64,7 @@ def meet(scratch: Path, *, every: int) -> Iterator[Row]:
 
 
 def _second_writer(run: Path, text: Path, wanted: dict[str, str]) -> Row:
-    phase, real = Phase(), steps_page.train_step
+    phase, real = Phase(), compute_gradients
 
     def standing(*args: Any, **keywords: Any) -> Any:
         phase.set(phase.get() + 1)
@@ -72,7 +73,7 @@ def _second_writer(run: Path, text: Path, wanted: dict[str, str]) -> Row:
         return real(*args, **keywords)
 
     def first() -> int:
-        with mock.patch.object(steps_page, "train_step", standing):
+        with mock.patch.object(loop_page, "compute_gradients", standing):
             return train(text, run, *WORDS)
 
     holder = fork(first)

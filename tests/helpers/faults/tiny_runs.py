@@ -20,7 +20,7 @@ from faults.zygote import exit_code, fork, side_by_side
 from pretrain.checkpoint import list_checkpoints, open_checkpoint
 from pretrain.cli import main
 from pretrain.corpus import read_documents
-from pretrain.train import loop
+from pretrain.train import eval_hooks
 from tiny import TINY
 
 # Saves, evaluations and their coincidence all occur, and the last save is not the best one's.
@@ -34,7 +34,7 @@ def prepare(scratch: Path) -> Path:
     """A text of 30 short real documents, prepared in a child; everything that a run imports is then
     imported here, so that each later child is quick."""
     os.environ["PRETRAIN_CACHE"] = str(scratch / "cache")
-    loop.SAMPLE_TOKENS = 8  # a sample is most of what an evaluation of so small a model costs
+    eval_hooks.SAMPLE_TOKENS = 8  # a sample is most of what an evaluation of so small a model costs
     text = scratch / "text.jsonl"
     documents = list(read_documents("bundled"))[::12][:30]
     text.write_text("".join(json.dumps({"text": d.text[:800]}) + "\n" for d in documents))

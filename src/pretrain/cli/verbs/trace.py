@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
-from pretrain.train.changes import read_records, word_of
-from pretrain.train.records import Records
-from pretrain.train.watch import rollbacks_of
+from pretrain.run.identity import read_records, word_of
+from pretrain.run.log import RunLog
+from pretrain.train.monitor import rollbacks_of
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     order = data.order(
         context_length=model.window_tokens, seed=train.seed, steps=train.steps, batch_size=rows
     )
-    records = Records(folder).metrics()
+    records = RunLog(folder).metrics()
     tracer = Tracer(order, stream.document_offsets, rows, rollbacks_of(records))
     if arguments.step is not None:
         if not first <= arguments.step <= train.steps:

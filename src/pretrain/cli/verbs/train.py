@@ -98,14 +98,7 @@ def _profile(config: RunConfig, output: Output) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from pretrain.train.profile import lines, profile_steps
 
-    found = profile_steps(
-        data=data,
-        model=config.model,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        train=config.train,
-        world=open_world_of(config),
-    )
+    found = profile_steps(config, data, open_world_of(config))
     for line in lines(found):
         output.say(line)
     output.result(asdict(found))

@@ -29,7 +29,8 @@ from pretrain.cli.output import Output
 from pretrain.cli.resuming import read_run, settings_of
 from pretrain.config import RunConfig, to_yaml
 from pretrain.distributed import n_processes
-from pretrain.train.records import METRICS, SAMPLES, Records, write_json
+from pretrain.run.directory import METRICS, SAMPLES, write_json
+from pretrain.run.log import RunLog
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -91,7 +92,7 @@ def prove(folder: Path, config: RunConfig, k: int, *, say: Callable[[str], None]
             config, train=often, evaluate=asked, report=replace(config.report, to=())
         )
         _run(_leg(folder, straight, settings), "--stop-after", 2 * k)
-        _run(_leg(folder, broken, settings), "--die-after", k + max(1, k // 2))
+        _run(_leg(folder, broken, settings), "--kill-after", k + max(1, k // 2))
         checks = {"killed": _killed(broken, k)}
         _run(broken, "--stop-after", 2 * k)
         checks |= compare(straight, broken, 2 * k)
@@ -137,7 +138,7 @@ def _leg(run: Path, folder: Path, config: RunConfig) -> Path:
     """A run of the same settings that has not made a step."""
     import torch
 
-    from pretrain.train.fingerprint import code_hash
+    from pretrain.run.identity import code_hash
 
     folder.mkdir()
     shutil.copytree(run / "tokenizer", folder / "tokenizer")
@@ -158,7 +159,7 @@ def _run(folder: Path, how: str, step: int) -> None:
         text=True,
         errors="replace",
     )
-    dies = how == "--die-after"
+    dies = how == "--kill-after"
     if done.returncode != (-signal.SIGKILL if dies else 0):
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise ValueError(f"a leg ended with exit code {done.returncode}:\n{last}")
@@ -168,7 +169,7 @@ def _killed(folder: Path, k: int) -> Check:
     """That the kill landed where it was meant to."""
     from pretrain.checkpoint import list_checkpoints
 
-    made = max((record["step"] for record in Records(folder).metrics()), default=0)
+    made = max((record["step"] for record in RunLog(folder).metrics()), default=0)
     saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
     if saved[-1:] != [f"step-{k:08d}"] or made <= k:
         return Check(DIFFERS, f"{made} steps made, and saved were {', '.join(saved) or 'none'}")
@@ -214,14 +215,14 @@ def _same_steps(one: Path, other: Path, keys: tuple[str, ...], what: str) -> Che
 
 
 def _steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in Records(folder).metrics() if record["kind"] == "train"]
+    return [record for record in RunLog(folder).metrics() if record["kind"] == "train"]
 
 
 def _same_lines(one: Path, other: Path) -> Check:
     """Evaluations and samples."""
     lines = []
     for folder in (one, other):
-        evaluations = [r for r in Records(folder).metrics() if r["kind"] != "train"]
+        evaluations = [r for r in RunLog(folder).metrics() if r["kind"] != "train"]
         text = (folder / SAMPLES).read_text(encoding="utf-8") if evaluations else ""
         plain = [{k: v for k, v in r.items() if k not in _TIMES} for r in evaluations]
         lines.append((plain, text))

@@ -1,0 +1,285 @@
+"""What a user sees of a run: the plan, a progress bar, evaluations, samples, a summary.
+
+On a terminal a bar redraws itself; in a file the same facts are plain lines, a few a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich import console as rich_console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from pretrain.config import RunConfig
+from pretrain.data import Order, PreparedData
+from pretrain.data.order import MixtureOrder, ceil_div
+from pretrain.distributed import World
+from pretrain.evaluate import EvalTask
+from pretrain.model import n_parameters
+
+# Seconds between two lines of steps where the output is not a terminal.
+LINE_SECONDS = 10.0
+# Beyond about four epochs repeated text teaches less and less: "Scaling Data-Constrained Language
+# Models" (Muennighoff et al., 2023).
+MANY_EPOCHS = 4
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 02 s`, `41 s`."""
+    rounded = round(seconds)
+    if rounded >= 3600:
+        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+    if rounded >= 60:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded} s"
+
+
+def with_error(row: Mapping[str, Any]) -> str:
+    """`0.412 +- 0.035`: a task's value, and its standard error where there is one."""
+    value, error = row["value"], row["stderr"]
+    return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
+
+
+class _RichConsole(rich_console.Console):
+    def on_broken_pipe(self) -> None:
+        """Continue without a reader that left, such as `head`: rich would end the program."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+class Console:
+    """Writes human-readable lines to `file`."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._rich = _RichConsole(file=file, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._last_line = 0.0
+
+    def line(self, text: str = "", *, style: str = "") -> None:
+        self._rich.print(Text(text, style=style))
+
+    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Print labels and values in two columns."""
+        width = max(len(label) for label, _ in rows)
+        for label, value in rows:
+            self._rich.print(Text.assemble((f"  {label:<{width}}  ", "dim"), value))
+
+    @contextmanager
+    def progress(self, *, steps: int, step: int) -> Iterator[None]:
+        """Show steps as they are made: a bar on a terminal, lines elsewhere."""
+        self._last_line = time.monotonic()
+        if not self._rich.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("step {task.completed:,}/{task.total:,}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        )
+        with Progress(*columns, console=self._rich, transient=True) as self._bar:
+            self._task = self._bar.add_task("", total=steps, completed=step, facts="")
+            yield
+        self._bar = None
+
+    def step(
+        self,
+        step: int,
+        steps: int,
+        *,
+        loss: float,
+        bits_per_byte: float,
+        lr: float,
+        tokens_per_second: float,
+    ) -> None:
+        """Show that step `step` (from 1) of `steps` was made."""
+        if self._bar is not None:
+            facts = (
+                f"loss {loss:.3f} | {bits_per_byte:.3f} bits/byte | {tokens_per_second:,.0f} tok/s"
+            )
+            self._bar.update(self._task, completed=step, facts=facts)
+            return
+        now = time.monotonic()
+        if step not in (1, steps) and now - self._last_line < LINE_SECONDS:
+            return
+        self._last_line = now
+        self.line(
+            f"step {step:>6,}/{steps:,} | loss {loss:.3f} | {bits_per_byte:.3f} bits/byte | "
+            f"{tokens_per_second:>7,.0f} tok/s | lr {lr:.1e}"
+        )
+
+    def evaluation(
+        self,
+        step: int,
+        *,
+        nats_per_token: float,
+        bits_per_byte: float,
+        left_seconds: float,
+        best: bool,
+    ) -> None:
+        mark = ", the best so far" if best else ""
+        self.line(
+            f"step {step:>6,} | held-out text: {nats_per_token:.3f} nats/token, "
+            f"{bits_per_byte:.3f} bits/byte{mark} | {duration(left_seconds)} left",
+            style="bold",
+        )
+
+    def tasks(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show the results of in-loop tasks, all on one line."""
+        results = "; ".join(f"{row['task']} {row['metric']} {with_error(row)}" for row in rows)
+        seconds = sum(row["seconds"] for row in rows)
+        self.line(f"step {step:>6,} | {results} | evaluated in {seconds:.1f} s")
+
+    def sample(self, text: str) -> None:
+        """Show text of the model, which is never read as markup."""
+        self._rich.print(Text("  " + " ".join(text.split()), style="italic"))
+
+
+# --- before the first step ------------------------------------------------------------------------
+
+
+def show_plan(
+    console: Console, config: RunConfig, data: PreparedData, world: World, *, ends_early: bool
+) -> None:
+    """Show what is about to happen, and a warning where the text will be read many times.
+
+    `ends_early`: the steps are limited by the text rather than by train.minutes.
+    """
+    model, train = config.model, config.train
+    text, held_out = data.split("train"), data.split("val")
+    context, vocab_size = model.window_tokens, data.manifest.vocab_size
+    assert train.steps is not None
+    assert train.micro_batch_rows is not None
+    assert train.batch_tokens is not None
+    tokens = train.steps * train.batch_tokens
+    epochs = tokens / text.n_tokens
+    rows = [
+        (
+            "text",
+            f"{text.n_documents:,} documents, {text.n_tokens:,} tokens to train on; "
+            f"{held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens held out",
+        )
+    ]
+
+    n_rows = train.batch_tokens // context
+    order = data.order(
+        context_length=context, seed=train.seed, steps=train.steps, batch_size=n_rows
+    )
+    if not isinstance(order, Order):
+        rows.append(("mixed", _mixture(order, train.steps * n_rows)))
+
+    # Most parameters of the family `fast` are table rows: they take memory but no matmul.
+    in_tables = model.table_rows(vocab_size) * model.d_model
+    tables = f", {in_tables:,} of them in lookup tables" if in_tables else ""
+    rows.append(
+        (
+            "model",
+            f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters{tables} "
+            f"({model.n_layers} layers, width {model.d_model}, context {context}, vocabulary "
+            f"{vocab_size:,})",
+        )
+    )
+    if train.init_from is not None:
+        rows.append(("start", f"weights of {train.init_from}"))
+
+    micro_batch = train.micro_batch_rows * context
+    accumulation = ceil_div(train.batch_tokens, micro_batch * world.size)
+    minutes = ""
+    if train.minutes is not None:
+        minutes = f", {'at most' if ends_early else 'about'} {train.minutes:g} min"
+    rows += [
+        (
+            "batch",
+            f"{train.batch_tokens:,} tokens = micro-batch {micro_batch:,} x accumulation "
+            f"{accumulation} x processes {world.size}",
+        ),
+        ("run", f"{train.steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs{minutes}"),
+        (
+            "on",
+            f"{world.device.type}, {world.threads} threads, {train.precision}, "
+            f"compile {train.compile}",
+        ),
+    ]
+    console.facts(rows)
+
+    if ends_early:
+        console.line(
+            "note: n-gram tables overfit after the first epoch, so this run may end before its "
+            "minutes do. --train.steps makes it longer; more text or a larger --model.size uses "
+            "the time better."
+        )
+    if epochs > MANY_EPOCHS:
+        console.line(
+            f"note: the text will be read {epochs:.0f} times; beyond {MANY_EPOCHS} epochs a model "
+            "memorises it rather than learning from it. The checkpoint with the best held-out loss "
+            "is kept; --train.patience 3 stops early.",
+            style="yellow",
+        )
+
+
+def show_tasks(console: Console, config: RunConfig, tasks: Sequence[EvalTask]) -> None:
+    """Show which in-loop tasks are evaluated, and how often."""
+    if not tasks:
+        return
+    every, steps = config.evaluate.every, config.train.steps
+    assert every is not None
+    assert steps is not None
+    names = ", ".join(f"{each.task.name} ({len(each.examples):,})" for each in tasks)
+    often = "after the last step" if every >= steps else f"every {every:,} steps"
+    console.facts([("tasks", f"{names}, {often}")])
+
+
+def _mixture(order: MixtureOrder, n_samples: int) -> str:
+    """What the run will read of each source."""
+    tokens, epochs = order.tokens(n_samples), order.epochs(n_samples)
+    total = max(1, sum(tokens.values()))
+    return "; ".join(
+        f"{Path(name).name} {100 * count / total:.1f} %, {epochs[name]:.2f} epochs"
+        for name, count in tokens.items()
+    )
+
+
+# --- after the last step --------------------------------------------------------------------------
+
+
+def show_summary(
+    console: Console, summary: Mapping[str, Any], *, folder: Path, report: Path
+) -> None:
+    """Show the results, the cost, and where the files are."""
+    baselines = ", ".join(
+        f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary.get("baselines", [])
+    )
+    tasks = [
+        (name, f"{row['metric']} {with_error(row)}")
+        for name, row in summary.get("tasks", {}).items()
+    ]
+    console.line()
+    console.line("done", style="bold green")
+    console.facts(
+        [
+            (
+                "held-out text",
+                f"{summary['val_bits_per_byte']:.3f} bits/byte, perplexity "
+                f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
+            ),
+            ("baselines", f"{baselines} bits/byte"),
+            *tasks,
+            (
+                "cost",
+                f"{duration(summary['total_seconds'])}, {summary['tokens_per_second']:,.0f} "
+                f"tokens/s in training, {summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at "
+                "most",
+            ),
+            ("checkpoint", str(folder / summary["checkpoint"])),
+            ("report", str(report)),
+            ("try it", f"pretrain generate {shlex.quote(str(folder))} --n 3"),
+        ]
+    )

@@ -1,0 +1,320 @@
+"""Fill every empty field of a config, once, before the run starts.
+
+A config and the prepared text come in; a config with a value in every field that training reads
+goes out, is written to config.yaml, and is read back on a resume. ValueError where sizes do not fit
+together: a context that is longer than the text, a batch that is not a multiple of the context, a
+model that does not fit into memory. Only `measure_pace` needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+from pretrain.config import RunConfig
+from pretrain.data.format import PreparedData
+from pretrain.data.mixed import MixedData
+from pretrain.data.order import Order, ceil_div
+from pretrain.distributed import World, memory_bytes, n_local_processes
+from pretrain.model.config import ModelConfig, n_parameters
+from pretrain.parallel.config import ParallelConfig
+from pretrain.train.config import Compile, Device, Precision, TrainConfig, mistakes_of_batch
+
+if TYPE_CHECKING:
+    from pretrain.evaluate import EvalTask
+
+DEFAULT_CONTEXT = 128
+DEFAULT_BATCH_TOKENS = 8192
+# Tokens of a micro-batch on a GPU; on a CPU as many as keep a layer's activations, 3 MB in float32,
+# in its caches.
+MICRO_BATCH_TOKENS = {"mps": 8192, "cuda": 32_768}
+CACHED_ACTIVATIONS = 3 << 18
+# Below this vocabulary size a token is about a character, so n-grams of tokens reach further.
+SMALL_VOCABULARY = 1024
+EVALUATIONS = 10
+# n-gram tables overfit in the second epoch: the recipe `english` reached 1.302 bits per byte in one
+# epoch, and 1.320 in one and a half. This many steps are made even if they are more than an epoch.
+SHORT_RUN = 300
+# Upper limits of a timed trial.
+TRIAL_SECONDS = 2.5
+TRIAL_STEPS = 20
+# Seconds of in-loop tasks for each second of training, where evaluate.every is empty.
+TASK_TIME_SHARE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a timed trial measured."""
+
+    step_seconds: float
+    task_seconds: float = 0.0
+    """of all in-loop tasks, once"""
+
+
+def resolve(
+    config: RunConfig, data: PreparedData, world: World, tasks: Sequence[EvalTask] = ()
+) -> RunConfig:
+    """Fill every empty field. Takes seconds where `train.minutes` must be converted to steps, or
+    in-loop tasks have no interval; otherwise nothing is timed."""
+    config = fit_batch(config, data, world)
+    train = config.train
+    if train.steps is None and train.minutes is None and isinstance(data, MixedData):
+        train = replace(train, steps=steps_of_epochs(data, train))
+        config = replace(config, train=train)
+    if train.steps is None and train.minutes is None:
+        raise ValueError("train.steps or train.minutes must be given: one of them sets the length")
+
+    pace = None
+    if train.steps is None or (tasks and config.evaluate.every is None):
+        pace = measure_pace(config, data, world, tasks)
+    config = fit_steps(config, data, pace)
+
+    from pretrain.train.build import training_batches
+
+    training_batches(config, data, world)  # raises ValueError for an order that cannot be
+    if pace is not None and tasks and config.evaluate.every is None:
+        every = task_interval(config.train, pace)
+        config = replace(config, evaluate=replace(config.evaluate, every=every))
+    return config
+
+
+# --- batch, device, precision ---------------------------------------------------------------------
+
+
+def fit_batch(config: RunConfig, data: PreparedData, world: World) -> RunConfig:
+    """Fill context, batch, micro-batch, axes and arithmetic; ValueError for a model that the axes
+    do not divide or that does not fit into memory."""
+    model, train = config.model, config.train
+    context, batch_tokens = check_batch(model, train, n_tokens=data.min_source_tokens)
+    model = replace(model, context_length=context)
+    if model.ngram_rows and model.longest_ngram is None:
+        model = replace(model, longest_ngram=default_longest_ngram(data.manifest.vocab_size))
+
+    parallel = replace(config.parallel, processes=world.size)
+    axes = parallel.resolve(world.size)
+    check_model_fits(model, axes, vocab_size=data.manifest.vocab_size)
+    _, n_readers = axes.batch_shard(0)
+    rows = batch_tokens // context
+    # The deterministic reduction needs the same micro-batches for any number of processes.
+    own_rows = rows if parallel.elastic else ceil_div(rows, n_readers)
+
+    if train.steps is not None:
+        train = replace(train, minutes=None)  # of a recipe; the number of steps replaces it
+    train = replace(
+        train,
+        batch_tokens=batch_tokens,
+        micro_batch_rows=train.micro_batch_rows
+        or fit_micro_batch(own_rows, model, world.device.type),
+        device=cast(Device, world.device.type),
+        threads=world.threads,
+        precision=resolve_precision(train, world),
+        compile=_resolve_compile(train.compile, world),
+    )
+    return replace(config, model=model, parallel=parallel, train=train)
+
+
+def check_batch(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> tuple[int, int]:
+    """The context length and the batch size in tokens for a training text of `n_tokens`.
+
+    ValueError for a context that is longer than the text, a batch that is not a multiple of the
+    context, and a micro-batch that is larger than the batch.
+    """
+    context = model.context_length
+    if context is None:
+        # A power of 2, so that a batch stays a multiple of it for every model.size; at least eight
+        # windows, so that even a page of text can be shuffled.
+        context = DEFAULT_CONTEXT << ((model.size or 1).bit_length() - 1)
+        while context > 8 and n_tokens < 8 * context:
+            context //= 2
+    try:
+        Order(n_tokens, context, seed=0)
+    except ValueError as error:
+        raise ValueError(f"model.context_length is too long: {error}") from None
+
+    batch_tokens = train.batch_tokens or max(1, DEFAULT_BATCH_TOKENS // context) * context
+    for _, message in mistakes_of_batch(
+        batch_tokens, context_length=context, micro_batch_rows=train.micro_batch_rows
+    ):
+        raise ValueError(message)
+    return context, batch_tokens
+
+
+def default_longest_ngram(vocab_size: int) -> int:
+    """Tokens of the longest n-gram that has an embedding."""
+    return 6 if vocab_size < SMALL_VOCABULARY else 3
+
+
+def check_model_fits(model: ModelConfig, axes: ParallelConfig, *, vocab_size: int) -> None:
+    """ValueError for a model whose sizes the axes do not divide, or whose weights and gradients
+    alone do not fit into this machine's memory."""
+    errors = [message for _, message in axes.mistakes_of_model(model)]
+    if errors:
+        raise ValueError(errors[0])
+    n = n_parameters(model, vocab_size=vocab_size)
+    available = memory_bytes()
+    assert axes.data is not None
+    # Each replica is sharded over several processes, some of which are on this machine.
+    replicas_here = n_local_processes() * axes.data / axes.processes
+    needed = 8 * n * replicas_here  # float32 weights and gradients
+    if available is not None and needed > available:
+        raise ValueError(
+            f"a model of {n:,} parameters needs {int(needed):,} bytes for weights and gradients "
+            f"alone, and this machine has {available:,}; lower model.d_model, n_layers or "
+            "ngram_rows"
+        )
+
+
+def fit_micro_batch(rows: int, model: ModelConfig, device_type: str) -> int:
+    """The largest divisor of a batch's rows that the device computes efficiently at once."""
+    tokens = MICRO_BATCH_TOKENS.get(device_type, CACHED_ACTIVATIONS // model.d_model)
+    most = min(rows, max(1, tokens // model.window_tokens))
+    return next(size for size in range(most, 0, -1) if rows % size == 0)
+
+
+def resolve_precision(train: TrainConfig, world: World) -> Precision:
+    """bf16 where the device supports it natively; on a CPU only for a run limited by minutes.
+
+    A run limited by steps gives the same losses on every CPU, so it must not depend on the
+    processor.
+    """
+    if train.precision != "auto":
+        return train.precision
+    is_timed = train.steps is None and train.minutes is not None
+    is_wanted = world.device.type == "cuda" or (world.device.type == "cpu" and is_timed)
+    return "bf16" if is_wanted and world.has_native_bf16() else "fp32"
+
+
+def _resolve_compile(choice: Compile, world: World) -> Compile:
+    if choice != "auto":
+        return choice
+    return "on" if world.device.type == "cuda" else "off"
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunConfig:
+    """Fill the number of steps, for train.minutes from a measured pace, and what depends on it:
+    intervals and warm-up."""
+    train, schedule = config.train, config.schedule
+    if train.steps is None:
+        assert pace is not None
+        assert train.minutes is not None
+        step_and_tasks = pace.step_seconds
+        if config.evaluate.every is not None:
+            step_and_tasks += pace.task_seconds / config.evaluate.every
+        elif pace.task_seconds:
+            step_and_tasks += TASK_TIME_SHARE * pace.step_seconds
+        evaluating = _evaluating_steps(data, train) * pace.step_seconds
+        fitting = max(1, int((60 * train.minutes - evaluating) / step_and_tasks))
+        train = replace(train, steps=min(fitting, max_steps(config, data) or fitting))
+
+    steps = train.steps
+    assert steps is not None
+    every = train.evaluate_every or max(1, ceil_div(steps, EVALUATIONS))
+    train = replace(train, evaluate_every=every, save_every=train.save_every or every)
+    if schedule.warmup_steps is None:
+        schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
+    return replace(config, train=train, schedule=schedule)
+
+
+def steps_of_epochs(data: MixedData, train: TrainConfig) -> int | None:
+    """Steps that read every source for its requested number of epochs; None if sources have weights
+    instead."""
+    assert train.batch_tokens is not None
+    tokens = data.tokens_for_epochs
+    return None if tokens is None else max(1, round(tokens / train.batch_tokens))
+
+
+def max_steps(config: RunConfig, data: PreparedData) -> int | None:
+    """Upper bound on the steps of a time budget, or None: n-gram tables overfit after one epoch."""
+    assert config.train.batch_tokens is not None
+    has_tables = bool(config.model.ngram_rows)
+    if not has_tables or config.train.minutes is None or isinstance(data, MixedData):
+        return None
+    return max(SHORT_RUN, ceil_div(data.split("train").n_tokens, config.train.batch_tokens))
+
+
+def ends_early(config: RunConfig, data: PreparedData) -> bool:
+    """Whether the steps are limited by the text rather than by train.minutes."""
+    return config.train.steps == max_steps(config, data)
+
+
+def task_interval(train: TrainConfig, pace: Pace) -> int:
+    """Steps between two evaluations of the in-loop tasks.
+
+    The smallest multiple of evaluate_every (whose steps are saved too) at which tasks take no more
+    than TASK_TIME_SHARE of the training time; the last step alone if one evaluation takes more.
+    """
+    steps, every = train.steps, train.evaluate_every
+    assert steps is not None
+    assert every is not None
+    times = int(TASK_TIME_SHARE * steps * pace.step_seconds / max(pace.task_seconds, 1e-9))
+    if times <= 1:
+        return steps
+    return min(steps, ceil_div(steps, times * every) * every)
+
+
+def _evaluating_steps(data: PreparedData, train: TrainConfig) -> float:
+    """Training steps that take as long as all evaluations, which have no backward pass: two thirds
+    of a step."""
+    assert train.batch_tokens is not None
+    val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
+    return EVALUATIONS * val_tokens / train.batch_tokens / 3
+
+
+# --- a timed trial --------------------------------------------------------------------------------
+
+
+def measure_pace(
+    config: RunConfig, data: PreparedData, world: World, tasks: Sequence[EvalTask] = ()
+) -> Pace:
+    """Time some steps, and the in-loop tasks, of a model that is thrown away.
+
+    With a known number of steps at most about a hundredth of them is made. Without tasks the trial
+    ends early at a pace at which train.minutes suffice for `max_steps`.
+    """
+    from pretrain.evaluate.run_tasks import evaluation_seconds
+    from pretrain.train.build import build_model, trial_steps, uncompiled
+
+    train = config.train
+    fast_enough = 0.0
+    most = None if train.steps or tasks else max_steps(config, data)
+    if most is not None and train.minutes is not None:
+        fast_enough = 60 * train.minutes / (most + _evaluating_steps(data, train))
+
+    n_steps = min(TRIAL_STEPS, max(1, (train.steps or 10**9) // 200))
+    seconds = []
+    start = time.perf_counter()
+    last = start
+    for report in trial_steps(config, data, world, steps=n_steps + 2):
+        world.synchronize()
+        now = time.perf_counter()
+        is_warm_up = report.step < 2  # of caches and memory
+        if is_warm_up and train.compile == "on":
+            start = now  # compiling is not part of a step's time
+        elif not is_warm_up or now - start > TRIAL_SECONDS:
+            seconds.append(now - last)
+        last = now
+        # Rank 0 decides for all ranks, so that they stop at the same step.
+        is_long = now - start > TRIAL_SECONDS
+        if world.all_gather([bool(seconds) and (is_long or seconds[-1] <= fast_enough)])[0][0]:
+            break
+    # The first quartile: other work on the machine only ever makes a step slower. Ranks other than
+    # 0 may have no samples, since they started timing later.
+    step_seconds = sorted(seconds)[len(seconds) // 4] if seconds else math.nan
+
+    task_seconds = 0.0
+    if tasks:
+        task_seconds = uncompiled(evaluation_seconds)(
+            build_model(config, data, world).lm_loss.decoder,
+            data.tokenizer(),
+            tasks,
+            world=world,
+            precision=train.precision,
+        )
+    step_seconds, task_seconds = world.all_gather([step_seconds, task_seconds])[0]
+    return Pace(step_seconds, task_seconds)

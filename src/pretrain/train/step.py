@@ -1,0 +1,144 @@
+"""One optimizer step: micro-batches in, gradients and an update out; no clock, console or file.
+
+`training_steps` is the extension point of the library: a generator of updates that may be driven
+with any source of batches. The loss is a sum of nats over targets, divided once by the number of
+valid targets of the full step, so neither the micro-batch size nor the number of processes changes
+what is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.data.batches import MicroBatch
+from pretrain.distributed import World
+from pretrain.model import LMLoss
+from pretrain.optim.param_groups import gradient_values, set_learning_rate
+from pretrain.parallel import ParallelModel
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Loss and gradient norm of a step, whose gradients are stored on the parameters."""
+
+    nats: float
+    """sum of -log p over the targets of all processes"""
+    n_targets: int
+    grad_norm: float
+    """norm of the gradient of nats per target, before clipping"""
+
+    @property
+    def loss(self) -> float:
+        """Nats per target; 0 for a batch without valid targets."""
+        return self.nats / self.n_targets if self.n_targets else 0.0
+
+    @property
+    def are_usable(self) -> bool:
+        """Whether an update may be made: there are targets, and everything is finite."""
+        return self.n_targets > 0 and math.isfinite(self.nats) and math.isfinite(self.grad_norm)
+
+
+def compute_gradients(
+    model: LMLoss | ParallelModel,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    clip: float,
+    world: World,
+    precision: str = "fp32",
+) -> Gradients:
+    """Leave the gradient of nats per target on the parameters, clipped to the norm `clip` (0: not
+    clipped)."""
+    model = as_parallel(model, world)
+    nats, n_targets = model.forward_backward(micro_batches, precision)
+    gradients = gradient_values(parameter for _, parameter in model.named_parameters())
+    torch._foreach_div_(gradients, max(1, n_targets) / model.grad_divisor)
+    grad_norm = model.clip(clip)
+    return Gradients(nats, n_targets, grad_norm)
+
+
+def as_parallel(model: LMLoss | ParallelModel, world: World) -> ParallelModel:
+    """Wrap a loss module that is not distributed."""
+    return ParallelModel(model, world) if isinstance(model, LMLoss) else model
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step computed."""
+
+    step: int
+    """number of the step, from 0"""
+    nats: float
+    """sum of -log p over the step's targets, before the update"""
+    count: int
+    """number of valid targets"""
+    learning_rate: float
+    grad_norm: float
+    """norm of the gradient of nats per target, before clipping"""
+    updated: bool = True
+    """False if loss or gradient were not finite or there was no target: weights and optimizer are
+    unchanged then"""
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.count if self.count else 0.0
+
+
+def train_step(
+    model: LMLoss | ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    step: int,
+    lr: float,
+    clip: float,
+    world: World,
+    precision: str = "fp32",
+) -> StepReport:
+    """Make one update from the micro-batches of a step.
+
+    A loss or gradient that is not finite, or a batch without targets, leaves weights and optimizer
+    unchanged, bit for bit.
+    """
+    set_learning_rate(optimizer, lr)
+    optimizer.zero_grad(set_to_none=True)
+    gradients = compute_gradients(model, micro_batches, clip=clip, world=world, precision=precision)
+    if gradients.are_usable:
+        optimizer.step()
+    return StepReport(
+        step, gradients.nats, gradients.n_targets, lr, gradients.grad_norm, gradients.are_usable
+    )
+
+
+def training_steps(
+    model: LMLoss | ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    batch_at: Callable[[int], Iterable[MicroBatch]],
+    *,
+    lr_at: Callable[[int], float],
+    steps: int,
+    first_step: int = 0,
+    clip: float = 0.0,
+    world: World,
+    precision: str = "fp32",
+) -> Iterator[StepReport]:
+    """Yield a report of each of the steps `first_step` to `steps` - 1, after its update.
+
+    `batch_at(step)` returns the micro-batches of a step, `lr_at(step)` its learning rate.
+    """
+    model = as_parallel(model, world)
+    model.lm_loss.train()
+    for step in range(first_step, steps):
+        yield train_step(
+            model,
+            optimizer,
+            batch_at(step),
+            step=step,
+            lr=lr_at(step),
+            clip=clip,
+            world=world,
+            precision=precision,
+        )
