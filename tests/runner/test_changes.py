@@ -113,7 +113,7 @@ def test_a_difference_names_the_word_that_accepts_it(
     said = refused(capsys, "train", "--resume", "--run", str(run), *wanted, "--accept", "threads")
     assert "threads: 1 -> 2   (accepted)" in said
     said = refused(capsys, "train", "--resume", "--run", str(run), "--accept", "torch")
-    assert "--accept torch: that has not changed; what did: code" in said
+    assert "--accept torch: that has not changed; changed: code" in said
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
@@ -244,7 +244,7 @@ def test_a_config_that_was_edited_is_another_config(
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("steps: 8\n", "steps: 16\n"))
     said = refused(capsys, "train", "--resume", "--run", str(run))
-    assert "train.steps: 8 -> 16   (cannot be accepted: the schedule hangs on it" in said
+    assert "train.steps: 8 -> 16   (cannot be accepted: the schedule depends on it" in said
 
 
 def test_a_setting_that_one_version_alone_has_is_no_change() -> None:

@@ -21,7 +21,7 @@ from pretrain import __version__, fileio
 
 # Written before the first step. REQUESTED has the settings of the command until CONFIG, with a
 # value in every field, replaces it.
-REQUESTED = "asked.yaml"
+REQUESTED = "requested.yaml"
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TOKENIZER = "tokenizer"
