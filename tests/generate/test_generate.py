@@ -65,8 +65,8 @@ def test_every_family_is_laid_out_to_the_same_logits_and_ids(variant: str) -> No
     assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
     for block in laid_out.blocks.values():
         assert isinstance(block, Block)
-        assert block.attention.joint is not None
-        assert (block.feed_forward.joint is None) == (block.feed_forward.gate is None)
+        assert block.attention.packed is not None
+        assert (block.feed_forward.packed is None) == (block.feed_forward.gate is None)
     logits = []
     for decoder in (plain, laid_out):
         cache, ids = KeyValueCache(), torch.tensor([[1, 2, 3, 4, 1, 2, 5], [7, 8, 9, 7, 8, 9, 7]])

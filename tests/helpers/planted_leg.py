@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain import rng
 from pretrain.cli import leg
-from pretrain.model import random
+from pretrain.model import dropout as random
 from pretrain.train import state
 from pretrain.train.build import TrainingBatches
 

@@ -105,7 +105,7 @@ def trace(
         mock.patch.object(layout, "_arrange", return_value=meshes),
         mock.patch.object(sharded, "Map"),
         # A question about numbers, of which there are none.
-        mock.patch.object(loss, "_has_lost", return_value=False),
+        mock.patch.object(loss, "_any_underflow", return_value=False),
         mock.patch.object(LMLoss, "to_empty"),
         mock.patch.object(DeviceMesh, "_concatenate", staticmethod(_really_concatenated)),
     ):

@@ -26,14 +26,14 @@ from pretrain.model import (
 )
 from pretrain.model.config import model_defaults
 from pretrain.model.decoder import initial_value
+from pretrain.model.dropout import DropoutRng
 from pretrain.model.families import FAMILIES, PRESETS
 from pretrain.model.loss import (
     IGNORE_INDEX,
     chunked_cross_entropy,
     reference_cross_entropy,
 )
-from pretrain.model.ngrams import NgramEmbedding, followers, ngram_hashes
-from pretrain.model.random import DropoutRng
+from pretrain.model.ngrams import NgramEmbedding, induction_ids, ngram_hashes
 from pretrain.model.rope import rope_cos_sin
 from pretrain.rng import float64_device, normal, philox, uniform
 
@@ -121,8 +121,9 @@ WAYS = ["a CPU's", "a GPU's", "a GPU's, compiled"]
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """How the loss walks over the rows, whatever the device here; compiled once, for one shape."""
-    blocks = {"cpu": 3 * V} if request.param == WAYS[0] else {}
-    monkeypatch.setattr("pretrain.model.loss.BLOCK_LOGITS", blocks)
+    monkeypatch.setattr("pretrain.model.loss.CPU_BLOCK_LOGITS", 3 * V)
+    if request.param != WAYS[0]:
+        monkeypatch.setattr("pretrain.model.loss.uses_cpu_path", lambda device: False)
     if request.param == WAYS[2] and not compiler_works():
         pytest.skip("torch compiles nothing here")
     return {"compiled": request.param == WAYS[2]}
@@ -147,8 +148,9 @@ def test_the_chunked_loss_equals_the_plain_one(
 ) -> None:
     if way["compiled"] and rows != 64:
         pytest.skip("each number of rows is compiled anew, which takes seconds")
-    monkeypatch.setattr("pretrain.model.loss.CHUNK_BYTES", {"cpu": rows * V * 8})
-    monkeypatch.setattr("pretrain.model.loss.LEAST_ROWS", 1)
+    monkeypatch.setattr("pretrain.model.loss.CPU_CHUNK_BYTES", rows * V * 8)
+    monkeypatch.setattr("pretrain.model.loss.GPU_CHUNK_LOGITS_EAGER", rows * V)
+    monkeypatch.setattr("pretrain.model.loss.MIN_CHUNK_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -172,7 +174,9 @@ def test_layers_that_read_the_same_are_one_product_on_a_gpu(
     ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(4))
     answers = []
     for joins in (False, True):
-        monkeypatch.setattr("pretrain.model.layers._joins", lambda x, joins=joins: joins)
+        monkeypatch.setattr(
+            "pretrain.model.layers._prefers_one_matmul", lambda x, joins=joins: joins
+        )
         nats, _ = LMLoss(decoder)(batch_of(ids))
         parameters = [p for n, p in decoder.named_parameters() if "ngrams" not in n]
         answers.append([nats, *torch.autograd.grad(nats, parameters)])
@@ -199,10 +203,10 @@ def test_fused_functions_and_their_gradients_equal_the_plain_ones(epsilon: float
 
     def pairs() -> list[list[tuple[Any, ...]]]:
         turned = x.transpose(1, 2)  # as queries and keys come
-        norms = [f(turned, weight, epsilon) for f in (fused.rms_norm, fused.plain_rms_norm)]
-        bare = [f(turned, None, epsilon) for f in (fused.rms_norm, fused.plain_rms_norm)]
-        squares = [f(turned) for f in (fused.squared_relu, fused.plain_squared_relu)]
-        rotated = [f(turned, *angles) for f in (fused.rotate, fused.plain_rotate)]
+        norms = [f(turned, weight, epsilon) for f in (fused.rms_norm, fused.reference_rms_norm)]
+        bare = [f(turned, None, epsilon) for f in (fused.rms_norm, fused.reference_rms_norm)]
+        squares = [f(turned) for f in (fused.squared_relu, fused.reference_squared_relu)]
+        rotated = [f(turned, *angles) for f in (fused.apply_rope, fused.reference_apply_rope)]
         return [
             [(y, *torch.autograd.grad(y, leaves, slope, allow_unused=True)) for y in both]
             for both, leaves in (
@@ -217,10 +221,10 @@ def test_fused_functions_and_their_gradients_equal_the_plain_ones(epsilon: float
         for one, other in zip(ours, plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     with_gradients = fused.rms_norm(x, weight, epsilon)
-    rotated = fused.rotate(x.transpose(1, 2), *angles)
+    rotated = fused.apply_rope(x.transpose(1, 2), *angles)
     with torch.no_grad():  # other paths, of the same bits
         assert torch.equal(fused.rms_norm(x, weight, epsilon), with_gradients)
-        assert torch.equal(fused.rotate(x.transpose(1, 2), *angles), rotated)
+        assert torch.equal(fused.apply_rope(x.transpose(1, 2), *angles), rotated)
 
 
 @pytest.mark.parametrize("extra", [{"smoothing": 0.1}, {"z_loss": 0.01}])
@@ -322,16 +326,16 @@ def test_onednn_is_for_processors_that_are_not_intels(monkeypatch: pytest.Monkey
     for name, takes in (("Intel Xeon", False), ("AMD EPYC", is_there), (None, is_there)):
         known = {} if name is None else {"cpu_name": name}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
-        assert fused._takes_onednn.__wrapped__() == takes
+        assert fused._prefers_onednn.__wrapped__() == takes
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_linear_layer_by_onednn_is_torchs_own(
     has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(fused, "MIN_ROWS", 1)
     is_there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    monkeypatch.setattr(fused, "_takes_onednn", lambda: is_there)
+    monkeypatch.setattr(fused, "_prefers_onednn", lambda: is_there)
     generator = torch.Generator().manual_seed(0)
     # Not contiguous, as what attention has mixed comes.
     x = torch.randn(2, 3, 5, 24, generator=generator).transpose(1, 2).requires_grad_()
@@ -343,7 +347,7 @@ def test_a_linear_layer_by_onednn_is_torchs_own(
     if is_there:
         assert type(product.grad_fn).__name__ == "_LinearBackward"
     ours = [product, *torch.autograd.grad(product, leaves, slope)]
-    monkeypatch.setattr(fused, "_takes_onednn", lambda: False)
+    monkeypatch.setattr(fused, "_prefers_onednn", lambda: False)
     plain = fused.linear(x, weight, bias)
     theirs = [plain, *torch.autograd.grad(plain, leaves, slope)]
     for one, other in zip(ours, theirs, strict=True):
@@ -384,7 +388,7 @@ def test_ngram_tables_hang_on_the_last_ids_alone(longest: int) -> None:
 def test_ngrams_that_share_a_part_of_their_embedding_share_no_other() -> None:
     embedding = NgramEmbedding(config("fast", n_heads=4, ngram_rows=1009), V)
     grams = torch.randint(0, 4096, (5000, 3), generator=torch.Generator().manual_seed(8))
-    rows = embedding._rows_of(ngram_hashes(torch.unique(grams, dim=0), 3)[:, -1])
+    rows = embedding._table_rows(ngram_hashes(torch.unique(grams, dim=0), 3)[:, -1])
     assert torch.equal(rows // 1009, torch.arange(4).expand(len(rows), 4))
     pairs = torch.combinations(torch.arange(len(rows)))
     is_shared = rows[pairs[:, 0]] == rows[pairs[:, 1]]
@@ -414,7 +418,7 @@ def test_a_compiler_finds_the_same_rows(device: str) -> None:
 def test_what_followed_the_last_ids_is_found_where_they_last_stood() -> None:
     ids = torch.randint(0, 4, (3, 40), generator=torch.Generator().manual_seed(7))
     for n in (1, 2, 3):
-        found = followers(ids, n)
+        found = induction_ids(ids, n)
         for row, t in itertools.product(range(3), range(40)):
             text = ids[row].tolist()
             places = [
@@ -422,11 +426,11 @@ def test_what_followed_the_last_ids_is_found_where_they_last_stood() -> None:
             ]
             wanted = text[places[-1] + 1] + 1 if places and t >= n - 1 else 0
             assert int(found[row, t]) == wanted
-    assert 0 < int((followers(ids, 3) > 0).sum()) < int((followers(ids, 1) > 0).sum())
+    assert 0 < int((induction_ids(ids, 3) > 0).sum()) < int((induction_ids(ids, 1) > 0).sum())
 
 
 def test_more_ids_than_the_context_are_refused(decoder: Decoder) -> None:
-    with pytest.raises(ValueError, match="13 ids do not fit the context of 12"):
+    with pytest.raises(ValueError, match="13 ids do not fit the context: there must be at most 12"):
         decoder(torch.zeros(1, T + 1, dtype=torch.int64))
 
 

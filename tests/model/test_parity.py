@@ -13,8 +13,8 @@ from oracles import CASES, Oracle, T, V, config_of, random_decoder
 from pretrain.data import MicroBatch
 from pretrain.generate import Sampling, generate_ids
 from pretrain.model import LMLoss, build
+from pretrain.model.dropout import DropoutRng
 from pretrain.model.families import FAMILIES, PRESETS
-from pretrain.model.random import DropoutRng
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.cli import main
 from pretrain.data import MicroBatch
 from pretrain.model import LMLoss, ModelConfig, build
-from pretrain.model.config import model_defaults, n_matrix_parameters, training_flops
+from pretrain.model.config import model_defaults
 from pretrain.model.loss import reference_cross_entropy
+from pretrain.model.sizes import n_matmul_parameters, training_flops
 from pretrain.train.profile import Profile, _category, lines
 from tiny import TINY
 
@@ -41,7 +42,7 @@ def test_flops_are_what_torch_counts_of_a_step(
         lm_loss(batch)[0].backward()
     counted = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counted.items() if "mm" in str(op))
-    assert products == 6 * n_matrix_parameters(config, vocab_size=V) * 3 * T
+    assert products == 6 * n_matmul_parameters(config, vocab_size=V) * 3 * T
     attention = 6 * config.n_layers * config.d_model * T
     assert training_flops(config, vocab_size=V) * 3 * T == products + attention * 3 * T
 

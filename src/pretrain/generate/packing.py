@@ -38,12 +38,12 @@ def pack_weights(decoder: Decoder) -> None:
     for block in decoder.blocks.values():
         assert isinstance(block, Block)
         attention, feed_forward = block.attention, block.feed_forward
-        attention.joint = memory.place(attention.query, attention.key, attention.value)
+        attention.packed = memory.place(attention.query, attention.key, attention.value)
         memory.place(attention.output)
         if feed_forward.gate is None:
             memory.place(feed_forward.up)
         else:
-            feed_forward.joint = memory.place(feed_forward.gate, feed_forward.up)
+            feed_forward.packed = memory.place(feed_forward.gate, feed_forward.up)
         memory.place(feed_forward.down)
     memory.place(head)
     speed_up_attribute_access(decoder)

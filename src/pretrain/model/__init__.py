@@ -1,11 +1,13 @@
 """Ids -> hidden states -> loss, on one device and without files.
 
-`config` names the architecture and its families, `layers` holds the parts of a block, `decoder` the
-stack and its initial weights, `lm_loss` the loss, `random` the counter-based numbers that initial
-weights and dropout use.
+`families` has the axes of the architecture, the families and the published sizes; `config` the
+settings, `sizes` counts parameters and FLOP. `decoder` is the model, `layers` the parts of a block,
+`rope` position encodings, `ngrams` the tables of the family `fast`, `dropout` reproducible dropout
+masks, `fused` faster forms of small functions. `loss` is the training loss.
 
-Letters at the end of a tensor's name are its shape: B rows, T time, S cached time, D model, H
-heads, K key/value heads, E head width, F feed-forward, V vocabulary; N is B and T in one.
+The capital letters at the end of a tensor's name are its shape: B rows, T positions, S cached and
+new positions, D model width, H heads, K key/value heads, E head width, F feed-forward width, V
+vocabulary, N = B T, P columns with padding or parts of an embedding, X any leading dimensions.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from typing import TYPE_CHECKING
 from pretrain import lazily
 
 if TYPE_CHECKING:
-    from pretrain.model.config import ModelConfig, n_parameters
+    from pretrain.model.config import ModelConfig
     from pretrain.model.decoder import Decoder, build
     from pretrain.model.layers import KeyValueCache
     from pretrain.model.loss import LMLoss
+    from pretrain.model.sizes import n_parameters
 
 __getattr__ = lazily(
     __name__,
-    config="ModelConfig n_parameters",
+    config="ModelConfig",
     decoder="Decoder build",
     layers="KeyValueCache",
     loss="LMLoss",
+    sizes="n_parameters",
 )
 __all__ = ["Decoder", "KeyValueCache", "LMLoss", "ModelConfig", "build", "n_parameters"]

@@ -11,15 +11,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pretrain.model.families import FAMILIES, PRESETS, sizes_of
-
-Family = Literal["transformer", "gpt", "gpt2", "llama", "fast"]
-Norm = Literal["layer", "rms"]
-NormPlace = Literal["before", "after"]
-Position = Literal["learned", "sinusoidal", "rotary"]
-FeedForwardKind = Literal["gelu", "relu", "relu2", "swiglu"]
-Bias = Literal["none", "all", "feed_forward", "query_key_value"]
-Initialization = Literal["normal", "scaled", "xavier", "zero"]
+from pretrain.model.families import (
+    FAMILIES,
+    PRESETS,
+    Bias,
+    Family,
+    FeedForwardKind,
+    Initialization,
+    Norm,
+    NormPlace,
+    Position,
+    is_gated,
+    sizes_of,
+)
 
 MOST_PARAMETERS = 10**13
 """No machine holds more; a larger model is a slip of the pen."""
@@ -192,7 +196,7 @@ class ModelConfig:
     def feed_forward_width(self) -> int:
         if self.d_ff is not None:
             return self.d_ff
-        if self.feed_forward != "swiglu":
+        if not is_gated(self.feed_forward):
             return 4 * self.d_model
         # Three matrices of 8/3 d hold what two of 4 d hold (Shazeer, "GLU Variants", 2020).
         return -(-8 * self.d_model // 3 // 32) * 32
@@ -268,34 +272,3 @@ def replaced_by(section: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 1 <= value <= _LARGEST["size"]
-
-
-def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:
-    """Number of parameters, a tied head counted once; arithmetic only, nothing is built."""
-    d, f, d_kv = config.d_model, config.feed_forward_width, config.kv_heads * config.d_head
-    matrices = n_matrix_parameters(config, vocab_size=vocab_size)
-    n_up = 2 if config.feed_forward == "swiglu" else 1
-    biases = (d + 2 * d_kv) * config.has_bias("query_key_value") + d * config.has_bias("output")
-    biases += (n_up * f + d) * config.has_bias("feed_forward")
-    embeddings = config.table_rows(vocab_size) * d
-    embeddings += 0 if config.tied_head else vocab_size * d
-    if config.position == "learned":
-        embeddings += config.window_tokens * d
-    norm = d * (1 + config.has_bias("norm"))
-    n_norms = 2 * config.n_layers + (config.norm_place == "before")
-    return matrices + embeddings + config.n_layers * biases + n_norms * norm
-
-
-def n_matrix_parameters(config: ModelConfig, *, vocab_size: int) -> int:
-    """Weights that a token is multiplied with (N_mm): all matrices, the head's also where it is
-    tied, and nothing that is looked up."""
-    d, f, d_kv = config.d_model, config.feed_forward_width, config.kv_heads * config.d_head
-    n_of_branch = 3 if config.feed_forward == "swiglu" else 2
-    return config.n_layers * (2 * d * d + 2 * d * d_kv + n_of_branch * d * f) + vocab_size * d
-
-
-def training_flops(config: ModelConfig, *, vocab_size: int) -> int:
-    """FLOP of a training step for each token, 6 N_mm + 6 L d T: "PaLM" (Chowdhery et al., 2022),
-    appendix B, counting of attention only what causality leaves."""
-    attention = config.n_layers * config.d_model * config.window_tokens
-    return 6 * (n_matrix_parameters(config, vocab_size=vocab_size) + attention)

@@ -1,32 +1,25 @@
-"""The decoder: ids in, hidden states out, and logits where somebody asks for them.
+"""The decoder: ids in, hidden states out, and logits on request.
 
-One class is the decoder of 2017, GPT, GPT-2, Llama and `fast` by its config. It is pure and lives
-on one device: loss, optimizer, sampling and parallelism are other people's rooms. It refuses ids
-that are not (B, T) and windows beyond its context length.
+One class is the decoder of the 2017 transformer, GPT, GPT-2, Llama and `fast`, by its config. It is
+a pure function on one device; loss, optimizer, sampling and parallelism are other packages.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.compat import allocate_empty
 from pretrain.model.config import ModelConfig
+from pretrain.model.dropout import EMBEDDING_DROPOUT_ID, DropoutRng, dropout
+from pretrain.model.families import has_final_norm
 from pretrain.model.fused import rms_norm
-from pretrain.model.layers import (
-    EMBEDDING_DROPOUT_ID,
-    Block,
-    Embedding,
-    KeyValueCache,
-    Linear,
-    build_norm,
-    drop,
-)
+from pretrain.model.layers import Block, Embedding, KeyValueCache, Linear, build_norm
 from pretrain.model.ngrams import NgramEmbedding
-from pretrain.model.random import DropoutRng
 from pretrain.model.rope import rope_cos_sin, sinusoids_at
 from pretrain.rng import normal, uniform
 
@@ -47,10 +40,9 @@ class Decoder(nn.Module):
             else None
         )
         self.ngrams = NgramEmbedding(config, vocab_size) if config.table_rows(vocab_size) else None
-        # Keyed by number, so that a name stays what it is when a pipeline keeps only some blocks.
+        # A ModuleDict: a block keeps its name in a pipeline stage that has some of the blocks.
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
-        # After a norm at the end of each block there is nothing left to normalise.
-        self.final_norm = build_norm(config) if config.norm_place == "before" else None
+        self.final_norm = build_norm(config) if has_final_norm(config.norm_place) else None
         self.head = None if config.tied_head else Linear(config.d_model, vocab_size, bias=False)
 
     def forward(
@@ -60,21 +52,26 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         dropout_rng: DropoutRng | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) after the final norm.
+        """Compute the last hidden states (B, T, D), after the final norm.
 
         With a `cache` the ids continue those in it. Dropout is applied if there is a `dropout_rng`.
+        Raises ValueError for more ids than the context length.
         """
-        assert ids_BT.ndim == 2, "ids are (rows, time)"
+        assert ids_BT.ndim == 2, "ids must be (B, T)"
         start = 0 if cache is None else cache.length
         stop = start + ids_BT.shape[1]
         if stop > self.config.window_tokens:
-            raise ValueError(f"{stop} ids do not fit the context of {self.config.window_tokens}")
+            raise ValueError(
+                f"{stop} ids do not fit the context: there must be at most "
+                f"{self.config.window_tokens}"
+            )
         positions_T = torch.arange(start, stop, device=ids_BT.device)
+        uses_rope = self.config.position == "rotary"
+        rope = rope_cos_sin(positions_T, self.config) if uses_rope else None
+
         x_BTD = self.embed(ids_BT, positions_T, cache, dropout_rng)
-        turns = self.config.position == "rotary"
-        rotation = rope_cos_sin(positions_T, self.config) if turns else None
         for block in self.blocks.values():
-            x_BTD = block(x_BTD, rotation, cache, dropout_rng)
+            x_BTD = block(x_BTD, rope, cache, dropout_rng)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def embed(
@@ -84,36 +81,45 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None,
         dropout_rng: DropoutRng | None,
     ) -> Tensor:
-        """What the first block reads (B, T, D)."""
+        """Compute the input of the first block (B, T, D)."""
         x_BTD = self.token_embedding(ids_BT)
         if self.config.scaled_embedding:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.ngrams is not None:
-            before_BP = ids_BT[:, :0] if cache is None else cache.append_ids(ids_BT)
-            x_BTD = x_BTD + self.ngrams(ids_BT, before_BP)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(positions_T)
-        if self.config.position == "sinusoidal":
-            x_BTD = x_BTD + sinusoids_at(positions_T, self.config.d_model).to(x_BTD.dtype)
+            previous_ids_BP = ids_BT[:, :0] if cache is None else cache.append_ids(ids_BT)
+            x_BTD = x_BTD + self.ngrams(ids_BT, previous_ids_BP)
+
+        match self.config.position:
+            case "learned":
+                assert self.position_embedding is not None
+                x_BTD = x_BTD + self.position_embedding(positions_T)
+            case "sinusoidal":
+                x_BTD = x_BTD + sinusoids_at(positions_T, self.config.d_model).to(x_BTD.dtype)
+            case "rotary":
+                pass  # applied to queries and keys
+            case _:
+                assert_never(self.config.position)
+
         if self.config.embedding_norm:
             x_BTD = rms_norm(x_BTD, None, None)
-        return drop(
-            x_BTD, self.config.dropout, dropout_rng, layer=0, dropout_id=EMBEDDING_DROPOUT_ID
-        )
+        p = self.config.dropout
+        return dropout(x_BTD, p, dropout_rng, layer=0, dropout_id=EMBEDDING_DROPOUT_ID)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix (V, D) that turns hidden states into logits."""
+        """The matrix (V, D) from hidden states to logits."""
         return self.token_embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Unnormalised log-probabilities (..., V) of the next token, for generation and for
-        tests."""
+        """Compute logits (..., V) of the next token from hidden states (..., D).
+
+        For generation and tests; the training loss never has all of them (`loss`).
+        """
         return hidden @ self.head_weight.T
 
 
@@ -127,12 +133,12 @@ def initial_value(
     seed: int,
     device: torch.device,
 ) -> Tensor:
-    """Elements [start, stop) of a parameter of `shape` at the start of training, a pure function of
-    seed and name.
+    """Return elements [start, stop) of a flattened parameter before training.
 
-    Biases and n-gram tables are 0, norm weights 1. Matrices are N(0, 0.02); those that write to the
-    residual stream are divided by sqrt(2 n_layers) (`scaled`, as the GPT-2 paper says) or 0
-    (`zero`). For `xavier` they are uniform in +-sqrt(6 / (fan in + fan out)) ("Understanding the
+    They are a pure function of seed and name, so that any shard can be initialised alone. Biases
+    and n-gram tables are 0, norm weights 1. Matrices are N(0, 0.02), but those that write to the
+    residual stream are divided by sqrt(2 n_layers) for `scaled`, as in the GPT-2 paper, and 0 for
+    `zero`. For `xavier` matrices are uniform in +-sqrt(6 / (fan in + fan out)) ("Understanding the
     difficulty of training deep feedforward neural networks", Glorot and Bengio, 2010), and
     embeddings N(0, 1 / d_model).
     """
@@ -140,30 +146,39 @@ def initial_value(
         return torch.zeros(stop - start, device=device)
     if "norm" in name:
         return torch.ones(stop - start, device=device)
-    if config.initialization == "xavier" and "embedding" not in name:
-        index = torch.arange(start, stop, device=device)
-        u = uniform(seed, name, index).float().to(device)
-        return (2 * u - 1) * math.sqrt(6 / sum(shape))
-    std = INITIAL_STD if config.initialization != "xavier" else config.d_model**-0.5
-    if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
-        if config.initialization == "zero":
-            return torch.zeros(stop - start, device=device)
-        if config.initialization == "scaled":
-            std /= math.sqrt(2 * config.n_layers)
+
+    std = INITIAL_STD
+    writes_to_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+    match config.initialization:
+        case "normal":
+            pass
+        case "scaled":
+            if writes_to_residual:
+                std /= math.sqrt(2 * config.n_layers)
+        case "zero":
+            if writes_to_residual:
+                return torch.zeros(stop - start, device=device)
+        case "xavier":
+            if "embedding" not in name:
+                index = torch.arange(start, stop, device=device)
+                u = uniform(seed, name, index).float().to(device)
+                return (2 * u - 1) * math.sqrt(6 / sum(shape))
+            std = config.d_model**-0.5
+        case _:
+            assert_never(config.initialization)
     return normal(seed, name, start, stop, device=device) * std
 
 
 def build(
     config: ModelConfig, *, vocab_size: int, seed: int | None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """A decoder on `device`, with its initial weights, or with empty ones (to be loaded) for seed
-    None."""
+    """Build a decoder with its initial weights on `device`; uninitialised ones for seed None."""
     device = torch.device(device)
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size=vocab_size)
     allocate_empty(decoder, device)
     if decoder.ngrams is not None:
-        # A dense gradient costs a pass over whole tables, which only a GPU does not notice.
+        # Dense gradients are a pass over all tables, which is slow on a CPU and free on a GPU.
         decoder.ngrams.sparse_gradients = device.type == "cpu"
     if seed is not None:
         with torch.no_grad():

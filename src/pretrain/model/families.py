@@ -1,16 +1,48 @@
-"""The families: which choices each made, from its paper or its published code, and the sizes that
-were published.
+"""The axes of the architecture, the families with their choices, and the published sizes.
 
-A family is a function that returns the values of a `ModelConfig`; what is not named in it is the
-config's default. To add one: write its function, name it in FAMILIES, and hold it to an
-implementation that somebody else wrote (docs/internals/model.md does so with Qwen 2).
+To add a family: write a function with its choices and their source, add it to `Family` and
+FAMILIES, and test it against an implementation by somebody else (docs/internals/model.md does so
+with Qwen 2). A choice that no family has made yet is a new value of an axis: add it to the axis,
+and mypy names every `match` that has to handle it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, assert_never
 
+Family = Literal["transformer", "gpt", "gpt2", "llama", "fast"]
+Norm = Literal["layer", "rms"]
+NormPlace = Literal["before", "after"]
+Position = Literal["learned", "sinusoidal", "rotary"]
+FeedForwardKind = Literal["gelu", "relu", "relu2", "swiglu"]
+Bias = Literal["none", "all", "feed_forward", "query_key_value"]
+Initialization = Literal["normal", "scaled", "xavier", "zero"]
+
+
+def has_final_norm(place: NormPlace) -> bool:
+    """Return whether the last hidden states need one more norm before the head."""
+    match place:
+        case "before":
+            return True
+        case "after":
+            return False
+        case _:
+            assert_never(place)
+
+
+def is_gated(kind: FeedForwardKind) -> bool:
+    """Return whether a feed-forward layer has a third matrix, the gate."""
+    match kind:
+        case "swiglu":
+            return True
+        case "gelu" | "relu" | "relu2":
+            return False
+        case _:
+            assert_never(kind)
+
+
+# The values of a ModelConfig; those that a family does not name are the config's defaults.
 Values = dict[str, Any]
 
 

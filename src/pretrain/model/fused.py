@@ -1,8 +1,8 @@
-"""Small functions of a block in fewer passes over memory, with their gradients by hand.
+"""Memory-bound functions of a block, with gradients by hand.
 
-Outside of its matrix products a step is a walk through memory, and torch's own functions, without a
-compiler, walk once for each square, mean, root and product. Each function here has a plain twin
-(`plain_...`), which is what a compiler gets to see, since it fuses better, and what a GPU runs.
+Apart from matmuls a training step is memory-bound: eager torch reads x once for each square, mean,
+root and product. These functions read it less often. Each has a `reference_...` by torch's own
+operators, which a GPU and the compiler use: the compiler fuses it better.
 """
 
 from __future__ import annotations
@@ -16,137 +16,149 @@ from torch.nn import functional as F
 
 from pretrain.compat import has_onednn_linear, onednn_linear
 
-# Of fewer rows a product is bound by memory, and oneDNN has more to prepare than MKL.
-FEWEST_ROWS = 64
+# With fewer rows a matmul is memory-bound, and oneDNN has more overhead than MKL.
+MIN_ROWS = 64
 
 
-def _is_fused(x: Tensor) -> bool:
+def _is_eager_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
-    """x over the root of the mean of its squares, times `weight_D`: "Root Mean Square Layer
-    Normalization" (Zhang and Sennrich, 2019). An epsilon of None is float32's, or float64's own,
-    as in torch."""
-    if not _is_fused(x_XD):
-        return plain_rms_norm(x_XD, weight_D, epsilon)
+    """Divide x by the root of the mean of its squares, and multiply it by `weight_D`.
+
+    "Root Mean Square Layer Normalization" (Zhang and Sennrich, 2019). An epsilon of None is the
+    dtype's own (at least float32's), as in torch.
+    """
+    if not _is_eager_cpu(x_XD):
+        return reference_rms_norm(x_XD, weight_D, epsilon)
     if torch.is_grad_enabled():
-        normed: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
-    else:  # A Function takes as long as what it does to a few rows.
-        normed = x_XD * _inverse_root_mean_square(x_XD, epsilon)
-    return normed if weight_D is None else normed * weight_D
+        y_XD: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
+    else:  # for a few rows the call of a Function takes as long as its work
+        y_XD = x_XD * _inverse_rms(x_XD, epsilon)
+    return y_XD if weight_D is None else y_XD * weight_D
 
 
-def plain_rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
+def reference_rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
     return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
 
 
-def _inverse_root_mean_square(x_XD: Tensor, epsilon: float | None) -> Tensor:
-    exact = torch.promote_types(x_XD.dtype, torch.float32)
-    epsilon = torch.finfo(exact).eps if epsilon is None else epsilon
-    norm_X1: Tensor = torch.linalg.vector_norm(x_XD, dim=-1, keepdim=True, dtype=exact)
+def _inverse_rms(x_XD: Tensor, epsilon: float | None) -> Tensor:
+    dtype = torch.promote_types(x_XD.dtype, torch.float32)
+    epsilon = torch.finfo(dtype).eps if epsilon is None else epsilon
+    norm_X1: Tensor = torch.linalg.vector_norm(x_XD, dim=-1, keepdim=True, dtype=dtype)
     return norm_X1.square_().div_(x_XD.shape[-1]).add_(epsilon).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XD: Tensor, epsilon: float | None) -> Tensor:
-        scale_X1 = _inverse_root_mean_square(x_XD, epsilon)
-        normed_XD = x_XD * scale_X1
-        ctx.save_for_backward(normed_XD, scale_X1)
-        return normed_XD
+        scale_X1 = _inverse_rms(x_XD, epsilon)
+        y_XD = x_XD * scale_X1
+        ctx.save_for_backward(y_XD, scale_X1)
+        return y_XD
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        normed_XD, scale_X1 = ctx.saved_tensors
-        # What would only make x longer or shorter is taken out of the slope.
-        along_X1 = (slopes[0] * normed_XD).mean(-1, keepdim=True)
-        return torch.addcmul(slopes[0], normed_XD, along_X1, value=-1).mul_(scale_X1), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        y_XD, scale_X1 = ctx.saved_tensors
+        # The output does not depend on the length of x: remove the component along x.
+        along_X1 = (grads[0] * y_XD).mean(-1, keepdim=True)
+        return torch.addcmul(grads[0], y_XD, along_X1, value=-1).mul_(scale_X1), None
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2: "Primer" (So et al., 2021)."""
-    if not _is_fused(x):
-        return plain_squared_relu(x)
-    squared: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
-    return squared
+    """Return max(x, 0)^2: "Primer" (So et al., 2021)."""
+    if not _is_eager_cpu(x):
+        return reference_squared_relu(x)
+    y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    return y
 
 
-def plain_squared_relu(x: Tensor) -> Tensor:
+def reference_squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive * positive
+        relu = x.relu()
+        ctx.save_for_backward(relu)
+        return relu * relu
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        slope: Tensor = slopes[0] * positive
-        return slope.mul_(2)
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (relu,) = ctx.saved_tensors
+        d_x: Tensor = grads[0] * relu
+        return d_x.mul_(2)
 
 
-def rotate(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Pair i of each vector, its elements i and i + E/2, turned by the angle whose cosine and sine
-    stand at both places."""
-    if not _is_fused(x_XTE):
-        return plain_rotate(x_XTE, cos_TE, sin_TE)
+def apply_rope(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotate pair i of each vector, its elements i and i + E/2, by the angle whose cosine and sine
+    are given at both elements."""
+    if not _is_eager_cpu(x_XTE):
+        return reference_apply_rope(x_XTE, cos_TE, sin_TE)
     if not torch.is_grad_enabled():
-        return _turned(x_XTE, cos_TE, sin_TE)
-    turned: Tensor = _Rotation.apply(x_XTE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
-    return turned
+        return _rotate(x_XTE, cos_TE, sin_TE)
+    y_XTE: Tensor = _ApplyRope.apply(x_XTE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
+    return y_XTE
 
 
-def plain_rotate(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def reference_apply_rope(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     first, second = x_XTE.chunk(2, dim=-1)
     return x_XTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
 
 
-def _turned(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    turned = x_XTE * cos_TE
-    (into_first, into_second), (first, second) = turned.chunk(2, -1), x_XTE.chunk(2, -1)
-    sin_first, sin_second = sin_TE.chunk(2, -1)
-    into_first.addcmul_(second, sin_first, value=-1)
-    into_second.addcmul_(first, sin_second)
-    return turned
+def _rotate(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    x_first, x_second = x_XTE.chunk(2, dim=-1)
+    sin_first, sin_second = sin_TE.chunk(2, dim=-1)
+    y_XTE = x_XTE * cos_TE
+    y_first, y_second = y_XTE.chunk(2, dim=-1)
+    y_first.addcmul_(x_second, sin_first, value=-1)
+    y_second.addcmul_(x_first, sin_second)
+    return y_XTE
 
 
-class _Rotation(torch.autograd.Function):
+class _ApplyRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TE, sin_TE)
         ctx.dtype = x_XTE.dtype
-        return _turned(x_XTE, cos_TE, sin_TE)
+        return _rotate(x_XTE, cos_TE, sin_TE)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos_TE, sin_TE = ctx.saved_tensors
-        return _turned(slopes[0], cos_TE, -sin_TE).to(ctx.dtype), None, None  # turned back
+        # The inverse of a rotation is the rotation by the negative angle.
+        return _rotate(grads[0], cos_TE, -sin_TE).to(ctx.dtype), None, None
 
 
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """x W^T + b, in float32 on a CPU that is not Intel's by oneDNN, which comes with torch and is
-    faster there than the MKL that torch's own function calls (docs/explanation/speed.md)."""
-    is_large = x_XD.numel() >= FEWEST_ROWS * x_XD.shape[-1]
+    """Compute x W^T + b.
+
+    In float32 on a CPU that is not Intel's oneDNN is faster than MKL, which F.linear calls
+    (docs/explanation/speed.md).
+    """
+    has_many_rows = x_XD.numel() >= MIN_ROWS * x_XD.shape[-1]
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
-    if not (
-        is_large and is_float32 and _is_fused(x_XD) and _takes_onednn()
-    ) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x_XD, weight_FD, bias_F)
-    product: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
-    return product
+    is_autocast = torch.is_autocast_enabled("cpu")
+    if (
+        has_many_rows
+        and is_float32
+        and _is_eager_cpu(x_XD)
+        and _prefers_onednn()
+        and not is_autocast
+    ):
+        y_XF: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+        return y_XF
+    return F.linear(x_XD, weight_FD, bias_F)
 
 
 @lru_cache
-def _takes_onednn() -> bool:
-    # Releases before torch 2.13 do not say whose processor it is.
+def _prefers_onednn() -> bool:
+    # torch has this function from 2.13 on.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    is_intels = str(known.get("cpu_name", "")).startswith("Intel")
-    return has_onednn_linear() and not is_intels
+    is_intel = str(known.get("cpu_name", "")).startswith("Intel")
+    return has_onednn_linear() and not is_intel
 
 
 class _Linear(torch.autograd.Function):
@@ -157,10 +169,12 @@ class _Linear(torch.autograd.Function):
         return onednn_linear(x_XD, weight_FD, bias_F)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (x_XD, weight_FD), slope_XF = ctx.saved_tensors, slopes[0]
-        d_x = onednn_linear(slope_XF, weight_FD.T) if ctx.needs_input_grad[0] else None
-        # Both sides would have to be laid out anew for oneDNN, which costs what it gains.
-        slope_NF = slope_XF.flatten(0, -2)
-        d_weight = slope_NF.T @ x_XD.flatten(0, -2)
-        return d_x, d_weight, slope_NF.sum(0) if ctx.has_bias else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_XD, weight_FD = ctx.saved_tensors
+        grad_XF = grads[0]
+        d_x = onednn_linear(grad_XF, weight_FD.T) if ctx.needs_input_grad[0] else None
+        # oneDNN would have to copy both factors into another layout, which costs what it gains.
+        grad_NF = grad_XF.flatten(0, -2)
+        d_weight = grad_NF.T @ x_XD.flatten(0, -2)
+        d_bias = grad_NF.sum(0) if ctx.has_bias else None
+        return d_x, d_weight, d_bias

@@ -1,15 +1,17 @@
-"""The objective: maximise L(X) = sum_i log p(x_{i+1} | x_{i-k}, ..., x_i), as a sum of nats and a
-count.
+"""The language-model loss: cross-entropy of the next token, summed in nats over valid targets.
 
-A micro-batch goes in; the sum of -log p over its targets and the number of those targets come out.
-The division happens once, over everything that a step saw, and not here. Whole logits are never
-kept: the loss walks over the rows in chunks and makes both gradients on the way.
+The objective is to maximise sum_i log p(x_{i+1} | x_{i-k}, ..., x_i). A micro-batch comes in; the
+sum of -log p and the number of valid targets go out. The training step divides once, by the number
+of targets of all its micro-batches. The logits of a whole micro-batch (N, V) are never stored:
+`chunked_cross_entropy` computes loss and gradients chunk by chunk, and equals
+`reference_cross_entropy`, which is F.cross_entropy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -17,29 +19,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.decoder import Decoder
-from pretrain.model.random import DropoutRng
+from pretrain.model.dropout import DropoutRng
 
-# A target of -100 is not counted: padding at the end of an evaluation.
+# Targets with this value are ignored: padding at the end of an evaluation.
 IGNORE_INDEX = -100
-# Room of the logits that exist at once, or their number, and the rows that are taken all the same:
-# products of fewer rows than that walk through the whole head for little.
-CHUNK_BYTES = {"cpu": 1 << 23}
-# On a GPU, where a compiler keeps all but logits and slopes within the chip, and where it does not.
-CHUNK_LOGITS_COMPILED, CHUNK_LOGITS_EAGER = 1 << 29, 1 << 27
-LEAST_ROWS = 512
-# What is done to each logit is done to so many at a time, which stay in a CPU core's cache.
-BLOCK_LOGITS = {"cpu": 1 << 20}
-# Rows of exactly V numbers may lie so that their beginnings drive each other out of the cache: MKL
-# then takes 1.4 times as long (V 50,257). Rows of a few numbers more do not.
-ROW_PADDING = 16
-# A GPU's fast products want rows of a multiple of so many numbers (V 50,257 is odd).
-ROW_MULTIPLE = 64
-# Nats of some rows, and the slope of the objective by their logits, from logits and targets.
-_Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Bytes of a chunk's logits on a CPU, and number of logits of a chunk on a GPU. A compiled chunk
+# needs memory for logits and gradients only, an eager one also for float32 intermediates.
+CPU_CHUNK_BYTES = 1 << 23
+GPU_CHUNK_LOGITS_COMPILED = 1 << 29
+GPU_CHUNK_LOGITS_EAGER = 1 << 27
+# A matmul with fewer rows spends its time on reading the head's weight.
+MIN_CHUNK_ROWS = 512
+# On a CPU the softmax works on blocks of this many logits, which stay in the cache of a core.
+CPU_BLOCK_LOGITS = 1 << 20
+# A row stride of exactly V can cause cache conflicts in MKL (1.4 times slower at V = 50,257), so
+# rows are padded.
+CPU_ROW_PADDING = 16
+# Tensor cores need rows of a multiple of 64 numbers (V = 50,257 is odd).
+GPU_ROW_MULTIPLE = 64
 
 
 class Batch(Protocol):
-    """What the objective reads of a micro-batch."""
+    """The fields of a micro-batch that the loss reads."""
 
     @property
     def inputs(self) -> Tensor:
@@ -47,267 +49,18 @@ class Batch(Protocol):
 
     @property
     def targets(self) -> Tensor:
-        """The id that follows each input (B, T), or NOT_COUNTED."""
+        """The next id of each input (B, T), or IGNORE_INDEX."""
 
     @property
     def samples(self) -> Tensor:
-        """The global number of each row's window (B)."""
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target], chunk by chunk, with gradients made in
-    forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        smoothing: float,
-        z_loss: float,
-        compiled: bool,
-        learns: bool,
-    ) -> Tensor:
-        # The sum is kept in float64 where there is one, so that it hardly depends on how rows are
-        # grouped.
-        total_type = torch.float32 if hidden_ND.device.type == "mps" else torch.float64
-        nats = torch.zeros((), dtype=total_type, device=hidden_ND.device)
-        # What is needed says nothing of whether anybody will go back.
-        with_gradients = learns and any(ctx.needs_input_grad[:2])
-        d_hidden = torch.empty_like(hidden_ND) if with_gradients else None
-        d_weight = torch.zeros_like(weight_VD) if with_gradients else None
-        V, how = weight_VD.shape[0], (smoothing, z_loss, total_type)
-        weight = weight_VD.to(hidden_ND.dtype)
-        rows = _rows_at_once(hidden_ND, V, compiled=compiled and with_gradients)
-        if hidden_ND.device.type in BLOCK_LOGITS:
-            slope_of = _slopes_by_block(weight, rows, weight_VD.dtype, *how)
-        else:
-            # Columns beyond V have no probability and no slope.
-            weight = F.pad(weight, (0, 0, 0, -V % ROW_MULTIPLE))
-            slope_of = _slopes_at_once(weight, V, *how, compiled=compiled)
-        for start in range(0, hidden_ND.shape[0], rows):
-            hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
-            chunk_nats, slope_NV = slope_of(hidden, targets)
-            nats += chunk_nats
-            if d_hidden is not None and d_weight is not None:
-                slope_NV = slope_NV.to(hidden.dtype)
-                # Rows that do not count are struck out where they are narrow.
-                counted_N1 = (targets != IGNORE_INDEX)[:, None]
-                torch.mul(slope_NV @ weight, counted_N1, out=d_hidden[start : start + rows])
-                counted_hidden = hidden * counted_N1
-                if hidden.dtype == d_weight.dtype and slope_NV.shape[1] == V:
-                    d_weight.addmm_(slope_NV.T, counted_hidden)
-                else:
-                    d_weight += (slope_NV.T @ counted_hidden)[:V]
-            del slope_NV  # before the next chunk takes its memory
-        ctx.save_for_backward(d_hidden, d_weight)
-        return nats
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            d_hidden * slopes[0].to(d_hidden.dtype),
-            d_weight * slopes[0].to(d_weight.dtype),
-            *[None] * 5,
-        )
-
-
-def _rows_at_once(hidden_ND: Tensor, V: int, *, compiled: bool) -> int:
-    """Rows of a chunk; a power of 2 on a GPU, so that chunks are alike, as a compiler wants it."""
-    device_type = hidden_ND.device.type
-    logits = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS_EAGER
-    if device_type in CHUNK_BYTES:
-        logits = CHUNK_BYTES[device_type] // hidden_ND.element_size()
-    rows = max(LEAST_ROWS, logits // V)
-    if device_type not in BLOCK_LOGITS:
-        rows = 1 << rows.bit_length() - 1
-    return max(1, min(rows, hidden_ND.shape[0]))
-
-
-def _slopes_by_block(
-    weight_VD: Tensor,
-    rows: int,
-    exact: torch.dtype,
-    smoothing: float,
-    z_loss: float,
-    total_type: torch.dtype,
-) -> _Slope:
-    """For a CPU: logits of a chunk in one room, and their slopes in their place; in between they
-    are `exact`, in blocks that fit its cache."""
-    V = weight_VD.shape[0]
-    logits_room_NV = _padded_rows(rows, V, like=weight_VD)
-    block_rows = min(rows, max(1, BLOCK_LOGITS["cpu"] // V))
-    room_2BV = weight_VD.new_empty((2, block_rows, V), dtype=exact)
-
-    def slope_of(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = logits_room_NV[: len(hidden_ND)]
-        torch.mm(hidden_ND, weight_VD.T, out=logits_NV)
-        nats = torch.zeros((), dtype=total_type, device=hidden_ND.device)
-        for first in range(0, len(hidden_ND), block_rows):
-            block = slice(first, first + block_rows)
-            nats += _nats_then_slope_(
-                logits_NV[block], targets_N[block], room_2BV, smoothing, z_loss, total_type
-            )
-        return nats, logits_NV
-
-    return slope_of
-
-
-def _padded_rows(n: int, V: int, *, like: Tensor) -> Tensor:
-    """Room for `n` rows of V, which do not lie end to end. What is between them is finite: oneDNN's
-    products in bfloat16 multiply some of it by 0."""
-    room = like.new_empty(n, -(-V // ROW_PADDING) * ROW_PADDING + ROW_PADDING)
-    room[:, V:] = 0
-    return room[:, :V]
-
-
-def _nats_then_slope_(
-    logits_NV: Tensor,
-    targets_N: Tensor,
-    room_2BV: Tensor,
-    smoothing: float,
-    z_loss: float,
-    total_type: torch.dtype,
-) -> Tensor:
-    """Summed nats of some rows, whose logits become, in place, the slope of the objective."""
-    exact_NV, slope_NV = room_2BV[:, : len(logits_NV)].unbind()
-    exact_NV.copy_(logits_NV)
-    torch.softmax(exact_NV, 1, out=slope_NV)
-    counted_N1, picked_N1 = (targets_N != IGNORE_INDEX)[:, None], targets_N.clamp(min=0)[:, None]
-    p_N1 = slope_NV.gather(1, picked_N1)
-    log_p_N1 = p_N1.log()
-    if _has_lost(p_N1):
-        log_p_N1 = exact_NV.gather(1, picked_N1) - exact_NV.logsumexp(1, keepdim=True)
-    if z_loss:
-        # d (z log_sum^2) / d logits = 2 z log_sum softmax.
-        log_sum_N1 = exact_NV.gather(1, picked_N1) - log_p_N1
-        slope_NV *= 1 + 2 * z_loss * log_sum_N1
-    # d nats / d logits = softmax - one_hot.
-    slope_NV.scatter_add_(1, picked_N1, torch.full_like(p_N1, smoothing - 1.0))
-    if smoothing:
-        slope_NV -= smoothing / slope_NV.shape[1]
-    logits_NV.copy_(slope_NV)
-    return -torch.where(counted_N1, log_p_N1, 0).sum(dtype=total_type)
-
-
-def _has_lost(p_N1: Tensor) -> bool:
-    """Whether one of these is so unlikely that it has no number, and its logarithm has."""
-    return bool((p_N1 < torch.finfo(p_N1.dtype).tiny).any())
-
-
-def _slopes_at_once(
-    weight_PD: Tensor,
-    V: int,
-    smoothing: float,
-    z_loss: float,
-    total_type: torch.dtype,
-    *,
-    compiled: bool,
-) -> _Slope:
-    """For a GPU: all of a chunk; compiled, its logits are read twice and their slopes written, in
-    the precision of the products, while float32 stays within the chip."""
-    function = _compiled_nats_and_slope() if compiled else _nats_and_slope
-
-    def slope_of(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        return function(hidden_ND @ weight_PD.T, targets_N, V, smoothing, z_loss, total_type)
-
-    return slope_of
-
-
-def _nats_and_slope(
-    logits_NP: Tensor,
-    targets_N: Tensor,
-    V: int,
-    smoothing: float,
-    z_loss: float,
-    total_type: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """As `_nats_then_slope_`, of logits with columns beyond V, in operations that a compiler makes
-    one of."""
-    exact_NP = logits_NP.to(torch.promote_types(logits_NP.dtype, torch.float32))
-    columns_P = torch.arange(logits_NP.shape[1], device=logits_NP.device)
-    if logits_NP.shape[1] > V:
-        exact_NP = exact_NP.masked_fill(columns_P >= V, float("-inf"))
-    counted_N, picked_N = targets_N != IGNORE_INDEX, targets_N.clamp(min=0)
-    log_sum_N = exact_NP.logsumexp(1)
-    chosen_N = logits_NP.gather(1, picked_N[:, None])[:, 0].to(exact_NP.dtype)
-    nats = torch.where(counted_N, log_sum_N - chosen_N, 0).sum(dtype=total_type)
-    slope_NP = (exact_NP - log_sum_N[:, None]).exp()
-    if z_loss:
-        slope_NP = slope_NP * (1 + 2 * z_loss * log_sum_N[:, None])
-    is_target_NP = columns_P == picked_N[:, None]
-    slope_NP = torch.where(is_target_NP, slope_NP - (1 - smoothing), slope_NP)
-    if smoothing:
-        slope_NP = torch.where(columns_P < V, slope_NP - smoothing / V, slope_NP)
-    return nats, slope_NP.to(logits_NP.dtype)
-
-
-@cache
-def _compiled_nats_and_slope() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_nats_and_slope, dynamic=False)
-
-
-def chunked_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    compiled: bool = False,
-) -> Tensor:
-    """Nats (a scalar, summed) of the targets (N) under the logits hidden @ weight.T, without those
-    logits.
-
-    With label `smoothing` the value is still these nats, so that every reported number means the
-    same; the gradient is that of the smoothed objective, in which a target has the probability 1 -
-    smoothing, and that share is spread evenly over the vocabulary ("Rethinking the Inception
-    Architecture for Computer Vision", Szegedy et al., 2016). So it is with `z_loss`, the weight of
-    the squared log of the softmax's sum ("PaLM", Chowdhery et al., 2022).
-    Where it is `compiled`, what a GPU does to each logit is one kernel; a CPU has its own way.
-    """
-    device_type = hidden_ND.device.type
-    if torch.is_autocast_enabled(device_type):
-        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device_type))
-    nats: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, smoothing, z_loss, compiled, torch.is_grad_enabled()
-    )
-    return nats
-
-
-def reference_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """The same by torch's own operators, with whole logits: the twin that the fast path must
-    equal. With `smoothing` or `z_loss` its value is that whole objective."""
-    logits_NV = hidden_ND @ weight_VD.T
-    nats = F.cross_entropy(
-        logits_NV,
-        targets_N,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
-    if not z_loss:
-        return nats
-    counted_N = targets_N != IGNORE_INDEX
-    return nats + z_loss * (logits_NV.logsumexp(-1).square() * counted_N).sum()
+        """The global number of each row (B), for dropout."""
 
 
 class LMLoss(nn.Module):
-    """The decoder and its loss: what is compiled, sharded and wrapped.
+    """The decoder and its loss: the module that is compiled, sharded and trained.
 
-    The context of a prediction is the window's ids up to and including x_i, so k + 1 in the formula
-    is at most the context length T. `seed` keys the dropout masks; they are drawn only in training
-    mode and for a rate above 0. So are `label_smoothing` and `z_loss`, which change gradients and
-    never nats.
+    `seed` is that of the dropout masks. Dropout, `label_smoothing` and `z_loss` are used in
+    training mode only; the last two change the gradients and never the value.
     """
 
     def __init__(
@@ -321,34 +74,286 @@ class LMLoss(nn.Module):
         super().__init__()
         self.decoder, self.seed = decoder, seed
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.is_compiled = False
-
-    def compile_parts(self, *, by_block: bool = False) -> None:
-        """Have the decoder, or each of its blocks, and the loss made by torch's compiler, for
-        batches of one shape."""
-        self.is_compiled = True
-        for module in self.decoder.blocks.values() if by_block else [self.decoder]:
-            module.compile(dynamic=False)
-
-    def cross_entropy(
-        self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, **how: float
-    ) -> Tensor:
-        """Nats of the targets; what equals it may be set in its place."""
-        return chunked_cross_entropy(
-            hidden_ND, weight_VD, targets_N, compiled=self.is_compiled, **how
-        )
+        # Tensor parallelism replaces this function by one for a sharded head.
+        self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(nats, count): the sum of -log p(target | context), and how many targets were counted."""
-        drops = self.training and self.decoder.config.dropout > 0
-        dropout_rng = DropoutRng(self.seed, batch.samples) if drops else None
+        """Return the sum of -log p(target | context) in nats, and the number of valid targets."""
+        has_dropout = self.training and self.decoder.config.dropout > 0
+        dropout_rng = DropoutRng(self.seed, batch.samples) if has_dropout else None
         hidden_BTD = self.decoder(batch.inputs, dropout_rng=dropout_rng)
+
         targets_N = batch.targets.flatten()
-        nats = self.cross_entropy(
+        loss = self.cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.decoder.head_weight,
             targets_N,
             smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
         )
-        return nats, (targets_N != IGNORE_INDEX).sum()
+        return loss, (targets_N != IGNORE_INDEX).sum()
+
+    def compile_parts(self, *, by_block: bool = False) -> None:
+        """Compile the decoder, or each of its blocks, and the loss, for batches of one shape."""
+        self.cross_entropy = partial(chunked_cross_entropy, compiled=True)
+        for module in self.decoder.blocks.values() if by_block else [self.decoder]:
+            module.compile(dynamic=False)
+
+
+def chunked_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    compiled: bool = False,
+) -> Tensor:
+    """Return the summed cross-entropy (a scalar, nats) of logits = hidden @ weight.T.
+
+    Both gradients are computed here, chunk by chunk, while a chunk's logits exist.
+
+    With label `smoothing` the value stays the plain cross-entropy, so that all reported losses can
+    be compared; the gradient is that of a target distribution with 1 - smoothing on the target and
+    the rest spread evenly over the vocabulary: "Rethinking the Inception Architecture for Computer
+    Vision" (Szegedy et al., 2016). Likewise the gradient alone contains `z_loss` times the squared
+    log of the softmax's sum: "PaLM" (Chowdhery et al., 2022). `compiled`: fuse the softmax by
+    torch's compiler on a GPU; without effect on a CPU.
+    """
+    device, V = hidden_ND.device, weight_VD.shape[0]
+    if torch.is_autocast_enabled(device.type):
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device.type))
+    needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    # A float64 sum hardly depends on how rows are grouped. MPS has no float64.
+    sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+    options = (V, smoothing, z_loss, sum_dtype)
+
+    with torch.no_grad():
+        loss = torch.zeros((), dtype=sum_dtype, device=device)
+        d_hidden_ND = torch.empty_like(hidden_ND) if needs_grad else None
+        d_weight_VD = torch.zeros_like(weight_VD) if needs_grad else None
+        weight = weight_VD.to(hidden_ND.dtype)
+        rows = _chunk_rows(hidden_ND, V, compiled=compiled and needs_grad)
+        in_blocks = uses_cpu_path(device)
+        if in_blocks:
+            block_rows = min(rows, max(1, CPU_BLOCK_LOGITS // V))
+            logits_buffer = _padded_rows(rows, V, like=weight)
+            workspace_2BV = weight.new_empty((2, block_rows, V), dtype=weight_VD.dtype)
+        else:
+            weight = F.pad(weight, (0, 0, 0, _round_up(V, GPU_ROW_MULTIPLE) - V))
+
+        for start in range(0, len(hidden_ND), rows):
+            chunk = slice(start, start + rows)
+            hidden, targets = hidden_ND[chunk], targets_N[chunk]
+            if in_blocks:
+                chunk_loss = torch.zeros((), dtype=sum_dtype, device=device)
+                logits_NV = torch.mm(hidden, weight.T, out=logits_buffer[: len(hidden)])
+                for first in range(0, len(hidden), block_rows):
+                    block = slice(first, first + block_rows)
+                    block_loss, block_grad = loss_and_grad(
+                        logits_NV[block], targets[block], *options, workspace_2BV
+                    )
+                    chunk_loss += block_loss
+                    logits_NV[block] = block_grad
+                grad_NV = logits_NV
+            else:
+                function = _compiled_loss_and_grad() if compiled else loss_and_grad
+                chunk_loss, grad_NV = function(hidden @ weight.T, targets, *options)
+            loss += chunk_loss
+
+            if d_hidden_ND is not None and d_weight_VD is not None:
+                # Ignored rows are set to 0 in the matrices of width D, which is less than V.
+                grad_NV = grad_NV.to(hidden.dtype)
+                is_valid_N1 = (targets != IGNORE_INDEX)[:, None]
+                torch.mul(grad_NV @ weight, is_valid_N1, out=d_hidden_ND[chunk])
+                valid_hidden = hidden * is_valid_N1
+                if hidden.dtype == d_weight_VD.dtype and grad_NV.shape[1] == V:
+                    d_weight_VD.addmm_(grad_NV.T, valid_hidden)
+                else:
+                    d_weight_VD += (grad_NV.T @ valid_hidden)[:V]
+            del grad_NV  # before the next chunk allocates its own
+
+    if d_hidden_ND is None or d_weight_VD is None:
+        return loss
+    return attach_grad(loss, hidden_ND, d_hidden_ND, weight_VD, d_weight_VD)
+
+
+def loss_and_grad(
+    logits_NP: Tensor,
+    targets_N: Tensor,
+    V: int,
+    smoothing: float,
+    z_loss: float,
+    sum_dtype: torch.dtype,
+    workspace_2BV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of some rows and its gradient by their logits.
+
+    The first V of P columns are logits, the rest is padding. With a workspace, of the dtype in
+    which the softmax is computed, nothing of size (N, V) is allocated, and the gradient is a view
+    of it. Without one the gradient has the dtype of the logits.
+    """
+    is_valid_N1 = (targets_N != IGNORE_INDEX)[:, None]
+    target_N1 = targets_N.clamp(min=0)[:, None]
+
+    if workspace_2BV is not None:
+        logits, p = workspace_2BV[:, : len(logits_NP)].unbind()
+        logits.copy_(logits_NP)
+        torch.softmax(logits, 1, out=p)
+        p_target_N1 = p.gather(1, target_N1)
+        log_p_N1 = p_target_N1.log()
+        if _any_underflow(p_target_N1):
+            log_p_N1 = logits.gather(1, target_N1) - logits.logsumexp(1, keepdim=True)
+        log_sum_N1 = logits.gather(1, target_N1) - log_p_N1
+    else:
+        logits = logits_NP.to(torch.promote_types(logits_NP.dtype, torch.float32))
+        if logits.shape[1] > V:
+            is_padding_P = torch.arange(logits.shape[1], device=logits.device) >= V
+            logits = logits.masked_fill(is_padding_P, float("-inf"))
+        log_sum_N1 = logits.logsumexp(1, keepdim=True)
+        log_p_N1 = logits_NP.gather(1, target_N1).to(logits.dtype) - log_sum_N1
+        p = (logits - log_sum_N1).exp()
+
+    # loss
+    loss = -torch.where(is_valid_N1, log_p_N1, 0).sum(dtype=sum_dtype)
+
+    # grad
+    grad = softmax_grad_(p, target_N1, log_sum_N1, vocab_size=V, smoothing=smoothing, z_loss=z_loss)
+    return loss, grad.to(logits_NP.dtype) if workspace_2BV is None else grad
+
+
+def softmax_grad_(
+    p_NV: Tensor,
+    target_N1: Tensor,
+    log_sum_N1: Tensor,
+    *,
+    vocab_size: int,
+    smoothing: float,
+    z_loss: float,
+    has_target_N1: Tensor | None = None,
+) -> Tensor:
+    """Turn the softmax into the gradient of the loss by the logits, in place; returns it.
+
+        grad = (1 + 2 z_loss log_sum) softmax - (1 - smoothing) one_hot - smoothing / vocab_size
+
+    `log_sum` is the log of the sum of exp(logits). Where a process has some columns of the softmax
+    only, `has_target_N1` is True in the rows whose target is among them.
+    """
+    if z_loss:
+        p_NV *= 1 + 2 * z_loss * log_sum_N1
+
+    if torch.compiler.is_compiling():
+        # The compiler fuses a comparison with the rest; a scatter would be one more kernel.
+        is_target_NV = torch.arange(p_NV.shape[1], device=p_NV.device) == target_N1
+        p_NV = torch.where(is_target_NV, p_NV - (1.0 - smoothing), p_NV)
+    else:
+        minus_one_hot_N1 = torch.full_like(log_sum_N1, smoothing - 1.0)
+        if has_target_N1 is not None:
+            minus_one_hot_N1 *= has_target_N1
+        p_NV.scatter_add_(1, target_N1, minus_one_hot_N1)
+
+    if smoothing:
+        p_NV[:, :vocab_size] -= smoothing / vocab_size
+    return p_NV
+
+
+@cache
+def _compiled_loss_and_grad() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(loss_and_grad, dynamic=False)
+
+
+class _AttachGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        loss: Tensor,
+        d_hidden_ND: Tensor,
+        d_weight_VD: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(d_hidden_ND, d_weight_VD)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden_ND, d_weight_VD = ctx.saved_tensors
+        d_loss = grads[0]
+        return (
+            d_hidden_ND * d_loss.to(d_hidden_ND.dtype),
+            d_weight_VD * d_loss.to(d_weight_VD.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def attach_grad(
+    loss: Tensor, hidden_ND: Tensor, d_hidden_ND: Tensor, weight_VD: Tensor, d_weight_VD: Tensor
+) -> Tensor:
+    """Return the loss with its gradients by hidden states and head weight, computed already."""
+    attached: Tensor = _AttachGrad.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, loss, d_hidden_ND, d_weight_VD
+    )
+    return attached
+
+
+def uses_cpu_path(device: torch.device) -> bool:
+    """Return whether the softmax is computed in blocks that fit a CPU's cache."""
+    return device.type == "cpu"
+
+
+def _chunk_rows(hidden_ND: Tensor, V: int, *, compiled: bool) -> int:
+    """Return the rows of a chunk, on a GPU a power of 2: the compiler wants chunks of one shape."""
+    if uses_cpu_path(hidden_ND.device):
+        rows = max(MIN_CHUNK_ROWS, CPU_CHUNK_BYTES // hidden_ND.element_size() // V)
+    else:
+        n_logits = GPU_CHUNK_LOGITS_COMPILED if compiled else GPU_CHUNK_LOGITS_EAGER
+        rows = max(MIN_CHUNK_ROWS, n_logits // V)
+        rows = 1 << (rows.bit_length() - 1)
+    return max(1, min(rows, len(hidden_ND)))
+
+
+def _padded_rows(n: int, V: int, *, like: Tensor) -> Tensor:
+    """Allocate n rows of V numbers with padding in between.
+
+    The padding is 0: oneDNN's bfloat16 matmuls multiply some of it by 0, which must not give NaN.
+    """
+    buffer = like.new_empty(n, _round_up(V, CPU_ROW_PADDING) + CPU_ROW_PADDING)
+    buffer[:, V:] = 0
+    return buffer[:, :V]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple
+
+
+def _any_underflow(p_N1: Tensor) -> bool:
+    """Return whether a probability is too small for its dtype, while its logarithm is not."""
+    return bool((p_N1 < torch.finfo(p_N1.dtype).tiny).any())
+
+
+def reference_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Return the same by F.cross_entropy and autograd, from all logits at once.
+
+    Its value includes smoothing and z_loss. Tests compare `chunked_cross_entropy` with it.
+    """
+    logits_NV = hidden_ND @ weight_VD.T
+    loss = F.cross_entropy(
+        logits_NV,
+        targets_N,
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    if z_loss:
+        is_valid_N = targets_N != IGNORE_INDEX
+        loss = loss + z_loss * (logits_NV.logsumexp(-1).square() * is_valid_N).sum()
+    return loss

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.model.layers import ATTENTION_DROPOUT_ID, KeyValueCache
-from pretrain.model.random import DropoutRng
+from pretrain.model.dropout import ATTENTION_DROPOUT_ID, DropoutRng
+from pretrain.model.layers import KeyValueCache
 
 
 class ContextParallelCache(KeyValueCache):

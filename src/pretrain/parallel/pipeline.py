@@ -18,8 +18,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from pretrain.distributed import World
 from pretrain.model import Decoder, LMLoss
+from pretrain.model.dropout import DropoutRng
 from pretrain.model.loss import IGNORE_INDEX
-from pretrain.model.random import DropoutRng
 
 
 class Pipe:

@@ -56,7 +56,7 @@ def lay_over_tensor_axis(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
     if decoder.head is not None:
         laid = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
         decoder.head.weight = nn.Parameter(laid)
-    lm_loss.cross_entropy = partial(_cross_entropy, mesh)  # type: ignore[method-assign]
+    lm_loss.cross_entropy = partial(_cross_entropy, mesh)
     decoder.logits = partial(_logits, decoder, mesh)  # type: ignore[method-assign]
 
 

@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, PreparedData
 from pretrain.distributed import World
-from pretrain.model.config import ModelConfig, n_matrix_parameters, training_flops
+from pretrain.model.config import ModelConfig
 from pretrain.model.fused import linear
+from pretrain.model.sizes import n_matmul_parameters, training_flops
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.build import trial_steps
 from pretrain.train.config import TrainConfig
@@ -76,7 +77,7 @@ def profile_steps(config: RunConfig, data: PreparedData, world: World) -> Profil
 
     vocab_size = data.manifest.vocab_size
     per_token = training_flops(model, vocab_size=vocab_size)
-    n_matrix = n_matrix_parameters(model, vocab_size=vocab_size)
+    n_matrix = n_matmul_parameters(model, vocab_size=vocab_size)
     speed = train.batch_tokens / step_seconds
     ceiling = ceiling_flops(model, train, world)
     device_name = _device_name(world)

@@ -19,7 +19,8 @@ from pretrain.data.format import PreparedData
 from pretrain.data.mixed import MixedData
 from pretrain.data.order import Order, ceil_div
 from pretrain.distributed import World, memory_bytes, n_local_processes
-from pretrain.model.config import ModelConfig, n_parameters
+from pretrain.model.config import ModelConfig
+from pretrain.model.sizes import n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.config import Compile, Device, Precision, TrainConfig, mistakes_of_batch
 

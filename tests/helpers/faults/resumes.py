@@ -37,7 +37,7 @@ from faults.tiny_runs import (
 )
 from faults.zygote import Phase, fork, kill, side_by_side, wait_for
 from pretrain.checkpoint import list_checkpoints
-from pretrain.model.config import Family
+from pretrain.model.families import Family
 from pretrain.run.log import RunLog
 
 FAMILIES = get_args(Family)
