@@ -333,7 +333,7 @@ def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) ->
 def test_a_checkpoint_under_another_name_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     path.rename(tmp_path / "step-00000006")
-    with pytest.raises(DamagedCheckpoint, match="holds step 5"):
+    with pytest.raises(DamagedCheckpoint, match="has the state of step 5"):
         open_checkpoint(tmp_path / "step-00000006")
 
 
@@ -399,7 +399,7 @@ def test_what_the_disk_has_not_kept_is_no_checkpoint(
     monkeypatch.setattr(os, "write", losing)
     saver, forgotten = BackgroundSaver(tmp_path), []
     saver.save(step=1, tensors=tensors(), state={}, after=lambda: forgotten.append(1))
-    with pytest.raises(OSError, match="set aside as damaged-step-00000001"):
+    with pytest.raises(OSError, match="renamed to damaged-step-00000001"):
         saver.wait()
     assert forgotten == []
     assert list_checkpoints(tmp_path) == []

@@ -1,7 +1,8 @@
 """State <-> files, in a format of slices that does not depend on how many processes wrote it.
 
-`format` holds the layout, `save` writes so that a crash leaves the old or the new checkpoint and
-never neither; `load` finds the newest good one and hands out verified tensors.
+`format` has the layout, `save` writes so that a crash leaves the old or the new checkpoint and
+never neither, `load` finds the newest good one and returns verified tensors, and `retention`
+deletes old ones.
 """
 
 from __future__ import annotations
@@ -11,35 +12,31 @@ from typing import TYPE_CHECKING
 from pretrain import lazily
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint.format import Place
+    from pretrain.checkpoint.format import DamagedCheckpoint, TensorShard
     from pretrain.checkpoint.load import (
         Checkpoint,
-        DamagedCheckpoint,
+        checkpoint_name,
         list_checkpoints,
         newest_good,
         open_checkpoint,
     )
-    from pretrain.checkpoint.save import (
-        BackgroundSaver,
-        checkpoint_name,
-        forget_after,
-        prune,
-        save_checkpoint,
-    )
+    from pretrain.checkpoint.retention import delete_after, prune
+    from pretrain.checkpoint.save import BackgroundSaver, save_checkpoint
 
 __getattr__ = lazily(
     __name__,
-    format="Place",
-    load="Checkpoint DamagedCheckpoint list_checkpoints newest_good open_checkpoint",
-    save="BackgroundSaver checkpoint_name forget_after prune save_checkpoint",
+    format="DamagedCheckpoint TensorShard",
+    load="Checkpoint checkpoint_name list_checkpoints newest_good open_checkpoint",
+    retention="delete_after prune",
+    save="BackgroundSaver save_checkpoint",
 )
 __all__ = [
     "BackgroundSaver",
     "Checkpoint",
     "DamagedCheckpoint",
-    "Place",
+    "TensorShard",
     "checkpoint_name",
-    "forget_after",
+    "delete_after",
     "list_checkpoints",
     "newest_good",
     "open_checkpoint",

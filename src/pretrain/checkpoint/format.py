@@ -1,7 +1,7 @@
 """The bytes of a checkpoint: a manifest in JSON, and tensors in files of the safetensors layout.
 
 The manifest lists every tensor by its global name with its shape, its dtype and its slices: which
-file, at which byte, and which box of the whole tensor the slice covers. One process writes one
+file, at which byte, and which part of the full tensor the slice covers. One process writes one
 slice of each tensor, many write many, and a reader need not know how many there were. Every 4 MiB
 block of a file has its SHA-256 in the manifest, so that a reader verifies exactly what it reads. No
 pickle anywhere.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.fileio import NewFile
+from pretrain.fileio import NewFile, read_json
 
 FORMAT, VERSION = "pretrain checkpoint", 1
 MANIFEST = "manifest.json"
+BLOCK_BYTES = 4 << 20
 
 # Names as in the safetensors format.
 DTYPES: dict[str, torch.dtype] = {
@@ -37,40 +38,35 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-BLOCK_BYTES = 4 << 20
+ShardSlice = tuple[tuple[int, int], ...]
+"""A part of a full tensor: (start, stop) of each dim."""
 
-Box = tuple[tuple[int, int], ...]
+
+class DamagedCheckpoint(ValueError):
+    """The bytes on the disk are not the ones that were written; the message names file and
+    place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where in a whole tensor of `shape` lies what one process holds of it."""
+class TensorShard:
+    """Which part of a full tensor of `shape` one process has."""
 
     shape: tuple[int, ...]
-    box: Box
+    bounds: ShardSlice
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """A box of a tensor, row-major and without gaps, from byte `offset` of `file`."""
+class StoredSlice:
+    """A part of a tensor, row-major and without gaps, from byte `offset` of `file`."""
 
     file: str
     offset: int
-    box: Box
+    bounds: ShardSlice
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def full_slice(shape: tuple[int, ...]) -> ShardSlice:
+    """The slice that is the full tensor."""
     return tuple((0, n) for n in shape)
-
-
-def manifest_hash(content: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _raw_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 class HashingFile(NewFile):
@@ -108,10 +104,10 @@ class HashingFile(NewFile):
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box] | None = None
-) -> tuple[dict[str, Any], list[Slice]]:
-    """Write one safetensors file; returns its entry for the manifest and each tensor's slice, in
-    order: all of it, but of those named in `boxes`, of which it is this box."""
+    path: Path, tensors: Mapping[str, Tensor], bounds: Mapping[str, ShardSlice] | None = None
+) -> tuple[dict[str, Any], list[StoredSlice]]:
+    """Write one safetensors file; returns the manifest's entry for it and each tensor's slice, in
+    order. Tensors named in `bounds` are parts of a larger one."""
     header: dict[str, dict[str, Any]] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -124,18 +120,92 @@ def write_tensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    base = 8 + len(text)
     with HashingFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(_raw_bytes(tensor))
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
     entry = {"bytes": file.n_bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}
-    slices = [
-        Slice(
-            path.name,
-            base + header[name]["data_offsets"][0],
-            (boxes or {}).get(name) or whole(tuple(tensor.shape)),
-        )
-        for name, tensor in tensors.items()
-    ]
+    slices = []
+    for name, tensor in tensors.items():
+        start = 8 + len(text) + header[name]["data_offsets"][0]
+        covered = (bounds or {}).get(name) or full_slice(tuple(tensor.shape))
+        slices.append(StoredSlice(path.name, start, covered))
     return entry, slices
+
+
+def manifest_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without the hash that it contains."""
+    text = json.dumps({k: v for k, v in content.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check the manifest of the checkpoint at `path`. DamagedCheckpoint if it is missing
+    or was changed; ValueError for a newer version."""
+    file = path / MANIFEST
+    try:
+        content = read_json(file)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedCheckpoint(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from None
+    if content.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{file} is not the manifest of a {FORMAT}")
+    if content.get("sha256") != manifest_hash(content):
+        raise DamagedCheckpoint(f"{file} was changed after it was written")
+    version = content.get("version")
+    if type(version) is int and version > VERSION:
+        raise ValueError(
+            f"{path} is in version {version} of the format and this program reads up to "
+            f"{VERSION}; a newer pretrain can open it"
+        )
+    try:
+        for is_met, requirement in _manifest_requirements(content):
+            if not is_met:
+                raise ValueError(requirement)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        message = f"{type(error).__name__}: {error}"
+        raise DamagedCheckpoint(f"{file} is not a valid manifest: {message}") from None
+    return content
+
+
+def _manifest_requirements(content: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Yield pairs (is met, requirement). They reject a manifest with a right hash that was not
+    written here: no file outside the folder is read, and no byte without a hash."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    yield type(content["version"]) is int, "version must be an integer"
+    yield type(content["step"]) is int, "step must be an integer"
+    yield isinstance(content["state"], dict), "state must be an object"
+    for name, entry in content["files"].items():
+        n_bytes, block_bytes = entry["bytes"], entry["block_bytes"]
+        n_hashes = len(entry["sha256"])
+        yield is_count(n_bytes), f"{name}: bytes must be a count (got {n_bytes})"
+        yield (
+            is_count(block_bytes) and block_bytes > 0,
+            f"{name}: block_bytes must be a positive integer (got {block_bytes})",
+        )
+        yield (
+            Path(name).name == name and name != MANIFEST,
+            f"{name} must be the name of a file of tensors in this folder",
+        )
+        yield (
+            (n_hashes - 1) * block_bytes < n_bytes <= n_hashes * block_bytes,
+            f"{name} must have one hash for each block (got {n_hashes} hashes)",
+        )
+    for name, entry in content["tensors"].items():
+        shape = entry["shape"]
+        yield entry["dtype"] in DTYPES, f"{name} has the unknown dtype {entry['dtype']}"
+        yield all(map(is_count, shape)), f"{name}: shape must be a list of counts (got {shape})"
+        for piece in entry["slices"]:
+            bounds = piece["box"]
+            yield piece["file"] in content["files"], f"{name}: {piece['file']} must be listed"
+            yield is_count(piece["offset"]), f"{name}: offset must be a count"
+            yield (
+                [len(pair) for pair in bounds] == [2] * len(shape)
+                and all(is_count(n) for pair in bounds for n in pair),
+                f"{name}: each slice must have a start and a stop for each dim (got {bounds})",
+            )

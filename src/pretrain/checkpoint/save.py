@@ -1,9 +1,9 @@
-"""State -> files: written beside its final name, pushed to the disk, then renamed, so it is whole
-or not there.
+"""State -> files: written under a temporary name, flushed to the disk, then renamed, so that a
+checkpoint is complete or not there.
 
 `save_checkpoint` does so at once; `BackgroundSaver` copies the tensors and does the rest while
-training goes on. Older checkpoints are deleted only after the new one was read back and verified.
-Of several processes each writes what it holds, and the first one commits when all have done so.
+training continues. Older checkpoints are deleted only after the new one was read back and verified.
+With several processes each writes its shards, and rank 0 commits when all have done so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,57 @@ from pretrain.checkpoint.format import (
     FORMAT,
     MANIFEST,
     VERSION,
-    Place,
+    DamagedCheckpoint,
+    TensorShard,
     manifest_hash,
     write_tensors,
 )
-from pretrain.checkpoint.load import DamagedCheckpoint, list_checkpoints, open_checkpoint, set_aside
-from pretrain.checkpoint.together import Processes
+from pretrain.checkpoint.load import checkpoint_name, open_checkpoint, quarantine
+from pretrain.checkpoint.retention import remove_leftovers
 from pretrain.distributed import World
 
-# Room that must be left beside the checkpoint itself, for metrics and samples.
+# Space that must be left besides the checkpoint itself, for metrics and samples.
 _RESERVE_BYTES = 16 << 20
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
+class SaveGroup:
+    """The processes that save together; without a world there is one.
+
+    All processes make each call. If the work of one raises an OSError, all of them raise it, so
+    that none waits for one that has given up.
+    """
+
+    def __init__(self, world: World | None) -> None:
+        self._world = world
+        self.rank, self.size = (0, 1) if world is None else (world.rank, world.size)
+
+    def all_gather(self, text: str) -> list[str]:
+        """The text of each process, by rank."""
+        if self._world is None or self.size == 1:
+            return [text]
+        return self._world.all_gather_str(text, group=self._world.save_group)
+
+    def on_each(self, work: Callable[[], str | None]) -> list[str]:
+        """Run `work` in each process; returns the results of all, by rank."""
+        if self.size == 1:
+            return [work() or ""]
+        own_error: OSError | None = None
+        try:
+            answer = json.dumps({"result": work() or ""})
+        except OSError as error:
+            own_error = error
+            answer = json.dumps({"errno": error.errno, "error": str(error)})
+        answers = [json.loads(text) for text in self.all_gather(answer)]
+        if own_error is not None:
+            raise own_error
+        for rank, other in enumerate(answers):
+            if "error" in other:
+                raise OSError(other["errno"], f"rank {rank}: {other['error']}")
+        return [other["result"] for other in answers]
+
+    def on_main(self, work: Callable[[], str | None]) -> str:
+        """Run `work` in rank 0; returns its result in every process."""
+        return self.on_each(work if self.rank == 0 else str)[0]
 
 
 def save_checkpoint(
@@ -48,165 +85,132 @@ def save_checkpoint(
     step: int,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    places: Mapping[str, Place] | None = None,
+    shards: Mapping[str, TensorShard] | None = None,
     world: World | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN with tensors named GROUP/NAME (a file a group) and a JSON state.
 
-    In a `world` of several processes all call it, in a folder that they share, each with what it
-    holds: of a tensor in `places` it is a box. Returns the path once everything is on the disk
-    under its final name. Raises OSError when the disk is full or fails, for each process if it did
-    for one; then older checkpoints are untouched, and nothing stands under that name, or, where
-    only the last fsync has failed, a whole checkpoint whose name a power loss may take. A step is
-    saved once: FileExistsError where it is there already.
+    In a `world` of several processes all call it, with a shared folder, each with its own tensors;
+    those in `shards` are parts of larger ones. Returns the path once everything is on the disk
+    under its final name. Raises OSError in each process when the disk is full or fails in one of
+    them; then older checkpoints are untouched, and either nothing has the final name, or, if only
+    the last fsync failed, a complete checkpoint whose name may be lost with the power. A step is
+    saved once: FileExistsError if it exists.
     """
-    here = Processes(world)
-    final, places = folder / checkpoint_name(step), places or {}
-    n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    n_bytes = sum(json.loads(text) for text in here.gather(json.dumps(n_bytes)))
+    group = SaveGroup(world)
+    final = folder / checkpoint_name(step)
+    own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    n_bytes = sum(int(text) for text in group.all_gather(str(own_bytes)))
 
-    def begin() -> str:
+    def create_temporary() -> str:
         fileio.make_folder(folder)
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
         if final.exists():
             raise FileExistsError(errno.EEXIST, "this step was saved before", str(final))
-        n_files = 2 + here.size * len({name.partition("/")[0] for name in tensors})
-        room = int(1.05 * n_bytes) + _RESERVE_BYTES
-        fileio.check_free_space(folder, n_bytes=room, n_files=n_files)
+        n_files = 2 + group.size * len({name.partition("/")[0] for name in tensors})
+        needed = int(1.05 * n_bytes) + _RESERVE_BYTES
+        fileio.check_free_space(folder, n_bytes=needed, n_files=n_files)
         name = f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         os.mkdir(folder / name)
         return name
 
-    temporary = folder / here.first(begin)
+    temporary = folder / group.on_main(create_temporary)
     try:
-        written = here.each(lambda: json.dumps(_write_part(temporary, here.rank, tensors, places)))
-        here.first(lambda: _commit(temporary, final, step, written, state))
+        parts = group.on_each(
+            lambda: json.dumps(_write_part(temporary, group.rank, tensors, shards or {}))
+        )
+        group.on_main(lambda: _commit(temporary, final, step, parts, state))
     except BaseException:
-        if here.rank == 0:
+        if group.rank == 0:
             fileio.remove_flat_folder(temporary)
         raise
-    here.first(lambda: fileio.sync_folder(folder))
+    group.on_main(lambda: fileio.sync_folder(folder))
     return final
 
 
-def _rename(temporary: Path, final: Path) -> None:
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        # A network file system may do a thing, lose the answer, and say that it failed.
-        if temporary.exists() or not final.exists():
-            raise
-
-
 def _write_part(
-    folder: Path, rank: int, tensors: Mapping[str, Tensor], places: Mapping[str, Place]
+    folder: Path, rank: int, tensors: Mapping[str, Tensor], shards: Mapping[str, TensorShard]
 ) -> dict[str, Any]:
-    """Write this process's files, one a group; returns what the manifest says of them."""
+    """Write this process's files, one a group; returns its part of the manifest."""
     files: dict[str, Any] = {}
-    listed: dict[str, Any] = {}
-    boxes = {name: place.box for name, place in places.items()}
+    entries: dict[str, Any] = {}
     for group in sorted({name.partition("/")[0] for name in tensors}):
-        members = {n: t for n, t in tensors.items() if n.startswith(f"{group}/")}
+        prefix = f"{group}/"
+        members = {name: t for name, t in tensors.items() if name.startswith(prefix)}
         path = folder / f"{group}-{rank:05d}.safetensors"
-        inside = {n.partition("/")[2]: t for n, t in members.items()}
-        inside_boxes = {n.partition("/")[2]: boxes[n] for n in members if n in boxes}
-        files[path.name], slices = write_tensors(path, inside, inside_boxes)
-        for (name, tensor), piece in zip(members.items(), slices, strict=True):
-            shape = places[name].shape if name in places else tuple(tensor.shape)
-            listed[name] = {
+        files[path.name], slices = write_tensors(
+            path,
+            {name.removeprefix(prefix): tensor for name, tensor in members.items()},
+            {n.removeprefix(prefix): shards[n].bounds for n in members if n in shards},
+        )
+        for (name, tensor), stored in zip(members.items(), slices, strict=True):
+            shape = shards[name].shape if name in shards else tuple(tensor.shape)
+            entries[name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(shape),
-                "slices": [{"file": piece.file, "offset": piece.offset, "box": piece.box}],
+                "slices": [{"file": stored.file, "offset": stored.offset, "box": stored.bounds}],
             }
-    return {"files": files, "tensors": listed}
+    return {"files": files, "tensors": entries}
 
 
 def _commit(
-    temporary: Path, final: Path, step: int, written: list[str], state: Mapping[str, Any]
+    temporary: Path, final: Path, step: int, parts: list[str], state: Mapping[str, Any]
 ) -> None:
-    """Put together what all processes wrote, and give it its name."""
+    """Join the manifest of all processes, write it, and give the folder its name."""
     files: dict[str, Any] = {}
-    listed: dict[str, Any] = {}
-    for part in map(json.loads, written):
+    entries: dict[str, Any] = {}
+    for part in map(json.loads, parts):
         files |= part["files"]
         for name, entry in part["tensors"].items():
-            listed.setdefault(name, {**entry, "slices": []})["slices"] += entry["slices"]
+            entries.setdefault(name, {**entry, "slices": []})["slices"] += entry["slices"]
     content = {
         "format": FORMAT,
         "version": VERSION,
         "step": step,
         "state": dict(state),
         "files": files,
-        "tensors": listed,
+        "tensors": entries,
     }
     content["sha256"] = manifest_hash(json.loads(json.dumps(content)))
-    # Last: a folder with a manifest is whole.
+    # Last: a folder with a manifest is complete.
     fileio.write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
     fileio.sync_folder(temporary)
     _rename(temporary, final)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed save or a killed deletion left behind; such names are never read."""
-    leftovers = list(folder.glob(".step-*"))
-    if leftovers:
-        # Else a power loss may take back the renaming and not the deletion: half a checkpoint would
-        # stand under its final name.
-        fileio.sync_folder(folder)
-    for path in leftovers:
-        fileio.remove_flat_folder(path)
-
-
-def prune(
-    folder: Path, *, keep: int, protect: Collection[Path] = (), every: int | None = None
-) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints, those in `protect`, and those of every so many
-    steps; returns what was deleted.
-
-    A checkpoint is renamed before it is deleted, so that no half-deleted one is ever found.
-    """
-    kept = set(protect)
-    doomed = [path for path in list_checkpoints(folder)[:-keep] if path not in kept]
-    if every is not None:
-        doomed = [path for path in doomed if int(path.name.removeprefix("step-")) % every]
-    for path in doomed:
-        os.rename(path, folder / f".{path.name}.old-{secrets.token_hex(4)}")
-    _remove_leftovers(folder)
-    return doomed
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps: the run has gone back, and they are no part of it."""
-    for path in list_checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
-            os.rename(path, folder / f".{path.name}.old-{secrets.token_hex(4)}")
-    _remove_leftovers(folder)
+def _rename(temporary: Path, final: Path) -> None:
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        # A network file system may rename, lose the answer, and report an error.
+        if temporary.exists() or not final.exists():
+            raise
 
 
 def verify_saved(path: Path, world: World | None = None) -> None:
-    """Read back a checkpoint that was just saved, each process what it wrote; OSError, and it is
-    set aside, if the disk has not kept what it was given."""
-    here = Processes(world)
+    """Read back a checkpoint that was just saved, each process its own files. OSError, and the
+    checkpoint is renamed, if the disk has not kept what was written."""
+    group = SaveGroup(world)
 
     def read_back() -> str:
         try:
-            open_checkpoint(path).verify(rank=here.rank)
+            open_checkpoint(path).verify(rank=group.rank)
         except DamagedCheckpoint as error:
             return str(error)
         return ""
 
-    complaints = [text for text in here.each(read_back) if text]
-    if complaints:
-        aside = here.first(lambda: set_aside(path).name)
-        raise OSError(errno.EIO, f"{complaints[0]} (set aside as {aside})", str(path))
+    errors = [text for text in group.on_each(read_back) if text]
+    if errors:
+        name = group.on_main(lambda: quarantine(path).name)
+        raise OSError(errno.EIO, f"{errors[0]} (renamed to {name})", str(path))
 
 
 class BackgroundSaver:
-    """Saves while training goes on: a step waits for a copy of the tensors only.
+    """Saves while training continues: a step waits for a copy of the tensors only.
 
-    One save at a time, so the next one waits for the one before. What failed is raised by the next
-    call of any method, once. The thread hashes and writes, for which Python's lock is not needed;
-    like the process it may die at any moment, and costs no checkpoint that was there.
+    There is one save at a time, so a save waits for the one before. An error is raised once, by the
+    next call of any method. The thread hashes and writes, which does not need Python's lock; like
+    the process it may die at any moment without harm to an existing checkpoint.
     """
 
     def __init__(self, folder: Path, world: World | None = None) -> None:
@@ -221,31 +225,26 @@ class BackgroundSaver:
         step: int,
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
-        places: Mapping[str, Place] | None = None,
+        shards: Mapping[str, TensorShard] | None = None,
         before: Callable[[], None] = lambda: None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin to save. `before` runs ahead of the first byte, `after` once the new checkpoint is
-        verified: the time to forget older ones; both in the first process alone."""
+        verified, when older ones may be deleted; both in rank 0 alone."""
         self.wait()
         copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
         def work() -> None:
-            here, world = Processes(self._world), self._world
+            group, world = SaveGroup(self._world), self._world
             try:
-                here.first(before)
+                group.on_main(before)
                 path = save_checkpoint(
-                    self.folder,
-                    step=step,
-                    tensors=copies,
-                    state=state,
-                    places=places,
-                    world=world,
+                    self.folder, step=step, tensors=copies, state=state, shards=shards, world=world
                 )
                 verify_saved(path, world)
-                here.first(after)
+                group.on_main(after)
             except BaseException as error:
                 self._error = error
 
@@ -253,20 +252,19 @@ class BackgroundSaver:
         self._thread.start()
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self._copies.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            # From pinned memory a GPU copies beside its work.
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._copies[name] = kept
-        return kept.copy_(tensor.detach(), non_blocking=True)
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            # A GPU copies to pinned memory without interrupting its work.
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[name] = copy
+        return copy.copy_(tensor.detach(), non_blocking=True)
 
     def poll(self) -> bool:
-        """Whether a save has come to its end by now; raises what went wrong with it."""
+        """Whether a save has ended by now; raises its error."""
         return self._thread is not None and not self._thread.is_alive() and self.wait()
 
     def wait(self) -> bool:
-        """Wait for the end of the save at hand, and raise what went wrong; whether there was
-        one."""
+        """Wait until the current save has ended, and raise its error; whether there was one."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()

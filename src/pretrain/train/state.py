@@ -20,9 +20,9 @@ from pretrain import __version__
 from pretrain.checkpoint import (
     BackgroundSaver,
     Checkpoint,
-    Place,
+    TensorShard,
     checkpoint_name,
-    forget_after,
+    delete_after,
     list_checkpoints,
     newest_good,
     open_checkpoint,
@@ -236,7 +236,7 @@ class Run:
                 wait=wait,
                 step=self.step,
                 tensors=tensors,
-                places=self.places(tensors),
+                shards=self.places(tensors),
                 state=state,
                 before=self.log.sync,
                 after=delete_old,
@@ -256,14 +256,14 @@ class Run:
             if self.model.is_saver(name.split("/")[1], is_full=name not in places)
         }
 
-    def places(self, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+    def places(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorShard]:
         """Where in the full tensors those tensors belong of which this process owns a shard."""
         places = {}
         for name, tensor in tensors.items():
             parameter = name.split("/")[1]
             place = self.model.shard_of(parameter, tensor.ndim)
             if place is not None:
-                places[name] = Place(*place)
+                places[name] = TensorShard(*place)
         return places
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -441,7 +441,7 @@ def roll_back(run: Run) -> None:
             "steps; a lower optimizer.learning_rate may help"
         )
     if run.world.is_main:
-        forget_after(run.checkpoints, target)
+        delete_after(run.checkpoints, target)
     run.world.wait_for_main()
     if target:
         run.restore(open_checkpoint(run.checkpoints / checkpoint_name(target)))

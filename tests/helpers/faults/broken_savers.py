@@ -22,7 +22,7 @@ from faults.history import KEEP, History, judge
 from faults.injected import changed_bytes, fail_every_call, short_writes
 from faults.table import Row, Unrecovered
 from pretrain import fileio
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import list_checkpoints, retention
 from pretrain.checkpoint import save as saver_page
 from pretrain.checkpoint.format import BLOCK_BYTES, MANIFEST, HashingFile
 
@@ -131,7 +131,7 @@ def order_by_time() -> Edit:
     def by_time(folder: Path) -> list[Path]:
         return sorted(list_checkpoints(folder), key=lambda path: path.stat().st_mtime)
 
-    return mock.patch.object(saver_page, "list_checkpoints", by_time)
+    return mock.patch.object(retention, "list_checkpoints", by_time)
 
 
 def deletes_the_old_one_first() -> Edit:
@@ -139,7 +139,7 @@ def deletes_the_old_one_first() -> Edit:
     real = saver_page.save_checkpoint
 
     def save(folder: Path, **content: Any) -> Path:
-        saver_page.prune(folder, keep=1)
+        retention.prune(folder, keep=1)
         return real(folder, **content)
 
     return mock.patch.object(saver_page, "save_checkpoint", save)

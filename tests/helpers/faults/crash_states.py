@@ -20,6 +20,7 @@ from pathlib import Path
 from faults.history import KEEP, History, judge
 from faults.recording import Disk, Recorder, Tree, recorded, write_tree
 from faults.table import Row, Unrecovered
+from pretrain.checkpoint import retention
 from pretrain.checkpoint import save as saver_page
 
 OLD, NEW = (1, 2), 3
@@ -41,7 +42,7 @@ def save_and_prune(
     if verify:
         saver_page.verify_saved(path)
     saved()
-    saver_page.prune(folder, keep=KEEP)
+    retention.prune(folder, keep=KEEP)
 
 
 def record_a_save(root: Path, history: History) -> tuple[Disk, Recorder, int]:
