@@ -20,7 +20,7 @@ from pretrain.evaluate.token_stats import card
 from pretrain.export import write_hugging_face
 from pretrain.generate import sampling
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from pretrain.tokenizer import tokenizer as tokenizer_module
+from pretrain.tokenizer.encode import SentencePieceEncoder
 from pretrain.tokenizer.sentencepiece import SPACE
 from texts import prose, random_unicode_text, train_sentencepiece
 
@@ -54,13 +54,15 @@ def test_the_ids_are_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None
 def test_both_libraries_and_any_cut_agree(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(random_unicode_text(random.Random(n)) for n in range(300))
     ours = load_tokenizer(llama)
-    assert ours._fast is not None
+    encoder = ours.encoder
+    assert isinstance(encoder, SentencePieceEncoder)
+    assert encoder.fast is not None
     whole = ours.encode(text).tolist()
     assert whole == theirs(llama).encode(text)
-    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 300)
+    monkeypatch.setattr(encoder, "chunk_characters", 300)
     assert len(list(ours.encode_chunks(text))) > 10
     assert ours.encode(text).tolist() == whole
-    monkeypatch.setattr(ours, "_fast", None)
+    monkeypatch.setattr(encoder, "fast", None)
     assert ours.encode(text).tolist() == whole
 
 
@@ -129,7 +131,7 @@ def test_a_text_is_prepared_with_it(llama: Path, tmp_path: Path) -> None:
         ({"byte_fallback": False, "vocab_size": 300}, "has 0"),
         ({"normalization_rule_name": "nmt_nfkc"}, "changes the text"),
         ({"remove_extra_whitespaces": True}, "changes the text"),
-        ({"split_by_whitespace": False}, "goes across a space"),
+        ({"split_by_whitespace": False}, "has a space inside"),
         ({"user_defined_symbols": ["the"]}, "'the' is user-defined"),
     ],
 )

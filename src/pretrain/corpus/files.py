@@ -42,6 +42,7 @@ _OWN_FOLDERS = (
     {"config.yaml", "checkpoints", "tokenizer"},
     {"asked.yaml"},
     {"requested.yaml"},
+    {"requested.yaml"},
     {"manifest.json", "report.json", "tokenizer"},
 )
 

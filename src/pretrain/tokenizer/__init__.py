@@ -1,10 +1,11 @@
 """Text -> ids and back, without torch.
 
-`tokenizer` holds the one class `Tokenizer` over a `tokenizer.json` of the library `tokenizers`,
-whether it is bpe, characters or bytes; `train` makes one from text, `load` from a file;
-`encode` cuts text where no token can reach across, which is what makes long texts cheap;
-`byte_level` is the byte alphabet of GPT-2. The end-of-text token is `<|endoftext|>`;
-the same letters in a text are ordinary text.
+`Tokenizer` owns a `tokenizer.json` of the library `tokenizers` and encodes with the `encode` module
+of its kind: bpe, gpt, characters or bytes. `train` trains one on text, `load` reads one from files,
+also those of GPT-2, tiktoken and SentencePiece. `byte_level` has GPT-2's byte alphabet and the
+known pre-tokenizers, `tokenizer_json` checks that a vocabulary cannot lose text, `inspection` shows
+how texts use it. The end-of-text token is usually `<|endoftext|>`; the same characters in a text
+are ordinary text.
 """
 
 from __future__ import annotations

@@ -1,44 +1,277 @@
-"""Cuts text where no token of GPT-2's pre-split can reach across, so that pieces encode exactly as
-the whole does.
+"""Text <-> ids for each kind of vocabulary: bytes, characters, byte-level BPE, GPT (2018) and
+SentencePiece.
 
-GPT-2's pattern never puts a whitespace character behind another character into one token, and it
-never looks back. So every change from non-space to space is a place where the ids of the left and
-of the right are independent. Text comes in, its pieces in order go out; nothing is refused, and
-only a stretch longer than the limit without any such place is cut blindly.
+An `Encoder` encodes a chunk of text, and knows the bytes of each token. `split_text` cuts long
+texts where no token can cross, so that encoding takes linear time and little memory, and the ids of
+the chunks together are those of the full text.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-PIECE_CHARACTERS = 1 << 14
-"""A longer run without a safe place (no space in 16,384 characters) is cut blindly: it would cost
-time beyond measure in the trainer, and the cut changes at most the tokens that touch it."""
+import numpy as np
+from numpy.typing import NDArray
 
-# Python's \s has U+001C..U+001F, Unicode's White_Space (which the library asks) has not.
-_OTHER = r"[\S\x1c-\x1f]"
-# A plain space behind a non-space is a safe place for every pre-split in use (GPT-4's pulls
-# newlines to the left).
-_SAFE_PLACE = re.compile(f"{_OTHER}(?= )")
+from pretrain.tokenizer.byte_level import byte_symbols, symbol_bytes
+from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
+from pretrain.tokenizer.tokenizer_json import (
+    END_OF_WORD,
+    OPTIONAL_BYTES,
+    Kind,
+    missing_bytes,
+    special_ids,
+)
+
+if TYPE_CHECKING:
+    import fastokens
+    import tokenizers
+
+Ids = NDArray[np.int64]
+
+CHUNK_CHARACTERS = 1 << 14
+"""Chunk of the libraries whose time is not linear in the length of a run without spaces."""
+LARGE_CHUNK_CHARACTERS = 1 << 20
+
+# Python's \s includes U+001C to U+001F, but Unicode's White_Space, which the library uses, does
+# not. A space after another character is a safe place in every pre-tokenizer in use, unlike a
+# newline, which GPT-4's joins with the characters to the left.
+_SAFE_PLACE = re.compile(r"[\S\x1c-\x1f](?= )")
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+# All characters of ASCII, and an example of everything that pre-tokenizers and merges treat
+# differently.
+PROBE = (
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~089ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz "
+    "The whale's 1234567 don't\tEND\n\n I'LL he'd a/b// -+=<|endoftext|> for(i=0;i<10;i++){}\r\n  "
+    "\u200b\u00a0a\u0301\u2028\x85 \U0001f3f3\ufe0f\u200d\U0001f308 \U00010400 "
+    "été ÉTÉ Straße 中文字 ﷽ नमस्ते กับ שלום أهل Ǆǅǆ ²½Ⅷ aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa   "
+)
 
 
-def pieces(text: str, *, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Pieces of at most `limit` characters whose ids, joined, are those of the whole text."""
+def split_text(text: str, *, limit: int = CHUNK_CHARACTERS) -> Iterator[str]:
+    """Split a text into chunks of at most `limit` characters.
+
+    A pre-tokenizer never puts a space after another character into one token with it, and never
+    looks back. So the ids to the left and right of such a place are independent: "a cat sat" is
+    "a", " cat", " sat". Where `limit` characters have no such place the text is cut at the limit,
+    which changes at most the tokens at the cut.
+    """
     start = 0
     while len(text) - start > limit:
-        stop = _last_safe_place(text, start, start + limit)
+        stop = start + limit
+        space = stop
+        while (space := text.rfind(" ", start + 1, space + 1)) > start:
+            if _SAFE_PLACE.match(text, space - 1):
+                stop = space
+                break
+            space -= 1
         yield text[start:stop]
         start = stop
     if start < len(text):
         yield text[start:]
 
 
-def _last_safe_place(text: str, start: int, stop: int) -> int:
-    """The last safe place in (start, stop], else `stop`."""
-    space = stop
-    while (space := text.rfind(" ", start + 1, space + 1)) > start:
-        if _SAFE_PLACE.match(text, space - 1):
-            return space
-        space -= 1
-    return stop
+class Encoder(ABC):
+    """Text <-> ids for one kind of vocabulary."""
+
+    token_bytes: list[bytes]
+    """The UTF-8 text of each id; empty for special tokens."""
+    chunk_characters = LARGE_CHUNK_CHARACTERS
+    """Characters that are encoded at once."""
+    unencodable: re.Pattern[str] | None = None
+    """Matches the characters that the vocabulary lacks."""
+
+    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
+        added = {
+            token["id"]: b"" if token.get("special") else token["content"].encode()
+            for token in description.get("added_tokens", ())
+        }
+        self.token_bytes = [
+            added[id_] if id_ in added else self._bytes_of(token)
+            for id_, token in enumerate(tokens)
+        ]
+
+    @abstractmethod
+    def encode(self, text: str, *, is_first: bool) -> Ids:
+        """Encode one chunk of a text, without special tokens; `is_first` for its first chunk."""
+
+    def decode(self, data: bytes) -> str:
+        """Decode the joined `token_bytes` of a text."""
+        return data.decode("utf-8", "replace")
+
+    @abstractmethod
+    def _bytes_of(self, token: str) -> bytes: ...
+
+
+class CharacterEncoder(Encoder):
+    """Each token is one character."""
+
+    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
+        super().__init__(tokens, description)
+        id_of = {ord(token): id_ for id_, token in enumerate(tokens) if len(token) == 1}
+        self._ids = np.zeros(max(id_of) + 1, dtype=np.int64)
+        self._ids[list(id_of)] = list(id_of.values())
+        characters = "".join(map(chr, id_of))
+        self.unencodable = re.compile(f"[^{re.escape(characters)}]")
+
+    def encode(self, text: str, *, is_first: bool) -> Ids:
+        ids: Ids = self._ids[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
+        return ids
+
+    def _bytes_of(self, token: str) -> bytes:
+        return token.encode()
+
+
+class ByteEncoder(Encoder):
+    """Each token is one byte, written in GPT-2's byte alphabet."""
+
+    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
+        super().__init__(tokens, description)
+        id_of = {token: id_ for id_, token in enumerate(tokens)}
+        self._ids = np.array([id_of[symbol] for symbol in byte_symbols()], dtype=np.int64)
+
+    def encode(self, text: str, *, is_first: bool) -> Ids:
+        ids: Ids = self._ids[np.frombuffer(text.encode(), dtype=np.uint8)]
+        return ids
+
+    def _bytes_of(self, token: str) -> bytes:
+        return _bytes_of_symbols(token)
+
+
+class LibraryEncoder(Encoder):
+    """Byte-pair encoding by a library: fastokens if it gives the same ids, else `tokenizers`."""
+
+    chunk_characters = CHUNK_CHARACTERS
+    fast: fastokens.Tokenizer | None = None
+
+    def __init__(
+        self, tokens: list[str], description: Mapping[str, Any], library: tokenizers.Tokenizer
+    ) -> None:
+        super().__init__(tokens, description)
+        self.library = library
+
+    def encode(self, text: str, *, is_first: bool) -> Ids:
+        if self.fast is None:
+            return _encode_with_tokenizers(self.library, text)
+        return _encode_with_fastokens(self.fast, text)
+
+
+class BpeEncoder(LibraryEncoder):
+    """Byte-level BPE."""
+
+    def __init__(
+        self, tokens: list[str], description: Mapping[str, Any], library: tokenizers.Tokenizer
+    ) -> None:
+        super().__init__(tokens, description, library)
+        self.fast = load_fastokens(library)
+        if self.fast is not None:
+            self.chunk_characters = LARGE_CHUNK_CHARACTERS
+        missing = missing_bytes(tokens, special_ids(description))
+        if missing:
+            characters = "".join(OPTIONAL_BYTES[byte] for byte in missing)
+            self.unencodable = re.compile(f"[{characters}]")
+
+    def _bytes_of(self, token: str) -> bytes:
+        return _bytes_of_symbols(token)
+
+
+class Gpt2018Encoder(LibraryEncoder):
+    """The BPE of GPT (2018), see `train.train_gpt`: a space follows each word."""
+
+    def decode(self, data: bytes) -> str:
+        return data.decode().removesuffix(" ")
+
+    def _bytes_of(self, token: str) -> bytes:
+        if token.endswith(END_OF_WORD):
+            token = token.removesuffix(END_OF_WORD) + " "
+        return token.encode()
+
+
+class SentencePieceEncoder(LibraryEncoder):
+    """SentencePiece's BPE with byte fallback.
+
+    Spaces are replaced here and not by the library's normalizer, so that texts can be split.
+    """
+
+    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
+        from tokenizers import Tokenizer as LibraryTokenizer
+
+        library = LibraryTokenizer.from_str(json.dumps({**description, "normalizer": None}))
+        library.encode_special_tokens = True
+        super().__init__(tokens, description, library)
+        self.fast = load_fastokens(library)
+        self._prefix = space_prefix(description) or ""
+
+    def encode(self, text: str, *, is_first: bool) -> Ids:
+        text = text.replace(" ", SPACE)
+        if is_first:
+            text = self._prefix + text
+        # fastokens would encode "<s>" and "<0x41>" in a text as the tokens of that name.
+        if "<" in text:
+            return _encode_with_tokenizers(self.library, text)
+        return super().encode(text, is_first=is_first)
+
+    def decode(self, data: bytes) -> str:
+        if self._prefix:
+            data = data.removeprefix(b" ")
+        return super().decode(data)
+
+    def _bytes_of(self, token: str) -> bytes:
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()
+
+
+def create_encoder(
+    kind: Kind, library: tokenizers.Tokenizer, tokens: list[str], description: Mapping[str, Any]
+) -> Encoder:
+    """Create the encoder of a tokenizer.json; ValueError if a token has no bytes."""
+    if kind == "bytes":
+        return ByteEncoder(tokens, description)
+    if kind == "characters":
+        return CharacterEncoder(tokens, description)
+    if kind == "gpt":
+        return Gpt2018Encoder(tokens, description, library)
+    if space_prefix(description) is not None:
+        return SentencePieceEncoder(tokens, description)
+    return BpeEncoder(tokens, description, library)
+
+
+def _bytes_of_symbols(token: str) -> bytes:
+    try:
+        return bytes(symbol_bytes()[symbol] for symbol in token)
+    except KeyError as error:
+        raise ValueError(f"the token {token!r:.60} is not in GPT-2's byte alphabet") from error
+
+
+def _encode_with_tokenizers(library: tokenizers.Tokenizer, text: str) -> Ids:
+    return np.asarray(library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def _encode_with_fastokens(fast: fastokens.Tokenizer, text: str) -> Ids:
+    # A flat batch, so that no Python object is created for a token. Special tokens in the text are
+    # encoded as text.
+    ids, _ = fast.encode_batch_flat([text], split_special_tokens=True)
+    return np.frombuffer(ids, dtype="<u4").astype(np.int64)
+
+
+def load_fastokens(library: tokenizers.Tokenizer) -> fastokens.Tokenizer | None:
+    """Load the same tokenizer into fastokens, which is many times faster; None if it cannot read
+    it, or gives other ids for PROBE."""
+    import fastokens
+
+    try:
+        fast = fastokens.Tokenizer.from_json_str(library.to_str())
+        is_equal = np.array_equal(
+            _encode_with_fastokens(fast, PROBE), _encode_with_tokenizers(library, PROBE)
+        )
+    except BaseException as error:
+        # A panic of a Rust library is not an Exception.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        return None
+    return fast if is_equal else None

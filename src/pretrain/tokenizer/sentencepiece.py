@@ -1,9 +1,9 @@
 """SentencePiece's .model files, as of Llama 1 and 2 -> a library tokenizer.
 
-The file is a protocol buffer of which four fields matter; they are read here, without the package.
-Taken are BPE models that fall back to bytes and leave the text as it is; a model that normalizes
-text, or of another kind, is a ValueError that says so. Source: Kudo and Richardson, "SentencePiece:
-A simple and language independent subword tokenizer", 2018.
+The file is a protocol buffer of which four fields are needed, so they are parsed here and the
+package `sentencepiece` is not. Accepted are BPE models with byte fallback that leave the text as it
+is; a model that normalizes text, or of another type, is a ValueError. Source: Kudo and Richardson,
+"SentencePiece: A simple and language independent subword tokenizer", 2018.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import tokenizers
 
 SPACE = "\u2581"
-"""What stands for a space in the vocabulary."""
+"""The character for a space in the vocabulary."""
 
 _BPE = 2
 
 
 class PieceType(IntEnum):
-    """What an entry of the vocabulary is; the numbers are those of SentencePiece's files."""
+    """Type of a piece, with the numbers of SentencePiece's files."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -35,59 +35,64 @@ class PieceType(IntEnum):
 
 
 Piece = tuple[str, float, int]
-"""Text, score and kind of an entry."""
+"""Text, score and type of a token; SentencePiece calls its tokens pieces."""
 
 
 def read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a .model file."""
+    """Read the tokenizer of a .model file."""
     try:
-        message = _fields(file.read_bytes())
-        pieces = [_piece(value) for number, value in message if number == 1]
-        trainer = dict(_fields(_last(message, 2)))
-        normalizer = dict(_fields(_last(message, 3)))
+        model = _parse_message(file.read_bytes())
+        pieces = [_parse_piece(value) for number, value in model if number == 1]
+        trainer = dict(_parse_message([value for number, value in model if number == 2][-1]))
+        normalizer = dict(_parse_message([value for number, value in model if number == 3][-1]))
     except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"is no SentencePiece model: {error}") from None
-    n_bytes = sum(kind == PieceType.BYTE for _, _, kind in pieces)
-    if trainer.get(3, 1) != _BPE or n_bytes != 256:
+        raise ValueError(f"not a SentencePiece model: {error}") from None
+    is_bpe = trainer.get(3, 1) == _BPE
+    n_bytes = sum(type_ == PieceType.BYTE for _, _, type_ in pieces)
+    if not is_bpe or n_bytes != 256:
         raise ValueError(
-            f"legal are BPE models with an entry for each of the 256 bytes; this one is "
-            f"{'BPE' if trainer.get(3, 1) == _BPE else 'not BPE'} and has {n_bytes}"
+            "the model must be BPE with a token for each of the 256 bytes; this one is "
+            f"{'BPE' if is_bpe else 'not BPE'} and has {n_bytes}"
         )
-    if normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1):
+    normalizes = normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1)
+    if normalizes:
         raise ValueError(
-            "the model changes the text before it is encoded (its normalizer is not "
-            " 'identity', or it removes spaces), so text would be lost"
+            "the model changes the text before it is encoded, so text would be lost; its "
+            "normalizer must be 'identity' and keep all spaces"
         )
     return bpe_from_pieces(pieces, has_prefix=bool(normalizer.get(3, 1)))
 
 
 def bpe_from_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Tokenizer:
-    """The tokenizer of a vocabulary by id. With `has_prefix` a text is read as if a space stood
-    before it. Raises ValueError for a vocabulary that contradicts itself."""
-    texts = [text for text, _, _ in pieces]
-    if len(set(texts)) < len(texts) or not texts:
-        raise ValueError("the vocabulary is empty, or holds an entry twice")
-    defined = next((text for text, _, kind in pieces if kind == PieceType.USER_DEFINED), None)
-    if defined is not None:
-        raise ValueError(f"the entry {defined!r:.60} is user-defined; legal: none is")
+    """Create a library tokenizer from pieces in the order of their ids.
+
+    With `has_prefix` a text is encoded as if it started with a space. ValueError for a
+    contradictory vocabulary.
+    """
     from tokenizers import AddedToken, decoders, models, normalizers
-    from tokenizers import Tokenizer as Library
+    from tokenizers import Tokenizer as LibraryTokenizer
 
     vocabulary = {text: id_ for id_, (text, _, _) in enumerate(pieces)}
-    unknown = [text for text, _, kind in pieces if kind == PieceType.UNKNOWN]
+    if len(vocabulary) < len(pieces) or not pieces:
+        raise ValueError("the vocabulary is empty, or has a duplicate token")
+    for text, _, type_ in pieces:
+        if type_ == PieceType.USER_DEFINED:
+            raise ValueError(f"the token {text!r:.60} is user-defined; that is not supported")
+    unknown = [text for text, _, type_ in pieces if type_ == PieceType.UNKNOWN]
     if len(unknown) != 1:
-        raise ValueError(f"{len(unknown)} entries stand for what is unknown; legal: 1")
-    # A merge makes the piece of the highest score, whatever its parts.
-    merges = [
-        (text[:cut], text[cut:])
-        for text, _, kind in sorted(pieces, key=lambda piece: -piece[1])
-        if kind == PieceType.NORMAL
-        for cut in sorted(
-            (c for c in range(1, len(text)) if text[:c] in vocabulary and text[c:] in vocabulary),
-            key=lambda c: (vocabulary[text[:c]], vocabulary[text[c:]]),
-        )
-    ]
-    library = Library(
+        raise ValueError(f"the vocabulary must have 1 unknown token, not {len(unknown)}")
+
+    # SentencePiece merges the pair whose result has the highest score, whatever its two parts. The
+    # library has a list of pairs, so all ways to split a piece are in it, best piece first:
+    # "abc" gives (a, bc) and (ab, c) if these are pieces.
+    merges = []
+    for text, _, type_ in sorted(pieces, key=lambda piece: -piece[1]):
+        if type_ == PieceType.NORMAL:
+            pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+            known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+            merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+
+    library = LibraryTokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown[0], fuse_unk=True, byte_fallback=True)
     )
     prepend = [normalizers.Prepend(SPACE)] if has_prefix else []
@@ -99,68 +104,71 @@ def bpe_from_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Toke
     library.add_special_tokens(
         [
             AddedToken(text, special=True, normalized=False)
-            for text, _, kind in pieces
-            if kind in (PieceType.UNKNOWN, PieceType.CONTROL)
+            for text, _, type_ in pieces
+            if type_ in (PieceType.UNKNOWN, PieceType.CONTROL)
         ]
     )
     return library
 
 
 def space_prefix(description: Mapping[str, Any]) -> str | None:
-    """What such a tokenizer.json puts before a text whose spaces it has replaced: a space or
-    nothing; None for one of another kind."""
+    """What a tokenizer.json written by `bpe_from_pieces` puts before a text: SPACE or nothing.
+
+    None for a tokenizer.json of another kind.
+    """
     normalizer, model = description.get("normalizer"), description["model"]
     if not normalizer or model.get("type") != "BPE" or not model.get("byte_fallback"):
         return None
-    parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
     prepend = {"type": "Prepend", "prepend": SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if description.get("pre_tokenizer") or parts not in ([prepend, replace], [replace]):
+    if description.get("pre_tokenizer") or steps not in ([prepend, replace], [replace]):
         return None
-    return SPACE if prepend in parts else ""
+    return SPACE if prepend in steps else ""
 
 
-def _piece(data: bytes | int) -> Piece:
-    found = dict(_fields(data))
-    text, score = found[1], found.get(2, b"\0\0\0\0")
+# Protocol buffers
+
+
+def _parse_piece(data: bytes | int) -> Piece:
+    fields = dict(_parse_message(data))
+    text, score = fields[1], fields.get(2, b"\0\0\0\0")
     assert isinstance(text, bytes)
     assert isinstance(score, bytes)
-    kind = found.get(3, PieceType.NORMAL)
-    return text.decode(), struct.unpack("<f", score)[0], int(kind)
+    type_ = fields.get(3, PieceType.NORMAL)
+    return text.decode(), struct.unpack("<f", score)[0], int(type_)
 
 
-def _last(message: list[tuple[int, bytes | int]], wanted: int) -> bytes | int:
-    return [value for number, value in message if number == wanted][-1]
+def _parse_message(data: bytes | int) -> list[tuple[int, bytes | int]]:
+    """Number and value of each field of a message: varints as integers, all others as bytes."""
+    return list(_fields(data)) if isinstance(data, bytes) else []
 
 
-def _fields(data: bytes | int) -> list[tuple[int, bytes | int]]:
-    """Number and value of each field of a message of the wire format of protocol buffers: whole
-    numbers as they are, everything else as its bytes."""
-    return list(_walk(data)) if isinstance(data, bytes) else []
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    position = 0
 
-
-def _walk(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    place = 0
-
-    def number() -> int:
-        nonlocal place
+    def varint() -> int:
+        nonlocal position
         value = shift = 0
         while True:
-            byte = data[place]
-            place += 1
+            byte = data[position]
+            position += 1
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return value
 
-    while place < len(data):
-        key = number()
-        if key & 7 == 0:
-            yield key >> 3, number()
+    while position < len(data):
+        key = varint()
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
+            yield number, varint()
             continue
-        size = {1: 8, 2: -1, 5: 4}[key & 7]
-        size = number() if size < 0 else size
-        if place + size > len(data):
-            raise IndexError("it is cut off")
-        yield key >> 3, data[place : place + size]
-        place += size
+        if wire_type == 2:
+            size = varint()
+        else:
+            size = {1: 8, 5: 4}[wire_type]
+        if position + size > len(data):
+            raise IndexError("the file is truncated")
+        yield number, data[position : position + size]
+        position += size

@@ -1,8 +1,8 @@
-"""Text -> a new tokenizer: byte-level BPE, single characters, or plain bytes.
+"""Text -> a new tokenizer: byte-level BPE, GPT's BPE of 2018, single characters, or plain bytes.
 
 A stream of texts comes in and is sampled into bounded memory; the same texts give the same
-tokenizer.json to the byte, in whatever order they come. It refuses vocabulary sizes that the text
-cannot fill.
+tokenizer.json to the byte, whatever their order. A vocabulary size that the text cannot fill is a
+ValueError.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pretrain import missing_package
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols, pre_tokenizer
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
-from pretrain.tokenizer.encode import pieces
+from pretrain.tokenizer.encode import split_text
 from pretrain.tokenizer.tokenizer import Tokenizer, without_surrogates
-from pretrain.tokenizer.tokenizer_json import END_OF_TEXT
+from pretrain.tokenizer.tokenizer_json import END_OF_TEXT, END_OF_WORD
 
 if TYPE_CHECKING:
     import tokenizers
 
 SAMPLE_BYTES = 24_000_000
-"""Most text that BPE learns from unless more is asked for: for a vocabulary of some thousand
-entries more changes little and costs time and memory."""
+"""Default bytes of text from which BPE is trained: more cost time and memory, and change little in
+a vocabulary of some thousand tokens."""
 MAX_SAMPLE_BYTES = 1 << 30
-"""Most that can be asked for: the library counts pairs in 31 bits."""
+"""The library counts pairs in 31 bits."""
+UNKNOWN = "<unk>"
 
 
 def train_tokenizer(
@@ -40,96 +42,118 @@ def train_tokenizer(
     sample_bytes: int = SAMPLE_BYTES,
     fast: bool = False,
 ) -> Tokenizer:
-    """Make a tokenizer for these texts: `name` is bpe, gpt, characters or bytes.
+    """Train a tokenizer on texts: `name` is bpe, gpt, characters or bytes.
 
-    bpe and gpt learn from at most `sample_bytes` of text, a uniform sample of pieces by their hash;
-    bpe cuts it into words by the pre-split `split`. A `vocab_size` of None is derived from the
-    amount of text, see `default_vocab_size`; a smaller vocabulary comes out where the text has no
-    more pairs that occur twice. `fast` takes another trainer, see `_train_fastly`. Raises
-    ValueError for a vocab_size that cannot be had, or if there is no text.
+    bpe and gpt are trained on a uniform sample of at most `sample_bytes` of the text; bpe cuts it
+    into words by the pre-tokenizer `split`. Without a `vocab_size`, `default_vocab_size` computes
+    one, and the vocabulary is smaller if fewer pairs occur twice. `fast` uses another trainer, see
+    `_train_gigatoken`. ValueError for an impossible vocab_size, or if there is no text.
     """
     check_vocab_size(vocab_size, name=name)
+    if name not in TRAINED_NAMES:
+        raise ValueError(f"tokenizer.name must be one of {', '.join(TRAINED_NAMES)}, not {name!r}")
     if name != "bpe" and (fast or split != "gpt2"):
-        raise ValueError(f"a tokenizer {name!r} has no pre-split and no fast trainer; bpe has")
+        raise ValueError(f"only bpe has other pre-tokenizers and a fast trainer, not {name!r}")
     if name == "bytes":
-        return _bytes_tokenizer()
+        vocabulary = {symbol: 1 + value for value, symbol in enumerate(byte_symbols())}
+        return Tokenizer(byte_level_bpe(vocabulary, [], split="gpt2", added={END_OF_TEXT: 0}))
     if name == "characters":
         return _characters_tokenizer(texts, vocab_size)
-    if name in ("bpe", "gpt"):
-        sample, n_bytes = _sample(texts, min(sample_bytes, MAX_SAMPLE_BYTES))
-        if not sample:
-            raise ValueError(f"cannot train a tokenizer {name!r}: there is no text")
-        wanted = vocab_size if vocab_size is not None else default_vocab_size(n_bytes)
-        if name == "gpt":
-            library = train_gpt(sample, wanted, end_of_text=END_OF_TEXT)
-        elif fast:
-            library = _train_fastly(sample, wanted, split)
-        else:
-            # A pair seen once teaches nothing; but who asks for a size shall have whatever the text
-            # can give.
-            library = _train(sample, wanted, split, 2 if vocab_size is None else 1)
-        return _checked(Tokenizer(library), vocab_size)
-    raise ValueError(f"cannot train a tokenizer {name!r}; legal: {', '.join(TRAINED_NAMES)}")
+
+    sample, n_bytes = sample_text(texts, min(sample_bytes, MAX_SAMPLE_BYTES))
+    if not sample:
+        raise ValueError(f"cannot train a tokenizer {name!r}: there is no text")
+    size = vocab_size if vocab_size is not None else default_vocab_size(n_bytes)
+    if name == "gpt":
+        library = train_gpt(sample, size)
+    elif fast:
+        library = _train_gigatoken(sample, size, split)
+    else:
+        # A pair that occurs once teaches nothing, but a requested size should be reached.
+        library = _train_bpe(sample, size, split, min_frequency=2 if vocab_size is None else 1)
+    tokenizer = Tokenizer(library)
+    if vocab_size is not None and tokenizer.vocab_size < vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size must be at most {tokenizer.vocab_size} for this text, "
+            f"not {vocab_size}: it has no more pairs to merge"
+        )
+    return tokenizer
 
 
 def default_vocab_size(n_bytes: int) -> int:
-    """Entries for `n_bytes` of text: the power of two nearest to its square root, from 512 to 8192.
+    """Vocabulary size for `n_bytes` of text: the power of two nearest to the square root of
+    n_bytes, from 512 to 8192.
 
     That is 512 up to 500 kB, 1024 at 1 MB, 4096 at 12 MB, 8192 from 34 MB: few enough that each
-    entry is seen often, as small models on small texts need.
+    token occurs often, as small models on small texts need.
     """
     power = round(math.log2(math.sqrt(max(n_bytes, 1))))
     return min(max(1 << power, 512), 8192)
 
 
-def _bytes_tokenizer() -> Tokenizer:
-    vocabulary = {symbol: 1 + i for i, symbol in enumerate(byte_symbols())}
-    return Tokenizer(byte_level_bpe(vocabulary, [], split="gpt2", added={END_OF_TEXT: 0}))
+def sample_text(texts: Iterable[str], max_bytes: int) -> tuple[list[bytes], int]:
+    """Sample chunks of at most `max_bytes` in total; returns them and the bytes of all texts.
+
+    A chunk is in the sample if its hash is below a bound, and the bound is halved whenever the
+    sample is too large. So every chunk has the same chance, and the sample does not depend on the
+    order of the texts.
+    """
+    bound = 1 << 64
+    sample: list[bytes] = []
+    n_sampled = n_bytes = 0
+    for text in texts:
+        for chunk in split_text(without_surrogates(text)):
+            data = chunk.encode()
+            n_bytes += len(data)
+            if bound < 1 << 64 and _hash(data) >= bound:
+                continue
+            sample.append(data)
+            n_sampled += len(data)
+            while n_sampled > max_bytes and bound > 1:
+                bound //= 2
+                sample = [each for each in sample if _hash(each) < bound]
+                n_sampled = sum(map(len, sample))
+    return sample, n_bytes
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
+    from tokenizers import Tokenizer as LibraryTokenizer
 
     alphabet: set[str] = set()
     for text in texts:
         alphabet.update(without_surrogates(text))
     if not alphabet:
-        raise ValueError("cannot make a tokenizer 'characters': there is no text")
-    if vocab_size is not None and vocab_size != len(alphabet) + 1:
+        raise ValueError("cannot train a tokenizer 'characters': there is no text")
+    size = len(alphabet) + 1
+    if vocab_size is not None and vocab_size != size:
         raise ValueError(
-            f"tokenizer.vocab_size is {vocab_size}, but this text has {len(alphabet)} "
-            "characters, which with the "
-            f"end-of-text token makes {len(alphabet) + 1}; leave it out, or take "
+            f"tokenizer.vocab_size must be {size}, not {vocab_size}: this text has "
+            f"{len(alphabet)} characters, and there is an end-of-text token; omit it, or use "
             "--tokenizer.name bpe"
         )
 
     vocabulary = {END_OF_TEXT: 0}
     vocabulary |= {character: 1 + i for i, character in enumerate(sorted(alphabet))}
-    library = Library(models.WordLevel(vocab=vocabulary, unk_token=END_OF_TEXT))
+    library = LibraryTokenizer(models.WordLevel(vocab=vocabulary, unk_token=END_OF_TEXT))
     library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     library.decoder = decoders.Fuse()
     library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return Tokenizer(library)
 
 
-def _checked(tokenizer: Tokenizer, vocab_size: int | None) -> Tokenizer:
-    if vocab_size is not None and tokenizer.vocab_size < vocab_size:
-        raise ValueError(
-            f"tokenizer.vocab_size: asked for {vocab_size}, this corpus yields only "
-            f"{tokenizer.vocab_size} entries; legal: at most {tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
-def _train(
-    sample: list[bytes], vocab_size: int, split: Split, min_frequency: int
+def _train_bpe(
+    sample: list[bytes], vocab_size: int, split: Split, *, min_frequency: int
 ) -> tokenizers.Tokenizer:
-    """Byte-level BPE by the library that writes tokenizer.json."""
+    """Train byte-level BPE with the library `tokenizers`."""
     from tokenizers import AddedToken, decoders, models, trainers
-    from tokenizers import Tokenizer as Library
+    from tokenizers import Tokenizer as LibraryTokenizer
 
-    library = Library(models.BPE())
+    library = LibraryTokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizer(split)
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -139,106 +163,77 @@ def _train(
         initial_alphabet=list(byte_symbols()),
         show_progress=False,
     )
-    texts = (piece.decode() for piece in sample)
-    library.train_from_iterator(texts, trainer=trainer, length=len(sample))
+    chunks = (chunk.decode() for chunk in sample)
+    library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
     return library
 
 
-def _train_fastly(sample: list[bytes], vocab_size: int, split: Split) -> tokenizers.Tokenizer:
-    """By gigatoken, of the extra `fast`: some six times as fast, for GPT-2's split only.
+def train_gpt(sample: list[bytes], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train the BPE of GPT (2018): words in lower case, each with END_OF_WORD at its end.
 
-    On ordinary text its merges are those of `_train`; on text of very few different words they are
-    not, therefore it has to be asked for.
+    Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, learned
+    40,000 merges of such words after Sennrich et al., 2016, a vocabulary of 40,478. The tokenizer
+    is the same as transformers' OpenAIGPTTokenizer. Case, accents and kinds of space are lost, and
+    characters that are not in the training text become <unk>: no other tokenizer here loses text.
+    """
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    library = LibraryTokenizer(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
+    library.normalizer = normalizers.BertNormalizer(lowercase=True)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    special_tokens = [
+        AddedToken(name, special=True, normalized=False) for name in (UNKNOWN, END_OF_TEXT)
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        end_of_word_suffix=END_OF_WORD,
+        special_tokens=special_tokens,
+        show_progress=False,
+    )
+    chunks = (chunk.decode() for chunk in sample)
+    library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
+    return library
+
+
+def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> tokenizers.Tokenizer:
+    """Train byte-level BPE with gigatoken (extra `fast`): about six times as fast.
+
+    On ordinary text its merges are those of `_train_bpe`. On text with very few different words
+    they are not, therefore the user has to request it.
     """
     if split != "gpt2":
-        raise ValueError(f"the fast trainer knows the split gpt2 only, not {split}")
+        raise ValueError(f"the fast trainer supports only the split gpt2, not {split}")
     try:
         import gigatoken
     except ImportError:
-        raise ValueError(
-            "the fast trainer is gigatoken: python -m pip install 'pretrain[fast]'"
-        ) from None
+        raise missing_package("the fast trainer", "gigatoken", extra="fast") from None
     data = b"\0".join(sample)
     with _silent_output():
-        _, found = gigatoken.train_bpe(data, vocab_size - 1, [], separator=b"\0")
+        _, pairs = gigatoken.train_bpe(data, vocab_size - 1, [], separator=b"\0")
     symbols = byte_symbols()
     merges = [
         ("".join(symbols[b] for b in left), "".join(symbols[b] for b in right))
-        for left, right in found
+        for left, right in pairs
     ]
-    entries = dict.fromkeys([END_OF_TEXT, *sorted(symbols), *(a + b for a, b in merges)])
-    vocabulary = {entry: id_ for id_, entry in enumerate(entries)}
+    tokens = [END_OF_TEXT, *sorted(symbols)] + [left + right for left, right in merges]
+    vocabulary = {token: id_ for id_, token in enumerate(dict.fromkeys(tokens))}
     return byte_level_bpe(vocabulary, merges, split="gpt2", added={END_OF_TEXT: 0})
 
 
 @contextmanager
 def _silent_output() -> Iterator[None]:
-    """What a library prints from outside Python must not stand among our own output."""
+    """Discard the output of a library that prints from outside Python."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    kept_error = os.dup(2)
+    copies = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        for descriptor in copies:
+            os.dup2(null, descriptor)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.dup2(kept_error, 2)
-        for descriptor in (kept, kept_error, nowhere):
-            os.close(descriptor)
-
-
-def _sample(texts: Iterable[str], most_bytes: int) -> tuple[list[bytes], int]:
-    """Pieces of at most `most_bytes` together, and the number of bytes of all texts.
-
-    Once there is too much, a piece stays while its hash is below a bound, which halves whenever
-    that is needed: every piece has the same chance, and which ones stay does not depend on the
-    order of the texts.
-    """
-    bound = 1 << 64
-    kept: list[bytes] = []
-    n_kept = n_bytes = 0
-    for text in texts:
-        for piece in pieces(without_surrogates(text)):
-            data = piece.encode()
-            n_bytes += len(data)
-            if bound < 1 << 64 and _hash(data) >= bound:
-                continue
-            kept.append(data)
-            n_kept += len(data)
-            while n_kept > most_bytes and bound > 1:
-                bound //= 2
-                kept = [each for each in kept if _hash(each) < bound]
-                n_kept = sum(map(len, kept))
-    return kept, n_bytes
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-
-
-UNKNOWN = "<unk>"
-
-
-def train_gpt(
-    sample: Sequence[bytes], vocab_size: int, *, end_of_text: str
-) -> tokenizers.Tokenizer:
-    """A library tokenizer of at most `vocab_size` entries, learned from texts in UTF-8."""
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Library
-
-    library = Library(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
-    library.normalizer = normalizers.BertNormalizer(lowercase=True)
-    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    library.decoder = decoders.BPEDecoder(suffix="</w>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        end_of_word_suffix="</w>",
-        special_tokens=[
-            AddedToken(name, special=True, normalized=False) for name in (UNKNOWN, end_of_text)
-        ],
-        show_progress=False,
-    )
-    texts = (text.decode() for text in sample)
-    library.train_from_iterator(texts, trainer=trainer, length=len(sample))
-    return library
+        for descriptor, copy in copies.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(null)
