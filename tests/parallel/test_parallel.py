@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 import parallel_jobs as jobs
-from pretrain.cli import going_on, leg, main
-from pretrain.cli.resuming import read_run
+from pretrain.cli import leg, main
 from pretrain.config import read_file
 from pretrain.distributed import open_world
 from pretrain.model import ModelConfig, n_parameters
@@ -25,6 +24,7 @@ from pretrain.model.config import model_defaults
 from pretrain.parallel import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
 from pretrain.runner import launch as launch_module
+from pretrain.runner.checks import check_axes, read_run_config, requested_config
 from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
 from pretrain.train import resolve as resolve_page
 from pretrain.train.monitor import STRAGGLER_STEPS, StragglerDetector
@@ -160,13 +160,13 @@ def test_a_run_s_axes_go_with_its_own_model(
     assert launch_module.n_processes_of_run(run, {}) == 3
     assert launch_module.n_processes_of_run(run, {"parallel": {"tensor": 1}}) == 3
     assert launch_module.n_processes_of_run(run, {"parallel": {"processes": 6}}) == 6
-    stored = read_run(run)
+    stored = read_run_config(run)
     monkeypatch.setenv("WORLD_SIZE", "6")
-    wanted = going_on._wanted(stored, None, {"parallel": {"processes": 6, "data": 2}})
+    wanted = requested_config(stored, None, {"parallel": {"processes": 6, "data": 2}})
     assert (wanted.parallel.processes, wanted.parallel.data) == (6, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match=r"parallel.tensor 3 is 3, and there are 1 processes"):
-        going_on._wanted(stored, None, {})
+        check_axes(requested_config(stored, None, {}))
 
 
 def test_a_continuation_that_no_processes_can_make_changes_nothing(

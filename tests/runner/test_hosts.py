@@ -1,5 +1,5 @@
-"""Two hosts, each with a network and a name of its own, between them a cable: torchrun meets over
-it, and what is trained there is what one host trains."""
+"""Two hosts, each with its own network and name, connected by a cable: torchrun joins them, and
+they train what one host trains."""
 
 from __future__ import annotations
 
@@ -14,32 +14,38 @@ from pathlib import Path
 
 import pytest
 
-from test_launch import WORDS, finish, is_saved, losses, numbers, wait_for, whole
+from launched_runs import (
+    SETTINGS,
+    finish,
+    is_saved,
+    losses,
+    saved_tensors,
+    start_training,
+    wait_for,
+)
 
-__all__ = ["whole"]
-
-APART = ["unshare", "--map-root-user", "--mount", "--net", "--uts"]
+UNSHARE = ["unshare", "--map-root-user", "--mount", "--net", "--uts"]
 TWO_HOSTS = Path(__file__).with_name("two_hosts.sh")
 
 
-def can_be_apart() -> bool:
-    """Whether this machine lets its users make networks."""
+def can_make_networks() -> bool:
+    """Return whether a user may make networks on this machine."""
     if shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
     add = ["ip", "link", "add", "name", "cable-1", "type", "veth", "peer", "name", "cable-2"]
-    return subprocess.run([*APART, *add], capture_output=True).returncode == 0
+    return subprocess.run([*UNSHARE, *add], capture_output=True).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not can_be_apart(), reason="no networks can be made here")
+pytestmark = pytest.mark.skipif(not can_make_networks(), reason="needs unshare and ip")
 
 
-def start(cut: Path, *words: str) -> subprocess.Popen[str]:
-    """`pretrain WORDS` by one process on each host."""
+def start_on_two_hosts(cut: Path, *args: str) -> subprocess.Popen[str]:
+    """Start `pretrain ARGS` in one process on each host; the cable is cut once `cut` exists."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     command += ["--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "first:29400", "-m", "--", "pretrain", *words]
+    command += ["--rdzv-endpoint", "first:29400", "-m", "--", "pretrain", *args]
     return subprocess.Popen(
-        [*APART, "sh", str(TWO_HOSTS), str(cut), *command],
+        [*UNSHARE, "sh", str(TWO_HOSTS), str(cut), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,45 +54,50 @@ def start(cut: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def test_two_hosts_train_what_one_does(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    said = finish(start(tmp_path / "cut", "train", str(corpus), "--run", str(run), *WORDS))
-    assert said.count("held-out text: ") == 3  # one process speaks
-    assert losses(run) == losses(whole)
-    assert numbers(run) == numbers(whole)
+def test_two_hosts_train_what_one_trains(corpus: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start_training(corpus, one, "--parallel.processes", "2"))
+    args = ["train", str(corpus), "--run", str(two), *SETTINGS]
+    output = finish(start_on_two_hosts(tmp_path / "cut", *args))
+    assert output.count("held-out text: ") == 3  # only rank 0 prints
+    assert losses(two) == losses(one)
+    assert saved_tensors(two) == saved_tensors(one)
 
 
 @pytest.mark.slow
-def test_the_doctor_looks_at_two_hosts(tmp_path: Path) -> None:
-    said = finish(start(tmp_path / "cut", "doctor", "--json", "--device", "cpu"))
-    found = json.loads(said[said.index("{") :])
-    assert found["wrong"] == []
-    assert found["checks"]["meeting"]["found"].startswith("2 processes on first, second")
+def test_doctor_checks_two_hosts(tmp_path: Path) -> None:
+    output = finish(start_on_two_hosts(tmp_path / "cut", "doctor", "--json", "--device", "cpu"))
+    report = json.loads(output[output.index("{") :])
+    assert report["wrong"] == []
+    assert report["checks"]["meeting"]["found"].startswith("2 processes on first, second")
 
 
-def running(run: Path) -> list[str]:
-    """The processes that work on a run."""
-    found = []
+def processes_of(run: Path) -> list[str]:
+    """Return the ids of the processes with the run's path among their arguments."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            found += [path.parent.name] * (str(run).encode() in path.read_bytes().split(b"\0"))
-    return found
+            if str(run).encode() in path.read_bytes().split(b"\0"):
+                pids.append(path.parent.name)
+    return pids
 
 
 @pytest.mark.slow
-def test_a_host_that_is_cut_off_is_named(corpus: Path, tmp_path: Path) -> None:
+def test_host_that_is_cut_off_is_named(corpus: Path, tmp_path: Path) -> None:
     run, cut = tmp_path / "run", tmp_path / "cut"
-    words = ["train", str(corpus), "--run", str(run), *WORDS, "--train.steps", "4000"]
-    started = start(cut, *words, "--parallel.timeout_seconds", "5")
+    args = ["train", str(corpus), "--run", str(run), *SETTINGS, "--train.steps", "4000"]
+    hosts = start_on_two_hosts(cut, *args, "--parallel.timeout_seconds", "5")
     wait_for(lambda: is_saved(run, 8))
     cut.touch()
-    said, told = "", "timed out after 5 seconds; no answer from ranks"
-    assert started.stdout is not None
+    message = "timed out after 5 seconds; no answer from ranks"
+    expected = [f"rank 0 (first): {message} 1", f"rank 1 (second): {message} 0"]
+    output = ""
+    assert hosts.stdout is not None
     try:
-        while any(f"{name}: {told}" not in said for name in ("rank 0 (first)", "rank 1 (second)")):
-            line = started.stdout.readline()
-            assert line, said
-            said += line
+        while not all(line in output for line in expected):
+            line = hosts.stdout.readline()
+            assert line, output
+            output += line
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
-    wait_for(lambda: not running(run))  # those that two torchruns have left behind, too
+        os.killpg(hosts.pid, signal.SIGKILL)
+    wait_for(lambda: not processes_of(run))  # the ranks that the two torchruns leave behind, too

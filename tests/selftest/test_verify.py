@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.resuming import read_run
 from pretrain.cli.verbs import verify
+from pretrain.runner.checks import read_run_config
 from tiny import TINY
 
 PLANTED = Path(__file__).parents[1] / "helpers/planted_leg.py"
@@ -75,7 +75,7 @@ def test_a_planted_fault_is_found(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(verify, "LEG", [sys.executable, str(PLANTED), fault])
     said: list[str] = []
-    checks = verify.prove(run, read_run(run), 4, say=said.append)["checks"]
+    checks = verify.prove(run, read_run_config(run), 4, say=said.append)["checks"]
     differing = {name for name, check in checks.items() if check["verdict"] == "differs"}
     assert {"losses", "weights"} <= differing
     assert not differing.intersection(["killed", *stays])
@@ -92,7 +92,7 @@ def test_a_proof_that_is_broken_off_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(verify, "_run", stopped)
     with pytest.raises(KeyboardInterrupt):
-        verify.prove(run, read_run(run), 4, say=lambda text: None)
+        verify.prove(run, read_run_config(run), 4, say=lambda text: None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -188,10 +188,10 @@ def test_a_run_that_died_before_it_was_decided_is_resumed(
     words = [str(corpus), *TINY, "--train.steps", "4", "--run", str(tmp_path / "run")]
     before = os.fork()
     if before == 0:
-        from pretrain.cli import beginning
+        from pretrain.runner import start
 
-        name = {"preparing": "open_text", "deciding": "_decide"}[stage]
-        setattr(beginning, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        name = {"preparing": "open_text", "deciding": "_resolve"}[stage]
+        setattr(start, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         main(["train", *words])
         os._exit(9)
     assert os.WTERMSIG(os.waitpid(before, 0)[1]) == signal.SIGKILL

@@ -14,9 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.cli.going_on import resume
-from pretrain.cli.output import Output
 from pretrain.runner.launch import ProcessFailed, launch_once, n_processes_of_run
+from pretrain.runner.start import Request, start
 from pretrain.train.signals import PlannedStop
 
 
@@ -35,8 +34,13 @@ def main(words: Sequence[str]) -> int:
                 print(error, file=sys.stderr)
                 return error.exit_code
             os.kill(os.getpid(), signal.SIGKILL)  # as those that it has started did
-    ends = PlannedStop(asked.stop_after, asked.kill_after)
-    return resume(asked.folder, None, {}, Output(json=False), began, ends=ends)
+    request = Request(
+        kind="resume",
+        folder=asked.folder,
+        planned_stop=PlannedStop(asked.stop_after, asked.kill_after),
+        start_time=began,
+    )
+    return start(request, sys.stdout).exit_code
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ Each process runs this; the first one says what was found.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import secrets
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pretrain.cli.output import Output
-from pretrain.cli.processes import Silent
 from pretrain.cli.trial import STEPS, furthest, losses
 from pretrain.cli.verbs.verify import AGREES, DIFFERS, Check
 from pretrain.parallel.config import ParallelConfig
@@ -28,13 +28,19 @@ _CLOCK_SECONDS = 1.0
 _SUMMED_BYTES, _SUMS = 16 << 20, 5
 
 
+class _Silent(Output):
+    @property
+    def people(self) -> TextIO:
+        return open(os.devnull, "w")
+
+
 def meet(device: str, output: Output) -> int:
     """Meet, check, and say what came of it; returns an exit code."""
     from pretrain.distributed import leave_world, open_world
 
     began = time.perf_counter()
     world = open_world(device, timeout_seconds=60)
-    output = output if world.is_main else Silent()
+    output = output if world.is_main else _Silent(json=False)
     hosts = sorted(set(world.all_gather_str(platform.node())))
     took = time.perf_counter() - began
     checks = {

@@ -177,7 +177,7 @@ def _writing(
 
 
 def _samples(folder: Path) -> list[str]:
-    from pretrain.report import read_run
+    from pretrain.report import read_run_config
 
-    samples = read_run(folder).samples
+    samples = read_run_config(folder).samples
     return [str(s.get("text")).removeprefix(str(s.get("prompt") or "")) for s in samples]

@@ -1,8 +1,8 @@
 """What a user typed -> a checked config, and the folder of the run.
 
 TARGET is a recipe, a YAML file, or a text; settings of the command line win over its own. Sources
-become absolute paths, so that a resume from another folder finds them. ValueError for a run folder
-that is in use.
+become absolute paths, so that a resume from another folder finds them. ValueError for files,
+packages and tasks that are missing on this machine, and for a run folder that is in use.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import glob
 import importlib.resources
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Layer, Rules, RunConfig, compose, read_file
+from pretrain.corpus import list_files
+from pretrain.data.format import is_prepared
+from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
+from pretrain.report import require_packages
+from pretrain.run.directory import CONFIG, REQUESTED
 from pretrain.runner.open import find_checkpoint
 
 if TYPE_CHECKING:
@@ -24,10 +29,9 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 DEFAULT_RECIPE = "english"
-# The requested settings, in a run's folder until all that they leave open is resolved; asked.yaml
-# is the name that earlier versions gave it.
-REQUESTED = "requested.yaml"
-_UNRESOLVED = (REQUESTED, "asked.yaml")
+# The requested settings, in a run's folder until they are resolved; asked.yaml is the name that
+# earlier versions gave the file.
+REQUESTED_NAMES = (REQUESTED, "asked.yaml")
 # Settings in which a run may differ from the model that train.init_from names: no shape depends on
 # them.
 _SHAPELESS = frozenset({"preset", "dropout", "attention_dropout", "initialization"})
@@ -149,14 +153,74 @@ def _misfits(old: ModelConfig, new: ModelConfig) -> Iterator[tuple[str, str]]:
         yield " ".join(changes), message
 
 
+# --- this machine ------------------------------------------------------------------------------
+
+
+def errors_of_machine(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield an error (its fields, message) for each text, package or task that is missing here,
+    and for a run without an end."""
+    for path in config.data.paths:
+        try:
+            if not is_prepared(path):
+                list_files(path)
+        except ValueError as error:
+            yield "data.source", str(error)
+    for tracker in config.report.to:
+        try:
+            require_packages([tracker])
+        except ValueError as error:
+            yield "report.to", str(error)
+    try:
+        read_in_loop_tasks(config.evaluate)
+    except ValueError as error:
+        yield "evaluate.tasks evaluate.task_files evaluate.texts evaluate.examples", str(error)
+    has_end = config.train.steps is not None or config.train.minutes is not None
+    # A list of sources may give their epochs, which is an end too.
+    if not has_end and isinstance(config.data.source, str):
+        yield (
+            "train.steps train.minutes data.source",
+            "train.steps or train.minutes must be given: one of them sets the length",
+        )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with absolute paths of texts and tasks, for a resume that starts in another
+    folder."""
+    source, evaluate = config.data.source, config.evaluate
+    if isinstance(source, str):
+        source = _absolute(source)
+    else:
+        source = tuple(replace(entry, path=_absolute(entry.path)) for entry in source)
+    task_data = evaluate.task_data
+    # With tasks, the folder may come from the environment of this process.
+    if evaluate.tasks and (folder := task_folder(task_data)) is not None:
+        task_data = _absolute(str(folder))
+    evaluation_texts = tuple(map(_absolute, config.corpus.evaluation_texts))
+    return replace(
+        config,
+        data=replace(config.data, source=source),
+        corpus=replace(config.corpus, evaluation_texts=evaluation_texts),
+        evaluate=replace(
+            evaluate,
+            task_data=task_data,
+            task_files=tuple(map(_absolute, evaluate.task_files)),
+            texts=tuple(map(_absolute, evaluate.texts)),
+        ),
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if path == "bundled" else str(Path(path).resolve())
+
+
 # --- the run's folder --------------------------------------------------------------------------
 
 
-def new_run_folder(name: str, requested: str | None) -> Path:
+def new_run_folder(name: str, requested: Path | None) -> Path:
     """Return the folder of a new run: `requested`, which must be empty, or the next free
     runs/NAME-N. It must be writable, and is made when the run starts."""
     if requested is not None:
-        folder = Path(requested)
+        folder = requested
         if folder.exists() and not _is_vacant(folder):
             raise ValueError(
                 f"{folder} must be an empty folder; choose another --run, or continue the run in "
@@ -189,19 +253,19 @@ def _is_vacant(folder: Path) -> bool:
 def requested_file(folder: Path) -> Path | None:
     """Return the file of requested settings of a run that was killed before they were resolved, or
     None."""
-    if (folder / "config.yaml").is_file():
+    if (folder / CONFIG).is_file():
         return None
-    return next((folder / name for name in _UNRESOLVED if (folder / name).is_file()), None)
+    return next((folder / name for name in REQUESTED_NAMES if (folder / name).is_file()), None)
 
 
 def is_started(folder: Path) -> bool:
     """Return whether a folder has a run that can be resumed, resolved or not."""
-    return (folder / "config.yaml").is_file() or requested_file(folder) is not None
+    return (folder / CONFIG).is_file() or requested_file(folder) is not None
 
 
 def newest_run() -> Path:
     """Return the run under runs/ that was started last."""
-    names = ("config.yaml", *_UNRESOLVED)
+    names = (CONFIG, *REQUESTED_NAMES)
     started = [path for name in names for path in RUNS.glob(f"*/{name}")]
     if not started:
         raise ValueError(f"there is no run in {RUNS}/ to resume; name one with --run DIR")

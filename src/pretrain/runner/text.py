@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData, is_prepared, open_prepared
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 # Seconds between two messages about one stage of a long preparation.
 _STAGE_SECONDS = 10.0
+
+
+def log_to(stream: TextIO) -> Log:
+    """Return a function that prints a message to a stream at once."""
+    return partial(print, file=stream, flush=True)
 
 
 def cache_folder() -> Path:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.meeting import meet
 from pretrain.cli.output import Output
-from pretrain.cli.resuming import read_run
 from pretrain.cli.trial import STEPS, furthest, losses
 from pretrain.cli.verbs.verify import AGREES, DIFFERS, NOT_JUDGED, Check, prove
 from pretrain.distributed import n_processes
+from pretrain.runner.checks import read_run_config
 from pretrain.runner.launch import launch_once
 
 if TYPE_CHECKING:
@@ -154,4 +154,4 @@ def _resume(device: str, output: Output) -> dict[str, Any]:
         )
         if done.returncode != 0:
             return {"verdict": DIFFERS, "error": done.stderr.strip()[-500:]}
-        return prove(run_folder, read_run(run_folder), 10, say=output.say)
+        return prove(run_folder, read_run_config(run_folder), 10, say=output.say)

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.environment import read_environment
 from pretrain.cli.output import Output
+from pretrain.run.directory import read_environment
 from pretrain.run.identity import read_records, word_of
 from pretrain.run.log import RunLog
 from pretrain.train.monitor import rollbacks_of

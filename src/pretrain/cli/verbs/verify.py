@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import __version__
-from pretrain.cli.environment import ENVIRONMENT, read_environment
 from pretrain.cli.output import Output
-from pretrain.cli.resuming import read_run, settings_of
 from pretrain.config import RunConfig, to_yaml
 from pretrain.distributed import n_processes
-from pretrain.run.directory import METRICS, SAMPLES, write_json
+from pretrain.run.directory import ENVIRONMENT, METRICS, SAMPLES, read_environment, write_json
 from pretrain.run.log import RunLog
+from pretrain.runner.checks import read_run_config
+from pretrain.runner.previous import settings_of
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     folder = Path(arguments.run)
     if n_processes() > 1:
         raise ValueError("verify starts the processes of its legs itself: give it without torchrun")
-    config = read_run(folder)
+    config = read_run_config(folder)
     steps = config.train.steps or 0
     k = min(arguments.steps, (steps - 1) // 2)
     if k < 1:

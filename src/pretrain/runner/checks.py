@@ -1,0 +1,210 @@
+"""What a resume checks before its first step, in order: RESUME_CHECKS is the list.
+
+`start.resume` calls these functions in this order, each raises a ValueError that names what differs
+and what to do, and nothing is changed on the disk before all of them have passed. The last entries
+are checked by `train.state.open_run`, while it loads the checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
+from pretrain.data.format import PreparedData
+from pretrain.distributed import n_processes
+from pretrain.evaluate.task_files import read_in_loop_tasks
+from pretrain.fileio import FileLock
+from pretrain.report import require_packages
+from pretrain.run.directory import CONFIG, ENVIRONMENT, LOCK, TOKENIZER, read_environment
+from pretrain.run.identity import Change, check_accepted, differences
+from pretrain.runner.launch import check_same_on_all_ranks
+from pretrain.runner.previous import (
+    Previous,
+    log_hashes,
+    repair_tokenizer,
+    settings_of,
+    with_settings,
+)
+from pretrain.runner.request import compose_target, read_target, with_absolute_paths
+from pretrain.runner.text import Log, open_text
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.evaluate import EvalTask
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The folder is a run that was trained here (not imported), and its config.yaml is valid."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
+    if not (folder / ENVIRONMENT).is_file():
+        raise ValueError(
+            f"{folder} was imported, not trained; train from its weights with "
+            f"--train.init_from {folder}"
+        )
+    layer = read_file(folder / CONFIG)
+    try:
+        return compose([layer])
+    except ValueError as error:  # a damaged file, or one of another version
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+
+
+def requested_config(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
+    """The settings of the command are valid, and the weights of train.init_from fit them."""
+    layers = [] if target is None else read_target(target)[1]
+    # The axes of `parallel` depend on the processes started here and on the run's own model.
+    other_layers: list[Layer] = [
+        {section: keys for section, keys in layer.items() if section != "parallel"}
+        for layer in [*layers, overrides]
+    ]
+    *below, above = other_layers
+    composed = with_absolute_paths(compose_target(target, below, above))
+
+    plain, requested = to_dict(composed), {}
+    for layer in other_layers:
+        for section in layer:
+            for key in layer[section]:
+                name, value = f"{section}.{key}", plain[section][key]
+                # Elsewhere an empty value means "resolve it", and it was resolved at the start.
+                if value not in (None, "auto") or name == "train.patience":
+                    requested[name] = value
+    if composed.train.steps is not None:
+        requested.pop("train.minutes", None)  # of a recipe; steps replace it
+    wanted = with_settings(stored, requested)
+
+    own = to_dict(stored)
+    parallel_layers = [{"parallel": layer["parallel"]} for layer in layers if "parallel" in layer]
+    if "parallel" in overrides:
+        parallel_layers.append({"parallel": overrides["parallel"]})
+    parallel = compose(
+        [
+            {"model": own["model"], "parallel": own["parallel"]},
+            *parallel_layers,
+            {"parallel": {"processes": n_processes()}},
+        ]
+    ).parallel
+    return replace(wanted, parallel=parallel)
+
+
+def check_axes(config: RunConfig) -> None:
+    """The axes of `parallel` multiply to the number of processes."""
+    config.parallel.resolve(n_processes())
+
+
+def check_packages_and_tasks(config: RunConfig) -> list[EvalTask]:
+    """The packages of report.to are installed, and the in-loop tasks can be read."""
+    require_packages(config.report.to)
+    return read_in_loop_tasks(config.evaluate)
+
+
+def check_finished_run(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str]) -> None:
+    """A finished run keeps its settings: there is nothing left to train with other ones."""
+    changes = differences(settings_of(stored), settings_of(wanted))
+    words = {change.word for change in changes}
+    check_accepted(changes, words.intersection(accepted))
+
+
+@contextmanager
+def only_writer(folder: Path, log: Log) -> Iterator[None]:
+    """No other process trains in this folder (run.lock)."""
+    with FileLock(folder / LOCK, action="trained") as lock:
+        if lock.warning is not None:
+            log(f"note: {lock.warning}")
+        yield
+
+
+def newest_checkpoint(folder: Path, run: str, log: Log) -> Checkpoint | None:
+    """The newest checkpoint is of this run and every byte is as it was saved; damaged ones are
+    quarantined. None where none was saved yet."""
+    from pretrain.train.state import newest_of
+
+    checkpoint, problems = newest_of(folder, run=run)
+    for problem in problems:
+        log(problem)
+    if checkpoint is None and problems:
+        raise ValueError(f"no checkpoint of {folder} is intact; nothing can be resumed")
+    return checkpoint
+
+
+def check_text_settings(previous: Previous, wanted: RunConfig, accepted: Sequence[str]) -> None:
+    """The settings of the text are the same, or accepted: before it is prepared for hours."""
+    changes = _changes(previous, {**previous.values, **settings_of(wanted)})
+    if any(c.is_text and (c.impossible or c.word not in accepted) for c in changes):
+        words = {change.word for change in changes}
+        check_accepted(changes, [word for word in accepted if word in words])
+
+
+def check_changes(
+    previous: Previous,
+    wanted: RunConfig,
+    fingerprint: Mapping[str, Any],
+    data: PreparedData,
+    accepted: Sequence[str],
+) -> list[Change]:
+    """All that the numbers depend on (text, tokenizer, code, versions, device, threads, settings,
+    and the log up to the checkpoint) is the same, or accepted by name. Returns the changes."""
+    from pretrain.tokenizer import load_tokenizer
+
+    now = {**fingerprint, **settings_of(wanted), **log_hashes(previous)}
+    changes = _changes(previous, now)
+    for number, change in enumerate(changes):
+        if change.name != "tokenizer":
+            continue
+        old_size = load_tokenizer(previous.folder / TOKENIZER).vocab_size
+        new_size = data.manifest.vocab_size
+        if old_size != new_size:
+            reason = f"the model has a row for each of {old_size:,} tokens (got {new_size:,})"
+            changes[number] = replace(change, impossible=reason)
+    check_accepted(changes, accepted, now=now, records=previous.records)
+    return changes
+
+
+def _changes(previous: Previous, now: Mapping[str, Any]) -> list[Change]:
+    """Return the differences; schedule.history is not one where it follows from another."""
+    changes = differences(previous.values, now)
+    if any(change.changes_lr and not change.impossible for change in changes):
+        changes = [change for change in changes if change.name != "schedule.history"]
+    return changes
+
+
+def check_batch(config: RunConfig, data: PreparedData) -> None:
+    """Context length and batch size fit the text."""
+    from pretrain.train.resolve import check_batch
+
+    check_batch(config.model, config.train, n_tokens=data.min_source_tokens)
+
+
+def _first_sentence(check: Callable[..., Any]) -> str:
+    """Return the first paragraph of a docstring as one line."""
+    return " ".join((inspect.getdoc(check) or "").partition("\n\n")[0].split())
+
+
+_IN_ORDER: tuple[Callable[..., Any], ...] = (
+    read_run_config,
+    requested_config,
+    check_axes,
+    check_packages_and_tasks,
+    check_finished_run,
+    only_writer,
+    read_environment,
+    newest_checkpoint,
+    check_text_settings,
+    open_text,
+    check_changes,
+    check_batch,
+    repair_tokenizer,
+    check_same_on_all_ranks,
+)
+RESUME_CHECKS: Mapping[str, str] = {
+    **{check.__name__: _first_sentence(check) for check in _IN_ORDER},
+    # Of train.state.open_run.
+    "check_disk": "The disk has space for the next checkpoints.",
+    "restore": "Every byte of weights and optimizer state is as it was saved.",
+    "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts with.",
+}
+"""The checks of a resume in the order in which they are made: name -> description."""
