@@ -154,7 +154,7 @@ def cautious_decay() -> None:
         plain(matrices, *given, **{**named, "weight_decay": 0.0})
         for matrix, old in zip(matrices, before, strict=True):
             is_shrinking = (old - matrix) * old > 0
-            matrix.sub_(old * is_shrinking, alpha=named["rate"] * named["weight_decay"])
+            matrix.sub_(old * is_shrinking, alpha=named["lr"] * named["weight_decay"])
 
     param_groups.muon_update = muon_update  # type: ignore[attr-defined]
 
@@ -171,7 +171,7 @@ def soap() -> None:
         memories: list[Tensor],
         gradients: list[Tensor],
         *,
-        rate: float,
+        lr: float,
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
@@ -194,8 +194,8 @@ def soap() -> None:
         square = state["square"] / (1 - 0.95 ** state["steps"])
         update = left @ (mean / (square.sqrt() + 1e-8)) @ right.mT
         update *= muon.ADAMW_RMS / (update.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-8)
-        torch._foreach_mul_(matrices, 1 - rate * weight_decay)
-        torch._foreach_add_(matrices, update.unbind(), alpha=-rate)
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_add_(matrices, update.unbind(), alpha=-lr)
         if state["steps"] % 10 == 0:
             state["bases"] = tuple(
                 torch.linalg.qr(side @ basis)[0]

@@ -160,7 +160,9 @@ def test_a_written_config_is_read_back_equal(tmp_path: Path) -> None:
 
 def test_the_past_of_a_schedule_is_read_back_equal(tmp_path: Path) -> None:
     old = LRSchedule(ScheduleConfig(warmup_steps=10, final_fraction=0.1), 1e-3 / 3, 100)
-    new = extend(old, done=100, steps=200, given={"name": "cosine", "learning_rate": 7e-4})
+    new = extend(
+        old, start_step=100, steps=200, overrides={"name": "cosine", "learning_rate": 7e-4}
+    )
     config = replace(compose([]), schedule=new.schedule)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))

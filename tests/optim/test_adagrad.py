@@ -1,4 +1,4 @@
-"""Lookup tables: row-wise Adagrad against its formula, touched rows alone against whole tables."""
+"""Lookup tables: row-wise Adagrad equals its formula, sparse gradients equal dense ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pretrain.distributed import open_world
 from pretrain.model import LMLoss, build
 from pretrain.optim import OptimizerConfig, build_optimizer, clip_gradients
 from pretrain.optim.adagrad import adagrad_update
-from pretrain.optim.param_groups import LOOKUP_RATE, role_of, set_learning_rate
+from pretrain.optim.param_groups import LOOKUP_LR_MULT, role_of, set_learning_rate
 from pretrain.train import training_steps
 
 
-def test_a_row_moves_by_the_rate_over_the_root_of_its_summed_squares() -> None:
+def test_adagrad_update_equals_its_formula() -> None:
     table, squares = torch.zeros(3, 2), torch.zeros(3)
     first, second = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
     for gradient in (first, second):
         adagrad_update(
-            table, squares, torch.stack([torch.zeros(2), gradient, torch.zeros(2)]), rate=0.1
+            table, squares, torch.stack([torch.zeros(2), gradient, torch.zeros(2)]), lr=0.1
         )
     # Mean squares of the two gradients: 12.5 and 0.5.
     expected = -0.1 * (first / math.sqrt(12.5) + second / math.sqrt(13.0))
@@ -32,8 +32,8 @@ def test_a_row_moves_by_the_rate_over_the_root_of_its_summed_squares() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
-    """The sparse path is a twin of the dense one, clipping included."""
+def test_sparse_gradients_train_as_dense_ones(name: str) -> None:
+    """With clipping."""
     section = {"family": "fast", "d_model": 32, "context_length": 8, "n_layers": 1}
     chosen = compose([{"model": {**section, "ngram_rows": 61}}])
     config = OptimizerConfig(name=name, embedding_lr_mult=2.0)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
     micro_batches = [
         MicroBatch(ids[i : i + 2, :-1], ids[i : i + 2, 1:], torch.arange(i, i + 2)) for i in (0, 2)
     ]
-    curves, tables = [], []
+    histories, tables = [], []
     for sparse in (True, False):
         decoder = build(chosen.model, vocab_size=20, seed=1)
         assert decoder.ngrams is not None
@@ -56,34 +56,37 @@ def test_touched_rows_alone_are_the_whole_table(name: str) -> None:
             clip=0.5,
             world=open_world("cpu", threads=1),
         )
-        curves.append([(r.nats, r.grad_norm) for r in reports])
+        histories.append([(r.nats, r.grad_norm) for r in reports])
         tables.append(decoder.get_parameter("ngrams.parts.2.weight").detach())
     # The norm is one sum over more or fewer zeros, so the last bit of clipping may differ.
-    assert torch.tensor(curves[0]) == pytest.approx(torch.tensor(curves[1]), rel=1e-5)
+    assert torch.tensor(histories[0]) == pytest.approx(torch.tensor(histories[1]), rel=1e-5)
     torch.testing.assert_close(tables[0], tables[1], rtol=1e-4, atol=1e-6)
     assert 0 < int((tables[0].abs().sum(1) > 0).sum()) < 61
-    assert curves[0][-1][0] < curves[0][0][0] / 2
+    assert histories[0][-1][0] < histories[0][0][0] / 2
 
 
 @pytest.mark.parametrize("batch_tokens", [256, 4096])
-def test_a_first_reading_moves_a_row_by_as_much_as_it_says(batch_tokens: int) -> None:
-    """Twice the gradient, nearly twice the move, until it is much; the same in a larger batch."""
-    config, moves = OptimizerConfig(name="muon", embedding_lr_mult=1.0), []
-    for slope in (0.1, 0.2, 50.0):
+def test_the_first_update_of_a_row_depends_on_its_gradient(batch_tokens: int) -> None:
+    """Twice a small gradient is nearly twice the update, with any batch size."""
+    config = OptimizerConfig(name="muon", embedding_lr_mult=1.0)
+    updates = []
+    for gradient in (0.1, 0.2, 50.0):
         table = torch.nn.Parameter(torch.zeros(3, 4))
         optimizer = build_optimizer(
             [("ngrams.parts.2.weight", table)], config=config, batch_tokens=batch_tokens
         )
         set_learning_rate(optimizer, 1.0)
         table.grad = torch.zeros(3, 4)
-        table.grad[1] = slope / batch_tokens
+        table.grad[1] = gradient / batch_tokens
         optimizer.step()
-        moves.append(float(-table.detach()[1, 0]))
+        updates.append(float(-table.detach()[1, 0]))
         assert not table[[0, 2]].any()
-    assert moves == pytest.approx([LOOKUP_RATE * s / (2 + s * s) ** 0.5 for s in (0.1, 0.2, 50.0)])
+    assert updates == pytest.approx(
+        [LOOKUP_LR_MULT * s / (2 + s * s) ** 0.5 for s in (0.1, 0.2, 50.0)]
+    )
 
 
-def test_tables_have_their_own_rule_and_rate() -> None:
+def test_lookup_tables_have_their_own_rule_and_lr() -> None:
     chosen = compose([{"model": {"family": "fast", "d_model": 32, "context_length": 8}}])
     decoder = build(chosen.model, vocab_size=20, seed=1)
     named = list(decoder.named_parameters())
@@ -95,14 +98,14 @@ def test_tables_have_their_own_rule_and_rate() -> None:
     optimizer = build_optimizer(named, config=config)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = {name: group_of[id(p)] for name, p in named}
-    assert groups["ngrams.parts.2.weight"]["lr_mult"] == 3.0 * LOOKUP_RATE
+    assert groups["ngrams.parts.2.weight"]["lr_mult"] == 3.0 * LOOKUP_LR_MULT
     assert groups["ngrams.parts.2.weight"]["weight_decay"] == 0.0
     assert groups["token_embedding.weight"]["lr_mult"] == 3.0
     assert groups["head.weight"]["lr_mult"] == 0.5
     assert groups["blocks.0.attention.query.weight"]["rule"] == "muon"
 
 
-def test_clipping_counts_a_row_that_is_named_twice_once() -> None:
+def test_clipping_coalesces_repeated_rows_of_a_sparse_gradient() -> None:
     table = torch.nn.Parameter(torch.zeros(4, 2))
     rows, values = torch.tensor([[1, 3, 1]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
     table.grad = torch.sparse_coo_tensor(rows, values, (4, 2), check_invariants=True)

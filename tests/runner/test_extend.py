@@ -107,7 +107,7 @@ def test_anneal_falls_in_a_straight_line_to_zero(
     expected = [3e-3, 3e-3 * 0.75, 3e-3 * 0.5, 3e-3 * 0.25]
     assert learning_rates(run)[8:] == pytest.approx(expected)
     error = error_of(capsys, "anneal", str(run), "--train.steps", "20")
-    assert "has fallen to 0 already (annealing, final_fraction 0)" in error
+    assert "has reached 0 already (annealing, final_fraction 0)" in error
     # An extension uses the run's own shape again.
     assert main(["extend", str(run), "--train.steps", "16"]) == 0
     assert learning_rates(run)[-1] == 3e-3

@@ -1,8 +1,9 @@
-"""Gradients -> updates: AdamW, Muon and Adagrad, a rule for each group of parameters (`grouped`),
-and the learning rate as a function of the step (`schedule`; `continuation` makes one go on).
+"""Gradients -> updates.
 
-Parameters come in by name and the state goes out by name, so a checkpoint never depends on an order
-of tensors.
+`param_groups` builds the optimizer, in which each group of parameters has its own rule: AdamW,
+`muon` or `adagrad`. `schedule` has the learning rate as a function of the step, and continues
+schedules. Parameters come in by name and the state goes out by name, so a checkpoint does not
+depend on an order of tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameters in groups, each with its own rule, and a state that is addressed by parameter name.
+"""One optimizer with a rule for each group of parameters, and a state addressed by parameter name.
 
 The rules: AdamW, "Decoupled Weight Decay Regularization" (Loshchilov and Hutter, 2019), in torch's
 fused implementation; Muon (`muon`) for hidden matrices; row-wise Adagrad (`adagrad`) for lookup
@@ -20,15 +20,15 @@ from pretrain.optim.adagrad import adagrad_update
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.muon import Orthogonalizer, muon_update
 
-# A row of a lookup table is read rarely and may learn fast when it is.
-LOOKUP_RATE = 4.0
-# A row's first move would be a whole one, however little its first reading says. So it is as if the
-# row had been read before, with this mean square of the gradient of a sum over targets.
-FIRST_SQUARE = 2.0
+# Rows of a lookup table are read rarely, so they take a higher learning rate.
+LOOKUP_LR_MULT = 4.0
+# Without this prior, Adagrad's first update of a row has full size regardless of its gradient. It
+# is the initial mean square of the gradient of a loss that is summed over targets.
+INITIAL_SQUARE = 2.0
 
 
 class MixedOptimizer(torch.optim.AdamW):
-    """AdamW, but for groups whose `rule` is muon or adagrad."""
+    """AdamW, with other rules for the groups whose `rule` is muon or adagrad."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, orthogonalizer: Orthogonalizer, **defaults: Any
@@ -38,21 +38,22 @@ class MixedOptimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update; gradients that another rule than AdamW's has used are gone afterwards."""
+        """Update all parameters; gradients of other rules than AdamW's are None afterwards."""
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 continue
-            used = [p for p in group["params"] if p.grad is not None]
+            parameters = [p for p in group["params"] if p.grad is not None]
             if group["rule"] == "muon":
-                self._update_matrices(used, group)
+                self._muon_step(parameters, group)
             else:
-                for parameter in used:
-                    first = group["first_square"]
-                    squares = self._memory(parameter, "squares", parameter.shape[:1], first)
-                    adagrad_update(parameter, squares, parameter.grad, rate=group["lr"])
-            for parameter in used:
+                for parameter in parameters:
+                    squares = self._state_of(
+                        parameter, "squares", parameter.shape[:1], group["initial_square"]
+                    )
+                    adagrad_update(parameter, squares, parameter.grad, lr=group["lr"])
+            for parameter in parameters:
                 parameter.grad = None
-        # AdamW passes over parameters without a gradient.
+        # AdamW skips parameters without a gradient.
         return without_compiler_guard(torch.optim.AdamW.step)(self, closure)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -61,42 +62,46 @@ class MixedOptimizer(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         without_compiler_guard(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
-    def _update_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _muon_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
             by_shape[self._orthogonalizer.full_shape(parameter)].append(parameter)
-        for alike in by_shape.values():
+        for same_shape in by_shape.values():
             muon_update(
-                alike,
-                [self._memory(p, "momentum", p.shape) for p in alike],
-                [p.grad for p in alike if p.grad is not None],
-                rate=group["lr"],
+                same_shape,
+                [self._state_of(p, "momentum", p.shape) for p in same_shape],
+                [p.grad for p in same_shape if p.grad is not None],
+                lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 dtype=group["dtype"],
                 orthogonalizer=self._orthogonalizer,
             )
 
-    def _memory(
-        self, parameter: nn.Parameter, kind: str, shape: torch.Size, first: float = 0.0
+    def _state_of(
+        self, parameter: nn.Parameter, kind: str, shape: torch.Size, initial: float = 0.0
     ) -> Tensor:
         state = self.state[parameter]
         if kind not in state:
-            state[kind] = parameter.new_full(shape, first)
-        memory: Tensor = state[kind]
-        return memory
+            state[kind] = parameter.new_full(shape, initial)
+        tensor: Tensor = state[kind]
+        return tensor
 
 
 def role_of(name: str, parameter: nn.Parameter) -> str:
-    """What a parameter is to an optimizer: lookup (an n-gram table), embedding, head, vector, or
-    hidden: a matrix from hidden to hidden."""
-    # A name may come with a prefix, as those of an Objective do.
+    """Return the group of a parameter, by its name with or without a prefix.
+
+    The groups are lookup (an n-gram table), embedding, head, vector (a norm or bias), and hidden (a
+    matrix from hidden to hidden states).
+    """
     *path, _ = name.split(".")
     if parameter.ndim < 2:
         return "vector"
     if "ngrams" in path:
         return "lookup"
-    return "embedding" if "embedding" in name else "head" if "head" in path else "hidden"
+    if "embedding" in name:
+        return "embedding"
+    return "head" if "head" in path else "hidden"
 
 
 def build_optimizer(
@@ -108,43 +113,44 @@ def build_optimizer(
     precision: str = "fp32",
     orthogonalizer: Orthogonalizer | None = None,
 ) -> MixedOptimizer:
-    """The optimizer over named parameters: a group for each role. Vectors (norms and biases) and
-    lookup tables are not decayed. `width` is the model's, which a config with a base_width asks
-    for. Gradients are means over `batch_tokens` targets, to which the rates are fitted if the
-    config has base_batch_tokens. Muon's products are made in `precision`, of `matrices` that may
-    be laid over processes."""
-    with_muon = config.name == "muon"
-    # The rate suits Muon's matrices, and what AdamW moves beside them takes a multiple of it.
-    embedding_lr_mult, head_lr_mult = (
-        (config.embedding_lr_mult, config.head_lr_mult) if with_muon else (1.0, 1.0)
-    )
+    """Build the optimizer over named parameters, with a group for each role (`role_of`).
+
+    `width` is the model's d_model, needed if the config has a base_width. Gradients are means over
+    `batch_tokens` targets; with a base_batch_tokens the learning rates are scaled to them. Muon's
+    matmuls are in `precision`. Vectors and lookup tables have no weight decay.
+    """
+    uses_muon = config.name == "muon"
+    # The learning rate is Muon's; what AdamW updates in the same run takes multiples of it.
+    embedding_lr_mult = config.embedding_lr_mult if uses_muon else 1.0
+    head_lr_mult = config.head_lr_mult if uses_muon else 1.0
     width_scale = config.width_scale(width)
     groups: dict[str, dict[str, Any]] = {
         "hidden": {
             "lr_mult": width_scale,
-            "rule": "muon" if with_muon else "adamw",
+            "rule": "muon" if uses_muon else "adamw",
             "momentum": config.momentum,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },
         "embedding": {"lr_mult": embedding_lr_mult},
         "head": {"lr_mult": head_lr_mult * width_scale},
-        "vector": {"weight_decay": 0.0},
+        "vector": {"lr_mult": 1.0, "weight_decay": 0.0},
         "lookup": {
             "rule": "adagrad",
-            "lr_mult": LOOKUP_RATE * embedding_lr_mult,
-            "first_square": FIRST_SQUARE / batch_tokens**2,
+            "lr_mult": LOOKUP_LR_MULT * embedding_lr_mult,
+            "initial_square": INITIAL_SQUARE / batch_tokens**2,
             "weight_decay": 0.0,
         },
     }
+    batch_scale = config.batch_scale(batch_tokens)
+    for group in groups.values():
+        group["lr_mult"] = batch_scale * group["lr_mult"]
+
     members: dict[str, list[nn.Parameter]] = {role: [] for role in groups}
     for name, parameter in parameters:
         role = role_of(name, parameter)
-        # Muon's matrices are put together by all that hold them, also who holds no row of this one.
+        # All processes take part in exchanging Muon's matrices, also with an empty shard.
         if parameter.numel() or groups[role].get("rule") == "muon":
             members[role].append(parameter)
-    batch_scale = config.batch_scale(batch_tokens)
-    for group in groups.values():
-        group["lr_mult"] = batch_scale * group.get("lr_mult", 1.0)
     return MixedOptimizer(
         [{"params": members[role], **group} for role, group in groups.items() if members[role]],
         orthogonalizer=orthogonalizer or Orthogonalizer(),
@@ -156,51 +162,46 @@ def build_optimizer(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of each group to `lr` times its multiplier."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
 def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The numbers of each gradient that there is: all of a dense one, the named rows of a sparse
-    one.
+    """Return the values of all gradients, as views: of a sparse one, those of its rows.
 
-    They share the gradient's memory. A sparse gradient is coalesced first, so that no row is named
-    twice.
+    Sparse gradients are coalesced first, so that each row is there once.
     """
     values = []
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
             values.append(parameter.grad.values())
-        elif parameter.grad is not None:
+        else:
             values.append(parameter.grad)
     return values
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter],
-    *,
-    max_norm: float,
-) -> float:
-    """Scale all gradients so that their joint norm is at most `max_norm` (0: no clipping); returns
-    the norm before.
+def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:
+    """Scale all gradients so that their joint norm is at most `max_norm` (0: no clipping).
 
-    A norm that is not finite leaves the gradients alone: the caller decides, and no NaN is spread
-    by a scale.
+    Returns the norm before. If it is not finite the gradients stay as they are.
     """
     gradients = gradient_values(parameters)
-    total = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    if max_norm and math.isfinite(total) and total > max_norm:
-        # Not max_norm / (total + eps) as in torch: afterwards the norm is max_norm exactly.
-        torch._foreach_mul_(gradients, max_norm / total)
-    return total
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if max_norm and math.isfinite(norm) and norm > max_norm:
+        # Not max_norm / (norm + eps) as in torch: afterwards the norm is exactly max_norm.
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, Tensor]:
-    """The optimizer's memory as tensors named PARAMETER/KIND, for a checkpoint."""
+    """Return the optimizer's state as tensors named PARAMETER/KIND, for a checkpoint."""
     return {
         f"{name}/{kind}": value
         for name, parameter in parameters
@@ -213,7 +214,7 @@ def restore_optimizer_state(
     parameters: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `optimizer_state` took out; a name without a parameter is our own mistake."""
+    """Set the optimizer's state from the tensors of `optimizer_state`."""
     by_name = dict(parameters)
     for full_name, value in tensors.items():
         name, kind = full_name.rsplit("/", 1)

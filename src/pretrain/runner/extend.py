@@ -134,9 +134,9 @@ def extended_config(config: RunConfig, extension: Extension, done: int) -> RunCo
     }
     old = lr_schedule_of(config)
     if extension.command == "extend":
-        new = extend(old, done=done, steps=extension.steps, given=schedule)
+        new = extend(old, start_step=done, steps=extension.steps, overrides=schedule)
     else:
-        new = anneal(old, done=done, steps=extension.steps, **schedule)
+        new = anneal(old, start_step=done, steps=extension.steps, **schedule)
     return with_lr_schedule(with_settings(config, train), new)
 
 

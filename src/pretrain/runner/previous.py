@@ -197,7 +197,7 @@ def write_changes(
         lines.append(record(step, command, old_lr.steps, new_lr.steps, by=by))
     if any(change.changes_lr for change in others):
         # The record keeps the table that the user saw.
-        rows = compare_schedules(old_lr, new_lr, done=step)
+        rows = compare_schedules(old_lr, new_lr, start_step=step)
         lines[-1]["curve"] = rows
         log(f"learning rates, old and new; the new ones are used from step {step:,} on:")
         log(schedule_table(rows))
