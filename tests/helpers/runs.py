@@ -1,10 +1,11 @@
-"""Runs that are trained, stopped, read and compared; a small model, and batches for one step."""
+"""Runs that are trained, stopped, killed, read and compared; a small model, and batches for it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +21,81 @@ from pretrain.train.step import compute_gradients
 DROPOUT = ["--model.dropout", "0.1", "--model.family", "gpt2"]
 
 
-def train(*words: str) -> int:
-    return main(["train", *words])
+class Killed(BaseException):
+    """Ends a run where a SIGKILL would: nothing is saved and nothing is cleaned up."""
+
+
+def train(*args: str) -> int:
+    """Run `pretrain train`; returns its exit code."""
+    return main(["train", *args])
 
 
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a run's record, times aside."""
+    """The lines of a run's log, without times."""
     lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
-        for line in lines
-    ]
+    times = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step."""
+    return [record["loss"] for record in records(run) if record["kind"] == "train"]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint."""
     checkpoint = open_checkpoint(list_checkpoints(run / "checkpoints")[-1])
-    groups = {g: checkpoint.names(g) for g in ("model", "optimizer")}
-    return {f"{g}/{n}": checkpoint.read(f"{g}/{n}") for g, names in groups.items() for n in names}
+    names = [
+        f"{group}/{name}" for group in ("model", "optimizer") for name in checkpoint.names(group)
+    ]
+    return {name: checkpoint.read(name) for name in names}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
+    """Logs, samples and tensors of two runs are the same, bit for bit."""
     assert records(one) == records(other)
     assert records(one, "samples.jsonl") == records(other, "samples.jsonl")
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:5]}"
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send ourselves SIGTERM while step number `steps` runs."""
-    real = compute_gradients
-    made = 0
+    """Send SIGTERM to this process while step number `steps` runs."""
+    _call_in_step(monkeypatch, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
-    def counting(*args: Any, **keywords: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **keywords)
+
+def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Raise Killed while step number `step` runs."""
+
+    def die() -> None:
+        raise Killed
+
+    _call_in_step(monkeypatch, step, die)
+
+
+def _call_in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    n_steps = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == step:
+            action()
+        return compute_gradients(*args, **kwargs)
 
     monkeypatch.setattr("pretrain.train.loop.compute_gradients", counting)
 
 
-def small_objective(dropout: float = 0.0) -> LMLoss:
-    chosen = ModelConfig(d_model=16, n_heads=2, context_length=8, dropout=dropout)
-    return LMLoss(build(chosen, vocab_size=50, seed=1), seed=1)
+def small_lm_loss(dropout: float = 0.0) -> LMLoss:
+    """A loss module of width 16 for 50 token ids."""
+    config = ModelConfig(d_model=16, n_heads=2, context_length=8, dropout=dropout)
+    return LMLoss(build(config, vocab_size=50, seed=1), seed=1)
 
 
 def batches(rows: int, micro: int, seed: int = 0) -> list[MicroBatch]:
+    """Random ids as micro-batches of `micro` rows."""
     ids = torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(seed))
     samples = torch.arange(rows)
     return [

@@ -1,5 +1,4 @@
-"""A GPU computes what a CPU does, repeats it, goes on with it, and does not hold more than it
-should."""
+"""A GPU computes, repeats and resumes what a CPU does, and needs no more memory than it should."""
 
 from __future__ import annotations
 
@@ -38,16 +37,16 @@ def batch(rows: int = 4, *, seed: int = 3) -> MicroBatch:
     return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.arange(rows))
 
 
-def test_first_weights_are_those_of_a_cpu() -> None:
+def test_initial_weights_equal_those_of_a_cpu() -> None:
     config = config_of("gpt2")
     here, there = (build(config, vocab_size=V, seed=7, device=d) for d in ("cpu", GPU))
     for ours, theirs in zip(here.parameters(), there.parameters(), strict=True):
-        # Box and Muller's in float64, rounded once: a last bit may hang on the device's log.
+        # Box-Muller in float64, rounded once: the last bit may depend on the device's log.
         torch.testing.assert_close(theirs.cpu(), ours, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_nats_and_gradients_are_those_of_a_cpu(name: str) -> None:
+def test_loss_and_gradients_equal_those_of_a_cpu(name: str) -> None:
     decoder = random_decoder(config_of(**FAMILIES[name]))
     answers = []
     for device in (torch.device("cpu"), GPU):
@@ -73,7 +72,7 @@ def test_nats_and_gradients_are_those_of_a_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_losses_of_steps_with_dropout_are_those_of_a_cpu(dtype: torch.dtype, bound: float) -> None:
+def test_losses_with_dropout_equal_those_of_a_cpu(dtype: torch.dtype, bound: float) -> None:
     here, there = (losses(open_world(name), dtype, 16) for name in ("cpu", "cuda"))
     assert there == pytest.approx(here, rel=bound)
     assert len(set(here)) == len(here)
@@ -81,7 +80,7 @@ def test_losses_of_steps_with_dropout_are_those_of_a_cpu(dtype: torch.dtype, bou
 
 @pytest.mark.parametrize("name", ["gpt2", "llama 2 70b", "fast"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_steps_in_bfloat16_are_those_in_float32_nearly(name: str, optimizer: str) -> None:
+def test_bf16_steps_are_close_to_fp32_steps(name: str, optimizer: str) -> None:
     world, found = open_world("cuda"), []
     for precision in ("fp32", "bf16"):
         decoder = build(config_of(**FAMILIES[name]), vocab_size=V, seed=1, device=GPU)
@@ -105,9 +104,7 @@ def test_steps_in_bfloat16_are_those_in_float32_nearly(name: str, optimizer: str
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_the_chunked_loss_is_the_plain_one(
-    dtype: torch.dtype, bound: float, compiled: bool
-) -> None:
+def test_chunked_loss_equals_reference(dtype: torch.dtype, bound: float, compiled: bool) -> None:
     """An odd vocabulary, more than a chunk of rows, targets that do not count."""
     generator = torch.Generator().manual_seed(0)
     rows, odd, width = 11_000, 50_257, 64
@@ -128,8 +125,8 @@ def test_the_chunked_loss_is_the_plain_one(
         assert float((one.double() - other).norm() / other.norm()) < bound
 
 
-def test_whole_logits_are_never_held() -> None:
-    """They would be 3.3 GB in bfloat16, and as much again for their slopes; a chunk's are 0.8."""
+def test_full_logits_are_never_in_memory() -> None:
+    """They would take 3.3 GB in bfloat16, and as much for their gradients; a chunk's take 0.8."""
     vocabulary, width = 50_257, 64
     hidden = torch.randn(32_768, width, device=GPU, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocabulary, width, device=GPU, requires_grad=True)
@@ -141,7 +138,7 @@ def test_whole_logits_are_never_held() -> None:
     assert torch.cuda.max_memory_allocated() < 2e9
 
 
-def test_greedy_texts_are_those_of_a_cpu(finished_run: Path) -> None:
+def test_greedy_texts_equal_those_of_a_cpu(finished_run: Path) -> None:
     texts = []
     for device in ("cpu", "cuda"):
         model = load_model(str(finished_run), device=device)
@@ -154,14 +151,14 @@ def test_greedy_texts_are_those_of_a_cpu(finished_run: Path) -> None:
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
+def test_resumed_run_has_the_bits_of_an_uninterrupted_run(
     corpus: Path, tmp_path: Path, precision: str, compiled: str
 ) -> None:
-    words = [str(corpus), *TINY, "--train.device", "cuda", "--train.deterministic", "true"]
-    words += ["--train.precision", precision, "--train.compile", compiled, "--train.steps", "8"]
-    words += ["--train.evaluate_every", "4", "--model.dropout", "0.1"]
+    args = [str(corpus), *TINY, "--train.device", "cuda", "--train.deterministic", "true"]
+    args += ["--train.precision", precision, "--train.compile", compiled, "--train.steps", "8"]
+    args += ["--train.evaluate_every", "4", "--model.dropout", "0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(["train", *words, "--run", str(whole)]) == 0
+    assert main(["train", *args, "--run", str(whole)]) == 0
     shutil.copytree(whole, parts)
     for name in ("summary.json", "baselines.json"):
         (parts / name).unlink()
@@ -173,8 +170,8 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     assert math.isfinite(ends[0]["val_nats_per_token"])
 
 
-def test_a_process_without_a_gpu_is_said(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+def test_more_processes_than_gpus_are_rejected(corpus: Path, tmp_path: Path, capsys: Any) -> None:
     n = torch.cuda.device_count() + 1
-    words = [str(corpus), *TINY, "--parallel.processes", str(n), "--run", str(tmp_path / "run")]
-    assert main(["train", *words, "--train.device", "cuda"]) == 2
+    args = [str(corpus), *TINY, "--parallel.processes", str(n), "--run", str(tmp_path / "run")]
+    assert main(["train", *args, "--train.device", "cuda"]) == 2
     assert f"{n} processes" in capsys.readouterr().err

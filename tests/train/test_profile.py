@@ -23,9 +23,7 @@ V, T = 50, 16
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "fast"])
-def test_flops_are_what_torch_counts_of_a_step(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flops_equal_torch_flop_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Torch's counter does not know oneDNN's product, nor addmm_ in place.
     monkeypatch.setattr("pretrain.model.fused._takes_onednn", lambda: False)
     monkeypatch.setattr(
@@ -47,7 +45,7 @@ def test_flops_are_what_torch_counts_of_a_step(
     assert training_flops(config, vocab_size=V) * 3 * T == products + attention * 3 * T
 
 
-def test_an_operation_belongs_to_what_it_is_category() -> None:
+def test_category_of_an_operation() -> None:
     def event(name: str, above: object = None) -> SimpleNamespace:
         return SimpleNamespace(name=name, cpu_parent=above)
 
@@ -61,15 +59,15 @@ def test_an_operation_belongs_to_what_it_is_category() -> None:
     assert _category(event("aten::gelu")) == "the rest"
 
 
-def test_profile_says_where_a_step_goes_and_leaves_nothing(
+def test_profile_reports_shares_and_writes_no_file(
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [str(corpus), *TINY, "--train.threads", "1", "--train.minutes", "5"]
-    assert main(["train", *words, "--train.precision", "fp32", "--profile", "--json"]) == 0
+    args = [str(corpus), *TINY, "--train.threads", "1", "--train.minutes", "5"]
+    assert main(["train", *args, "--train.precision", "fp32", "--profile", "--json"]) == 0
     out, people = capsys.readouterr()
     found = json.loads(out)
     assert sum(found["shares"].values()) == pytest.approx(1)
@@ -84,11 +82,11 @@ def test_profile_says_where_a_step_goes_and_leaves_nothing(
     assert "matrix products" in people
     assert "of it" in people
     assert list(tmp_path.iterdir()) == []
-    assert main(["train", *words, "--profile", "--run", "here"]) == 2
+    assert main(["train", *args, "--profile", "--run", "here"]) == 2
     assert "--profile makes no run" in capsys.readouterr().err
 
 
-def test_a_gpu_whose_data_sheet_is_known_has_a_share_of_it() -> None:
+def test_lines_report_mfu() -> None:
     found = Profile(
         shares={"matrix products": 0.75, "waiting": 0.25},
         step_seconds=0.1,

@@ -1,22 +1,32 @@
-"""Losses that jump or are not finite: found before the update, written down, passed over."""
+"""Losses that jump or are not finite: detected before the update, described in a file, skipped."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from pretrain.checkpoint import DamagedCheckpoint, list_checkpoints
+from pretrain.checkpoint import (
+    DamagedCheckpoint,
+    checkpoint_name,
+    list_checkpoints,
+    open_checkpoint,
+    save_checkpoint,
+)
 from pretrain.cli import main
 from pretrain.data import MicroBatch
 from pretrain.data.batches import training_micro_batch
 from pretrain.data.order import Rollback, batch_of_step
-from pretrain.run.log import BestEvaluation
-from pretrain.train import build
+from pretrain.distributed import open_world
+from pretrain.run.log import METRICS_KEYS
+from pretrain.train import build as build_module
+from pretrain.train import state
 from pretrain.train.monitor import (
     LEAST_STEPS,
     MOST_IN_A_ROW,
@@ -25,15 +35,18 @@ from pretrain.train.monitor import (
     SpikeDetector,
     unclipped,
 )
-from pretrain.train.step import compute_gradients
-from runs import assert_same_run, records, stop_after
+from runs import Killed, assert_same_run, kill_in_step, records, stop_after
 from tiny import TINY
 
 SETTINGS = [*TINY, *"--train.steps 60 --train.evaluate_every 10 --train.spike_threshold 5".split()]
-POISONED = 45
 
 
-def watched(losses: list[float], threshold: float = 6.0) -> tuple[SpikeDetector, list[str | None]]:
+POISONED_BATCH = 45
+
+
+def check_all(
+    losses: list[float], threshold: float = 6.0
+) -> tuple[SpikeDetector, list[str | None]]:
     watch, found = SpikeDetector(threshold), []
     for loss in losses:
         finding = watch.check(loss, 1.0)
@@ -42,56 +55,56 @@ def watched(losses: list[float], threshold: float = 6.0) -> tuple[SpikeDetector,
     return watch, found
 
 
-def test_a_jump_is_found_and_noise_is_not() -> None:
+def test_spike_is_detected_and_noise_is_not() -> None:
     noise = [3.0 + 0.01 * math.sin(7 * i) for i in range(200)]
-    assert set(watched(noise)[1]) == {None}
-    assert watched([*noise, 3.5, 3.0])[1][-2:] == [SPIKE, None]
-    assert watched([*noise[: LEAST_STEPS - 1], 9.0])[1][-1] is None  # too early to tell
-    assert watched([*noise, 2.0])[1][-1] is None  # better is no fault
-    assert watched([*noise, math.nan, 3.0])[1][-2:] == [NOT_FINITE, None]
+    assert set(check_all(noise)[1]) == {None}
+    assert check_all([*noise, 3.5, 3.0])[1][-2:] == [SPIKE, None]
+    assert check_all([*noise[: LEAST_STEPS - 1], 9.0])[1][-1] is None  # too early to tell
+    assert check_all([*noise, 2.0])[1][-1] is None  # a better loss is not an anomaly
+    assert check_all([*noise, math.nan, 3.0])[1][-2:] == [NOT_FINITE, None]
 
 
-def test_a_gradient_that_is_not_finite_is_found() -> None:
-    finding = SpikeDetector(6.0).check(3.0, math.inf)
-    assert finding is not None
-    assert finding.kind == NOT_FINITE
+def test_gradient_that_is_not_finite_is_detected() -> None:
+    anomaly = SpikeDetector(6.0).check(3.0, math.inf)
+    assert anomaly is not None
+    assert anomaly.kind == NOT_FINITE
 
 
-def test_a_new_level_is_taken_for_what_it_is() -> None:
+def test_new_level_is_accepted_after_ten_steps() -> None:
     steady = [3.0 + 0.01 * (i % 3) for i in range(100)]
-    found = watched([*steady, *[5.0] * (MOST_IN_A_ROW + 50)])[1][100:]
-    assert found == [SPIKE] * MOST_IN_A_ROW + [None] * 50
+    _, kinds = check_all(steady + [5.0] * (MOST_IN_A_ROW + 50))
+    assert kinds[100:] == [SPIKE] * MOST_IN_A_ROW + [None] * 50
 
 
-def test_the_watch_is_a_function_of_the_records() -> None:
+def test_detector_is_a_function_of_the_log() -> None:
     losses = [3.0 + 0.01 * (i % 5) for i in range(60)] + [9.0, 3.0, math.nan, 3.01]
-    watch, found = watched(losses)
+    detector, kinds = check_all(losses)
     lines = [
         {"kind": "train", "loss": None if math.isnan(x) else x, "finding": f}
-        for x, f in zip(losses, found, strict=True)
+        for x, f in zip(losses, kinds, strict=True)
     ]
-    assert SpikeDetector.from_log(lines, threshold=6.0) == watch
+    assert SpikeDetector.from_log(lines, threshold=6.0) == detector
 
 
-def test_data_that_was_passed_over_is_never_read() -> None:
+def test_rolled_back_batches_are_skipped() -> None:
     backs = [Rollback(40, 6), Rollback(40, 3), Rollback(50, 1)]
     assert [batch_of_step(s, backs) for s in (39, 40, 49, 50)] == [39, 49, 58, 60]
 
 
 def poison(
-    monkeypatch: pytest.MonkeyPatch, *, with_nan: bool = False, for_ever: bool = False
+    monkeypatch: pytest.MonkeyPatch, *, with_nan: bool = False, all_later: bool = False
 ) -> None:
-    """One batch of the data is of noise, whatever step reads it; or all from there on are."""
+    """Spoil the targets of one batch of the data, or of `all_later` ones too."""
 
     def spoilt(*args: Any, sample: int, **rest: Any) -> tuple[MicroBatch, int]:
         batch, checksum = training_micro_batch(*args, sample=sample, **rest)
         batch_number = sample // 8  # 8 windows a batch
-        if batch_number < POISONED or (batch_number > POISONED and not for_ever):
+        if batch_number < POISONED_BATCH or (batch_number > POISONED_BATCH and not all_later):
             return batch, checksum
-        noise = torch.full_like(batch.targets, 399)  # the last entry of the vocabulary
+        noise = torch.full_like(batch.targets, 399)  # the last token of the vocabulary
         return batch._replace(targets=noise), checksum
 
-    monkeypatch.setattr(build, "training_micro_batch", spoilt)
+    monkeypatch.setattr(build_module, "training_micro_batch", spoilt)
     if with_nan:
         from pretrain.model import loss
 
@@ -105,34 +118,36 @@ def poison(
 
 
 def trained(corpus: Path, run: Path, action: str) -> list[dict[str, Any]]:
-    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", action, "--run", str(run)]
-    assert main(words) == 0
-    return records(run)
+    args = ["train", str(corpus), *SETTINGS, "--train.spike_action", action, "--run", str(run)]
+    assert main(args) == 0
+    lines = records(run)
+    for line in lines:
+        assert line.keys() <= METRICS_KEYS[line["kind"]].keys() | {"kind"}
+    return lines
 
 
-def findings(lines: list[dict[str, Any]]) -> list[tuple[int, str]]:
+def anomalies_in(lines: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(line["step"], line["finding"]) for line in lines if "finding" in line]
 
 
 def weights_after(run: Path, step: int) -> dict[str, torch.Tensor]:
-    from pretrain.checkpoint import checkpoint_name, open_checkpoint
 
     checkpoint = open_checkpoint(run / "checkpoints" / checkpoint_name(step))
     return {n: checkpoint.read(f"model/{n}") for n in checkpoint.names("model")}
 
 
-def test_a_spike_is_written_down_and_trained_on(
+def test_warn_describes_the_spike_and_makes_the_update(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     poison(monkeypatch)
     lines = trained(corpus, tmp_path / "run", "warn")
-    assert findings(lines) == [(POISONED + 1, SPIKE)]
+    assert anomalies_in(lines) == [(POISONED_BATCH + 1, SPIKE)]
     assert (
         "standard deviations above the steps before; the update is made" in capsys.readouterr().out
     )
     found = json.loads((tmp_path / "run" / "post-mortem" / "step-00000046.json").read_text())
     assert found["z_score"] > 5
-    assert len(found["last_steps"]) == POISONED
+    assert len(found["last_steps"]) == POISONED_BATCH
     assert found["documents"]
     assert all({"id", "file", "sample", "first_token"} <= row.keys() for row in found["documents"])
     norms = found["gradient_norms"]
@@ -142,32 +157,32 @@ def test_a_spike_is_written_down_and_trained_on(
     assert any("attention.query" in name for name in norms)
     sample = found["documents"][0]["sample"]
     capsys.readouterr()
-    assert main(["trace", str(tmp_path / "run"), "--step", str(POISONED + 1), "--json"]) == 0
+    assert main(["trace", str(tmp_path / "run"), "--step", str(POISONED_BATCH + 1), "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)["seen"]
     assert seen[0]["sample"] == sample
     assert [row["id"] for row in seen] == [row["id"] for row in found["documents"]]
 
 
 @pytest.mark.parametrize(("with_nan", "kind"), [(False, SPIKE), (True, NOT_FINITE)])
-def test_a_skipped_step_changes_no_bit(
+def test_skipped_step_changes_no_bit(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_nan: bool, kind: str
 ) -> None:
     """The poisoned step is the last before a checkpoint, and the one before it is saved too."""
     poison(monkeypatch, with_nan=with_nan)
-    action = "warn" if with_nan else "skip"  # what is not finite is skipped whatever is asked
-    words = ["--train.save_every", str(POISONED)]
+    action = "warn" if with_nan else "skip"  # a loss that is not finite is always skipped
+    args = ["--train.save_every", str(POISONED_BATCH)]
     run = tmp_path / "run"
-    stop_after(monkeypatch, POISONED + 1)
+    stop_after(monkeypatch, POISONED_BATCH + 1)
     whole = ["train", str(corpus), *SETTINGS, "--train.spike_action", action, "--run", str(run)]
-    assert main([*whole, *words]) == 143
-    assert findings(records(run)) == [(POISONED + 1, kind)]
-    before, after = weights_after(run, POISONED), weights_after(run, POISONED + 1)
+    assert main([*whole, *args]) == 143
+    assert anomalies_in(records(run)) == [(POISONED_BATCH + 1, kind)]
+    before, after = weights_after(run, POISONED_BATCH), weights_after(run, POISONED_BATCH + 1)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert main(["train", "--resume", "--run", str(run)]) == 0
     assert [x for x in records(run) if x["kind"] == "train"][-1]["loss"] < 6.5
 
 
-def test_a_rollback_passes_over_the_data_and_survives_a_kill(
+def test_rollback_skips_data_and_survives_a_stop(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     plain = trained(corpus, tmp_path / "plain", "off")
@@ -181,14 +196,14 @@ def test_a_rollback_passes_over_the_data_and_survives_a_kill(
     had = {line["step"]: line["ids"] for line in plain if line["kind"] == "train"}
     assert [read[s] for s in range(1, 41)] == [had[s] for s in range(1, 41)]
     assert [read[s] for s in range(41, 55)] == [had[s + 6] for s in range(41, 55)]
-    assert findings(lines) == []
-    # A kill anywhere after the rollback, before and after a checkpoint that remembers it.
-    for steps in (POISONED + 4, POISONED + 14):
+    assert anomalies_in(lines) == []
+    # A stop after the rollback, before and after a checkpoint that was saved since.
+    for steps in (POISONED_BATCH + 4, POISONED_BATCH + 14):
         parts = tmp_path / f"parts-{steps}"
-        words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+        args = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
         with monkeypatch.context() as patch:
             stop_after(patch, steps)
-            assert main([*words, "--run", str(parts)]) == 143
+            assert main([*args, "--run", str(parts)]) == 143
         assert main(["train", "--resume", "--run", str(parts)]) == 0
         assert_same_run(whole, parts)
     capsys.readouterr()
@@ -200,15 +215,15 @@ def test_a_rollback_passes_over_the_data_and_survives_a_kill(
     assert {r["step"] for r in moved} == {41}
 
 
-def test_records_of_another_history_are_refused(
+def test_log_without_its_rollback_is_rejected(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     poison(monkeypatch)
     run = tmp_path / "run"
-    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback", "--run", str(run)]
+    args = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback", "--run", str(run)]
     with monkeypatch.context() as patch:
-        stop_after(patch, POISONED + 12)
-        assert main(words) == 143
+        stop_after(patch, POISONED_BATCH + 12)
+        assert main(args) == 143
     metrics = run / "metrics.jsonl"
     kept = [line for line in metrics.read_text().splitlines(True) if '"rollback"' not in line]
     metrics.write_text("".join(kept))
@@ -218,26 +233,25 @@ def test_records_of_another_history_are_refused(
     assert "does not belong to the checkpoint" in capsys.readouterr().err
 
 
-def test_a_loss_that_jumps_for_ever_ends_the_run(
+def test_repeated_rollbacks_end_the_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    poison(monkeypatch, for_ever=True)
-    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
-    assert main([*words, "--run", str(tmp_path / "run")]) == 2
+    poison(monkeypatch, all_later=True)
+    args = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+    assert main([*args, "--run", str(tmp_path / "run")]) == 2
     assert "again and again after step 40; 3 rollbacks did not help" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this(
+def test_checkpoint_of_another_run_is_rejected(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    import shutil
 
     for seed in ("1", "2"):
         with monkeypatch.context() as patch:
             stop_after(patch, 5)
-            words = [*TINY, "--train.steps", "12", "--train.seed", seed]
+            args = [*TINY, "--train.steps", "12", "--train.seed", seed]
             run = tmp_path / seed
-            assert main(["train", str(corpus), *words, "--run", str(run)]) == 143
+            assert main(["train", str(corpus), *args, "--run", str(run)]) == 143
     mine, other = (tmp_path / seed / "checkpoints" / "step-00000005" for seed in ("1", "2"))
     shutil.rmtree(mine)
     shutil.copytree(other, mine)
@@ -245,44 +259,28 @@ def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this(
     assert "is a checkpoint of another run" in capsys.readouterr().err
 
 
-def test_checkpoints_of_what_was_given_up_are_gone_before_the_records_are(
+def test_rolled_back_checkpoints_are_deleted_before_the_log_is_truncated(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best evaluations, 42 and 45, were saved between 40, which was due, and the spike."""
     poison(monkeypatch)
-    words = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
-    words += ["--train.save_every", "20", "--train.evaluate_every", "3"]
+    args = ["train", str(corpus), *SETTINGS, "--train.spike_action", "rollback"]
+    args += ["--train.save_every", "20", "--train.evaluate_every", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main([*words, "--run", str(whole)]) == 0
-
-    class Killed(BaseException):
-        pass
-
-    real, made = compute_gradients, 0
-
-    def dying(*args: Any, **keywords: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made == POISONED + 2:  # the second step after the rollback, before anything is saved
-            raise Killed
-        return real(*args, **keywords)
+    assert main([*args, "--run", str(whole)]) == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train.loop.compute_gradients", dying)
+        # The second step after the rollback, before anything is saved.
+        kill_in_step(patch, POISONED_BATCH + 2)
         with pytest.raises(Killed):
-            main([*words, "--run", str(killed)])
+            main([*args, "--run", str(killed)])
     assert list_checkpoints(killed / "checkpoints")[-1].name == "step-00000040"
     assert main(["train", "--resume", "--run", str(killed)]) == 0
     assert_same_run(whole, killed)
 
 
-def test_a_rollback_goes_to_what_is_there(tmp_path: Path) -> None:
-    """The step that was due, else the newest; and where there is nothing, nothing is deleted."""
-    from types import SimpleNamespace
-
-    from pretrain.checkpoint import save_checkpoint
-    from pretrain.distributed import open_world
-    from pretrain.train import state
+def test_rollback_target_is_the_due_or_newest_checkpoint(tmp_path: Path) -> None:
+    """The newest one if the due one could not be saved; without one, nothing is deleted."""
 
     config = SimpleNamespace(train=SimpleNamespace(save_every=20))
     run: Any = SimpleNamespace(
@@ -302,20 +300,7 @@ def test_a_rollback_goes_to_what_is_there(tmp_path: Path) -> None:
     assert state.rollback_target(run) == 0
 
 
-def test_a_best_evaluation_is_the_same_from_records() -> None:
-    best = BestEvaluation()
-    values = [2.0, math.nan, 1.5, math.nan, 1.6]
-    for step, nats in enumerate(values):
-        best.update(step, nats)
-    lines = [
-        {"kind": "evaluate", "step": n, "val_nats_per_token": None if math.isnan(v) else v}
-        for n, v in enumerate(values)
-    ]
-    assert BestEvaluation.from_log(lines) == best
-    assert (best.step, best.since) == (2, 2)
-
-
-def test_norms_that_were_not_clipped_are_not_scaled_back() -> None:
+def test_norms_are_reported_as_before_clipping() -> None:
     norms = {"a": 2.0, "b": 0.0, "c": math.inf}
     assert unclipped(norms, clip=1.0, grad_norm=math.inf) == norms
     assert unclipped({"a": 0.5}, clip=1.0, grad_norm=4.0) == {"a": 2.0}

@@ -1,0 +1,97 @@
+"""Empty fields of a config are filled from the sizes of model, text and device."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import compose, parse_overrides
+from pretrain.corpus import read_documents
+from pretrain.data import prepare
+from pretrain.distributed import World, open_world
+from pretrain.runner.request import read_target
+from pretrain.train import TrainConfig
+from pretrain.train.resolve import check_batch, resolve, resolve_precision
+from runs import train
+from tiny import TINY
+
+
+@pytest.mark.parametrize("least", [1, 50])
+def test_minutes_are_at_most_one_epoch_with_ngram_tables(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    least: int,
+) -> None:
+    monkeypatch.setattr("pretrain.train.resolve.SHORT_RUN", least)
+    args = [str(corpus), *TINY, "--train.minutes", "9", "--train.evaluate_every", "1000000"]
+    args += ["--run", str(tmp_path / "run"), "--model.ngram_rows", "64"]
+    assert train(*args, "--train.batch_tokens", "2048") == 0
+    done = json.loads((tmp_path / "run" / "summary.json").read_text())
+    once = math.ceil(done["tokens"] / done["epochs"] / 2048)
+    assert 1 < once < 50
+    assert done["steps"] == max(least, once)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "n-gram tables overfit after the first epoch" in output
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "vocab_size", "expected"),
+    [
+        # A context that grows with fast, and micro-batches whose layers fit the caches.
+        ("fast", 2, 400, {"context_length": 256, "longest_ngram": 6, "tokens": 3840}),
+        ("fast", 5, 1100, {"context_length": 512, "longest_ngram": 3, "tokens": 2048}),
+        ("gpt2", None, 1100, {"context_length": 128, "longest_ngram": None, "tokens": 6144}),
+    ],
+)
+def test_empty_fields_are_filled_from_sizes(
+    tmp_path: Path, family: str, size: int | None, vocab_size: int, expected: dict[str, int | None]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(document.text for document in read_documents("bundled"))[:120_000])
+    data = prepare(text, tmp_path / "prepared", vocab_size=vocab_size)
+    config = compose([{"model": {"family": family, "size": size}, "train": {"steps": 3}}])
+    whole = replace(config.train, batch_tokens=30_720)
+    resolved = resolve(replace(config, train=whole), data, open_world("cpu", threads=1))
+    assert resolved.model.context_length == expected["context_length"]
+    assert resolved.model.longest_ngram == expected["longest_ngram"]
+    assert resolved.train.micro_batch_rows is not None
+    tokens = resolved.train.micro_batch_rows * resolved.model.window_tokens
+    assert tokens == expected["tokens"]
+
+
+@pytest.mark.parametrize("recipe", ["english", "characters", "multitask"])
+@pytest.mark.parametrize("size", range(1, 13))
+def test_batch_of_a_recipe_is_a_multiple_of_the_context_for_every_size(
+    recipe: str, size: int
+) -> None:
+    config = compose([*read_target(recipe)[1], parse_overrides(["--model.size", str(size)])])
+    context, batch_tokens = check_batch(config.model, config.train, n_tokens=1_000_000)
+    assert batch_tokens == config.train.batch_tokens
+    assert batch_tokens % context == 0
+    assert context == 384 if recipe == "multitask" else size * 64 < context <= size * 128
+    assert config.model.ngram_rows == (131_072 if recipe == "english" else 65_536)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_units", "precision"),
+    [
+        ({"minutes": 1.0}, True, "bf16"),
+        ({"minutes": 1.0}, False, "fp32"),
+        # A run limited by steps is the same on every machine.
+        ({"minutes": 1.0, "steps": 3}, True, "fp32"),
+        ({"minutes": 1.0, "precision": "fp32"}, True, "fp32"),
+    ],
+)
+def test_cpu_uses_bf16_only_for_runs_limited_by_minutes(
+    settings: dict[str, Any], has_units: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "has_native_bf16", lambda world: has_units)
+    world = open_world("cpu", threads=1)
+    assert resolve_precision(TrainConfig(**settings), world) == precision
