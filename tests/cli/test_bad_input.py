@@ -63,7 +63,7 @@ STEPS = ["--train.steps", "1"]
         (["good.jsonl", "--train.stepz", "1"], "did you mean 'train.steps'"),
         (["good.jsonl", "--optimizer.learning_rate", "-1"], "must be a number above 0"),
         (["good.jsonl", "--optimizer.learning_rate", "1e400"], "must be a finite number"),
-        (["good.jsonl", "--train.steps", "0"], "must be at least 1"),
+        (["good.jsonl", "--train.steps", "0"], "must be in [1, 10^10]"),
         (["good.jsonl", "--tokenizer.vocab_size", "90000", *STEPS], "yields only"),
         (["good.jsonl", "--tokenizer.vocab_size", "100", *STEPS], "100"),
         (["good.jsonl", "--tokenizer.name", "wordpiece", *STEPS], "wordpiece"),

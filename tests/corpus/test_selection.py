@@ -257,7 +257,7 @@ def test_rules_are_switched_and_counted(tmp_path: Path) -> None:
     assert removed_ids(data)[32] == "c4: a curly bracket"
     with pytest.raises(ValueError, match=r"document was removed.*: 30 gopher: fewer than 50"):
         prepared(tmp_path, ["short one"] * 30, filters=("gopher",))
-    with pytest.raises(ValueError, match="legal: gopher, c4, fineweb"):
+    with pytest.raises(ValueError, match="one of gopher, c4, fineweb"):
         CorpusConfig(filters=("goopher",))
 
 

@@ -303,7 +303,7 @@ OTHER_KEYS: list[tuple[str, Any, Any, str]] = [
     ("attention.scale", 1.0, _KIND.FLOAT32, "legal: the key is not there"),
     ("attention.sliding_window", 4, _KIND.UINT32, "legal: the key is not there"),
     ("logit_scale", 3.0, _KIND.FLOAT32, "legal: the key is not there"),
-    ("context_length", 2**31, _KIND.UINT32, "context_length is 2147483648; it must be at most"),
+    ("context_length", 2**31, _KIND.UINT32, "context_length is 2147483648; it must be in"),
     ("context_length", None, _KIND.UINT32, "context_length is None"),
 ]
 

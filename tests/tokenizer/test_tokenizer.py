@@ -200,7 +200,7 @@ def test_default_vocab_size(n_bytes: int, size: int) -> None:
 
 
 def test_vocab_sizes_that_cannot_be_had() -> None:
-    with pytest.raises(ValueError, match=r"is 256; legal: 257"):
+    with pytest.raises(ValueError, match=r"is 256; it must be at least 257"):
         train_tokenizer(["abc"], vocab_size=256)
     with pytest.raises(ValueError, match=r"must be at most 262 for this text, not 400"):
         train_tokenizer(["abcdef"], vocab_size=400)
@@ -208,7 +208,7 @@ def test_vocab_sizes_that_cannot_be_had() -> None:
         train_tokenizer(["abcdef"], name="gpt", vocab_size=300)
     assert train_tokenizer(["abcdef"], vocab_size=262).vocab_size == 262
     assert train_tokenizer(["abcdef"]).vocab_size == 257
-    with pytest.raises(ValueError, match="always has 257"):
+    with pytest.raises(ValueError, match="it must be 257"):
         train_tokenizer(["abc"], name="bytes", vocab_size=300)
     with pytest.raises(ValueError, match="must be 4, not 5: this text has 3 characters"):
         train_tokenizer(["abc"], name="characters", vocab_size=5)
@@ -216,7 +216,7 @@ def test_vocab_sizes_that_cannot_be_had() -> None:
         train_tokenizer(["abc"], name="wordpiece")
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([""])
-    with pytest.raises(ValueError, match="legal: 257"):
+    with pytest.raises(ValueError, match="it must be at least 257"):
         TokenizerConfig(vocab_size=10)
 
 

@@ -1,49 +1,38 @@
-"""Which documents stay: the fields of the section `corpus` of a config, and their ranges.
-
-Plain values come in from a file or the command line; a value out of range is a ValueError before
-anything is read.
-"""
+"""The section `corpus` of a config: which documents are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pretrain.validation import Checked, FieldError, Matching
 
 FILTERS = ("gopher", "c4", "fineweb")
 """The published sets of quality rules, see `filters`."""
+_FILTER = Matching("|".join(FILTERS), f"one of {', '.join(FILTERS)}")
+_LANGUAGE = Matching("[a-z]{2,3}", "a code of two or three letters, such as en")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusConfig:
+class CorpusConfig(Checked):
     """The section `corpus`."""
 
+    section = "corpus"
+
     deduplicate: Literal["none", "exact", "near"] = "exact"
-    """Of equal documents (exact), or of nearly equal ones too (near), only the first is kept."""
-    filters: tuple[str, ...] = ()
-    """Sets of quality rules that a document must pass: gopher, c4, fineweb."""
-    languages: tuple[str, ...] = ()
-    """Codes such as en: documents in other languages are removed; by default all stay."""
+    """keep only the first of equal documents (exact), or of nearly equal ones too (near)"""
+    filters: tuple[Annotated[str, _FILTER], ...] = ()
+    """published sets of quality rules that a document must pass: gopher, c4, fineweb"""
+    languages: tuple[Annotated[str, _LANGUAGE], ...] = ()
+    """codes of languages to keep, such as en; empty: all"""
     evaluation_texts: tuple[str, ...] = ()
-    """Files of texts that will judge the model: how much of them the corpus holds is reported."""
+    """files of texts that the model will be evaluated on; their overlap with the corpus is
+    reported"""
     remove_overlap: bool = False
-    """Remove documents that share 13 words in a row with an evaluation text."""
+    """remove documents that share 13 consecutive words with an evaluation text"""
 
-    def __post_init__(self) -> None:
-        if mistakes := [sentence for _, sentence in self.mistakes()]:
-            raise ValueError("\n".join(mistakes))
-
-    def mistakes(self) -> Iterator[tuple[str, str]]:
-        """What is wrong: the fields that it hangs on, and a sentence."""
-        for name in self.filters:
-            if name not in FILTERS:
-                yield "filters", f"corpus.filters has {name!r}; legal: {', '.join(FILTERS)}"
-        for code in self.languages:
-            if not (2 <= len(code) <= 3 and code.isascii() and code.islower()):
-                yield (
-                    "languages",
-                    f"corpus.languages has {code!r}; legal: codes of two or three letters, as en",
-                )
+    def conflicts(self) -> Iterator[FieldError]:
         if self.remove_overlap and not self.evaluation_texts:
             yield (
                 "remove_overlap evaluation_texts",
@@ -51,6 +40,6 @@ class CorpusConfig:
             )
 
     @property
-    def looks_at_text(self) -> bool:
-        """Whether a document can be removed for what it says, rather than for being double."""
+    def inspects_text(self) -> bool:
+        """Whether documents are removed for their content, not only as duplicates."""
         return bool(self.filters or self.languages or self.evaluation_texts)

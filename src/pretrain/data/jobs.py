@@ -181,7 +181,7 @@ class Job:
     @cached_property
     def shards(self) -> list[DocumentShard]:
         """The shards that remain after filtering by text, in the order of the corpus."""
-        if not self.settings.corpus.looks_at_text:
+        if not self.settings.corpus.inspects_text:
             return self.read_shards
         return self._shards("filter", len(self.read_shards))
 

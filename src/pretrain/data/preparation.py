@@ -233,7 +233,7 @@ def _total_report(job: Job) -> dict[str, Any]:
 
 def _removed(job: Job) -> list[Path]:
     """The files with the removed documents, in the order of the corpus."""
-    n_filter = len(job.read_shards) if job.settings.corpus.looks_at_text else 0
+    n_filter = len(job.read_shards) if job.settings.corpus.inspects_text else 0
     folders = [job.task_folder("filter", task) for task in range(n_filter)]
     folders += [job.task_folder("encode", task) for task in range(len(job.shards))]
     return [folder / "removed.jsonl" for folder in folders]

@@ -168,7 +168,7 @@ def _n_filter(job: Job) -> int:
         sources = ", ".join(repr(source) for source in job.settings.sources)
         raise ValueError(f"source {sources} gave no document: {reading_report(job).summary()}")
     corpus = job.settings.corpus
-    return len(job.read_shards) if corpus.looks_at_text or corpus.deduplicate != "none" else 0
+    return len(job.read_shards) if corpus.inspects_text or corpus.deduplicate != "none" else 0
 
 
 def _filter(job: Job, task: int, out: Path) -> None:
@@ -176,7 +176,7 @@ def _filter(job: Job, task: int, out: Path) -> None:
     shard, corpus = job.read_shards[task], job.settings.corpus
     report: dict[str, Any] = {"source": shard.source}
     files = [(shard.documents, shard.keys)]
-    if corpus.looks_at_text:
+    if corpus.inspects_text:
         overlaps = None
         if corpus.evaluation_texts:
             overlaps = EvaluationNgrams.open(job.task_folder("list") / "overlaps.npz")
@@ -276,7 +276,7 @@ def _read_pairs(files: Iterable[Path]) -> Iterator[NDArray[np.void]]:
 def removed_documents(job: Job) -> Counter[str]:
     """Number of documents removed for each reason, before encoding."""
     removed = Counter[str]()
-    if job.settings.corpus.looks_at_text:
+    if job.settings.corpus.inspects_text:
         for task in range(len(job.read_shards)):
             removed.update(job.task_report("filter", task)["removed"])
     if job.settings.corpus.deduplicate != "none":

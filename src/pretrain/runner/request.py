@@ -69,13 +69,13 @@ def read_target(target: str | None) -> tuple[str, list[Layer]]:
 
 
 def compose_target(
-    target: str | None, layers: list[Layer], overrides: Layer, *, also: Rules | None = None
+    target: str | None, layers: list[Layer], overrides: Layer, *, rules: Rules | None = None
 ) -> RunConfig:
     """Compose the layers of a target and the command line's overrides. A YAML file is the user's
-    own word and must fit train.init_from; a recipe gives way to it. `also`: see `compose`."""
+    own word and must fit train.init_from; a recipe gives way to it. `rules`: see `compose`."""
     if (target or "").lower().endswith((".yaml", ".yml")):
-        return compose_with_init_from([], [*layers, overrides], also=also)
-    return compose_with_init_from(layers, [overrides], also=also)
+        return compose_with_init_from([], [*layers, overrides], rules=rules)
+    return compose_with_init_from(layers, [overrides], rules=rules)
 
 
 # --- train.init_from ----------------------------------------------------------------------------
@@ -91,14 +91,14 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
 
 
 def compose_with_init_from(
-    recipe: list[Layer], user: list[Layer], *, also: Rules | None = None
+    recipe: list[Layer], user: list[Layer], *, rules: Rules | None = None
 ) -> RunConfig:
     """Compose a config from layers, `user` over `recipe`. With train.init_from, architecture and
     tokenizer are those of that model instead of the recipe's, and its path becomes absolute.
 
-    `also`: see `compose`. ValueError for a setting in `user` under which the weights do not fit.
+    `rules`: see `compose`. ValueError for a setting in `user` under which the weights do not fit.
     """
-    config = compose(recipe + user, also=also)
+    config = compose(recipe + user, rules=rules)
     if config.train.init_from is None:
         return config
     source = Path(config.train.init_from)
@@ -129,7 +129,7 @@ def compose_with_init_from(
             )
         yield from _misfits(old_model, config.model)
 
-    return compose([*recipe, inherited, *user_layers], also=errors)
+    return compose([*recipe, inherited, *user_layers], rules=errors)
 
 
 def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _start_new(request: Request, stream: TextIO) -> RunResult:
     if request.accepted:
         raise ValueError("--accept must come with --resume: a new run has nothing that changed")
     name, layers = read_target(request.target)
-    config = compose_target(request.target, layers, request.overrides, also=errors_of_machine)
+    config = compose_target(request.target, layers, request.overrides, rules=errors_of_machine)
     if must_launch(config):
         folder = new_run_folder(name, request.folder)
         return _launch(request, folder, config.parallel.processes, stream)

@@ -22,7 +22,7 @@ from pretrain.distributed import World, memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import n_parameters
 from pretrain.parallel.config import ParallelConfig
-from pretrain.train.config import Compile, Device, Precision, TrainConfig, mistakes_of_batch
+from pretrain.train.config import Compile, Device, Precision, TrainConfig, batch_errors
 
 if TYPE_CHECKING:
     from pretrain.evaluate import EvalTask
@@ -136,7 +136,7 @@ def check_batch(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> tup
         raise ValueError(f"model.context_length is too long: {error}") from None
 
     batch_tokens = train.batch_tokens or max(1, DEFAULT_BATCH_TOKENS // context) * context
-    for _, message in mistakes_of_batch(
+    for _, message in batch_errors(
         batch_tokens, context_length=context, micro_batch_rows=train.micro_batch_rows
     ):
         raise ValueError(message)
@@ -151,7 +151,7 @@ def default_longest_ngram(vocab_size: int) -> int:
 def check_model_fits(model: ModelConfig, axes: ParallelConfig, *, vocab_size: int) -> None:
     """ValueError for a model whose sizes the axes do not divide, or whose weights and gradients
     alone do not fit into this machine's memory."""
-    errors = [message for _, message in axes.mistakes_of_model(model)]
+    errors = [message for _, message in axes.model_errors(model)]
     if errors:
         raise ValueError(errors[0])
     n = n_parameters(model, vocab_size=vocab_size)

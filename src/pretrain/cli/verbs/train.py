@@ -80,7 +80,7 @@ def run_request(request: Request, output: Output) -> int:
 
 def _profile(target: str | None, overrides: Layer, output: Output) -> int:
     _, layers = read_target(target)
-    config = compose_target(target, layers, overrides, also=errors_of_machine)
+    config = compose_target(target, layers, overrides, rules=errors_of_machine)
     data = open_text(config, output.say)
     # Torch's profiler prints to standard error when it starts and ends.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
