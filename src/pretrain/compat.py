@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
 
@@ -106,3 +107,25 @@ def default_store() -> Store:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()
+
+
+def flatten_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return a mesh of one axis with the ranks of all axes of `mesh`.
+
+    FSDP shards over one axis, which here is that of shards times that of chunks of a window; torch
+    has no public way to make one axis of two.
+    """
+    return mesh._flatten()
+
+
+def join_meshes(outer: DeviceMesh, inner: DeviceMesh) -> DeviceMesh:
+    """Return a mesh with the axes of both, of which `inner` was flattened.
+
+    Until torch 2.10 the root mesh is sliced by the names of both, which later versions deprecate.
+    """
+    if hasattr(type(outer), "_concatenate"):
+        return type(outer)._concatenate([outer, inner])
+    from torch.distributed.device_mesh import _mesh_resources
+
+    names = (*(outer.mesh_dim_names or ()), *(inner.mesh_dim_names or ()))
+    return _mesh_resources.get_root_mesh(outer)[names]

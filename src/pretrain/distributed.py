@@ -1,9 +1,9 @@
-"""The processes of a run and the device of this one.
+"""The processes of a run, and the device of this one.
 
-One process is the same API with size 1, so nobody asks which it is. Where torchrun, or `pretrain
-train --parallel.processes`, has started several, they meet here, and say to each other what
-everybody must know: sums, and texts as bytes, never pickled objects. Threads are set deliberately
-here, and the environment is read here and in the command line only.
+A single process is a `World` of size 1 with the same interface. Several processes, started by
+torchrun or by `pretrain train --parallel.processes`, exchange sums and texts (bytes, never pickled
+objects). torch's threads and flags are set here, and apart from the command line only this module
+reads the environment.
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-# How often a thread of GNU's OpenMP looks whether there is more to do before it sleeps: some 70
-# microseconds. Its own 300,000 keep a core from whoever has work, this program's other threads too.
+# How often an idle thread of GNU's OpenMP polls before it sleeps: about 70 microseconds. The
+# default of 300,000 keeps a core from other threads, also from those of this program.
 SPINS = 3000
-# Where processes of one machine meet: a file, since a socket would be open to the whole network.
+# Names the file through which the processes of one machine find each other. A socket would be open
+# to the network.
 RENDEZVOUS_FILE = "PRETRAIN_RENDEZVOUS_FILE"
-# The first process may prepare text for as long as it takes.
-PATIENCE_DAYS = 7
-# Those that wait in vain say so at about the same time, and then look who is there.
+# Rank 0 may prepare text for as long as it takes.
+MAX_WAIT_DAYS = 7
+# Time for all ranks to notice a timeout and to report that they are alive.
 ROLL_CALL_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Who am I among the processes of this run, and where do my tensors live."""
+    """This process among those of the run, and its device."""
 
     rank: int
     size: int
     device: torch.device
     threads: int
     cpu_group: ProcessGroup | None = None
-    """what the processes talk through beside the model's own traffic, where there are several"""
+    """gloo group for texts and numbers, if there are several processes"""
     save_group: ProcessGroup | None = None
-    """the same for a thread that saves, which must not share a group with the loop"""
+    """another one for the thread that saves: threads must not share a group"""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and talks to people."""
+        """Whether this is rank 0, which writes files and reports to the user."""
         return self.rank == 0
 
     def single_process(self) -> World:
-        """The same process by itself, for what it does without the others."""
+        """A world of this process alone, on the same device."""
         return World(0, 1, self.device, self.threads)
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, in place: the same bits for each of them."""
+        """Sum a tensor over all processes, in place; the bits are the same on all ranks."""
         import torch.distributed as dist
 
         if self.size > 1:
@@ -66,84 +67,94 @@ class World:
         return tensor
 
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of each process, as float64, by rank; each gives as many."""
+        """The numbers of each process, as float64, by rank; all must give equally many."""
         import torch
         import torch.distributed as dist
 
-        mine = torch.tensor(numbers, dtype=torch.float64)
+        own = torch.tensor(numbers, dtype=torch.float64)
         if self.size == 1:
-            return [mine.tolist()]
-        all_of_them = mine.new_empty(self.size, len(numbers))
-        dist.all_gather(list(all_of_them.unbind()), mine, group=self.cpu_group)
-        return all_of_them.tolist()
+            return [own.tolist()]
+        gathered = own.new_empty(self.size, len(numbers))
+        dist.all_gather(list(gathered.unbind()), own, group=self.cpu_group)
+        return gathered.tolist()
 
     def all_gather_uneven(self, numbers: Sequence[float]) -> list[float]:
-        """The numbers of all processes in a row, of which each may give as many as it has."""
-        most = int(max(n for (n,) in self.all_gather([len(numbers)])))
-        rows = self.all_gather([len(numbers), *numbers, *[0.0] * (most - len(numbers))])
+        """The numbers of all processes in one list, by rank; their number may differ."""
+        longest = int(max(n for (n,) in self.all_gather([len(numbers)])))
+        padding = [0.0] * (longest - len(numbers))
+        rows = self.all_gather([len(numbers), *numbers, *padding])
         return [number for n, *row in rows for number in row[: int(n)]]
 
     def all_sum(self, *numbers: float) -> list[float]:
-        """Sums of numbers over all processes, in the order of ranks."""
+        """The sum of each number over all processes, in the order of ranks."""
         return [sum(column) for column in zip(*self.all_gather(numbers), strict=True)]
 
     def all_gather_str(self, text: str, *, group: ProcessGroup | None = None) -> list[str]:
-        """The text of each process, by rank."""
+        """The text of each process, by rank; `group` is the CPU group by default."""
         import torch
         import torch.distributed as dist
 
         if self.size == 1:
             return [text]
         group = group or self.cpu_group
-        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
-        sizes = torch.zeros(self.size, 1, dtype=torch.int64)
-        dist.all_gather(list(sizes.unbind()), torch.tensor([len(mine)]), group=group)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        found = padded.new_empty(self.size, len(padded))
-        dist.all_gather(list(found.unbind()), padded, group=group)
-        return [
-            row[: int(n) - 1].numpy().tobytes().decode()
-            for row, n in zip(found, sizes, strict=True)
-        ]
+        own = _to_tensor(text)
+        lengths = torch.zeros(self.size, 1, dtype=torch.int64)
+        dist.all_gather(list(lengths.unbind()), torch.tensor([len(own)]), group=group)
+        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        padded[: len(own)] = own
+        rows = padded.new_empty(self.size, len(padded))
+        dist.all_gather(list(rows.unbind()), padded, group=group)
+        return [_to_text(row[: int(n)]) for row, n in zip(rows, lengths, strict=True)]
 
     def broadcast_str(self, text: str) -> str:
-        """The first process's text."""
+        """The text of rank 0."""
         import torch
         import torch.distributed as dist
 
         if self.size == 1:
             return text
-        mine = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
-        size = torch.tensor([len(mine)])
-        dist.broadcast(size, 0, group=self.cpu_group)
-        told = mine if self.is_main else mine.new_empty(int(size))
-        dist.broadcast(told, 0, group=self.cpu_group)
-        return told[:-1].numpy().tobytes().decode()
+        own = _to_tensor(text)
+        length = torch.tensor([len(own)])
+        dist.broadcast(length, 0, group=self.cpu_group)
+        received = own if self.is_main else own.new_empty(int(length))
+        dist.broadcast(received, 0, group=self.cpu_group)
+        return _to_text(received)
+
+    def wait_for_main(self) -> None:
+        """Wait until rank 0 gets here too, however long it works."""
+        if self.size == 1:
+            return
+        from pretrain.compat import default_store
+
+        # A key-value store has no timeout of its own, as collectives have.
+        store = default_store()
+        key = f"pretrain/main/{store.add(f'pretrain/waits/{self.rank}', 1)}"
+        if self.is_main:
+            store.set(key, "here")
+        else:
+            store.wait([key], timedelta(days=MAX_WAIT_DAYS))
 
     def unresponsive_ranks(self) -> str:
-        """Who does not answer, as numbers in a text: everybody leaves word where the processes met,
-        and the same ones are missing for each."""
+        """The ranks that do not answer, as "1, 3"; all others must call this, and get the same."""
         absent: list[int] | None = None
 
         def call() -> None:
             nonlocal absent
             with suppress(RuntimeError):
-                absent = self._absent()
+                absent = self._call_roll()
 
-        # Under torchrun the first process keeps the words; one that is cut off from it is never
-        # told so.
-        calling = threading.Thread(target=call, daemon=True)
-        calling.start()
-        calling.join(2 * ROLL_CALL_SECONDS)
+        # torchrun's store is in rank 0's process. Without a connection to it a call never returns.
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(2 * ROLL_CALL_SECONDS)
         if absent is None:
-            return "0" if self.rank else ""
+            return "" if self.is_main else "0"
         return ", ".join(map(str, absent))
 
-    def _absent(self) -> list[int]:
-        import torch.distributed as dist
+    def _call_roll(self) -> list[int]:
+        from pretrain.compat import default_store
 
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
         store.set(f"pretrain/here/{self.rank}", "here")
         absent = list(range(self.size))
@@ -153,22 +164,8 @@ class World:
             time.sleep(0.1)
         return absent
 
-    def wait_for_main(self) -> None:
-        """Go on when the first process comes here too, however long it has to work."""
-        import torch.distributed as dist
-
-        if self.size == 1:
-            return
-        # Where the processes met they also leave word, for which there is no limit of time.
-        store = dist.distributed_c10d._get_default_store()
-        word = f"pretrain/leader/{store.add(f'pretrain/waits/{self.rank}', 1)}"
-        if self.is_main:
-            store.set(word, "here")
-        else:
-            store.wait([word], timedelta(days=PATIENCE_DAYS))
-
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read afterwards has seen the work."""
+        """Wait for the device, so that a clock read afterwards includes its work."""
         import torch
 
         if self.device.type == "cuda":
@@ -177,7 +174,7 @@ class World:
             torch.mps.synchronize()
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
-        """Matrix products in bfloat16 for precision bf16, all in float32 for fp32."""
+        """Compute matmuls in bfloat16 for the precision bf16; everything in float32 for fp32."""
         import torch
 
         if precision == "fp32":
@@ -185,46 +182,40 @@ class World:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def has_native_bf16(self) -> bool:
-        """Whether this device multiplies in bfloat16 itself, and not by imitation, which is up to a
-        hundred times slower."""
+        """Whether the device multiplies in bfloat16; emulation is up to a hundred times slower."""
         import torch
 
         if self.device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported())
         if self.device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
             return False
-        can = torch.cpu.get_capabilities()
-        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held so far: the device's own count, or this process's resident set."""
+        """Peak memory: allocated on the GPU, or else resident memory of this process."""
         import torch
 
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
             import resource
-        except ImportError:  # Windows has no such count in its standard library
+        except ImportError:  # Windows
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Linux counts in KiB, macOS in bytes.
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_bytes() -> int | None:
-    """Memory that this machine has; None where it cannot be asked."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # other systems have other names, or none
-        return None
+def _to_tensor(text: str) -> Tensor:
+    """UTF-8 bytes with a zero at the end: torch cannot view an empty buffer."""
+    import torch
+
+    return torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on, which a container may have made fewer than the
-    machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _to_text(received: Tensor) -> str:
+    return received[:-1].numpy().tobytes().decode()
 
 
 def open_world(
@@ -234,97 +225,120 @@ def open_world(
     deterministic: bool = False,
     timeout_seconds: float = 600.0,
 ) -> World:
-    """Choose the device, set torch's threads, and meet the other processes, if there are any, of
-    which each waits so long for the others; raises ValueError for a device that is not there."""
+    """Choose the device, set torch's threads and flags, and join the other processes, if there are
+    any. Collectives time out after `timeout_seconds`.
+
+    Raises ValueError if the device is not available.
+    """
     import torch
 
-    found = {
+    is_available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    available = [name for name, is_there in is_available.items() if is_there]
     if device == "auto":
-        device = next(name for name, there in found.items() if there)
-    if not found.get(device, False):
-        there = ", ".join(name for name, is_there in found.items() if is_there)
-        raise ValueError(f"train.device {device} is not available here; there is: {there}")
+        device = available[0]
+    if device not in available:
+        names = ", ".join(available)
+        raise ValueError(f"train.device {device} is not available here; it must be one of: {names}")
     if deterministic and device == "cuda":
-        # cuBLAS is only repeatable with a workspace of fixed size, and reads this before its first
-        # call.
+        # cuBLAS is deterministic only with a workspace of fixed size, and reads this before its
+        # first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    rank, size = int(os.environ.get("RANK", 0)), n_processes()
     threads = threads or max(1, usable_cores() // n_local_processes())
     torch.set_num_threads(threads)
-    # Numbers below 1e-38 take a slow path in the CPU, and no result of ours hangs on them.
+    # Numbers below 1e-38 take a slow path in the CPU, and none of our results depends on them.
     torch.set_flush_denormal(True)
+
+    rank, size = int(os.environ.get("RANK", 0)), n_processes()
     if size == 1:
         return World(rank=0, size=1, device=torch.device(device), threads=threads)
-    place = torch.device(device)
+    torch_device = torch.device(device)
     if device == "cuda":
-        here, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if here >= n_gpus:
+        local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= n_gpus:
             raise ValueError(
-                f"each process needs a GPU of its own: {n_local_processes()} processes are on "
-                f"this machine, GPUs: {n_gpus}. Give --parallel.processes {n_gpus} or fewer, or "
-                "train.device cpu"
+                f"each process needs its own GPU: this machine has {n_local_processes()} processes "
+                f"and {n_gpus} GPUs; set parallel.processes to at most {n_gpus}, or train.device "
+                "to cpu"
             )
-        place = torch.device("cuda", here)
-        torch.cuda.set_device(place)
-    groups = _join(rank, size, place, timeout_seconds)
-    return World(rank, size, place, threads, *groups)
+        torch_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(torch_device)
+    cpu_group, save_group = _init_process_groups(rank, size, torch_device, timeout_seconds)
+    return World(rank, size, torch_device, threads, cpu_group, save_group)
 
 
 def n_processes() -> int:
-    """How many processes this one is said to be one of, by those who started it."""
+    """Number of processes of the run, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def n_local_processes() -> int:
-    """How many of them are on this machine."""
+    """Number of its processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
 
 
 def n_restarts() -> int:
-    """How often the processes of this run were started before, by those who started this one."""
+    """How often the launcher has restarted the processes of this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def _join(rank: int, size: int, device: torch.device, timeout_seconds: float) -> list[ProcessGroup]:
-    """Meet the other processes: at a file if one is named, else where torchrun says."""
+def _init_process_groups(
+    rank: int, size: int, device: torch.device, timeout_seconds: float
+) -> list[ProcessGroup]:
+    """Rendezvous at the file that the environment names, or else where torchrun says; returns two
+    groups for the CPU."""
     import torch.distributed as dist
 
+    timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
-        met = os.environ.get(RENDEZVOUS_FILE)
+        path = os.environ.get(RENDEZVOUS_FILE)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{met}" if met else "env://",
+            init_method=f"file://{path}" if path else "env://",
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    limit = timedelta(seconds=timeout_seconds)
-    return [dist.new_group(backend="gloo", timeout=limit) for _ in range(2)]
+    return [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
 
 
 def leave_world(world: World) -> None:
-    """Part from the other processes, when all work together is done."""
+    """Destroy the process groups, when all common work is done."""
     import torch.distributed as dist
 
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
+def memory_bytes() -> int | None:
+    """Memory of this machine, or None if the system does not report it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows, and systems with other names
+        return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a container may have fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def yield_idle_cores() -> None:
-    """Let threads that wait for others sleep soon, unless the user says how they wait; read when
-    torch is loaded, so it must be called before (docs/explanation/speed.md has what it gains)."""
+    """Let idle OpenMP threads sleep soon, unless the user has chosen a policy. Must be called
+    before torch is imported, which reads the variable (docs/explanation/speed.md has the gain)."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a number of this run depends on besides its config: versions, platform, processor."""
+    """What numbers depend on besides the config: versions, platform, processor."""
     import torch
 
     return {

@@ -27,7 +27,7 @@ TABLE: Mapping[str, frozenset[str]] = {
     "": EVERYTHING,
     "fileio": frozenset(),
     "rng": frozenset(),
-    "distributed": frozenset(),
+    "distributed": frozenset({"compat"}),
     "compat": frozenset(),
     "validation": frozenset(),
     "corpus": frozenset({"fileio", "rng"}),

@@ -19,11 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.compat import flatten_mesh
 from pretrain.data import MicroBatch
 from pretrain.distributed import World, open_world
 from pretrain.model import Decoder, LMLoss, ModelConfig, build, loss
 from pretrain.model.config import model_defaults
-from pretrain.parallel import ParallelConfig, layout, sharded
+from pretrain.parallel import ParallelConfig
+from pretrain.parallel import model as parallel_model
 
 VOCAB = 128_256
 
@@ -99,11 +101,12 @@ def trace(
     defaults = model_defaults({"family": "llama", "preset": preset})
     config = ModelConfig(**{**defaults, "context_length": tokens})
     parallel = ParallelConfig(**axes).resolve(size)
-    meshes, moved = layout._arrange(parallel, world), Moved()
+    mesh, moved = parallel_model.build_mesh(parallel, world), Moved()
+    flatten_mesh(mesh["dp_shard", "cp"])
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(layout, "_arrange", return_value=meshes),
-        mock.patch.object(sharded, "Map"),
+        mock.patch.object(parallel_model, "build_mesh", return_value=mesh),
+        mock.patch.object(parallel_model, "ShardLayout"),
         # A question about numbers, of which there are none.
         mock.patch.object(loss, "_any_underflow", return_value=False),
         mock.patch.object(LMLoss, "to_empty"),
@@ -112,14 +115,14 @@ def trace(
         decoder = Decoder(config, vocab_size=VOCAB)
         sizes = {name: p.numel() for name, p in decoder.named_parameters()}
         in_the_ends = sum(n for name, n in sizes.items() if not name.startswith("blocks."))
-        model = layout.parallelize(LMLoss(decoder, seed=1), parallel, world)
+        model = parallel_model.parallelize(LMLoss(decoder, seed=1), parallel, world)
         held = sum(part.local.numel() for part in model.shards.values())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = MicroBatch(ids, ids.clone(), torch.zeros(1, dtype=torch.int64))
         kept = Kept(decoder, VOCAB)
         with moved:
             with kept:
-                nats, _ = model.module(batch)
+                nats, _ = model.forward(batch)
             if plant:
                 block: Any = decoder.blocks["0"]
                 block.unshard()
@@ -151,11 +154,13 @@ def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
     decoder = build(config, vocab_size=V, seed=None, device="meta")
     sizes = {name: p.numel() for name, p in decoder.named_parameters()}
     parallel = ParallelConfig(**axes).resolve(world.size)
-    model = layout.parallelize(LMLoss(decoder, seed=1), parallel, world, precision=precision)
+    model = parallel_model.parallelize(
+        LMLoss(decoder, seed=1), parallel, world, precision=precision
+    )
     model.initialize(1)
     ids = torch.zeros(rows, T, dtype=torch.int64)
     with Moved() as moved, world.autocast(precision):
-        nats, _ = model.module(MicroBatch(ids, ids.clone(), torch.arange(rows)))
+        nats, _ = model.forward(MicroBatch(ids, ids.clone(), torch.arange(rows)))
         nats.backward()  # type: ignore[no-untyped-call]
     return {
         "parameters": sum(sizes.values()),

@@ -276,7 +276,9 @@ def test_so_do_all_others_for_fifty_steps(
 @pytest.mark.parametrize(("family", "kind"), [("gpt2", "full"), ("fast", "selective")])
 def test_activations_that_are_made_again_are_the_same(family: str, kind: str) -> None:
     words: dict[str, Any] = {"steps": 3, "rows": 4}
-    kept, made = (jobs.train(family, "adamw", **words, recompute=how) for how in ("none", kind))
+    kept, made = (
+        jobs.train(family, "adamw", **words, activation_checkpointing=how) for how in ("none", kind)
+    )
     assert made["losses"] == kept["losses"]
     assert made["norms"] == kept["norms"]
     assert made["kept bytes"] < 0.9 * kept["kept bytes"]
@@ -319,8 +321,8 @@ def test_every_leaf_of_the_tree_has_one_process() -> None:
         branches = ReductionTree(size, n_leaves)
         leaves = [leaf for rank in range(size) for leaf in branches.leaves(rank)]
         assert leaves == list(range(n_leaves))
-        owners = [branches.owner(b) for rank in range(size) for b in branches.of(rank)]
-        assert owners == [branches.owner(b) for b in range(branches.n)]
+        owners = [branches.owner(b) for rank in range(size) for b in branches.branches(rank)]
+        assert owners == [branches.owner(b) for b in range(branches.n_branches)]
 
 
 def check_checkpoint(pool: Pool, folder: Path, saved_by: str, read_by: Sequence[str]) -> None:
@@ -378,7 +380,7 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ValueError, match="there are 2 processes on this machine, and GPUs: 1"):
+    with pytest.raises(ValueError, match="this machine has 2 processes and 1 GPUs"):
         open_world("cuda", threads=1)
 
 

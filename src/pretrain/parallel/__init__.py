@@ -1,8 +1,8 @@
-"""One model -> many devices, from outside: `parallelize` (`layout`) lays an objective over the
-processes of a mesh, and what it returns (`model`) is asked for gradients and norms.
+"""Parallelism from outside: `parallelize` distributes a loss module over processes.
 
-`shards` has what each process holds, `rows` the sum of sparse gradients, `muon` the one rule of an
-optimizer that needs whole matrices. The model does not know of any of it.
+`model` has `parallelize`, which applies the modes in one order, and `ParallelModel`, which computes
+gradients. Each mode has a module: `replicated` (data), `sharded` (FSDP), `tensor`, `context`,
+`pipeline`, `deterministic` and `activation_checkpointing`. The model knows none of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from pretrain import lazily
 
 if TYPE_CHECKING:
     from pretrain.parallel.config import ParallelConfig
-    from pretrain.parallel.layout import parallelize
-    from pretrain.parallel.model import ParallelModel
+    from pretrain.parallel.model import ParallelModel, parallelize
 
 __getattr__ = lazily(
     __name__,
     config="ParallelConfig",
-    layout="parallelize",
-    model="ParallelModel",
+    model="ParallelModel parallelize",
 )
 __all__ = ["ParallelConfig", "ParallelModel", "parallelize"]

@@ -1,41 +1,29 @@
-"""Activations that are not kept for the backward pass, but made again in it, block by block.
+"""Activation checkpointing: recompute a block's activations in backward instead of storing them.
 
-"Training Deep Nets with Sublinear Memory Cost" (Chen et al., 2016), by torch's checkpoint. Masks of
-dropout are a function of their place, so they are the same the second time.
+"Training Deep Nets with Sublinear Memory Cost" (Chen et al., 2016), by torch's checkpoint. Dropout
+masks are a function of their position, so they are the same in both computations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from pretrain.compat import matmul_and_attention_ops
 from pretrain.model import Decoder
 from pretrain.parallel.config import ActivationCheckpointing
 
 
-def recompute(decoder: Decoder, kind: ActivationCheckpointing) -> None:
-    """Let each block keep its inputs only (`full`), or those and the results of its matrix products
-    and of attention (`selective`: what costs most to make)."""
+def apply_activation_checkpointing(decoder: Decoder, kind: ActivationCheckpointing) -> None:
+    """Let each block store its inputs only (`full`), or its inputs and the results of matmuls and
+    attention, which take longest to recompute (`selective`)."""
     if kind == "none":
         return
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "selective":
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, _products())
+        ops = matmul_and_attention_ops()
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, ops)
     for block in decoder.blocks.values():
-        block.forward = partial(checkpoint, block.forward, **how)
-
-
-def _products() -> list[Callable[..., Any]]:
-    aten = torch.ops.aten
-    found: list[Callable[..., Any]] = []
-    found += [aten.mm.default, aten.addmm.default, aten.bmm.default]
-    for backend in ("flash", "efficient", "cudnn"):
-        found.append(getattr(aten, f"_scaled_dot_product_{backend}_attention").default)
-    found.append(aten._scaled_dot_product_flash_attention_for_cpu.default)
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        found.append(torch.ops.mkldnn._linear_pointwise.default)
-    return found
+        block.forward = partial(checkpoint, block.forward, **options)

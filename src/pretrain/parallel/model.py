@@ -1,198 +1,349 @@
-"""A model over several processes, as a step of training sees it in one of them.
+"""`parallelize`: a loss module over the processes of a run, each with its own rows of a batch.
 
-Micro-batches come in; gradients of nats, summed over all processes, are left on the parameters that
-this process updates: whole ones, or its rows. In one process it is the objective itself.
+A `ParallelModel` has the loss module of this process and its shards of the weights. It computes
+gradients of nats, summed over all processes, and leaves them on the parameters that this process
+updates. In one process it adds nothing to the loss module.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain.compat import flatten_mesh, join_meshes
 from pretrain.distributed import World
 from pretrain.model import LMLoss
 from pretrain.model.decoder import initial_value
-from pretrain.model.loss import Batch
 from pretrain.optim.muon import Orthogonalizer
 from pretrain.optim.param_groups import clip_gradients, gradient_values
-from pretrain.parallel.rows import mean_rows_
-from pretrain.parallel.shards import LocalShard, ShardSlice, cut, full_shard
+from pretrain.parallel import deterministic
+from pretrain.parallel.activation_checkpointing import apply_activation_checkpointing
+from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.context import InputSharding
+from pretrain.parallel.replicated import average_sparse_grads_, replicate, sparse_tables
+from pretrain.parallel.sharded import (
+    LocalShard,
+    ShardedOrthogonalizer,
+    ShardLayout,
+    ShardSlice,
+    apply_fsdp,
+    full_shard,
+    local_shard,
+    take_slice,
+)
+
+if TYPE_CHECKING:
+    from pretrain.parallel.pipeline import PipelineLoss
+
+
+def parallelize(
+    lm_loss: LMLoss, axes: ParallelConfig, world: World, *, precision: str = "fp32"
+) -> ParallelModel:
+    """Distribute a loss module over the processes of `world`; `axes` must be resolved.
+
+    The order is fixed: pipeline, tensor parallelism, activation checkpointing, FSDP; or, if no axis
+    shards weights, activation checkpointing and data parallelism.
+
+    Sharded modules come without memory (device meta), so that no process ever stores all weights,
+    and are given memory here. Their values must be set afterwards: by `ParallelModel.initialize`,
+    or from a checkpoint.
+    """
+    if not axes.shards_weights:
+        apply_activation_checkpointing(lm_loss.decoder, axes.activation_checkpointing)
+        model = ParallelModel(lm_loss, world, is_deterministic=axes.elastic)
+        if world.size > 1 and not axes.elastic:
+            model.replicas = replicate(lm_loss, world)
+            model.sparse_tables = list(sparse_tables(lm_loss.decoder).values())
+        return model
+
+    mesh = build_mesh(axes, world)
+    pipeline = None
+    if axes.pipeline > 1:
+        from pretrain.parallel.pipeline import PipelineLoss
+
+        lm_loss = pipeline = PipelineLoss(lm_loss, mesh["pp"].get_group())
+    decoder = lm_loss.decoder
+    if axes.tensor > 1:
+        from pretrain.parallel.tensor import apply_tensor_parallel, full_logits
+
+        apply_tensor_parallel(lm_loss, mesh["tp"])
+        if pipeline is None:
+            decoder.logits = partial(full_logits, decoder)  # type: ignore[method-assign]
+    apply_activation_checkpointing(decoder, axes.activation_checkpointing)
+    uses_fsdp = axes.data * axes.shard * axes.context > 1  # type: ignore[operator]
+    if uses_fsdp:
+        shards = flatten_mesh(mesh["dp_shard", "cp"])
+        replicas = mesh["dp_replicate"]
+        fsdp_mesh = shards if replicas.size() == 1 else join_meshes(replicas, shards)
+        apply_fsdp(decoder, fsdp_mesh, precision=precision)
+    lm_loss.to_empty(device=world.device)
+    return ParallelModel(
+        lm_loss,
+        world,
+        mesh=mesh,
+        inputs=InputSharding(decoder, mesh),
+        pipeline=pipeline,
+        uses_fsdp=uses_fsdp,
+        compute_dtype=precision,
+    )
+
+
+def build_mesh(axes: ParallelConfig, world: World) -> DeviceMesh:
+    """The ranks by axis, outermost first: the ranks that communicate most are neighbours."""
+    assert axes.data is not None
+    sizes = {
+        "pp": axes.pipeline,
+        "dp_replicate": axes.data,
+        "dp_shard": axes.shard,
+        "cp": axes.context,
+        "tp": axes.tensor,
+    }
+    return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 @dataclass(slots=True)
 class ParallelModel:
-    """An objective, and this process's share of it."""
+    """A loss module, and this process's shards of its weights."""
 
     lm_loss: LMLoss
     world: World
-    module: Callable[[Batch], tuple[Tensor, Tensor]] = None  # type: ignore[assignment]
-    """what is called, if it is not the loss module itself: its wrapper, which sums gradients"""
-    model_parallel_size: int = 1
-    """processes that have the same rows, and parts of a model"""
-    n_loss_ranks: int = 1
-    """of them, those that come to the nats"""
-    tables: list[nn.Parameter] = field(default_factory=list)
-    """those of which a step names the rows that it has read"""
-    compute_dtype: str = "fp32"
-    """the precision in which weights come that a pass reads, and so that of its products"""
-    shards: dict[str, LocalShard] = field(default_factory=dict)
-    """what this process holds, by the decoder's names"""
+    is_deterministic: bool = False
+    """whether gradients are reduced in an order that does not depend on the number of processes"""
 
+    # Data parallelism without sharded weights.
+    replicas: DistributedDataParallel | None = None
+    sparse_tables: list[nn.Parameter] = field(default_factory=list)
+    """tables whose gradients are sparse, which DistributedDataParallel does not reduce"""
+
+    # Sharded weights.
+    mesh: DeviceMesh | None = None
+    inputs: InputSharding | None = None
+    pipeline: PipelineLoss | None = None
+    """the loss module, if this process has some layers only"""
+    uses_fsdp: bool = False
+    compute_dtype: str = "fp32"
+    """precision of the weights in forward and backward: bf16 if FSDP gathers them so"""
+
+    shards: dict[str, LocalShard] = field(init=False)
+    """by the decoder's parameter names"""
+    layout: ShardLayout | None = field(init=False, default=None)
+    """which rank stores what; None if every rank stores everything"""
     forward_seconds: float = 0.0
-    """in which this process went forward in the last step"""
+    """of this process in the last step"""
 
     def __post_init__(self) -> None:
-        if self.module is None:
-            self.module = self.lm_loss
-        if not self.shards:
-            named = self.lm_loss.decoder.named_parameters()
-            self.shards = {name: full_shard(parameter) for name, parameter in named}
+        named = self.lm_loss.decoder.named_parameters()
+        # `local_shard` imports DTensor, which takes half a second that one process can save.
+        shard_of = full_shard if self.mesh is None else local_shard
+        self.shards = {name: shard_of(parameter) for name, parameter in named}
+        if self.mesh is not None:
+            self.layout = ShardLayout(self.shards, self.world)
+
+    def _axis(self, name: str) -> tuple[int, int]:
+        """This rank's index on an axis of the mesh, and the size of the axis."""
+        if self.mesh is None:
+            return 0, 1
+        return self.mesh[name].get_local_rank(), self.mesh[name].size()
+
+    # --- parameters -----------------------------------------------------------------------------
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What this process updates: whole parameters, or its rows of them, if it has any."""
+        """The local parameters that this process updates, by name; empty ones are left out."""
         return [(name, p) for name, p in self.local_parameters() if p.numel()]
 
     def local_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The same with those of which it has no row: an optimizer of whole matrices may need its
-        hand all the same."""
-        return [(name, part.local) for name, part in self.shards.items()]
-
-    def is_saver(self, name: str, *, is_full: bool = False) -> bool:
-        """Whether it is this process that saves its part of a parameter, or what `is_full` beside
-        it, as a count of steps is."""
-        return self.world.is_main
-
-    @property
-    def eval_shard(self) -> tuple[int, int]:
-        """Which of how many parts of a text this process evaluates; some may have the same one."""
-        return self.world.rank, self.world.size
-
-    @property
-    def owns_loss(self) -> bool:
-        """Whether what this process finds counts, and not what another finds of the same part."""
-        return True
-
-    def shard_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], ShardSlice] | None:
-        """The whole shape of a parameter, or of an optimizer's memory of so many dims beside it,
-        and the box of it that this process holds; None where that is all of it."""
-        part = self.shards[name]
-        if part.local is part.parameter or not n_dims:
-            return None
-        return tuple(part.shape[:n_dims]), part.bounds[:n_dims]
+        """The same with empty ones: an optimizer of full matrices exchanges data for them too."""
+        return [(name, shard.local) for name, shard in self.shards.items()]
 
     @property
     def orthogonalizer(self) -> Orthogonalizer:
-        """For an optimizer whose rule is one of whole matrices."""
-        return Orthogonalizer()
-
-    def forward_backward(self, batches: Iterable[Any], precision: str) -> tuple[float, int]:
-        """Gradients of all micro-batches, as the mean of the processes' sums; returns the nats and
-        the count of all processes."""
-        self.forward_seconds = 0.0
-        self.reshard()
-        self.lm_loss.zero_grad(set_to_none=True)
-        nats, count = self._pass(batches, precision)
-        for part in self.shards.values():
-            part.localize_grad()
-        self._sum_ends()
-        for width in sorted({table.shape[1] for table in self.tables}):
-            mean_rows_([t for t in self.tables if t.shape[1] == width], self.world.size)
-        # Read once a step: a look at each micro-batch would make a GPU wait.
-        if self.world.size > 1:
-            nats, count = self.world.all_reduce_(torch.stack([nats.double(), count.double()]))
-        return float(nats) / self.n_loss_ranks, int(count) // self.n_loss_ranks
-
-    def _pass(self, batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
-        """Forward and back with all micro-batches; this process's nats and count."""
-        all_nats, all_counts = [], []
-        for batch, is_last in with_last(batches):
-            with self._summing(is_last):
-                began = time.perf_counter()
-                with self.world.autocast(precision):
-                    batch_nats, batch_count = self._called(batch.to(self.world.device))
-                self.forward_seconds += time.perf_counter() - began
-                batch_nats.backward()  # type: ignore[no-untyped-call]
-            all_nats.append(batch_nats.detach())
-            all_counts.append(batch_count)
-        return torch.stack(all_nats).sum(), torch.stack(all_counts).sum()
-
-    def _sum_ends(self) -> None:
-        """Make one gradient of those of a parameter that is in two places of a pipeline."""
-
-    def _called(self, batch: Any) -> tuple[Tensor, Tensor]:
-        return self.module(batch)
-
-    def _summing(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Sum gradients over copies after the last micro-batch only."""
-        if isinstance(self.module, DistributedDataParallel) and not is_last:
-            return self.module.no_sync()
-        return nullcontext()
-
-    @property
-    def grad_divisor(self) -> int:
-        """Of how many sums `backward` leaves the mean."""
-        return self.world.size // self.model_parallel_size
-
-    def unshard(self) -> None:
-        """Have the weights at hand that are not read within the decoder's own call: embedding and
-        head, where they are laid over processes."""
-
-    def reshard(self) -> None:
-        """Let go of them."""
-
-    def clip(self, limit: float) -> float:
-        """Scale the gradients to a joint norm of at most `limit` (0: no limit); returns the norm
-        before."""
-        return clip_gradients((p for _, p in self.named_parameters()), max_norm=limit)
-
-    def gradient_norms(self) -> dict[str, float]:
-        """The norm of each parameter's gradient, of all processes; all of them call this."""
-        return {name: math.sqrt(square) for name, square in self._squares().items()}
-
-    def _squares(self) -> dict[str, float]:
-        """The squared norm of each gradient."""
-        norms = {
-            name: torch.linalg.vector_norm(values, dtype=torch.float64)
-            for name, part in self.shards.items()
-            for values in gradient_values([part.local])
-        }
-        # Read at once: each look makes a GPU wait.
-        read = torch.stack(list(norms.values())).square().tolist() if norms else []
-        return dict.fromkeys(self.shards, 0.0) | dict(zip(norms, read, strict=True))
+        """For an optimizer whose update rule needs full matrices."""
+        if self.mesh is None or self.layout is None:
+            return Orthogonalizer()
+        group = flatten_mesh(self.mesh["dp_shard", "cp", "tp"]).get_group()
+        return ShardedOrthogonalizer(self.shards, self.layout, group)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Give each parameter that this process holds its values at the start of training."""
+        """Set the initial weights, each shard as a function of the seed and its position."""
         decoder = self.lm_loss.decoder
-        for name, part in self.shards.items():
-            # All columns of its rows, if it has but some: an element's number is its place.
-            rows = part.bounds[0] if part.bounds else (0, 1)
-            row = math.prod(part.shape[1:])
+        for name, shard in self.shards.items():
+            # All columns of the shard's rows: an element is drawn by its index in the parameter.
+            start, stop = shard.bounds[0] if shard.bounds else (0, 1)
+            n_columns = math.prod(shard.shape[1:])
             values = initial_value(
                 decoder.config,
                 name,
-                part.shape,
-                rows[0] * row,
-                rows[1] * row,
+                shard.shape,
+                start * n_columns,
+                stop * n_columns,
                 seed=seed,
                 device=self.world.device,
-            ).view(rows[1] - rows[0], *part.shape[1:])
-            part.local.copy_(cut(values, ((0, rows[1] - rows[0]), *part.bounds[1:])))
+            ).view(stop - start, *shard.shape[1:])
+            shard.local.copy_(take_slice(values, ((0, stop - start), *shard.bounds[1:])))
+
+    def shard_of(self, name: str, n_dims: int) -> tuple[tuple[int, ...], ShardSlice] | None:
+        """The full shape of a parameter, or of an optimizer state of its first `n_dims` dimensions,
+        and this rank's slice; None if this rank stores all of it."""
+        shard = self.shards[name]
+        if shard.local is shard.parameter or not n_dims:
+            return None
+        return tuple(shard.shape[:n_dims]), shard.bounds[:n_dims]
+
+    def is_saver(self, name: str, *, is_full: bool = False) -> bool:
+        """Whether this rank saves its shard of a parameter, or (`is_full`) a state that all owners
+        of the parameter have in full, as a count of steps."""
+        if self.layout is None:
+            return self.world.is_main
+        return self.layout.is_first_owner(name, of_any_slice=is_full)
+
+    def unshard(self) -> None:
+        """Gather the weights that are used outside of the decoder's forward: embedding and head."""
+        if self.uses_fsdp:
+            self.lm_loss.decoder.unshard()  # type: ignore[operator]
+
+    def reshard(self) -> None:
+        """Free gathered weights, which FSDP keeps after an evaluation. Until then new weights are
+        not read, and gradients not reset."""
+        if self.uses_fsdp:
+            self.lm_loss.decoder.reshard()  # type: ignore[operator]
+
+    # --- what this rank evaluates ---------------------------------------------------------------
+
+    @property
+    def _model_parallel_size(self) -> int:
+        """Ranks that compute the same rows together: those of the tp and pp axes."""
+        return self._axis("tp")[1] * self._axis("pp")[1]
+
+    @property
+    def eval_shard(self) -> tuple[int, int]:
+        """The part of a text that this process evaluates, and the number of parts. Ranks of one tp
+        or pp axis have the same part."""
+        n = self.world.size // self._model_parallel_size
+        return self.world.rank // self._axis("tp")[1] % n, n
+
+    @property
+    def owns_loss(self) -> bool:
+        """Whether this rank's losses are added up, of those that evaluate the same part."""
+        tp_rank, _ = self._axis("tp")
+        pp_rank, n_stages = self._axis("pp")
+        return tp_rank == 0 and pp_rank == n_stages - 1
+
+    # --- a training step ------------------------------------------------------------------------
+
+    @property
+    def grad_divisor(self) -> int:
+        """The number of sums of which `forward_backward` leaves the mean."""
+        return 1 if self.is_deterministic else self.world.size // self._model_parallel_size
+
+    def forward_backward(self, micro_batches: Iterable[Any], precision: str) -> tuple[float, int]:
+        """Compute the gradients of nats, summed over all micro-batches and processes and divided by
+        `grad_divisor`; returns nats and number of valid targets of all processes."""
+        self.reshard()
+        self.lm_loss.zero_grad(set_to_none=True)
+        self.forward_seconds = 0.0
+        if self.is_deterministic:
+            total, n_targets, self.forward_seconds = deterministic.forward_backward(
+                self.lm_loss, micro_batches, self.world, precision
+            )
+            return total, n_targets
+        if self.pipeline is not None:
+            nats, count = self.pipeline.forward_backward(list(micro_batches), self.world, precision)
+        else:
+            nats, count = self._accumulate(micro_batches, precision)
+
+        for shard in self.shards.values():
+            shard.localize_grad()
+        if self.pipeline is not None and self.lm_loss.decoder.config.tied_head:
+            self.pipeline.sum_tied_grads(self.shards)
+        average_sparse_grads_(self.sparse_tables, self.world.size)
+
+        # Read once a step: to read them after each micro-batch would make a GPU wait.
+        if self.world.size > 1:
+            nats, count = self.world.all_reduce_(torch.stack([nats.double(), count.double()]))
+        # The ranks of a tp axis all have the loss; of a pp axis only the last.
+        n_copies = self._axis("tp")[1]
+        return float(nats) / n_copies, int(count) // n_copies
+
+    def _accumulate(self, micro_batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
+        """Forward and backward of this rank's micro-batches; their nats and valid targets."""
+        all_nats, counts = [], []
+        for micro_batch, is_last in with_last(micro_batches):
+            with self._reduce_gradients(now=is_last):
+                start = time.perf_counter()
+                with self.world.autocast(precision):
+                    nats, count = self.forward(micro_batch.to(self.world.device))
+                self.forward_seconds += time.perf_counter() - start
+                nats.backward()  # type: ignore[no-untyped-call]
+            all_nats.append(nats.detach())
+            counts.append(count)
+        return torch.stack(all_nats).sum(), torch.stack(counts).sum()
+
+    def forward(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
+        """Nats and number of valid targets of this rank's part of a micro-batch."""
+        module = self.lm_loss if self.replicas is None else self.replicas
+        if self.inputs is None:
+            loss: tuple[Tensor, Tensor] = module(micro_batch)
+        else:
+            with self.inputs.local_chunk(micro_batch) as chunk:
+                loss = module(chunk)
+        return loss
+
+    def _reduce_gradients(self, *, now: bool) -> AbstractContextManager[Any]:
+        """Reduce gradients over replicas after the last micro-batch only."""
+        if self.replicas is not None and not now:
+            return self.replicas.no_sync()
+        if self.uses_fsdp and self._axis("dp_replicate")[1] > 1:
+            self.lm_loss.decoder.set_requires_all_reduce(now)  # type: ignore[operator]
+        return nullcontext()
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients to a joint norm of at most `max_norm` (0: no limit); returns the norm
+        before."""
+        if self.layout is None:
+            return clip_gradients((p for _, p in self.named_parameters()), max_norm=max_norm)
+        norm = math.sqrt(sum(self._squared_norms().values()))
+        if max_norm and math.isfinite(norm) and norm > max_norm:
+            for values in gradient_values(p for _, p in self.named_parameters()):
+                values.mul_(max_norm / norm)
+        return norm
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each full parameter's gradient. All processes must call this."""
+        return {name: math.sqrt(square) for name, square in self._squared_norms().items()}
+
+    def _squared_norms(self) -> dict[str, float]:
+        norms = {
+            name: torch.linalg.vector_norm(values, dtype=torch.float64)
+            for name, shard in self.shards.items()
+            for values in gradient_values([shard.local])
+        }
+        # Read at once: each read makes a GPU wait.
+        squares = torch.stack(list(norms.values())).square().tolist() if norms else []
+        own = dict.fromkeys(self.shards, 0.0) | dict(zip(norms, squares, strict=True))
+        if self.layout is None:
+            return own
+        shares = {name: square / len(self.layout.owners(name)) for name, square in own.items()}
+        names = self.layout.names
+        totals = self.world.all_sum(*(shares.get(name, 0.0) for name in names))
+        return dict(zip(names, totals, strict=True))
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each item, and whether it is the last."""
-    walk = iter(items)
-    for held in walk:
-        for following in walk:
-            yield held, False
-            held = following
-        yield held, True
+    """Yield each item, and whether it is the last."""
+    iterator = iter(items)
+    for item in iterator:
+        for later in iterator:
+            yield item, False
+            item = later
+        yield item, True

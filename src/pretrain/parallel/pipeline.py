@@ -1,13 +1,14 @@
-"""The pipeline axis: each process has some layers, and passes hidden states of micro-batches on.
+"""Pipeline parallelism: each rank of the pp axis has some blocks and sends hidden states on.
 
-"PipeDream" (Narayanan et al., 2019) and "GPipe" (Huang et al., 2019), by torch's own schedules. All
-processes of an axis read the same rows, which are a function of the step, so nothing but hidden
-states and their slopes is sent. Where embedding and head are one parameter, the first and the last
-process have it both, and sum its gradients.
+"GPipe" (Huang et al., 2019) and "PipeDream" (Narayanan et al., 2019), by torch's schedules. All
+ranks of the axis read the same rows, which are a function of the step, so only hidden states and
+their gradients are sent. If embedding and head are tied, the first and the last rank both have
+that parameter, and sum its gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,174 +20,203 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from pretrain.distributed import World
 from pretrain.model import Decoder, LMLoss
 from pretrain.model.dropout import DropoutRng
+from pretrain.model.layers import KeyValueCache
 from pretrain.model.loss import IGNORE_INDEX
+from pretrain.parallel.sharded import LocalShard
+from pretrain.parallel.tensor import full_logits
 
 
-class Pipe:
-    """One process of a pipeline, with an objective of which only its part is left (`keep_layers`);
-    the objective is changed in place to ask the others for the rest."""
+class StageDecoder(Decoder):
+    """The blocks of one rank, and the embedding or the head if it is the first or the last.
+
+    Outside of a training step it can be called as a Decoder: `forward` receives hidden states from
+    the rank before and sends its own to the next, and `logits` come from the last rank.
+    """
+
+    def __init__(self, decoder: Decoder, group: dist.ProcessGroup) -> None:
+        """Take this rank's parts of `decoder`; no parameter has memory yet."""
+        nn.Module.__init__(self)
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.is_first, self.is_last = self.rank == 0, self.rank == self.size - 1
+        self.received: Tensor | None = None
+        """hidden states (B, T, D) of the rank before"""
+        self.in_schedule = False
+        """whether torch's schedule sends and receives, as it does in a training step"""
+
+        self.config, self.vocab_size = decoder.config, decoder.vocab_size
+        n = self.config.n_layers
+        layers = range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+        has_embedding = self.is_first or (self.is_last and decoder.head is None)
+        self.token_embedding = decoder.token_embedding if has_embedding else None  # type: ignore[assignment]
+        self.position_embedding = decoder.position_embedding if self.is_first else None
+        self.ngrams = decoder.ngrams if self.is_first else None
+        self.blocks = nn.ModuleDict({str(i): decoder.blocks[str(i)] for i in layers})
+        self.final_norm = decoder.final_norm if self.is_last else None
+        self.head = decoder.head if self.is_last else None
+
+    def embed(
+        self,
+        ids_BT: Tensor,
+        positions_T: Tensor,
+        cache: KeyValueCache | None,
+        dropout_rng: DropoutRng | None,
+    ) -> Tensor:
+        if self.is_first:
+            return super().embed(ids_BT, positions_T, cache, dropout_rng)
+        assert self.received is not None
+        return self.received
+
+    def forward(self, ids_BT: Tensor, **options: Any) -> Tensor:
+        if self.in_schedule:
+            return super().forward(ids_BT, **options)
+        if not self.is_first:
+            shape, dtype = (*ids_BT.shape, self.config.d_model), next(self.parameters()).dtype
+            self.received = torch.empty(shape, device=ids_BT.device, dtype=dtype)
+            dist.recv(self.received, group=self.group, group_src=self.rank - 1)
+        hidden_BTD = super().forward(ids_BT, **options)
+        if not self.is_last:
+            dist.send(hidden_BTD.contiguous(), group=self.group, group_dst=self.rank + 1)
+        return hidden_BTD
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of the last rank's hidden states, on all ranks."""
+        if self.is_last:
+            logits = full_logits(self, hidden).to(hidden.dtype).contiguous()
+        else:
+            logits = hidden.new_empty(*hidden.shape[:-1], self.vocab_size)
+        dist.broadcast(logits, group=self.group, group_src=self.size - 1)
+        return logits
+
+
+class PipelineLoss(LMLoss):
+    """The loss module of one rank of the pipeline."""
+
+    decoder: StageDecoder
 
     def __init__(self, lm_loss: LMLoss, group: dist.ProcessGroup) -> None:
-        self._objective, self._group = lm_loss, group
-        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self._received: Tensor | None = None
-        self._is_in_schedule = False
-        decoder = lm_loss.decoder
-        self._whole_forward = decoder.forward
-        self._whole_logits = decoder.logits
-        if not self.is_first:
-            decoder.embed = self._embed  # type: ignore[method-assign,assignment]
-        decoder.forward = self._forward  # type: ignore[method-assign]
-        decoder.logits = self._logits  # type: ignore[method-assign]
-        lm_loss.forward = self._score  # type: ignore[method-assign]
-        self._module = _Stage(self)
+        super().__init__(
+            StageDecoder(lm_loss.decoder, group),
+            seed=lm_loss.seed,
+            label_smoothing=lm_loss.label_smoothing,
+            z_loss=lm_loss.z_loss,
+        )
+        self.cross_entropy = lm_loss.cross_entropy
+        self._end_group = _end_group(group)
         self._schedules: dict[tuple[int, ...], Any] = {}
+        # What a training step is about to compute.
+        self._micro_batches: list[Any] = []
+        self._n_started = 0
+        self._autocast: Any = None
 
-    @property
-    def is_first(self) -> bool:
-        return self._rank == 0
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Nats and number of valid targets, without a backward pass; zeros but on the last rank."""
+        hidden_BTD = self.decoder(batch.inputs)
+        if not self.decoder.is_last:
+            return hidden_BTD.new_zeros((), dtype=torch.float64), torch.tensor(0)
+        nats = self._nats(hidden_BTD, batch.targets)
+        return nats, (batch.targets != IGNORE_INDEX).sum()
 
-    @property
-    def is_last(self) -> bool:
-        return self._rank == self._size - 1
-
-    # --- a step ---------------------------------------------------------------------------------
-
-    def run(self, batches: list[Any], world: World, precision: str) -> tuple[Tensor, Tensor]:
-        """Forward and back with all micro-batches of a step; the nats and the count, which the last
-        process has, and nothing in the others."""
-        self._module.begin([batch.to(world.device) for batch in batches])
-        schedule = self._schedule(len(batches), self._module.batches[0].inputs, precision, world)
-        targets = torch.cat([batch.targets for batch in self._module.batches])
+    def forward_backward(
+        self, micro_batches: list[Any], world: World, precision: str
+    ) -> tuple[Tensor, Tensor]:
+        """Compute gradients of the micro-batches of a step; return nats and number of valid targets
+        on the last rank, and zeros on the others."""
+        decoder = self.decoder
+        self._micro_batches = [batch.to(world.device) for batch in micro_batches]
+        self._n_started = 0
+        self._autocast = partial(world.autocast, precision)
+        inputs = torch.cat([batch.inputs for batch in self._micro_batches])
+        targets = torch.cat([batch.targets for batch in self._micro_batches])
+        schedule = self._schedule(len(micro_batches), self._micro_batches[0].inputs, world.device)
         losses: list[Tensor] = []
-        self._is_in_schedule = True
+        decoder.in_schedule = True
         try:
-            if self.is_first:
-                schedule.step(torch.cat([batch.inputs for batch in self._module.batches]))
-            elif self.is_last:
+            if decoder.is_first:
+                schedule.step(inputs)
+            elif decoder.is_last:
                 schedule.step(target=targets, losses=losses)
             else:
                 schedule.step()
         finally:
-            self._is_in_schedule = False
+            decoder.in_schedule = False
+        if decoder.is_last:
+            return torch.stack(losses).sum().detach(), (targets != IGNORE_INDEX).sum()
         nothing = torch.zeros((), dtype=torch.float64, device=world.device)
-        nats = torch.stack(losses).sum().detach() if losses else nothing
-        return nats, (targets != IGNORE_INDEX).sum() if self.is_last else nothing.long()
+        return nothing, nothing.long()
 
-    def _schedule(self, n: int, inputs_BT: Tensor, precision: str, world: World) -> Any:
-        """Torch's schedule for so many micro-batches, made once."""
+    def sum_tied_grads(self, shards: Mapping[str, LocalShard]) -> None:
+        """Sum the gradients of a tied embedding over the first and the last rank."""
+        if self.decoder.is_first or self.decoder.is_last:
+            grad = shards["token_embedding.weight"].local.grad
+            dist.all_reduce(grad, group=self._end_group)
+
+    def _schedule(self, n: int, inputs_BT: Tensor, device: torch.device) -> Any:
+        """Torch's schedule for `n` micro-batches, built once."""
         key = (n, *inputs_BT.shape)
-        if key not in self._schedules:
-            D, real = self._objective.decoder.config.d_model, torch.get_default_dtype()
-            hidden = torch.empty(*inputs_BT.shape, D, device=world.device, dtype=real)
-            stage = PipelineStage(
-                self._module,
-                self._rank,
-                self._size,
-                world.device,
-                input_args=inputs_BT if self.is_first else hidden.requires_grad_(),
-                output_args=torch.empty_like(hidden).requires_grad_(),
-                group=self._group,
-            )
-            # With fewer micro-batches than processes nothing can go back early.
-            kind = Schedule1F1B if n >= self._size else ScheduleGPipe
-            nats = partial(self._nats, precision, world)
-            self._schedules[key] = kind(stage, n, loss_fn=nats, scale_grads=False)
-            self._module.autocast = partial(world.autocast, precision)
-        return self._schedules[key]
-
-    def _nats(self, precision: str, world: World, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        lm_loss = self._objective
-        with world.autocast(precision):
-            return lm_loss.cross_entropy(
-                hidden_BTD.flatten(0, 1),
-                lm_loss.decoder.head_weight,
-                targets_BT.flatten(),
-                smoothing=lm_loss.label_smoothing if lm_loss.training else 0.0,
-                z_loss=lm_loss.z_loss if lm_loss.training else 0.0,
-            )
-
-    # --- reading, without a step ------------------------------------------------------------------
-
-    def _embed(self, *_: Any) -> Tensor:
-        assert self._received is not None
-        return self._received
-
-    def _forward(self, ids_BT: Tensor, **how: Any) -> Tensor:
-        """The decoder's own forward, with what the process before has come to."""
-        if self._is_in_schedule:
-            return self._whole_forward(ids_BT, **how)
-        if not self.is_first:
-            decoder = self._objective.decoder
-            real = next(decoder.parameters()).dtype
-            hidden = torch.empty(
-                *ids_BT.shape, decoder.config.d_model, device=ids_BT.device, dtype=real
-            )
-            dist.recv(hidden, group=self._group, group_src=self._rank - 1)
-            self._received = hidden
-        found = self._whole_forward(ids_BT, **how)
-        if not self.is_last:
-            dist.send(found.contiguous(), group=self._group, group_dst=self._rank + 1)
-        return found
-
-    def _score(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Nats and count, in the last process; the others come to nothing."""
-        lm_loss, targets_N = self._objective, batch.targets.flatten()
-        hidden_BTD = lm_loss.decoder(batch.inputs)
-        if not self.is_last:
-            return hidden_BTD.new_zeros((), dtype=torch.float64), torch.tensor(0)
-        nats = lm_loss.cross_entropy(
-            hidden_BTD.flatten(0, 1), lm_loss.decoder.head_weight, targets_N
+        if key in self._schedules:
+            return self._schedules[key]
+        decoder, dtype = self.decoder, torch.get_default_dtype()
+        hidden = torch.empty(
+            *inputs_BT.shape, decoder.config.d_model, device=device, dtype=dtype
+        ).requires_grad_()
+        stage = PipelineStage(
+            _ScheduledModule(decoder, self._forward_next),
+            decoder.rank,
+            decoder.size,
+            device,
+            input_args=inputs_BT if decoder.is_first else hidden,
+            output_args=torch.empty_like(hidden).requires_grad_(),
+            group=decoder.group,
         )
-        return nats, (targets_N != IGNORE_INDEX).sum()
+        # With fewer micro-batches than ranks no backward pass can start early.
+        kind = Schedule1F1B if n >= decoder.size else ScheduleGPipe
+        schedule = kind(stage, n, loss_fn=self._scheduled_nats, scale_grads=False)
+        self._schedules[key] = schedule
+        return schedule
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the last process's hidden states, for everybody."""
-        V = self._objective.decoder.vocab_size
-        if self.is_last:
-            logits = self._whole_logits(hidden).to(hidden.dtype).contiguous()
-        else:
-            logits = hidden.new_empty(*hidden.shape[:-1], V)
-        dist.broadcast(logits, group=self._group, group_src=self._size - 1)
-        return logits
+    def _forward_next(self, received: Tensor) -> Tensor:
+        """Run this rank's blocks on the next micro-batch; the schedule starts them in order."""
+        batch = self._micro_batches[self._n_started]
+        self._n_started += 1
+        self.decoder.received = received
+        has_dropout = self.training and self.decoder.config.dropout > 0
+        dropout_rng = DropoutRng(self.seed, batch.samples) if has_dropout else None
+        with self._autocast():
+            hidden: Tensor = self.decoder(batch.inputs, dropout_rng=dropout_rng)
+        return hidden
+
+    def _scheduled_nats(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        with self._autocast():
+            return self._nats(hidden_BTD, targets_BT)
+
+    def _nats(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        return self.cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            self.decoder.head_weight,
+            targets_BT.flatten(),
+            smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0,
+        )
 
 
-class _Stage(nn.Module):
-    """What torch's schedule calls: the micro-batches in their order, one after another."""
+class _ScheduledModule(nn.Module):
+    """The module that torch's schedule calls with received hidden states, or with ids."""
 
-    def __init__(self, pipe: Pipe) -> None:
+    def __init__(self, decoder: StageDecoder, run: Any) -> None:
         super().__init__()
-        self._pipe, self._at = pipe, 0
-        self.batches: list[Any] = []
-        self.autocast: Any = None
-        self.decoder = pipe._objective.decoder
+        self.decoder, self._run = decoder, run
 
-    def begin(self, batches: list[Any]) -> None:
-        self.batches, self._at = batches, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, lm_loss = self.batches[self._at], self._pipe._objective
-        self._at += 1
-        self._pipe._received = x
-        drops = lm_loss.training and self.decoder.config.dropout > 0
-        with self.autocast():
-            found: Tensor = self.decoder(
-                batch.inputs, dropout_rng=DropoutRng(lm_loss.seed, batch.samples) if drops else None
-            )
-        return found
+    def forward(self, received: Tensor) -> Tensor:
+        hidden: Tensor = self._run(received)
+        return hidden
 
 
-def keep_layers(decoder: Decoder, rank: int, size: int) -> None:
-    """Let go of what other processes of the pipeline have; nothing of it has memory yet."""
-    n = len(decoder.blocks)
-    kept = range(rank * n // size, (rank + 1) * n // size)
-    for layer in range(n):
-        if layer not in kept:
-            del decoder.blocks[str(layer)]
-    is_first, is_last = rank == 0, rank == size - 1
-    if not is_first:
-        decoder.position_embedding = decoder.ngrams = None
-    if not is_first and not (is_last and decoder.head is None):
-        decoder.token_embedding = None  # type: ignore[assignment]
-    if not is_last:
-        decoder.final_norm = decoder.head = None
+def _end_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group of the first and the last rank of this pipeline. All processes call this, since
+    each of them takes part in making every group."""
+    # The pp axis is the outermost one of the mesh.
+    n_pipelines = dist.get_world_size() // dist.get_world_size(group)
+    last = dist.get_world_size() - n_pipelines
+    groups: list[dist.ProcessGroup] = [dist.new_group([n, last + n]) for n in range(n_pipelines)]
+    return groups[dist.get_rank() % n_pipelines]

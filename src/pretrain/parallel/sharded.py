@@ -1,164 +1,202 @@
-"""A model whose weights are laid over processes, by FSDP2, along the tensor axis, or both."""
+"""Sharded weights: FSDP2 over the data axes, and the record of which rank stores which slice.
+
+Each rank stores a rectangular slice of a parameter, as a plain tensor that an optimizer updates.
+Update rules that treat each element or each row by itself need no more than that. Muon needs full
+matrices: `ShardedOrthogonalizer` exchanges their slices.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
-from pretrain.optim.muon import Orthogonalizer
-from pretrain.optim.param_groups import gradient_values
-from pretrain.parallel.context import ContextParallelCache, ShardedDropoutRng
-from pretrain.parallel.model import ParallelModel
-from pretrain.parallel.muon import ShardedOrthogonalizer
-from pretrain.parallel.pipeline import Pipe
-from pretrain.parallel.shards import ShardLayout
+from pretrain.distributed import World
+from pretrain.model import Decoder
+from pretrain.optim.muon import Orthogonalizer, orthogonalize
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+ShardSlice = tuple[tuple[int, int], ...]
+"""(start, stop) in each dimension of a parameter."""
+
+
+def apply_fsdp(decoder: Decoder, mesh: DeviceMesh, *, precision: str) -> None:
+    """Shard a decoder over `mesh`: (shards), or (replicas, shards) for HSDP.
+
+    "PyTorch FSDP" (Zhao et al., 2023). For the precision bf16 the weights of blocks, norms too, are
+    gathered in bfloat16; stored weights and sums of gradients are float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    param_dtype = torch.bfloat16 if precision == "bf16" else None
+    reduce_dtype = torch.float32 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
+    for block in decoder.blocks.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # Embedding and head together: if they are tied, their parameter must be in one group.
+    fully_shard(decoder, mesh=mesh)
 
 
 @dataclass(frozen=True, slots=True)
-class Meshes:
-    """The processes, arranged as each of their tasks needs it."""
+class LocalShard:
+    """This rank's slice of a parameter."""
 
-    laid: DeviceMesh
-    """axes data, laid (shard x context: weights are laid over both) and tensor"""
-    context: dist.ProcessGroup
-    """those that share a window"""
-    holders: dist.ProcessGroup
-    """those that hold a copy of the model, or of some layers of it, together"""
-    pipeline: dist.ProcessGroup
-    """those that have its layers, one after another"""
-    ends: dist.ProcessGroup
-    """the first and the last of them"""
+    parameter: nn.Parameter
+    """the model's parameter; a DTensor if it is sharded"""
+    local: nn.Parameter
+    """a plain tensor in the memory of the slice; `parameter` itself if that is not sharded"""
+    shape: torch.Size
+    """of the full parameter"""
+    bounds: ShardSlice
 
-    @property
-    def stretch(self) -> tuple[int, int]:
-        """The number of this process's stretch of a window, and how many there are."""
-        return dist.get_rank(self.context), dist.get_world_size(self.context)
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        tensor = self.laid["tensor"]
-        return tensor.get_local_rank(), tensor.size()
-
-
-@dataclass(slots=True)
-class Sharded(ParallelModel):
-    """Each process holds a box of each parameter, and knows who holds the others."""
-
-    meshes: Meshes | None = None
-    pipe: Pipe | None = None
-    """this process's layers among others', where there is a pipeline axis"""
-    layout: ShardLayout = field(init=False)
-    _stretch_tokens: int = 0
-    """those of each window that this process reads at the moment, where it does not read all"""
-
-    def __post_init__(self) -> None:
-        ParallelModel.__post_init__(self)
-        self.layout = ShardLayout(self.shards, self.world)
-        self.lm_loss.decoder.register_forward_pre_hook(self._part_of_window, with_kwargs=True)
-
-    def is_saver(self, name: str, *, is_full: bool = False) -> bool:
-        return self.layout.is_first(name, of_any_box=is_full)
-
-    @property
-    def eval_shard(self) -> tuple[int, int]:
-        n = self.world.size // self.model_parallel_size
-        return self.world.rank // self._n_tensor % n, n
-
-    @property
-    def owns_loss(self) -> bool:
-        assert self.meshes is not None
-        is_last = self.pipe is None or self.pipe.is_last
-        return is_last and self.meshes.heads[0] == 0
-
-    @property
-    def _n_tensor(self) -> int:
-        assert self.meshes is not None
-        return self.meshes.heads[1]
-
-    @property
-    def orthogonalizer(self) -> Orthogonalizer:
-        assert self.meshes is not None
-        return ShardedOrthogonalizer(self.shards, self.layout, self.meshes.holders)
-
-    def unshard(self) -> None:
-        if isinstance(self.lm_loss.decoder, FSDPModule):
-            self.lm_loss.decoder.unshard()
-
-    def reshard(self) -> None:
-        """What an evaluation has gathered stands in the place of this process's own: it keeps other
-        weights from being read, and gradients from being forgotten."""
-        if isinstance(self.lm_loss.decoder, FSDPModule):
-            self.lm_loss.decoder.reshard()
-
-    def _summing(self, is_last: bool) -> AbstractContextManager[Any]:
-        assert self.meshes is not None
-        decoder = self.lm_loss.decoder
-        if isinstance(decoder, FSDPModule) and self.meshes.laid["data"].size() > 1:
-            decoder.set_requires_all_reduce(is_last)
-        return nullcontext()
-
-    def _sum_ends(self) -> None:
-        """Where the embedding is the head, two processes of a pipeline have slopes of it."""
-        name = "token_embedding.weight"
-        if self.pipe is None or self.lm_loss.decoder.config.tied_head is False:
+    def localize_grad(self) -> None:
+        """Set the gradient of the local tensor from that of the parameter."""
+        if self.local is self.parameter:
             return
-        if name in self.shards:
-            assert self.meshes is not None
-            dist.all_reduce(self.shards[name].local.grad, group=self.meshes.ends)
+        grad, parameter = cast(Any, self.parameter.grad), cast(Any, self.parameter)
+        if grad is not None:
+            # It may still be a partial sum, or be replicated.
+            grad = grad.redistribute(parameter.device_mesh, parameter.placements).to_local()
+        self.local.grad = grad
 
-    def _pass(self, batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
-        if self.pipe is None:
-            return ParallelModel._pass(self, batches, precision)
-        return self.pipe.run(list(batches), self.world, precision)
 
-    def _called(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Nats and count of this process's stretch of each window."""
-        assert self.meshes is not None
-        number, n = self.meshes.stretch
-        if n == 1:
-            return self.module(batch)
-        T = batch.inputs.shape[1] // n
-        own = slice(number * T, (number + 1) * T)
-        self._stretch_tokens = T
-        try:
-            return self.module(
-                batch._replace(inputs=batch.inputs[:, own], targets=batch.targets[:, own])
-            )
-        finally:
-            self._stretch_tokens = 0
+def full_shard(parameter: nn.Parameter) -> LocalShard:
+    """A shard that is the full parameter."""
+    bounds = tuple((0, n) for n in parameter.shape)
+    return LocalShard(parameter, parameter, parameter.shape, bounds)
 
-    def _part_of_window(
-        self, decoder: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a decoder is told that reads a stretch, or has some heads, of what others have."""
-        assert self.meshes is not None
-        is_cut, dropout_rng = bool(self._stretch_tokens), named.get("dropout_rng")
-        if is_cut:
-            named["cache"] = ContextParallelCache(self.meshes.context, self._stretch_tokens)
-        if dropout_rng is not None:
-            stretch = self.meshes.stretch if is_cut else (0, 1)
-            named["dropout_rng"] = ShardedDropoutRng(
-                dropout_rng.seed, dropout_rng.samples_B, stretch=stretch, heads=self.meshes.heads
-            )
-        return given, named
 
-    def _squares(self) -> dict[str, float]:
-        mine = ParallelModel._squares(self)
-        shares = {name: square / len(self.layout.holders(name)) for name, square in mine.items()}
-        totals = self.world.all_sum(*(shares.get(name, 0.0) for name in self.layout.names))
-        return dict(zip(self.layout.names, totals, strict=True))
+def local_shard(parameter: nn.Parameter) -> LocalShard:
+    """This rank's shard of a parameter, which may be a DTensor."""
+    from torch.distributed.tensor import DTensor
 
-    def clip(self, limit: float) -> float:
-        norm = math.sqrt(sum(self._squares().values()))
-        if limit and math.isfinite(norm) and norm > limit:
-            for values in gradient_values(p for _, p in self.named_parameters()):
-                values.mul_(limit / norm)
-        return norm
+    data = parameter.detach()
+    if not isinstance(data, DTensor):
+        return full_shard(parameter)
+    mesh = data.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    bounds = [(0, n) for n in data.shape]
+    # The innermost axis of the mesh was split first: tp before FSDP.
+    axes = list(zip(data.placements, mesh.shape, coordinate, strict=True))
+    for placement, n, index in reversed(axes):
+        if placement.is_replicate():
+            continue
+        dim = cast(Any, placement).dim
+        start, stop = bounds[dim]
+        n_rows = math.ceil((stop - start) / n)
+        first = min(start + index * n_rows, stop)
+        bounds[dim] = first, min(first + n_rows, stop)
+    local = data.to_local()
+    shape = [stop - start for start, stop in bounds]
+    assert list(local.shape) == shape, f"DTensor has {list(local.shape)}, expected {shape}"
+    return LocalShard(parameter, nn.Parameter(local), parameter.shape, tuple(bounds))
+
+
+def take_slice(full: Tensor, bounds: ShardSlice) -> Tensor:
+    """A view of a slice of a full tensor."""
+    return full[tuple(slice(start, stop) for start, stop in bounds)]
+
+
+class ShardLayout:
+    """Which rank stores which slice of each parameter."""
+
+    def __init__(self, shards: Mapping[str, LocalShard], world: World) -> None:
+        own = json.dumps({name: shard.bounds for name, shard in shards.items()})
+        self._slices: list[dict[str, ShardSlice]] = [
+            {name: tuple((start, stop) for start, stop in bounds) for name, bounds in rank.items()}
+            for rank in map(json.loads, world.all_gather_str(own))
+        ]
+        self._rank = world.rank
+        self.names = sorted({name for slices in self._slices for name in slices})
+
+    def bounds(self, name: str, rank: int) -> ShardSlice:
+        """The slice of a parameter that a rank stores."""
+        return self._slices[rank][name]
+
+    def owners(self, name: str) -> list[int]:
+        """The ranks that store the same slice as this one, itself too."""
+        own = self._slices[self._rank][name]
+        return [rank for rank, slices in enumerate(self._slices) if slices.get(name) == own]
+
+    def is_first_owner(self, name: str, *, of_any_slice: bool = False) -> bool:
+        """Whether this rank is the first that stores its slice, or any slice, of a parameter."""
+        if of_any_slice:
+            owners = [rank for rank, slices in enumerate(self._slices) if name in slices]
+        else:
+            owners = self.owners(name)
+        return owners[0] == self._rank
+
+
+class ShardedOrthogonalizer(Orthogonalizer):
+    """Orthogonalize matrices whose slices are stored by the ranks of `group`.
+
+    Each matrix has one owner, round robin over the matrices of one shape. Slices are sent to the
+    owners, which orthogonalize, and the results are sent back: the exchange of "Muon is Scalable
+    for LLM Training" (Liu et al., 2025), without repeating the matmuls on every rank.
+    """
+
+    def __init__(
+        self, shards: Mapping[str, LocalShard], layout: ShardLayout, group: dist.ProcessGroup
+    ) -> None:
+        self._shapes = {shard.local: shard.shape for shard in shards.values()}
+        self._names = {shard.local: name for name, shard in shards.items()}
+        self._layout, self._group = layout, group
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        return self._shapes[parameter]
+
+    def orthogonalize(
+        self, parameters: Sequence[nn.Parameter], rows: Sequence[Tensor], *, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Return this rank's slices of the orthogonalized matrices; `rows` are its slices of the
+        matrices."""
+        ranks = dist.get_process_group_ranks(self._group)
+        owned_by = [range(owner, len(rows), len(ranks)) for owner in range(len(ranks))]
+        owned = owned_by[dist.get_rank(self._group)]
+
+        # Send each owner its slices, in their order; receive those of owned matrices, by rank.
+        sent = torch.cat([rows[i].reshape(-1) for indices in owned_by for i in indices])
+        n_sent = [sum(rows[i].numel() for i in indices) for indices in owned_by]
+        full = sent.new_empty(len(owned), *self.full_shape(parameters[0]))
+        views = [
+            [
+                take_slice(matrix, self._layout.bounds(self._names[parameters[i]], rank))
+                for matrix, i in zip(full, owned, strict=True)
+            ]
+            for rank in ranks
+        ]
+        n_received = [sum(view.numel() for view in of_rank) for of_rank in views]
+        flat_views = [view for of_rank in views for view in of_rank]
+        _copy_from_flat(flat_views, self._all_to_all(sent, n_sent, n_received))
+
+        if owned:
+            full.copy_(orthogonalize(full, dtype=dtype))
+
+        # The same way back.
+        answer = torch.cat([view.reshape(-1) for view in flat_views]) if owned else sent[:0]
+        results = [torch.empty_like(row) for row in rows]
+        in_sent_order = [results[i] for indices in owned_by for i in indices]
+        _copy_from_flat(in_sent_order, self._all_to_all(answer, n_received, n_sent))
+        return results
+
+    def _all_to_all(self, sent: Tensor, n_sent: list[int], n_received: list[int]) -> Tensor:
+        received = sent.new_empty(sum(n_received))
+        dist.all_to_all_single(received, sent, n_received, n_sent, group=self._group)
+        return received
+
+
+def _copy_from_flat(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Fill tensors with the elements of `flat`, one tensor after another."""
+    stops = accumulate(tensor.numel() for tensor in tensors)
+    for tensor, stop in zip(tensors, stops, strict=True):
+        tensor.copy_(flat[stop - tensor.numel() : stop].view(tensor.shape))

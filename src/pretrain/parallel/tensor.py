@@ -1,16 +1,17 @@
-"""The tensor axis: the heads of attention, the columns of a feed-forward layer and the vocabulary,
-shared among processes that see the same rows.
+"""Tensor parallelism: attention heads, feed-forward columns and the vocabulary are split over the
+ranks of the tp axis, which see the same rows.
 
-"Megatron-LM" (Shoeybi et al., 2019), by torch's DTensor: query, key, value, gate and up give each
-process some of their outputs, output and down take them and sum. Embedding and head are cut by
-vocabulary, also where they are one parameter, and the loss is made from the pieces of each row's
-logits. Norms, positions and n-gram tables are whole everywhere.
+"Megatron-LM" (Shoeybi et al., 2019), by torch's DTensor: query, key, value, gate and up compute
+some of their outputs on each rank, output and down take these and sum. Embedding and head are split
+by vocabulary, also if they are tied, and the loss is computed from each rank's part of the logits.
+Norms, positions and n-gram tables are replicated.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -26,61 +27,64 @@ from torch.distributed.tensor.parallel import (
 )
 
 from pretrain.model import Decoder, LMLoss
-from pretrain.model.loss import IGNORE_INDEX
+from pretrain.model.loss import IGNORE_INDEX, attach_grad, softmax_grad_
 
-_CUT_BY_OUTPUT = ("attention.query", "attention.key", "attention.value")
-_CUT_BY_INPUT = ("attention.output", "feed_forward.down")
-# Logits of a process that exist at once.
+_COLUMNWISE = ("attention.query", "attention.key", "attention.value")
+_ROWWISE = ("attention.output", "feed_forward.down")
+# Logits of a rank that exist at once.
 _CHUNK_LOGITS = 1 << 22
 
 
-def lay_over_tensor_axis(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
-    """Cut the weights of a decoder, in place, over a mesh of one axis, and let loss and logits be
-    made from what each process has."""
+def apply_tensor_parallel(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
+    """Split the weights of a decoder, in place, over a mesh of one axis, and let the loss be
+    computed from each rank's part of the vocabulary."""
     decoder = lm_loss.decoder
     for block in decoder.blocks.values():
-        ups = [n for n in ("gate", "up") if getattr(block.feed_forward, n) is not None]
-        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _CUT_BY_OUTPUT}
-        plan |= {f"feed_forward.{name}": ColwiseParallel() for name in ups}
-        plan |= {name: RowwiseParallel() for name in _CUT_BY_INPUT}
+        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNWISE}
+        for name in ("gate", "up"):
+            if getattr(block.feed_forward, name) is not None:
+                plan[f"feed_forward.{name}"] = ColwiseParallel()
+        for name in _ROWWISE:
+            plan[name] = RowwiseParallel()
         for name in plan:
-            # The model's own faster product knows plain tensors only.
+            # The model's own faster linear layer takes plain tensors only.
             layer = block.get_submodule(name)
             layer.forward = partial(nn.Linear.forward, cast(nn.Linear, layer))
-        # What several of them read becomes one tensor of all processes: its slopes are summed once.
-        plan |= {"attention": _read_by_several(4), "feed_forward": _read_by_several(1)}
+        # The input of several layers becomes one DTensor, so that its gradients are summed once.
+        plan["attention"] = _replicate_first_argument(n_arguments=4)
+        plan["feed_forward"] = _replicate_first_argument(n_arguments=1)
         parallelize_module(block, mesh, plan)
-    if decoder.token_embedding is not None:  # not every process of a pipeline has it
+    if decoder.token_embedding is not None:  # only some ranks of a pipeline have it
         by_vocabulary = RowwiseParallel(input_layouts=Replicate())
         parallelize_module(decoder, mesh, {"token_embedding": by_vocabulary})
     if decoder.head is not None:
-        laid = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
-        decoder.head.weight = nn.Parameter(laid)
-    lm_loss.cross_entropy = partial(_cross_entropy, mesh)
-    decoder.logits = partial(_logits, decoder, mesh)  # type: ignore[method-assign]
+        head_weight = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
+        decoder.head.weight = nn.Parameter(head_weight)
+    lm_loss.cross_entropy = vocab_parallel_cross_entropy
 
 
-def _read_by_several(n_arguments: int) -> PrepareModuleInput:
-    """For a module whose first argument several of its layers read."""
+def _replicate_first_argument(*, n_arguments: int) -> PrepareModuleInput:
     layouts = (Replicate(), *(None,) * (n_arguments - 1))
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 
-def _logits(decoder: Decoder, mesh: DeviceMesh, hidden: Tensor) -> Tensor:
-    """Whole logits (..., V), the same on each process."""
-    weight = cast(DTensor, decoder.head_weight)
-    pieces = DTensor.from_local(
+def full_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """Logits (..., V), the same on each rank; the head may be split over the tp axis."""
+    weight = decoder.head_weight
+    if not isinstance(weight, DTensor):
+        return hidden @ weight.T
+    shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
+    local = DTensor.from_local(
         hidden @ weight.to_local().T,
-        mesh,
+        weight.device_mesh,
         [Shard(hidden.ndim - 1)],
-        shape=torch.Size((*hidden.shape[:-1], weight.shape[0])),
-        stride=torch.empty(*hidden.shape[:-1], weight.shape[0], device="meta").stride(),
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )
-    return pieces.full_tensor()
+    return local.full_tensor()
 
 
-def _cross_entropy(
-    mesh: DeviceMesh,
+def vocab_parallel_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
@@ -88,89 +92,76 @@ def _cross_entropy(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """As `chunked_cross_entropy`, from a weight of which each process has some rows."""
+    """As `chunked_cross_entropy`, from a head weight of which each rank has some rows (W, D)."""
     weight = cast(DTensor, weight_VD)
-    local = weight.to_local()
-    each = -(-weight.shape[0] // mesh.size())
-    first = min(mesh.get_local_rank() * each, weight.shape[0])
-    # The same for all, also where the vocabulary does not divide: they sum chunk by chunk.
-    rows = max(1, _CHUNK_LOGITS // each)
-    how = (first, weight.shape[0], smoothing, z_loss)
-    nats: Tensor = _VocabularyCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, local, targets_N, rows, how, mesh.get_group()
-    )
-    return nats
+    mesh, V = weight.device_mesh, weight.shape[0]
+    group = mesh.get_group()
+    local_weight = weight.to_local()
+    # The same on all ranks, also if V is not divisible: they reduce chunk by chunk.
+    rows_per_rank = math.ceil(V / mesh.size())
+    first = min(mesh.get_local_rank() * rows_per_rank, V)
+    chunk_rows = max(1, _CHUNK_LOGITS // rows_per_rank)
+
+    with torch.no_grad():
+        loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        d_hidden_ND = torch.empty_like(hidden_ND)
+        d_weight_WD = torch.zeros_like(local_weight)
+        weight_WD = local_weight.to(hidden_ND.dtype)
+        for start in range(0, len(hidden_ND), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            hidden, targets = hidden_ND[chunk], targets_N[chunk]
+            chunk_loss, grad_NW = _loss_and_grad(
+                hidden @ weight_WD.T, targets, first, V, smoothing, z_loss, group
+            )
+            loss += chunk_loss
+            grad_NW = grad_NW.to(hidden.dtype)
+            d_hidden_ND[chunk] = grad_NW @ weight_WD
+            d_weight_WD += (grad_NW.T @ hidden).to(d_weight_WD.dtype)
+        dist.all_reduce(d_hidden_ND, group=group)
+    return attach_grad(loss, hidden_ND, d_hidden_ND, local_weight, d_weight_WD)
 
 
-class _VocabularyCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target], each process with some of the vocabulary."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_WD: Tensor,
-        targets_N: Tensor,
-        rows: int,
-        how: tuple[int, int, float, float],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        d_hidden, d_weight = torch.empty_like(hidden_ND), torch.zeros_like(weight_WD)
-        weight = weight_WD.to(hidden_ND.dtype)
-        nats = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        for start in range(0, len(hidden_ND), rows):
-            hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows]
-            slope, chunk_nats = _slope(hidden @ weight.T, targets, how, group)
-            nats += chunk_nats
-            d_hidden[start : start + rows] = slope.to(hidden.dtype) @ weight
-            d_weight += (slope.to(hidden.dtype).T @ hidden).to(d_weight.dtype)
-        dist.all_reduce(d_hidden, group=group)
-        ctx.save_for_backward(d_hidden, d_weight)
-        return nats
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        slope = slopes[0]
-        return (
-            d_hidden * slope.to(d_hidden.dtype),
-            d_weight * slope.to(d_weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _slope(
-    logits: Tensor, targets_N: Tensor, how: tuple[int, int, float, float], group: dist.ProcessGroup
+def _loss_and_grad(
+    logits: Tensor,
+    targets_N: Tensor,
+    first: int,
+    V: int,
+    smoothing: float,
+    z_loss: float,
+    group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """What the objective's slope is at this process's logits (N, W), and the chunk's nats."""
-    first, V, smoothing, z_loss = how
+    """The summed loss of some rows, and its gradient by this rank's logits (N, W), which are those
+    of the vocabulary from `first` on."""
     logits_NW = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counted_N = targets_N != IGNORE_INDEX
-    # Which rows have their target here is not asked, since a GPU would have to wait for the answer.
-    W, places_N1 = logits_NW.shape[1], (targets_N - first)[:, None]
-    is_here_N1 = counted_N[:, None] & (places_N1 >= 0) & (places_N1 < W)
+    W = logits_NW.shape[1]
+    is_valid_N1 = (targets_N != IGNORE_INDEX)[:, None]
+    column_N1 = (targets_N - first)[:, None]
+    # A mask, not an index: to count the rows whose target is here, a GPU would have to synchronise.
+    has_target_N1 = is_valid_N1 & (column_N1 >= 0) & (column_N1 < W)
+    column_N1 = column_N1.clamp(0, max(0, W - 1))
+
     if W:
-        places_N1 = places_N1.clamp(0, W - 1)
-        largest_N = logits_NW.amax(1)
-        chosen_N = torch.where(is_here_N1, logits_NW.gather(1, places_N1), 0)[:, 0]
+        max_N1 = logits_NW.amax(1, keepdim=True)
+        target_logit_N1 = torch.where(has_target_N1, logits_NW.gather(1, column_N1), 0)
     else:
-        largest_N = logits_NW.new_full(counted_N.shape, torch.finfo(logits_NW.dtype).min)
-        chosen_N = torch.zeros_like(largest_N)
-    dist.all_reduce(largest_N, op=dist.ReduceOp.MAX, group=group)
-    slope_NW = (logits_NW - largest_N[:, None]).exp_()
-    both = torch.stack([slope_NW.sum(1), chosen_N])
-    dist.all_reduce(both, group=group)
-    total_N, chosen_N = both
-    log_sum_N = total_N.log() + largest_N
-    nats = torch.where(counted_N, log_sum_N - chosen_N, 0).sum(dtype=torch.float64)
-    slope_NW /= total_N[:, None]
-    if z_loss:
-        slope_NW *= (1 + 2 * z_loss * log_sum_N)[:, None]
+        max_N1 = logits_NW.new_full((len(targets_N), 1), torch.finfo(logits_NW.dtype).min)
+        target_logit_N1 = torch.zeros_like(max_N1)
+    dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=group)
+    p_NW = (logits_NW - max_N1).exp_()
+    sums = torch.stack([p_NW.sum(1, keepdim=True), target_logit_N1])
+    dist.all_reduce(sums, group=group)
+    sum_N1, target_logit_N1 = sums
+    p_NW /= sum_N1
+    log_sum_N1 = sum_N1.log() + max_N1
+    loss = torch.where(is_valid_N1, log_sum_N1 - target_logit_N1, 0).sum(dtype=torch.float64)
     if W:
-        slope_NW.scatter_add_(1, places_N1, (smoothing - 1.0) * is_here_N1.to(slope_NW.dtype))
-    if smoothing:
-        slope_NW -= smoothing / V
-    return slope_NW * counted_N[:, None], nats
+        softmax_grad_(
+            p_NW,
+            column_N1,
+            log_sum_N1,
+            vocab_size=V,
+            smoothing=smoothing,
+            z_loss=z_loss,
+            has_target_N1=has_target_N1,
+        )
+    return loss, p_NW * is_valid_N1
