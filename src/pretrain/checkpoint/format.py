@@ -106,7 +106,7 @@ class HashingFile(NewFile):
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], bounds: Mapping[str, ShardSlice] | None = None
 ) -> tuple[dict[str, Any], list[StoredSlice]]:
-    """Write one safetensors file; returns the manifest's entry for it and each tensor's slice, in
+    """Write one safetensors file; returns the manifest's record of it and each tensor's slice, in
     order. Tensors named in `bounds` are parts of a larger one."""
     header: dict[str, dict[str, Any]] = {}
     offset = 0

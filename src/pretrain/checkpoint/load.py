@@ -93,21 +93,20 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.path}: the slices of {name} do not cover it")
         return result
 
-    def _read_slice(self, stored: StoredSlice, wanted: ShardSlice, dtype: torch.dtype) -> Tensor:
-        """Read the part `wanted` of a slice; of the file, only the rows (first dim) of that
-        part."""
+    def _read_slice(self, stored: StoredSlice, part: ShardSlice, dtype: torch.dtype) -> Tensor:
+        """Read a part of a slice; of the file, only the rows (first dim) of that part."""
         shape = [stop - start for start, stop in stored.bounds]
         if not shape:
             data = self._verified_bytes(stored.file, stored.offset, dtype.itemsize)
             return torch.frombuffer(data, dtype=dtype).reshape(())
-        first_row, last_row = (row - stored.bounds[0][0] for row in wanted[0])
+        first_row, last_row = (row - stored.bounds[0][0] for row in part[0])
         n_rows = last_row - first_row
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         data = self._verified_bytes(
             stored.file, stored.offset + first_row * row_bytes, n_rows * row_bytes
         )
         rows = torch.frombuffer(data, dtype=dtype).reshape([n_rows, *shape[1:]])
-        return rows[(slice(None), *_relative(wanted[1:], stored.bounds[1:]))]
+        return rows[(slice(None), *_relative(part[1:], stored.bounds[1:]))]
 
     def _verified_bytes(self, name: str, start: int, n_bytes: int) -> bytearray:
         """Read bytes of a file, after the hashes of all blocks that they are in."""

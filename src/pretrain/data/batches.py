@@ -106,8 +106,8 @@ def evaluation_batches(
     is a valid target exactly once.
 
     By default windows do not overlap; where they do, targets of an earlier window are only context
-    in the next. With `limit_tokens` every n-th window is taken, always the same ones, so that there
-    are about so many valid targets. The last window is padded. Of `size` processes each gets every
+    in the next. With `limit_tokens` every n-th window is taken, always the same ones, for about
+    that number of valid targets. The last window is padded. Of `size` processes each gets every
     `size`-th batch, and all get the same number of batches, of which the last may have no valid
     target. ValueError for a stride that would leave targets out.
     """

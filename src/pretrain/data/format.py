@@ -183,15 +183,17 @@ class Origin:
     title: str
 
 
-def find_origins(path: Path, wanted: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
-    """Yield number and origin of each document that is `wanted`, in the order of the stream."""
+def find_origins(
+    path: Path, matches: Callable[[int, Origin], bool]
+) -> Iterator[tuple[int, Origin]]:
+    """Yield number and origin of each document that `matches`, in the order of the stream."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file):
             try:
                 origin = Origin(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: line {number + 1} is damaged: {error}") from None
-            if wanted(number, origin):
+            if matches(number, origin):
                 yield number, origin
 
 
@@ -209,35 +211,20 @@ class TokenStream:
         self._info = info
         self._vocab_size = vocab_size
         self._dtype = np.dtype(f"<u{id_bytes(vocab_size)}")
+        self.n_tokens = info.n_tokens
+        """Number of ids, with end-of-text tokens."""
+        self.n_documents = info.n_documents
+        self.n_bytes = info.n_bytes
+        """Bytes of text (UTF-8) behind the stream; an end-of-text token has 0."""
+        self.sources = info.sources
+        """The documents of each source, in the order of the stream."""
+        self.sha256 = info.sha256
+        """Hash of the ids as stored."""
         self._check_files()
         # Not a memory map: what was read through one counts as this process's memory, a window of
         # 512 bytes makes the disk read 100 kB around it, and a truncated file kills with SIGBUS.
         self._file: BinaryIO = open(self._path, "rb", buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of ids, with end-of-text tokens."""
-        return self._info.n_tokens
-
-    @property
-    def n_documents(self) -> int:
-        return self._info.n_documents
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of text (UTF-8) behind the stream; an end-of-text token has 0."""
-        return self._info.n_bytes
-
-    @property
-    def sources(self) -> list[SourceShare]:
-        """The documents of each source, in the order of the stream."""
-        return self._info.sources
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the ids as stored."""
-        return self._info.sha256
 
     @property
     def document_offsets(self) -> NDArray[np.int64]:
@@ -251,10 +238,10 @@ class TokenStream:
         Threads and forked processes may share a stream, except on Windows, which cannot read by
         position. ValueError for a range outside the stream or a damaged file.
         """
-        if not 0 <= start <= stop <= self._info.n_tokens:
+        if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(
-                f"{self._path}: ids to read must be in 0 to {self._info.n_tokens} (requested "
-                f"{start} to {stop})"
+                f"{self._path}: ids to read must be in 0 to {self.n_tokens} (requested {start} to "
+                f"{stop})"
             )
         position = HEADER.size + start * self._dtype.itemsize
         n_left = (stop - start) * self._dtype.itemsize
@@ -281,9 +268,9 @@ class TokenStream:
             )
         return ids
 
-    def origins(self, wanted: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
-        """Yield number and origin of each document that is `wanted`, in the order of the stream."""
-        return find_origins(self._documents_path, wanted)
+    def origins(self, matches: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
+        """Yield number and origin of each document that `matches`, in the order of the stream."""
+        return find_origins(self._documents_path, matches)
 
     def verify(self) -> None:
         """Read the full stream and compare all checksums; ValueError names file and block."""
@@ -325,7 +312,7 @@ class TokenStream:
             magic, version, stored_width, n_ids = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
             raise ValueError(f"{self._path}: not a shard of pretrain (it begins with {magic!r})")
-        for name, value, wanted in (
+        for name, value, expected in (
             ("format version", version, FORMAT_VERSION),
             ("bytes per id", stored_width, width),
             ("number of ids", n_ids, info.n_tokens),
@@ -335,8 +322,8 @@ class TokenStream:
                 ceil_div(info.n_tokens * width, info.block_bytes),
             ),
         ):
-            if value != wanted:
-                raise ValueError(f"{self._path}: {name} is {value}, expected {wanted}")
+            if value != expected:
+                raise ValueError(f"{self._path}: {name} is {value}, expected {expected}")
         if info.max_id >= self._vocab_size:
             raise ValueError(
                 f"{self._path}: has id {info.max_id}, but the vocabulary has only "

@@ -75,15 +75,6 @@ class DocumentShard:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardHashes:
-    """The hashes of one shard's documents that are compared to find duplicates."""
-
-    first_document: int
-    """Number of its first document in the order of the corpus."""
-    n_records: int
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
     """One stage of a preparation; the functions must be importable by name, for workers."""
 
@@ -197,15 +188,9 @@ class Job:
         return shards
 
     @cached_property
-    def hashes(self) -> list[ShardHashes]:
-        """The hashes that each task of the stage "filter" left for comparison."""
-        hashes: list[ShardHashes] = []
-        first = 0
-        for task in range(len(self.read_shards)):
-            report = self.task_report("filter", task)
-            hashes.append(ShardHashes(first, report["n_records"]))
-            first += report["n_documents"]
-        return hashes
+    def filter_reports(self) -> list[dict[str, Any]]:
+        """The reports of the stage "filter", in the order of `read_shards`."""
+        return [self.task_report("filter", task) for task in range(len(self.read_shards))]
 
     @property
     def n_documents(self) -> int:

@@ -60,15 +60,15 @@ class ConcatenatedStream:
                 pieces.append(stream.read(max(start, begin) - begin, min(stop, end) - begin))
         return np.concatenate(pieces)
 
-    def origins(self, wanted: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
+    def origins(self, matches: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
         """As of a `TokenStream`."""
         first = 0
         for stream in self._streams:
 
-            def wanted_here(number: int, origin: Origin, first: int = first) -> bool:
-                return wanted(first + number, origin)
+            def matches_here(number: int, origin: Origin, first: int = first) -> bool:
+                return matches(first + number, origin)
 
-            for number, origin in stream.origins(wanted_here):
+            for number, origin in stream.origins(matches_here):
                 yield first + number, origin
             first += stream.n_documents
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain import __version__
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.files import Source, list_files
 from pretrain.corpus.filters import language_of
@@ -164,7 +165,8 @@ def _write_folder(job: Job, progress: Progress | None) -> Path:
     for name, files in (("problems.jsonl", problem_files(job)), ("removed.jsonl", _removed(job))):
         with open(folder / name, "xb") as file:
             for path in files:
-                file.writelines(_lines(path))
+                with open(path, "rb") as part:
+                    shutil.copyfileobj(part, file)
     report["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
     write_json(folder / "report.json", report)
     write_manifest(folder, _manifest(job, tokenizer, streams))
@@ -239,11 +241,6 @@ def _removed(job: Job) -> list[Path]:
     return [folder / "removed.jsonl" for folder in folders]
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from file
-
-
 def _manifest(job: Job, tokenizer: Tokenizer, streams: dict[str, StreamInfo]) -> Manifest:
     settings, split = job.settings, split_of(job)
     file = job.task_folder("split") / "tokenizer" / "tokenizer.json"
@@ -255,7 +252,7 @@ def _manifest(job: Job, tokenizer: Tokenizer, streams: dict[str, StreamInfo]) ->
     return Manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,
-        package_version=_package_version(),
+        package_version=__version__,
         vocab_size=tokenizer.vocab_size,
         id_bytes=id_bytes(tokenizer.vocab_size),
         start_of_text=tokenizer.start_of_text,
@@ -301,15 +298,12 @@ def _check(settings: Settings) -> None:
     size, name = settings.vocab_size, settings.tokenizer
     if name in TRAINED_NAMES:
         check_vocab_size(size, name=name)
-    elif size is not None:
-        tokenizer = load_tokenizer(name)
-        if size != tokenizer.vocab_size:
-            raise ValueError(
-                f"tokenizer.vocab_size is {size}, but {name!r} has {tokenizer.vocab_size} tokens; "
-                "leave it out"
-            )
     else:
-        load_tokenizer(name)
+        n_tokens = load_tokenizer(name).vocab_size
+        if size is not None and size != n_tokens:
+            raise ValueError(
+                f"tokenizer.vocab_size is {size}, but {name!r} has {n_tokens} tokens; leave it out"
+            )
 
 
 def _begin(settings: Settings, out: Path) -> Job:
@@ -326,7 +320,7 @@ def _key(settings: Settings) -> str:
     if settings.tokenizer not in TRAINED_NAMES:
         parts = [file.read_bytes() for file in tokenizer_files(settings.tokenizer)]
         content["tokenizer"] = hashlib.sha256(b"".join(parts)).hexdigest()
-    content["format"] = [FORMAT, FORMAT_VERSION, _package_version()]
+    content["format"] = [FORMAT, FORMAT_VERSION, __version__]
     content["files"] = _file_states(settings.sources)
     content["evaluation"] = _file_states(settings.corpus.evaluation_texts)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -343,9 +337,3 @@ def _file_states(sources: tuple[str, ...]) -> list[list[Any]]:
         ]
         for file in (list_files(sources) if sources else ())
     ]
-
-
-def _package_version() -> str:
-    from pretrain import __version__
-
-    return __version__

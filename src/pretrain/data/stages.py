@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,8 +49,9 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
 
 GROUP_BYTES = 1 << 23
+"""Files are read in groups of about this number of bytes on disk,"""
 GROUP_FILES = 1 << 12
-"""Files are read in groups of about so many bytes on disk, and at most so many files."""
+"""and of at most this number of files."""
 
 EQUAL, NEARLY_EQUAL = 1, 2
 """Marks of documents that are duplicates of an earlier one; others have 0."""
@@ -222,16 +224,19 @@ def _duplicate_hashes(
 def _n_compare(job: Job) -> int:
     if job.settings.corpus.deduplicate == "none":
         return 0
-    return n_hash_ranges(sum(hashes.n_records for hashes in job.hashes))
+    return n_hash_ranges(sum(report["n_records"] for report in job.filter_reports))
 
 
 def _compare(job: Job, task: int, out: Path) -> None:
     """Find the pairs of like documents in one range of the hashes."""
     n_tasks = _n_compare(job)
+    n_documents = [report["n_documents"] for report in job.filter_reports]
+    first_documents = list(accumulate(n_documents, initial=0))[:-1]
     for name in ("exact", "near"):
+        # Each file with the number of its first document in the order of the corpus.
         files = [
-            (job.task_folder("filter", number) / f"{name}.npy", hashes.first_document)
-            for number, hashes in enumerate(job.hashes)
+            (job.task_folder("filter", number) / f"{name}.npy", first)
+            for number, first in enumerate(first_documents)
         ]
         with open(out / name, "xb") as file:
             for pairs in duplicate_pairs(files, index=task, n_ranges=n_tasks):
@@ -277,8 +282,8 @@ def removed_documents(job: Job) -> Counter[str]:
     """Number of documents removed for each reason, before encoding."""
     removed = Counter[str]()
     if job.settings.corpus.inspects_text:
-        for task in range(len(job.read_shards)):
-            removed.update(job.task_report("filter", task)["removed"])
+        for report in job.filter_reports:
+            removed.update(report["removed"])
     if job.settings.corpus.deduplicate != "none":
         removed.update({r: n for r, n in job.task_report("join")["removed"].items() if n})
     return removed
@@ -338,8 +343,8 @@ class Split:
 def _tail_start(text: str, val_fraction: float) -> int:
     """Where the validation tail of a document begins, at a whitespace if one is near; 0 if the
     document has no tail."""
-    cut = wanted = round(len(text) * (1 - val_fraction))
-    for place in range(wanted, max(0, wanted - _CUT_SEARCH_CHARACTERS), -1):
+    cut = target = round(len(text) * (1 - val_fraction))
+    for place in range(target, max(0, target - _CUT_SEARCH_CHARACTERS), -1):
         # The whitespace goes to the tail, so that the head ends like a text and the tail's tokens
         # are usual ones.
         if place < len(text) and text[place].isspace():
@@ -352,8 +357,8 @@ def _tail_start(text: str, val_fraction: float) -> int:
 
 def default_val_fraction(n_bytes: int) -> float:
     """The fraction that gives VAL_BYTES to MAX_VAL_BYTES of validation text, at most 0.1."""
-    wanted = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
-    return min(wanted / max(n_bytes, 1), 0.1)
+    n_val_bytes = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
+    return min(n_val_bytes / max(n_bytes, 1), 0.1)
 
 
 def choose_split(
