@@ -1,4 +1,4 @@
-"""Sampling: the distribution is shaped as asked, drawn from fairly, and a pure function of seed and
+"""Sampling: the distribution, samples from it, and their independence of everything but seed and
 place."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from pretrain.cli import main
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
 from pretrain.generate.packing import pack_weights
-from pretrain.generate.sampling import _draw, sample, shape_probabilities
+from pretrain.generate.sampling import _invert_cdf, sample, sampling_probabilities
 from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
 from pretrain.model.layers import Block
 from pretrain.rng import normal, uniform
@@ -37,12 +37,12 @@ def decoder() -> Decoder:
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]])
 
 
-def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
+def test_packed_weights_keep_their_values(decoder: Decoder) -> None:
     other = build(decoder.config, vocab_size=V, seed=2)
     other.load_state_dict(decoder.state_dict())
     pack_weights(other)
-    for one, laid_out in zip(decoder.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, laid_out)
+    for one, packed in zip(decoder.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, packed)
     assert not other.head_weight.is_contiguous()
     assert not other.get_parameter("blocks.0.feed_forward.up.weight").is_contiguous()
     assert other.get_parameter("blocks.0.feed_forward.down.weight").is_contiguous()
@@ -53,57 +53,56 @@ def test_a_layout_for_generation_keeps_every_value(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_family_is_laid_out_to_the_same_logits_and_ids(variant: str) -> None:
-    plain, laid_out = (build(config(**VARIANTS[variant]), vocab_size=V, seed=3) for _ in range(2))
+def test_packed_weights_give_the_same_logits_and_ids(variant: str) -> None:
+    plain, packed = (build(config(**VARIANTS[variant]), vocab_size=V, seed=3) for _ in range(2))
     with torch.no_grad():
-        for name, p in plain.named_parameters():  # so that every one matters
+        for name, p in plain.named_parameters():  # so that each one has an effect
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
-    laid_out.load_state_dict(plain.state_dict())
-    pack_weights(laid_out)
-    weights = laid_out.state_dict()
+    packed.load_state_dict(plain.state_dict())
+    pack_weights(packed)
+    weights = packed.state_dict()
     assert list(weights) == list(plain.state_dict())
     assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
-    for block in laid_out.blocks.values():
+    for block in packed.blocks.values():
         assert isinstance(block, Block)
         assert block.attention.packed is not None
         assert (block.feed_forward.packed is None) == (block.feed_forward.gate is None)
     logits = []
-    for decoder in (plain, laid_out):
+    for decoder in (plain, packed):
         cache, ids = KeyValueCache(), torch.tensor([[1, 2, 3, 4, 1, 2, 5], [7, 8, 9, 7, 8, 9, 7]])
-        pieces = torch.split(ids, [3, 1, 2, 1], 1)
+        chunks = torch.split(ids, [3, 1, 2, 1], 1)
         with torch.inference_mode():
-            parts = [decoder.forward(piece, cache=cache) for piece in pieces]
+            parts = [decoder.forward(chunk, cache=cache) for chunk in chunks]
             logits.append(decoder.logits(torch.cat(parts, dim=1)))
     assert torch.allclose(logits[0], logits[1], rtol=1e-5, atol=1e-5 * float(logits[0].std()))
     for sampling in (Sampling(temperature=0), Sampling(top_k=6), Sampling(top_p=0.9)):
-        # Also beyond the context, and several rows.
+        # Beyond the context too, and with several rows.
         found, expected = (
             generate_ids(decoder, [1, 2], max_tokens=30, n=3, sampling=sampling)
-            for decoder in (laid_out, plain)
+            for decoder in (packed, plain)
         )
         assert found == expected
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
-def test_what_is_laid_out_can_be_loaded_into(variant: str) -> None:
-    """The joint matrices and biases are the layers' own memory, and no copies that would stay
-    behind."""
-    plain, laid_out = (build(config(**VARIANTS[variant]), vocab_size=V, seed=s) for s in (2, 9))
+def test_weights_can_be_loaded_into_packed_ones(variant: str) -> None:
+    """Packed matrices and biases share memory with those of the layers."""
+    plain, packed = (build(config(**VARIANTS[variant]), vocab_size=V, seed=s) for s in (2, 9))
     with torch.no_grad():
         for name, p in plain.named_parameters():  # biases too
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
-    pack_weights(laid_out)
-    laid_out.load_state_dict(plain.state_dict())
+    pack_weights(packed)
+    packed.load_state_dict(plain.state_dict())
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        logits = [decoder.logits(decoder.forward(ids)) for decoder in (plain, laid_out)]
+        logits = [decoder.logits(decoder.forward(ids)) for decoder in (plain, packed)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_ties", [False, True])
 @pytest.mark.parametrize("top_p", [None, 0.7])
 @pytest.mark.parametrize("top_k", [1, 5, V, V + 1])
-def test_the_likeliest_alone_are_drawn_as_among_all(
+def test_sampling_from_the_top_k_alone_equals_sampling_from_all(
     has_ties: bool, top_p: float | None, top_k: int
 ) -> None:
     rows = torch.arange(2000)
@@ -114,17 +113,17 @@ def test_the_likeliest_alone_are_drawn_as_among_all(
     for temperature in (0.0, 0.8):
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         ids = sample(logits, sampling, u)
-        assert torch.equal(ids, _draw(shape_probabilities(logits, sampling), u))
+        assert torch.equal(ids, _invert_cdf(sampling_probabilities(logits, sampling), u))
 
 
-def test_what_is_not_a_number_draws_some_id_still() -> None:
+def test_nan_logits_still_give_a_valid_id() -> None:
     logits, u = torch.full((2, V), math.nan), torch.tensor([0.1, 0.9], dtype=torch.float64)
     for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(temperature=0)):
         assert bool((sample(logits, sampling, u) < V).all())
 
 
-def test_each_position_is_drawn_by_noise_of_its_own() -> None:
-    """A model that holds all ids for equally probable draws as the noise falls."""
+def test_each_position_has_its_own_random_number() -> None:
+    """A model with a uniform distribution does not repeat one id."""
     config = ModelConfig(d_model=32, n_heads=2, context_length=64, n_layers=1)
     even = build(config, vocab_size=V, seed=1)
     torch.nn.init.zeros_(even.head_weight)
@@ -132,55 +131,55 @@ def test_each_position_is_drawn_by_noise_of_its_own() -> None:
     assert len(set(ids)) > V / 2
 
 
-def test_generate_lays_its_matrices_out(
+def test_the_generate_command_packs_weights(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened = []
 
-    def remember(*given: Any, **named: Any) -> Any:
-        opened.append(load_model(*given, **named))
+    def open_and_record(*args: Any, **options: Any) -> Any:
+        opened.append(load_model(*args, **options))
         return opened[0]
 
-    monkeypatch.setattr("pretrain.runner.open.load_model", remember)
+    monkeypatch.setattr("pretrain.runner.open.load_model", open_and_record)
     assert main(["generate", str(finished_run), "--max-tokens", "3"]) == 0
     assert not opened[0].decoder.head_weight.is_contiguous()
 
 
-def test_the_shapes_are_what_their_papers_say() -> None:
+def test_temperature_top_k_and_top_p_equal_their_definitions() -> None:
     plain = LOGITS.double().softmax(-1)
-    assert torch.allclose(shape_probabilities(LOGITS, Sampling(temperature=1.0)), plain)
-    cold = shape_probabilities(LOGITS, Sampling(temperature=0.5))
+    assert torch.allclose(sampling_probabilities(LOGITS, Sampling(temperature=1.0)), plain)
+    cold = sampling_probabilities(LOGITS, Sampling(temperature=0.5))
     assert torch.allclose(cold, (2 * LOGITS.double()).softmax(-1))
-    assert shape_probabilities(LOGITS, Sampling(temperature=0.0)).tolist() == [[1, 0, 0, 0, 0]]
-    top_1 = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_k=1))
+    assert sampling_probabilities(LOGITS, Sampling(temperature=0.0)).tolist() == [[1, 0, 0, 0, 0]]
+    top_1 = sampling_probabilities(LOGITS, Sampling(temperature=1.0, top_k=1))
     assert top_1.tolist() == [[1, 0, 0, 0, 0]]
-    # Not 1e-308, which a processor that was told to flush such numbers takes for 0.
-    tiny = shape_probabilities(1e10 * LOGITS, Sampling(temperature=1e-300))
+    # Not 1e-308, which is 0 on a processor that flushes denormal numbers.
+    tiny = sampling_probabilities(1e10 * LOGITS, Sampling(temperature=1e-300))
     assert tiny.tolist() == [[1, 0, 0, 0, 0]]
-    equals = shape_probabilities(torch.zeros(1, 5), Sampling(temperature=1.0, top_k=2))
+    equals = sampling_probabilities(torch.zeros(1, 5), Sampling(temperature=1.0, top_k=2))
     assert sorted(equals[0].tolist()) == [0, 0, 0, 0.5, 0.5]
     first, second = math.exp(2), math.exp(1)
     p = first / float(LOGITS.exp().sum())
-    just_first = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p - 1e-6))
+    just_first = sampling_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p - 1e-6))
     assert just_first.tolist() == [[1, 0, 0, 0, 0]]
-    one_more = shape_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p + 1e-6))
+    one_more = sampling_probabilities(LOGITS, Sampling(temperature=1.0, top_p=p + 1e-6))
     assert one_more[0].tolist() == pytest.approx(
         [first / (first + second), second / (first + second), 0, 0, 0]
     )
 
 
-def test_tokens_are_drawn_as_often_as_they_are_probable(decoder: Decoder) -> None:
+def test_sampled_frequencies_equal_the_probabilities(decoder: Decoder) -> None:
     sampling = Sampling(temperature=1.0, top_k=6, seed=4)
     drawn = generate_ids(decoder, [1, 2], max_tokens=1, n=4000, sampling=sampling)
     counts = torch.bincount(torch.tensor([row[0] for row in drawn]), minlength=V)
     logits = decoder.logits(decoder(torch.tensor([[1, 2]]))[:, -1])
-    expected = 4000 * shape_probabilities(logits, sampling)[0]
+    expected = 4000 * sampling_probabilities(logits, sampling)[0]
     assert bool((counts[expected == 0] == 0).all())
     chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
     assert float(chi_square) < 25  # 5 degrees of freedom: once in ten thousand by chance
 
 
-def test_a_completion_hangs_on_its_number_and_not_on_how_many_there_are(decoder: Decoder) -> None:
+def test_a_completion_depends_on_its_number_and_not_on_n(decoder: Decoder) -> None:
     sampling = Sampling(seed=3)
     many = generate_ids(decoder, [1, 2, 3], max_tokens=12, n=5, sampling=sampling)
     few = generate_ids(decoder, [1, 2, 3], max_tokens=12, n=2, sampling=sampling)
@@ -190,7 +189,7 @@ def test_a_completion_hangs_on_its_number_and_not_on_how_many_there_are(decoder:
     assert other != few
 
 
-def test_greedy_with_cache_equals_greedy_without(decoder: Decoder) -> None:
+def test_greedy_generation_with_and_without_cache_agrees(decoder: Decoder) -> None:
     ids = [5, 6]
     for _ in range(14):
         ids.append(int(decoder.logits(decoder(torch.tensor([ids]))[0, -1]).argmax()))
@@ -199,8 +198,8 @@ def test_greedy_with_cache_equals_greedy_without(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("length", [15, 16, 30])
-def test_text_longer_than_the_context_goes_on(decoder: Decoder, length: int) -> None:
-    """Past the 16 ids of the context the last 8 are read anew: the same as by hand."""
+def test_generation_continues_beyond_the_context(decoder: Decoder, length: int) -> None:
+    """When the 16 positions are full, the last 8 ids are read again."""
     greedy = Sampling(temperature=0.0)
     found = generate_ids(decoder, list(range(length)), max_tokens=40, sampling=greedy)[0]
     assert len(found) == 40
@@ -215,7 +214,7 @@ def test_text_longer_than_the_context_goes_on(decoder: Decoder, length: int) -> 
     assert found == seen[length:]
 
 
-def test_text_ends_before_the_end_of_text(decoder: Decoder) -> None:
+def test_a_completion_ends_before_a_stop_id(decoder: Decoder) -> None:
     free = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1))
     end = free[0][4]
     cut = generate_ids(decoder, [1], max_tokens=10, n=3, sampling=Sampling(seed=1), stop_ids=[end])
@@ -233,19 +232,19 @@ def test_text_ends_before_the_end_of_text(decoder: Decoder) -> None:
         {"top_p": 1.1},
     ],
 )
-def test_wrong_shapes_are_refused(wrong: dict[str, float]) -> None:
+def test_out_of_range_sampling_parameters_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="it must be"):
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_counts_below_one_and_empty_prompts_are_refused(decoder: Decoder) -> None:
-    with pytest.raises(ValueError, match="at least one id"):
+def test_counts_below_one_and_empty_prompts_are_rejected(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="the prompt must have at least 1 token"):
         generate_ids(decoder, [], max_tokens=1, sampling=Sampling())
     with pytest.raises(ValueError, match="both must be at least 1"):
         generate_ids(decoder, [1], max_tokens=0, sampling=Sampling())
 
 
-def test_text_goes_in_and_out(finished_run: Path) -> None:
+def test_text_in_text_out(finished_run: Path) -> None:
     model = load_model(str(finished_run), device="cpu")
     texts = generate(model.decoder, model.tokenizer, "The people", max_tokens=20, n=2)
     assert len(texts) == 2
@@ -253,5 +252,5 @@ def test_text_goes_in_and_out(finished_run: Path) -> None:
     probabilities = next_distribution(model.decoder, model.tokenizer, "The people")
     assert probabilities.shape == (model.tokenizer.vocab_size,)
     assert float(probabilities.sum()) == pytest.approx(1.0)
-    # A prompt beyond the context is read from its end.
+    # Of a prompt longer than the context the end is read.
     assert next_distribution(model.decoder, model.tokenizer, "The people " * 99).shape == (400,)

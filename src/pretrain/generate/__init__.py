@@ -1,7 +1,7 @@
-"""Weights -> text: draw tokens, or look at the distribution of the next one.
+"""Weights -> text: generate tokens, or return the distribution of the next one.
 
-`sampling` holds how a distribution is shaped, how ids are drawn, and the two calls on text;
-`layout` how a decoder lies in memory for it.
+`sampling` has the sampling parameters, generation of ids and of texts, and the next-token
+distribution; `packing` stores a decoder's weights for fast generation on a CPU.
 """
 
 from __future__ import annotations

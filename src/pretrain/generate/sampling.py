@@ -1,8 +1,8 @@
-"""Weights -> text: one token after another, from a distribution that temperature, top-k and top-p
-have shaped.
+"""Weights -> text: one token after another, sampled with temperature, top-k and top-p.
 
-A decoder and ids go in, ids or a distribution come out. What is drawn depends on the seed, the
-number of the completion and the position alone, so completion 3 of 5 is completion 3 of 50.
+A decoder and a prompt come in; ids, texts or a distribution go out. A sampled token depends on the
+seed, the number of the completion and the position alone, so completion 3 of 5 is completion 3 of
+50.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from pretrain.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 takes the likeliest."""
+    """How the next token is chosen; a temperature of 0 takes the most probable one."""
 
     temperature: float = 0.8
     top_k: int | None = None
@@ -38,55 +37,32 @@ class Sampling:
             raise ValueError(f"top-p is {self.top_p}; it must be in (0, 1]")
 
 
-def shape_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution (B, V) that is drawn from, in float64; each row sums to 1.
+def generate(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 200,
+    n: int = 1,
+    sampling: Sampling | None = None,
+    special: bool = False,
+) -> list[str]:
+    """Generate `n` texts that continue `prompt`, which they do not repeat.
 
-    top-k keeps the k likeliest ids, of equals at the end some ("Hierarchical Neural Story
-    Generation", Fan et al., 2018); top-p the smallest set whose probabilities reach p ("The Curious
-    Case of Neural Text Degeneration", Holtzman et al., 2020).
+    A text ends before the model's stop token, or after `max_tokens` tokens. `sampling`: default
+    `Sampling()`. `special`: names of special tokens in the prompt are encoded as those tokens.
+    Raises ValueError for counts below 1 and for a prompt that the tokenizer cannot encode.
     """
-    logits = logits_BV.double()
-    if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    # The largest first, so that what is divided by next to nothing stays finite there.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        best = logits_BV.topk(sampling.top_k).indices
-        outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, best, False)
-        logits = logits.masked_fill(outside, -math.inf)
-    probabilities = logits.softmax(-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        # An id stays when those before it have not yet reached p: the first always does.
-        surplus = ranked.cumsum(-1) - ranked >= sampling.top_p
-        probabilities = probabilities.scatter(1, ids, ranked.masked_fill(surplus, 0.0))
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities
-
-
-def _draw(probabilities_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The places at which the summed probabilities pass u, (B)."""
-    total_BV = probabilities_BV.cumsum(-1)
-    # u ends 2^-33 below 1, so rounding never puts it beyond the last step; NaN is beyond all.
-    places_B1 = torch.searchsorted(total_BV, u_B[:, None] * total_BV[:, -1:], right=True)
-    return places_B1[:, 0].clamp(max=total_BV.shape[-1] - 1)
-
-
-def sample(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
-    """An id for each row (B), drawn by a uniform number from what `shape_probabilities` makes of
-    its logits.
-
-    What top-k takes away needs no float64: on a CPU the k likeliest alone are shaped. Their sum is
-    then made in another order, so an id may differ where u is within 1e-15 of a step.
-    """
-    k = min(sampling.top_k or logits_BV.shape[-1], logits_BV.shape[-1])
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    if k < logits_BV.shape[-1] and logits_BV.device.type == "cpu":
-        ids_BK = logits_BV.topk(k).indices.sort().values
-        kept = shape_probabilities(logits_BV.gather(1, ids_BK), sampling)
-        return ids_BK.gather(1, _draw(kept, u_B)[:, None])[:, 0]
-    return _draw(shape_probabilities(logits_BV, sampling), u_B)
+    prompt_ids = tokenizer.encode_prompt(prompt, special=special)
+    completions = generate_ids(
+        decoder,
+        prompt_ids,
+        max_tokens=max_tokens,
+        n=n,
+        sampling=sampling or Sampling(),
+        stop_ids={tokenizer.start_of_text, *tokenizer.stop_ids},
+    )
+    return [tokenizer.decode_after(prompt_ids, ids) for ids in completions]
 
 
 @torch.inference_mode()
@@ -99,71 +75,106 @@ def generate_ids(
     sampling: Sampling,
     stop_ids: Collection[int] = (),
 ) -> list[list[int]]:
-    """`n` continuations of a prompt of ids, each up to `max_tokens` long, cut before the first id
-    of `stop_ids`.
+    """Generate `n` completions of a prompt of ids, each up to `max_tokens` long.
 
-    A prompt is read from its end, as much of it as the context holds; a text that outgrows the
-    context goes on from its last half context, read anew. Raises
+    A completion ends before the first of the `stop_ids`. Of a prompt longer than the context the
+    end is read; when the context is full, its last half is read again with an empty cache. Raises
     ValueError for an empty prompt and for counts below 1.
     """
     if not prompt:
-        raise ValueError("generation needs at least one id to start from")
+        raise ValueError("the prompt must have at least 1 token (got 0)")
     if max_tokens < 1 or n < 1:
         raise ValueError(f"max-tokens is {max_tokens} and n is {n}; both must be at least 1")
-    device = decoder.device
-    context = decoder.config.window_tokens
-    new_BT = torch.tensor([list(prompt)[-context:]] * n, device=device)
-    cache, seen = KeyValueCache(), [new_BT]
-    numbers, positions = torch.arange(n, device=device), torch.arange(max_tokens, device=device)
-    # Drawn for all positions at once; each depends on seed, row and position alone.
-    u_PB = uniform(sampling.seed, "generate", (numbers << 32) + positions[:, None])
-    ended_B = torch.zeros(n, dtype=torch.bool, device=device)
+    device, context_length = decoder.device, decoder.config.window_tokens
+
+    # The uniform numbers of all positions at once: each depends on seed, row and position alone.
+    rows, positions = torch.arange(n, device=device), torch.arange(max_tokens, device=device)
+    u_PB = uniform(sampling.seed, "generate", (rows << 32) + positions[:, None])
+
+    new_ids_BT = torch.tensor([list(prompt)[-context_length:]] * n, device=device)
+    chunks = [new_ids_BT]
+    cache = KeyValueCache()
+    has_ended_B = torch.zeros(n, dtype=torch.bool, device=device)
     for u_B in u_PB:
-        if cache.length + new_BT.shape[1] > context:
-            new_BT, cache = torch.cat(seen, dim=1)[:, -max(1, context // 2) :], KeyValueCache()
-        # .forward, not a call: a decoder compiled for training must not be compiled again for every
-        # length.
-        hidden_BTD = decoder.forward(new_BT, cache=cache)
+        if cache.length + new_ids_BT.shape[1] > context_length:
+            new_ids_BT = torch.cat(chunks, dim=1)[:, -max(1, context_length // 2) :]
+            cache = KeyValueCache()
+        # .forward: calling a decoder that training has compiled would compile it for each length.
+        hidden_BTD = decoder.forward(new_ids_BT, cache=cache)
         logits_BV = decoder.logits(hidden_BTD[:, -1]).to(u_B.device)
-        new_BT = sample(logits_BV, sampling, u_B)[:, None].to(device)
-        seen.append(new_BT)
-        for end in stop_ids:
-            ended_B |= new_BT[:, 0] == end
-        if stop_ids and bool(ended_B.all()):
+        new_ids_BT = sample(logits_BV, sampling, u_B)[:, None].to(device)
+        chunks.append(new_ids_BT)
+        for stop_id in stop_ids:
+            has_ended_B |= new_ids_BT[:, 0] == stop_id
+        if stop_ids and bool(has_ended_B.all()):
             break
-    rows: list[list[int]] = torch.cat(seen[1:], dim=1).tolist()
-    return [list(takewhile(lambda id_: id_ not in stop_ids, row)) for row in rows]
+    completions: list[list[int]] = torch.cat(chunks[1:], dim=1).tolist()
+    return [_cut_at_stop(ids, stop_ids) for ids in completions]
 
 
-def generate(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_tokens: int = 200,
-    n: int = 1,
-    sampling: Sampling | None = None,
-    special: bool = False,
-) -> list[str]:
-    """`n` texts that continue `prompt` (which is not repeated in them); they end where the model
-    ends them. With `special` the names of special tokens in the prompt stand for them."""
-    ids = tokenizer.encode_prompt(prompt, special=special)
-    completions = generate_ids(
-        decoder,
-        ids,
-        max_tokens=max_tokens,
-        n=n,
-        sampling=sampling or Sampling(),
-        stop_ids={tokenizer.start_of_text, *tokenizer.stop_ids},
-    )
-    return [tokenizer.decode_after(ids, each) for each in completions]
+def _cut_at_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    for i, id_ in enumerate(ids):
+        if id_ in stop_ids:
+            return ids[:i]
+    return ids
 
 
 @torch.no_grad()
 def next_distribution(
     decoder: Decoder, tokenizer: Tokenizer, prompt: str, *, special: bool = False
 ) -> Tensor:
-    """Probabilities (V) of the token after `prompt`, in float64, on the CPU."""
+    """Return the probabilities (V) of the token after `prompt`, in float64 on the CPU."""
     ids = tokenizer.encode_prompt(prompt, special=special)[-decoder.config.window_tokens :]
     hidden_D = decoder.forward(torch.tensor([ids], device=decoder.device))[0, -1]
     return decoder.logits(hidden_D).to(float64_device(decoder.device)).double().softmax(-1).cpu()
+
+
+def sample(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
+    """Sample an id for each row (B) with a uniform random number, from `sampling_probabilities`.
+
+    On a CPU only the top-k logits are converted to float64. Their probabilities are then summed in
+    another order, so an id can differ if u is within 1e-15 of a boundary.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    V = logits_BV.shape[-1]
+    k = min(sampling.top_k or V, V)
+    if k < V and logits_BV.device.type == "cpu":
+        ids_BK = logits_BV.topk(k).indices.sort().values
+        probabilities_BK = sampling_probabilities(logits_BV.gather(1, ids_BK), sampling)
+        return ids_BK.gather(1, _invert_cdf(probabilities_BK, u_B)[:, None])[:, 0]
+    return _invert_cdf(sampling_probabilities(logits_BV, sampling), u_B)
+
+
+def sampling_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Return the distribution (B, V) that is sampled from, in float64; each row sums to 1.
+
+    top-k keeps the k most probable ids, of ties at the end some ("Hierarchical Neural Story
+    Generation", Fan et al., 2018); top-p the smallest set whose probabilities reach p ("The Curious
+    Case of Neural Text Degeneration", Holtzman et al., 2020).
+    """
+    logits = logits_BV.double()
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    # With the maximum at 0 it stays finite for any temperature.
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        kept = logits_BV.topk(sampling.top_k).indices
+        is_removed = torch.ones_like(logits, dtype=torch.bool).scatter(1, kept, False)
+        logits = logits.masked_fill(is_removed, -math.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        # An id is kept if the sum of those before it is below p; the first always is.
+        is_removed = ranked.cumsum(-1) - ranked >= sampling.top_p
+        probabilities = probabilities.scatter(1, ids, ranked.masked_fill(is_removed, 0.0))
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
+
+
+def _invert_cdf(probabilities_BV: Tensor, u_B: Tensor) -> Tensor:
+    """Return the index (B) at which the cumulative probabilities exceed u."""
+    cdf_BV = probabilities_BV.cumsum(-1)
+    # u is at most 1 - 2^-33, so rounding cannot put it beyond the last step; NaN is beyond all.
+    index_B1 = torch.searchsorted(cdf_BV, u_B[:, None] * cdf_BV[:, -1:], right=True)
+    return index_B1[:, 0].clamp(max=cdf_BV.shape[-1] - 1)
