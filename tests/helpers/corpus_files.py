@@ -9,8 +9,12 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from pretrain.corpus import read_documents
+from pretrain.corpus.files import Source
 
 
 def zstd_compress(data: bytes) -> bytes:
@@ -89,3 +93,14 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 }
 WIDE = ("rows.jsonl", "rows.json", "rows.csv")
 PACKING: list[tuple[str, Callable[[bytes], bytes]]] = [("", bytes), *COMPRESSORS]
+
+
+def read_texts(source: Source, **options: object) -> list[str]:
+    """The texts of all documents of a source."""
+    return [document.text for document in read_documents(source, **options)]  # type: ignore[arg-type]
+
+
+def write_records(path: Path, *records: object) -> Path:
+    """Write a file of JSON lines."""
+    path.write_bytes(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+    return path

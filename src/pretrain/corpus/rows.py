@@ -31,6 +31,7 @@ from pretrain.corpus.records import (
     json_type,
 )
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
+from pretrain.fileio import unique_keys
 
 MAX_JSON_BYTES = 1 << 28
 
@@ -156,7 +157,7 @@ def _parse_json(data: bytes, offset: int) -> Any:
     """The value of strict JSON, or `Skipped`; `offset` is that of `data` in its file."""
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_reject_constant
+            data.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_reject_constant
         )
     except UnicodeDecodeError as error:
         return Skipped(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
@@ -164,15 +165,6 @@ def _parse_json(data: bytes, offset: int) -> Any:
         return Skipped("invalid JSON: nested too deeply")
     except ValueError as error:
         return Skipped(f"invalid JSON: {error}")
-
-
-def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {duplicate!r} occurs twice")
-    return record
 
 
 def _reject_constant(name: str) -> object:

@@ -29,9 +29,10 @@ from pretrain.tokenizer.tokenizer_json import (
 
 if TYPE_CHECKING:
     import fastokens
-    import tokenizers
+    from tokenizers import Tokenizer as Library
 
 Ids = NDArray[np.int64]
+Description = Mapping[str, Any]
 
 CHUNK_CHARACTERS = 1 << 14
 """Chunk of the libraries whose time is not linear in the length of a run without spaces."""
@@ -86,7 +87,9 @@ class Encoder(ABC):
     unencodable: re.Pattern[str] | None = None
     """Matches the characters that the vocabulary lacks."""
 
-    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
+    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+        """`tokens` is the vocabulary by id, `description` the content of tokenizer.json."""
+        self.library = library
         added = {
             token["id"]: b"" if token.get("special") else token["content"].encode()
             for token in description.get("added_tokens", ())
@@ -104,15 +107,19 @@ class Encoder(ABC):
         """Decode the joined `token_bytes` of a text."""
         return data.decode("utf-8", "replace")
 
-    @abstractmethod
-    def _bytes_of(self, token: str) -> bytes: ...
+    def _bytes_of(self, token: str) -> bytes:
+        """The bytes of an ordinary token; by default it is written in GPT-2's byte alphabet."""
+        try:
+            return bytes(symbol_bytes()[symbol] for symbol in token)
+        except KeyError as error:
+            raise ValueError(f"the token {token!r:.60} is not in GPT-2's byte alphabet") from error
 
 
 class CharacterEncoder(Encoder):
     """Each token is one character."""
 
-    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
-        super().__init__(tokens, description)
+    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+        super().__init__(tokens, description, library)
         id_of = {ord(token): id_ for id_, token in enumerate(tokens) if len(token) == 1}
         self._ids = np.zeros(max(id_of) + 1, dtype=np.int64)
         self._ids[list(id_of)] = list(id_of.values())
@@ -128,10 +135,10 @@ class CharacterEncoder(Encoder):
 
 
 class ByteEncoder(Encoder):
-    """Each token is one byte, written in GPT-2's byte alphabet."""
+    """Each token is one byte."""
 
-    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
-        super().__init__(tokens, description)
+    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+        super().__init__(tokens, description, library)
         id_of = {token: id_ for id_, token in enumerate(tokens)}
         self._ids = np.array([id_of[symbol] for symbol in byte_symbols()], dtype=np.int64)
 
@@ -139,21 +146,12 @@ class ByteEncoder(Encoder):
         ids: Ids = self._ids[np.frombuffer(text.encode(), dtype=np.uint8)]
         return ids
 
-    def _bytes_of(self, token: str) -> bytes:
-        return _bytes_of_symbols(token)
-
 
 class LibraryEncoder(Encoder):
     """Byte-pair encoding by a library: fastokens if it gives the same ids, else `tokenizers`."""
 
     chunk_characters = CHUNK_CHARACTERS
     fast: fastokens.Tokenizer | None = None
-
-    def __init__(
-        self, tokens: list[str], description: Mapping[str, Any], library: tokenizers.Tokenizer
-    ) -> None:
-        super().__init__(tokens, description)
-        self.library = library
 
     def encode(self, text: str, *, is_first: bool) -> Ids:
         if self.fast is None:
@@ -164,9 +162,7 @@ class LibraryEncoder(Encoder):
 class BpeEncoder(LibraryEncoder):
     """Byte-level BPE."""
 
-    def __init__(
-        self, tokens: list[str], description: Mapping[str, Any], library: tokenizers.Tokenizer
-    ) -> None:
+    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
         super().__init__(tokens, description, library)
         self.fast = load_fastokens(library)
         if self.fast is not None:
@@ -175,9 +171,6 @@ class BpeEncoder(LibraryEncoder):
         if missing:
             characters = "".join(OPTIONAL_BYTES[byte] for byte in missing)
             self.unencodable = re.compile(f"[{characters}]")
-
-    def _bytes_of(self, token: str) -> bytes:
-        return _bytes_of_symbols(token)
 
 
 class Gpt2018Encoder(LibraryEncoder):
@@ -198,7 +191,7 @@ class SentencePieceEncoder(LibraryEncoder):
     Spaces are replaced here and not by the library's normalizer, so that texts can be split.
     """
 
-    def __init__(self, tokens: list[str], description: Mapping[str, Any]) -> None:
+    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
         from tokenizers import Tokenizer as LibraryTokenizer
 
         library = LibraryTokenizer.from_str(json.dumps({**description, "normalizer": None}))
@@ -227,28 +220,19 @@ class SentencePieceEncoder(LibraryEncoder):
 
 
 def create_encoder(
-    kind: Kind, library: tokenizers.Tokenizer, tokens: list[str], description: Mapping[str, Any]
+    kind: Kind, tokens: list[str], description: Description, library: Library
 ) -> Encoder:
     """Create the encoder of a tokenizer.json; ValueError if a token has no bytes."""
-    if kind == "bytes":
-        return ByteEncoder(tokens, description)
-    if kind == "characters":
-        return CharacterEncoder(tokens, description)
-    if kind == "gpt":
-        return Gpt2018Encoder(tokens, description, library)
-    if space_prefix(description) is not None:
-        return SentencePieceEncoder(tokens, description)
-    return BpeEncoder(tokens, description, library)
+    encoders: dict[Kind, type[Encoder]] = {
+        "bytes": ByteEncoder,
+        "characters": CharacterEncoder,
+        "gpt": Gpt2018Encoder,
+        "bpe": BpeEncoder if space_prefix(description) is None else SentencePieceEncoder,
+    }
+    return encoders[kind](tokens, description, library)
 
 
-def _bytes_of_symbols(token: str) -> bytes:
-    try:
-        return bytes(symbol_bytes()[symbol] for symbol in token)
-    except KeyError as error:
-        raise ValueError(f"the token {token!r:.60} is not in GPT-2's byte alphabet") from error
-
-
-def _encode_with_tokenizers(library: tokenizers.Tokenizer, text: str) -> Ids:
+def _encode_with_tokenizers(library: Library, text: str) -> Ids:
     return np.asarray(library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
@@ -259,7 +243,7 @@ def _encode_with_fastokens(fast: fastokens.Tokenizer, text: str) -> Ids:
     return np.frombuffer(ids, dtype="<u4").astype(np.int64)
 
 
-def load_fastokens(library: tokenizers.Tokenizer) -> fastokens.Tokenizer | None:
+def load_fastokens(library: Library) -> fastokens.Tokenizer | None:
     """Load the same tokenizer into fastokens, which is many times faster; None if it cannot read
     it, or gives other ids for PROBE."""
     import fastokens

@@ -16,9 +16,10 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain import missing_package
+from pretrain.fileio import unique_keys
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.sentencepiece import read_sentencepiece
@@ -125,7 +126,7 @@ def _gpt2_folder() -> Path:
 def _check_duplicates(text: str) -> None:
     """ValueError for a duplicate key or merge, of which the library would silently ignore one."""
     try:
-        content = json.loads(text, object_pairs_hook=_unique_keys)
+        content = json.loads(text, object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, RecursionError):
         return  # the library raises the error
     model = content.get("model") if isinstance(content, dict) else None
@@ -134,14 +135,6 @@ def _check_duplicates(text: str) -> None:
         counts = Counter(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
         if len(counts) < len(merges):
             raise ValueError(f"duplicate merge {counts.most_common(1)[0][0]!r:.60}")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"not a tokenizer.json: duplicate key {key!r:.60}")
-    return content
 
 
 def read_gpt2(vocabulary_file: Path, merges_file: Path) -> tokenizers.Tokenizer:

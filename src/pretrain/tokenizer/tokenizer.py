@@ -92,7 +92,7 @@ class Tokenizer:
 
         self.space_prefix = space_prefix(description)
         self.kind = kind_of(description, self._tokens, special)
-        self.encoder = create_encoder(self.kind, library, self._tokens, description)
+        self.encoder = create_encoder(self.kind, self._tokens, description, library)
         if self.kind == "bpe" and not all(
             self.decode(self.encode(text)) == text for text in (PROBE, " " + PROBE)
         ):

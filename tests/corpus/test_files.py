@@ -1,0 +1,150 @@
+"""Sources: which files are listed, in which order, and which are skipped or rejected."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from corpus_files import (
+    read_texts,
+    write_records,
+)
+from pretrain.corpus import (
+    Document,
+    ReadingReport,
+    bundled_corpus,
+    list_files,
+    read_documents,
+    reading,
+)
+from pretrain.corpus.files import SourceFile
+
+
+def test_bundled_corpus_is_complete() -> None:
+    report = ReadingReport()
+    documents = list(read_documents("bundled", report=report))
+    assert (report.n_documents, report.n_text_bytes) == (371, 11_972_889)
+    assert report.n_problems == 0
+    assert len({document.id for document in documents}) == 371
+    assert documents[0].title == "State of the Union Address, 1790"
+    assert report.n_read_bytes == bundled_corpus().stat().st_size
+
+
+def test_folder_is_read_in_order_of_relative_paths(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/b/c.txt", "a.txt", ".hidden.txt", ".git/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    write_records(tmp_path / "c.jsonl", {"text": "one"}, {"text": "two"})
+    found = list(read_documents(tmp_path))
+    names = ["a.txt", "a/b/c.txt", "a/z.md", "b.txt", "c.jsonl:1", "c.jsonl:2"]
+    assert [document.id for document in found] == names
+    name = "a/b/c.txt"
+    assert found[1] == Document(id=name, text=name, source=name, source_argument=str(tmp_path))
+
+
+def test_links_and_pipes_in_a_folder_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "table.csv").write_text("1,2")
+    os.mkfifo(tmp_path / "pipe.txt")
+    report = ReadingReport()
+    assert [file.name for file in list_files(tmp_path, report=report)] == ["a.txt", "table.csv"]
+    reasons = {problem.file: problem.reason for problem in report.problems}
+    assert set(reasons) == {"loop", "again.txt", "pipe.txt"}
+    assert "symbolic link" in reasons["loop"]
+    assert "pipe" in reasons["pipe.txt"]
+    with pytest.raises(ValueError, match="a pipe, not a regular file"):
+        list_files(tmp_path / "pipe.txt")
+
+
+def test_runs_and_prepared_texts_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for folder, marks in (
+        ("runs/a-1", "config.yaml environment.json tokenizer"),
+        ("b", "asked.yaml"),
+        ("imported", "config.yaml checkpoints tokenizer"),
+        ("prepared", "manifest.json report.json tokenizer"),
+        ("mine", "config.yaml environment.json"),  # not ours, whatever they are
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in [*marks.split(), "samples.jsonl"]:
+            (tmp_path / folder / name).write_text("{}")
+    report = ReadingReport()
+    found = {file.name.split("/")[0] for file in list_files(tmp_path, report=report)}
+    assert found == {"a.txt", "mine"}
+    problems = " ".join(problem.file for problem in report.problems)
+    assert problems == "b/ imported/ prepared/ runs/a-1/"
+    with pytest.raises(ValueError, match="resume a run with pretrain train --resume --run DIR"):
+        list_files(tmp_path / "runs/a-1")
+
+
+def test_folder_without_text_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"contains no file; readable formats are text"):
+        list_files(tmp_path)
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\0\x01")
+    report = ReadingReport()
+    assert read_texts(tmp_path, report=report, strict=True) == []
+    assert (report.n_skipped_files, report.problems[0].offset) == (1, 9)
+    with pytest.raises(ValueError, match=r"a\.pdf, byte 9: binary.*readable formats are text"):
+        read_texts(tmp_path / "a.pdf")
+
+
+def test_missing_path_suggests_near_names(tmp_path: Path) -> None:
+    (tmp_path / "shakespeare.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"shakespear\.txt.*does not exist.*'shakespeare\.txt'"):
+        list_files(tmp_path / "shakespear.txt")
+
+
+def test_several_sources_are_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("third", encoding="utf-8")
+    (tmp_path / "z.jsonl").write_text('{"text": "first"}\n', encoding="utf-8")
+    sources = [tmp_path / "z.jsonl", tmp_path / "books", tmp_path / "a.txt"]
+    assert read_texts(sources) == ["first", "second", "third"]
+    names = [file.name for file in list_files(sources)]
+    places = [tmp_path / "z.jsonl", tmp_path / "books" / "b.txt", tmp_path / "a.txt"]
+    assert names == [place.as_posix() for place in places]
+    # One source in a list is that source.
+    assert list_files([tmp_path / "books"]) == list_files(tmp_path / "books")
+
+
+@pytest.mark.parametrize("second", ["books", "books/b.txt"])
+def test_file_in_two_sources_is_rejected(tmp_path: Path, second: str) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(ValueError, match="would be read twice"):
+        list_files([tmp_path / "books", tmp_path / second])
+    for nothing in ([], "", [str(tmp_path), ""]):
+        with pytest.raises(ValueError, match="no source of text"):
+            list_files(nothing)
+
+
+def test_glob_patterns(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md", "[1].txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert read_texts(str(tmp_path / "[ab].txt")) == ["a.txt", "b.txt"]
+    assert read_texts(str(tmp_path / "[1].txt")) == ["[1].txt"]
+    with pytest.raises(ValueError, match="no file matches the pattern"):
+        read_texts(str(tmp_path / "*.pdf"))
+
+
+def test_unreadable_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unreadable, or gone since it was listed; root may read everything, hence the patch."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+
+    def refusing(file: SourceFile) -> bytes:
+        if file.name == "a.txt":
+            raise PermissionError(13, "Permission denied")
+        return b"text"
+
+    monkeypatch.setattr(reading, "read_head", refusing)
+    report = ReadingReport()
+    assert read_texts(tmp_path, report=report) == ["b.txt"]
+    assert "cannot be read: Permission denied" in report.problems[0].reason
+    with pytest.raises(ValueError, match="cannot be read: Permission denied"):
+        read_texts(tmp_path / "a.txt")
