@@ -1,8 +1,8 @@
 """What a resume checks before its first step, in order: RESUME_CHECKS is the list.
 
-`start.resume` calls these functions in this order, each raises a ValueError that names what differs
-and what to do, and nothing is changed on the disk before all of them have passed. The last entries
-are checked by `train.state.open_run`, while it loads the checkpoint.
+`start.resume` calls these functions in this order; each raises a ValueError that names what differs
+and what to do. The last three checks are made by `train.state.open_run`, while it loads the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -65,30 +65,26 @@ def requested_config(stored: RunConfig, target: str | None, overrides: Layer) ->
     *below, above = other_layers
     composed = with_absolute_paths(compose_target(target, below, above))
 
-    plain, requested = to_dict(composed), {}
+    plain, explicit = to_dict(composed), {}
     for layer in other_layers:
         for section in layer:
             for key in layer[section]:
                 name, value = f"{section}.{key}", plain[section][key]
                 # Elsewhere an empty value means "resolve it", and it was resolved at the start.
                 if value not in (None, "auto") or name == "train.patience":
-                    requested[name] = value
+                    explicit[name] = value
     if composed.train.steps is not None:
-        requested.pop("train.minutes", None)  # of a recipe; steps replace it
-    wanted = with_settings(stored, requested)
+        explicit.pop("train.minutes", None)  # of a recipe; steps replace it
+    requested = with_settings(stored, explicit)
 
     own = to_dict(stored)
-    parallel_layers = [{"parallel": layer["parallel"]} for layer in layers if "parallel" in layer]
-    if "parallel" in overrides:
-        parallel_layers.append({"parallel": overrides["parallel"]})
-    parallel = compose(
-        [
-            {"model": own["model"], "parallel": own["parallel"]},
-            *parallel_layers,
-            {"parallel": {"processes": n_processes()}},
-        ]
-    ).parallel
-    return replace(wanted, parallel=parallel)
+    parallel_layers: list[Layer] = [
+        {"model": own["model"], "parallel": own["parallel"]},
+        *({"parallel": layer.get("parallel", {})} for layer in [*layers, overrides]),
+        {"parallel": {"processes": n_processes()}},
+    ]
+    parallel = compose(parallel_layers).parallel
+    return replace(requested, parallel=parallel)
 
 
 def check_axes(config: RunConfig) -> None:
@@ -102,9 +98,9 @@ def check_packages_and_tasks(config: RunConfig) -> list[EvalTask]:
     return read_in_loop_tasks(config.evaluate)
 
 
-def check_finished_run(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str]) -> None:
+def check_finished_run(stored: RunConfig, requested: RunConfig, accepted: Sequence[str]) -> None:
     """A finished run keeps its settings: there is nothing left to train with other ones."""
-    changes = differences(settings_of(stored), settings_of(wanted))
+    changes = differences(settings_of(stored), settings_of(requested))
     words = {change.word for change in changes}
     check_accepted(changes, words.intersection(accepted))
 
@@ -131,9 +127,9 @@ def newest_checkpoint(folder: Path, run: str, log: Log) -> Checkpoint | None:
     return checkpoint
 
 
-def check_text_settings(previous: Previous, wanted: RunConfig, accepted: Sequence[str]) -> None:
+def check_text_settings(previous: Previous, requested: RunConfig, accepted: Sequence[str]) -> None:
     """The settings of the text are the same, or accepted: before it is prepared for hours."""
-    changes = _changes(previous, {**previous.values, **settings_of(wanted)})
+    changes = _changes(previous, {**previous.values, **settings_of(requested)})
     if any(c.is_text and (c.impossible or c.word not in accepted) for c in changes):
         words = {change.word for change in changes}
         check_accepted(changes, [word for word in accepted if word in words])
@@ -141,7 +137,7 @@ def check_text_settings(previous: Previous, wanted: RunConfig, accepted: Sequenc
 
 def check_changes(
     previous: Previous,
-    wanted: RunConfig,
+    requested: RunConfig,
     fingerprint: Mapping[str, Any],
     data: PreparedData,
     accepted: Sequence[str],
@@ -150,16 +146,17 @@ def check_changes(
     and the log up to the checkpoint) is the same, or accepted by name. Returns the changes."""
     from pretrain.tokenizer import load_tokenizer
 
-    now = {**fingerprint, **settings_of(wanted), **log_hashes(previous)}
+    now = {**fingerprint, **settings_of(requested), **log_hashes(previous)}
     changes = _changes(previous, now)
-    for number, change in enumerate(changes):
-        if change.name != "tokenizer":
-            continue
+    if any(change.name == "tokenizer" for change in changes):
         old_size = load_tokenizer(previous.folder / TOKENIZER).vocab_size
         new_size = data.manifest.vocab_size
         if old_size != new_size:
             reason = f"the model has a row for each of {old_size:,} tokens (got {new_size:,})"
-            changes[number] = replace(change, impossible=reason)
+            changes = [
+                replace(change, impossible=reason) if change.name == "tokenizer" else change
+                for change in changes
+            ]
     check_accepted(changes, accepted, now=now, records=previous.records)
     return changes
 
@@ -172,14 +169,14 @@ def _changes(previous: Previous, now: Mapping[str, Any]) -> list[Change]:
     return changes
 
 
-def check_batch(config: RunConfig, data: PreparedData) -> None:
+def check_fits_text(config: RunConfig, data: PreparedData) -> None:
     """Context length and batch size fit the text."""
     from pretrain.train.resolve import check_batch
 
     check_batch(config.model, config.train, n_tokens=data.min_source_tokens)
 
 
-def _first_sentence(check: Callable[..., Any]) -> str:
+def _description(check: Callable[..., Any]) -> str:
     """Return the first paragraph of a docstring as one line."""
     return " ".join((inspect.getdoc(check) or "").partition("\n\n")[0].split())
 
@@ -196,12 +193,12 @@ _IN_ORDER: tuple[Callable[..., Any], ...] = (
     check_text_settings,
     open_text,
     check_changes,
-    check_batch,
+    check_fits_text,
     repair_tokenizer,
     check_same_on_all_ranks,
 )
 RESUME_CHECKS: Mapping[str, str] = {
-    **{check.__name__: _first_sentence(check) for check in _IN_ORDER},
+    **{check.__name__: _description(check) for check in _IN_ORDER},
     # Of train.state.open_run.
     "check_disk": "The disk has space for the next checkpoints.",
     "restore": "Every byte of weights and optimizer state is as it was saved.",

@@ -1,8 +1,8 @@
 """MODEL -> a loaded model: `load_model` is the front door of the library.
 
 MODEL is a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF
-file, or a .bin file of llama2.c. Rejected with a ValueError are paths that are none of these, and a
-run whose tokenizer is not the one that it was trained with.
+file, or a .bin file of llama2.c. ValueError for other paths, and for a run whose tokenizer is
+not the one that it was trained with.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LoadedModel:
     """None for a foreign model"""
     world: World
     """the device that the weights are on"""
-    _is_laid_out: bool = field(default=False, repr=False)
+    _is_optimized: bool = field(default=False, repr=False)
 
     @property
     def precision(self) -> str:
@@ -60,11 +60,11 @@ class LoadedModel:
         return self.config.train.precision if same_device else "fp32"
 
     @property
-    def loss(self) -> LMLoss:
+    def lm_loss(self) -> LMLoss:
         """The loss module: micro-batch -> (sum of nats, number of valid targets)."""
         from pretrain.model import LMLoss
 
-        return LMLoss(self.decoder)
+        return LMLoss(self.decoder).eval()
 
     def generate(
         self,
@@ -84,9 +84,9 @@ class LoadedModel:
         from pretrain.generate import Sampling, generate, pack_weights
 
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        if not self._is_laid_out:
+        if not self._is_optimized:
             pack_weights(self.decoder)
-            self._is_laid_out = True
+            self._is_optimized = True
         return generate(
             self.decoder,
             self.tokenizer,
@@ -120,7 +120,7 @@ class LoadedModel:
         from pretrain.evaluate import score_texts
 
         return score_texts(
-            self.loss,
+            self.lm_loss,
             self.tokenizer,
             texts,
             world=self.world,
@@ -156,8 +156,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
             "with: it was changed or damaged"
         )
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
-    loss = LMLoss(decoder)
-    load_weights(ParallelModel(loss, world), checkpoint)
+    load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
     return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
 
 

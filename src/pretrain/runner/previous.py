@@ -165,16 +165,16 @@ def _log_name(file_name: str) -> str:
     return file_name.partition(".")[0]
 
 
-def with_schedule_history(wanted: RunConfig, previous: Previous) -> RunConfig:
-    """Return the wanted config, whose schedule holds from the checkpoint's step on: if it was
+def with_schedule_history(requested: RunConfig, previous: Previous) -> RunConfig:
+    """Return the requested config, whose schedule holds from the checkpoint's step on: if it was
     changed, the steps before keep the learning rates that they had."""
     before = previous.config
-    is_same = replace(wanted.schedule, history=before.schedule.history) == before.schedule
-    if is_same and wanted.optimizer.learning_rate == before.optimizer.learning_rate:
+    is_same = replace(requested.schedule, history=before.schedule.history) == before.schedule
+    if is_same and requested.optimizer.learning_rate == before.optimizer.learning_rate:
         history = before.schedule.history
     else:
         history = lr_schedule_of(before).history_until(previous.step)
-    return replace(wanted, schedule=replace(wanted.schedule, history=history))
+    return replace(requested, schedule=replace(requested.schedule, history=history))
 
 
 def write_changes(

@@ -10,22 +10,21 @@ from __future__ import annotations
 import glob
 import importlib.resources
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.config import Layer, Rules, RunConfig, compose, read_file
 from pretrain.corpus import list_files
 from pretrain.data.format import is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report import require_packages
-from pretrain.run.directory import CONFIG, REQUESTED
+from pretrain.run.directory import CONFIG, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
-    from pretrain.model import ModelConfig
 
 RUNS = Path("runs")
 DEFAULT_RECIPE = "english"
@@ -71,14 +70,53 @@ def read_target(target: str | None) -> tuple[str, list[Layer]]:
 def compose_target(
     target: str | None, layers: list[Layer], overrides: Layer, *, rules: Rules | None = None
 ) -> RunConfig:
-    """Compose the layers of a target and the command line's overrides. A YAML file is the user's
-    own word and must fit train.init_from; a recipe gives way to it. `rules`: see `compose`."""
-    if (target or "").lower().endswith((".yaml", ".yml")):
-        return compose_with_init_from([], [*layers, overrides], rules=rules)
-    return compose_with_init_from(layers, [overrides], rules=rules)
+    """Compose the layers of a target with the command's overrides; `rules`: see `compose`.
 
+    With train.init_from, architecture and tokenizer are those of that model, whatever a recipe
+    names. ValueError where the user's own settings, of which a YAML file is one, do not fit them.
+    """
+    is_file = (target or "").lower().endswith((".yaml", ".yml"))
+    recipe, user = ([], [*layers, overrides]) if is_file else (layers, [overrides])
+    config = compose([*recipe, *user], rules=rules)
+    if config.train.init_from is None:
+        return config
+    source = Path(config.train.init_from)
+    if not (source / CONFIG).is_file() and not (source / "manifest.json").is_file():
+        raise ValueError(
+            f"train.init_from must be a run or a checkpoint (got {source}); import a model of "
+            f"another library first: pretrain import {source} --out DIR"
+        )
+    run, checkpoint = find_checkpoint(source)
+    old_model = compose([read_file(run / CONFIG)]).model
+    inherited: Layer = {
+        "model": {**asdict(old_model), "preset": None},
+        "tokenizer": {"name": str((run / TOKENIZER).resolve()), "vocab_size": None},
+    }
+    rest: list[Layer] = [
+        {section: keys for section, keys in layer.items() if section not in inherited}
+        for layer in recipe
+    ]
+    absolute: Layer = {"train": {"init_from": str(checkpoint.resolve())}}
 
-# --- train.init_from ----------------------------------------------------------------------------
+    def misfits(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if any("tokenizer" in layer for layer in user):
+            yield (
+                "train.init_from",
+                "tokenizer settings must not be given with train.init_from: its tokenizer is used",
+            )
+        may_differ = _SHAPELESS
+        if old_model.position != "learned":
+            may_differ |= {"context_length"}
+        before, after = asdict(old_model), asdict(config.model)
+        names = [key for key in before if before[key] != after[key] and key not in may_differ]
+        if names:
+            changes = "; ".join(f"model.{name} {before[name]} -> {after[name]}" for name in names)
+            yield (
+                " ".join(f"model.{name}" for name in names),
+                f"the weights of train.init_from would not fit: {changes}",
+            )
+
+    return compose([*rest, inherited, *user, absolute], rules=misfits)
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
@@ -88,69 +126,6 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
     from pretrain.checkpoint import open_checkpoint
 
     return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
-
-
-def compose_with_init_from(
-    recipe: list[Layer], user: list[Layer], *, rules: Rules | None = None
-) -> RunConfig:
-    """Compose a config from layers, `user` over `recipe`. With train.init_from, architecture and
-    tokenizer are those of that model instead of the recipe's, and its path becomes absolute.
-
-    `rules`: see `compose`. ValueError for a setting in `user` under which the weights do not fit.
-    """
-    config = compose(recipe + user, rules=rules)
-    if config.train.init_from is None:
-        return config
-    source = Path(config.train.init_from)
-    if not (source / "config.yaml").is_file() and not (source / "manifest.json").is_file():
-        raise ValueError(
-            f"train.init_from must be a run or a checkpoint (got {source}); import a model of "
-            f"another library first: pretrain import {source} --out DIR"
-        )
-    run, checkpoint = find_checkpoint(source)
-    old_model = compose([read_file(run / "config.yaml")]).model
-    inherited: Layer = {
-        "model": {**asdict(old_model), "preset": None},
-        "tokenizer": {"name": str((run / "tokenizer").resolve()), "vocab_size": None},
-        "train": {"init_from": str(checkpoint.resolve())},
-    }
-    recipe = [_without(layer, "model", "tokenizer") for layer in recipe]
-    user_layers = []
-    for layer in user:
-        if "train" in layer:
-            layer = {**layer, "train": _without(layer["train"], "init_from")}
-        user_layers.append(layer)
-
-    def errors(config: RunConfig) -> Iterator[tuple[str, str]]:
-        if any("tokenizer" in layer for layer in user):
-            yield (
-                "train.init_from",
-                "tokenizer settings must not be given with train.init_from: its tokenizer is used",
-            )
-        yield from _misfits(old_model, config.model)
-
-    return compose([*recipe, inherited, *user_layers], rules=errors)
-
-
-def _without(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name not in names}
-
-
-def _misfits(old: ModelConfig, new: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Yield an error (its fields, message) where weights of the old model do not fit the new
-    one."""
-    may_differ = _SHAPELESS
-    if old.position != "learned":
-        may_differ |= {"context_length"}
-    before, after = asdict(old), asdict(new)
-    changes = {
-        f"model.{key}": f"model.{key} {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key] and key not in may_differ
-    }
-    if changes:
-        message = f"the weights of train.init_from would not fit: {'; '.join(changes.values())}"
-        yield " ".join(changes), message
 
 
 # --- this machine ------------------------------------------------------------------------------

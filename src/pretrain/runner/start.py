@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,9 +45,9 @@ from pretrain.run.directory import (
 from pretrain.run.log import RunLog
 from pretrain.runner.checks import (
     check_axes,
-    check_batch,
     check_changes,
     check_finished_run,
+    check_fits_text,
     check_packages_and_tasks,
     check_text_settings,
     newest_checkpoint,
@@ -212,12 +212,16 @@ def _train_from_scratch(
         try:
             tasks = read_in_loop_tasks(config.evaluate)
             data = open_text(config, log, world)
-            check_batch(config, data)  # before torch is imported
+            check_fits_text(config, data)  # before torch is imported
             world = world or open_world_of(config)
             config, identity = _resolve(config, folder, data, tasks, log, world)
         except (ValueError, KeyboardInterrupt):  # not a full disk, after which it is resumed
-            if is_main:
-                _remove_traces(folder, new_folders)
+            if is_main:  # remove its files, and the folders that were made for it
+                for name in (*REQUESTED_NAMES, LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    for path in new_folders:
+                        path.rmdir()
             raise
         return _train(request, config, folder, data, tasks, stream, world, identity)
 
@@ -238,7 +242,7 @@ def _resolve(
     if config.train.steps is None and config.train.minutes is not None:
         log(f"measuring how many steps fit into {config.train.minutes:g} min ...")
     config = resolve(config, data, world, tasks)
-    fingerprint = {**_fingerprint(config, data, world), "settings": settings_of(config)}
+    fingerprint = {**_fingerprint_of(config, data, world), "settings": settings_of(config)}
     check_same_on_all_ranks(world, fingerprint)
     if world.is_main:
         data.tokenizer().save(folder / TOKENIZER)
@@ -257,15 +261,6 @@ def _resolve(
             (folder / name).unlink(missing_ok=True)
     world.wait_for_main()
     return config, {"run": read_environment(folder)["run"], "fingerprint": fingerprint}
-
-
-def _remove_traces(folder: Path, new_folders: Sequence[Path]) -> None:
-    """Remove the files of a run that could not start, and the folders that were made for it."""
-    for name in (*REQUESTED_NAMES, LOCK):
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        for path in new_folders:
-            path.rmdir()
 
 
 # --- a run that continues ----------------------------------------------------------------------
@@ -289,16 +284,16 @@ def resume(
         return _train_from_scratch(request, config, folder, stream, world)
 
     stored = read_run_config(folder)
-    wanted = requested_config(stored, request.target, overrides)
-    check_axes(wanted)
-    tasks = check_packages_and_tasks(wanted)
+    requested = requested_config(stored, request.target, overrides)
+    check_axes(requested)
+    tasks = check_packages_and_tasks(requested)
     if extension is not None:
-        check_extension(folder, wanted, extension)
+        check_extension(folder, requested, extension)
     elif is_finished(folder, stored):
-        check_finished_run(stored, wanted, accepted)
-        return _report_finished(folder, wanted, stream)
+        check_finished_run(stored, requested, accepted)
+        return _report_finished(folder, requested, stream)
 
-    joined, stream = join_processes(wanted, stream)
+    joined, stream = join_processes(requested, stream)
     log = log_to(stream)
     if joined is not None and not joined.is_main:
         return _resume_on_other_rank(request, folder, stream, joined)
@@ -313,14 +308,14 @@ def resume(
         previous = load_previous(
             folder, stored, checkpoint, started_with=started_with, command=command
         )
-        wanted = with_schedule_history(wanted, previous)
-        check_text_settings(previous, wanted, accepted)
-        data = open_text(wanted, log)
-        world = joined or open_world_of(wanted)
-        fingerprint = _fingerprint(wanted, data, world)
-        changes = check_changes(previous, wanted, fingerprint, data, accepted)
+        requested = with_schedule_history(requested, previous)
+        check_text_settings(previous, requested, accepted)
+        data = open_text(requested, log)
+        world = joined or open_world_of(requested)
+        fingerprint = _fingerprint_of(requested, data, world)
+        changes = check_changes(previous, requested, fingerprint, data, accepted)
 
-        config = _resolve_resumed(wanted, previous, extension, data, tasks, world)
+        config = _resolve_resumed(requested, previous, extension, data, tasks, world)
         write_changes(previous, config, changes, command=command, log=log)
         repair_tokenizer(folder, data, log)
         archive_results(folder)
@@ -334,7 +329,7 @@ def resume(
 
 
 def _resolve_resumed(
-    wanted: RunConfig,
+    requested: RunConfig,
     previous: Previous,
     extension: Extension | None,
     data: PreparedData,
@@ -343,13 +338,13 @@ def _resolve_resumed(
 ) -> RunConfig:
     """Return the settings under which the run continues: with the accepted device and threads, the
     added steps, and an interval for in-loop tasks if it had none before."""
-    train = replace(wanted.train, threads=world.threads, device=cast(Device, world.device.type))
-    config = replace(wanted, train=train)
+    train = replace(requested.train, threads=world.threads, device=cast(Device, world.device.type))
+    config = replace(requested, train=train)
     if extension is not None:
         before = config
         config = extended_config(config, extension, previous.step)
         check_seen_samples(data, before, config)
-    check_batch(config, data)
+    check_fits_text(config, data)
     if not tasks or config.evaluate.every is not None:
         return config
 
@@ -376,7 +371,7 @@ def _resume_on_other_rank(
     name = world.broadcast_str("")
     config = read_run_config(folder)
     data = prepared_text(config)
-    fingerprint = {**_fingerprint(config, data, world), "settings": settings_of(config)}
+    fingerprint = {**_fingerprint_of(config, data, world), "settings": settings_of(config)}
     check_same_on_all_ranks(world, fingerprint)
     identity = {"run": read_environment(folder)["run"], "fingerprint": fingerprint}
     tasks = read_in_loop_tasks(config.evaluate)
@@ -414,7 +409,7 @@ def _describe_resume(folder: Path, checkpoint: Checkpoint | None) -> str:
 # --- training ----------------------------------------------------------------------------------
 
 
-def _fingerprint(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
+def _fingerprint_of(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
     from pretrain.train.state import fingerprint
 
     return fingerprint(data, world, initial_checkpoint(config))

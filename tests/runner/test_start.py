@@ -1,0 +1,46 @@
+"""A request as a command line for launched processes, and runs that were killed early."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.cli import main, take_settings
+from pretrain.config import parse_overrides
+from pretrain.runner import start
+from pretrain.runner.request import is_started, new_run_folder, requested_file
+from tiny import TINY
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["3e-4", "text", "a: [b]", "é\n", "", None, True, 3, -0.5, 1e-5, math.inf, -math.inf, [1, "2"]],
+)
+def test_overrides_survive_the_command_line(value: object) -> None:
+    overrides: dict[str, dict[str, Any]] = {"train": {"steps": value}, "model": {"d_model": 64}}
+    request = start.Request(target="my text.txt", overrides=overrides, accepted=("code",))
+    settings, args = take_settings(start._command_line(request, Path("runs/a")))
+    assert parse_overrides(settings) == overrides
+    assert args == ["train", "--run", "runs/a", "my text.txt", "--accept", "code"]
+
+
+@pytest.mark.parametrize("name", ["requested.yaml", "asked.yaml"])
+def test_run_without_resolved_settings_starts_from_scratch(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """asked.yaml is the name of the file in earlier versions."""
+    run, done = tmp_path / "run", tmp_path / "done"
+    assert main(["train", str(corpus), *TINY, "--train.steps", "2", "--run", str(done)]) == 0
+    run.mkdir()
+    (run / name).write_bytes((done / "config.yaml").read_bytes())
+    assert is_started(run)
+    assert new_run_folder("name", run) == run  # such a folder may also be used for a new run
+    capsys.readouterr()
+    assert main(["train", "--resume", "--run", str(run)]) == 0
+    assert "was stopped before its settings were resolved" in capsys.readouterr().out
+    assert (run / "summary.json").is_file()
+    assert not (run / name).exists()
+    assert requested_file(run) is None
