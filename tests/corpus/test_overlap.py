@@ -28,7 +28,7 @@ from pretrain.corpus.words import ngram_hashes, split_words, word_hash_windows, 
 from pretrain.data import prepare
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.overlap import (
-    row_of,
+    overlap_row,
 )
 from pretrain.rng import splitmix64
 from texts import prose
@@ -90,9 +90,9 @@ def test_split_words_returns_the_hashed_words() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
-@pytest.mark.parametrize("piece_tokens", [1, 7, 1 << 19])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1 << 19])
 def test_prepared_documents_are_decoded_in_chunks(
-    tokenizer: str, piece_tokens: int, tmp_path: Path
+    tokenizer: str, chunk_tokens: int, tmp_path: Path
 ) -> None:
     texts = ["".join(random.Random(n).choices("ab é中\n😀", k=90)).strip() for n in range(30)]
     file = tmp_path / "t.jsonl"
@@ -102,7 +102,7 @@ def test_prepared_documents_are_decoded_in_chunks(
     found: set[str] = set()
     for split in ("train", "val"):
         stream = data.split(split)
-        pieces = list(document_texts(stream, data.tokenizer(), piece_tokens=piece_tokens))
+        pieces = list(document_texts(stream, data.tokenizer(), chunk_tokens=chunk_tokens))
         whole = ["".join(t for n, t in pieces if n == k) for k in range(stream.n_documents)]
         assert [n for n, _ in pieces] == sorted(n for n, _ in pieces)
         for (_, words), text in zip([*word_hash_windows(enumerate(whole), 8)], whole, strict=True):
@@ -132,7 +132,7 @@ def test_shares_equal_those_computed_by_hand() -> None:
         corpus,
     )
     assert [int(each.in_corpus.sum()) for each in found] == [8, 3, 0, 0]
-    row = row_of(found)
+    row = overlap_row(found)
     # SEA has 15 words and 8 n-grams; 3 of half's are these: 8 + 4 + 7 different ones in all.
     assert (row["ngrams"], row["in_corpus"], row["percent"]) == (19, 8, 42.105)
     assert (row["examples"], row["too_short"], row["without"]) == (4, 1, 1)
@@ -150,15 +150,15 @@ def test_shares_equal_those_computed_by_hand() -> None:
 
 def test_texts_without_ngrams_have_no_share() -> None:
     corpus = corpus_ngram_filter(lambda: [(0, SEA)])
-    row = row_of(
+    row = overlap_row(
         measure_overlap([("empty", ""), ("seven", " ".join(split_words(SEA)[:7]))], corpus)
     )
     assert (row["examples"], row["too_short"], row["ngrams"]) == (2, 2, 0)
     assert row["percent"] is row["median_percent"] is row["most"] is None
-    assert row_of([])["examples"] == 0
+    assert overlap_row([])["examples"] == 0
     nothing = corpus_ngram_filter(lambda: [(0, ""), (1, "too few words")])
-    assert row_of(measure_overlap([("sea", SEA)], nothing))["percent"] == 0
-    assert row_of(measure_overlap([("sea", SEA)], nothing))["most"] is None
+    assert overlap_row(measure_overlap([("sea", SEA)], nothing))["percent"] == 0
+    assert overlap_row(measure_overlap([("sea", SEA)], nothing))["most"] is None
 
 
 def longest_by_brute_force(text: list[str], documents: list[list[str]]) -> tuple[int, int] | None:

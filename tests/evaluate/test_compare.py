@@ -113,7 +113,7 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
 
 
 def test_other_examples_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="3 and 4 examples"):
+    with pytest.raises(ValueError, match="got 3 and 4"):
         compare("accuracy", np.ones((3, 2)), np.ones((4, 2)), seed=1)
 
 
@@ -199,7 +199,7 @@ def test_compare_says_what_it_lacks(
     for words, said in (
         ([name, "--text", "x"], "is one model"),
         ([name, name, "--text", "x"], "is one model"),
-        ([name, str(tmp_path)], "compare needs what to ask"),
+        ([name, str(tmp_path)], "compare needs a text or a task"),
         ([name, str(tmp_path), "--text", str(tmp_path / "missing")], "missing"),
     ):
         assert main(["compare", *words]) == 2

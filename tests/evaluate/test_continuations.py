@@ -98,8 +98,8 @@ def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: LoadedModel) ->
 def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: LoadedModel) -> None:
     pairs = random_pairs(40, longest=60)
     answers = score_pairs(model.decoder, pairs, world=model.world)
-    assert any(a.is_cut for a in answers)
-    assert not all(a.is_cut for a in answers)
+    assert any(a.is_truncated for a in answers)
+    assert not all(a.is_truncated for a in answers)
     for pair, answer in zip(pairs, answers, strict=True):
         ids = list(pair.ids[-(CONTEXT + 1) :])
         first = pair.n_context - (len(pair.ids) - len(ids))

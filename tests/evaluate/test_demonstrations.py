@@ -17,8 +17,8 @@ from pretrain.corpus.demonstrations import (
     split_sentences,
     translation_demonstrations,
 )
-from pretrain.evaluate.conditions import baselines, reference_nats
-from pretrain.evaluate.examples import Example, askable, prompt, with_shots
+from pretrain.evaluate.conditioning import baseline_statistics, reference_nats
+from pretrain.evaluate.examples import Example, prompt, promptable_tasks, with_shots
 from pretrain.evaluate.tasks import task_named, tasks
 from pretrain.runner.open import load_model
 from test_tasks import log_p, written
@@ -211,7 +211,7 @@ def test_wrong_tasks_are_asked_of_the_same_input_and_are_other_words() -> None:
     asked = [task for task in tasks().values() if task.wrong]
     assert len(asked) == 9
     for task in asked:
-        assert {task.name, task.wrong} <= set(askable())
+        assert {task.name, task.wrong} <= set(promptable_tasks())
         assert prompt(task, "x") != prompt(task_named(task.wrong), "x")
 
 
@@ -241,7 +241,7 @@ def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -
 
 def test_baselines_are_the_input_and_its_first_sentence() -> None:
     example = Example(("x",), ("Red birds sing.",), input="Red birds fly. They eat seeds.")
-    found = baselines("f1", [example])
+    found = baseline_statistics("f1", [example])
     # Two of three and six words are in the reference; two of three and three.
     assert found["copy"].tolist() == [[pytest.approx(2 * 2 / (6 + 3)), 1.0]]
     assert found["lead"].tolist() == [[pytest.approx(2 * 2 / (3 + 3)), 1.0]]

@@ -54,7 +54,7 @@ def test_scores_are_derived_from_the_sums() -> None:
     assert score.nats_per_token == 2.0
     assert score.perplexity == pytest.approx(math.e**2)
     assert score.bits_per_byte == pytest.approx(20 / math.log(2) / 40)
-    assert score.per_word(5) == pytest.approx(math.e**4)
+    assert score.word_perplexity(5) == pytest.approx(math.e**4)
     assert math.isnan(Score(0.0, 0, 0).bits_per_byte)
 
 

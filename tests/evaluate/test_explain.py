@@ -16,9 +16,12 @@ import torch
 from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
 from pretrain.evaluate.examples import Example
-from pretrain.evaluate.explain import Explanation, explain
+from pretrain.evaluate.lm_eval_differences import (
+    HarnessComparison,
+    compare_with_harness,
+    read_samples,
+)
 from pretrain.evaluate.run_tasks import evaluate_task
-from pretrain.evaluate.samples import read_samples
 from pretrain.evaluate.tasks import Task, task_of_kind
 from pretrain.runner.open import LoadedModel, load_model
 from tiny import write_llama
@@ -63,12 +66,14 @@ def line(
     return json.dumps({"doc_id": number, "arguments": arguments, "resps": said, **more})
 
 
-def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> Explanation:
+def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> HarnessComparison:
     """What is said of samples of an example and, in the first place, of one that is the same."""
     examples, world = [example] * len(lines), model.world
     results = evaluate_task(model.decoder, model.tokenizer, task, examples, world=world)
     samples = read_samples("\n".join(lines))
-    return explain(model.decoder, model.tokenizer, task, examples, results, samples, world=world)
+    return compare_with_harness(
+        model.decoder, model.tokenizer, task, examples, results, samples, world=world
+    )
 
 
 def cause(model: LoadedModel, example: Example, sample: str, **task: Any) -> tuple[str, str]:
@@ -96,8 +101,8 @@ def test_what_is_the_same_is_counted_and_not_explained(model: LoadedModel) -> No
         model, task_of_kind("choice", "mine"), EXAMPLE, line(ASKED, near, **acc),
         line(ASKED, said, number=1, **acc), line(ASKED, said, number=7),
     )  # fmt: skip
-    assert (found.examples, found.differences, found.ties) == (2, (), 0)
-    assert found.furthest_nats == pytest.approx(5e-4, abs=1e-9)
+    assert (found.n_examples, found.differences, found.n_ties) == (2, (), 0)
+    assert found.largest_difference == pytest.approx(5e-4, abs=1e-9)
 
 
 def test_other_texts_are_shown_where_they_differ(model: LoadedModel) -> None:
@@ -152,7 +157,7 @@ def test_tokens_made_apart_are_shown(model: LoadedModel) -> None:
     )
     assert (name, detail) == (
         "tokens",
-        f"context and continuation are made tokens apart there: {theirs} there, {ours} here",
+        f"context and continuation are encoded separately there: {theirs} there, {ours} here",
     )
     said = [log_p(model, space, ids_of(model, text)) for _, text in texts]
     assert cause(model, example, line(texts, said))[0] == "tokens, start-of-text"
@@ -205,7 +210,7 @@ def test_of_equal_options_either_may_be_taken(model: LoadedModel) -> None:
     example = Example((CONTEXT,), (CHOICES[0],) * 2, 1)
     sample = line(twice, said, target="1", acc=1.0)
     found = explained(model, task_of_kind("choice", "mine"), example, sample)
-    assert found.ties == 1
+    assert found.n_ties == 1
     assert [d.cause for d in found.differences] == ["tie"]
 
 
@@ -227,7 +232,7 @@ def test_other_spellings_of_samples_are_read(model: LoadedModel) -> None:
     again = [*ASKED, *(("", text) for _, text in ASKED)]
     lines = [json.dumps(record), line([("", "x")], [0.0]), line(again, [*said, -1, -2, -3], 1)]
     found = explained(model, task_of_kind("choice", "mine"), EXAMPLE, *lines)
-    assert (found.examples, found.differences) == (2, ())
+    assert (found.n_examples, found.differences) == (2, ())
 
 
 def test_nothing_is_made_up(model: LoadedModel) -> None:
@@ -239,13 +244,13 @@ def test_nothing_is_made_up(model: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "mine holds no sample"),
-        ("[]", "line 1 is [];"),
-        ('{"doc_id": 0}', "legal: a line that lm-evaluation-harness writes with --log_samples"),
-        (line([("a", "b")], [0.0, 1.0]), "legal: a line"),
+        ("", "mine contains no sample"),
+        ("[]", "(got [])"),
+        ('{"doc_id": 0}', "must be a line that lm-evaluation-harness writes with --log_samples"),
+        (line([("a", "b")], [0.0, 1.0]), "must be a line"),
         (
             '{"doc_id": 0, "arguments": [["a", {"until": []}]], "resps": [["b"]]}',
-            "mine, line 1 is of an answer that was written; legal: samples of likelihoods",
+            "mine, line 1 is a generated answer; it must be a sample of likelihoods",
         ),
     ],
 )
@@ -273,12 +278,12 @@ def test_the_command_line_explains_what_our_model_said_elsewhere(
         found = json.loads(out)["tasks"][str(task)]["explained"]
         assert found["examples"] == 2
         assert found["causes"] == ({"start-of-text": 2} if differ else {})
-        assert f"2 examples that both were asked, of 2 here and 2 there: {differ} differ" in err
+        assert f"2 examples in both: {differ} differ" in err
         assert err.count(": start-of-text: no <|endoftext|> there\n") == differ
     assert main([*words, str(task), "--tasks", "piqa", "--explain", str(samples)]) == 2
     written = tmp_path / "open.jsonl"
     written.write_text('{"context": "Q", "answers": ["A"]}\n', encoding="utf-8")
     assert main([*words[:-1], str(written), "--explain", str(samples)]) == 2
-    assert "--explain is for one task, and none of open answers" in capsys.readouterr().err
+    assert "--explain is for one task without open answers" in capsys.readouterr().err
     assert main([*words[:4], "--explain", str(samples)]) == 2
     assert "--explain is for tasks" in capsys.readouterr().err

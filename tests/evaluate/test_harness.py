@@ -15,7 +15,7 @@ import pytest
 from pretrain.cli import harness, main
 from pretrain.cli.harness import HarnessModel
 from pretrain.corpus import read_documents
-from pretrain.evaluate.loglikelihood import rolled
+from pretrain.evaluate.loglikelihood import rolling_pairs
 from tiny import write_llama
 
 CONTEXT = 64
@@ -92,8 +92,8 @@ def test_rolling_likelihoods_are_theirs_but_for_the_start_that_they_count(
         assert abs(found[1] - expected[1]) > 1
         start = tokenizer.start_of_text
         ids = [[start, *tokenizer.encode(text).tolist()] for text in ROLLED]
-        pairs = [rolled(each, start=start, context_length=CONTEXT) for each in ids]
-        found = [-sum(answer.nats for answer in ours._scored(each)) for each in pairs]
+        pairs = [rolling_pairs(each, start=start, context_length=CONTEXT) for each in ids]
+        found = [-sum(answer.nats for answer in ours._score(each)) for each in pairs]
     assert found == pytest.approx(expected, abs=1e-3)
 
 
@@ -104,7 +104,7 @@ def test_what_is_written_is_theirs(ours: HarnessModel, theirs: Any) -> None:
 
 def test_windows_roll_as_their_interface_says() -> None:
     """The example of LM.loglikelihood_rolling: ten tokens, a context of four."""
-    pairs = rolled(range(10), start=-1, context_length=4)
+    pairs = rolling_pairs(range(10), start=-1, context_length=4)
     assert [(p.ids[:-1], p.ids[p.n_context :]) for p in pairs] == [
         ((-1, 0, 1, 2), (0, 1, 2, 3)),
         ((3, 4, 5, 6), (4, 5, 6, 7)),
@@ -126,7 +126,7 @@ def test_what_is_written_ends_before_the_first_stop(ours: HarnessModel) -> None:
     assert cut == plain[: plain.index("e")]
     assert short
     assert plain.startswith(short)
-    with pytest.raises(ValueError, match="num_beams cannot be asked of our generator; legal: unti"):
+    with pytest.raises(ValueError, match="settings of a generation must be until"):
         ours.generate_until(requests([("The people", {"num_beams": 4})]))
 
 
@@ -148,7 +148,7 @@ def test_a_start_of_text_is_as_asked(folder: Path) -> None:
     }
     assert abs(said["always"] - said["never"]) > 0.01
     assert said["model"] in (said["always"], said["never"])
-    with pytest.raises(ValueError, match="start_of_text is 'no'; legal: model, always, never"):
+    with pytest.raises(ValueError, match="start_of_text must be one of model, always, never"):
         HarnessModel(str(folder), start_of_text="no")
 
 

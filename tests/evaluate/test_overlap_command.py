@@ -19,10 +19,10 @@ from pretrain.evaluate import overlap as memorisation
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.overlap import (
     CONTINUATIONS,
+    GENERATED_TOKENS,
     PROMPT_TOKENS,
-    WRITTEN_TOKENS,
-    _held_out_places,
-    score_without,
+    _held_out_spans,
+    score_without_overlap,
 )
 from pretrain.report import write_report
 from tiny import TINY
@@ -36,10 +36,10 @@ def test_metric_without_the_examples_in_the_corpus() -> None:
 
     right = np.array([[1, 1], [1, 1], [0, 1], [1, 1]], float)
     found = [example(False), example(True, False), example(False, False), example()]
-    score = score_without("accuracy", right, found)
+    score = score_without_overlap("accuracy", right, found)
     assert (score["value"], score["examples_without"]) == (0.75, 3)
     assert score["value_without"] == pytest.approx(2 / 3)
-    assert score_without("accuracy", right[:1], [example(True)])["value_without"] is None
+    assert score_without_overlap("accuracy", right[:1], [example(True)])["value_without"] is None
 
 
 def held_out(folder: Path, texts: list[str]) -> PreparedData:
@@ -52,14 +52,14 @@ def test_continuations_stay_in_one_document(tmp_path: Path) -> None:
     texts = [chr(97 + n % 26) * (n * n + 1) for n in range(40)]
     data = held_out(tmp_path, texts)
     stream, tokenizer = data.split("val"), data.tokenizer()
-    places = _held_out_places(stream)
+    places = _held_out_spans(stream)
     assert 10 < len(places) <= CONTINUATIONS
     for begin, middle, end in places:
-        assert begin <= middle < end <= middle + WRITTEN_TOKENS
+        assert begin <= middle < end <= middle + GENERATED_TOKENS
         assert middle - begin <= PROMPT_TOKENS
         assert len(set(tokenizer.decode(stream.read(begin, end)))) == 1
         assert tokenizer.end_of_text not in stream.read(begin, end)
-    assert max(end - begin for begin, _, end in places) == PROMPT_TOKENS + WRITTEN_TOKENS
+    assert max(end - begin for begin, _, end in places) == PROMPT_TOKENS + GENERATED_TOKENS
 
 
 @pytest.fixture(scope="module")

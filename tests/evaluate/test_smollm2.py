@@ -122,10 +122,11 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
         if stop == len(ids) - 1:
             break
     words = len(text.split())
-    print(f"stride {stride}: {score.per_word(words):.4f} here, {math.exp(nats / words):.4f} there")
+    here, there = score.word_perplexity(words), math.exp(nats / words)
+    print(f"stride {stride}: {here:.4f} here, {there:.4f} there")
     assert score.tokens == len(ids) - 1
     assert score.nats == pytest.approx(nats, rel=1e-5)
-    assert score.per_word(words) == pytest.approx(math.exp(nats / words), rel=1e-4)
+    assert score.word_perplexity(words) == pytest.approx(math.exp(nats / words), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -156,7 +157,9 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
         for pair in pairs
     ]
     theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))
-    lines = evaluate_task(decoder, foreign.tokenizer, task, examples, world=open_world("cpu")).lines
+    lines = evaluate_task(
+        decoder, foreign.tokenizer, task, examples, world=open_world("cpu")
+    ).records
     furthest, ties = 0.0, 0
     for line in lines:
         found = [next(theirs) for _ in line["options"]]

@@ -34,7 +34,7 @@ from pretrain.evaluate.metrics import (
     statistics_of_answer,
     value,
 )
-from pretrain.evaluate.run_tasks import TaskResults, _of_choices, evaluate_task
+from pretrain.evaluate.run_tasks import TaskResults, evaluate_task, example_statistics
 from pretrain.evaluate.task_files import find_task_file, read_task_file
 from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind, tasks
 from pretrain.runner.open import LoadedModel, load_model
@@ -110,20 +110,20 @@ def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("choice", {"gold": 3}, "gold is 3; legal: 0 to 2"),
-        ("choice", {"gold": -1}, "gold is -1"),
-        ("choice", {"gold": True}, "gold is True"),
+        ("choice", {"gold": 3}, "gold must be one of 0 to 2 \\(got 3\\)"),
+        ("choice", {"gold": -1}, "gold must be one of 0 to 2 \\(got -1"),
+        ("choice", {"gold": True}, "gold must be one of 0 to 2 \\(got True"),
         ("choice", {"choices": ["a"]}, "two texts or more"),
         ("choice", {"choices": ["a", ""]}, "empty text"),
-        ("choice", {"query": 3}, "query is 3; legal: a text"),
+        ("choice", {"query": 3}, "query must be a text"),
         ("cloze", {"continuation": ""}, "not empty"),
         ("schema", {"context_options": "a"}, "two texts or more"),
-        ("answer", {"answers": [3]}, "legal: a text or a list"),
-        ("answer", {"answers": []}, "legal: a text or a list"),
-        ("pair", {"bad": None}, "bad is None"),
+        ("answer", {"answers": [3]}, "the answers must be a text or a list of texts"),
+        ("answer", {"answers": []}, "the answers must be a text or a list of texts"),
+        ("pair", {"bad": None}, "bad must be a text"),
     ],
 )
-def test_a_record_that_is_none_is_refused_with_its_line(
+def test_a_malformed_record_is_rejected_with_its_line(
     kind: str, change: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     records = [RECORDS[kind][0], RECORDS[kind][0] | change]
@@ -135,14 +135,26 @@ def test_a_record_that_is_none_is_refused_with_its_line(
 @pytest.mark.parametrize(
     ("name", "record", "said"),
     [
-        ("mbpp", {"text": "t", "code": "c", "test_list": None}, "is not there"),
-        ("mbpp", {"text": "t", "code": "c", "test_list": "assert"}, "legal: a list of texts"),
-        ("snli", {"premise": None, "hypothesis": "h", "label": 0}, "premise is None"),
-        ("snli", {"premise": "p", "hypothesis": ["a"], "label": 0}, "legal: a text or a number"),
+        ("mbpp", {"text": "t", "code": "c", "test_list": None}, "which the prompt needs"),
+        (
+            "mbpp",
+            {"text": "t", "code": "c", "test_list": "assert"},
+            "an entry of a list of texts",
+        ),
+        (
+            "snli",
+            {"premise": None, "hypothesis": "h", "label": 0},
+            "premise must be a text",
+        ),
+        (
+            "snli",
+            {"premise": "p", "hypothesis": ["a"], "label": 0},
+            "hypothesis must be a text",
+        ),
         (
             "siqa",
             {"context": "c", "question": "q", "answerA": "", "answerB": "b", "answerC": "c"},
-            "one of the choices is empty",
+            "a choice must not be empty",
         ),
     ],
 )
@@ -164,10 +176,10 @@ def test_line_ends_of_another_system_are_no_text(tmp_path: Path) -> None:
 
 def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     for content, said in (
-        ("", "holds no example"),
+        ("", "contains no example"),
         ("nonsense\n", "line 1 is not JSON"),
-        ("[1]\n", "legal: an object"),
-        ('{"x": 1}\n', "nothing says what is asked"),
+        ("[1]\n", "must be a JSON object"),
+        ('{"x": 1}\n', "a record must have one of the fields"),
     ):
         path = tmp_path / "mine.jsonl"
         path.write_text(content)
@@ -187,7 +199,7 @@ def test_every_definition_is_whole() -> None:
 
 
 def test_the_page_of_tasks_has_a_row_for_each_definition() -> None:
-    page = (Path(__file__).parents[2] / "docs/how-to/tasks.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/reference/tasks.md").read_text(encoding="utf-8")
     papers = {"gpt": "GPT", "gpt2": "GPT-2", "llama": "LLaMA"}
     rows = [
         f"| {task.name} | {', '.join(papers[p] for p in task.papers) or '-'} | {task.kind} | "
@@ -220,10 +232,10 @@ def test_prompts_are_made_of_a_record_s_fields(tmp_path: Path) -> None:
     (example,) = examples_of(task_named("siqa"), path)
     assert example == Example(("Q: Ann fell. Why?\nA:",), ("ice", "fog", "rain"), gold=1)
     path = written(tmp_path, [record | {"label": "2"}])
-    with pytest.raises(ValueError, match="field 'answerC' of the prompt is not there"):
+    with pytest.raises(ValueError, match="no field 'answerC', which the prompt needs"):
         examples_of(task_named("siqa"), path)
     path = written(tmp_path, [record | {"answerC": "rain", "label": "4"}])
-    with pytest.raises(ValueError, match="legal: 1, 2, 3"):
+    with pytest.raises(ValueError, match="label must be one of 1, 2, 3"):
         examples_of(task_named("siqa"), path)
     path = written(tmp_path, [{"question": "who was it", "answer": ["Ahab"]}])
     (example,) = examples_of(task_named("nq_open"), path)
@@ -248,7 +260,7 @@ def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path
         assert all(shot in {f"Q{n} {'ab'[n % 2]}{n}" for n in range(9)} for shot in shots)
         fronts.add(tuple(shots))
     assert len(fronts) <= 4  # the same for all but those who are in them
-    with pytest.raises(ValueError, match="legal: fewer than there are"):
+    with pytest.raises(ValueError, match="--shots must be less than the 9 examples"):
         with_shots(task, examples, shots=9, seed=1)
     # Nor one that asks the same, of which there may be several.
     path = written(tmp_path, [*records, records[2], records[2]], "twice.jsonl")
@@ -258,7 +270,7 @@ def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path
             *shots, asked_last = example.contexts[0].split("\n\n")
             assert len(shots) == 3
             assert not any(shot.startswith(f"{asked_last} ") for shot in shots)
-    with pytest.raises(ValueError, match="9 shots of 8 examples that ask something else"):
+    with pytest.raises(ValueError, match="--shots must be at most the 8 examples"):
         with_shots(task, examples, shots=9, seed=1)
     with pytest.raises(ValueError, match="takes no shots"):
         with_shots(task_of_kind("pair", str(path)), examples, shots=1, seed=1)
@@ -269,7 +281,7 @@ def test_choices_are_judged_by_every_normalisation(model: LoadedModel, tmp_path:
     task = task_of_kind("choice", str(path))
     results = asked(model, task, examples_of(task, path))
     right: dict[str, list[float]] = {metric: [] for metric in METRICS["choice"]}
-    for record, line in zip(RECORDS["choice"], results.lines, strict=True):
+    for record, line in zip(RECORDS["choice"], results.records, strict=True):
         tokens = [log_p(model, record["query"], " " + c) for c in record["choices"]]
         sums = [sum(each) for each in tokens]
         assert [o["log_p"] for o in line["options"]] == pytest.approx(sums, rel=1e-9)
@@ -291,7 +303,7 @@ def test_choices_are_judged_by_every_normalisation(model: LoadedModel, tmp_path:
         assert results.statistics[metric][:, 0].tolist() == each
         assert float(value(metric, results.statistics[metric].sum(0))) == sum(each) / 3
     # The normalisations are not one and the same.
-    assert len({json.dumps(results.lines[0]["taken"][m]) for m in right}) > 1
+    assert len({json.dumps(results.records[0]["taken"][m]) for m in right}) > 1
 
 
 def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
@@ -301,7 +313,7 @@ def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
     options = [PairScore(nats, tokens, False, False) for nats, tokens in nats_tokens]
     alone = [{"unconditional_log_p": p} for p in (-2.0, -5.0, -9.0, -9.0, -20.0)]
     line: dict[str, Any] = {"options": alone}
-    _of_choices(Example(("",), texts), options, line)
+    example_statistics("choice", Example(("",), texts), options, line)
     assert line["taken"] == {
         "accuracy": 0,  # -2, -5, -9, -9.6, -8
         "accuracy_per_token": 1,  # -2, -1, -4.5, -4.8, -8
@@ -338,7 +350,7 @@ def test_schemas_compare_one_continuation_under_each_context(
     path = written(tmp_path, RECORDS["schema"])
     task = task_of_kind("schema", str(path))
     results = asked(model, task, examples_of(task, path))
-    for record, line in zip(RECORDS["schema"], results.lines, strict=True):
+    for record, line in zip(RECORDS["schema"], results.records, strict=True):
         sums = [
             sum(log_p(model, c, " " + record["continuation"])) for c in record["context_options"]
         ]
@@ -350,7 +362,7 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
     task = task_of_kind("pair", str(written(tmp_path, RECORDS["pair"])))
     results = asked(model, task, examples_of(task, Path(task.file)))
     good, bad = (sum(log_p(model, "", RECORDS["pair"][0][name])) for name in ("good", "bad"))
-    assert [o["log_p"] for o in results.lines[0]["options"]] == pytest.approx([good, bad])
+    assert [o["log_p"] for o in results.records[0]["options"]] == pytest.approx([good, bad])
     assert results.statistics["accuracy"][0, 0] == float(good > bad)
     alike = [Example(("",), ("the same", "the same"))]
     assert asked(model, task, alike).statistics["accuracy"].tolist() == [[0.5, 1]]
@@ -373,7 +385,9 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
     assert value("bits_per_byte", sums["bits_per_byte"]) == pytest.approx(score.bits_per_byte)
     assert value("perplexity", sums["perplexity"]) == pytest.approx(score.perplexity)
     words = sum(len(text.split()) for text in texts)
-    assert value("word_perplexity", sums["word_perplexity"]) == pytest.approx(score.per_word(words))
+    assert value("word_perplexity", sums["word_perplexity"]) == pytest.approx(
+        score.word_perplexity(words)
+    )
 
 
 def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
@@ -392,7 +406,7 @@ def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
     wanted = min(text.split(stop)[0], text.split("\n")[0], key=len).strip()
     for stops in ((stop, "\n"), ("\n", stop)):
         task = replace(task, stops=stops)
-        assert asked(model, task, [example]).lines[0]["answer"] == wanted
+        assert asked(model, task, [example]).records[0]["answer"] == wanted
     if wanted:
         right = Example(example.contexts, (f"The {wanted}!",))
         results = asked(model, task, [right])
@@ -418,14 +432,14 @@ def test_of_a_solution_its_last_number_is_compared(tmp_path: Path) -> None:
     assert compared_part(task_named("math"), math) == "$\\frac12$."
     assert final_answer("$\\frac12$.", ["\\frac{1}{2}", "\\frac12"]) == 1.0
     path = written(tmp_path, [{"question": "2 + 2", "answer": "4"}])
-    with pytest.raises(ValueError, match="nothing behind '####'"):
+    with pytest.raises(ValueError, match="must have text after '####'"):
         examples_of(task_named("gsm8k"), path)
 
 
 def test_what_a_model_writes_before_the_mark_does_not_count(model: LoadedModel) -> None:
     task = replace(task_of_kind("answer", "mine"), answer_after=" ", metric="final_answer")
     ask_of = Example(("The people of",), ("x y",))
-    (line,) = asked(model, task, [ask_of]).lines
+    (line,) = asked(model, task, [ask_of]).records
     last = line["answer"].rpartition(" ")[2] if " " in line["answer"] else ""
     right = Example(ask_of.contexts, (f"some other {last}.",))
     for example, is_right in ((right, float(bool(last))), (ask_of, 0.0)):
@@ -537,17 +551,17 @@ def test_a_task_of_the_table_needs_its_very_file(
         assert main([*words, *rest]) == 2
         return capsys.readouterr().err
 
-    assert "is it lambada" in refusal("lambad")
+    assert "did you mean lambada" in refusal("lambad")
     assert "needs the file piqa.jsonl" in refusal("piqa")
     assert f"which is not in {tmp_path}" in refusal("piqa", "--task-data", str(tmp_path))
     written(tmp_path, RECORDS["choice"], "piqa.jsonl")
     assert "is not the file of task piqa" in refusal("piqa", "--task-data", str(tmp_path))
     written(tmp_path, RECORDS["choice"], "mmlu.jsonl")
-    assert "does not go with mmlu" in refusal(
+    assert "the metric of mmlu" in refusal(
         "mmlu", "--task-data", str(tmp_path), "--metric", "perplexity"
     )
     for option, wrong in (("--limit", "0"), ("--shots", "-1"), ("--shots", "3")):
-        assert "legal" in (
+        assert "must be" in (
             said := refusal("mmlu", "--task-data", str(tmp_path), option, wrong)
         ) or ("at least" in said)
     monkeypatch.setenv("PRETRAIN_TASKS", str(tmp_path))
@@ -597,9 +611,9 @@ def test_what_was_cut_is_said_once_an_example(model: LoadedModel, tmp_path: Path
     long = "the people of the union " * context
     task = task_of_kind("choice", "mine")
     results = asked(model, task, [Example((long,), ("a", "b", "c")), Example(("the",), ("a", "b"))])
-    assert results.n_cut == 1
+    assert results.n_truncated == 1
     # A text is read to its end in windows: nothing of it is lost.
-    assert asked(model, task_of_kind("text", "mine"), [Example(("",), (long,))]).n_cut == 0
+    assert asked(model, task_of_kind("text", "mine"), [Example(("",), (long,))]).n_truncated == 0
 
 
 def test_half_of_the_window_is_left_to_a_prompt(model: LoadedModel) -> None:
@@ -608,13 +622,13 @@ def test_half_of_the_window_is_left_to_a_prompt(model: LoadedModel) -> None:
     prompts = ["The people", "the people of the union " * window]
     results = asked(model, task, [Example((prompt,), ("x",)) for prompt in prompts])
     assert 1 < len(model.tokenizer.encode_prompt(prompts[0])) <= window // 2
-    assert results.n_cut == 1
+    assert results.n_truncated == 1
 
 
 def test_a_record_with_two_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"context": "A passage.", "question": "Who?", "answers": ["I"]}))
-    with pytest.raises(ValueError, match="line 1: context and question are one field"):
+    with pytest.raises(ValueError, match="line 1: context and question mean the same"):
         examples_of(task_of_kind("answer", str(path)), path)
 
 

@@ -17,7 +17,7 @@ import torch
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.corpus import read_documents
-from pretrain.evaluate.run_tasks import ends_of
+from pretrain.evaluate.run_tasks import stop_ids_of
 from pretrain.export import FormatError, certificate, import_model, write_gguf
 from pretrain.export.verification import AGREES, DISAGREES, NOT_VERIFIED
 from pretrain.generate import generate
@@ -356,7 +356,7 @@ def test_a_model_stops_where_its_own_files_say(
     model = load_model(str(tmp_path / "model"))
     generate(model.decoder, model.tokenizer, "a")
     assert stops == [{0, 7, 9}]
-    assert stops[0] <= ends_of(model.tokenizer, ())
+    assert stops[0] <= stop_ids_of(model.tokenizer, ())
     out = written(tmp_path / "out", model.decoder, model.tokenizer)
     assert import_model(out).tokenizer.stop_ids == [9, 7]
     said = json.loads((out / "tokenizer_config.json").read_text())

@@ -16,7 +16,7 @@ from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
 from pretrain.data import prepare
 from pretrain.evaluate import TokenLoss
-from pretrain.evaluate.token_stats import card
+from pretrain.evaluate.token_stats import flash_card
 from pretrain.export import write_hugging_face
 from pretrain.generate import sampling
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -106,7 +106,7 @@ def test_what_continues_a_text_keeps_the_space_before_it(
         assert spaced in {token["text"] for token in found["tokens"]}
         assert not more or found["answer"]["tokens"][0]["text"] == spaced
     seen = TokenLoss(added[0], 1.0, 1, ((added[0], 0.5),))
-    shown = card(ours, [], seen)
+    shown = flash_card(ours, [], seen)
     assert shown["answer"]["text"] == shown["likeliest"][0]["text"] == spaced
 
 

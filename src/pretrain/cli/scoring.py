@@ -1,22 +1,17 @@
-"""What `evaluate`, `compare` and the tasks of `train` share: which texts and tasks are asked, and
-how a model answers."""
+"""The options that `evaluate` and `compare` share: texts, tasks, and how to score them."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pretrain.evaluate.task_files import TASKS_VARIABLE, EvalTask, load_tasks, read_texts
+from pretrain.evaluate.task_files import TASKS_VARIABLE, EvalTask, load_tasks
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import Score
-    from pretrain.evaluate.metrics import Array
-    from pretrain.evaluate.run_tasks import TaskResults
     from pretrain.runner.open import LoadedModel
 
 STARTS = {"model": None, "always": True, "never": False}
-# What a text does not ask for, and what it is when it was not given.
+# Options that only tasks have, with their defaults.
 _OF_TASKS = {
     "metric": None,
     "limit": None,
@@ -25,26 +20,6 @@ _OF_TASKS = {
     "shots": 0,
     "start_of_text": "model",
 }
-
-
-def task_protocol(model: LoadedModel, eval_task: EvalTask, results: TaskResults) -> str:
-    """How the task was evaluated, in one line."""
-    task, tokenizer = eval_task.task, model.tokenizer
-    n_examples = len(eval_task.examples)
-    add_bos = tokenizer.add_bos or task.kind in ("pair", "text")
-    start = tokenizer.id_to_token(tokenizer.start_of_text) if add_bos else "nothing"
-    shots = (
-        f"{eval_task.n_shots} shots of seed {eval_task.seed}" if eval_task.n_shots else "no shots"
-    )
-    cut = f", {results.n_cut:,} of them cut from the left" if results.n_cut else ""
-    after = f"{task.delimiter!r} after it"
-    if task.kind == "answer":
-        stops = " or ".join(map(repr, task.stops))
-        after = f"at most {task.max_tokens} tokens generated greedily, up to the first {stops}"
-    return (
-        f"{task.kind}, {n_examples:,} example{'' if n_examples == 1 else 's'}, {shots}, {start} "
-        f"before a context, {after}, in {model.precision}{cut}"
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,96 +90,12 @@ def read_eval_tasks(arguments: argparse.Namespace) -> list[EvalTask]:
     )
 
 
-def open_scored(name: str, arguments: argparse.Namespace) -> LoadedModel:
-    """The model, beginning contexts as was asked for."""
+def open_scored(name: str, *, device: str, start_of_text: str = "model") -> LoadedModel:
+    """Load a model, with or without a start-of-text token before contexts as requested."""
     from pretrain.runner.open import load_model
 
-    model = load_model(name, device=arguments.device)
-    begins = STARTS[arguments.start_of_text]
-    if begins is not None:
-        model.tokenizer.add_bos = begins
+    model = load_model(name, device=device)
+    add_bos = STARTS[start_of_text]
+    if add_bos is not None:
+        model.tokenizer.add_bos = add_bos
     return model
-
-
-def task_results(model: LoadedModel, asked: EvalTask, stride: int | None) -> TaskResults:
-    from pretrain.evaluate import evaluate_task
-
-    return evaluate_task(
-        model.decoder,
-        model.tokenizer,
-        asked.task,
-        asked.examples,
-        world=model.world,
-        precision=model.precision,
-        stride=stride,
-    )
-
-
-def conditions_of(model: LoadedModel, asked: EvalTask, stride: int | None) -> dict[str, Any]:
-    """Nats a byte of the references with the task, with another and with none; how likely chance
-    makes such differences; and the metric of answers that need no model."""
-    from pretrain.evaluate import conditions
-    from pretrain.evaluate.bootstrap import compare
-    from pretrain.evaluate.metrics import value
-
-    found = conditions.reference_nats(
-        model.decoder,
-        model.tokenizer,
-        asked.task,
-        asked.examples,
-        world=model.world,
-        precision=model.precision,
-        stride=stride,
-    )
-    metric, without = asked.task.metric, conditions.baselines(asked.task.metric, asked.examples)
-    return {
-        conditions.METRIC: {n: float(value(conditions.METRIC, r.sum(0))) for n, r in found.items()},
-        "p": {
-            name: compare(conditions.METRIC, found["task"], rows, seed=asked.seed).p
-            for name, rows in found.items()
-            if name != "task"
-        },
-        "baselines": {n: float(value(metric, rows.sum(0))) for n, rows in without.items()},
-    }
-
-
-def score_documents(
-    model: LoadedModel, file: str, arguments: argparse.Namespace
-) -> tuple[list[str], list[Score], str]:
-    """The texts of a file, what the model makes of each, and what was passed over, in words."""
-    from pretrain.evaluate import score_each
-    from pretrain.model import LMLoss
-
-    texts, passed_over = read_texts(file, arguments.text_field)
-    scores = score_each(
-        LMLoss(model.decoder),
-        model.tokenizer,
-        texts,
-        world=model.world,
-        precision=model.precision,
-        stride=arguments.stride,
-    )
-    return texts, scores, passed_over
-
-
-def text_protocol(model: LoadedModel, stride: int | None, *, of: str = "each text") -> str:
-    """How texts are scored, in a line. ValueError for a stride that does not fit the context."""
-    from pretrain.data.batches import resolve_stride
-
-    context = model.decoder.config.window_tokens
-    step = resolve_stride(stride, context)
-    overlap = f"overlap by {context - step}" if step < context else "do not overlap"
-    start = model.tokenizer.id_to_token(model.tokenizer.start_of_text)
-    return (
-        f"windows of {context} tokens that {overlap}, every token counted once, {of} from "
-        f"{start} on, in {model.precision}"
-    )
-
-
-def estimates(statistics: Mapping[str, Array], *, seed: int) -> dict[str, dict[str, Any]]:
-    """Value, standard error and smallest difference of each metric."""
-    from dataclasses import asdict
-
-    from pretrain.evaluate.bootstrap import estimate
-
-    return {name: asdict(estimate(name, rows, seed=seed)) for name, rows in statistics.items()}

@@ -1,10 +1,10 @@
-"""What simple models reach on the same tokens: counts of one, two and three tokens, and a file
+"""The loss of simple models on the same tokens: counts of one, two and three tokens, and a file
 compressor.
 
-A language model that does not beat them has learned nothing that a table does not hold. The count
-models are interpolated Kneser-Ney ("Improved backing-off for m-gram language modeling", Kneser and
-Ney, 1995; interpolated as in Chen and Goodman, 1999) with one discount an order, estimated from the
-counts.
+A language model that is not better than them has learned nothing beyond a table of counts. The
+count models are interpolated Kneser-Ney ("Improved backing-off for m-gram language modeling",
+Kneser and Ney, 1995; interpolated as in "An empirical study of smoothing techniques for language
+modeling", Chen and Goodman, 1999) with one discount per order, estimated from the counts.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pretrain.tokenizer import Tokenizer
 
 Array = NDArray[np.int64]
 
-# Tables of more tokens than this would not fit a small machine's memory; the note says when it was
-# cut.
-COUNTED_TOKENS = 10_000_000
-# xz at its default strength looks back 8 MiB, so more text before the validation text cannot help
-# it.
+# Tables of more training tokens would not fit a small machine's memory; the note reports it.
+MAX_COUNTED_TOKENS = 10_000_000
+# The window of xz at its default level is 8 MiB, so more training text cannot help it.
 XZ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
+    """The loss of one simple model on the validation split."""
+
     name: str
     nats_per_token: float | None
     perplexity: float | None
@@ -40,96 +40,116 @@ class Baseline:
     note: str
 
 
-def _interpolate(
-    grams: Array, counts: Array, wanted: Array, *, vocab_size: int, lower: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """p(word | context) for each wanted gram, from sorted unique `grams` (context * V + word) with
-    `counts`.
+def measure_baselines(
+    train: TokenStream, val: TokenStream, *, tokenizer: Tokenizer
+) -> dict[str, object]:
+    """The content of a run's baselines.json: bits per byte of each baseline on the validation
+    stream."""
+    train_ids = train.read(0, min(train.n_tokens, MAX_COUNTED_TOKENS))
+    val_ids = val.read(0, val.n_tokens)
+    lengths = tokenizer.byte_lengths()
+    n_targets = len(val_ids) - 2
+    n_bytes = int(lengths[val_ids[2:]].sum())
 
-    `lower` is the probability of the same words one order below, where the discounted mass goes.
-    """
-    ones, twos = int((counts == 1).sum()), int((counts == 2).sum())
-    discount = ones / (ones + 2 * twos) if ones and twos else 0.5
-    contexts, first = np.unique(grams // vocab_size, return_index=True)
-    total = np.add.reduceat(counts, first)
-    kinds = np.diff(np.append(first, len(grams)))
-    place = np.searchsorted(grams, wanted).clip(max=len(grams) - 1)
-    count = np.where(grams[place] == wanted, counts[place], 0)
-    context = wanted // vocab_size
-    home = np.searchsorted(contexts, context).clip(max=len(contexts) - 1)
-    known = contexts[home] == context
-    kept = np.maximum(count - discount, 0) / total[home]
-    spread = discount * kinds[home] / total[home]
-    return np.where(known, kept + spread * lower, lower)
+    limit = ""
+    if len(train_ids) < train.n_tokens:
+        limit = f", from the first {len(train_ids):,} training tokens"
+    notes = {
+        "unigram": "how often each token occurs" + limit,
+        "bigram": "given the token before" + limit,
+        "trigram": "given the two tokens before" + limit,
+    }
+    all_nats = count_model_nats(train_ids, val_ids, vocab_size=tokenizer.vocab_size)
+    rows = []
+    for (name, note), nats in zip(notes.items(), all_nats, strict=True):
+        score = Score(nats, n_targets, n_bytes)
+        rows.append(
+            Baseline(name, score.nats_per_token, score.perplexity, score.bits_per_byte, note)
+        )
+
+    token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
+    token_bytes[tokenizer.end_of_text] = b""
+    # Enough ids for XZ_BYTES of text, then cut to the byte.
+    mean_length = max(1.0, float(lengths[train_ids].mean()))
+    last_ids = train_ids[-math.ceil(1.2 * XZ_BYTES / mean_length) :]
+    train_text = b"".join(token_bytes[id_] for id_ in last_ids)[-XZ_BYTES:]
+    val_text = b"".join(token_bytes[id_] for id_ in val_ids)
+    note = f"the compressor, after {len(train_text):,} bytes of training text"
+    rows.append(Baseline("xz", None, None, _xz_bits_per_byte(train_text, val_text), note))
+    return {
+        "val_tokens": n_targets,
+        "val_bytes": n_bytes,
+        "train_tokens": len(train_ids),
+        "baselines": [asdict(row) for row in rows],
+    }
 
 
 def count_model_nats(train: Array, val: Array, *, vocab_size: int) -> list[float]:
     """Nats of val[2:] under the unigram, bigram and trigram model of `train`.
 
-    The first two ids are context for all three, so that they are compared on the same targets.
+    The first two ids are context for all three models, so that they have the same targets. An
+    n-gram of ids (a, b, c) is the number (a * V + b) * V + c.
     """
     v = vocab_size
-    words = val[2:]
-    bigrams_seen, bigrams = train[:-1] * v + train[1:], val[1:-1] * v + words
-    trigrams_seen = bigrams_seen[:-1] * v + train[2:]
-    trigrams = (val[:-2] * v + val[1:-1]) * v + words
-    tri, tri_counts = np.unique(trigrams_seen, return_counts=True)
-    bi, bi_counts = np.unique(bigrams_seen, return_counts=True)
-    # Below the highest order a gram counts once for each different id before it (Kneser and Ney).
-    bi_kinds, bi_kind_counts = np.unique(tri % (v * v), return_counts=True)
-    uni_kinds = np.bincount(bi % v, minlength=v)
-    flat = np.full(len(words), 1 / v)
-    seen = np.bincount(train, minlength=v)
-    unigram = ((seen + 1) / (seen.sum() + v))[words]
-    all_words = np.flatnonzero(uni_kinds)
-    start = _interpolate(all_words, uni_kinds[all_words], words, vocab_size=v, lower=flat)
-    bigram = _interpolate(bi, bi_counts, bigrams, vocab_size=v, lower=start)
-    middle = _interpolate(bi_kinds, bi_kind_counts, bigrams, vocab_size=v, lower=start)
-    trigram = _interpolate(tri, tri_counts, trigrams, vocab_size=v, lower=middle)
-    return [float(-np.log(p).sum()) for p in (unigram, bigram, trigram)]
+    targets = val[2:]
+    train_bigrams = train[:-1] * v + train[1:]
+    train_trigrams = train_bigrams[:-1] * v + train[2:]
+    val_bigrams = val[1:-1] * v + targets
+    val_trigrams = (val[:-2] * v + val[1:-1]) * v + targets
+
+    trigrams, trigram_counts = np.unique(train_trigrams, return_counts=True)
+    bigrams, bigram_counts = np.unique(train_bigrams, return_counts=True)
+    # Below the highest order an n-gram counts once for each distinct id before it (Kneser and Ney).
+    lower_bigrams, lower_bigram_counts = np.unique(trigrams % (v * v), return_counts=True)
+    lower_unigram_counts = np.bincount(bigrams % v, minlength=v)
+    lower_unigrams = np.flatnonzero(lower_unigram_counts)
+
+    counts = np.bincount(train, minlength=v)
+    unigram_p = ((counts + 1) / (counts.sum() + v))[targets]
+    uniform_p = np.full(len(targets), 1 / v)
+    lower_unigram_p = _interpolated(
+        lower_unigrams, lower_unigram_counts[lower_unigrams], targets, vocab_size=v, lower=uniform_p
+    )
+    bigram_p = _interpolated(
+        bigrams, bigram_counts, val_bigrams, vocab_size=v, lower=lower_unigram_p
+    )
+    lower_bigram_p = _interpolated(
+        lower_bigrams, lower_bigram_counts, val_bigrams, vocab_size=v, lower=lower_unigram_p
+    )
+    trigram_p = _interpolated(
+        trigrams, trigram_counts, val_trigrams, vocab_size=v, lower=lower_bigram_p
+    )
+    return [float(-np.log(p).sum()) for p in (unigram_p, bigram_p, trigram_p)]
+
+
+def _interpolated(
+    grams: Array, counts: Array, wanted: Array, *, vocab_size: int, lower: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """p(last id | ids before it) of each wanted n-gram, from sorted distinct `grams` with `counts`.
+
+    `lower` is the same probability one order below, which receives the discounted mass.
+    """
+    n_once = int((counts == 1).sum())
+    n_twice = int((counts == 2).sum())
+    discount = n_once / (n_once + 2 * n_twice) if n_once and n_twice else 0.5
+
+    contexts, first_places = np.unique(grams // vocab_size, return_index=True)
+    context_totals = np.add.reduceat(counts, first_places)
+    n_distinct = np.diff(np.append(first_places, len(grams)))
+
+    places = np.searchsorted(grams, wanted).clip(max=len(grams) - 1)
+    wanted_counts = np.where(grams[places] == wanted, counts[places], 0)
+    wanted_contexts = wanted // vocab_size
+    context_places = np.searchsorted(contexts, wanted_contexts).clip(max=len(contexts) - 1)
+    is_known = contexts[context_places] == wanted_contexts
+
+    discounted = np.maximum(wanted_counts - discount, 0) / context_totals[context_places]
+    freed = discount * n_distinct[context_places] / context_totals[context_places]
+    return np.where(is_known, discounted + freed * lower, lower)
 
 
 def _xz_bits_per_byte(train: bytes, val: bytes) -> float:
-    """Bits that xz needs for `val` once it has read `train`, per byte of `val`."""
-    with ThreadPoolExecutor(2) as pool:  # lzma lets go of the interpreter's lock
+    """Bits that xz needs for `val` after `train`, per byte of `val`."""
+    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
         sizes = list(pool.map(lambda text: len(lzma.compress(text)), (train, train + val)))
     return 8 * (sizes[1] - sizes[0]) / len(val)
-
-
-def measure_baselines(
-    train: TokenStream, val: TokenStream, *, tokenizer: Tokenizer
-) -> dict[str, object]:
-    """Bits per byte of the baselines on the validation stream, as written to a run's
-    baselines.json."""
-    seen = train.read(0, min(train.n_tokens, COUNTED_TOKENS))
-    ids = val.read(0, val.n_tokens)
-    pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    pieces[tokenizer.end_of_text] = b""
-    lengths = tokenizer.byte_lengths()
-    cut = "" if len(seen) == train.n_tokens else f", from the first {len(seen):,} training tokens"
-    notes = (
-        "how often each token occurs" + cut,
-        "given the token before" + cut,
-        "given the two tokens before" + cut,
-    )
-    rows = []
-    n_bytes = int(lengths[ids[2:]].sum())
-    all_nats = count_model_nats(seen, ids, vocab_size=tokenizer.vocab_size)
-    for name, nats, note in zip(("unigram", "bigram", "trigram"), all_nats, notes, strict=True):
-        result = Score(nats, len(ids) - 2, n_bytes)
-        rows.append(
-            Baseline(name, result.nats_per_token, result.perplexity, result.bits_per_byte, note)
-        )
-    # Roughly enough ids for XZ_BYTES of text, then cut to the byte.
-    mean = max(1.0, float(lengths[seen].mean()))
-    tail = seen[-math.ceil(1.2 * XZ_BYTES / mean) :]
-    before = b"".join(pieces[i] for i in tail)[-XZ_BYTES:]
-    val_text = b"".join(pieces[i] for i in ids)
-    note = f"the compressor, after {len(before):,} bytes of training text"
-    rows.append(Baseline("xz", None, None, _xz_bits_per_byte(before, val_text), note))
-    return {
-        "val_tokens": len(ids) - 2,
-        "val_bytes": n_bytes,
-        "train_tokens": len(seen),
-        "baselines": [asdict(row) for row in rows],
-    }

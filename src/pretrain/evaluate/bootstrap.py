@@ -1,11 +1,11 @@
-"""How sure a number is, and whether two models differ: everything from resampling, by a seed.
+"""Standard errors of a metric, and whether two models differ: resampling, drawn by a seed.
 
-Statistics an example come in (metrics.py), for two models those of the same examples. Standard
-errors and intervals are of the bootstrap ("Bootstrap Methods", Efron, 1979), over examples and
+Input are per-example statistics (`metrics`), for two models those of the same examples. Standard
+errors and intervals come from the bootstrap ("Bootstrap Methods", Efron, 1979), over examples and
 paired between models as in "Statistical Significance Tests for Machine Translation Evaluation"
-(Koehn, 2004); p-values are of the paired permutation test, which exchanges the models' answers to
-an example ("More accurate tests for the statistical significance of result differences", Yeh,
-2000). With one example there is nothing to resample, and no error.
+(Koehn, 2004). p-values come from the paired permutation test, which exchanges the two models'
+answers to an example ("More accurate tests for the statistical significance of result differences",
+Yeh, 2000). One example cannot be resampled and has no error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from pretrain.evaluate.metrics import Array, value
 
 RESAMPLES = 2000
-LEVEL, POWER = 0.05, 0.8
+LEVEL = 0.05
+POWER = 0.8
 # Weights of resamples that exist at once.
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -32,8 +33,8 @@ class Estimate:
     value: float
     stderr: float | None
     detectable: float | None
-    """The smallest difference between two models of this error that the examples show with 80 %
-    power at 5 % when they are not paired; pairs show smaller ones."""
+    """The smallest difference between two models with this error that an unpaired test detects with
+    80 % power at the 5 % level; a paired one detects smaller ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,84 +47,87 @@ class Difference:
     high: float | None
     """The 95 % interval."""
     p: float | None
-    """How often exchanging answers by chance makes a difference as large."""
+    """The share of random exchanges of answers that give a difference at least as large."""
     detectable: float | None
-    """The smallest true difference that these pairs show with 80 % power at 5 %."""
+    """The smallest true difference that these pairs detect with 80 % power at the 5 % level."""
 
 
 def estimate(metric: str, statistics: Array, *, seed: int) -> Estimate:
-    """The metric of statistics (examples, k), and its error."""
-    whole = float(value(metric, statistics.sum(0)))
+    """The metric of statistics (examples, k), and its standard error."""
+    total = float(value(metric, statistics.sum(0)))
     if len(statistics) < 2:
-        return Estimate(whole, None, None)
-    spread = _finite_std(value(metric, _resampled(statistics, seed)))
-    # Where all examples gave the same, nothing is known of how they differ.
-    detectable = _detectable(math.sqrt(2) * spread) if spread else None
-    return Estimate(whole, spread, detectable)
+        return Estimate(total, None, None)
+    stderr = _finite_std(value(metric, _resampled_sums(statistics, seed)))
+    # If all examples gave the same, nothing is known of how examples differ.
+    detectable = _detectable(math.sqrt(2) * stderr) if stderr else None
+    return Estimate(total, stderr, detectable)
 
 
 def compare(metric: str, first: Array, second: Array, *, seed: int) -> Difference:
-    """The first model's metric minus the second's. ValueError for other examples than one's own."""
+    """The first model's metric minus the second's. ValueError if the number of examples differs."""
     if first.shape != second.shape:
-        raise ValueError(f"{len(first)} and {len(second)} examples; legal: the same for both")
-    whole = _difference(metric, first.sum(0), second.sum(0))
+        raise ValueError(
+            f"both models must have the same examples (got {len(first)} and {len(second)})"
+        )
+    difference = float(_difference(metric, first.sum(0), second.sum(0)))
     if len(first) < 2:
-        return Difference(float(whole), None, None, None, None, None)
-    width = first.shape[1]
-    sums = _resampled(np.concatenate([first, second], axis=1), seed)
-    drawn = _difference(metric, sums[:, :width], sums[:, width:])
-    spread = _finite_std(drawn)
-    if spread is None:
-        return Difference(float(whole), None, None, None, None, None)
-    detectable = _detectable(spread) if spread else None
-    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
+        return Difference(difference, None, None, None, None, None)
+    k = first.shape[1]
+    sums = _resampled_sums(np.concatenate([first, second], axis=1), seed)
+    resampled = _difference(metric, sums[:, :k], sums[:, k:])
+    stderr = _finite_std(resampled)
+    if stderr is None:
+        return Difference(difference, None, None, None, None, None)
+    low, high = np.quantile(resampled, [LEVEL / 2, 1 - LEVEL / 2])
     exchanged = np.concatenate(list(_exchanged(metric, first, second, seed)))
-    # A hair of rounding must not make an equal difference a smaller one.
-    as_large = np.abs(exchanged) >= abs(float(whole)) * (1 - 1e-9) - 1e-15
-    p = (1 + int(as_large.sum())) / (1 + len(exchanged))
-    return Difference(float(whole), spread, float(low), float(high), p, detectable)
+    # Rounding must not make an equal difference a smaller one.
+    is_as_large = np.abs(exchanged) >= abs(difference) * (1 - 1e-9) - 1e-15
+    p = (1 + int(is_as_large.sum())) / (1 + len(exchanged))
+    detectable = _detectable(stderr) if stderr else None
+    return Difference(difference, stderr, float(low), float(high), p, detectable)
 
 
-def _difference(metric: str, first: Array, second: Array) -> Array:
-    found: Array = value(metric, first) - value(metric, second)
-    return found
+def _difference(metric: str, first_sums: Array, second_sums: Array) -> Array:
+    difference: Array = value(metric, first_sums) - value(metric, second_sums)
+    return difference
 
 
 def _detectable(stderr: float) -> float:
-    """The true difference that is found with the power: so many errors as the z of a two-sided test
-    and that of its power make ("With Little Power Comes Great Responsibility", Card et al., 2020).
-    """
+    """The true difference that is detected with probability POWER: the z of a two-sided test plus
+    that of its power, times the error ("With Little Power Comes Great Responsibility", Card et al.,
+    2020)."""
     normal = NormalDist()
     return (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * stderr
 
 
 def _finite_std(values: Array) -> float | None:
-    spread = float(values.std(ddof=1))
-    return spread if np.isfinite(spread) else None
+    std = float(values.std(ddof=1))
+    return std if np.isfinite(std) else None
 
 
-def _resampled(statistics: Array, seed: int) -> Array:
-    """Sums (RESAMPLES, k) of as many examples as there are, drawn with replacement."""
-    n, rng = len(statistics), np.random.default_rng(seed)
-    even = np.full(n, 1 / n)
-    parts = [rng.multinomial(n, even, size=rows) @ statistics for rows in _chunks(n)]
-    return np.concatenate(parts)
+def _resampled_sums(statistics: Array, seed: int) -> Array:
+    """Sums (RESAMPLES, k) over resamples of the examples, drawn with replacement."""
+    n = len(statistics)
+    rng = np.random.default_rng(seed)
+    probabilities = np.full(n, 1 / n)
+    chunks = [rng.multinomial(n, probabilities, size=rows) @ statistics for rows in _chunks(n)]
+    return np.concatenate(chunks)
 
 
 def _exchanged(metric: str, first: Array, second: Array, seed: int) -> Iterator[Array]:
-    """Differences after the models' answers to about half of the examples changed places."""
+    """Yield differences after the models' answers to about half of the examples are exchanged."""
     rng = np.random.default_rng(seed)
-    both, gap = first.sum(0), second - first
-    other = second.sum(0)
+    first_sums, second_sums = first.sum(0), second.sum(0)
+    gap = second - first
     for rows in _chunks(len(first)):
         moved = rng.integers(0, 2, size=(rows, len(first)), dtype=np.int8) @ gap
-        yield _difference(metric, both + moved, other - moved)
+        yield _difference(metric, first_sums + moved, second_sums - moved)
 
 
-def _chunks(n: int) -> Iterator[int]:
-    """Rows of weights at a time, RESAMPLES in all."""
-    left = RESAMPLES
-    while left:
-        rows = min(left, max(1, _CHUNK_WEIGHTS // n))
+def _chunks(n_examples: int) -> Iterator[int]:
+    """Yield numbers of resamples, RESAMPLES in total, whose weights fit the memory together."""
+    n_left = RESAMPLES
+    while n_left:
+        rows = min(n_left, max(1, _CHUNK_WEIGHTS // n_examples))
         yield rows
-        left -= rows
+        n_left -= rows

@@ -1,7 +1,7 @@
-"""The documents of a stream as text again: what a run was trained on, wherever its sources are now.
+"""A token stream -> the text of its documents, also where the source files are no longer there.
 
-A stream and the tokenizer that wrote it come in, text goes out, byte for byte that of the documents
-but for what a tokenizer itself changes (`gpt` lowers case). Nothing is refused.
+The text is that of the documents byte for byte, except for what a tokenizer itself changes (`gpt`
+lower-cases).
 """
 
 from __future__ import annotations
@@ -12,31 +12,30 @@ from itertools import pairwise
 from pretrain.data.format import TokenStream
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-_PIECE_TOKENS = 1 << 19
+_CHUNK_TOKENS = 1 << 19
 
 
 def document_texts(
-    stream: TokenStream, tokenizer: Tokenizer, *, piece_tokens: int = _PIECE_TOKENS
+    stream: TokenStream, tokenizer: Tokenizer, *, chunk_tokens: int = _CHUNK_TOKENS
 ) -> Iterator[tuple[int, str]]:
-    """Number and text of each document, in the order of the stream; one of more than so many tokens
-    comes in pieces, cut at white space where there is any."""
-    entries = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
-    for number, (begin, end) in enumerate(pairwise(stream.document_offsets.tolist())):
+    """Yield number and text of each document, in order. A document of more than `chunk_tokens`
+    comes in several chunks, cut at white space where possible."""
+    token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
+    for number, (first, end) in enumerate(pairwise(stream.document_offsets.tolist())):
         rest = b""
-        for start in range(begin, end, piece_tokens):
-            stop = min(start + piece_tokens, end)
-            ids = stream.read(start, stop).tolist()
-            text = b"".join([rest, *map(entries.__getitem__, ids)])
-            cut = len(text) if stop == end else _cut(text)
+        for start in range(first, end, chunk_tokens):
+            stop = min(start + chunk_tokens, end)
+            text = rest + b"".join(token_bytes[id_] for id_ in stream.read(start, stop).tolist())
+            cut = len(text) if stop == end else _last_break(text)
             yield number, text[:cut].decode("utf-8", "replace")
             rest = text[cut:]
 
 
-def _cut(text: bytes) -> int:
-    """Where a piece ends: before its last white space, or before its last character."""
+def _last_break(text: bytes) -> int:
+    """Position of the last white space, or else of the last complete character."""
     cut = max(text.rfind(b" "), text.rfind(b"\n"))
     if cut <= 0:
         cut = max(len(text) - 1, 0)
-        while cut and text[cut] & 0xC0 == 0x80:  # inside a character
+        while cut and text[cut] & 0xC0 == 0x80:  # a UTF-8 continuation byte
             cut -= 1
     return cut

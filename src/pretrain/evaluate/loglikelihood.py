@@ -1,10 +1,10 @@
-"""The primitive: log p(continuation | context), for pairs of texts or of ids, many at once.
+"""log p(continuation | context) of many pairs of texts, or of ids, at once.
 
-Pairs come in, and for each the nats of its continuation, its tokens, and whether each was the
-likeliest come out, in the order of the pairs. A pair that is longer than the model's context loses
-the left of its context; a continuation that is longer goes on in windows that begin every `stride`
-ids, each of its tokens counted once. What stands beside a pair in a batch changes nothing of it. A
-continuation of no ids is refused.
+For each pair the result is the nats of its continuation, its number of tokens, and whether each of
+them was the most probable one. A pair longer than the model's context loses the left part of its
+context; a longer continuation is scored in windows that start every `stride` ids, each token
+counted once. Other pairs in the batch do not change the result. An empty continuation is a
+ValueError.
 """
 
 from __future__ import annotations
@@ -27,28 +27,36 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Ids, of which the first `n_context` (at least one) are given and the rest is asked for."""
+    """Token ids: the first `n_context` (at least one) are context, the others are scored."""
 
     ids: tuple[int, ...]
     n_context: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_context < len(self.ids):
+            raise ValueError(
+                "a pair must have at least 1 id of context and 1 of continuation (got "
+                f"{self.n_context} of {len(self.ids)} ids as context)"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class PairScore:
-    """What the model says of one continuation."""
+    """The likelihood of one continuation."""
 
     nats: float
     """-log p(continuation | context)"""
     tokens: int
     is_greedy: bool
-    """Whether each of its tokens is the likeliest after the ones before."""
-    is_cut: bool
-    """Whether the context did not fit and lost its left."""
+    """Whether each token is the most probable one after those before it."""
+    is_truncated: bool
+    """Whether the context did not fit the window and lost its left part."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Some of a pair's ids that go through the model at once; the last `counted` are targets."""
+    """Ids of a pair that go through the model at once; the targets are those after the last
+    inputs."""
 
     pair: int
     inputs: tuple[int, ...]
@@ -56,49 +64,52 @@ class _Window:
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """Ids of two texts that stand side by side, as lm-evaluation-harness 0.4 has them.
+    """Encode context and continuation as lm-evaluation-harness 0.4 does.
 
-    White space at the end of the context belongs to the continuation; both are encoded together,
-    and the continuation is what lies beyond the ids of the context alone. Whether start_of_text
-    stands before them is the tokenizer's `begins_texts`; it is all the context where there is no
-    other. ValueError where the continuation has no ids of its own.
+    White space at the end of the context moves to the continuation. Both are encoded together, and
+    the continuation is what comes after the ids of the context alone. A start-of-text token comes
+    first if the tokenizer's `add_bos` says so; it is the context where the context is empty.
+    ValueError where the continuation adds no id.
     """
-    kept = context.rstrip()
-    continuation = context[len(kept) :] + continuation
-    given = tokenizer.encode_prompt(kept)
-    if kept:
-        asked = tokenizer.encode_prompt(kept + continuation)[len(given) :]
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    context_ids = tokenizer.encode_prompt(stripped)
+    if stripped:
+        continuation_ids = tokenizer.encode_prompt(stripped + continuation)[len(context_ids) :]
     else:
-        asked = tokenizer.encode(continuation).tolist()
-    if not asked:
-        raise ValueError(f"{continuation!r:.80} is not a token of its own after {kept[-40:]!r}")
-    return Pair((*given, *asked), len(given))
+        continuation_ids = tokenizer.encode(continuation).tolist()
+    if not continuation_ids:
+        raise ValueError(
+            f"{continuation!r:.80} must be at least one token of its own after {stripped[-40:]!r}"
+        )
+    return Pair((*context_ids, *continuation_ids), len(context_ids))
 
 
 def windows_of(pair: Pair, *, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, n): ids[start:stop] are read at once, and of the ids that follow each the last
-    n are counted; all windows together count each id of the continuation once."""
-    n_ids, done = len(pair.ids), pair.n_context
-    if n_ids - done <= context_length:
-        yield max(0, n_ids - 1 - context_length), n_ids - 1, n_ids - done
+    """Yield (start, stop, n): ids[start:stop] are inputs of one window, and the last n of the ids
+    after each input are its targets. Every id of the continuation is a target once."""
+    n_ids, n_done = len(pair.ids), pair.n_context
+    if n_ids - n_done <= context_length:
+        yield max(0, n_ids - 1 - context_length), n_ids - 1, n_ids - n_done
         return
-    start = done - 1
-    while done < n_ids:
+    start = n_done - 1
+    while n_done < n_ids:
         stop = min(start + context_length, n_ids - 1)
-        yield start, stop, stop + 1 - done
-        start, done = start + stride, stop + 1
+        yield start, stop, stop + 1 - n_done
+        start += stride
+        n_done = stop + 1
 
 
-def rolled(ids: Sequence[int], *, start: int, context_length: int) -> list[Pair]:
-    """A text behind a `start`, in pairs that count each of its ids once, as lm-evaluation-harness
-    0.4 rolls over it: windows do not overlap, but that the last is as long as the others and counts
-    only what they left."""
-    whole = (start, *ids)
+def rolling_pairs(ids: Sequence[int], *, start: int, context_length: int) -> list[Pair]:
+    """Cut a text after the id `start` into pairs that score each of its ids once, as the rolling
+    log-likelihood of lm-evaluation-harness 0.4 does: windows do not overlap, except that the last
+    one is as long as the others and scores only the ids that they left."""
+    all_ids = (start, *ids)
     pairs = []
-    for done in range(0, len(ids), context_length):
-        last = min(done + context_length, len(ids))
+    for n_done in range(0, len(ids), context_length):
+        last = min(n_done + context_length, len(ids))
         first = max(0, last - context_length)
-        pairs.append(Pair(whole[first : last + 1], 1 + done - first))
+        pairs.append(Pair(all_ids[first : last + 1], 1 + n_done - first))
     return pairs
 
 
@@ -112,78 +123,86 @@ def score_pairs(
     stride: int | None = None,
     batch_tokens: int = EVALUATION_TOKENS,
 ) -> list[PairScore]:
-    """An answer for each pair. ValueError for a pair without context or continuation, and for a
-    stride that does not fit the context."""
+    """Score each pair, in the order of the pairs. ValueError for a stride larger than the
+    context."""
     context = decoder.config.window_tokens
     stride = resolve_stride(stride, context)
     windows: list[_Window] = []
-    cut: set[int] = set()
+    truncated: set[int] = set()
     for number, pair in enumerate(pairs):
-        if not 1 <= pair.n_context < len(pair.ids):
-            raise ValueError(f"{pair.n_context} of {len(pair.ids)} ids are context; legal: 1 up")
         for start, stop, n in windows_of(pair, context_length=context, stride=stride):
-            inputs, targets = pair.ids[start:stop], pair.ids[stop + 1 - n : stop + 1]
-            if stop + 1 - n == pair.n_context and start:  # the first window
-                cut.add(number)
-            windows.append(_Window(number, inputs, targets))
-    nats, greedy = [0.0] * len(pairs), [True] * len(pairs)
+            first_target = stop + 1 - n
+            windows.append(_Window(number, pair.ids[start:stop], pair.ids[first_target : stop + 1]))
+            if first_target == pair.n_context and start > 0:  # the pair's first window
+                truncated.add(number)
+
+    nats = [0.0] * len(pairs)
+    is_greedy = [True] * len(pairs)
     for batch in _batches(windows, batch_tokens):
         with world.autocast(precision):
-            found = _score_batch(decoder, batch)
-        for window, part, likeliest in found:
-            nats[window.pair] += part
-            greedy[window.pair] &= likeliest
+            scored = _score_batch(decoder, batch)
+        for window, window_nats, window_is_greedy in scored:
+            nats[window.pair] += window_nats
+            is_greedy[window.pair] &= window_is_greedy
     return [
-        PairScore(nats[n], len(p.ids) - p.n_context, greedy[n], n in cut)
-        for n, p in enumerate(pairs)
+        PairScore(nats[i], len(pair.ids) - pair.n_context, is_greedy[i], i in truncated)
+        for i, pair in enumerate(pairs)
     ]
 
 
 def _batches(windows: list[_Window], batch_tokens: int) -> Iterator[list[list[_Window]]]:
-    """Rows of windows, the longest first, padded to no more than `batch_tokens` together; windows
-    of the same inputs, such as a question's answers of one token, are one row."""
-    rows: dict[tuple[int, ...], list[_Window]] = {}
+    """Yield batches of rows, the longest rows first, of at most `batch_tokens` with padding.
+    Windows with equal inputs share a row, such as the one-token choices of a question."""
+    windows_by_inputs: dict[tuple[int, ...], list[_Window]] = {}
     for window in windows:
-        rows.setdefault(window.inputs, []).append(window)
-    waiting = sorted(rows.values(), key=lambda row: -len(row[0].inputs))
-    while waiting:
-        n_rows = max(1, batch_tokens // len(waiting[0][0].inputs))
-        yield waiting[:n_rows]
-        del waiting[:n_rows]
+        windows_by_inputs.setdefault(window.inputs, []).append(window)
+    rows = sorted(windows_by_inputs.values(), key=lambda row: -len(row[0].inputs))
+    while rows:
+        n_rows = max(1, batch_tokens // len(rows[0][0].inputs))
+        yield rows[:n_rows]
+        del rows[:n_rows]
 
 
 def _score_batch(decoder: Decoder, rows: list[list[_Window]]) -> list[tuple[_Window, float, bool]]:
-    """Each window, the nats of its targets, and whether all are the likeliest."""
+    """Each window with the nats of its targets, and whether all are the most probable ones."""
     device = decoder.device
-    # Attention looks back only, so ids that fill up a row's right change nothing of it.
+    # Padding goes to the right: causal attention never sees it.
     inputs_BT = torch.zeros(len(rows), len(rows[0][0].inputs), dtype=torch.int64)
     for b, row in enumerate(rows):
         inputs_BT[b, : len(row[0].inputs)] = torch.tensor(row[0].inputs)
     hidden_BTD = decoder.forward(inputs_BT.to(device))
-    windows = [(b, window) for b, row in enumerate(rows) for window in row]
+
+    windows = [window for row in rows for window in row]
+    row_numbers = [b for b, row in enumerate(rows) for _ in row]
     hidden_ND = torch.cat(
-        [hidden_BTD[b, len(w.inputs) - len(w.targets) : len(w.inputs)] for b, w in windows]
+        [
+            hidden_BTD[b, len(window.inputs) - len(window.targets) : len(window.inputs)]
+            for b, window in zip(row_numbers, windows, strict=True)
+        ]
     )
-    targets_N = torch.tensor([t for _, w in windows for t in w.targets], device=device)
-    nats_N, likeliest_N = _nats_of(decoder, hidden_ND, targets_N)
-    lengths = [len(w.targets) for _, w in windows]
-    parts = zip(
-        windows,
-        nats_N.split_with_sizes(lengths),
-        likeliest_N.split_with_sizes(lengths),
-        strict=True,
-    )
-    return [(w, float(nats.sum()), bool(likeliest.all())) for (_, w), nats, likeliest in parts]
+    targets_N = torch.tensor([t for window in windows for t in window.targets], device=device)
+    nats_N, is_greedy_N = _target_nats(decoder, hidden_ND, targets_N)
+
+    lengths = [len(window.targets) for window in windows]
+    return [
+        (window, float(nats.sum()), bool(is_greedy.all()))
+        for window, nats, is_greedy in zip(
+            windows,
+            nats_N.split_with_sizes(lengths),
+            is_greedy_N.split_with_sizes(lengths),
+            strict=True,
+        )
+    ]
 
 
-def _nats_of(decoder: Decoder, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p of each target (N), in float64 on the CPU, and whether it is the likeliest (N)."""
-    nats, likeliest = [], []
+def _target_nats(decoder: Decoder, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of each target (N), float64 on the CPU, and whether it is the most probable id (N)."""
+    nats, is_greedy = [], []
     for first in range(0, len(targets_N), LOGIT_ROWS):
         targets = targets_N[first : first + LOGIT_ROWS]
         logits_NV = decoder.logits(hidden_ND[first : first + LOGIT_ROWS])
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        chosen_N1 = logits_NV.log_softmax(-1).gather(1, targets[:, None])
-        nats.append(-chosen_N1[:, 0].cpu().double())
-        likeliest.append((logits_NV.argmax(-1) == targets).cpu())
-    return torch.cat(nats), torch.cat(likeliest)
+        log_p_N1 = logits_NV.log_softmax(-1).gather(1, targets[:, None])
+        nats.append(-log_p_N1[:, 0].cpu().double())
+        is_greedy.append((logits_NV.argmax(-1) == targets).cpu())
+    return torch.cat(nats), torch.cat(is_greedy)

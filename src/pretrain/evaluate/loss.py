@@ -1,8 +1,8 @@
-"""Weights -> numbers: the log-probability of text, with every token counted once.
+"""Weights -> the loss of text: nats, perplexity and bits per byte, with every token counted once.
 
-The one scorer of the project: the training loop, `pretrain evaluate` and tests all come through
-here. Texts are read from a start-of-text on, in windows of the context length T that do not overlap
-unless a shorter stride is asked for. `continuations` does the same for what follows a context.
+The training loop, `pretrain evaluate` and the tests all measure the loss of text here. A text is
+read after a start-of-text token, in windows of the context length T, which do not overlap unless a
+smaller stride is given. `loglikelihood` does the same for a continuation after a context.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +21,15 @@ from pretrain.distributed import World
 from pretrain.model import LMLoss
 from pretrain.tokenizer import Tokenizer
 
-# Targets of one forward pass of an evaluation: no gradients are kept, so this may be more than in
-# training.
+# Targets in one forward pass. No gradients are kept, so this may be more than in training.
 EVALUATION_TOKENS = 4096
+# exp() of more is infinite.
+MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Sums over the counted targets; what is printed is derived from them."""
+    """The loss of some text, as sums over its valid targets."""
 
     nats: float
     tokens: int
@@ -44,20 +44,20 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats_per_token, 700.0))
+        return math.exp(min(self.nats_per_token, MAX_EXPONENT))
 
     @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def per_word(self, words: int) -> float:
-        """Perplexity of a word, when the same nats are shared by `words` words."""
-        return math.exp(min(self.nats / words, 700.0)) if words else math.nan
+    def word_perplexity(self, n_words: int) -> float:
+        """Perplexity per word, if the text has `n_words` words."""
+        return math.exp(min(self.nats / n_words, MAX_EXPONENT)) if n_words else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Ids:
-    """A stream of ids in memory, with the two names that a stream on disk has too."""
+    """A token stream in memory, with the interface of a stream on disk."""
 
     ids: NDArray[np.int64]
 
@@ -78,29 +78,40 @@ def score_batches(
     world: World,
     precision: str = "fp32",
 ) -> list[Score]:
-    """Nats, tokens and bytes of the targets in each of `batches`, without dropout; the objective's
-    mode is put back."""
+    """The loss of each batch, without dropout. Restores the module's training mode."""
     was_training = lm_loss.training
     lm_loss.eval()
-    found = []
+    scores = []
     for batch in batches:
         with world.autocast(precision):
-            nats, count = lm_loss(batch.to(world.device))
+            nats, n_targets = lm_loss(batch.to(world.device))
         n_bytes = byte_lengths_V[batch.targets[batch.targets >= 0]].sum()
-        found.append(Score(float(nats), int(count), int(n_bytes)))
+        scores.append(Score(float(nats), int(n_targets), int(n_bytes)))
     lm_loss.train(was_training)
-    return found
+    return scores
 
 
-def score(lm_loss: LMLoss, batches: Iterable[MicroBatch], **how: Any) -> Score:
-    """The exact sum of `score_batches`, whatever their order."""
-    found = score_batches(lm_loss, batches, **how)
-    nats = math.fsum(each.nats for each in found)
-    return Score(nats, sum(each.tokens for each in found), sum(each.bytes for each in found))
+def score(
+    lm_loss: LMLoss,
+    batches: Iterable[MicroBatch],
+    *,
+    byte_lengths_V: Tensor,
+    world: World,
+    precision: str = "fp32",
+) -> Score:
+    """The exactly rounded sum of `score_batches`, whatever the order of the batches."""
+    scores = score_batches(
+        lm_loss, batches, byte_lengths_V=byte_lengths_V, world=world, precision=precision
+    )
+    return Score(
+        nats=math.fsum(each.nats for each in scores),
+        tokens=sum(each.tokens for each in scores),
+        bytes=sum(each.bytes for each in scores),
+    )
 
 
 def byte_lengths(tokenizer: Tokenizer) -> Tensor:
-    """Bytes of text behind each id (V), 0 for the end of text."""
+    """Bytes of text that each token stands for (V); 0 for the end of text."""
     return torch.from_numpy(tokenizer.byte_lengths())
 
 
@@ -114,8 +125,8 @@ def score_texts(
     stride: int | None = None,
 ) -> Score:
     """The sum of `score_each`."""
-    each = score_each(lm_loss, tokenizer, texts, world=world, precision=precision, stride=stride)
-    return sum(each, Score(0.0, 0, 0))
+    scores = score_each(lm_loss, tokenizer, texts, world=world, precision=precision, stride=stride)
+    return sum(scores, Score(0.0, 0, 0))
 
 
 def score_each(
@@ -127,24 +138,23 @@ def score_each(
     precision: str = "fp32",
     stride: int | None = None,
 ) -> list[Score]:
-    """Score some documents, each from a fresh start-of-text; the ends of documents are not
-    counted; bytes are those of the texts, whatever a tokenizer makes of them. Windows begin every
-    `stride` tokens, by default as many as the context has; ValueError for more."""
-    lengths = byte_lengths(tokenizer)
+    """Score documents, each after a start-of-text token of its own; ends of documents are not
+    targets. Bytes are those of the text, even where the tokenizer changes it. Windows start every
+    `stride` tokens (default: the context length); ValueError for a larger stride."""
+    lengths_V = byte_lengths(tokenizer)
     context = lm_loss.decoder.config.window_tokens
     stride = resolve_stride(stride, context)
     rows = max(1, EVALUATION_TOKENS // context)
     scores = []
     for text in texts:
         ids = np.concatenate([[tokenizer.start_of_text], tokenizer.encode(text)]).astype(np.int64)
-        # A short text is one short window: what would be padding is not computed.
+        # A text shorter than the context is one shorter window, so no padding is computed.
         window = min(context, max(1, len(ids) - 1))
         batches = evaluation_batches(
-            Ids(ids),
-            context_length=window,
-            rows=rows,
-            stride=min(stride, window),
+            Ids(ids), context_length=window, rows=rows, stride=min(stride, window)
         )
-        found = score(lm_loss, batches, byte_lengths_V=lengths, world=world, precision=precision)
-        scores.append(replace(found, bytes=len(text.encode("utf-8", "replace"))))
+        text_score = score(
+            lm_loss, batches, byte_lengths_V=lengths_V, world=world, precision=precision
+        )
+        scores.append(replace(text_score, bytes=len(text.encode("utf-8", "replace"))))
     return scores

@@ -1,8 +1,9 @@
-"""From what a model said of each example to a number for all: sums first, the number from the sums.
+"""Per-example statistics -> a metric: statistics are summed first, the metric is a function of the
+sums.
 
-A metric is a row of statistics an example and a function of their sums, so that a bootstrap and a
-comparison of models take any metric alike. Open answers are compared with their references here,
-too. A library that is not installed is a ValueError with the command that installs it.
+So the bootstrap and the comparison of models work for every metric in the same way. Open answers
+are compared with their references here. A library that is not installed is a ValueError with the
+command that installs it.
 """
 
 from __future__ import annotations
@@ -21,67 +22,68 @@ from pretrain import missing_package
 Array = NDArray[np.float64]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PART_OF_A_NUMBER = re.compile(r"[\s$]|(?<=\d),(?=\d{3}(?!\d))")
+# White space, dollar signs, and commas between thousands.
+_IGNORED_IN_NUMBERS = re.compile(r"[\s$]|(?<=\d),(?=\d{3}(?!\d))")
 _WORD = re.compile(r"[^\W_]+")
 _PUNCTUATION = frozenset(string.punctuation)
-_LARGEST_EXPONENT = 700.0
+_MAX_EXPONENT = 700.0
 
 
 def value(metric: str, sums: Array) -> Array:
-    """The metric of sums (..., k) of statistics, of any shape (...)."""
+    """The metric of sums (..., k) of statistics, of shape (...)."""
     if metric == "bleu":
         return np.apply_along_axis(_bleu_of_sums, -1, sums)
     with np.errstate(divide="ignore", invalid="ignore"):
         mean: Array = sums[..., 0] / sums[..., 1]
     if metric.endswith("perplexity"):
-        return np.exp(np.minimum(mean, _LARGEST_EXPONENT))
+        return np.exp(np.minimum(mean, _MAX_EXPONENT))
     return mean
 
 
 def normalized(answer: str) -> str:
     """An answer as SQuAD compares it: lower case, no punctuation, no articles, single spaces
     ("SQuAD", Rajpurkar et al., 2016, evaluation script)."""
-    plain = "".join(c for c in answer.lower() if c not in _PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", plain).split())
+    without_punctuation = "".join(c for c in answer.lower() if c not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", without_punctuation).split())
 
 
 def exact_match(answer: str, references: Iterable[str]) -> float:
-    """1 where the normalised answer is one of the references, else 0. No answer is none of them,
-    though nothing is left of a reference such as "A"."""
+    """1 if the normalised answer equals a reference, else 0. An empty answer equals only an empty
+    reference, not one such as "A", of which nothing is left."""
     if not answer.strip():
         return float(any(not reference.strip() for reference in references))
     return float(normalized(answer) in {normalized(reference) for reference in references})
 
 
 def final_answer(answer: str, references: Iterable[str]) -> float:
-    """1 where the answer is one of the references as mathematics reads them, sign by sign: without
-    white space, dollar signs, commas between thousands and a point at the end; else 0."""
+    """1 if the answer equals a reference as a number is read, else 0: white space, dollar signs,
+    commas between thousands and a point at the end are ignored."""
 
-    def written(text: str) -> str:
-        return _NO_PART_OF_A_NUMBER.sub("", text).removesuffix(".")
+    def cleaned(text: str) -> str:
+        return _IGNORED_IN_NUMBERS.sub("", text).removesuffix(".")
 
-    return float(written(answer) in {written(reference) for reference in references})
+    return float(cleaned(answer) in {cleaned(reference) for reference in references})
 
 
 def f1(answer: str, references: Iterable[str]) -> float:
-    """The harmonic mean of precision and recall of normalised words, of the best reference."""
+    """The harmonic mean of precision and recall of normalised words, for the best reference."""
     if not answer.strip():
         return exact_match(answer, references)
     return max(_word_f1(normalized(answer).split(), normalized(r).split()) for r in references)
 
 
-def _word_f1(found: list[str], wanted: list[str]) -> float:
-    if not found or not wanted:
-        return float(found == wanted)
-    shared = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * shared / (len(found) + len(wanted))
+def _word_f1(words: list[str], reference_words: list[str]) -> float:
+    if not words or not reference_words:
+        return float(words == reference_words)
+    n_shared = sum((Counter(words) & Counter(reference_words)).values())
+    return 2 * n_shared / (len(words) + len(reference_words))
 
 
 def statistics_of_answer(metric: str, answer: str, references: Sequence[str]) -> tuple[float, ...]:
-    """An open answer's row of statistics."""
+    """The statistics of one open answer."""
     match metric:
         case "bleu":
-            return _bleu_counts(answer, references)
+            return _bleu_statistics(answer, references)
         case "chrf":
             return _chrf(answer, references), 1.0
         case "exact_match":
@@ -93,19 +95,18 @@ def statistics_of_answer(metric: str, answer: str, references: Sequence[str]) ->
     return _rouge(metric, answer, references), 1.0
 
 
-def _bleu_counts(answer: str, references: Sequence[str]) -> tuple[float, ...]:
-    """What corpus BLEU sums up: n-grams that match, n-grams there are, lengths ("BLEU", Papineni et
-    al., 2002, as sacrebleu computes it: "A Call for Clarity in Reporting BLEU Scores", Post, 2018).
-    """
-    found = _sacrebleu().corpus_bleu([answer], [[reference] for reference in references])
-    return (*map(float, found.counts), *map(float, found.totals), found.sys_len, found.ref_len)
+def _bleu_statistics(answer: str, references: Sequence[str]) -> tuple[float, ...]:
+    """The sums of corpus BLEU: matching n-grams, all n-grams, lengths ("BLEU", Papineni et al.,
+    2002, as in sacrebleu: "A Call for Clarity in Reporting BLEU Scores", Post, 2018)."""
+    bleu = _sacrebleu().corpus_bleu([answer], [[reference] for reference in references])
+    return (*map(float, bleu.counts), *map(float, bleu.totals), bleu.sys_len, bleu.ref_len)
 
 
 def _bleu_of_sums(sums: Array) -> float:
-    *counts, n_found, n_wanted = (round(each) for each in sums.tolist())
+    *counts, length, reference_length = (round(each) for each in sums.tolist())
     orders = len(counts) // 2
     bleu = _sacrebleu().BLEU.compute_bleu(
-        counts[:orders], counts[orders:], n_found, n_wanted, smooth_method="exp"
+        counts[:orders], counts[orders:], length, reference_length, smooth_method="exp"
     )
     return float(bleu.score)
 
@@ -116,8 +117,8 @@ def _chrf(answer: str, references: Sequence[str]) -> float:
 
 
 def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
-    """ROUGE's F of the best reference, 0 to 1 ("ROUGE", Lin, 2004); words are those of rouge_score
-    where all is ASCII."""
+    """ROUGE's F of the best reference, 0 to 1 ("ROUGE", Lin, 2004). Words are those of rouge_score
+    where the text is ASCII."""
     scorer = _rouge_scorer(kind)
     return max(float(scorer.score(r, answer)[kind].fmeasure) for r in references)
 
@@ -128,18 +129,18 @@ def _rouge_scorer(kind: str) -> Any:
         from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise missing_package(kind, "rouge-score", extra="tasks") from error
-    plain = DefaultTokenizer(use_stemmer=True)
+    ascii_tokenizer = DefaultTokenizer(use_stemmer=True)
 
-    class Words:
-        """The library's own words, which are of a-z and 0-9; letters of others are not dropped."""
+    class WordTokenizer:
+        """The library's own words (a-z, 0-9, stemmed), but other letters are not dropped."""
 
         def tokenize(self, text: str) -> list[str]:
-            words = _WORD.findall(text.lower())
-            return [
-                w for word in words for w in (plain.tokenize(word) if word.isascii() else [word])
-            ]
+            words: list[str] = []
+            for word in _WORD.findall(text.lower()):
+                words += ascii_tokenizer.tokenize(word) if word.isascii() else [word]
+            return words
 
-    return RougeScorer([kind], tokenizer=Words())
+    return RougeScorer([kind], tokenizer=WordTokenizer())
 
 
 def _sacrebleu() -> Any:

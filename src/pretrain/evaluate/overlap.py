@@ -1,85 +1,200 @@
-"""What of a text is in the training text, and what a model writes that it has read.
+"""The overlap of evaluation texts, and of what a model generates, with its training text.
 
-Evaluation sets and what a model wrote come in, and become rows of two tables, as plain values for
-JSON: the n-gram overlap of "Language Models are Unsupervised Multitask Learners" (Radford et al.,
-2019, section 4), and as in its appendix continuations of held-out text beside what stands there.
+Two tables of plain values for JSON: the n-gram overlap of "Language Models are Unsupervised
+Multitask Learners" (Radford et al., 2019, section 4), and, as in its appendix, continuations of
+held-out text compared with the text that really follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.corpus.overlap import TextOverlap, longest_matches, ngram_share
+from pretrain.corpus import read_documents
+from pretrain.corpus.bloom import BloomFilter
+from pretrain.corpus.overlap import (
+    TextOverlap,
+    corpus_ngram_filter,
+    longest_matches,
+    measure_overlap,
+    ngram_share,
+)
 from pretrain.corpus.words import split_words
-from pretrain.data import TokenStream
+from pretrain.data import PreparedData, TokenStream
 from pretrain.distributed import World
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.metrics import Array, value
-from pretrain.generate import Sampling, generate_ids
+from pretrain.evaluate.run_tasks import TaskResults
+from pretrain.evaluate.task_files import EvalTask
+from pretrain.generate import Sampling, generate_ids, pack_weights
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
 
 CONTINUATIONS = 32
 PROMPT_TOKENS = 40
-WRITTEN_TOKENS = 120
-# Of the likeliest tokens so many, as the paper draws them.
-TOP_K = 40
+GENERATED_TOKENS = 120
+TOP_K = 40  # of the sampling, as in the paper
+# Part of a cached filter's file name: changed whenever words are split or hashed in another way.
+_FILTER_VERSION = 1
 _SHOWN_CHARACTERS = 80
 
 
-def row_of(found: Sequence[TextOverlap]) -> dict[str, Any]:
-    """The row of a set of texts that were held against the training text: its different n-grams,
-    how many of them are there, and how that is spread over its examples."""
-    grams, places = np.unique(
-        np.concatenate([np.empty(0, np.uint64), *(each.grams for each in found)]),
+def training_filter(data: PreparedData, folder: Path, *, log: Callable[[str], None]) -> BloomFilter:
+    """The n-grams of a training text: computed once, then read from a file in `folder`."""
+    stream = data.split("train")
+    tokenizer_sha256 = data.manifest.tokenizer_sha256
+    path = folder / f"{stream.sha256[:32]}-{tokenizer_sha256[:16]}-{_FILTER_VERSION}.npy"
+    if not path.exists():
+        log(f"reading {stream.n_bytes:,} bytes of training text, once ...")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = data.tokenizer()
+        corpus_ngram_filter(lambda: document_texts(stream, tokenizer)).save(path)
+    return BloomFilter.open(path)
+
+
+def evaluation_set_rows(
+    data: PreparedData,
+    corpus: BloomFilter,
+    *,
+    files: Sequence[str] = (),
+    text_field: str | None = None,
+    results: Iterable[tuple[EvalTask, TaskResults]] = (),
+) -> dict[str, Any]:
+    """A row for each evaluation set. The held-out split comes from the same source as the training
+    text, so the others are to be compared with it."""
+    held_out = data.split("val")
+    ids = (origin.id for _, origin in held_out.origins(lambda *_: True))
+    texts = document_texts(held_out, data.tokenizer(), chunk_tokens=held_out.n_tokens)
+    named = zip(ids, (text for _, text in texts), strict=True)
+    rows = {"held-out split": overlap_row(measure_overlap(named, corpus))}
+    for file in files:
+        documents = read_documents(file, text_field=text_field)
+        rows[file] = overlap_row(measure_overlap(((d.id, d.text) for d in documents), corpus))
+    for eval_task, task_results in results:
+        metric = eval_task.task.metric
+        overlaps = measure_overlap(_numbered(eval_task.solved_texts), corpus)
+        rows[eval_task.task.name] = {
+            **overlap_row(overlaps),
+            "score": score_without_overlap(metric, task_results.statistics[metric], overlaps),
+        }
+    return rows
+
+
+def generated_text_rows(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    data: PreparedData,
+    corpus: BloomFilter,
+    *,
+    samples: Sequence[str],
+    world: World,
+    precision: str,
+    seed: int,
+) -> dict[str, Any]:
+    """A row for the `samples` that a run generated while it trained, for continuations of held-out
+    text, and for the held-out text that follows there."""
+    pack_weights(decoder)
+    continuations = continue_held_out(
+        decoder, tokenizer, data.split("val"), world=world, precision=precision, seed=seed
+    )
+    sets: Mapping[str, Sequence[str]] = {
+        "samples.jsonl": samples,
+        "continuations of held-out text": [each.generated for each in continuations],
+        "the held-out text there": [each.held_out for each in continuations],
+    }
+    rows: dict[str, Any] = {
+        name: overlap_row(measure_overlap(_numbered(texts), corpus))
+        for name, texts in sets.items()
+        if texts
+    }
+    longest = longest_in_training_text(
+        [sets[name] for name in rows], data.split("train"), data.tokenizer()
+    )
+    for row, match in zip(rows.values(), longest, strict=True):
+        row["longest"] = match
+    return rows
+
+
+def _numbered(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    return ((f"example {number}", text) for number, text in enumerate(texts))
+
+
+def overlap_row(overlaps: Sequence[TextOverlap]) -> dict[str, Any]:
+    """The row of one set of texts: the share of its distinct n-grams that are in the training text,
+    and the distribution over its examples."""
+    grams, first_places = np.unique(
+        np.concatenate([np.empty(0, np.uint64), *(each.grams for each in overlaps)]),
         return_index=True,
     )
-    is_found = np.concatenate([np.empty(0, bool), *(each.in_corpus for each in found)])[places]
-    compared = [each for each in found if len(each.grams)]
+    in_corpus = np.concatenate([np.empty(0, bool), *(each.in_corpus for each in overlaps)])
+    n_in_corpus = int(in_corpus[first_places].sum())
+    long_enough = [each for each in overlaps if len(each.grams)]
     row: dict[str, Any] = {
-        "examples": len(found),
-        "too_short": len(found) - len(compared),
-        "without": sum(not each.in_corpus.any() for each in compared),
-        **ngram_share(len(grams), int(is_found.sum())),
+        "examples": len(overlaps),
+        "too_short": len(overlaps) - len(long_enough),
+        "without": sum(not each.in_corpus.any() for each in long_enough),
+        **ngram_share(len(grams), n_in_corpus),
         "median_percent": None,
         "most": None,
     }
-    if not compared:
-        return row | {"percent": None}
-    row["median_percent"] = round(float(np.median([each.percent for each in compared])), 3)
-    most = max(compared, key=lambda each: (each.percent, len(each.grams)))
-    if not most.in_corpus.any():
+    if not long_enough:
+        row["percent"] = None
         return row
-    return row | {
-        "most": {
+    row["median_percent"] = round(float(np.median([each.percent for each in long_enough])), 3)
+    most = max(long_enough, key=lambda each: (each.percent, len(each.grams)))
+    if most.in_corpus.any():
+        row["most"] = {
             "example": most.name,
             **ngram_share(len(most.grams), int(most.in_corpus.sum())),
             "begins": " ".join(most.text[: 2 * _SHOWN_CHARACTERS].split())[:_SHOWN_CHARACTERS],
-        },
-    }
+        }
+    return row
 
 
-def score_without(metric: str, statistics: Array, found: Sequence[TextOverlap]) -> dict[str, Any]:
-    """A metric over all examples, and over those without any overlap; None where all have some."""
-    is_clean = np.array([not each.in_corpus.any() for each in found])
-    clean = statistics[is_clean]
+def row_message(row: Mapping[str, Any]) -> str:
+    """A row of either table in one line."""
+    if row["percent"] is None:
+        return f"nothing to compare: {row['examples']:,} texts of fewer than 8 words"
+    message = (
+        f"{row['percent']:.2f} % of {row['ngrams']:,}; {row['without']:,} of "
+        f"{row['examples'] - row['too_short']:,} texts have none"
+    )
+    if row["too_short"]:
+        message += f", {row['too_short']:,} more are shorter"
+    if row.get("score"):
+        score = row["score"]
+        message += f"; {score['metric']} {score['value']:.4f}"
+        if score["value_without"] is not None:
+            n = score["examples_without"]
+            message += f", {score['value_without']:.4f} over the {n:,} without any"
+    if row.get("longest"):
+        longest = row["longest"]
+        message += f"; {longest['words']} words in a row are in {longest['document']['id']}"
+    return message
+
+
+def score_without_overlap(
+    metric: str, statistics: Array, overlaps: Sequence[TextOverlap]
+) -> dict[str, Any]:
+    """A metric over all examples, and over those without any overlap (None if all have some)."""
+    without = statistics[np.array([not each.in_corpus.any() for each in overlaps])]
     return {
         "metric": metric,
         "value": float(value(metric, statistics.sum(0))),
-        "value_without": float(value(metric, clean.sum(0))) if len(clean) else None,
-        "examples_without": len(clean),
+        "value_without": float(value(metric, without.sum(0))) if len(without) else None,
+        "examples_without": len(without),
     }
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a model wrote after some held-out text, and what stands there."""
+    """What a model generated after some held-out text, and the text that really follows."""
 
-    written: str
+    generated: str
     held_out: str
 
 
@@ -92,51 +207,52 @@ def continue_held_out(
     precision: str,
     seed: int,
 ) -> list[Continuation]:
-    """Continuations at places spread evenly over a held-out stream, CONTINUATIONS of them where its
-    documents are not too few: of WRITTEN_TOKENS at most after PROMPT_TOKENS at most, fewer in
-    shorter documents."""
-    found = []
-    for number, (begin, middle, end) in enumerate(_held_out_places(stream)):
-        ids = stream.read(begin, end).tolist()
+    """Up to CONTINUATIONS continuations at positions spread evenly over a held-out stream, each of
+    at most GENERATED_TOKENS after at most PROMPT_TOKENS; fewer in short documents."""
+    continuations = []
+    for number, (start, middle, stop) in enumerate(_held_out_spans(stream)):
+        ids = stream.read(start, stop).tolist()
+        n_prompt = middle - start
         with world.autocast(precision):
-            (written,) = generate_ids(
+            (generated,) = generate_ids(
                 decoder,
-                [tokenizer.start_of_text, *ids[: middle - begin]],
-                max_tokens=end - middle,
+                [tokenizer.start_of_text, *ids[:n_prompt]],
+                max_tokens=stop - middle,
                 sampling=Sampling(temperature=1.0, top_k=TOP_K, seed=seed + number),
                 stop_ids={tokenizer.start_of_text, *tokenizer.stop_ids},
             )
-        held_out = tokenizer.decode(ids[middle - begin :])
-        found.append(Continuation(tokenizer.decode(written), held_out))
-    return found
+        held_out = tokenizer.decode(ids[n_prompt:])
+        continuations.append(Continuation(tokenizer.decode(generated), held_out))
+    return continuations
 
 
-def _held_out_places(stream: TokenStream) -> list[tuple[int, int, int]]:
-    """Where prompts begin and end, and where what follows them ends, each in one document."""
-    offsets, places = stream.document_offsets, []
+def _held_out_spans(stream: TokenStream) -> list[tuple[int, int, int]]:
+    """(start of prompt, end of prompt, end of continuation), each within one document."""
+    offsets = stream.document_offsets
+    spans = []
     for number in range(CONTINUATIONS):
         position = round((number + 0.5) * stream.n_tokens / CONTINUATIONS)
         document = max(0, int(np.searchsorted(offsets[:-1], position, side="right")) - 1)
-        first, end = int(offsets[document]), int(offsets[document + 1]) - 1  # no end-of-text
-        begin = max(first, min(position, end - PROMPT_TOKENS - WRITTEN_TOKENS))
-        middle = begin + min(PROMPT_TOKENS, (end - begin) // 4)
+        first = int(offsets[document])
+        end = int(offsets[document + 1]) - 1  # without the end-of-text token
+        start = max(first, min(position, end - PROMPT_TOKENS - GENERATED_TOKENS))
+        middle = start + min(PROMPT_TOKENS, (end - start) // 4)
         if middle < end:
-            places.append((begin, middle, min(end, middle + WRITTEN_TOKENS)))
-    return list(dict.fromkeys(places))
+            spans.append((start, middle, min(end, middle + GENERATED_TOKENS)))
+    return list(dict.fromkeys(spans))
 
 
-def longest_of(
+def longest_in_training_text(
     sets: Sequence[Sequence[str]], stream: TokenStream, tokenizer: Tokenizer
 ) -> list[dict[str, Any] | None]:
-    """For each set of texts the longest stretch that any of them has in common with a document of
-    the training text, and which document that is; all in one walk through it."""
+    """For each set of texts, the longest run of words that one of them shares with a document of
+    the training text, and that document. One pass over the training text serves all sets."""
     texts = [text for each in sets for text in each]
-    stretches = longest_matches(texts, document_texts(stream, tokenizer))
-    pairs, longest = list(zip(texts, stretches, strict=True)), []
+    matches = iter(longest_matches(texts, document_texts(stream, tokenizer)))
+    longest = []
     for each in sets:
-        mine, pairs = pairs[: len(each)], pairs[len(each) :]
-        found = [(text, stretch) for text, stretch in mine if stretch is not None]
-        longest.append(max(found, key=lambda pair: pair[1].n_words, default=None))
+        with_match = [(text, m) for text in each if (m := next(matches)) is not None]
+        longest.append(max(with_match, key=lambda pair: pair[1].n_words, default=None))
     wanted = {best[1].document for best in longest if best is not None}
     origins = dict(stream.origins(lambda number, _: number in wanted)) if wanted else {}
     rows: list[dict[str, Any] | None] = []
@@ -144,8 +260,13 @@ def longest_of(
         if best is None:
             rows.append(None)
             continue
-        text, stretch = best
-        words = split_words(text)[stretch.first_word : stretch.first_word + stretch.n_words]
-        origin = asdict(origins[stretch.document])
-        rows.append({"words": stretch.n_words, "text": " ".join(words), "document": origin})
+        text, match = best
+        words = split_words(text)[match.first_word : match.first_word + match.n_words]
+        rows.append(
+            {
+                "words": match.n_words,
+                "text": " ".join(words),
+                "document": asdict(origins[match.document]),
+            }
+        )
     return rows

@@ -1,8 +1,8 @@
-"""Tasks: what each asks, which file it needs, and by which number a model is judged.
+"""The table of tasks: kind, file, prompt and metric of each.
 
-The table is tasks.toml, one section a task; a file in the documented form (docs/how-to/tasks.md) is
-a task too, whose kind is told by the fields of its records. An unknown name is a
-ValueError with the nearest names.
+The table is tasks.toml, one section a task. A file in the documented form (docs/how-to/tasks.md) is
+a task too, whose kind follows from the fields of its records. An unknown name is a ValueError with
+the nearest ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, Literal
 
 Kind = Literal["choice", "cloze", "schema", "answer", "pair", "text"]
-# Of each kind all metrics there are, its own first.
+# All metrics of each kind, the default first.
 METRICS: dict[Kind, tuple[str, ...]] = {
     "choice": (
         "accuracy",
@@ -31,45 +31,45 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "pair": ("accuracy",),
     "text": ("bits_per_byte", "word_perplexity", "perplexity"),
 }
-# Continuations that stand for themselves have no delimiter before them.
+# Kinds whose continuation follows directly on the start of a text.
 _WITHOUT_DELIMITER: tuple[Kind, ...] = ("pair", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task's definition."""
+    """The definition of one task."""
 
     name: str
     kind: Kind
     metric: str
-    """The number that the task is known by; all of its kind are reported."""
+    """The main metric; all metrics of the kind are reported."""
     file: str
-    """Name of the file, in whatever folder the user keeps it."""
+    """Name of its file, in the user's folder of task files."""
     sha256: str | None = None
-    """Hash of the file; None where everybody makes his own in the documented form."""
+    """Hash of the file; None if everybody makes it in the documented form."""
     form: Literal["jsonl", "six lines", "squad", "text", "lines"] = "jsonl"
     context: str = ""
     """Template over a record's fields; empty: the record's own context, query or question."""
     choices: tuple[str, ...] = ()
-    """Templates; none: the record's own choices."""
+    """Templates; empty: the record's own choices."""
     gold: str = "gold"
-    """The field that tells the right choice: its number, or one of `labels`."""
+    """The field with the right choice: its number, or one of `labels`."""
     labels: tuple[str, ...] = ()
     delimiter: str = " "
-    """Stands between a context and what follows it."""
+    """Between a context and its continuation."""
     unconditional: str = ""
-    """Context of the p(choice) that p(choice | context) is divided by; empty: a start-of-text."""
+    """Context of the p(choice) that divides p(choice | context); empty: a start-of-text."""
     description: str = ""
-    """Stands before all shots and the context."""
+    """Before all shots and the context."""
     between: str = "\n\n"
-    """Stands between shots."""
+    """Between shots."""
     stops: tuple[str, ...] = ("\n",)
-    """An answer ends before the first of them."""
+    """Strings that end an answer."""
     max_tokens: int = 32
     answer_after: str = ""
-    """Only what follows the last of it is compared, of an answer and of its references."""
+    """If set, only the text after its last occurrence is compared, of answer and references."""
     wrong: str = ""
-    """Another task that could be asked of the same inputs, to show what naming the task does."""
+    """Another task with the same inputs, to measure the effect of naming the task."""
     papers: tuple[str, ...] = ()
     source: str = ""
 
@@ -83,35 +83,36 @@ def tasks() -> dict[str, Task]:
 
 def _task(name: str, fields: Mapping[str, Any]) -> Task:
     kind: Kind = fields["kind"]
-    usual = {"metric": METRICS[kind][0]}
+    values: dict[str, Any] = {"metric": METRICS[kind][0]}
     if kind in _WITHOUT_DELIMITER:
-        usual["delimiter"] = ""
-    lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-    task = Task(name=name, **{**usual, **fields, **lists})
+        values["delimiter"] = ""
+    for key, value in fields.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
+    task = Task(name=name, **values)
     assert task.metric in METRICS[kind], name
     return task
 
 
 def task_of_kind(kind: Kind, file: str) -> Task:
-    """The task that a file in the documented form is, named after it."""
+    """The task of a file in the documented form, named after the file."""
     return _task(file, {"kind": kind, "file": file})
 
 
 def with_metric(task: Task, metric: str) -> Task:
-    """The task judged by another number of its kind. ValueError for one of another kind."""
+    """The task with another main metric. ValueError for a metric of another kind."""
     if metric not in METRICS[task.kind]:
         raise ValueError(
-            f"metric {metric} does not go with {task.name}, which is of the kind {task.kind}; "
-            f"legal: {', '.join(METRICS[task.kind])}"
+            f"the metric of {task.name}, a task of the kind {task.kind}, must be one of "
+            f"{', '.join(METRICS[task.kind])} (got {metric})"
         )
     return replace(task, metric=metric)
 
 
 def task_named(name: str) -> Task:
-    """A task of the table. ValueError with the nearest names for another."""
+    """The task of this name in the table. ValueError with the nearest names for an unknown one."""
     table = tasks()
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3)
-    meant = f"; is it {' or '.join(near)}?" if near else ""
-    raise ValueError(f"there is no task {name!r}{meant} There are: {', '.join(sorted(table))}")
+    suggestion = f"; did you mean {' or '.join(near)}?" if near else ";"
+    raise ValueError(f"unknown task {name!r}{suggestion} The tasks are: {', '.join(sorted(table))}")

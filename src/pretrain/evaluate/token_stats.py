@@ -1,15 +1,15 @@
-"""Token by token: what a model expected in each place of a text, and what came.
+"""Token by token: the loss of each token of a text, its rank, and what the model predicted.
 
-Ids with a context come in; for each further id its nats, its rank and the likeliest ids go out, or
-the same as plain values for people to look at. Windows are those of `continuations`, so the sum of
-the nats is the score of the text. A pair without context or continuation is refused there.
+Windows are those of `loglikelihood`, so the sum of the nats is the score of the text. For people
+there are pieces of text with the loss of each token (a heat map), and flash cards: a context, the
+most probable next tokens, and the token that came.
 """
 
 from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +22,20 @@ from pretrain.evaluate.loglikelihood import LOGIT_ROWS, Pair, windows_of
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
 
-N_CARDS, CARD_CONTEXT_TOKENS = 6, 60
+N_CARDS = 6
+CARD_CONTEXT_TOKENS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """A token that came, beside what was expected in its place."""
+    """One token of a text, with what the model predicted in its place."""
 
     id: int
     nats: float
     rank: int
-    """1 for the likeliest"""
+    """1 for the most probable id"""
     most_probable: tuple[tuple[int, float], ...]
-    """ids and their probabilities, the likeliest first"""
+    """ids with their probabilities, in descending order"""
 
     @property
     def probability(self) -> float:
@@ -51,35 +52,33 @@ def token_losses(
     stride: int | None = None,
     top: int = 5,
 ) -> list[TokenLoss]:
-    """An expectation for each id of the continuation. ValueError for a pair without context or
-    continuation, and for a stride that does not fit the context."""
-    if not 1 <= pair.n_context < len(pair.ids):
-        raise ValueError(f"{pair.n_context} of {len(pair.ids)} ids are context; legal: 1 up")
+    """The loss of each id of the continuation, with the `top` most probable ids in its place.
+    ValueError for a stride larger than the context."""
     context = decoder.config.window_tokens
-    found: list[TokenLoss] = []
-    for start, stop, n in windows_of(
-        pair, context_length=context, stride=resolve_stride(stride, context)
-    ):
+    stride = resolve_stride(stride, context)
+    losses: list[TokenLoss] = []
+    for start, stop, n in windows_of(pair, context_length=context, stride=stride):
         inputs_BT = torch.tensor([pair.ids[start:stop]], device=decoder.device)
+        first_target = stop + 1 - n
         with world.autocast(precision):
             hidden_TD = decoder.forward(inputs_BT)[0, -n:]
-            for first in range(0, n, LOGIT_ROWS):
-                targets = pair.ids[stop + 1 - n + first : stop + 1][:LOGIT_ROWS]
-                logits_TV = decoder.logits(hidden_TD[first : first + LOGIT_ROWS])
-                found += _expectations(logits_TV, targets, top=top)
-    return found
+            for row in range(0, n, LOGIT_ROWS):
+                targets = pair.ids[first_target + row : stop + 1][:LOGIT_ROWS]
+                logits_TV = decoder.logits(hidden_TD[row : row + LOGIT_ROWS])
+                losses += _losses_of(logits_TV, targets, top=top)
+    return losses
 
 
-def _expectations(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> list[TokenLoss]:
+def _losses_of(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> list[TokenLoss]:
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     log_p_TV = logits_TV.log_softmax(-1)
     targets_T1 = torch.tensor(targets, device=logits_TV.device)[:, None]
-    chosen_T1 = log_p_TV.gather(1, targets_T1)
-    ranks_T = 1 + (log_p_TV > chosen_T1).sum(-1)
+    target_log_p_T1 = log_p_TV.gather(1, targets_T1)
+    ranks_T = 1 + (log_p_TV > target_log_p_T1).sum(-1)
     best = log_p_TV.topk(min(top, log_p_TV.shape[-1]))
     rows = zip(
         targets,
-        (-chosen_T1[:, 0]).tolist(),
+        (-target_log_p_T1[:, 0]).tolist(),
         ranks_T.tolist(),
         best.indices.tolist(),
         best.values.cpu().double().exp().tolist(),
@@ -91,41 +90,67 @@ def _expectations(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> lis
     ]
 
 
-def annotated_text(tokenizer: Tokenizer, found: Sequence[TokenLoss]) -> list[dict[str, Any]]:
-    """The text in pieces, each a token, or the tokens that a character is made of: its text, and
-    the nats and the rank of each of its tokens."""
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
-    made: list[dict[str, Any]] = []
-    is_whole = True
-    for number, each in enumerate(found, start=1):
-        text = characters.decode(tokenizer.token_bytes(each.id), final=number == len(found))
-        if is_whole:
-            made.append({"text": "", "nats": [], "ranks": []})
-        made[-1]["text"] += text
-        made[-1]["nats"].append(each.nats)
-        made[-1]["ranks"].append(each.rank)
-        is_whole = not characters.getstate()[0]
-    return made
+def annotated_text(tokenizer: Tokenizer, losses: Sequence[TokenLoss]) -> list[dict[str, Any]]:
+    """Cut a text into pieces of complete characters, with the nats and ranks of their tokens. A
+    piece is one token, or several that share the bytes of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces: list[dict[str, Any]] = []
+    is_complete = True
+    for number, loss in enumerate(losses, start=1):
+        text = decoder.decode(tokenizer.token_bytes(loss.id), final=number == len(losses))
+        if is_complete:
+            pieces.append({"text": "", "nats": [], "ranks": []})
+        pieces[-1]["text"] += text
+        pieces[-1]["nats"].append(loss.nats)
+        pieces[-1]["ranks"].append(loss.rank)
+        is_complete = not decoder.getstate()[0]
+    return pieces
 
 
-def card(tokenizer: Tokenizer, before: Sequence[int], expectation: TokenLoss) -> dict[str, Any]:
-    """A flash card: the context (the end of it), the likeliest tokens, and the one that came."""
+def annotated_documents(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    documents: Iterable[tuple[str, str]],
+    *,
+    max_tokens: int,
+    world: World,
+    precision: str = "fp32",
+    stride: int | None = None,
+) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The first `max_tokens` tokens of named documents as `annotated_text`, by name, and the number
+    of tokens. Documents without a token are left out."""
+    annotated: dict[str, list[dict[str, Any]]] = {}
+    n_tokens = 0
+    for name, text in documents:
+        if n_tokens == max_tokens:
+            break
+        ids = tokenizer.encode(text).tolist()[: max_tokens - n_tokens]
+        if not ids:
+            continue
+        n_tokens += len(ids)
+        pair = Pair((tokenizer.start_of_text, *ids), 1)
+        losses = token_losses(decoder, pair, world=world, precision=precision, stride=stride, top=1)
+        annotated[name] = annotated_text(tokenizer, losses)
+    return annotated, n_tokens
+
+
+def flash_card(tokenizer: Tokenizer, before: Sequence[int], loss: TokenLoss) -> dict[str, Any]:
+    """The end of the context, the most probable next tokens, and the token that came."""
     return {
         "context": tokenizer.decode(before[-CARD_CONTEXT_TOKENS:]),
         "likeliest": [
-            {"text": tokenizer.token_text(i), "probability": p}
-            for i, p in expectation.most_probable
+            {"text": tokenizer.token_text(id_), "probability": p} for id_, p in loss.most_probable
         ],
         "answer": {
-            "text": tokenizer.token_text(expectation.id),
-            "probability": expectation.probability,
-            "rank": expectation.rank,
-            "nats": expectation.nats,
+            "text": tokenizer.token_text(loss.id),
+            "probability": loss.probability,
+            "rank": loss.rank,
+            "nats": loss.nats,
         },
     }
 
 
-def predictions(
+def sample_text_predictions(
     decoder: Decoder,
     tokenizer: Tokenizer,
     ids: Sequence[int],
@@ -133,11 +158,12 @@ def predictions(
     world: World,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """What a run keeps of a passage: its pieces, and some cards, evenly spread over it."""
+    """The content of a run's predictions.json: a sample text with the loss of each token, and flash
+    cards spread evenly over it."""
     pair = Pair((tokenizer.start_of_text, *ids), 1)
-    found = token_losses(decoder, pair, world=world, precision=precision)
-    places = sorted({(n + 1) * len(ids) // (N_CARDS + 1) for n in range(N_CARDS)} - {0})
+    losses = token_losses(decoder, pair, world=world, precision=precision)
+    positions = sorted({(n + 1) * len(ids) // (N_CARDS + 1) for n in range(N_CARDS)} - {0})
     return {
-        "passage": annotated_text(tokenizer, found),
-        "cards": [card(tokenizer, ids[:place], found[place]) for place in places],
+        "passage": annotated_text(tokenizer, losses),
+        "cards": [flash_card(tokenizer, ids[:i], losses[i]) for i in positions],
     }

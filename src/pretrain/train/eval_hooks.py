@@ -14,7 +14,7 @@ import numpy as np
 from pretrain.data import evaluation_batches
 from pretrain.evaluate import EvalTask, Score, byte_lengths, evaluate_in_loop
 from pretrain.evaluate.loss import EVALUATION_TOKENS, score_batches
-from pretrain.evaluate.token_stats import predictions
+from pretrain.evaluate.token_stats import sample_text_predictions
 from pretrain.generate import Sampling, generate
 from pretrain.train.build import uncompiled
 from pretrain.train.signals import StopSignals
@@ -188,7 +188,7 @@ def token_losses(run: Run) -> dict[str, Any]:
     if not longest:
         return {"passage": [], "cards": []}
     run.model.unshard()
-    return predictions(
+    return sample_text_predictions(
         run.lm_loss.decoder,
         tokenizer,
         longest,

@@ -27,15 +27,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     task = task_named(arguments.task)
     context = prompt(task, arguments.input)
 
-    from pretrain.evaluate.run_tasks import Writer
+    from pretrain.evaluate.run_tasks import AnswerGenerator
     from pretrain.runner.open import load_model
 
     model = load_model(arguments.model, device=arguments.device)
-    writer = Writer(
+    generator = AnswerGenerator(
         model.decoder, model.tokenizer, task, world=model.world, precision=model.precision
     )
-    answer, is_cut = writer.answer(context)
-    if is_cut:
+    answer, is_truncated = generator.answer(context)
+    if is_truncated:
         output.say("the model reads only the end of this, which is longer than its context:")
     output.say(f"{context}{task.delimiter}{answer}")
     output.result({"task": task.name, "prompt": context, "answer": answer})

@@ -18,6 +18,7 @@ from pretrain.runner.open import MODEL_HELP
 if TYPE_CHECKING:
     from pretrain.evaluate import EvalTask
     from pretrain.evaluate.metrics import Array
+    from pretrain.runner.open import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,21 +36,27 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if len(names) < 2:
         raise ValueError(f"{' '.join(arguments.models)} is one model; compare needs two or more")
     if not (arguments.text or arguments.tasks or arguments.task_file):
-        raise ValueError("compare needs what to ask: --text FILE, --tasks NAME or --task-file FILE")
-    asked = scoring.read_eval_tasks(arguments)
-    for name in names:  # a model that cannot be opened or read so is said before one is asked
-        scoring.text_protocol(scoring.open_scored(name, arguments), arguments.stride)
-    found: dict[str, dict[tuple[str, str], Array]] = {}
+        raise ValueError(
+            "compare needs a text or a task: --text FILE, --tasks NAME or --task-file FILE"
+        )
+    eval_tasks = scoring.read_eval_tasks(arguments)
+
+    from pretrain.evaluate.evaluation import text_protocol
+
+    for name in names:  # every model must open before the first one is evaluated
+        text_protocol(_open(name, arguments), arguments.stride)
+    statistics: dict[str, dict[tuple[str, str], Array]] = {}
     protocol: dict[str, dict[str, str]] = {}
     for name in names:
         output.say(f"{name} ...")
-        found[name], protocol[name] = _statistics(name, asked, arguments)
-        for said in protocol[name].values():
-            output.say(f"  {said}")
+        statistics[name], protocol[name] = _statistics(name, eval_tasks, arguments)
+        for line in protocol[name].values():
+            output.say(f"  {line}")
+    first = names[0]
     rows = [
-        _row(what, (names[0], found[names[0]][what]), (name, found[name][what]), arguments.seed)
+        _row(key, (first, statistics[first][key]), (name, statistics[name][key]), arguments.seed)
         for name in names[1:]
-        for what in found[names[0]]
+        for key in statistics[first]
     ]
     for row in rows:
         output.say(_line(row))
@@ -57,38 +64,46 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return 0
 
 
+def _open(name: str, arguments: argparse.Namespace) -> LoadedModel:
+    return scoring.open_scored(name, device=arguments.device, start_of_text=arguments.start_of_text)
+
+
 def _statistics(
-    name: str, asked: list[EvalTask], arguments: argparse.Namespace
+    name: str, eval_tasks: list[EvalTask], arguments: argparse.Namespace
 ) -> tuple[dict[tuple[str, str], Array], dict[str, str]]:
-    """Of one model: statistics by what was asked and its metric, and how it was asked."""
+    """The statistics of one model, by text or task and metric, and how it was evaluated."""
     import numpy as np
 
-    model = scoring.open_scored(name, arguments)
-    found: dict[tuple[str, str], Array] = {}
+    from pretrain.evaluate import evaluation
+
+    model = _open(name, arguments)
+    statistics: dict[tuple[str, str], Array] = {}
     protocol: dict[str, str] = {}
-    for text in arguments.text or []:
-        protocol["text"] = scoring.text_protocol(model, arguments.stride)
-        _, scores, passed_over = scoring.score_documents(model, text, arguments)
-        if passed_over:
-            protocol[text] = f"{text}: {passed_over}"
-        bits = [(score.nats / math.log(2), score.bytes) for score in scores]
-        found[text, "bits_per_byte"] = np.array(bits, np.float64)
-    for each in asked:
-        results = scoring.task_results(model, each, arguments.stride)
-        protocol[each.task.name] = (
-            f"{each.task.name}: {scoring.task_protocol(model, each, results)}"
+    for file in arguments.text or []:
+        protocol["text"] = evaluation.text_protocol(model, arguments.stride)
+        _, scores, note = evaluation.score_file(
+            model, file, text_field=arguments.text_field, stride=arguments.stride
         )
-        found[each.task.name, each.task.metric] = results.statistics[each.task.metric]
-    return found, protocol
+        if note:
+            protocol[file] = f"{file}: {note}"
+        bits = [(score.nats / math.log(2), score.bytes) for score in scores]
+        statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
+    for eval_task in eval_tasks:
+        task = eval_task.task
+        results = evaluation.run_eval_task(model, eval_task, stride=arguments.stride)
+        line = evaluation.task_protocol(model, eval_task, results)
+        protocol[task.name] = f"{task.name}: {line}"
+        statistics[task.name, task.metric] = results.statistics[task.metric]
+    return statistics, protocol
 
 
 def _row(
-    what: tuple[str, str], first: tuple[str, Array], second: tuple[str, Array], seed: int
+    key: tuple[str, str], first: tuple[str, Array], second: tuple[str, Array], seed: int
 ) -> dict[str, Any]:
     from pretrain.evaluate.bootstrap import compare
     from pretrain.evaluate.metrics import value
 
-    on, metric = what
+    on, metric = key
     difference = compare(metric, second[1], first[1], seed=seed)
     return {
         "on": on,
@@ -103,15 +118,17 @@ def _row(
 
 
 def _line(row: dict[str, Any]) -> str:
-    said = (
+    line = (
         f"{row['on']}, {row['metric']}: {row['second']} {row['second_value']:.4f} - {row['first']} "
         f"{row['first_value']:.4f} = {row['difference']:+.4f}"
     )
     if row["p"] is None:
         why = "one document or example is too few" if row["examples"] == 1 else "it is not finite"
-        return f"{said}; {why} for an interval"
-    seen = f"; from {row['detectable']:.4f} on a difference is seen" if row["detectable"] else ""
-    return (
-        f"{said}, 95 % interval {row['low']:+.4f} to {row['high']:+.4f}, p = {row['p']:.4f}, over "
-        f"{row['examples']:,} pairs{seen}"
+        return f"{line}; {why} for an interval"
+    line += (
+        f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}, p = {row['p']:.4f}, over "
+        f"{row['examples']:,} pairs"
     )
+    if row["detectable"]:
+        line += f"; smallest detectable difference {row['detectable']:.4f}"
+    return line

@@ -15,32 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
-from pretrain.cli.heat_maps import draw_texts
-from pretrain.cli.output import Output, plain
-from pretrain.cli.overlap import measure, training_text
+from pretrain.cli.output import Output
+from pretrain.fileio import nan_to_null
+from pretrain.run.directory import OVERLAP, write_json
 from pretrain.runner.open import MODEL_HELP
-from pretrain.runner.text import text_of_run
+from pretrain.runner.text import cache_folder, text_of_run
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import EvalTask, Score, Task, TaskResults
-    from pretrain.evaluate.samples import Sample
+    from pretrain.data import PreparedData
+    from pretrain.evaluate import EvalTask, Evaluation
+    from pretrain.evaluate.lm_eval_differences import Sample
     from pretrain.runner.open import LoadedModel
 
-# Of a task that is asked in several ways, answers to read.
-EXAMPLES_SHOWN = 3
+# A page of more tokens is too slow to look at.
+MAX_HEAT_MAP_TOKENS = 20_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     scoring.add_arguments(parser)
     parser.add_argument(
-        "--answers", metavar="FILE", help="write what was said to each example, a JSON line each"
+        "--answers", metavar="FILE", help="write the answer to each example, a JSON line each"
     )
     parser.add_argument(
         "--heat-map", metavar="FILE", help="draw the texts as HTML, each token by its nats"
@@ -53,198 +52,185 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         metavar="FILE",
-        help="say where and why lm-evaluation-harness says otherwise: its samples_*.jsonl of the "
-        "task (--log_samples)",
+        help="show where and why lm-evaluation-harness differs: its samples_*.jsonl of the task "
+        "(--log_samples)",
     )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
-    asked = scoring.read_eval_tasks(arguments)
-    if arguments.heat_map and arguments.text is None:
-        raise ValueError("--heat-map is for texts; give --text with it")
-    answers = Path(arguments.answers) if arguments.answers else None
-    read = set(map(os.path.realpath, [*(arguments.text or ()), *(arguments.task_file or ())]))
-    for name in filter(None, (arguments.answers, arguments.heat_map)):
-        if os.path.realpath(name) in read:
-            raise ValueError(f"{name} is read here, and would be written over; name another file")
-        open(name, "a").close()  # what cannot be written is said at once
-    samples = _read_samples(arguments.explain, asked) if arguments.explain else None
-    model = scoring.open_scored(arguments.model, arguments)
-    data = training_text(model) if arguments.overlap else None
+    eval_tasks = scoring.read_eval_tasks(arguments)
+    _check_files(arguments)
+    samples = _read_samples(arguments.explain, eval_tasks) if arguments.explain else None
 
-    protocol: dict[str, Any] = {}
-    texts: dict[str, Any] = {}
-    if arguments.text is not None or not asked:
-        of = "all of it, one document after the other," if arguments.text is None else "each text"
-        protocol["text"] = scoring.text_protocol(model, arguments.stride, of=of)
-        output.say(f"{model.path}: {protocol['text']}")
-        texts = _score_texts(model, arguments)
-    for name, row in texts.items():
-        output.say(
-            f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
-            f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
-            f"{row['bytes']:,} bytes" + ("; " + row["passed_over"] if "passed_over" in row else "")
-        )
-    tasks: dict[str, Any] = {}
-    lines: list[str] = []
-    answered = []
-    for each in asked:
-        results = scoring.task_results(model, each, arguments.stride)
-        name = each.task.name
-        protocol[name] = scoring.task_protocol(model, each, results)
-        tasks[name] = _task_row(each, results.statistics)
-        output.say(f"{name}: {protocol[name]}")
-        for metric, found in tasks[name]["metrics"].items():
-            output.say(_line(metric, found, is_main=metric == each.task.metric))
-        if each.task.wrong:
-            tasks[name] |= (conditions := scoring.conditions_of(model, each, arguments.stride))
-            _say_conditions(each, results, conditions, output)
-        answered.append((each, results))
-        if samples is not None:
-            tasks[name]["explained"] = _explained(model, each, results, samples, output)
-        lines += [json.dumps(plain({"task": name, **line})) + "\n" for line in results.lines]
-    if answers is not None:
-        answers.write_text("".join(lines), encoding="utf-8")
+    from pretrain.evaluate import evaluate
+
+    model = scoring.open_scored(
+        arguments.model, device=arguments.device, start_of_text=arguments.start_of_text
+    )
+    training_text = None
+    if arguments.overlap:
+        training_text = _text_of(model, "so there is no training text for --overlap to read")
+    held_out = None
+    if arguments.text is None and not eval_tasks:
+        held_out = _text_of(model, "so it has no held-out text; score files with --text")
+    output.say(f"{model.path}:")
+    evaluation = evaluate(
+        model,
+        arguments.text or (),
+        tasks=eval_tasks,
+        held_out=None if held_out is None else held_out.split("val"),
+        text_field=arguments.text_field,
+        stride=arguments.stride,
+        log=output.say,
+    )
+    if samples is not None:
+        _explain(model, evaluation, samples, output)
+    if arguments.answers:
+        _write_answers(Path(arguments.answers), evaluation)
     if arguments.heat_map:
-        draw_texts(model, arguments, output)
-    content: dict[str, Any] = {"text": texts, "tasks": tasks, "protocol": protocol}
-    if data is not None:
-        content["overlap"] = measure(model, data, answered, arguments=arguments, output=output)
+        _draw_heat_map(model, arguments, output)
+    content = evaluation.to_json()
+    if training_text is not None:
+        content["overlap"] = _overlap(model, training_text, evaluation, arguments, output)
     output.result(content)
     return 0
 
 
-def _read_samples(name: str, asked: list[EvalTask]) -> dict[int, Sample]:
-    from pretrain.evaluate.samples import read_samples
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Reject output files that cannot be written, or that are also input."""
+    if arguments.heat_map and arguments.text is None:
+        raise ValueError("--heat-map is for texts; give --text with it")
+    inputs = [*(arguments.text or ()), *(arguments.task_file or ())]
+    real_inputs = {os.path.realpath(name) for name in inputs}
+    for name in filter(None, (arguments.answers, arguments.heat_map)):
+        if os.path.realpath(name) in real_inputs:
+            raise ValueError(f"{name} is also an input, and would be overwritten; use another name")
+        open(name, "a").close()
+
+
+def _text_of(model: LoadedModel, otherwise: str) -> PreparedData:
+    """The text that a model was trained on. ValueError if it was not trained here."""
+    fingerprint = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")
+    if fingerprint is None:
+        raise ValueError(f"{model.path} was not trained here, {otherwise}")
+    return text_of_run(model.config, fingerprint)
+
+
+def _write_answers(path: Path, evaluation: Evaluation) -> None:
+    lines = [
+        json.dumps(nan_to_null({"task": eval_task.task.name, **record})) + "\n"
+        for eval_task, results in evaluation.results
+        for record in results.records
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _draw_heat_map(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> None:
+    from pretrain.corpus import read_documents
+    from pretrain.evaluate.token_stats import annotated_documents
+    from pretrain.report import heat_map_page
+
+    documents = (
+        (file if number == 1 else f"{file}, document {number:,}", document.text)
+        for file in arguments.text
+        for number, document in enumerate(
+            read_documents(file, text_field=arguments.text_field), start=1
+        )
+    )
+    annotated, n_tokens = annotated_documents(
+        model.decoder,
+        model.tokenizer,
+        documents,
+        max_tokens=MAX_HEAT_MAP_TOKENS,
+        world=model.world,
+        precision=model.precision,
+        stride=arguments.stride,
+    )
+    note = "The redder a token, the less the model expected it after the text before it."
+    if n_tokens == MAX_HEAT_MAP_TOKENS:
+        note += f" Shown are the first {MAX_HEAT_MAP_TOKENS:,} tokens."
+    page = heat_map_page(annotated, model=str(model.path), note=note)
+    Path(arguments.heat_map).write_text(page, encoding="utf-8", newline="\n")
+    output.say(f"{arguments.heat_map}: {n_tokens:,} tokens, by their nats")
+
+
+def _read_samples(name: str, eval_tasks: list[EvalTask]) -> dict[int, Sample]:
+    from pretrain.evaluate.lm_eval_differences import read_samples
     from pretrain.evaluate.task_files import read_task_file
 
-    if len(asked) != 1 or asked[0].task.kind == "answer":
-        what = ", ".join(f"{each.task.name} ({each.task.kind})" for each in asked)
-        raise ValueError(f"--explain is for one task, and none of open answers; asked: {what}")
+    if len(eval_tasks) != 1 or eval_tasks[0].task.kind == "answer":
+        kinds = ", ".join(f"{each.task.name} ({each.task.kind})" for each in eval_tasks)
+        raise ValueError(f"--explain is for one task without open answers (got {kinds})")
     return read_samples(read_task_file(Path(name)), file=name)
 
 
-def _explained(
-    model: LoadedModel,
-    asked: EvalTask,
-    results: TaskResults,
-    samples: dict[int, Sample],
-    output: Output,
-) -> dict[str, Any]:
-    """Say how far two programs agree, and then a line for each example on which they do not."""
-    from pretrain.evaluate.explain import explain
+def _explain(
+    model: LoadedModel, evaluation: Evaluation, samples: dict[int, Sample], output: Output
+) -> None:
+    """Find where and why lm-evaluation-harness differs."""
+    from pretrain.evaluate.lm_eval_differences import compare_with_harness
 
-    found = explain(
+    ((eval_task, results),) = evaluation.results
+    comparison = compare_with_harness(
         model.decoder,
         model.tokenizer,
-        asked.task,
-        asked.examples,
+        eval_task.task,
+        eval_task.examples,
         results,
         samples,
         world=model.world,
         precision=model.precision,
     )
-    causes = Counter(each.cause for each in found.differences)
-    said = ", ".join(f"{n:,} by {cause}" for cause, n in causes.most_common())
-    output.say(
-        f"{found.examples:,} examples that both were asked, of {len(asked.examples):,} here and "
-        f"{len(samples):,} there: {len(found.differences):,} differ{f' ({said})' if said else ''}, "
-        f"log p at most {found.furthest_nats:.1e} nats apart, {found.ties:,} ties"
+    for line in comparison.lines():
+        output.say(line)
+    evaluation.tasks[eval_task.task.name]["explained"] = comparison.to_json()
+
+
+def _overlap(
+    model: LoadedModel,
+    data: PreparedData,
+    evaluation: Evaluation,
+    arguments: argparse.Namespace,
+    output: Output,
+) -> dict[str, Any]:
+    """Measure the overlap with the training text, and write it to the run and its report."""
+    from pretrain.evaluate import overlap
+    from pretrain.report import read_run, write_report
+
+    run_folder = model.path.parent.parent
+    corpus = overlap.training_filter(data, cache_folder() / "overlap", log=output.say)
+    sets = overlap.evaluation_set_rows(
+        data,
+        corpus,
+        files=arguments.text or (),
+        text_field=arguments.text_field,
+        results=evaluation.results,
     )
-    for each in found.differences:
-        output.say(f"  example {each.example}: {each.cause}: {each.detail}")
-    return asdict(found) | {"causes": causes}
-
-
-def _task_row(asked: EvalTask, statistics: Any) -> dict[str, Any]:
-    metrics = scoring.estimates(statistics, seed=asked.seed)
-    main = metrics[asked.task.metric]
-    return {
-        "metric": asked.task.metric,
-        **main,
-        "examples": len(asked.examples),
-        "metrics": metrics,
-    }
-
-
-def _say_conditions(
-    each: EvalTask, results: TaskResults, conditions: dict[str, Any], output: Output
-) -> None:
-    output.say(_conditions_line(each.task, conditions))
-    for line in results.lines[:EXAMPLES_SHOWN]:
-        text, reference = each.examples[line["example"]].input, line["references"][0]
-        output.say(f"    {text}\n    -> {line['answer']}\n    ({reference})")
-
-
-def _conditions_line(task: Task, found: dict[str, Any]) -> str:
-    nats, p, words = found["nats_per_byte"], found["p"], found["baselines"]
-    return (
-        f"    nats/byte of the reference: {nats['task']:.4f} with the task; {nats['wrong']:.4f} "
-        f"with {task.wrong} instead (p = {p['wrong']:.4f}); {nats['none']:.4f} with none "
-        f"(p = {p['none']:.4f})\n    {task.metric} of the input itself {words['copy']:.4f}, of its "
-        f"first sentence {words['lead']:.4f}"
-    )
-
-
-def _line(metric: str, found: dict[str, Any], *, is_main: bool) -> str:
-    error = "" if found["stderr"] is None else f" +- {found['stderr']:.4f}"
-    seen = ""
-    if is_main and found["detectable"] is not None:
-        seen = f"   another model is told apart from {found['detectable']:.4f} on"
-    return f"  {'*' if is_main else ' '} {metric:<24}{found['value']:.4f}{error}{seen}"
-
-
-def _score_texts(model: LoadedModel, arguments: argparse.Namespace) -> dict[str, Any]:
-    from pretrain.evaluate import Score
-
-    if arguments.text is None:
-        return {"held-out split": _score_split(model, arguments.stride)}
-    rows = {}
-    for name in arguments.text:
-        texts, scores, passed_over = scoring.score_documents(model, name, arguments)
-        n_words = sum(len(text.split()) for text in texts)
-        rows[name] = _row(sum(scores, Score(0.0, 0, 0)), n_words)
-        rows[name] |= {"passed_over": passed_over} if passed_over else {}
-    return rows
-
-
-def _row(score: Score, words: int) -> dict[str, Any]:
-    return {
-        **asdict(score),
-        "words": words,
-        "perplexity": score.perplexity,
-        "word_perplexity": score.per_word(words),
-        "bits_per_byte": score.bits_per_byte,
-    }
-
-
-def _score_split(model: LoadedModel, stride: int | None) -> dict[str, Any]:
-    from pretrain.data import evaluation_batches
-    from pretrain.evaluate import byte_lengths, score
-    from pretrain.evaluate.documents import document_texts
-    from pretrain.evaluate.loss import EVALUATION_TOKENS
-    from pretrain.model import LMLoss
-
-    seen = None if model.checkpoint is None else model.checkpoint.state.get("fingerprint")
-    if seen is None:
-        raise ValueError(
-            f"{model.path} was not trained here and has no held-out text; score files with --text"
-        )
-    stream = text_of_run(model.config, seen).split("val")
-    context = model.decoder.config.window_tokens
-    batches = evaluation_batches(
-        stream,
-        context_length=context,
-        rows=max(1, EVALUATION_TOKENS // context),
-        stride=stride,
-    )
-    result = score(
-        LMLoss(model.decoder),
-        batches,
-        byte_lengths_V=byte_lengths(model.tokenizer),
+    output.say("continuing held-out text ...")
+    generated = overlap.generated_text_rows(
+        model.decoder,
+        model.tokenizer,
+        data,
+        corpus,
+        samples=[
+            str(sample.get("text")).removeprefix(str(sample.get("prompt") or ""))
+            for sample in read_run(run_folder).samples
+        ],
         world=model.world,
         precision=model.precision,
+        seed=arguments.seed,
     )
-    documents = document_texts(stream, model.tokenizer, piece_tokens=stream.n_tokens)
-    words = sum(len(text.split()) for _, text in documents)
-    return _row(result, words)
+    train = data.split("train")
+    content: dict[str, Any] = {
+        "checkpoint": model.path.relative_to(run_folder).as_posix(),
+        "training_text": {"documents": train.n_documents, "bytes": train.n_bytes},
+        "filter": {"bytes": corpus.n_bytes, "false_positives": corpus.false_positives},
+        "sets": sets,
+        "writing": generated,
+    }
+    output.say("8 words in a row that are in the training text too:")
+    for name, row in {**sets, **generated}.items():
+        output.say(f"  {name}: {overlap.row_message(row)}")
+    write_json(run_folder / OVERLAP, nan_to_null(content))
+    output.say(f"written to {run_folder / OVERLAP} and {write_report(run_folder)}")
+    return content

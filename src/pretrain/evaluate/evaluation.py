@@ -1,0 +1,271 @@
+"""`evaluate`: texts and tasks -> one result, with every number, its protocol and its lines.
+
+What `pretrain evaluate` prints and what a Python program gets are the same object. Nothing is
+printed here; a `log` function receives the lines as they are ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from pretrain.data import TokenStream
+from pretrain.data.batches import evaluation_batches, resolve_stride
+from pretrain.distributed import World
+from pretrain.evaluate.bootstrap import estimate
+from pretrain.evaluate.conditioning import condition_metrics
+from pretrain.evaluate.documents import document_texts
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, byte_lengths, score, score_each
+from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
+from pretrain.evaluate.task_files import EvalTask, load_tasks, read_texts
+from pretrain.model import Decoder, LMLoss
+from pretrain.tokenizer import Tokenizer
+
+HELD_OUT = "held-out split"
+# Answers that are shown of a task that is evaluated under several conditions.
+N_SHOWN_EXAMPLES = 3
+
+
+class Model(Protocol):
+    """A model that can be evaluated; `pretrain.load_model` returns one."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def precision(self) -> str: ...
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Everything that was measured of a model: the content of `pretrain evaluate --json`."""
+
+    text: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By file: nats, tokens, bytes, words, perplexity, word_perplexity, bits_per_byte"""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By task: metric, value, stderr, detectable, examples, and `metrics` with all of its kind"""
+    protocol: dict[str, str] = field(default_factory=dict)
+    """How texts (`text`) and each task were evaluated, in words"""
+    results: list[tuple[EvalTask, TaskResults]] = field(default_factory=list)
+    """The statistics and the answer to each example"""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "tasks": self.tasks, "protocol": self.protocol}
+
+
+def evaluate(
+    model: Model,
+    files: Sequence[str] = (),
+    *,
+    tasks: Iterable[str | EvalTask] = (),
+    task_data: str | None = None,
+    held_out: TokenStream | None = None,
+    text_field: str | None = None,
+    stride: int | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Score text files, a `held_out` token stream, and tasks.
+
+    A task is an `EvalTask`, or the name of one in docs/reference/tasks.md, whose file is in the
+    folder `task_data`. Texts are read in windows that start every `stride` tokens (default: the
+    context length). Raises ValueError for files that are missing, damaged or empty, and for a
+    stride larger than the context.
+    """
+    log = log or (lambda line: None)
+    eval_tasks = [
+        each if isinstance(each, EvalTask) else load_tasks([each], (), folder=task_data)[0]
+        for each in tasks
+    ]
+    evaluation = Evaluation()
+    if files or held_out is not None:
+        of = "each text" if files else "all of it, one document after the other,"
+        evaluation.protocol["text"] = text_protocol(model, stride, of=of)
+        log(evaluation.protocol["text"])
+    if held_out is not None:
+        evaluation.text[HELD_OUT] = _stream_row(model, held_out, stride)
+    for file in files:
+        texts, scores, note = score_file(model, file, text_field=text_field, stride=stride)
+        n_words = sum(len(text.split()) for text in texts)
+        evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), n_words)
+        if note:
+            evaluation.text[file]["passed_over"] = note
+    for name, row in evaluation.text.items():
+        log(_text_line(name, row))
+    for eval_task in eval_tasks:
+        _add_task(evaluation, model, eval_task, stride=stride, log=log)
+    return evaluation
+
+
+def score_file(
+    model: Model, file: str, *, text_field: str | None = None, stride: int | None = None
+) -> tuple[list[str], list[Score], str]:
+    """The texts of a file, their scores, and a note on skipped documents ("" for none)."""
+    texts, note = read_texts(file, text_field)
+    scores = score_each(
+        LMLoss(model.decoder),
+        model.tokenizer,
+        texts,
+        world=model.world,
+        precision=model.precision,
+        stride=stride,
+    )
+    return texts, scores, note
+
+
+def _stream_row(model: Model, stream: TokenStream, stride: int | None) -> dict[str, Any]:
+    context = model.decoder.config.window_tokens
+    batches = evaluation_batches(
+        stream,
+        context_length=context,
+        rows=max(1, EVALUATION_TOKENS // context),
+        stride=stride,
+    )
+    stream_score = score(
+        LMLoss(model.decoder),
+        batches,
+        byte_lengths_V=byte_lengths(model.tokenizer),
+        world=model.world,
+        precision=model.precision,
+    )
+    documents = document_texts(stream, model.tokenizer, chunk_tokens=stream.n_tokens)
+    return _text_row(stream_score, sum(len(text.split()) for _, text in documents))
+
+
+def _text_row(text_score: Score, n_words: int) -> dict[str, Any]:
+    return {
+        **asdict(text_score),
+        "words": n_words,
+        "perplexity": text_score.perplexity,
+        "word_perplexity": text_score.word_perplexity(n_words),
+        "bits_per_byte": text_score.bits_per_byte,
+    }
+
+
+def _text_line(name: str, row: dict[str, Any]) -> str:
+    line = (
+        f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
+        f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
+        f"{row['bytes']:,} bytes"
+    )
+    return f"{line}; {row['passed_over']}" if "passed_over" in row else line
+
+
+def _add_task(
+    evaluation: Evaluation,
+    model: Model,
+    eval_task: EvalTask,
+    *,
+    stride: int | None,
+    log: Callable[[str], None],
+) -> None:
+    task = eval_task.task
+    results = run_eval_task(model, eval_task, stride=stride)
+    metrics = {
+        metric: asdict(estimate(metric, statistics, seed=eval_task.seed))
+        for metric, statistics in results.statistics.items()
+    }
+    row: dict[str, Any] = {
+        "metric": task.metric,
+        **metrics[task.metric],
+        "examples": len(eval_task.examples),
+        "metrics": metrics,
+    }
+    evaluation.protocol[task.name] = task_protocol(model, eval_task, results)
+    log(f"{task.name}: {evaluation.protocol[task.name]}")
+    for metric, values in metrics.items():
+        log(_metric_line(metric, values, is_main=metric == task.metric))
+    if task.wrong:
+        row |= condition_metrics(
+            model.decoder,
+            model.tokenizer,
+            eval_task,
+            world=model.world,
+            precision=model.precision,
+            stride=stride,
+        )
+        for line in _condition_lines(eval_task, results, row):
+            log(line)
+    evaluation.tasks[task.name] = row
+    evaluation.results.append((eval_task, results))
+
+
+def run_eval_task(model: Model, eval_task: EvalTask, *, stride: int | None = None) -> TaskResults:
+    """`evaluate_task` for a loaded model."""
+    return evaluate_task(
+        model.decoder,
+        model.tokenizer,
+        eval_task.task,
+        eval_task.examples,
+        world=model.world,
+        precision=model.precision,
+        stride=stride,
+    )
+
+
+def _metric_line(metric: str, values: dict[str, Any], *, is_main: bool) -> str:
+    marker = "*" if is_main else " "
+    line = f"  {marker} {metric:<24}{values['value']:.4f}"
+    if values["stderr"] is not None:
+        line += f" +- {values['stderr']:.4f}"
+    if is_main and values["detectable"] is not None:
+        line += f"   smallest detectable difference {values['detectable']:.4f}"
+    return line
+
+
+def _condition_lines(
+    eval_task: EvalTask, results: TaskResults, row: dict[str, Any]
+) -> Iterable[str]:
+    nats, p, baselines = row["nats_per_byte"], row["p"], row["baselines"]
+    task = eval_task.task
+    yield (
+        f"    nats/byte of the reference: {nats['task']:.4f} with the task; {nats['wrong']:.4f} "
+        f"with {task.wrong} instead (p = {p['wrong']:.4f}); {nats['none']:.4f} with none "
+        f"(p = {p['none']:.4f})"
+    )
+    yield (
+        f"    {task.metric} of the input itself {baselines['copy']:.4f}, of its first sentence "
+        f"{baselines['lead']:.4f}"
+    )
+    for record in results.records[:N_SHOWN_EXAMPLES]:
+        yield f"    {eval_task.examples[record['example']].input}"
+        yield f"    -> {record['answer']}"
+        yield f"    ({record['references'][0]})"
+
+
+def text_protocol(model: Model, stride: int | None, *, of: str = "each text") -> str:
+    """How texts are scored, in one line. ValueError for a stride larger than the context."""
+    context = model.decoder.config.window_tokens
+    step = resolve_stride(stride, context)
+    overlap = f"overlap by {context - step}" if step < context else "do not overlap"
+    start = model.tokenizer.id_to_token(model.tokenizer.start_of_text)
+    return (
+        f"windows of {context} tokens that {overlap}, every token counted once, {of} from "
+        f"{start} on, in {model.precision}"
+    )
+
+
+def task_protocol(model: Model, eval_task: EvalTask, results: TaskResults) -> str:
+    """How a task was evaluated, in one line."""
+    task, tokenizer = eval_task.task, model.tokenizer
+    n_examples, n_shots = len(eval_task.examples), eval_task.n_shots
+    examples = "1 example" if n_examples == 1 else f"{n_examples:,} examples"
+    shots = f"{n_shots} shots of seed {eval_task.seed}" if n_shots else "no shots"
+    has_start = tokenizer.add_bos or task.kind in ("pair", "text")
+    start = tokenizer.id_to_token(tokenizer.start_of_text) if has_start else "nothing"
+    after = f"{task.delimiter!r} after it"
+    if task.kind == "answer":
+        stops = " or ".join(repr(stop) for stop in task.stops)
+        after = f"at most {task.max_tokens} tokens generated greedily, up to the first {stops}"
+    protocol = (
+        f"{task.kind}, {examples}, {shots}, {start} before a context, {after}, in {model.precision}"
+    )
+    if results.n_truncated:
+        protocol += f", {results.n_truncated:,} of them truncated from the left"
+    return protocol

@@ -1,0 +1,106 @@
+"""A model as lm-evaluation-harness calls it: its tasks, with our log-likelihoods and our generator.
+
+Texts are cut into tokens as `pretrain evaluate` cuts them. `pretrain.cli.harness` opens the model
+and registers it with the harness. A generation setting that we do not have is a ValueError.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pretrain.evaluate.evaluation import Model
+from pretrain.evaluate.loglikelihood import Pair, PairScore, encode_pair, rolling_pairs, score_pairs
+from pretrain.evaluate.run_tasks import cut_at_stop, stop_ids_of
+from pretrain.generate import Sampling, generate_ids
+
+# The harness' limit where a task gives none.
+_DEFAULT_MAX_TOKENS = 256
+_MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class LmEvalModel:
+    """The interface of the harness' class LM. The `args` of a request are context and continuation
+    of a likelihood, the text of a rolling likelihood, or prompt and settings of a generation."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self._model = model
+        self._stop_ids: dict[tuple[str, ...], set[int]] = {}
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether greedy decoding generates it."""
+        pairs = [encode_pair(self._model.tokenizer, *request.args) for request in requests]
+        return [(-score.nats, score.is_greedy) for score in self._score(pairs)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """log p of full texts after a start-of-text, in nats."""
+        tokenizer = self._model.tokenizer
+        pairs_of_texts = [
+            rolling_pairs(
+                tokenizer.encode(request.args[0]).tolist(),
+                start=tokenizer.start_of_text,
+                context_length=self._model.decoder.config.window_tokens,
+            )
+            for request in requests
+        ]
+        scores = iter(self._score([pair for pairs in pairs_of_texts for pair in pairs]))
+        return [-sum(next(scores).nats for _ in pairs) for pairs in pairs_of_texts]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """What the model generates after each prompt, cut at the first of its `until`."""
+        # A repeated request asks for another sample, so it gets the next seed.
+        n_seen: Counter[str] = Counter()
+        texts = []
+        for request in requests:
+            prompt, settings = request.args
+            n_seen[prompt] += 1
+            texts.append(self._generate(prompt, settings, seed=n_seen[prompt]))
+        return texts
+
+    def _score(self, pairs: Sequence[Pair]) -> list[PairScore]:
+        model = self._model
+        return score_pairs(model.decoder, pairs, world=model.world, precision=model.precision)
+
+    def _generate(self, prompt: str, settings: Mapping[str, Any], *, seed: int) -> str:
+        model, tokenizer = self._model, self._model.tokenizer
+        stops, max_tokens, sampling = _read_settings(settings, seed=seed)
+        if stops not in self._stop_ids:
+            self._stop_ids[stops] = stop_ids_of(tokenizer, stops)
+        # Leave max_tokens of the context for the completion, as the harness does.
+        context = model.decoder.config.window_tokens
+        n_prompt = context - max_tokens if max_tokens < context else max(1, context // 2)
+        prompt_ids = tokenizer.encode_prompt(prompt)[-n_prompt:]
+        with model.world.autocast(model.precision):
+            (ids,) = generate_ids(
+                model.decoder,
+                prompt_ids,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop_ids=self._stop_ids[stops],
+            )
+        return cut_at_stop(tokenizer.decode_after(prompt_ids, ids), stops)
+
+
+def _read_settings(
+    settings: Mapping[str, Any], *, seed: int
+) -> tuple[tuple[str, ...], int, Sampling]:
+    """Stop strings, the maximum number of tokens, and the sampling. ValueError for another
+    setting."""
+    options = {name: value for name, value in settings.items() if value is not None}
+    until = options.pop("until", ())
+    stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+    limits = [options.pop(name) for name in _MAX_TOKENS_KEYS if name in options]
+    temperature = float(options.pop("temperature", 0.0))
+    is_random = options.pop("do_sample", temperature > 0)
+    top_k, top_p = options.pop("top_k", None), options.pop("top_p", None)
+    if options:
+        raise ValueError(
+            f"settings of a generation must be until, do_sample, temperature, top_k, top_p or one "
+            f"of {', '.join(_MAX_TOKENS_KEYS)} (got {', '.join(options)})"
+        )
+    sampling = Sampling(
+        temperature=temperature if is_random else 0.0, top_k=top_k, top_p=top_p, seed=seed
+    )
+    return stops, int(limits[0]) if limits else _DEFAULT_MAX_TOKENS, sampling
