@@ -219,7 +219,7 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     tensors = {f"model/{name}": p.detach() for name, p in parameters}
     state = optimizer_state(run.optimizer, parameters)
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-    places = run.places(tensors)
+    places = run.shards_of(tensors)
     return {
         name: (places[name].box if name in places else None, tensor.cpu().numpy().copy())
         for name, tensor in tensors.items()

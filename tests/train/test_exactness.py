@@ -126,10 +126,10 @@ def test_run_killed_before_its_config_was_resolved_is_resumed(
     args = [str(corpus), *TINY, "--train.steps", "4", "--run", str(tmp_path / "run")]
     before = os.fork()
     if before == 0:
-        from pretrain.runner import start as beginning
+        from pretrain.runner import start
 
-        name = {"preparing": "open_text", "deciding": "_decide"}[stage]
-        setattr(beginning, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        name = {"preparing": "open_text", "deciding": "_resolve"}[stage]
+        setattr(start, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         main(["train", *args])
         os._exit(9)
     assert os.WTERMSIG(os.waitpid(before, 0)[1]) == signal.SIGKILL
@@ -179,7 +179,7 @@ def test_damaged_file_of_a_run_is_reported_and_not_used(
         assert expected in output.err or (name == "config.yaml" and "have changed" in output.err)
     else:  # the text has another copy
         assert code == 0
-        assert "is written anew" in output.out
+        assert "is written again" in output.out
         assert (run / name).read_bytes() == content
 
 

@@ -25,7 +25,7 @@ V, T = 50, 16
 @pytest.mark.parametrize("family", ["gpt2", "llama", "fast"])
 def test_flops_equal_torch_flop_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Torch's counter does not know oneDNN's product, nor addmm_ in place.
-    monkeypatch.setattr("pretrain.model.fused._takes_onednn", lambda: False)
+    monkeypatch.setattr("pretrain.model.fused._prefers_onednn", lambda: False)
     monkeypatch.setattr(
         "pretrain.model.loss.chunked_cross_entropy",
         lambda *given, **named: reference_cross_entropy(*given),
@@ -83,7 +83,7 @@ def test_profile_reports_shares_and_writes_no_file(
     assert "of it" in people
     assert list(tmp_path.iterdir()) == []
     assert main(["train", *args, "--profile", "--run", "here"]) == 2
-    assert "--profile makes no run" in capsys.readouterr().err
+    assert "--profile must come without" in capsys.readouterr().err
 
 
 def test_lines_report_mfu() -> None:

@@ -152,7 +152,7 @@ def test_run_without_checkpoint_is_not_restarted_on_another_text(
     assert "training text:" in capsys.readouterr().err
     text.write_bytes(corpus.read_bytes())
     assert train("--resume", "--run", str(run)) == 0
-    assert "it starts anew" in capsys.readouterr().out
+    assert "it starts from scratch" in capsys.readouterr().out
 
 
 def test_resume_of_finished_run_writes_missing_report(finished_run: Path, tmp_path: Path) -> None:

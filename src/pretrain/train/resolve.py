@@ -22,7 +22,7 @@ from pretrain.distributed import World, memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import n_parameters
 from pretrain.parallel.config import ParallelConfig
-from pretrain.train.config import Compile, Device, Precision, TrainConfig, batch_errors
+from pretrain.train.config import Device, Precision, TrainConfig, batch_errors
 
 if TYPE_CHECKING:
     from pretrain.evaluate import EvalTask
@@ -62,11 +62,14 @@ def resolve(
     in-loop tasks have no interval; otherwise nothing is timed."""
     config = fit_batch(config, data, world)
     train = config.train
-    if train.steps is None and train.minutes is None and isinstance(data, MixedData):
-        train = replace(train, steps=steps_of_epochs(data, train))
-        config = replace(config, train=train)
+    assert train.batch_tokens is not None
     if train.steps is None and train.minutes is None:
-        raise ValueError("train.steps or train.minutes must be given: one of them sets the length")
+        # Sources of a mixture may have a number of epochs instead, which sets the length.
+        tokens = data.tokens_for_epochs if isinstance(data, MixedData) else None
+        if tokens is None:
+            raise ValueError("train.steps or train.minutes must be given, to set the length")
+        train = replace(train, steps=max(1, round(tokens / train.batch_tokens)))
+        config = replace(config, train=train)
 
     pace = None
     if train.steps is None or (tasks and config.evaluate.every is None):
@@ -102,6 +105,9 @@ def fit_batch(config: RunConfig, data: PreparedData, world: World) -> RunConfig:
     # The deterministic reduction needs the same micro-batches for any number of processes.
     own_rows = rows if parallel.elastic else ceil_div(rows, n_readers)
 
+    compile_choice = train.compile
+    if compile_choice == "auto":
+        compile_choice = "on" if world.device.type == "cuda" else "off"
     if train.steps is not None:
         train = replace(train, minutes=None)  # of a recipe; the number of steps replaces it
     train = replace(
@@ -112,7 +118,7 @@ def fit_batch(config: RunConfig, data: PreparedData, world: World) -> RunConfig:
         device=cast(Device, world.device.type),
         threads=world.threads,
         precision=resolve_precision(train, world),
-        compile=_resolve_compile(train.compile, world),
+        compile=compile_choice,
     )
     return replace(config, model=model, parallel=parallel, train=train)
 
@@ -188,12 +194,6 @@ def resolve_precision(train: TrainConfig, world: World) -> Precision:
     return "bf16" if is_wanted and world.has_native_bf16() else "fp32"
 
 
-def _resolve_compile(choice: Compile, world: World) -> Compile:
-    if choice != "auto":
-        return choice
-    return "on" if world.device.type == "cuda" else "off"
-
-
 # --- steps ----------------------------------------------------------------------------------------
 
 
@@ -220,14 +220,6 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
     return replace(config, train=train, schedule=schedule)
-
-
-def steps_of_epochs(data: MixedData, train: TrainConfig) -> int | None:
-    """Steps that read every source for its requested number of epochs; None if sources have weights
-    instead."""
-    assert train.batch_tokens is not None
-    tokens = data.tokens_for_epochs
-    return None if tokens is None else max(1, round(tokens / train.batch_tokens))
 
 
 def max_steps(config: RunConfig, data: PreparedData) -> int | None:

@@ -236,7 +236,7 @@ class Run:
                 wait=wait,
                 step=self.step,
                 tensors=tensors,
-                shards=self.places(tensors),
+                shards=self.shards_of(tensors),
                 state=state,
                 before=self.log.sync,
                 after=delete_old,
@@ -249,36 +249,35 @@ class Run:
         tensors = {f"model/{name}": p.detach() for name, p in parameters}
         state = optimizer_state(self.optimizer, parameters)
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-        places = self.places(tensors)
+        shards = self.shards_of(tensors)
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if self.model.is_saver(name.split("/")[1], is_full=name not in places)
+            if self.model.is_saver(name.split("/")[1], is_full=name not in shards)
         }
 
-    def places(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorShard]:
-        """Where in the full tensors those tensors belong of which this process owns a shard."""
-        places = {}
+    def shards_of(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorShard]:
+        """The position in the full tensor, of those tensors that are a shard of one."""
+        shards = {}
         for name, tensor in tensors.items():
-            parameter = name.split("/")[1]
-            place = self.model.shard_of(parameter, tensor.ndim)
-            if place is not None:
-                places[name] = TensorShard(*place)
-        return places
+            shard = self.model.shard_of(name.split("/")[1], tensor.ndim)
+            if shard is not None:
+                shards[name] = TensorShard(*shard)
+        return shards
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load weights, optimizer state and step of a checkpoint."""
         load_weights(self.model, checkpoint)
         parameters = self.model.named_parameters()
-        own = dict(parameters)
+        own = {name for name, _ in parameters}
         tensors = {}
-        for name in checkpoint.names("optimizer"):
-            parameter = name.rsplit("/", 1)[0]
+        for name in checkpoint.names("optimizer"):  # PARAMETER/STATE
+            parameter = name.split("/")[0]
             if parameter in own:
                 shape = checkpoint.shape(f"optimizer/{name}")
-                place = self.model.shard_of(name.split("/")[0], len(shape))
-                box = None if place is None else place[1]
-                tensor = checkpoint.read(f"optimizer/{name}", box)
+                shard = self.model.shard_of(parameter, len(shape))
+                bounds = None if shard is None else shard[1]
+                tensor = checkpoint.read(f"optimizer/{name}", bounds)
                 tensors[name] = tensor.to(self.world.device)
         self.optimizer.state.clear()
         restore_optimizer_state(self.optimizer, parameters, tensors)
