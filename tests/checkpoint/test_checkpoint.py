@@ -1,5 +1,5 @@
-"""Checkpoints: what is written is read, any box of it; every kind of damage is found; a crash
-leaves the old one."""
+"""Checkpoints: any slice of a saved tensor is read back, every kind of damage is detected, and a
+crash leaves the old checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_all(path: Path) -> None:
         checkpoint.read(name)
 
 
-def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
+def test_saved_tensors_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(tmp_path))
     assert (checkpoint.step, checkpoint.state) == (3, {"note": "x"})
     assert checkpoint.names("model") == ["a", "b"]
@@ -64,22 +64,22 @@ def test_the_files_are_safetensors(tmp_path: Path) -> None:
     assert torch.equal(found["a/exp_avg"], tensors()["optimizer/a/exp_avg"])
 
 
-def test_any_box_of_a_tensor_can_be_read(tmp_path: Path) -> None:
+def test_any_slice_of_a_tensor_can_be_read(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(tmp_path))
-    whole = tensors()["optimizer/a/exp_avg"]
-    box = ((2, 6), (1, 4), (1, 2))
-    assert torch.equal(checkpoint.read("optimizer/a/exp_avg", box), whole[2:6, 1:4, 1:2])
+    full = tensors()["optimizer/a/exp_avg"]
+    bounds = ((2, 6), (1, 4), (1, 2))
+    assert torch.equal(checkpoint.read("optimizer/a/exp_avg", bounds), full[2:6, 1:4, 1:2])
 
 
-def test_a_tensor_may_lie_in_slices_of_several_files(tmp_path: Path) -> None:
+def test_a_tensor_may_be_stored_in_slices_of_several_files(tmp_path: Path) -> None:
     """As two processes would write it: rows 0-3 in one file, 4-6 in another."""
     path = save(tmp_path)
-    whole = tensors()["model/a"]
+    full = tensors()["model/a"]
     manifest = json.loads((path / layout.MANIFEST).read_text())
     slices = []
     for number, (start, stop) in enumerate(((0, 4), (4, 7))):
         file = path / f"half-{number}.safetensors"
-        entry, (piece,) = layout.write_tensors(file, {"a": whole[start:stop].clone()})
+        entry, (piece,) = layout.write_tensors(file, {"a": full[start:stop].clone()})
         manifest["files"][file.name] = entry
         box = [[start, stop], [0, 5]]
         slices.append({"file": file.name, "offset": piece.offset, "box": box})
@@ -87,8 +87,8 @@ def test_a_tensor_may_lie_in_slices_of_several_files(tmp_path: Path) -> None:
     manifest["sha256"] = layout.manifest_hash(manifest)
     (path / layout.MANIFEST).write_text(json.dumps(manifest))
     checkpoint = open_checkpoint(path)
-    assert torch.equal(checkpoint.read("model/a"), whole)
-    assert torch.equal(checkpoint.read("model/a", ((3, 6), (1, 3))), whole[3:6, 1:3])
+    assert torch.equal(checkpoint.read("model/a"), full)
+    assert torch.equal(checkpoint.read("model/a", ((3, 6), (1, 3))), full[3:6, 1:3])
     manifest["tensors"]["model/a"]["slices"] = slices[:1]
     manifest["sha256"] = layout.manifest_hash(manifest)
     (path / layout.MANIFEST).write_text(json.dumps(manifest))
@@ -112,7 +112,7 @@ def test_a_reader_checks_only_the_blocks_it_touches(
         checkpoint.read("model/x", ((50, 100),))
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     """One bit in each of some hundred places of every file, always including the first and the last
     byte."""
     path = save(tmp_path)
@@ -140,7 +140,9 @@ def _same_json(one: bytes, other: bytes) -> bool:
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "gone"])
-def test_a_cut_longer_or_missing_file_is_found_at_open(tmp_path: Path, change: str) -> None:
+def test_a_truncated_longer_or_missing_file_is_detected_when_opened(
+    tmp_path: Path, change: str
+) -> None:
     path = save(tmp_path)
     for file in sorted(path.iterdir()):
         good = file.read_bytes()
@@ -153,7 +155,7 @@ def test_a_cut_longer_or_missing_file_is_found_at_open(tmp_path: Path, change: s
         file.write_bytes(good)
 
 
-def test_files_swapped_between_two_checkpoints_are_found(tmp_path: Path) -> None:
+def test_files_swapped_between_two_checkpoints_are_detected(tmp_path: Path) -> None:
     one = save(tmp_path, 1)
     other = save_checkpoint(
         tmp_path, step=2, tensors={k: v + 1 for k, v in tensors().items()}, state={}
@@ -164,23 +166,25 @@ def test_files_swapped_between_two_checkpoints_are_found(tmp_path: Path) -> None
         read_all(other)
 
 
-def test_the_newest_good_one_is_found_and_a_damaged_one_set_aside(tmp_path: Path) -> None:
+def test_the_newest_good_checkpoint_is_returned_and_a_damaged_one_quarantined(
+    tmp_path: Path,
+) -> None:
     save(tmp_path, 9)
     save(tmp_path, 10)
     newest = save(tmp_path, 100)
-    # A time stamp must not matter.
+    # Time stamps must not matter.
     os.utime(tmp_path / "step-00000009", (2**31, 2**31))
     (newest / "model-00000.safetensors").write_bytes(b"short")
-    checkpoint, complaints = newest_good(tmp_path)
+    checkpoint, errors = newest_good(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 10
-    assert len(complaints) == 1
-    assert "model-00000.safetensors has 5 bytes" in complaints[0]
+    assert len(errors) == 1
+    assert "model-00000.safetensors has 5 bytes" in errors[0]
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
     assert list(tmp_path.glob("damaged-step-00000100-*"))
 
 
-def test_a_failed_save_leaves_the_old_one_and_nothing_else(
+def test_a_failed_save_leaves_only_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = save(tmp_path, 1)
@@ -205,7 +209,7 @@ def test_a_failed_save_leaves_the_old_one_and_nothing_else(
     read_all(old)
 
 
-def test_what_a_killed_save_left_is_never_read_and_removed_later(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_never_read_and_deleted_later(tmp_path: Path) -> None:
     half = tmp_path / ".step-00000007.tmp-1-abc"
     half.mkdir()
     (half / "model-00000.safetensors").write_bytes(b"half")
@@ -214,7 +218,7 @@ def test_what_a_killed_save_left_is_never_read_and_removed_later(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000008"]
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
@@ -272,7 +276,7 @@ def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "4", "5"]
 
 
-def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_newer_format_is_rejected_by_version(tmp_path: Path) -> None:
     path = save(tmp_path)
     manifest = json.loads((path / layout.MANIFEST).read_text())
     manifest["version"] = 2
@@ -282,14 +286,14 @@ def test_a_newer_format_is_refused_in_words(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_milestones_stay(tmp_path: Path) -> None:
+def test_pruning_keeps_multiples_of_every(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5, 6, 7):
         save(tmp_path, step)
     prune(tmp_path, keep=2, every=3)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["3", "6", "7"]
 
 
-def test_a_reader_goes_on_when_its_checkpoint_is_forgotten(tmp_path: Path) -> None:
+def test_a_reader_can_continue_when_its_checkpoint_is_deleted(tmp_path: Path) -> None:
     old = open_checkpoint(save(tmp_path, 1))
     for step in (2, 3):
         save(tmp_path, step)
@@ -299,8 +303,8 @@ def test_a_reader_goes_on_when_its_checkpoint_is_forgotten(tmp_path: Path) -> No
     assert torch.equal(old.read("model/a"), tensors()["model/a"])
 
 
-def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) -> None:
-    """MODEL is opened again and again while a run goes on, two checkpoints at a time."""
+def test_readers_of_a_run_that_saves_and_deletes_find_a_checkpoint(tmp_path: Path) -> None:
+    """A model is opened again and again while a run continues, two checkpoints at a time."""
     import shutil
 
     from pretrain.runner.open import open_checkpoint_of
@@ -310,13 +314,13 @@ def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) ->
     save(folder, 1)
     done = threading.Event()
 
-    def going_on() -> None:
+    def save_and_prune() -> None:
         for step in range(2, 150):
             save(folder, step)
             prune(folder, keep=1)
         done.set()
 
-    writer = threading.Thread(target=going_on)
+    writer = threading.Thread(target=save_and_prune)
     writer.start()
     while not done.is_set():
         _, checkpoint = open_checkpoint_of(tmp_path)
@@ -325,22 +329,22 @@ def test_readers_and_a_run_that_saves_and_forgets_do_not_meet(tmp_path: Path) ->
     writer.join()
     assert len(read) > 10
     (tmp_path / "summary.json").write_text(json.dumps({"checkpoint": "checkpoints/step-00000001"}))
-    with pytest.raises(DamagedCheckpoint):  # and not for ever
+    with pytest.raises(DamagedCheckpoint):  # and no endless retry
         open_checkpoint_of(tmp_path)
     shutil.rmtree(folder)
 
 
-def test_a_checkpoint_under_another_name_is_found(tmp_path: Path) -> None:
+def test_a_renamed_checkpoint_is_detected(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     path.rename(tmp_path / "step-00000006")
     with pytest.raises(DamagedCheckpoint, match="has the state of step 5"):
         open_checkpoint(tmp_path / "step-00000006")
 
 
-def test_a_background_save_holds_the_numbers_of_its_moment(
+def test_a_background_save_has_the_tensors_of_the_moment_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on, on a disk that is slow; what is saved is what was there when it began."""
+    """Training continues while a slow disk is written; later changes are not saved."""
     real, may_end = os.fsync, threading.Event()
 
     def slow(descriptor: int) -> None:
@@ -349,45 +353,45 @@ def test_a_background_save_holds_the_numbers_of_its_moment(
 
     monkeypatch.setattr(os, "fsync", slow)
     saver, live = BackgroundSaver(tmp_path / "c"), tensors()
-    forgotten: list[str] = []
-    saver.save(step=1, tensors=live, state={}, after=lambda: forgotten.append("old ones"))
+    deleted: list[str] = []
+    saver.save(step=1, tensors=live, state={}, after=lambda: deleted.append("old ones"))
     for tensor in live.values():
         tensor.mul_(0)
-    assert not saver.poll()  # nothing has failed, and nothing is waited for
-    assert forgotten == []
+    assert not saver.poll()  # no error, and no waiting
+    assert deleted == []
     assert list_checkpoints(tmp_path / "c") == []
     may_end.set()
     assert saver.wait()
-    assert forgotten == ["old ones"]
+    assert deleted == ["old ones"]
     found = open_checkpoint(list_checkpoints(tmp_path / "c")[0])
     assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors().items())
 
 
-def test_what_a_background_save_could_not_do_is_said_once(
+def test_an_error_of_a_background_save_is_raised_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver, forgotten = BackgroundSaver(tmp_path), []
+    saver, deleted = BackgroundSaver(tmp_path), []
 
     def failing(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        saver.save(step=1, tensors=tensors(), state={}, after=lambda: forgotten.append(1))
+        saver.save(step=1, tensors=tensors(), state={}, after=lambda: deleted.append(1))
         with pytest.raises(OSError, match="input/output"):
             saver.wait()
     assert not saver.poll()
-    assert not saver.wait()  # so a failure is followed by no success
-    saver.save(step=2, tensors=tensors(), state={}, after=lambda: forgotten.append(2))
+    assert not saver.wait()  # so no success is reported after the error
+    saver.save(step=2, tensors=tensors(), state={}, after=lambda: deleted.append(2))
     saver.wait()
-    assert forgotten == [2]
+    assert deleted == [2]
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
-def test_what_the_disk_has_not_kept_is_no_checkpoint(
+def test_a_checkpoint_that_the_disk_has_not_kept_is_quarantined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read back before an older one is forgotten."""
+    """It is read back before an older one is deleted."""
     real = os.write
     lost = bytearray(b"lost")
 
@@ -397,9 +401,9 @@ def test_what_the_disk_has_not_kept_is_no_checkpoint(
         return real(descriptor, data)
 
     monkeypatch.setattr(os, "write", losing)
-    saver, forgotten = BackgroundSaver(tmp_path), []
-    saver.save(step=1, tensors=tensors(), state={}, after=lambda: forgotten.append(1))
+    saver, deleted = BackgroundSaver(tmp_path), []
+    saver.save(step=1, tensors=tensors(), state={}, after=lambda: deleted.append(1))
     with pytest.raises(OSError, match="renamed to damaged-step-00000001"):
         saver.wait()
-    assert forgotten == []
+    assert deleted == []
     assert list_checkpoints(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Preparation by datatrove's executors gives the bytes of `prepare`, also when a worker dies."""
+"""Preparation with datatrove's executors gives the bytes of `prepare`, also when a worker dies."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from typing import Any
 
 import pytest
 
-from pretrain.corpus.config import CorpusConfig
+from prepared import FILTERED, file_hashes, write_dirty_corpus
 from pretrain.data import prepare
 from pretrain.data.preparation import begin, cluster_tasks, finish
-from test_resumed_preparation import corpus, hashes
 
-__all__ = ["corpus"]
 
-ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dirty_corpus(tmp_path_factory.mktemp("cluster") / "texts")
 
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path) -> dict[str, str]:
-    prepare(sorted(corpus.iterdir()), corpus.parent / "expected", corpus=ASKED)
-    return hashes(corpus.parent / "expected")
+    prepare(sorted(corpus.iterdir()), corpus.parent / "expected", corpus=FILTERED)
+    return file_hashes(corpus.parent / "expected")
 
 
-def test_any_number_of_tasks_does_the_same(
+def test_any_number_of_cluster_tasks_gives_the_same_bytes(
     corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=FILTERED)
     with pytest.raises(RuntimeError, match=r"1 of 1 tasks of the stage 'list' are not finished"):
         finish(job, tmp_path / "out")
-    for share in cluster_tasks(job):
+    for cluster_task in cluster_tasks(job):
         for rank in (2, 0, 1):
-            share(None, rank, 3)
+            cluster_task(None, rank, 3)
     finish(job, tmp_path / "out")
-    assert hashes(tmp_path / "out") == expected
+    assert file_hashes(tmp_path / "out") == expected
 
 
 def test_the_local_executor(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     executors = pytest.importorskip("datatrove.executor")
-    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=FILTERED)
     executor = None
-    for number, share in enumerate(cluster_tasks(job)):
+    for number, cluster_task in enumerate(cluster_tasks(job)):
         executor = executors.LocalPipelineExecutor(
-            pipeline=[share],
+            pipeline=[cluster_task],
             tasks=2,
             logging_dir=str(tmp_path / f"logs{number}"),
             depends=executor,
@@ -55,11 +55,11 @@ def test_the_local_executor(corpus: Path, expected: dict[str, str], tmp_path: Pa
     assert executor is not None
     executor.run()
     finish(job, tmp_path / "out")
-    assert hashes(tmp_path / "out") == expected
+    assert file_hashes(tmp_path / "out") == expected
 
 
 def kill_one_at_work(folder: Path, killed: list[int]) -> None:
-    """Kill the first process that is seen in the middle of a unit, and the Ray worker above it.
+    """Kill one process that is running a task, and the Ray worker above it.
 
     Not a worker that is still starting: for that the executor waits without end.
     """
@@ -88,16 +88,16 @@ def test_ray_with_a_worker_killed(
     executors = pytest.importorskip("datatrove.executor.ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=FILTERED)
     killed: list[int] = []
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
     try:
         killer = threading.Thread(target=kill_one_at_work, args=(job.folder, killed), daemon=True)
         killer.start()
         executor: Any = None
-        for number, share in enumerate(cluster_tasks(job)):
+        for number, cluster_task in enumerate(cluster_tasks(job)):
             executor = executors.RayPipelineExecutor(
-                pipeline=[share],
+                pipeline=[cluster_task],
                 tasks=2,
                 workers=2,
                 mem_per_cpu_gb=0.1,
@@ -110,7 +110,7 @@ def test_ray_with_a_worker_killed(
     killer.join(timeout=5)
     assert len(killed) == 1
     finish(job, tmp_path / "out")
-    assert hashes(tmp_path / "out") == expected
+    assert file_hashes(tmp_path / "out") == expected
 
 
 # Stand-ins for Slurm's programs: a job array runs here, one task after the other.
@@ -130,7 +130,7 @@ echo "Submitted batch job 1"
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs bash")
-def test_what_slurm_would_run(
+def test_the_scripts_for_slurm(
     corpus: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executors = pytest.importorskip("datatrove.executor")
@@ -139,11 +139,11 @@ def test_what_slurm_would_run(
         (tmp_path / name).chmod(0o755)
     path = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
     monkeypatch.setenv("PATH", os.pathsep.join(path))
-    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=ASKED)
+    job = begin(sorted(corpus.iterdir()), tmp_path / "out", corpus=FILTERED)
     executor: Any = None
-    for number, share in enumerate(cluster_tasks(job)):
+    for number, cluster_task in enumerate(cluster_tasks(job)):
         executor = executors.SlurmPipelineExecutor(
-            pipeline=[share],
+            pipeline=[cluster_task],
             tasks=2,
             time="01:00:00",
             partition="cpu",
@@ -153,4 +153,4 @@ def test_what_slurm_would_run(
         )
     executor.run()
     finish(job, tmp_path / "out")
-    assert hashes(tmp_path / "out") == expected
+    assert file_hashes(tmp_path / "out") == expected

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares in every block, every window once an epoch, stages, and the inverse."""
+"""Mixtures: exact weights in every block, every window once an epoch, stages, and the inverse."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def mixture(
     return MixtureOrder(spans, stages=stages, context_length=CONTEXT, seed=3)
 
 
-def portion_of(mixed: MixtureOrder, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def source_of(mixed: MixtureOrder, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.searchsorted([p.start for p in mixed.spans], starts, side="right") - 1
 
 
-def test_every_block_has_the_exact_shares() -> None:
+def test_every_block_has_the_exact_weights() -> None:
     mixed = mixture([(0, [5.0, 3.0, 2.0])])
     assert mixed.stages[0].counts == (512, 307, 205)
     for block in (0, 1, 7):
         samples = np.arange(block * BLOCK_SAMPLES, (block + 1) * BLOCK_SAMPLES)
-        found = portion_of(mixed, mixed.window_starts(samples))
+        found = source_of(mixed, mixed.window_starts(samples))
         assert np.bincount(found).tolist() == [512, 307, 205]
-        # Mixed well, not one source after the other.
+        # Shuffled, not one source after the other.
         assert np.bincount(found[:256], minlength=3).min() > 20
 
 
@@ -50,26 +50,26 @@ def test_each_source_is_read_window_by_window() -> None:
     mixed = mixture([(0, [5.0, 3.0, 2.0])])
     samples = np.arange(4 * BLOCK_SAMPLES)
     starts = mixed.window_starts(samples)
-    found = portion_of(mixed, starts)
-    for number, portion in enumerate(mixed.spans):
+    found = source_of(mixed, starts)
+    for number, span in enumerate(mixed.spans):
         mine = starts[found == number]
-        assert mine.min() >= portion.start
-        assert mine.max() + CONTEXT + 1 <= portion.start + portion.n_tokens
+        assert mine.min() >= span.start
+        assert mine.max() + CONTEXT + 1 <= span.start + span.n_tokens
         # The windows of its own order, from the first on, without a gap.
-        expected = portion.start + mixed.orders[number].window_starts(np.arange(len(mine)))
+        expected = span.start + mixed.orders[number].window_starts(np.arange(len(mine)))
         assert sorted(mine.tolist()) == sorted(expected.tolist())
     assert mixed.samples_per_source(len(samples)) == np.bincount(found).tolist()
-    # Sources do not share a shift or an order.
+    # Sources have different offsets and orders.
     assert len({order.epoch_offset(0) for order in mixed.orders}) > 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_counts_are_what_a_walk_finds(seed: int) -> None:
+def test_samples_per_source_agrees_with_counting(seed: int) -> None:
     draw = random.Random(seed)
     first = draw.randrange(1, 3000)
     mixed = mixture([(0, [1.0, 2.0, 0.0]), (first, [0.0, 0.3, 0.7]), (first + 2500, [1, 0, 0])])
     samples = np.arange(first + 4000)
-    found = portion_of(mixed, mixed.window_starts(samples))
+    found = source_of(mixed, mixed.window_starts(samples))
     for n in (0, 1, first - 1, first, first + 1, first + 1024, first + 3000, len(samples)):
         assert mixed.samples_per_source(n) == np.bincount(found[:n], minlength=3).tolist()
     assert 2 not in found[:first]
@@ -77,7 +77,7 @@ def test_counts_are_what_a_walk_finds(seed: int) -> None:
 
 
 @pytest.mark.parametrize("second", [700, 1024, 2000])
-def test_both_directions_agree(second: int) -> None:
+def test_tracing_a_mixture_is_the_same_in_both_directions(second: int) -> None:
     mixed = mixture([(0, [1.0, 2.0, 0.1]), (second, [3.0, 0.0, 1.0])], tokens=(900, 400, 200))
     offsets = np.array([1, 40, 300, 899, 901, 1000, 1290, 1301, 1400, 1500])
     tracer = Tracer(mixed, offsets, batch_size=4)
@@ -92,12 +92,12 @@ def test_both_directions_agree(second: int) -> None:
         for document in (0, 1, 2, 4, 5, 7, 8)
         for s in tracer.occurrences_of(document, n_steps=steps)
     }
-    # Documents 3 and 6 lie across two portions, as the end-of-text between two streams does.
-    assert backward == {sight for sight in forward if sight[0] not in (3, 6)}
+    # Documents 3 and 6 cross two sources, as the end-of-text token between two streams does.
+    assert backward == {occurrence for occurrence in forward if occurrence[0] not in (3, 6)}
     assert len(backward) > 3000
 
 
-def test_shares_that_cannot_be() -> None:
+def test_impossible_weights_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"'s1' would be 0\.01 % of its stage"):
         mixture([(0, [1.0, 0.0001, 0.0])])
     with pytest.raises(ValueError, match="does not fit a training text of 5 ids"):
@@ -105,7 +105,7 @@ def test_shares_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "reason"),
+    ("sources", "reason"),
     [
         ("[]", "data.source is"),
         ("[{weight: 1}]", "needs a value for 'path'"),
@@ -122,12 +122,12 @@ def test_shares_that_cannot_be() -> None:
         ("{path: a}", "must be"),
     ],
 )
-def test_wrong_lists_of_sources(entries: str, reason: str) -> None:
+def test_wrong_lists_of_sources(sources: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason.replace(".", r"\.")):
-        compose([{"data": {"source": read_yaml(entries, name="test")}}])
+        compose([{"data": {"source": read_yaml(sources, name="test")}}])
 
 
-def test_a_list_of_sources_survives_its_yaml() -> None:
+def test_a_list_of_sources_is_the_same_after_yaml() -> None:
     text = "[{path: a, weight: 1}, {path: b, weight: 3}, {path: b, epochs: 2, stage: 0.5}]"
     config = compose([{"data": {"source": read_yaml(text, name="test")}}])
     assert config.data.paths == ("a", "b")
@@ -156,7 +156,7 @@ def sources(paths: list[Path], **second: float) -> tuple[SourceConfig, ...]:
     return (SourceConfig(path=str(paths[0]), **first), SourceConfig(path=str(paths[1]), **given))
 
 
-def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) -> None:
+def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path) -> None:
     data = prepare(texts, tmp_path / "out", tokenizer="bytes", val_fraction=0.1)
     mixed = MixedData(DataConfig(source=sources(texts)), [data])
     order = mixed.order(context_length=16, seed=1, steps=100, batch_size=4)
@@ -165,7 +165,7 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
     assert stream.n_tokens == data.split("train").n_tokens
     offsets = stream.document_offsets
     named = {number: origin.file for number, origin in stream.origins(lambda *_: True)}
-    assert {portion.source for portion in mixed.spans} == {str(path) for path in texts}
+    assert {span.source for span in mixed.spans} == {str(path) for path in texts}
     for start, number in zip(
         order.window_starts(np.arange(400)), order.locate(np.arange(400))[0], strict=True
     ):
@@ -175,7 +175,7 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
             assert named[document].endswith(texts[number].name)
     assert tokenizer.vocab_size == 257
     epochs = MixedData(DataConfig(source=sources(texts, epochs=4.0)), [data])
-    n_first, n_second = (portion.n_tokens for portion in epochs.spans)
+    n_first, n_second = (span.n_tokens for span in epochs.spans)
     assert epochs.tokens_for_epochs == n_first + 4 * n_second
     staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
     with pytest.raises(ValueError, match=r"and stages when: with both give train\.steps"):
@@ -198,7 +198,7 @@ def test_texts_that_were_prepared_together(texts: list[Path], tmp_path: Path) ->
         late.order(context_length=16, seed=1, steps=8)
 
 
-def test_a_source_of_which_nothing_is_left_is_missing(texts: list[Path], tmp_path: Path) -> None:
+def test_a_source_with_nothing_left_is_an_error(texts: list[Path], tmp_path: Path) -> None:
     again = tmp_path / "again.jsonl"
     again.write_bytes(texts[0].read_bytes())
     data = prepare([texts[0], again], tmp_path / "out", tokenizer="bytes")
@@ -206,7 +206,7 @@ def test_a_source_of_which_nothing_is_left_is_missing(texts: list[Path], tmp_pat
         MixedData(DataConfig(source=sources([texts[0], again])), [data])
 
 
-def test_prepared_folders_are_joined(texts: list[Path], tmp_path: Path) -> None:
+def test_prepared_folders_are_concatenated(texts: list[Path], tmp_path: Path) -> None:
     folders = [tmp_path / path.stem for path in texts]
     each = [prepare(p, f, tokenizer="bytes") for p, f in zip(texts, folders, strict=True)]
     mixed = MixedData(DataConfig(source=sources(folders)), each)
@@ -231,7 +231,7 @@ def test_prepared_folders_are_joined(texts: list[Path], tmp_path: Path) -> None:
         MixedData(DataConfig(source=sources(folders)), [each[0], other])
 
 
-def test_a_mixed_run_reports_what_it_read(
+def test_a_mixed_run_reports_tokens_of_each_source(
     texts: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -242,8 +242,8 @@ def test_a_mixed_run_reports_what_it_read(
     given = [(texts[0], 3, 0), (texts[1], 1, 0), (texts[1], 1, 0.5)]
     source = "[" + ", ".join(entry % each for each in given) + "]"
     run = tmp_path / "run"
-    words = ["train", "--run", str(run), "--data.source", source, *TINY, "--train.steps", "20"]
-    assert main(words) == 0
+    args = ["train", "--run", str(run), "--data.source", source, *TINY, "--train.steps", "20"]
+    assert main(args) == 0
     assert "mixed" in capsys.readouterr().out
     books = str(texts[0])
     summary = json.loads((run / "summary.json").read_text())
@@ -262,11 +262,11 @@ def test_a_mixed_run_reports_what_it_read(
     assert (
         main(
             [
-                *words[:2],
+                *args[:2],
                 f"{run}2",
                 "--data.source",
                 source.replace("weight: 3", "weight: 9"),
-                *words[5:],
+                *args[5:],
             ]
         )
         == 0

@@ -1,5 +1,4 @@
-"""The order of the data: a bijection that can be inverted, windows that tile the stream, pure
-functions."""
+"""The order of the data: an invertible permutation, windows that tile the text, pure functions."""
 
 from __future__ import annotations
 
@@ -14,15 +13,15 @@ from pretrain.rng import FeistelPermutation
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 @settings(max_examples=60, deadline=None)
-def test_a_bijection_is_one_to_one_and_its_inverse_undoes_it(size: int, seed: int) -> None:
+def test_a_permutation_is_one_to_one_and_has_an_inverse(size: int, seed: int) -> None:
     index = np.arange(size, dtype=np.int64)
-    bijection = FeistelPermutation(size, seed, "test")
-    image = bijection.forward(index)
+    permutation = FeistelPermutation(size, seed, "test")
+    image = permutation.forward(index)
     assert np.array_equal(np.sort(image), index)
-    assert np.array_equal(bijection.inverse(image), index)
+    assert np.array_equal(permutation.inverse(image), index)
 
 
-def test_a_bijection_mixes_and_hangs_on_seed_and_purpose() -> None:
+def test_a_permutation_shuffles_and_depends_on_seed_and_purpose() -> None:
     index = np.arange(10_000, dtype=np.int64)
     image = FeistelPermutation(10_000, 1, "a").forward(index)
     # A random permutation has rank correlation 0 +- 0.01 and one fixed point on average.
@@ -32,11 +31,11 @@ def test_a_bijection_mixes_and_hangs_on_seed_and_purpose() -> None:
         assert (other.forward(index) == image).mean() < 0.01
 
 
-def test_a_bijection_of_a_huge_range_needs_no_memory() -> None:
+def test_a_permutation_of_a_huge_range_needs_no_memory() -> None:
     size = 3 * 10**14
     index = np.array([0, 1, size - 1], dtype=np.int64)
-    bijection = FeistelPermutation(size, 7, "huge")
-    assert np.array_equal(bijection.inverse(bijection.forward(index)), index)
+    permutation = FeistelPermutation(size, 7, "huge")
+    assert np.array_equal(permutation.inverse(permutation.forward(index)), index)
 
 
 @given(n_tokens=st.integers(40, 900), context=st.integers(1, 20), seed=st.integers(0, 99))
@@ -52,15 +51,15 @@ def test_an_epoch_uses_each_token_once_as_input_and_stays_inside(
         assert starts.max() + context + 1 <= n_tokens
         inputs = (starts[:, None] + np.arange(context)).ravel()
         assert len(np.unique(inputs)) == len(inputs)
-        # At most two windows' worth of tokens sit an epoch out.
+        # At most the tokens of two windows are left out of an epoch.
         assert n_tokens - len(inputs) <= 2 * context
 
 
-def test_epochs_are_cut_and_ordered_anew_and_the_same_every_time() -> None:
+def test_epochs_differ_in_offset_and_order_but_are_reproducible() -> None:
     order = Order(10_000, 16, seed=3)
     first = order.window_starts(np.arange(order.n_windows, dtype=np.int64))
     second = order.window_starts(np.arange(order.n_windows, 2 * order.n_windows, dtype=np.int64))
-    # Not only shifted: the windows themselves come in another order.
+    # Not only the offset: the windows themselves come in another order.
     windows = [(starts - order.epoch_offset(e)) // 16 for e, starts in enumerate((first, second))]
     assert (windows[0] == windows[1]).mean() < 0.05
     assert {order.epoch_offset(e) for e in range(40)} != {order.epoch_offset(0)}
@@ -68,7 +67,7 @@ def test_epochs_are_cut_and_ordered_anew_and_the_same_every_time() -> None:
     assert np.array_equal(first, again)
 
 
-def test_any_slice_of_samples_may_be_asked_for_by_itself() -> None:
+def test_any_slice_of_samples_can_be_computed_by_itself() -> None:
     order = Order(5_000, 8, seed=1)
     samples = np.arange(100, 1500, dtype=np.int64)
     whole = order.window_starts(samples)
@@ -101,7 +100,7 @@ def test_step_of_batch_inverts_batch_of_step() -> None:
         assert step_of_batch(batch, rollbacks) == step, f"batch {batch}"
 
 
-def test_a_context_that_does_not_fit_is_refused_with_the_longest_that_does() -> None:
+def test_a_context_that_does_not_fit_is_rejected_with_the_longest_that_does() -> None:
     with pytest.raises(ValueError, match=r"context of 51 .* 100 ids; the longest that fits is 50"):
         Order(100, 51, seed=0)
     assert Order(100, 50, seed=0).n_windows == 1

@@ -1,4 +1,4 @@
-"""Where documents came from: the file of origins, the counts of each source, the strangest ones."""
+"""Where documents came from: the file of origins, the counts of each source, the outliers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def two_sources(tmp_path: Path) -> list[Path]:
     return [books, letters]
 
 
-def test_the_report_counts_each_source_and_names_every_problem(
+def test_the_report_counts_each_source_and_every_problem(
     tmp_path: Path, two_sources: list[Path]
 ) -> None:
     books, letters = (str(path) for path in two_sources)
@@ -55,7 +55,7 @@ def test_the_report_counts_each_source_and_names_every_problem(
     assert len(report["strangest"]) == 10
 
 
-def test_all_problems_are_written_where_the_report_stops(tmp_path: Path) -> None:
+def test_all_problems_are_written_although_the_report_has_only_the_first(tmp_path: Path) -> None:
     lines = ["bad"] * 500 + [json.dumps({"text": "a good line of text " * 30})] * 3
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     prepare(tmp_path / "a.jsonl", tmp_path / "out", tokenizer="bytes")
@@ -65,7 +65,7 @@ def test_all_problems_are_written_where_the_report_stops(tmp_path: Path) -> None
     assert [json.loads(line)["line"] for line in problems] == list(range(1, 501))
 
 
-def test_origins_stand_in_the_order_of_the_stream(tmp_path: Path, two_sources: list[Path]) -> None:
+def test_origins_are_in_the_order_of_the_stream(tmp_path: Path, two_sources: list[Path]) -> None:
     data = prepare(two_sources, tmp_path / "out", vocab_size=300, val_fraction=0.2)
     tokenizer, n = data.tokenizer(), 0
     for split in ("train", "val"):
@@ -85,7 +85,7 @@ def test_origins_stand_in_the_order_of_the_stream(tmp_path: Path, two_sources: l
     assert found[0] == 2
 
 
-def test_damage_to_the_origins_is_noticed(tmp_path: Path, two_sources: list[Path]) -> None:
+def test_damaged_origins_are_detected(tmp_path: Path, two_sources: list[Path]) -> None:
     prepare(two_sources, tmp_path / "out", tokenizer="bytes")
     path = tmp_path / "out/train.documents.jsonl"
     path.write_bytes(path.read_bytes().replace(b"l1", b"l9", 1))
@@ -97,9 +97,9 @@ def test_damage_to_the_origins_is_noticed(tmp_path: Path, two_sources: list[Path
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
+def test_outliers_are_the_documents_furthest_from_the_mean(seed: int) -> None:
     draw = random.Random(seed)
-    strangest = CompressionOutliers()
+    outliers = CompressionOutliers()
     ratios = {}
     n_tokens = n_bytes = 0
     for number in range(draw.randint(11, 200)):
@@ -107,17 +107,17 @@ def test_the_strangest_are_those_furthest_from_the_whole(seed: int) -> None:
         tokens = max(1, int(size / draw.lognormvariate(1.2, 0.8)))
         ratios[str(number)] = size / tokens
         n_tokens, n_bytes = n_tokens + tokens, n_bytes + size
-        strangest.add(Document(str(number), "x"), n_tokens=tokens, n_bytes=size)
-    usual = n_bytes / n_tokens
+        outliers.add(Document(str(number), "x"), n_tokens=tokens, n_bytes=size)
+    mean = n_bytes / n_tokens
 
     def distance(name: str) -> float:
-        return max(ratios[name] / usual, usual / ratios[name])
+        return max(ratios[name] / mean, mean / ratios[name])
 
     expected = sorted(ratios, key=distance, reverse=True)[:10]
-    assert [entry["id"] for entry in strangest.records()] == expected
+    assert [entry["id"] for entry in outliers.records()] == expected
 
 
-def test_a_document_without_a_token_is_not_among_the_strangest(tmp_path: Path) -> None:
+def test_a_document_without_tokens_is_not_an_outlier(tmp_path: Path) -> None:
     train_tokenizer(["the sea was calm " * 50], name="gpt").save(tmp_path / "gpt")
     lines = [json.dumps({"text": text}) for text in ("\u200b" * 40, "the sea was calm. " * 99)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -126,7 +126,7 @@ def test_a_document_without_a_token_is_not_among_the_strangest(tmp_path: Path) -
     assert {each["id"] for each in report["strangest"]} <= {"a.jsonl:2"}
 
 
-def test_nothing_is_strange_where_every_byte_is_a_token(tmp_path: Path) -> None:
+def test_there_are_no_outliers_if_every_byte_is_a_token(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the sea was calm. " * 200, encoding="utf-8")
     prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes")
     assert json.loads((tmp_path / "out/report.json").read_text())["strangest"] == []

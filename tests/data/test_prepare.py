@@ -1,4 +1,4 @@
-"""Preparing: every byte of text arrives on exactly one side, and impossible wishes are refused."""
+"""Preparing: every byte of text is in exactly one split, and impossible settings are rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.data.stages import Split, choose_split, default_val_fraction
 from pretrain.tokenizer import train_tokenizer
 
 
-def sentence(draw: random.Random, n_words: int) -> str:
+def random_words(draw: random.Random, n_words: int) -> str:
     vowels, others = "aeiou", "bcdfghlmnprst"
     return " ".join(
         "".join(draw.choice(others) + draw.choice(vowels) for _ in range(draw.randint(1, 4)))
@@ -51,11 +51,11 @@ def texts_of(data: PreparedData, name: SplitName) -> list[str]:
 @pytest.fixture(scope="module")
 def many() -> list[str]:
     draw = random.Random(1)
-    return [sentence(draw, draw.randint(5, 80)) + f" {n}\n<|endoftext|>" for n in range(300)]
+    return [random_words(draw, draw.randint(5, 80)) + f" {n}\n<|endoftext|>" for n in range(300)]
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "characters"])
-def test_every_document_is_on_one_side_in_order(
+def test_every_document_is_in_one_split_in_order(
     tmp_path: Path, many: list[str], tokenizer: str
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
@@ -74,7 +74,7 @@ def test_every_document_is_on_one_side_in_order(
     assert left_over == {"a.jsonl", "out"}
 
 
-def test_same_text_same_folder(tmp_path: Path, many: list[str]) -> None:
+def test_the_same_text_gives_the_same_folder(tmp_path: Path, many: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
     for name in ("one", "two"):
         prepare(source, tmp_path / name)
@@ -83,7 +83,7 @@ def test_same_text_same_folder(tmp_path: Path, many: list[str]) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_split_depends_on_the_document_alone(tmp_path: Path, many: list[str]) -> None:
+def test_the_split_depends_on_the_document_alone(tmp_path: Path, many: list[str]) -> None:
     val = []
     for number, texts in enumerate((many, many[::-1] + many[:50] + ["new " * 30])):
         source = write_jsonl(tmp_path / f"{number}.jsonl", texts)
@@ -93,7 +93,7 @@ def test_split_depends_on_the_document_alone(tmp_path: Path, many: list[str]) ->
     assert val[0] <= val[1] <= val[0] | {"new " * 30}
 
 
-def test_tokenizer_does_not_see_validation_text(tmp_path: Path, many: list[str]) -> None:
+def test_the_tokenizer_is_trained_without_validation_text(tmp_path: Path, many: list[str]) -> None:
     data = prepare(write_jsonl(tmp_path / "a.jsonl", many), tmp_path / "a", val_fraction=0.2)
     held_out = set(texts_of(data, "val"))
     changed = [text if text not in held_out else text + " zzzz" * 20 for text in many]
@@ -102,9 +102,9 @@ def test_tokenizer_does_not_see_validation_text(tmp_path: Path, many: list[str])
     assert train_tokenizer(changed).sha256 != data.manifest.tokenizer_sha256
 
 
-def test_few_documents_give_their_ends(tmp_path: Path) -> None:
+def test_few_documents_are_split_at_their_ends(tmp_path: Path) -> None:
     draw = random.Random(2)
-    texts = [sentence(draw, 400), "tiny", sentence(draw, 900)]
+    texts = [random_words(draw, 400), "tiny", random_words(draw, 900)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
     data = prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", val_fraction=0.25)
@@ -115,8 +115,8 @@ def test_few_documents_give_their_ends(tmp_path: Path) -> None:
     assert abs(len(val[1]) / len(texts[2]) - 0.25) < 0.02
 
 
-def test_equal_documents_are_cut_alike(tmp_path: Path) -> None:
-    text = sentence(random.Random(3), 200)
+def test_equal_documents_are_split_at_the_same_place(tmp_path: Path) -> None:
+    text = random_words(random.Random(3), 200)
     source = write_jsonl(tmp_path / "a.jsonl", [text] * 50)
     data = prepare(source, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
     assert data.manifest.split_policy == "tails"
@@ -124,11 +124,11 @@ def test_equal_documents_are_cut_alike(tmp_path: Path) -> None:
     assert len(set(texts_of(data, "train"))) == len(set(texts_of(data, "val"))) == 1
 
 
-def test_one_document_that_is_nearly_everything() -> None:
+def test_a_document_with_nearly_all_text_is_split_at_its_end() -> None:
     giant = "giant " * 100_000
     texts = [f"small {number}".encode() for number in range(40)] + [giant.encode()]
     keys = np.array([(*text_hash(text), len(text)) for text in texts], KEY)
-    # Whatever its hash, a fraction this close to its own value would put it on the validation side.
+    # Whatever its hash, a fraction this close to its own value would make it validation.
     key = int(keys["hash"][-1]) / 2**64
     split = choose_split(lambda: [keys[:7], keys[7:]], val_fraction=min(0.5, key + 1e-6))
     assert split.policy == ("tails" if key < 0.5 else "documents")
@@ -136,7 +136,7 @@ def test_one_document_that_is_nearly_everything() -> None:
 
 
 def test_a_long_text_is_one_document(tmp_path: Path) -> None:
-    text = (sentence(random.Random(4), 3000) + "\n") * 60
+    text = (random_words(random.Random(4), 3000) + "\n") * 60
     assert len(text) > 1 << 20
     (tmp_path / "a.txt").write_text(text)
     data = prepare(tmp_path / "a.txt", tmp_path / "out")
@@ -158,7 +158,9 @@ def test_a_given_tokenizer_is_used(tmp_path: Path, many: list[str]) -> None:
         prepare(source, tmp_path / "three", tokenizer=tmp_path / "one", vocab_size=500)
 
 
-def test_what_a_given_tokenizer_cannot_write_is_left_out(tmp_path: Path, many: list[str]) -> None:
+def test_documents_that_a_given_tokenizer_cannot_encode_are_removed(
+    tmp_path: Path, many: list[str]
+) -> None:
     train_tokenizer(many, name="characters").save(tmp_path / "mine")
     source = write_jsonl(tmp_path / "a.jsonl", [*many[:100], many[0] + "\f", *many[100:]])
     data = prepare(source, tmp_path / "out", tokenizer=tmp_path / "mine")
@@ -176,7 +178,7 @@ def test_what_a_given_tokenizer_cannot_write_is_left_out(tmp_path: Path, many: l
         prepare(foreign, tmp_path / "no", tokenizer=tmp_path / "mine")
 
 
-def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:
+def test_an_existing_output_is_rejected(tmp_path: Path, many: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
     (tmp_path / "out").mkdir()
     prepare(source, tmp_path / "out", tokenizer="bytes")
@@ -186,9 +188,9 @@ def test_output_that_exists_is_refused(tmp_path: Path, many: list[str]) -> None:
         prepare(source, source, tokenizer="bytes")
 
 
-def test_nothing_is_left_after_a_refusal(tmp_path: Path, many: list[str]) -> None:
+def test_nothing_is_left_after_an_error(tmp_path: Path, many: list[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
-    with pytest.raises(ValueError, match="this corpus yields only"):
+    with pytest.raises(ValueError, match="must be at most 12163 for this text, not 60000"):
         prepare(source, tmp_path / "out", vocab_size=60_000)
     tiny = write_jsonl(tmp_path / "tiny.jsonl", ["hello world"])
     with pytest.raises(ValueError, match=r"corpus too small.*'val'"):
@@ -212,7 +214,7 @@ def test_default_val_fraction() -> None:
     assert default_val_fraction(5_000) == 0.1
     assert default_val_fraction(12_000_000) == pytest.approx(1 / 30)
     assert default_val_fraction(5 * 10**8) == pytest.approx(0.002)
-    # However much text there is, there is no more of it to score.
+    # The validation text is limited, however much text there is.
     assert default_val_fraction(10**10) == pytest.approx(2_000_000 / 10**10)
 
 

@@ -1,9 +1,7 @@
-"""A preparation that was killed at any moment is finished to the same bytes by the same command."""
+"""A preparation that was killed at any moment gives the same bytes when the command is repeated."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from prepared import FILTERED, file_hashes, write_dirty_corpus
 from pretrain import fileio
 from pretrain.cli import main
 from pretrain.corpus import document_shards
@@ -25,57 +24,34 @@ from pretrain.corpus.config import CorpusConfig
 from pretrain.data import jobs, prepare, stages
 from pretrain.data.jobs import Job, Stage
 from pretrain.data.preparation import begin, work_folder
-from texts import changed, prose
-
-ASKED = CorpusConfig(deduplicate="near", filters=("gopher",))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of two formats with duplicates, records that are none, and texts that are no good."""
-    folder = tmp_path_factory.mktemp("kill") / "texts"
-    folder.mkdir()
-    draw = random.Random(0)
-    originals = [prose(draw, draw.randint(60, 400)) for _ in range(150)]
-    for number in range(4):
-        texts = [" ".join(changed(draw, draw.choice(originals), 0.01)) for _ in range(60)]
-        texts += [" ".join(prose(draw, 10))] * 5
-        lines = [json.dumps({"id": f"{number}-{n}", "text": t}) for n, t in enumerate(texts)]
-        lines.insert(draw.randrange(60), "no json")
-        (folder / f"{number}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        (folder / f"{number}.txt").write_text(" ".join(originals[number]), encoding="utf-8")
-    return folder
+    return write_dirty_corpus(tmp_path_factory.mktemp("kill") / "texts")
 
 
 @pytest.fixture(autouse=True)
-def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_shards, "SHARD_TEXT_BYTES", 40_000)
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path) -> dict[str, str]:
+def uninterrupted(corpus: Path) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(document_shards, "SHARD_TEXT_BYTES", 40_000)
-        prepare(corpus, corpus.parent / "whole", corpus=ASKED)
-    found = hashes(corpus.parent / "whole")
-    assert len(found) == 11
-    return found
+        prepare(corpus, corpus.parent / "uninterrupted", corpus=FILTERED)
+    hashes = file_hashes(corpus.parent / "uninterrupted")
+    assert len(hashes) == 11
+    return hashes
 
 
 class Killed(BaseException):
-    """What no `except` of ours catches."""
+    """Not an Exception: no `except` of the package catches it."""
 
 
-def test_every_unit_may_be_the_last(
-    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_preparation_may_be_killed_after_any_task(
+    corpus: Path, uninterrupted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_task = Job.run_task
     n_done = n_left = 0
@@ -94,21 +70,21 @@ def test_every_unit_may_be_the_last(
     while not (tmp_path / "out").exists():
         n_left = draw.randint(0, 3)
         try:
-            prepare(corpus, tmp_path / "out", corpus=ASKED)
+            prepare(corpus, tmp_path / "out", corpus=FILTERED)
         except Killed:
             n_stops += 1
             assert work_folder(tmp_path / "out").is_dir()
-    assert hashes(tmp_path / "out") == whole
+    assert file_hashes(tmp_path / "out") == uninterrupted
     assert n_stops > 10
-    # Nothing was done twice, and nothing is left.
+    # No task was run twice, and nothing is left behind.
     first = n_done
     n_left = 10**6
-    prepare(corpus, tmp_path / "again", corpus=ASKED)
+    prepare(corpus, tmp_path / "again", corpus=FILTERED)
     assert n_done == 2 * first
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
 
 
-def test_death_while_work_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_the_job_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, remove, n_left = os.unlink, Job.remove, 3
 
     def dies(*given: Any, **named: Any) -> None:
@@ -129,7 +105,7 @@ def test_death_while_work_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for stage in stages.STAGES[:3]:
         begun.run_task(stage, 0)
     with pytest.raises(Killed):
-        dying(begun)  # as where other settings are asked for
+        dying(begun)  # as with other settings
     prepare(texts, out, tokenizer="bytes").verify()
 
     shutil.rmtree(out)
@@ -143,10 +119,10 @@ def test_death_while_work_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_death_inside_a_unit(
-    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kill_inside_a_task(
+    corpus: Path, uninterrupted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With files half written, while the whole is put in place, and while the rest is removed."""
+    """With files half written, during the final rename, and while the job is removed."""
     draw = random.Random(2)
     n_calls = 0
     stopped_in: set[str] = set()
@@ -159,7 +135,7 @@ def test_death_inside_a_unit(
                 if n_calls == -1:
                     stopped_in.add(name)
                 raise Killed
-            # What is written last may be cut off.
+            # The last file may be truncated.
             if n_calls == 0 and name == "write_json":
                 given[0].write_text("{")
                 raise Killed
@@ -179,17 +155,17 @@ def test_death_inside_a_unit(
         while not out.exists() or work_folder(out).exists():
             n_calls = draw.choice([draw.randint(1, 12), draw.randint(1, 200)])
             try:
-                prepare(corpus, out, corpus=ASKED)
+                prepare(corpus, out, corpus=FILTERED)
             except Killed:
                 pass
-        assert hashes(out) == whole
+        assert file_hashes(out) == uninterrupted
     assert len(stopped_in) >= 3, stopped_in
     left = {path.name for path in tmp_path.iterdir() if path.suffix != ".trash"}
     assert left == {str(number) for number in range(6)}
 
 
-def test_other_settings_begin_anew(
-    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_settings_start_from_scratch(
+    corpus: Path, uninterrupted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: Any, **__: Any) -> None:
         raise Killed
@@ -200,12 +176,12 @@ def test_other_settings_begin_anew(
             prepare(corpus, tmp_path / "out", corpus=CorpusConfig(deduplicate="none"))
     work = work_folder(tmp_path / "out")
     assert (work / "read").is_dir()
-    prepare(corpus, tmp_path / "out", corpus=ASKED)
-    assert hashes(tmp_path / "out") == whole
+    prepare(corpus, tmp_path / "out", corpus=FILTERED)
+    assert file_hashes(tmp_path / "out") == uninterrupted
 
 
-def test_a_worker_that_dies_is_said_and_nothing_is_lost(
-    corpus: Path, whole: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_worker_that_dies_is_reported_and_nothing_is_lost(
+    corpus: Path, uninterrupted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def kill_one() -> None:
         seen: list[int] = []
@@ -216,18 +192,18 @@ def test_a_worker_that_dies_is_said_and_nothing_is_lost(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    words = ["prepare", str(corpus), "--out", str(tmp_path / "out"), "--workers", "2"]
-    words += ["--deduplicate", "near", "--filters", "gopher"]
-    assert main(words) == 75
+    args = ["prepare", str(corpus), "--out", str(tmp_path / "out"), "--workers", "2"]
+    args += ["--deduplicate", "near", "--filters", "gopher"]
+    assert main(args) == 75
     killer.join()
     assert "a worker was killed while " in capsys.readouterr().err
     assert (work_folder(tmp_path / "out") / "read").is_dir()
-    assert main(words) == 0
-    assert hashes(tmp_path / "out") == whole
+    assert main(args) == 0
+    assert file_hashes(tmp_path / "out") == uninterrupted
 
 
 def kill_at_random(corpus: Path, folder: Path, n_kills: int, seed: int) -> None:
-    """Kill a preparation by two workers `n_kills` times in all, over as many runs as that takes."""
+    """Kill a preparation with two workers `n_kills` times in total, over several runs."""
     code = (
         "import sys; from pretrain.corpus import document_shards;"
         "document_shards.SHARD_TEXT_BYTES = 40_000;"
@@ -239,17 +215,17 @@ def kill_at_random(corpus: Path, folder: Path, n_kills: int, seed: int) -> None:
     seconds = 5.0
     while n_killed < n_kills:
         out = folder / f"out{n_finished}"
-        words = ["prepare", str(corpus), "--out", str(out), "--workers", "2"]
-        words += ["--deduplicate", "near", "--filters", "gopher", "--vocab-size", "600"]
+        args = ["prepare", str(corpus), "--out", str(out), "--workers", "2"]
+        args += ["--deduplicate", "near", "--filters", "gopher", "--vocab-size", "600"]
         if expected is None:
-            began = time.monotonic()
-            subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
-            seconds = time.monotonic() - began
-            expected = hashes(out)
+            start = time.monotonic()
+            subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+            seconds = time.monotonic() - start
+            expected = file_hashes(out)
             n_finished += 1
             continue
         run = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
+            [sys.executable, "-c", code, *args],
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -257,18 +233,18 @@ def kill_at_random(corpus: Path, folder: Path, n_kills: int, seed: int) -> None:
         try:
             error = run.communicate(timeout=draw.uniform(0.2, 1.0) * seconds)[1]
             assert run.returncode == 0, error
-            assert hashes(out) == expected
+            assert file_hashes(out) == expected
             n_finished += 1
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             run.communicate()
             n_killed += 1
             if out.exists():
-                assert hashes(out) == expected
+                assert file_hashes(out) == expected
                 n_finished += 1
     if n_finished == 1:
-        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
-        assert hashes(out) == expected
+        subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+        assert file_hashes(out) == expected
     left = {path.name for path in folder.iterdir()}
     assert left <= {*(f"out{n}" for n in range(n_finished + 1)), *(n for n in left if n[0] == ".")}
 

@@ -1,4 +1,4 @@
-"""Prepared folders: what was written is read, and what was changed since is refused."""
+"""Prepared folders: ids are read back as written, and changed files are rejected."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
             stream.read(start, stop)
 
 
-def test_a_file_cut_off_under_a_run_is_an_error(folder: Path) -> None:
+def test_a_file_truncated_during_a_run_is_an_error(folder: Path) -> None:
     stream = open_prepared(folder).split("train")
     with open(folder / "train.bin", "r+b") as file:
         file.truncate(64 + 2 * 100_000)
@@ -88,16 +88,16 @@ def test_a_file_cut_off_under_a_run_is_an_error(folder: Path) -> None:
         stream.read(99_000, 101_000)
 
 
-@pytest.mark.skipif(not hasattr(os, "pread"), reason="read by position where a system can")
-def test_a_read_goes_on_until_all_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="needs os.pread")
+def test_short_reads_are_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, plain = open_prepared(folder).split("train"), os.pread
-    wanted = stream.read(5, 5005)
+    expected = stream.read(5, 5005)
     monkeypatch.setattr(os, "pread", lambda file, n, at: plain(file, min(n, 999), at))
-    assert np.array_equal(stream.read(5, 5005), wanted)
+    assert np.array_equal(stream.read(5, 5005), expected)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is resident")
-def test_what_was_read_is_not_held(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_ids_that_were_read_do_not_stay_in_memory(tmp_path: Path) -> None:
     def resident() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("VmRSS:")[2].split()[0])
@@ -121,14 +121,14 @@ def test_what_was_read_is_not_held(tmp_path: Path) -> None:
 
 def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
     writer = TaskWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
-    # 65836 would become 300 - 0 in 16 bits, silently.
+    # In 16 bits 65541 would silently become 5.
     for bad in (300, -1, 65536 + 5):
         with pytest.raises(ValueError, match=rf"token id must be 0 to 299 \(got {bad}\)"):
             writer.add(np.array([1, bad]))
     writer.close()
 
 
-def test_whole_folder_opens(folder: Path) -> None:
+def test_a_complete_folder_opens(folder: Path) -> None:
     data = open_prepared(folder)
     data.verify()
     assert is_prepared(folder)
@@ -139,7 +139,7 @@ def test_whole_folder_opens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [-1, 1, -500_000])
-def test_wrong_size_names_both_sizes(folder: Path, change: int) -> None:
+def test_a_wrong_file_size_is_reported_with_both_sizes(folder: Path, change: int) -> None:
     path = folder / "train.bin"
     n_bytes = path.stat().st_size
     with open(path, "r+b") as file:
@@ -162,7 +162,7 @@ def test_one_flipped_bit_is_found_in_its_block(folder: Path, block: int) -> None
         data.verify()
 
 
-def test_damaged_ids_are_not_read(folder: Path) -> None:
+def test_damaged_ids_are_rejected(folder: Path) -> None:
     with open(folder / "val.bin", "r+b") as file:
         file.seek(64 + 2 * 10)
         file.write(b"\xff\xff")
@@ -170,7 +170,7 @@ def test_damaged_ids_are_not_read(folder: Path) -> None:
         open_prepared(folder).split("val").read(5, 20)
 
 
-def test_header_is_checked(folder: Path) -> None:
+def test_the_header_is_checked(folder: Path) -> None:
     for place, value, reason in (
         (0, b"NUMPY", "not a shard"),
         (8, b"\x09", "format version is 9"),
@@ -186,7 +186,7 @@ def test_header_is_checked(folder: Path) -> None:
         (folder / "val.bin").write_bytes(content)
 
 
-def test_damaged_offsets(folder: Path) -> None:
+def test_damaged_offsets_are_detected(folder: Path) -> None:
     path = folder / "train.offsets"
     content = bytearray(path.read_bytes())
     content[8] ^= 1
@@ -198,7 +198,7 @@ def test_damaged_offsets(folder: Path) -> None:
         open_prepared(folder)
 
 
-def test_another_tokenizer_is_refused(folder: Path) -> None:
+def test_another_tokenizer_is_rejected(folder: Path) -> None:
     path = folder / "tokenizer" / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(ValueError, match="is not the tokenizer that wrote these ids"):
@@ -229,7 +229,7 @@ def test_another_tokenizer_is_refused(folder: Path) -> None:
         (lambda m: m.update(streams=[]), "is damaged"),
     ],
 )
-def test_changed_manifests(
+def test_changed_manifests_are_rejected(
     folder: Path, change: Callable[[dict[str, Any]], object], reason: str
 ) -> None:
     change_manifest(folder, change)
@@ -238,7 +238,7 @@ def test_changed_manifests(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_manifest_that_is_none(folder: Path, content: bytes) -> None:
+def test_an_unreadable_manifest_is_rejected(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     assert not is_prepared(folder)
     with pytest.raises(ValueError, match=r"manifest\.json"):

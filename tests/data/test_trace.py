@@ -1,4 +1,4 @@
-"""Tracing: both directions against a walk over every window, and the verb on a real run."""
+"""Tracing: both directions against a walk over every window, and the command on a real run."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def places(occurrences: list[Occurrence]) -> set[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("longest", "context"), [(3, 4), (40, 16), (400, 8)])
-def test_both_directions_are_what_a_walk_over_every_id_finds(
+def test_both_directions_agree_with_a_walk_over_every_id(
     seed: int, longest: int, context: int
 ) -> None:
     traced = tracer(seed, longest=longest, context=context, rows=3)
     assert isinstance(traced.order, Order)
-    # Two epochs and a half, so that shifts differ and the last epoch is cut off.
+    # Two epochs and a half: offsets differ, and the last epoch is incomplete.
     steps = max(1, int(2.5 * traced.order.n_windows / traced.batch_size))
     walked = {step: by_walking(traced, step) for step in range(1, steps + 1)}
     for step in walked:
@@ -86,25 +86,27 @@ def traced_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def ask(capsys: Capture, *words: str) -> dict[str, Any]:
+def run_command(capsys: Capture, *args: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert main([*words, "--json"]) == 0
+    assert main([*args, "--json"]) == 0
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     return answer
 
 
-def test_the_verb_answers_both_ways_with_the_same_text(traced_run: Path, capsys: Capture) -> None:
+def test_the_command_gives_the_same_text_in_both_directions(
+    traced_run: Path, capsys: Capture
+) -> None:
     source = (traced_run.parent / "log.jsonl").read_text(encoding="utf-8")
     texts = {record["id"]: record["text"] for record in map(json.loads, source.splitlines())}
     seen = [
         row
         for step in range(1, 6)
-        for row in ask(capsys, "trace", str(traced_run), "--step", str(step))["seen"]
+        for row in run_command(capsys, "trace", str(traced_run), "--step", str(step))["seen"]
     ]
     assert {row["step"] for row in seen} == set(range(1, 6))
     chosen = seen[0]["id"]
     assert all(row["text"].replace("<|endoftext|>", "") in texts[row["id"]] for row in seen)
-    answer = ask(capsys, "trace", str(traced_run), "--document", chosen)
+    answer = run_command(capsys, "trace", str(traced_run), "--document", chosen)
     (document,) = answer["documents"]
     assert answer["steps"] == 5
 
@@ -117,11 +119,11 @@ def test_the_verb_answers_both_ways_with_the_same_text(traced_run: Path, capsys:
 
 
 @pytest.mark.parametrize("has_moved", [True, False])
-def test_a_run_that_took_another_text_is_traced_from_there_on(
+def test_a_run_whose_text_was_replaced_is_traced_from_that_step_on(
     traced_run: Path, capsys: Capture, tmp_path: Path, has_moved: bool
 ) -> None:
     run = Path(shutil.copytree(traced_run, tmp_path / "run"))
-    before = [ask(capsys, "trace", str(run), "--step", str(step)) for step in range(1, 6)]
+    before = [run_command(capsys, "trace", str(run), "--step", str(step)) for step in range(1, 6)]
     late, early = ({row["id"] for row in before[n]["seen"]} for n in (4, 0))
     names = min(late), min(early - late)
     place = run / "environment.json"
@@ -133,28 +135,30 @@ def test_a_run_that_took_another_text_is_traced_from_there_on(
     records = [record(1, "training-text", "0", "1", by="accept"), *made]
     write_records(run, [*records, record(3, "training-text", "1", text, by="accept")])
     for step in (4, 5):
-        assert ask(capsys, "trace", str(run), "--step", str(step)) == before[step - 1]
+        assert run_command(capsys, "trace", str(run), "--step", str(step)) == before[step - 1]
     assert main(["trace", str(run), "--step", "3"]) == 2
     was = "old.jsonl" if has_moved else "the same files as they were then"
     message = f"--step must be 4 to 5 (got 3); before step 4 the run read {was}\n"
     assert message in capsys.readouterr().err
     for name, is_seen in zip(names, (True, False), strict=True):
-        (document,) = ask(capsys, "trace", str(run), "--document", name)["documents"]
-        (whole,) = ask(capsys, "trace", str(traced_run), "--document", name)["documents"]
+        (document,) = run_command(capsys, "trace", str(run), "--document", name)["documents"]
+        (whole,) = run_command(capsys, "trace", str(traced_run), "--document", name)["documents"]
         assert whole["seen"]
         assert document["seen"] == [row for row in whole["seen"] if row["step"] >= 4]
         assert bool(document["seen"]) == is_seen
 
 
-def test_what_cannot_be_traced_is_said(traced_run: Path, capsys: Capture, tmp_path: Path) -> None:
+def test_impossible_requests_are_rejected(
+    traced_run: Path, capsys: Capture, tmp_path: Path
+) -> None:
     run = str(traced_run)
-    for words, message in (
+    for args, message in (
         ([run, "--document", "nope"], "there is no document 'nope' here; ids are like 'd"),
         ([run, "--step", "0"], "--step must be 1 to 5 (got 0)\n"),
         ([run, "--step", "6"], "--step must be 1 to 5 (got 6)\n"),
         ([str(tmp_path), "--step", "1"], "is no run directory"),
     ):
-        assert main(["trace", *words]) == 2
+        assert main(["trace", *args]) == 2
         assert message in capsys.readouterr().err
     log = traced_run.parent / "log.jsonl"
     before = log.read_text(encoding="utf-8")
