@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from model_variants import VARIANTS, small_config
 from pretrain.cli import main
 from pretrain.generate import Sampling, generate, generate_ids, next_distribution
 from pretrain.generate.packing import pack_weights
@@ -18,7 +19,6 @@ from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
 from pretrain.model.layers import Block
 from pretrain.rng import normal, uniform
 from pretrain.runner.open import load_model
-from test_model import VARIANTS, config
 
 V = 40
 
@@ -54,7 +54,9 @@ def test_packed_weights_keep_their_values(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_weights_give_the_same_logits_and_ids(variant: str) -> None:
-    plain, packed = (build(config(**VARIANTS[variant]), vocab_size=V, seed=3) for _ in range(2))
+    plain, packed = (
+        build(small_config(**VARIANTS[variant]), vocab_size=V, seed=3) for _ in range(2)
+    )
     with torch.no_grad():
         for name, p in plain.named_parameters():  # so that each one has an effect
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
@@ -87,7 +89,7 @@ def test_packed_weights_give_the_same_logits_and_ids(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
 def test_weights_can_be_loaded_into_packed_ones(variant: str) -> None:
     """Packed matrices and biases share memory with those of the layers."""
-    plain, packed = (build(config(**VARIANTS[variant]), vocab_size=V, seed=s) for s in (2, 9))
+    plain, packed = (build(small_config(**VARIANTS[variant]), vocab_size=V, seed=s) for s in (2, 9))
     with torch.no_grad():
         for name, p in plain.named_parameters():  # biases too
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)

@@ -20,10 +20,11 @@ from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
 from pretrain.generate import Sampling, generate
 from pretrain.model import LMLoss, build
-from pretrain.model.loss import chunked_cross_entropy, reference_cross_entropy
+from pretrain.model.loss import chunked_cross_entropy
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.runner.open import load_model
 from pretrain.train.step import train_step
+from reference import reference_cross_entropy
 from runs import assert_same_run
 from tiny import TINY
 

@@ -14,9 +14,9 @@ from pretrain.cli import main
 from pretrain.data import MicroBatch
 from pretrain.model import LMLoss, ModelConfig, build
 from pretrain.model.config import model_defaults
-from pretrain.model.loss import reference_cross_entropy
 from pretrain.model.sizes import n_matmul_parameters, training_flops
 from pretrain.train.profile import Profile, _category, lines
+from reference import reference_cross_entropy
 from tiny import TINY
 
 V, T = 50, 16

@@ -1,8 +1,8 @@
 """Memory-bound functions of a block, with gradients by hand.
 
 Apart from matmuls a training step is memory-bound: eager torch reads x once for each square, mean,
-root and product. These functions read it less often. Each has a `reference_...` by torch's own
-operators, which a GPU and the compiler use: the compiler fuses it better.
+root and product. These functions read it less often. A GPU and the compiler, which fuses better,
+use torch's own operators.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Te
     dtype's own (at least float32's), as in torch.
     """
     if not _is_eager_cpu(x_XD):
-        return reference_rms_norm(x_XD, weight_D, epsilon)
+        return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
     if torch.is_grad_enabled():
         y_XD: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
     else:  # for a few rows the call of a Function takes as long as its work
         y_XD = x_XD * _inverse_rms(x_XD, epsilon)
     return y_XD if weight_D is None else y_XD * weight_D
-
-
-def reference_rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
-    return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
 
 
 def _inverse_rms(x_XD: Tensor, epsilon: float | None) -> Tensor:
@@ -69,13 +65,9 @@ class _RMSNorm(torch.autograd.Function):
 def squared_relu(x: Tensor) -> Tensor:
     """Return max(x, 0)^2: "Primer" (So et al., 2021)."""
     if not _is_eager_cpu(x):
-        return reference_squared_relu(x)
+        return F.relu(x).square()
     y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
     return y
-
-
-def reference_squared_relu(x: Tensor) -> Tensor:
-    return F.relu(x).square()
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -96,16 +88,12 @@ def apply_rope(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotate pair i of each vector, its elements i and i + E/2, by the angle whose cosine and sine
     are given at both elements."""
     if not _is_eager_cpu(x_XTE):
-        return reference_apply_rope(x_XTE, cos_TE, sin_TE)
+        first, second = x_XTE.chunk(2, dim=-1)
+        return x_XTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
     if not torch.is_grad_enabled():
         return _rotate(x_XTE, cos_TE, sin_TE)
     y_XTE: Tensor = _ApplyRope.apply(x_XTE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
     return y_XTE
-
-
-def reference_apply_rope(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    first, second = x_XTE.chunk(2, dim=-1)
-    return x_XTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
 
 
 def _rotate(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -140,17 +128,12 @@ def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """
     has_many_rows = x_XD.numel() >= MIN_ROWS * x_XD.shape[-1]
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
-    is_autocast = torch.is_autocast_enabled("cpu")
-    if (
-        has_many_rows
-        and is_float32
-        and _is_eager_cpu(x_XD)
-        and _prefers_onednn()
-        and not is_autocast
-    ):
-        y_XF: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
-        return y_XF
-    return F.linear(x_XD, weight_FD, bias_F)
+    if not (has_many_rows and is_float32 and _is_eager_cpu(x_XD) and _prefers_onednn()):
+        return F.linear(x_XD, weight_FD, bias_F)
+    if torch.is_autocast_enabled("cpu"):
+        return F.linear(x_XD, weight_FD, bias_F)
+    y_XF: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+    return y_XF
 
 
 @lru_cache

@@ -6,10 +6,8 @@ Hidden states (B, T, D) come in and go out, on one device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -180,14 +178,9 @@ class Attention(nn.Module):
             key, value = cache.extend(self.layer, key, value)
 
         if dropout_rng is not None and self.config.attention_dropout:
-            drop_weights = partial(
-                dropout,
-                p=self.config.dropout,
-                dropout_rng=dropout_rng,
-                layer=self.layer,
-                dropout_id=ATTENTION_DROPOUT_ID,
-            )
-            y_BHTE = reference_attention(query, key, value, drop_weights)
+            shape, p = (*query.shape[:3], key.shape[2]), self.config.dropout
+            mask = dropout_rng.mask(shape, p, layer=self.layer, dropout_id=ATTENTION_DROPOUT_ID)
+            y_BHTE = reference_attention(query, key, value, mask)
         else:
             y_BHTE = attention(query, key, value)
         return self.output(y_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -218,14 +211,11 @@ def attention(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tenso
 
 
 def reference_attention(
-    query_BHTE: Tensor,
-    key_BKSE: Tensor,
-    value_BKSE: Tensor,
-    drop_weights: Callable[[Tensor], Tensor],
+    query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, dropout_mask_BHTS: Tensor
 ) -> Tensor:
-    """Compute the same step by step, with dropout on the attention weights (B, H, T, S).
+    """Compute the same step by step, with dropout on the attention weights.
 
-    torch's kernels draw dropout masks of their own, which depend on the batch and the device.
+    torch's kernels draw masks of their own, which depend on the batch and the device.
     """
     T, S, d_head = query_BHTE.shape[2], key_BKSE.shape[2], query_BHTE.shape[3]
     heads_per_key = query_BHTE.shape[1] // key_BKSE.shape[1]
@@ -235,7 +225,7 @@ def reference_attention(
     scores_BHTS = query_BHTE @ key_BHSE.transpose(2, 3) / math.sqrt(d_head)
     mask_TS = causal_mask(T, S, query_BHTE.device)
     weights_BHTS = scores_BHTS.masked_fill(~mask_TS, float("-inf")).softmax(-1)
-    return drop_weights(weights_BHTS) @ value_BHSE
+    return (weights_BHTS * dropout_mask_BHTS.to(weights_BHTS.dtype)) @ value_BHSE
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
@@ -324,3 +314,33 @@ class Block(nn.Module):
                 return x_BTD
             case _:
                 assert_never(self.config.norm_place)
+
+
+# How tensor parallelism splits the modules of a block that have weights: by their output features,
+# by their input features, or not at all.
+TENSOR_SPLITS: dict[str, Literal["output", "input", "none"]] = {
+    "attention_norm": "none",
+    "attention.query": "output",
+    "attention.key": "output",
+    "attention.value": "output",
+    "attention.output": "input",
+    "feed_forward_norm": "none",
+    "feed_forward.gate": "output",
+    "feed_forward.up": "output",
+    "feed_forward.down": "input",
+}
+
+
+def tensor_splits(block: nn.Module) -> dict[str, Literal["output", "input", "none"]]:
+    """Return how each module of a block that has weights is split over the tensor axis.
+
+    Raises ValueError for a module without an entry in TENSOR_SPLITS.
+    """
+    modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in block.named_parameters())
+    unknown = [name for name in modules if name not in TENSOR_SPLITS]
+    if unknown:
+        raise ValueError(
+            f"parallel.tensor must be 1: this architecture has {', '.join(unknown)}, which cannot "
+            "be split over processes"
+        )
+    return {name: TENSOR_SPLITS[name] for name in modules}

@@ -3,8 +3,8 @@
 The objective is to maximise sum_i log p(x_{i+1} | x_{i-k}, ..., x_i). A micro-batch comes in; the
 sum of -log p and the number of valid targets go out. The training step divides once, by the number
 of targets of all its micro-batches. The logits of a whole micro-batch (N, V) are never stored:
-`chunked_cross_entropy` computes loss and gradients chunk by chunk, and equals
-`reference_cross_entropy`, which is F.cross_entropy.
+`chunked_cross_entropy` is F.cross_entropy of hidden @ weight.T, with loss and gradients computed
+chunk by chunk; tests compare the two.
 """
 
 from __future__ import annotations
@@ -44,16 +44,11 @@ class Batch(Protocol):
     """The fields of a micro-batch that the loss reads."""
 
     @property
-    def inputs(self) -> Tensor:
-        """Ids (B, T)."""
-
+    def inputs(self) -> Tensor: ...  # ids (B, T)
     @property
-    def targets(self) -> Tensor:
-        """The next id of each input (B, T), or IGNORE_INDEX."""
-
+    def targets(self) -> Tensor: ...  # the next id of each input (B, T), or IGNORE_INDEX
     @property
-    def samples(self) -> Tensor:
-        """The global number of each row (B), for dropout."""
+    def samples(self) -> Tensor: ...  # global numbers of the rows (B), for dropout
 
 
 class LMLoss(nn.Module):
@@ -264,28 +259,14 @@ def _compiled_loss_and_grad() -> Callable[..., tuple[Tensor, Tensor]]:
 
 class _AttachGrad(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        loss: Tensor,
-        d_hidden_ND: Tensor,
-        d_weight_VD: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(d_hidden_ND, d_weight_VD)
+    def forward(ctx: Any, x: Tensor, w: Tensor, loss: Tensor, d_x: Tensor, d_w: Tensor) -> Tensor:
+        ctx.save_for_backward(d_x, d_w)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_ND, d_weight_VD = ctx.saved_tensors
-        d_loss = grads[0]
-        return (
-            d_hidden_ND * d_loss.to(d_hidden_ND.dtype),
-            d_weight_VD * d_loss.to(d_weight_VD.dtype),
-            None,
-            None,
-            None,
-        )
+        (d_x, d_w), d_loss = ctx.saved_tensors, grads[0]
+        return d_x * d_loss.to(d_x.dtype), d_w * d_loss.to(d_w.dtype), None, None, None
 
 
 def attach_grad(
@@ -331,29 +312,3 @@ def _round_up(n: int, multiple: int) -> int:
 def _any_underflow(p_N1: Tensor) -> bool:
     """Return whether a probability is too small for its dtype, while its logarithm is not."""
     return bool((p_N1 < torch.finfo(p_N1.dtype).tiny).any())
-
-
-def reference_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    *,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """Return the same by F.cross_entropy and autograd, from all logits at once.
-
-    Its value includes smoothing and z_loss. Tests compare `chunked_cross_entropy` with it.
-    """
-    logits_NV = hidden_ND @ weight_VD.T
-    loss = F.cross_entropy(
-        logits_NV,
-        targets_N,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
-    if z_loss:
-        is_valid_N = targets_N != IGNORE_INDEX
-        loss = loss + z_loss * (logits_NV.logsumexp(-1).square() * is_valid_N).sum()
-    return loss

@@ -27,10 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from pretrain.model import Decoder, LMLoss
+from pretrain.model.layers import tensor_splits
 from pretrain.model.loss import IGNORE_INDEX, attach_grad, softmax_grad_
 
-_COLUMNWISE = ("attention.query", "attention.key", "attention.value")
-_ROWWISE = ("attention.output", "feed_forward.down")
 # Logits of a rank that exist at once.
 _CHUNK_LOGITS = 1 << 22
 
@@ -40,12 +39,12 @@ def apply_tensor_parallel(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
     computed from each rank's part of the vocabulary."""
     decoder = lm_loss.decoder
     for block in decoder.blocks.values():
-        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNWISE}
-        for name in ("gate", "up"):
-            if getattr(block.feed_forward, name) is not None:
-                plan[f"feed_forward.{name}"] = ColwiseParallel()
-        for name in _ROWWISE:
-            plan[name] = RowwiseParallel()
+        plan: dict[str, ParallelStyle] = {}
+        for name, split in tensor_splits(block).items():
+            if split == "output":
+                plan[name] = ColwiseParallel()
+            elif split == "input":
+                plan[name] = RowwiseParallel()
         for name in plan:
             # The model's own faster linear layer takes plain tensors only.
             layer = block.get_submodule(name)
