@@ -18,7 +18,7 @@ from pretrain.evaluate import Pair, TokenLoss, annotated_text, score_texts, toke
 from pretrain.generate import next_distribution
 from pretrain.model import LMLoss
 from pretrain.report import write_report
-from pretrain.report.heat_map import heat_map, heat_map_page
+from pretrain.report.heat_map import heat_map_page
 from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer import Tokenizer, load_tokenizer
 from test_report import Page, assert_harmless
@@ -147,7 +147,7 @@ def test_a_heat_map_draws_hostile_text_as_text(tmp_path: Path) -> None:
     assert shares == ["--n:0.25", "--n:0.00", "--n:1.00", "--n:0.00"]
     assert "4 tokens, 6.875 nats each" in page.text
     assert "1 in 22,000" in page.text
-    assert heat_map([]) == ""
+    assert 'class="heat-legend"' not in heat_map_page({"a": []}, model="m", note="")
 
 
 def test_evaluate_draws_texts(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -190,7 +190,7 @@ def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run:
     assert page.source.count('<div class="card">') == 6
     assert text.strip().replace("\n", "↵\n") in page.text
     first = kept["cards"][0]["answer"]
-    assert f"came {first['text']!r}: probability {first['probability']:.4f}" in page.text
+    assert f"true token {first['text']!r}: probability {first['probability']:.4f}" in page.text
 
 
 def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:

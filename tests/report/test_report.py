@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report import ReportConfig, read_run, require_packages, write_report
+from pretrain.report import ReportConfig, read_run_files, require_packages, write_report
 from pretrain.report.chart import Series, downsample, line_chart
 from pretrain.report.run import Record
 from pretrain.report.trackers import follow
@@ -145,7 +145,7 @@ def test_tasks_are_drawn_with_their_errors_and_told_in_a_table(tmp_path: Path) -
     rows = row(20, 0.45) + row(40, 0.55) + row(40, 1.25, "<b>.txt", chance=None, stderr=None)
     page = Page(write_report(make_run(tmp_path / "run", metrics=train_line(1) + rows)))
     assert_harmless(page)
-    told = page.flat.partition("What it can do")[2]
+    told = page.flat.partition("Tasks")[2]
     assert re.search(r"piqa ?accuracy ?0.550 ± 0.050 ?0.500 ?200 ?40", told)
     assert re.search(r"<b>.txt ?accuracy ?1.250 ?– ?200 ?40", told)
     labels = [value for name, value in page.attributes if name == "aria-label"]
@@ -192,7 +192,7 @@ def test_almost_nothing_is_enough_and_nothing_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"neither config.yaml nor metrics.jsonl"):
         write_report(tmp_path / "empty")
     with pytest.raises(ValueError, match="is not a folder"):
-        read_run(tmp_path / "absent")
+        read_run_files(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", ["baselines.json", "environment.json", "summary.json"])

@@ -1,11 +1,10 @@
-"""A run directory -> one page that a person can read, and other people's experiment trackers.
+"""The report of a run as one offline HTML page, and experiment trackers.
 
-    run directory --read_run--> Run --story, chart--> page --write_report--> report.html
-    metrics.jsonl --follow (a process of its own)--> TensorBoard | W&B offline
+    run directory --read_run_files--> RunFiles --page, templates--> report.html
+    metrics.jsonl --trackers (in their own process)--> TensorBoard | W&B offline
 
-`run` reads the files and forgives what is missing; `story` turns numbers into sentences, `units`
-into short texts, `chart` into SVG, `heat_map` into coloured text; `page` puts them together;
-`trackers` never runs inside the training loop. No torch here, and no other room.
+`run` reads the files and tolerates missing ones; `page` computes what the templates show, `chart`
+draws SVG, `heat_map` colours text, `units` formats numbers. It does not need torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from pretrain.report.config import ReportConfig, require_packages
     from pretrain.report.heat_map import heat_map_page
     from pretrain.report.page import write_report
-    from pretrain.report.run import Run, read_run
+    from pretrain.report.run import RunFiles, read_run_files
     from pretrain.report.trackers import follow
 
 __getattr__ = lazily(
@@ -26,15 +25,15 @@ __getattr__ = lazily(
     config="ReportConfig require_packages",
     heat_map="heat_map_page",
     page="write_report",
-    run="Run read_run",
+    run="RunFiles read_run_files",
     trackers="follow",
 )
 __all__ = [
     "ReportConfig",
-    "Run",
+    "RunFiles",
     "follow",
     "heat_map_page",
-    "read_run",
+    "read_run_files",
     "require_packages",
     "write_report",
 ]

@@ -1,32 +1,25 @@
-"""Reads a run directory: in comes its path, out goes one `Run` with everything a report needs.
+"""The files of a run directory, as a report or a tracker needs them.
 
-Any file may be missing or end in the middle of a line, because a run may be going on or have been
-killed; what cannot be read is named in `Run.unreadable`, not raised. Refused is only a folder that
-has neither config.yaml nor metrics.jsonl: that is no run.
+A run may be in progress or may have been killed, so any file may be missing, or end in the middle
+of a line. What cannot be read is listed in `RunFiles.unreadable`. ValueError is raised only for a
+folder that has neither config.yaml nor metrics.jsonl, and so is not a run directory.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
+from pretrain.report.units import number
+from pretrain.run import directory
+from pretrain.run.log import parse_line
+
 Record = dict[str, object]
 Point = tuple[float, float]
-
-
-def number(value: object) -> float | None:
-    """`value` if it is a finite number, else None (`"NaN"`, null, true, text, infinity)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond the range of a float
-        return None
 
 
 def fields(value: object) -> Record:
@@ -34,13 +27,9 @@ def fields(value: object) -> Record:
     return value if isinstance(value, dict) else {}
 
 
-def parse_record(line: str | bytes) -> Record | None:
-    """One line of a .jsonl file, or None where it is not a whole JSON object."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+def records_in(value: object) -> list[Record]:
+    """The objects of a list; nothing if it is not a list."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def curve(records: Iterable[Record], key: str) -> list[Point]:
@@ -49,59 +38,56 @@ def curve(records: Iterable[Record], key: str) -> list[Point]:
     return [(step, value) for step, value in pairs if step is not None and value is not None]
 
 
-def records_in(value: object) -> list[Record]:
-    """The objects of a list; nothing where it is none."""
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-class Run:
-    """What the files of a run directory say, read when it is made; records as in their files."""
+class RunFiles:
+    """The files of a run directory, read when it is made; records as in the files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.resolve().name  # the name also of `.`
-        self.unreadable: dict[str, str] = {}  # name of a file -> what is wrong with it
-        metrics, baselines = self._lines("metrics.jsonl"), self._record("baselines.json")
+        self.unreadable: dict[str, str] = {}
+        """what is wrong with a file, by its name"""
+        metrics = self._read_lines(directory.METRICS)
         self.train = [record for record in metrics if record.get("kind") == "train"]
         self.evaluations = [record for record in metrics if record.get("kind") == "evaluate"]
         self.tasks = [record for record in metrics if record.get("kind") == "task"]
-        self.samples = self._lines("samples.jsonl")
-        self.predictions = self._record("predictions.json")
+        self.samples = self._read_lines(directory.SAMPLES)
+        self.predictions = self._read_object(directory.PREDICTIONS)
+        baselines = self._read_object(directory.BASELINES)
         self.baselines = records_in(baselines.get("baselines"))
         self.val_bytes = number(baselines.get("val_bytes"))
-        self.config_text, self.config = self._text("config.yaml"), self._record("config.yaml")
-        self.environment = self._record("environment.json")
-        self.summary = self._record("summary.json")
-        self.overlap = self._record("overlap.json")
+        self.config_text = self._read_text(directory.CONFIG)
+        self.config = self._read_object(directory.CONFIG)
+        self.environment = self._read_object(directory.ENVIRONMENT)
+        self.summary = self._read_object(directory.SUMMARY)
+        self.overlap = self._read_object(directory.OVERLAP)
         self.is_finished = bool(self.summary)  # it is written at the end
 
     @property
     def scored_step(self) -> int:
-        """The step whose weights the final score is of: the best one that was kept."""
+        """The step of the evaluated weights, in a finished run those of its best checkpoint."""
         name = str(self.summary.get("checkpoint", "")).rpartition("step-")[2]
         return int(name) if name.isdecimal() else self.last_step
 
     @property
     def last_step(self) -> int:
-        """The number of updates done, as far as the files know; 0 for a run that just began."""
-        last = [*self.train[-1:], *self.evaluations[-1:]] or [{"step": self.summary.get("steps")}]
+        """The number of steps so far; 0 for a run that has just started."""
+        last = self.train[-1:] + self.evaluations[-1:] or [{"step": self.summary.get("steps")}]
         return round(max(number(record.get("step")) or 0 for record in last))
 
     def setting(self, section: str, key: str) -> float | None:
         """One number of config.yaml, or None."""
-        fields = self.config.get(section)
-        return number(fields.get(key)) if isinstance(fields, dict) else None
+        return number(fields(self.config.get(section)).get(key))
 
     def figure(self, key: str) -> float | None:
-        """A key figure by its name in summary.json; before the end, from the records so far."""
+        """A number of summary.json by its key; before the end of the run, from its log so far."""
         if (value := number(self.summary.get(key))) is not None:
             return value
         records = self.evaluations if key.startswith("val_") else self.train
         values = [y for _, y in curve(records, "seconds" if key == "train_seconds" else key)]
-        if values and key == "tokens_per_second":  # a pause or a slow first step is no speed
+        if values and key == "tokens_per_second":  # the median ignores pauses and a slow first step
             return statistics.median(values)
         return values[-1] if values else None
 
-    def _text(self, name: str) -> str:
+    def _read_text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -110,16 +96,16 @@ class Run:
             self.unreadable[name] = str(error.strerror)
             return ""
 
-    def _lines(self, name: str) -> list[Record]:
-        *lines, last = self._text(name).split("\n")
-        records = [parse_record(line) for line in lines if line.strip()]
+    def _read_lines(self, name: str) -> list[Record]:
+        *lines, last = self._read_text(name).split("\n")
+        records = [parse_line(line) for line in lines if line.strip()]
         if n_broken := records.count(None):
             self.unreadable[name] = f"{n_broken:,} broken line{'s' if n_broken > 1 else ''}"
-        records.append(parse_record(last))  # it may still be in the writing, and is no accident
+        records.append(parse_line(last))  # it may not be complete yet, which is not an error
         return [record for record in records if record is not None]
 
-    def _record(self, name: str) -> Record:
-        text, is_yaml = self._text(name), name.endswith(".yaml")
+    def _read_object(self, name: str) -> Record:
+        text, is_yaml = self._read_text(name), name.endswith(".yaml")
         try:
             record = (yaml.safe_load(text) or {}) if is_yaml else json.loads(text or "{}")
         except (yaml.YAMLError, ValueError, RecursionError):
@@ -130,10 +116,10 @@ class Run:
         return {}
 
 
-def read_run(run_dir: str | Path) -> Run:
-    """Reads the run at `run_dir`. Raises ValueError where there is no run."""
+def read_run_files(run_dir: str | Path) -> RunFiles:
+    """Read a run directory; raises ValueError if it is not one."""
     folder = Path(run_dir)
-    if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+    if not any((folder / name).is_file() for name in (directory.CONFIG, directory.METRICS)):
         what = "has neither config.yaml nor metrics.jsonl" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{str(folder)!r} {what}; expected is a run directory of `pretrain train`")
-    return Run(folder)
+        raise ValueError(f"{str(folder)!r} {what}; it must be a run directory of `pretrain train`")
+    return RunFiles(folder)

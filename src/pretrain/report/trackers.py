@@ -1,8 +1,7 @@
-"""Experiment trackers as readers of metrics.jsonl: in comes a run directory, out go its numbers.
+"""Experiment trackers as readers of metrics.jsonl: TensorBoard, and Weights & Biases offline.
 
-`follow` runs in a process of its own (`python -m pretrain.report.trackers RUN --to tensorboard
---parent PID`), so that no tracker can slow or break training. Nothing is uploaded: TensorBoard
-gets files, W&B runs offline. Refused are unknown trackers and packages that are not installed.
+`follow` runs in its own process (`python -m pretrain.report.trackers RUN --to tensorboard
+--parent PID`), so that no tracker can slow down or stop training. Nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -18,34 +17,42 @@ from datetime import datetime
 from pathlib import Path
 
 from pretrain.report.config import TRACKERS, require_packages
-from pretrain.report.run import Run, number, parse_record, read_run
+from pretrain.report.run import RunFiles, read_run_files
+from pretrain.report.units import number
+from pretrain.run.directory import METRICS, SUMMARY
+from pretrain.run.log import parse_line
 
-KINDS = ("train", "evaluate", "task")  # of the records that are sent, each as a group of curves
-SUFFIX = ".pretrain"  # of our event files, so that only our own are ever replaced
+# Kinds of records that are sent, each as a group of curves.
+KINDS = ("train", "evaluate", "task")
+# Of our event files: only these are replaced.
+SUFFIX = ".pretrain"
 
 Figures = dict[str, float]
-Send = Callable[[int, Figures, float], None]  # a step, its figures, seconds since the run began
+Send = Callable[[int, Figures, float], None]
+"""Send a step, its figures, and the seconds since the run started."""
 
 
 def follow(
     run_dir: str | Path, to: Sequence[str], *, poll_seconds: float = 2.0, parent: int | None = None
 ) -> int:
-    """Sends every record of metrics.jsonl to the trackers until the run ends; returns how many.
+    """Send the records of metrics.jsonl to the trackers until the run ends; return their number.
 
-    The run has ended when summary.json exists or when process `parent`, which must have started
-    this one, is gone. Raises ValueError for an unknown tracker, a missing package or no run.
+    The run has ended when summary.json exists, or when the process `parent`, which must have
+    started this one, has ended. Raises ValueError for an unknown tracker, a missing package, or a
+    folder that is not a run directory.
     """
     require_packages(to)
-    run = read_run(run_dir)
+    run = read_run_files(run_dir)
     openers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    records, n_sent, has_ended = _new_records(run.folder / "metrics.jsonl"), 0, False
+    new_records = _new_records(run.folder / METRICS)
+    n_sent, has_ended = 0, False
     with ExitStack() as stack:
         sends = [stack.enter_context(openers[name](run)) for name in to]
         while not has_ended:
-            # Asked before reading: what was written until the end is then certainly read.
+            # Tested before reading, so that everything written before the end is read.
             is_orphan = parent is not None and os.getppid() != parent
-            has_ended = is_orphan or (run.folder / "summary.json").is_file()
-            for record in next(records):
+            has_ended = is_orphan or (run.folder / SUMMARY).is_file()
+            for record in next(new_records):
                 for send in sends:
                     send(*record)
                 n_sent += 1
@@ -54,7 +61,7 @@ def follow(
 
 
 def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
-    """At each turn, what there is to send of the lines added to the file since the last turn."""
+    """Yield, again and again, the records of the lines that were added since the last time."""
     offset, inode, trained_seconds, last_steps = 0, 0, 0.0, defaultdict[str, float](lambda: -1.0)
     while True:
         lines, fresh = b"", []
@@ -68,7 +75,7 @@ def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
                 lines, end, _ = file.read().rpartition(b"\n")
                 offset += len(lines + end)
         for line in lines.split(b"\n"):
-            record = parse_record(line) or {}
+            record = parse_line(line) or {}
             kind, step = str(record.pop("kind", "")), number(record.pop("step", None))
             # Curves of each task are a group of their own.
             group = f"task/{record.get('task')}" if kind == "task" else kind
@@ -83,7 +90,7 @@ def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
 
 
 @contextmanager
-def _tensorboard(run: Run) -> Iterator[Send]:
+def _tensorboard(run: RunFiles) -> Iterator[Send]:
     """Event files in RUN/tensorboard, without torch. A new follower replaces those of the last."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -107,7 +114,7 @@ def _tensorboard(run: Run) -> Iterator[Send]:
 
 
 @contextmanager
-def _wandb(run: Run) -> Iterator[Send]:
+def _wandb(run: RunFiles) -> Iterator[Send]:
     """An offline run in RUN/wandb; `wandb sync` uploads it when, and if, the user wants to."""
     import wandb
 

@@ -195,7 +195,7 @@ def _overlap(
 ) -> dict[str, Any]:
     """Measure the overlap with the training text, and write it to the run and its report."""
     from pretrain.evaluate import overlap
-    from pretrain.report import read_run, write_report
+    from pretrain.report import read_run_files, write_report
 
     run_folder = model.path.parent.parent
     corpus = overlap.training_filter(data, cache_folder() / "overlap", log=output.say)
@@ -214,7 +214,7 @@ def _overlap(
         corpus,
         samples=[
             str(sample.get("text")).removeprefix(str(sample.get("prompt") or ""))
-            for sample in read_run(run_folder).samples
+            for sample in read_run_files(run_folder).samples
         ],
         world=model.world,
         precision=model.precision,
