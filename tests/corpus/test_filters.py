@@ -35,7 +35,7 @@ def odd_texts(seed: int, n: int) -> list[str]:
 
 
 def oracle(name: str) -> Any:
-    """datatrove's filters of that name, with our idea of a word and of a sentence."""
+    """datatrove's filters of that name, with this package's definition of words and sentences."""
     pytest.importorskip("datatrove")
     from datatrove.pipeline import filters
     from datatrove.utils.word_tokenizers import WordTokenizer
@@ -111,11 +111,11 @@ def test_evaluation_texts_are_reported_or_removed(tmp_path: Path) -> None:
     texts = [" ".join(prose(draw, 150)) for _ in range(40)]
     judge_text = tmp_path / "judge.txt"
     judge_text.write_text(texts[7] + "\n" + " ".join(prose(draw, 150)), encoding="utf-8")
-    asked: dict[str, Any] = {"evaluation_texts": (str(judge_text),)}
-    data, report = prepare_texts(tmp_path, texts, **asked)
+    options: dict[str, Any] = {"evaluation_texts": (str(judge_text),)}
+    data, report = prepare_texts(tmp_path, texts, **options)
     assert kept_ids(data) == set(range(40))
     assert 45 < report["overlap"][str(judge_text)]["percent"] < 55
-    data, report = prepare_texts(tmp_path, texts, **asked, remove_overlap=True)
+    data, report = prepare_texts(tmp_path, texts, **options, remove_overlap=True)
     assert kept_ids(data) == set(range(40)) - {7}
     assert report["overlap"][str(judge_text)]["percent"] < 1
     with pytest.raises(ValueError, match="does not exist"):
@@ -132,12 +132,12 @@ def test_every_string_of_an_evaluation_record_is_compared(tmp_path: Path) -> Non
         "question": texts[7],
         "choices": [{"a": texts[9]}],
     }
-    asked = tmp_path / "asked.jsonl"
-    asked.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    options: dict[str, Any] = {"evaluation_texts": (str(asked),), "remove_overlap": True}
+    evaluation_file = tmp_path / "evaluation.jsonl"
+    evaluation_file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    options: dict[str, Any] = {"evaluation_texts": (str(evaluation_file),), "remove_overlap": True}
     data, _ = prepare_texts(tmp_path, texts, **options)
     assert kept_ids(data) == set(range(40)) - {7, 9}
-    asked.write_text(json.dumps(record) + "\n{'question': 'no JSON'}\n", encoding="utf-8")
+    evaluation_file.write_text(json.dumps(record) + "\n{'question': 'no JSON'}\n", encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"must be readable without skipping anything: .*skipped 1 records.*line 2"
     ):

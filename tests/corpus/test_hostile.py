@@ -1,5 +1,4 @@
-"""A folder of 200 hostile files: nothing crashes, nothing hangs, and every file is in the report or
-in the documents."""
+"""A folder of 200 hostile files: nothing crashes or hangs, and each file is reported or read."""
 
 from __future__ import annotations
 
@@ -78,7 +77,7 @@ def hostile_folder(folder: Path, seed: int) -> list[str]:
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "empty").write_bytes(b"")
     (folder / "line\nbreak.txt").write_text("a name with a newline", encoding="utf-8")
-    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is no UTF-8", encoding="utf-8")
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8", encoding="utf-8")
     return [*names, "loop", "nowhere", "pipe.jsonl", "empty"]
 
 

@@ -162,7 +162,7 @@ def test_texts_without_ngrams_have_no_share() -> None:
 
 
 def longest_by_brute_force(text: list[str], documents: list[list[str]]) -> tuple[int, int] | None:
-    """Length of the longest stretch of 8 words or more, and the first document that has it."""
+    """Length of the longest match of 8 words or more, and the first document that has it."""
     best = None
     for number, document in enumerate(documents):
         for i in range(len(text)):
@@ -191,14 +191,14 @@ def test_longest_matches_equal_brute_force(seed: int, monkeypatch: pytest.Monkey
         width = draw.randint(1, 50)
         starts = range(0, max(1, len(document)), width)
         pieces += [(number, " ".join(document[start : start + width])) for start in starts]
-    for text, stretch in zip(
+    for text, match in zip(
         texts, longest_matches([" ".join(text) for text in texts], pieces), strict=True
     ):
         expected = longest_by_brute_force(text, documents)
-        assert (stretch and (stretch.n_words, stretch.document)) == expected
-        if stretch is not None:
-            copied = text[stretch.first_word : stretch.first_word + stretch.n_words]
-            assert " ".join(copied) in " ".join(documents[stretch.document])
+        assert (match and (match.n_words, match.document)) == expected
+        if match is not None:
+            copied = text[match.first_word : match.first_word + match.n_words]
+            assert " ".join(copied) in " ".join(documents[match.document])
 
 
 def test_copied_words_are_found_with_their_document() -> None:
@@ -212,7 +212,7 @@ def test_copied_words_are_found_with_their_document() -> None:
 
 def test_match_does_not_cross_texts() -> None:
     words = split_words(SHIP)
-    first, second = " ".join(words[:8]), " ".join(words[1:9])  # the second goes on from the first
+    first, second = " ".join(words[:8]), " ".join(words[1:9])  # the second continues the first
     assert longest_matches([first, second], [(0, SHIP)]) == [Match(8, 0, 0)] * 2
 
 

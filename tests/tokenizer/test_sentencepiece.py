@@ -1,4 +1,4 @@
-"""SentencePiece models: the ids of the package itself, and files that are none refused."""
+"""SentencePiece models: ids equal the package's, damaged and unsupported files are rejected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def theirs(path: Path) -> Any:
     return pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(path))
 
 
-def test_the_ids_are_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None:
+def test_ids_equal_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None:
     ours, oracle = load_tokenizer(llama), theirs(llama)
     assert (ours.vocab_size, ours.end_of_text) == (600, oracle.eos_id())
     ours.save(tmp_path)
@@ -47,11 +47,13 @@ def test_the_ids_are_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None
         assert ids == oracle.encode(text), repr(text)
         assert ours.decode(ids) == text
         assert again.encode(text).tolist() == ids
-        # The space before the text is a byte of the ids and none of the text.
+        # The space before the text is a byte of the ids but not of the text.
         assert int(ours.byte_lengths()[ids].sum()) == len(text.encode()) + bool(text)
 
 
-def test_both_libraries_and_any_cut_agree(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_libraries_and_all_chunk_sizes_agree(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = " ".join(random_unicode_text(random.Random(n)) for n in range(300))
     ours = load_tokenizer(llama)
     encoder = ours.encoder
@@ -66,18 +68,18 @@ def test_both_libraries_and_any_cut_agree(llama: Path, monkeypatch: pytest.Monke
     assert ours.encode(text).tolist() == whole
 
 
-def test_special_tokens_in_a_text_are_text(llama: Path) -> None:
+def test_special_token_names_in_a_text_are_text(llama: Path) -> None:
     ours = load_tokenizer(llama)
     for text in ("<s>a</s>", "</s>", "x<unk>y <0x41>", SPACE):
         ids = ours.encode(text).tolist()
         assert ids == theirs(llama).encode(text)
         assert not {0, 1, 2} & set(ids)
-        # The sign for a space is a space to SentencePiece.
+        # The character for a space is a space to SentencePiece.
         assert ours.decode(ids) == text.replace(SPACE, " ")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt"])
-def test_what_continues_a_text_keeps_the_space_before_it(
+def test_continuation_keeps_the_space_before_it(
     kind: str, llama: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In `generate`, the harness, `next`, a flash card; nothing is before what has no prompt."""
@@ -110,7 +112,7 @@ def test_what_continues_a_text_keeps_the_space_before_it(
     assert shown["answer"]["text"] == shown["likeliest"][0]["text"] == spaced
 
 
-def test_a_text_is_prepared_with_it(llama: Path, tmp_path: Path) -> None:
+def test_text_is_prepared_with_sentencepiece(llama: Path, tmp_path: Path) -> None:
     draw = random.Random(2)
     texts = [" ".join(prose(draw, 60)) for _ in range(30)]
     for number, text in enumerate(texts):
@@ -135,14 +137,14 @@ def test_a_text_is_prepared_with_it(llama: Path, tmp_path: Path) -> None:
         ({"user_defined_symbols": ["the"]}, "'the' is user-defined"),
     ],
 )
-def test_models_that_lose_text_are_refused(
+def test_models_that_lose_text_are_rejected(
     tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         load_tokenizer(train_sentencepiece(tmp_path / "other.model", **options))
 
 
-def test_no_prefix_if_the_model_has_none(tmp_path: Path) -> None:
+def test_model_without_space_prefix(tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "plain.model", add_dummy_prefix=False)
     ours, oracle = load_tokenizer(path), theirs(path)
     for text in ("a house", " a house", "", "  "):
@@ -150,7 +152,7 @@ def test_no_prefix_if_the_model_has_none(tmp_path: Path) -> None:
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_damaged_files_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected(llama: Path, tmp_path: Path) -> None:
     data = llama.read_bytes()
     draw = random.Random(3)
     path = tmp_path / "bad.model"

@@ -1,4 +1,4 @@
-"""Tokenizers: text survives, ids equal the library's on whole texts, wrong files are refused."""
+"""Tokenizers: no text is lost, ids equal the library's on full texts, wrong files are rejected."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_encode_equals_library_and_decodes_back(text: str) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(TEXT, st.integers(12, 40))
-def test_pieces_encode_like_the_whole(text: str, limit: int) -> None:
+def test_chunks_encode_like_the_full_text(text: str, limit: int) -> None:
     cut = list(split_text(text, limit=limit))
     assert "".join(cut) == text
     assert all(0 < len(piece) <= limit for piece in cut)
@@ -101,7 +101,7 @@ def test_pieces_encode_like_the_whole(text: str, limit: int) -> None:
         assert joined == library_ids(tokenizer, text)
 
 
-def test_a_normal_text_is_cut_at_spaces_only() -> None:
+def test_ordinary_text_is_split_at_spaces_only() -> None:
     text = english()[0]
     cut = list(split_text(text, limit=500))
     assert len(cut) > 10
@@ -113,7 +113,7 @@ def test_a_normal_text_is_cut_at_spaces_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["bpe", "characters", "bytes"])
-def test_every_kind_on_nasty_strings(name: str, tmp_path: Path) -> None:
+def test_all_kinds_encode_nasty_strings(name: str, tmp_path: Path) -> None:
     tokenizer = train_tokenizer([*english()[:2], *NASTY], name=name)
     assert tokenizer.kind == name
     assert tokenizer.end_of_text == 0
@@ -130,7 +130,7 @@ def test_every_kind_on_nasty_strings(name: str, tmp_path: Path) -> None:
         assert int(loaded.byte_lengths()[ids].sum()) == len(text.encode())
 
 
-def test_training_is_deterministic_and_blind_to_order() -> None:
+def test_training_does_not_depend_on_the_order_of_texts() -> None:
     first = train_tokenizer(english(), vocab_size=600)
     assert train_tokenizer(list(english()), vocab_size=600).sha256 == first.sha256
     assert train_tokenizer(reversed(english()), vocab_size=600).sha256 == first.sha256
@@ -146,7 +146,7 @@ def test_sample_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("split", ["gpt2", "cl100k", "o200k", "llama3"])
-def test_a_new_vocabulary_for_each_split(split: Split, tmp_path: Path) -> None:
+def test_training_with_each_pre_tokenizer(split: Split, tmp_path: Path) -> None:
     text = " ".join(english()) + " 1234567 12 don't DON'T \n\n x" * 50
     tokenizer = train_tokenizer([text], vocab_size=900, split=split)
     tokenizer.save(tmp_path)
@@ -157,11 +157,11 @@ def test_a_new_vocabulary_for_each_split(split: Split, tmp_path: Path) -> None:
         assert loaded.encode(nasty).tolist() == library_ids(tokenizer, nasty)
     # GPT-2 keeps a number whole, the others cut it after three digits.
     assert len(pre_tokenizer(split).pre_tokenize_str("1234567")) == (1 if split == "gpt2" else 3)
-    pieces_ = [part for part, _ in pre_tokenizer(split).pre_tokenize_str("I'LL 12345")]
-    assert len(pieces_) == {"gpt2": 4, "cl100k": 5, "o200k": 4, "llama3": 5}[split]
+    parts = [part for part, _ in pre_tokenizer(split).pre_tokenize_str("I'LL 12345")]
+    assert len(parts) == {"gpt2": 4, "cl100k": 5, "o200k": 4, "llama3": 5}[split]
 
 
-def test_the_fast_trainer_agrees_on_english(capfd: pytest.CaptureFixture[str]) -> None:
+def test_fast_trainer_gives_the_same_merges_on_english(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gigatoken")
     plain = train_tokenizer(english(), vocab_size=3000)
     assert train_tokenizer(english(), vocab_size=3000, fast=True).sha256 == plain.sha256
@@ -170,14 +170,14 @@ def test_the_fast_trainer_agrees_on_english(capfd: pytest.CaptureFixture[str]) -
         train_tokenizer(english(), vocab_size=3000, fast=True, split="llama3")
 
 
-def test_the_inside_of_a_tokenizer() -> None:
+def test_inspection_counts_tokens() -> None:
     tokenizer = train_tokenizer(["the cat sat on the mat " * 50 + "-" * 64 + "\u4e2d" * 9])
     report = inspect(tokenizer, [("a", "the cat " * 200), ("b", "zz" * 30), ("a", "the")])
     ids = tokenizer.encode("the cat " * 200).tolist() + tokenizer.encode("the").tolist()
     assert report["sources"]["a"]["tokens"] == len(ids)
     assert report["sources"]["b"] == {"bytes": 60, "tokens": 60, "bytes_per_token": 1.0}
     used = {*ids, *tokenizer.encode("z").tolist()}
-    assert report["n_unused"] == tokenizer.vocab_size - 1 - len(used)  # end-of-text is no text
+    assert report["n_unused"] == tokenizer.vocab_size - 1 - len(used)  # end-of-text has no text
     assert report["longest"][0]["bytes"] == max(tokenizer.byte_lengths())
     assert any(set(entry["text"]) == {"-"} for entry in report["strangest"])
     assert report["n_rare"] == sum(ids.count(i) < 100 for i in set(ids)) + 1
@@ -199,7 +199,7 @@ def test_default_vocab_size(n_bytes: int, size: int) -> None:
     assert default_vocab_size(n_bytes) == size
 
 
-def test_vocab_sizes_that_cannot_be_had() -> None:
+def test_impossible_vocab_sizes_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"is 256; it must be at least 257"):
         train_tokenizer(["abc"], vocab_size=256)
     with pytest.raises(ValueError, match=r"must be at most 262 for this text, not 400"):
@@ -235,7 +235,7 @@ def test_lone_surrogates_become_the_replacement_character() -> None:
         assert tokenizer.decode(tokenizer.encode("a\udfffb")) == "a\ufffdb"
 
 
-def test_decode_refuses_unknown_ids() -> None:
+def test_decode_rejects_unknown_ids() -> None:
     for id_ in (-1, bpe().vocab_size):
         with pytest.raises(ValueError, match=f"token id {id_} must be between 0 and 699"):
             bpe().decode([5, id_])
@@ -301,7 +301,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> str:
         ('{"model": {"vocab": {"a": 0, "a": 1}}}', "duplicate key 'a'"),
     ],
 )
-def test_wrong_files_are_refused(
+def test_wrong_files_are_rejected(
     tmp_path: Path, content: str | Callable[[dict[str, Any]], object], reason: str
 ) -> None:
     text = content if isinstance(content, str) else damaged(content)
@@ -322,12 +322,12 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(TEXT, st.sampled_from(["The Whale's", "É\u0301 \u4e2d\u6587 <unk>", "a\x00b"])))
-def test_gpt_is_the_tokenizer_of_2018(text: str) -> None:
+def test_gpt_equals_the_openai_gpt_tokenizer(text: str) -> None:
     ours, theirs = gpt()
     assert ours.encode(text, special=True).tolist() == theirs(text)["input_ids"]
 
 
-def test_special_tokens_are_meant_only_if_asked_for() -> None:
+def test_special_tokens_are_encoded_only_on_request() -> None:
     for tokenizer in (bpe(), train_tokenizer(["abc<|endoftext|>"], name="characters")):
         text = "abc<|endoftext|>abc"
         plain, special = tokenizer.encode(text), tokenizer.encode(text, special=True)
@@ -339,7 +339,7 @@ def test_special_tokens_are_meant_only_if_asked_for() -> None:
         assert prompt == tokenizer.encode_prompt("abc") == [*middle, *tokenizer.encode("abc")]
 
 
-def test_gpt_keeps_words_but_not_their_case(tmp_path: Path) -> None:
+def test_gpt_keeps_words_but_not_case(tmp_path: Path) -> None:
     tokenizer, _ = gpt()
     assert tokenizer.kind == "gpt"
     assert tokenizer.decode(tokenizer.encode("The  Whale swam,\nand swam")) == (

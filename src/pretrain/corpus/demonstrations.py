@@ -15,8 +15,8 @@ from itertools import permutations
 
 _PASSAGE_CHARACTERS = (150, 600)
 _DEFINITION_CHARACTERS = (30, 250)
-# A full stop after one letter, or after a capital and a second letter, is more often that of an
-# initial or of "St." than the end of a sentence.
+# A full stop after one letter, or after a capital and a second letter, is usually that of an
+# initial or of "St.", and not the end of a sentence.
 _SENTENCE_END = re.compile(
     r"(?<=[.!?])(?<!\b[A-Za-z]\.)(?<!\b[A-Z][A-Za-z]\.)\s+(?=[\"“(]?[A-Z0-9])"
 )

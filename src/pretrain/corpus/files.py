@@ -18,6 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -174,13 +175,8 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
 
 
 def _file_type(mode: int) -> str:
-    names = {
-        stat.S_IFLNK: "symbolic link",
-        stat.S_IFIFO: "pipe",
-        stat.S_IFCHR: "device",
-        stat.S_IFBLK: "device",
-        stat.S_IFSOCK: "socket",
-    }
+    names = {stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    names |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
     return names.get(stat.S_IFMT(mode), "special file")
 
 
@@ -188,13 +184,10 @@ def _cannot_find(path: Path, error: OSError) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"source {str(path)!r} cannot be read: {error.strerror}"
     message = f"source {str(path)!r} does not exist"
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return f"{message}; its folder {str(path.parent)!r} cannot be read either"
-    similar = difflib.get_close_matches(path.name, names, n=3)
-    if similar:
-        message += "; the same folder contains " + " or ".join(map(repr, similar))
+    with suppress(OSError):
+        similar = difflib.get_close_matches(path.name, os.listdir(path.parent), n=3)
+        if similar:
+            message += "; the same folder contains " + " or ".join(map(repr, similar))
     return message
 
 
@@ -205,12 +198,7 @@ Format = Literal["text", "html", "jsonl", "json", "csv", "parquet", "warc"]
 HEAD_BYTES = 1 << 16
 """Bytes of a file from which its format is detected."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-}
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstandard"}
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -62,7 +62,8 @@ def read_records(
             break
 
     field = text_field if text_field is not None else find_text_field(records)
-    title_field = _find_title_field(records, field)
+    strings = {name for record in records for name in record if isinstance(record[name], str)}
+    title_field = next((n for n in TITLE_FIELDS if n != field and n in strings), None)
     if field is not None and len(report.text_fields) < _MAX_REPORTED_TEXT_FIELDS:
         report.text_fields[file.name] = field
 
@@ -79,7 +80,7 @@ def read_records(
             reason = "a lone surrogate was replaced by U+FFFD"
             report.add(Problem(file.name, reason, row.number, row.offset))
         id_ = record.get("id")
-        title = record.get(title_field, "") if title_field else ""
+        title = record.get(title_field) if title_field else None
         yield Document(
             id=str(id_) if isinstance(id_, str | int) else f"{file.name}:{row.number}",
             text=valid_text.replace("\r\n", "\n"),
@@ -109,13 +110,6 @@ def find_text_field(records: list[dict[str, Any]]) -> str | None:
         if 2 * counts.get(name, 0) > len(records):
             return name
     return max(lengths, key=lambda name: lengths[name]) if lengths else None
-
-
-def _find_title_field(records: list[dict[str, Any]], text_field: str | None) -> str:
-    for name in TITLE_FIELDS:
-        if name != text_field and any(isinstance(record.get(name), str) for record in records):
-            return name
-    return ""
 
 
 def has_text(record: dict[str, Any], text_field: str | None) -> bool:
@@ -157,13 +151,6 @@ def without_surrogates(text: str) -> str:
 
 def json_type(value: object) -> str:
     """The JSON name of a value's type, with its article."""
-    names = {
-        "NoneType": "null",
-        "bool": "a boolean",
-        "int": "a number",
-        "float": "a number",
-        "str": "a string",
-        "list": "a list",
-        "dict": "an object",
-    }
+    names = {"NoneType": "null", "str": "a string", "list": "a list", "dict": "an object"}
+    names |= {"bool": "a boolean", "int": "a number", "float": "a number"}
     return names.get(type(value).__name__, "a value")

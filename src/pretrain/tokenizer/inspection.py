@@ -1,8 +1,8 @@
 """Statistics of a vocabulary, and of how texts use it.
 
 Texts of named sources come in, a report of plain values for JSON goes out: bytes per token by
-source, tokens that the texts never or rarely use (a model cannot learn those), and the longest and
-the strangest tokens.
+source, tokens that the texts never or rarely use (a model cannot learn those), the longest tokens,
+and strange ones.
 """
 
 from __future__ import annotations
