@@ -1,4 +1,4 @@
-"""Implementations that somebody else wrote, given the weights of ours: what parity is held to."""
+"""Implementations by others (torch, transformers) with the weights of our decoders, as oracles."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def config_of(family: str, **changes: Any) -> ModelConfig:
 
 
 def random_decoder(config: ModelConfig, *, vocab_size: int = V) -> Decoder:
-    """A decoder with every parameter random: norms, biases and what starts at zero too."""
+    """A decoder with random values for all parameters, also norms, biases and those that start at
+    0."""
     decoder = build(config, vocab_size=vocab_size, seed=1)
     with torch.no_grad():
         for name, p in decoder.named_parameters():
@@ -46,8 +47,8 @@ def random_decoder(config: ModelConfig, *, vocab_size: int = V) -> Decoder:
 
 
 class TorchEncoder(nn.Module):
-    """torch's own encoder layers under a causal mask are the decoder of 2017 without its encoder:
-    the embedding, the sinusoids and the head around them are written out here."""
+    """The 2017 decoder without attention to an encoder: torch's encoder layers with a causal mask,
+    and embedding, sinusoids and head around them."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -78,11 +79,11 @@ class TorchEncoder(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], dtype=x.dtype)
         for layer in self.layers:
             x = layer(x, src_mask=mask, is_causal=True)
-        found: Tensor = x @ self.embedding.weight.T
-        return found
+        logits: Tensor = x @ self.embedding.weight.T
+        return logits
 
 
-# The projections of attention have biases in torch and none in the paper: they stay 0.
+# Attention projections have biases in torch and not in the paper: they stay 0.
 TORCH = Layout(
     {"embedding": "token_embedding"},
     {
@@ -97,7 +98,7 @@ TORCH = Layout(
 
 
 class Oracle:
-    """A foreign model with our weights: its logits, and where it keeps what is ours."""
+    """Another implementation with the weights of a decoder."""
 
     def __init__(self, decoder: Decoder) -> None:
         config, vocab_size = decoder.config, decoder.vocab_size
@@ -127,14 +128,16 @@ class Oracle:
                 self._parameter(stored.name).copy_(to_stored(stored, own.__getitem__))
 
     def _parameter(self, name: str) -> nn.Parameter:
-        found: nn.Parameter = self.model.get_parameter(name.replace("proj_.weight", "proj_weight"))
-        return found
+        parameter: nn.Parameter = self.model.get_parameter(
+            name.replace("proj_.weight", "proj_weight")
+        )
+        return parameter
 
     def logits(self, ids: Tensor) -> Tensor:
-        found = self.model(ids)
-        logits: Tensor = getattr(found, "logits", found)
+        output = self.model(ids)
+        logits: Tensor = getattr(output, "logits", output)
         return logits
 
     def gradients(self, read: Callable[[str], Tensor]) -> list[tuple[str, Tensor | None, Tensor]]:
-        """Name, their gradient, and ours in their layout."""
+        """Return name, the oracle's gradient, and our gradient in its layout."""
         return [(s.name, self._parameter(s.name).grad, to_stored(s, read)) for s in self.stored]

@@ -334,7 +334,7 @@ TENSOR_SPLITS: dict[str, Literal["output", "input", "none"]] = {
 def tensor_splits(block: nn.Module) -> dict[str, Literal["output", "input", "none"]]:
     """Return how each module of a block that has weights is split over the tensor axis.
 
-    Raises ValueError for a module without an entry in TENSOR_SPLITS.
+    Raises ValueError for a module that TENSOR_SPLITS lacks.
     """
     modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in block.named_parameters())
     unknown = [name for name in modules if name not in TENSOR_SPLITS]

@@ -104,7 +104,7 @@ def _mix(numbers: Tensor) -> Tensor:
 
 def induction_ids(ids_BS: Tensor, n: int) -> Tensor:
     """Return 1 + the id that followed the previous occurrence of the n ids that end at each
-    position (B, S), or 0 if there is none in the row.
+    position (B, S), or 0 at a first occurrence in the row.
 
     For n = 1 the row 5 7 5 7 gives 0 0 8 6.
     """
