@@ -20,7 +20,7 @@ from typing import Any
 
 import pretrain
 from pretrain.cli import COMMANDS
-from pretrain.cli.settings import field_docstrings
+from pretrain.cli.options import field_docstrings
 from pretrain.config import SECTIONS, default_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"

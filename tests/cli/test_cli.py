@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.cli import VERBS, main
+from pretrain.cli import COMMANDS, main
 from pretrain.runner.request import recipes
 from tiny import TINY
 
@@ -39,10 +39,10 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
-    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert all(f"  {verb} " in done.stdout for verb in COMMANDS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
     assert main([verb, "--help"]) == 0
     said = capsys.readouterr().out

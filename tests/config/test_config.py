@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.cli import take_settings
+from pretrain.cli.options import split_settings
 from pretrain.config import (
     RENAMED_KEYS,
     SECTIONS,
@@ -108,7 +108,7 @@ def test_every_learning_rate_is_read_back_equal(value: float) -> None:
 
 def test_settings_are_separated_from_other_args() -> None:
     words = "my.txt --train.steps 20 --run out --model.d_model=64 --resume --train.minutes"
-    settings, rest = take_settings(words.split())
+    settings, rest = split_settings(words.split())
     assert settings == ["--train.steps", "20", "--model.d_model=64", "--train.minutes"]
     assert rest == ["my.txt", "--run", "out", "--resume"]
 

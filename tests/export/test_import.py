@@ -298,7 +298,7 @@ def test_what_others_made_is_never_removed(
 
 
 def test_two_exports_at_once_do_not_meet(tmp_path: Path) -> None:
-    from pretrain.cli.new_folder import work_folder
+    from pretrain.cli.out_folder import work_folder
 
     with work_folder(tmp_path / "out") as one, work_folder(tmp_path / "out") as other:
         assert one != other

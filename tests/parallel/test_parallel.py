@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import parallel_jobs as jobs
-from pretrain.cli import leg, main
+from pretrain.cli import main
 from pretrain.config import read_file
 from pretrain.distributed import open_world
 from pretrain.model import ModelConfig, n_parameters
@@ -26,6 +26,7 @@ from pretrain.parallel.deterministic import ReductionTree
 from pretrain.runner import launch as launch_module
 from pretrain.runner.checks import check_axes, read_run_config, requested_config
 from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
+from pretrain.selftest import worker
 from pretrain.train import resolve as resolve_page
 from pretrain.train.monitor import STRAGGLER_STEPS, StragglerDetector
 from processes import Pool
@@ -191,9 +192,9 @@ def test_a_leg_that_fails_is_no_leg_that_was_killed(
     def fails(*given: Any, **named: Any) -> int:
         raise ProcessFailed("the disk is full", 75)
 
-    monkeypatch.setattr(leg, "launch_once", fails)
+    monkeypatch.setattr(worker, "launch_once", fails)
     run = written(tmp_path, processes=2)
-    assert leg.main([str(run), "--kill-after", "3"]) == 75
+    assert worker.main([str(run), "--kill-after", "3"]) == 75
     assert "the disk is full" in capsys.readouterr().err
 
 

@@ -173,7 +173,7 @@ def test_an_ordinary_page_is_let_pass(rule: Rule) -> None:
         (rules.torch_distributed, "pretrain.distributed", "import torch.distributed"),
         (rules.torch_distributed, "pretrain.checkpoint.save", "import torch.distributed"),
         (rules.environment_reads, "pretrain.distributed", "def f():\n    return os.environ"),
-        (rules.environment_reads, "pretrain.cli.verbs.train", "def f():\n    return os.environ"),
+        (rules.environment_reads, "pretrain.cli.commands.train", "def f():\n    return os.environ"),
     ],
 )
 def test_the_rooms_for_it_may(rule: Rule, name: str, text: str) -> None:

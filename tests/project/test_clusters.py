@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.cli import take_settings
+from pretrain.cli.options import split_settings
 from pretrain.config import compose, parse_overrides
 from pretrain.runner.request import read_target
 
@@ -42,7 +42,7 @@ def test_its_commands_are_legal(name: str) -> None:
     """What a first start says, and what a job says that was begun before."""
     text = scripts()[name].replace('"$run"', "runs/on-slurm")
     first, again = re.findall(r"words=[(\"](train [^\")]*)[\")]", text)
-    settings, rest = take_settings(shlex.split(first))
+    settings, rest = split_settings(shlex.split(first))
     verb, recipe, flag, folder = rest
     assert (verb, flag) == ("train", "--run")
     config = compose([*read_target(recipe)[1], parse_overrides(settings)])

@@ -24,12 +24,11 @@ from typing import Any
 
 import pytest
 
-from pretrain.cli import VERBS, main
-from pretrain.cli.verbs import doctor, verify
-from pretrain.cli.verbs.verify import EXACT, NOT_JUDGED, Check
+from pretrain.cli import COMMANDS, main
 from pretrain.config import SECTIONS
 from pretrain.corpus import read_documents
 from pretrain.model.families import FAMILIES
+from pretrain.selftest import EXACT, NOT_JUDGED, Check, doctor, verify
 from tiny import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -128,15 +127,15 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.Mon
         for line in body.splitlines()
         if line.startswith("pretrain ")
     ]
-    assert {words[1] for words in lines} == set(VERBS)
+    assert {words[1] for words in lines} == set(COMMANDS)
     unsaid: dict[str, str] = defaultdict(str)
     proven = {"verdict": EXACT, "fingerprint": unsaid, "machine": unsaid}
     own = [word for word in TINY if word not in ("--tokenizer.vocab_size", "400")]
     for words in lines:
         if words[1] in ("doctor", "verify"):  # their proofs take a minute, and have tests
-            monkeypatch.setattr(doctor, "_compiled", lambda world: Check(NOT_JUDGED, "not here"))
-            monkeypatch.setattr(doctor, "_resume", lambda *_: proven)
-            monkeypatch.setattr(verify, "prove", lambda *_, **__: proven)
+            monkeypatch.setattr(doctor, "check_compile", lambda _: Check(NOT_JUDGED, "not here"))
+            monkeypatch.setattr(doctor, "_check_resume", lambda *_: proven)
+            monkeypatch.setattr(verify, "compare_runs", lambda *_: proven)
         is_new = words[1] == "train" and "--resume" not in words
         typed = [*words, *own, "--train.steps", "20"] if is_new else words
         if is_new and (len(words) == 2 or words[2].startswith("--")):
@@ -151,7 +150,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         assert "://" not in target, f"{target}: the docs are read offline"
         assert (page.parent / target).exists(), target
     for verb in re.findall(r"(?:`|^)pretrain ([a-z]+)", text, re.MULTILINE):
-        assert verb in VERBS, verb
+        assert verb in COMMANDS, verb
     for section, key in re.findall(r"--([a-z]+)\.([a-z_]+)", text):
         assert key in {field.name for field in fields(SECTIONS[section])}, f"--{section}.{key}"
     for name in re.findall(r"\b[a-z_]+(?:/[a-z_]+)*/[a-z_]+\.py\b", text):

@@ -202,7 +202,7 @@ def test_doctor_checks_whether_processes_can_train_together(tmp_path: Path) -> N
     assert set(report["checks"]) == {
         *("meeting", "versions", "clocks", "folder", "sums", "copies", "shards", "elastic")
     }
-    assert "(legal 1e-09)" in report["checks"]["copies"]["found"]
+    assert "(tolerance 1e-09)" in report["checks"]["copies"]["found"]
 
 
 @pytest.mark.slow

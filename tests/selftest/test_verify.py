@@ -1,4 +1,4 @@
-"""`verify` and `doctor`: a resume is proven, and each planted fault is found where it is."""
+"""`verify` and `doctor`: a correct resume passes, and each planted fault is reported."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.cli.verbs import verify
 from pretrain.runner.checks import read_run_config
+from pretrain.selftest import AGREES, EXACT, NOT_JUDGED, Check, verify
 from tiny import TINY
 
-PLANTED = Path(__file__).parents[1] / "helpers/planted_leg.py"
+FAULTY_WORKER = Path(__file__).parents[1] / "helpers/faulty_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_is_proven(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_correct_resume_is_exact(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["verify", str(run), "--steps", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -61,7 +61,7 @@ def test_micro_batches_are_compared_in_float32(
 
 
 @pytest.mark.parametrize(
-    ("fault", "stays"),
+    ("fault", "unaffected"),
     [
         pytest.param("order", [], marks=pytest.mark.slow),
         pytest.param("randomness", ["order"], marks=pytest.mark.slow),
@@ -69,34 +69,34 @@ def test_micro_batches_are_compared_in_float32(
         pytest.param("schedule", ["order"], marks=pytest.mark.slow),
     ],
 )
-def test_a_planted_fault_is_found(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, stays: list[str]
+def test_a_planted_fault_is_reported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, unaffected: list[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(verify, "LEG", [sys.executable, str(PLANTED), fault])
-    said: list[str] = []
-    checks = verify.prove(run, read_run_config(run), 4, say=said.append)["checks"]
+    monkeypatch.setattr(verify, "WORKER", [sys.executable, str(FAULTY_WORKER), fault])
+    lines: list[str] = []
+    checks = verify.compare_runs(run, read_run_config(run), 4, lines.append)["checks"]
     differing = {name for name, check in checks.items() if check["verdict"] == "differs"}
     assert {"losses", "weights"} <= differing
-    assert not differing.intersection(["killed", *stays])
+    assert not differing.intersection(["killed", *unaffected])
     assert ("order" in differing) == (fault == "order")
-    assert "the legs are kept" in said[-1]
+    assert "the runs are kept" in lines[-1]
 
 
-def test_a_proof_that_is_broken_off_leaves_nothing(
+def test_an_interrupted_verification_leaves_no_files(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(verify, "_run", stopped)
+    monkeypatch.setattr(verify, "_train", stopped)
     with pytest.raises(KeyboardInterrupt):
-        verify.prove(run, read_run_config(run), 4, say=lambda text: None)
+        verify.compare_runs(run, read_run_config(run), 4, lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_proven_is_refused(
+def test_what_cannot_be_verified_is_rejected(
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -104,49 +104,49 @@ def test_what_cannot_be_proven_is_refused(
 ) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert main(["verify", str(run), "--steps", "0"]) == 2
-    assert "there must be one at least in each half" in capsys.readouterr().err
+    assert "there must be at least one in each half" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
     assert main(["verify", str(run)]) == 2
-    assert "give it without torchrun" in capsys.readouterr().err
+    assert "run it without torchrun" in capsys.readouterr().err
 
 
-def test_a_machine_is_looked_at(
+def test_doctor_checks_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but the compiler, which takes longer than all the rest, and has a test of its own."""
-    from pretrain.cli.verbs import doctor
+    """Without the compiler, which takes longer than all other checks and has its own test."""
+    from pretrain.selftest import doctor
 
     monkeypatch.chdir(tmp_path)
-    skipped = verify.Check(verify.NOT_JUDGED, "not now")
-    monkeypatch.setattr(doctor, "_compiled", lambda world: skipped)
-    proofs: list[Any] = []
+    skipped = Check(NOT_JUDGED, "not now")
+    monkeypatch.setattr(doctor, "check_compile", lambda world: skipped)
+    compared: list[Any] = []
 
-    def proven(folder: Path, config: Any, k: int, *, say: Any) -> dict[str, str]:
-        proofs.append((config.model.dropout, k))
-        return {"verdict": verify.EXACT}
+    def compare_runs(folder: Path, config: Any, k: int, log: Any) -> dict[str, str]:
+        compared.append((config.model.dropout, k))
+        return {"verdict": EXACT}
 
-    monkeypatch.setattr(doctor, "prove", proven)
+    monkeypatch.setattr(doctor, "compare_runs", compare_runs)
     assert main(["doctor", "--json", "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     verdicts = {name: check["verdict"] for name, check in result["checks"].items()}
     agree = dict.fromkeys(("disk", "repeat", "micro-batch"), "agrees")
     assert verdicts == {**agree, "compile": "not judged"}
-    assert proofs == [(0.1, 10)]
+    assert compared == [(0.1, 10)]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_the_eager_ones() -> None:
-    from pretrain.cli.verbs import doctor
+def test_compiled_steps_equal_eager_ones() -> None:
     from pretrain.distributed import open_world
+    from pretrain.selftest import doctor
 
-    check = doctor._compiled(open_world("cpu"))
-    assert check.verdict == verify.AGREES, check.found
+    check = doctor.check_compile(open_world("cpu"))
+    assert check.verdict == AGREES, check.detail
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [37, 64])
-def test_a_compiled_model_looks_up_the_same_rows(length: int) -> None:
+def test_a_compiled_model_looks_up_the_same_ngram_rows(length: int) -> None:
     """Its hash multiplies beyond 63 bits, as dropout's does, where the compiler was wrong."""
     from pretrain.model import ModelConfig, build
     from pretrain.model.config import model_defaults

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from oracles import CASES, T, V, config_of, random_decoder
 from pretrain.cli import main
-from pretrain.cli.trial import losses
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
 from pretrain.generate import Sampling, generate
@@ -23,6 +22,7 @@ from pretrain.model import LMLoss, build
 from pretrain.model.loss import chunked_cross_entropy
 from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.runner.open import load_model
+from pretrain.selftest.tiny_run import losses
 from pretrain.train.step import train_step
 from reference import reference_cross_entropy
 from runs import assert_same_run

@@ -1,9 +1,8 @@
-"""The command line: one verb a file in `verbs`, each thin, and beside them what several share.
-`main` finds the verb, runs it, and turns errors into exit codes.
+"""The command line: one command a file in `commands`, each with `add_arguments` and `run`.
 
-0 done; 2 the user's mistake, in a sentence; 1 ours, with a traceback; 130 and 143 stopped by a
-signal with everything saved; 75 stopped by a full disk. Only the chosen verb's file is imported, so
-`--help` is quick.
+`main` imports the file of the command, runs it, and turns errors into exit codes: 0 done; 2 an
+error that the user can correct, in one message; 1 a bug, with a traceback; 130 and 143 stopped by a
+signal with everything saved; 75 stopped by a full disk.
 """
 
 from __future__ import annotations
@@ -23,32 +22,33 @@ from typing import NoReturn
 from pretrain import __version__
 from pretrain.cli.output import Output
 from pretrain.distributed import yield_idle_cores
+from pretrain.validation import suggestion
 
-VERBS = {
+COMMANDS = {
     "train": "train a model on a recipe, a config file, or any text",
-    "extend": "make more steps with a finished run, under a schedule that is printed first",
-    "anneal": "make more steps with a finished run while its learning rate falls to 0",
+    "extend": "train a finished run for more steps with a schedule that is printed first",
+    "anneal": "train a finished run for more steps while its learning rate falls to 0",
     "prepare": "turn text into a prepared folder of token ids",
-    "demonstrate": "write a corpus that shows tasks, from articles and aligned sentences",
-    "tokenizer": "train a tokenizer, encode, decode, or look inside one",
+    "demonstrate": "write a corpus that demonstrates tasks, from articles and translations",
+    "tokenizer": "train or inspect a tokenizer, encode, decode",
     "evaluate": "nats, perplexity and bits per byte of a model on text, and tasks",
-    "compare": "models on the same texts or tasks, with interval and p-value",
-    "ask": "an answer to a task, such as a translation or a summary",
+    "compare": "differences of models on the same texts or tasks, with interval and p-value",
+    "ask": "the model's answer to a task, such as a translation or a summary",
     "generate": "continue a prompt",
     "next": "the distribution over the next token",
-    "export": "write a model for transformers or llama.cpp, with a certificate",
+    "export": "write a model for transformers or llama.cpp, and verify the files",
     "import": "read a model of transformers, llama.cpp or llama2.c",
-    "verify": "prove that a resume of a run equals an uninterrupted run",
-    "doctor": "check this machine in a minute: repeats, resumes, compiles, saves",
+    "verify": "verify that a resume of a run equals an uninterrupted run",
+    "doctor": "check this machine in a minute: repeat, resume, compile, save",
     "report": "write a run's report.html",
-    "trace": "which documents a step saw, and which steps saw a document",
+    "trace": "the documents that a step read, and the steps that read a document",
 }
-_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-# What is said to a model, and names of documents; not where something lies.
-_SAID = {"prompt", "input", "answer", "document"}
+_URL = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+# Arguments that are text for a model or names of documents, not paths.
+_TEXT_ARGS = {"prompt", "input", "answer", "document"}
 _NO_COMPILER = {"CppCompileError", "InvalidCxxCompiler"}
-_NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
-_USERS_ERRNO = {
+_NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
+_USER_ERRNOS = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -61,51 +61,34 @@ _USERS_ERRNO = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one command, and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what a terminal cannot show must end no run
+        if isinstance(stream, TextIOWrapper):  # a character that a terminal lacks must end no run
             stream.reconfigure(errors="backslashreplace")
-    if not words or words[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0
-    if words[0] == "--version":
+    if argv[0] == "--version":
         print(f"pretrain {__version__}")
         return 0
-    verb, rest = words[0], words[1:]
-    output = Output(json="--json" in rest)
-    if verb not in VERBS:
-        output.fail(f"there is no verb {verb!r}; there are: {', '.join(VERBS)}", 2)
+
+    command, *args = argv
+    output = Output(json="--json" in args)
+    if command not in COMMANDS:
+        output.fail(f"there is no command {command!r}; {suggestion(command, COMMANDS)}", 2)
         return 2
     yield_idle_cores()
-    # A module cannot be called as Python's own word is.
-    module = import_module(f"pretrain.cli.verbs.{'importing' if verb == 'import' else verb}")
-    parser = _Parser(
-        prog=f"pretrain {verb}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object; text for people goes to stderr"
-    )
-    if hasattr(module, "epilog") and {"-h", "--help"} & {*rest}:
-        parser.epilog = module.epilog()
-    settings, rest = take_settings(rest) if hasattr(module, "TAKES_SETTINGS") else ([], rest)
     try:
-        arguments = parser.parse_args(rest)
-        arguments.settings = settings
-        _refuse_addresses(arguments)
-        return int(module.run(arguments, output))
-    except SystemExit as stop:  # argparse has shown its help
+        return _run_command(command, args, output)
+    except SystemExit as stop:  # argparse has printed its help
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
-        code = getattr(stop, "exit_code", 130)
+        code = int(getattr(stop, "exit_code", 130))
         output.fail(str(stop) or "stopped", code)
-        return int(code)
+        return code
     except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
+        # The reader of our output has closed it: there is nobody left to report to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -114,84 +97,108 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         from pretrain.runner.launch import report_to_launcher
 
-        if not report_to_launcher(explain(error)):
-            output.fail(explain(error), code)
+        message = explain(error)
+        if not report_to_launcher(message):
+            output.fail(message, code)
         return code
 
 
+def _run_command(command: str, args: list[str], output: Output) -> int:
+    """Parse the arguments of a command and run it."""
+    # `import` is a keyword, which cannot be the name of a module.
+    name = "importing" if command == "import" else command
+    module = import_module(f"pretrain.cli.commands.{name}")
+    parser = _Parser(
+        prog=f"pretrain {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; other text goes to stderr"
+    )
+    settings: list[str] = []
+    if hasattr(module, "TAKES_SETTINGS"):
+        from pretrain.cli.options import split_settings
+
+        settings, args = split_settings(args)
+    if hasattr(module, "epilog") and ("-h" in args or "--help" in args):
+        parser.epilog = module.epilog()
+    parsed = parser.parse_args(args)
+    parsed.settings = settings
+    _reject_urls(parsed)
+    return int(module.run(parsed, output))
+
+
 class _Parser(argparse.ArgumentParser):
-    """One whose refusals are said as all others are."""
+    """A parser that raises ValueError, so that its errors are printed like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def take_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate `--section.key value` and `--section.key=value` from the verb's own arguments."""
-    settings: list[str] = []
-    rest = list(words)
-    kept: list[str] = []
-    while rest:
-        word = rest.pop(0)
-        if not (word.startswith("--") and "." in word.partition("=")[0]):
-            kept.append(word)
+def _reject_urls(args: argparse.Namespace) -> None:
+    """Raise ValueError for a URL where a path is expected: it would become a strange folder."""
+    for name, value in vars(args).items():
+        if name in _TEXT_ARGS:
             continue
-        settings.append(word)
-        if "=" not in word and rest:
-            settings.append(rest.pop(0))
-    return settings, kept
-
-
-def _refuse_addresses(arguments: argparse.Namespace) -> None:
-    """ValueError for a file or folder that lies on no disk: its path would be another's."""
-    for name, value in vars(arguments).items():
-        for word in map(str, value if isinstance(value, list) else [value]):
-            place = word.partition("=")[2] if word.startswith("--") else word
-            if name not in _SAID and _ADDRESS.match(place):
+        for arg in value if isinstance(value, list) else [value]:
+            arg = str(arg)
+            path = arg.partition("=")[2] if arg.startswith("--") else arg
+            if _URL.match(path):
                 raise ValueError(
-                    f"{place} is an address, and files are read from disks and written to them; "
-                    "copy it first (aws s3 sync, gcloud storage rsync), or mount it (mountpoint-s3)"
+                    f"{path} is a URL; files are read from and written to disks only: copy it "
+                    "first (aws s3 sync, gcloud storage rsync), or mount it (mountpoint-s3)"
                 )
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
+    rows = "\n".join(f"  {command:<11} {text}" for command, text in COMMANDS.items())
     return (
-        "usage: pretrain VERB ...\n\nPre-train decoder-only language models on any text, by "
-        f"next-token prediction.\n\n{rows}\n\nEvery verb takes --help and --json. "
+        "usage: pretrain COMMAND ...\n\nPre-train decoder-only language models on any text, by "
+        f"next-token prediction.\n\n{rows}\n\nEvery command has --help and --json. "
         "`pretrain train` alone trains on the bundled corpus."
     )
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for what the user can mend, 75 for a full disk or memory, 1 for our own mistakes.
+    """Return 2 for what the user can correct, 75 for a full disk or memory, 1 for a bug.
 
-    A ValueError that our own code raised is a sentence for the user; one from inside a library is a
-    bug of ours. What torch's compiler lacks is the machine's.
+    A ValueError that our own code raised is a message for the user; one from inside a library is a
+    bug of ours. A missing compiler is the user's to install.
     """
     if hasattr(error, "exit_code"):
         return int(error.exit_code)
-    if type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER:
+    if _lacks_compiler(error):
         return 2
     if isinstance(error, OSError):
-        if error.errno in _NO_ROOM:
+        if error.errno in _NO_SPACE:
             return 75
-        return 2 if error.errno in _USERS_ERRNO else 1
+        return 2 if error.errno in _USER_ERRNOS else 1
     return 2 if isinstance(error, ValueError) and _is_ours(error.__traceback__) else 1
 
 
+def explain(error: BaseException) -> str:
+    """Return the message for an error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if _lacks_compiler(error):
+        return (
+            "torch.compile needs a C++ compiler, in a folder without spaces; or use "
+            "--train.compile off"
+        )
+    return str(error) or type(error).__name__
+
+
+def _lacks_compiler(error: BaseException) -> bool:
+    return type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER
+
+
 def _is_ours(trace: TracebackType | None) -> bool:
+    """Return whether the innermost frame is code of this package."""
     name = ""
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
         trace = trace.tb_next
     return name == "pretrain" or name.startswith("pretrain.")
-
-
-def explain(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}"
-    if type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER:
-        return "torch.compile lacks a C++ compiler, or its folder has a space: --train.compile off"
-    return str(error) or type(error).__name__

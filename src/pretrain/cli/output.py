@@ -1,4 +1,4 @@
-"""What a verb says: text for people on one stream, one JSON object on the other."""
+"""What a command prints: text for humans on one stream, one JSON object on the other."""
 
 from __future__ import annotations
 
@@ -10,39 +10,43 @@ from typing import Any, TextIO
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Return a value that JSON can represent: NaN and infinity become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
 
 
 class Output:
-    """With `json`, standard output holds exactly one JSON object and people read standard error."""
+    """With `json`, standard output gets exactly one JSON object and standard error all text."""
 
     def __init__(self, *, json: bool) -> None:
         self.json = json
 
     @property
-    def people(self) -> TextIO:
+    def stream(self) -> TextIO:
+        """Where text for humans goes."""
         return sys.stderr if self.json else sys.stdout
 
-    def say(self, text: str = "") -> None:
-        print(text, file=self.people, flush=True)
+    def log(self, text: str = "") -> None:
+        print(text, file=self.stream, flush=True)
 
     def stages(self) -> Callable[[str, float], None]:
         """Return a progress callback (stage, fraction) that reports long work here."""
         from pretrain.runner.text import stage_progress
 
-        return stage_progress(self.say)
+        return stage_progress(self.log)
 
     def result(self, content: Mapping[str, Any]) -> None:
-        """The machine-readable answer; without --json it is not printed."""
+        """Print the result as JSON; nothing without --json."""
         if self.json:
-            escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
-            print(json.dumps(plain(content), ensure_ascii=escaped), flush=True)
+            # A terminal without UTF-8 gets escapes, which are valid JSON too.
+            is_utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+            print(json.dumps(plain(content), ensure_ascii=not is_utf8), flush=True)
 
-    def fail(self, reason: str, code: int) -> None:
-        print(f"pretrain: {reason}", file=sys.stderr, flush=True)
-        self.result({"error": reason, "exit_code": code})
+    def fail(self, message: str, exit_code: int) -> None:
+        print(f"pretrain: {message}", file=sys.stderr, flush=True)
+        self.result({"error": message, "exit_code": exit_code})

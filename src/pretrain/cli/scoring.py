@@ -61,32 +61,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
-def read_eval_tasks(arguments: argparse.Namespace) -> list[EvalTask]:
+def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
     """Read and check the requested tasks, before a model is loaded. ValueError for what is missing
     or does not go together."""
     from pretrain.corpus import list_files
 
-    for name in arguments.text or []:
+    for name in args.text or []:
         list_files(name)  # reports a wrong path at once
-    idle = [name for name, usual in _OF_TASKS.items() if getattr(arguments, name, usual) != usual]
-    if idle and not (arguments.tasks or arguments.task_file):
+    idle = [name for name, usual in _OF_TASKS.items() if getattr(args, name, usual) != usual]
+    if idle and not (args.tasks or args.task_file):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ValueError(f"{options} is for tasks; give --tasks or --task-file with it")
     for option, least in (("stride", 1), ("limit", 1), ("shots", 0), ("seed", 0)):
-        given = getattr(arguments, option)
+        given = getattr(args, option)
         if given is not None and given < least:
             raise ValueError(f"--{option} is {given}; it must be at least {least}")
-    names = [name.strip() for name in (arguments.tasks or "").split(",") if name.strip()]
-    if arguments.tasks is not None and not names:
+    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    if args.tasks is not None and not names:
         raise ValueError("--tasks names no task")
     return load_tasks(
         dict.fromkeys(names),
-        dict.fromkeys(arguments.task_file or []),
-        folder=arguments.task_data,
-        metric=arguments.metric,
-        limit=arguments.limit,
-        n_shots=arguments.shots,
-        seed=arguments.seed,
+        dict.fromkeys(args.task_file or []),
+        folder=args.task_data,
+        metric=args.metric,
+        limit=args.limit,
+        n_shots=args.shots,
+        seed=args.seed,
     )
 
 

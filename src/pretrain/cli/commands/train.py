@@ -16,8 +16,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.cli.options import add_accept, settings_help
 from pretrain.cli.output import Output
-from pretrain.cli.settings import settings_help
 from pretrain.config import Layer, parse_overrides
 from pretrain.runner.launch import open_world_of
 from pretrain.runner.request import compose_target, errors_of_machine, read_target
@@ -40,31 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_accept(parser)
 
 
-def add_accept(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        metavar="CHANGE",
-        help="continue although CHANGE differs, and record it in changes.jsonl; the error message "
-        "names the changes; may be repeated",
-    )
-
-
-def run(arguments: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> int:
     start_time = time.perf_counter()
-    overrides = parse_overrides(arguments.settings)
-    if arguments.profile:
-        if arguments.resume or arguments.run:
+    overrides = parse_overrides(args.settings)
+    if args.profile:
+        if args.resume or args.run:
             raise ValueError("--profile must come without --resume and --run: it starts no run")
-        return _profile(arguments.target, overrides, output)
+        return _profile(args.target, overrides, output)
     request = Request(
-        kind="resume" if arguments.resume else "new",
-        target=arguments.target,
+        kind="resume" if args.resume else "new",
+        target=args.target,
         overrides=overrides,
-        folder=Path(arguments.run) if arguments.run else None,
-        accepted=tuple(arguments.accept),
-        json=arguments.json,
+        folder=Path(args.run) if args.run else None,
+        accepted=tuple(args.accept),
+        json=args.json,
         start_time=start_time,
     )
     return run_request(request, output)
@@ -72,7 +61,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def run_request(request: Request, output: Output) -> int:
     """Start, resume, extend or anneal a run; returns the exit code."""
-    result = start(request, output.people)
+    result = start(request, output.stream)
     if result.is_main:
         output.result(result.to_json())
     return result.exit_code
@@ -81,13 +70,13 @@ def run_request(request: Request, output: Output) -> int:
 def _profile(target: str | None, overrides: Layer, output: Output) -> int:
     _, layers = read_target(target)
     config = compose_target(target, layers, overrides, rules=errors_of_machine)
-    data = open_text(config, output.say)
+    data = open_text(config, output.log)
     # Torch's profiler prints to standard error when it starts and ends.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from pretrain.train.profile import lines, profile_steps
 
     profile = profile_steps(config, data, open_world_of(config))
     for line in lines(profile):
-        output.say(line)
+        output.log(line)
     output.result(asdict(profile))
     return 0

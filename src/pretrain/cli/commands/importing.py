@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.cli.new_folder import final_folder, work_folder
+from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
 from pretrain.fileio import move_into_place
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    out = final_folder(arguments.out)
+def run(args: argparse.Namespace, output: Output) -> int:
+    out = resolve_out(args.out)
 
     from pretrain.export import import_model
 
-    tokenizer = Path(arguments.tokenizer) if arguments.tokenizer else None
-    model = import_model(Path(arguments.source), tokenizer=tokenizer)
+    tokenizer = Path(args.tokenizer) if args.tokenizer else None
+    model = import_model(Path(args.source), tokenizer=tokenizer)
     origin = {
         "format": model.format,
         "files": {file.name: _sha256(file) for file in model.files},
@@ -51,12 +51,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         state = {"imported": origin, **of_tokenizer}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
         move_into_place(work, out)
-    output.say(
-        f"{arguments.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "
+    output.log(
+        f"{args.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "
         f"layers of {model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "
         f"{model.tokenizer.vocab_size:,}, from {model.format}"
     )
-    output.result({"model": arguments.out, "parameters": n, **origin})
+    output.result({"model": args.out, "parameters": n, **origin})
     return 0
 
 

@@ -41,20 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=DEFAULT, metavar="DIR", help=f"folder to make [{DEFAULT}]")
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    out = Path(arguments.out)
+def run(args: argparse.Namespace, output: Output) -> int:
+    out = Path(args.out)
     if out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
-    aligned = list(_aligned(Path(arguments.translations))) if arguments.translations else []
+    aligned = list(_aligned(Path(args.translations))) if args.translations else []
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     files = Files(partial)
-    _write_articles(arguments.articles, files)
+    _write_articles(args.articles, files)
     _write_translations(aligned, files)
     files.close()
     partial.rename(out)
     for name, count in files.counts.items():
-        output.say(f"{count:>9,}  {out / name}")
+        output.log(f"{count:>9,}  {out / name}")
     output.result({"out": str(out), "documents": dict(files.counts)})
     return 0
 

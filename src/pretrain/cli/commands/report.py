@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 
+from pretrain.cli.options import add_run
 from pretrain.cli.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run directory")
+    add_run(parser)
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> int:
     from pretrain.report import write_report
 
-    path = write_report(arguments.run)
-    output.say(str(path))
+    path = write_report(args.run)
+    output.log(str(path))
     output.result({"report": str(path)})
     return 0

@@ -1,7 +1,7 @@
-"""One leg of a proof, in as many processes as its run has: it goes on to a given step and stops,
-or dies.
+"""Train a run of `verify` until a step, and stop there or be killed.
 
-`verify` starts it as python -m pretrain.cli.leg FOLDER --stop-after N | --kill-after N.
+`verify` starts it as python -m pretrain.selftest.worker FOLDER --stop-after N | --kill-after N. It
+launches the processes that the run's config requests.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from pretrain.runner.start import Request, start
 from pretrain.train.signals import PlannedStop
 
 
-def main(words: Sequence[str]) -> int:
-    began = time.perf_counter()
+def main(args: Sequence[str]) -> int:
+    start_time = time.perf_counter()
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--kill-after", type=int)
-    asked = parser.parse_args(words)
-    if (n := n_processes_of_run(asked.folder, {})) > 1:
+    options = parser.parse_args(args)
+
+    n_processes = n_processes_of_run(options.folder, {})
+    if n_processes > 1:
         try:
-            return launch_once(words, n, module="pretrain.cli.leg")
+            return launch_once(args, n_processes, module="pretrain.selftest.worker")
         except ProcessFailed as error:
-            if asked.kill_after is None or error.signal != signal.SIGKILL:
+            if options.kill_after is None or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
                 return error.exit_code
-            os.kill(os.getpid(), signal.SIGKILL)  # as those that it has started did
+            os.kill(os.getpid(), signal.SIGKILL)  # like the processes that it launched
     request = Request(
         kind="resume",
-        folder=asked.folder,
-        planned_stop=PlannedStop(asked.stop_after, asked.kill_after),
-        start_time=began,
+        folder=options.folder,
+        planned_stop=PlannedStop(options.stop_after, options.kill_after),
+        start_time=start_time,
     )
     return start(request, sys.stdout).exit_code
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from pretrain.fileio import move_into_place, require_empty
 
 
-def final_folder(given: str) -> Path:
+def resolve_out(given: str) -> Path:
     """Where `--out` leads, checked. Raises ValueError and FileExistsError."""
     out = Path(os.path.realpath(given))
     if out.is_symlink():
@@ -46,7 +46,7 @@ def work_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def set_aside(work: Path, out: Path, ending: str) -> Path:
+def keep_aside(work: Path, out: Path, ending: str) -> Path:
     """Keep a folder under the first free name of `OUT.ending`, `OUT.ending-2`, ..."""
     for number in count(1):
         aside = out.with_name(f"{out.name}.{ending}" + (f"-{number}" * (number > 1)))

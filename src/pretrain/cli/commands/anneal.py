@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 
+from pretrain.cli.commands.extend import add_run_arguments, extend
 from pretrain.cli.output import Output
-from pretrain.cli.verbs.extend import add_run_arguments, extend
 
 TAKES_SETTINGS = True
 
@@ -23,5 +23,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, command="anneal", settings="schedule.final_fraction")
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    return extend(arguments, output, "anneal")
+def run(args: argparse.Namespace, output: Output) -> int:
+    return extend(args, output, "anneal")

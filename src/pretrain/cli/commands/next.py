@@ -30,24 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    if arguments.top < 1:
-        raise ValueError(f"--top is {arguments.top}; it must be at least 1")
-    if arguments.answer is not None and arguments.special:
+def run(args: argparse.Namespace, output: Output) -> int:
+    if args.top < 1:
+        raise ValueError(f"--top is {args.top}; it must be at least 1")
+    if args.answer is not None and args.special:
         raise ValueError("--answer goes with a prompt that is plain text; leave out --special")
     from pretrain.runner.open import load_model
 
-    model = load_model(arguments.model, device=arguments.device)
-    if arguments.answer is not None:
-        return _show_card(model, arguments, output)
+    model = load_model(args.model, device=args.device)
+    if args.answer is not None:
+        return _show_card(model, args, output)
 
     from pretrain.generate import next_distribution
 
     with model.world.autocast(model.precision):
         probabilities = next_distribution(
-            model.decoder, model.tokenizer, arguments.prompt, special=arguments.special
+            model.decoder, model.tokenizer, args.prompt, special=args.special
         )
-    values, ids = probabilities.topk(min(arguments.top, len(probabilities)))
+    values, ids = probabilities.topk(min(args.top, len(probabilities)))
     rows = [
         {"id": i, "text": model.tokenizer.token_text(i), "probability": p}
         for i, p in zip(ids.tolist(), values.tolist(), strict=True)
@@ -60,17 +60,17 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _say(rows: list[dict[str, Any]], output: Output) -> None:
     for row in rows:
         bar = "#" * round(40 * row["probability"])
-        output.say(f"{row['probability']:8.4f}  {row['text']!r:<16} {bar}")
+        output.log(f"{row['probability']:8.4f}  {row['text']!r:<16} {bar}")
 
 
-def _show_card(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> int:
+def _show_card(model: LoadedModel, args: argparse.Namespace, output: Output) -> int:
     """What was expected, then what came."""
     from pretrain.evaluate import encode_pair, token_losses
 
     tokenizer = model.tokenizer
-    pair = encode_pair(tokenizer, arguments.prompt, arguments.answer)
+    pair = encode_pair(tokenizer, args.prompt, args.answer)
     found = token_losses(
-        model.decoder, pair, world=model.world, precision=model.precision, top=arguments.top
+        model.decoder, pair, world=model.world, precision=model.precision, top=args.top
     )
     rows = [
         {"id": i, "text": tokenizer.token_text(i), "probability": p}
@@ -88,13 +88,13 @@ def _show_card(model: LoadedModel, arguments: argparse.Namespace, output: Output
     ]
     nats = math.fsum(each.nats for each in found)
     _say(rows, output)
-    output.say("and what came:")
+    output.log("and what came:")
     for row in answer:
-        output.say(
+        output.log(
             f"{row['probability']:8.4f}  {row['text']!r:<16} rank {row['rank']:,}, "
             f"{row['nats']:.2f} nats"
         )
     if len(answer) > 1:
-        output.say(f"{math.exp(-nats):8.4f}  all of it, {nats:.2f} nats")
+        output.log(f"{math.exp(-nats):8.4f}  all of it, {nats:.2f} nats")
     output.result({"tokens": rows, "answer": {"nats": nats, "tokens": answer}})
     return 0

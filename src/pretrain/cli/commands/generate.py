@@ -30,35 +30,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    if arguments.max_tokens < 1 or arguments.n < 1:
+def run(args: argparse.Namespace, output: Output) -> int:
+    if args.max_tokens < 1 or args.n < 1:
         raise ValueError(
-            f"--max-tokens is {arguments.max_tokens} and --n is {arguments.n}; "
-            "both must be at least 1"
+            f"--max-tokens is {args.max_tokens} and --n is {args.n}; both must be at least 1"
         )
     from pretrain.runner.open import load_model
 
-    model = load_model(arguments.model, device=arguments.device)
+    model = load_model(args.model, device=args.device)
 
     from pretrain.generate import Sampling, generate, pack_weights
 
     pack_weights(model.decoder)
     sampling = Sampling(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
     )
     completions = generate(
         model.decoder,
         model.tokenizer,
-        arguments.prompt,
-        max_tokens=arguments.max_tokens,
-        n=arguments.n,
+        args.prompt,
+        max_tokens=args.max_tokens,
+        n=args.n,
         sampling=sampling,
-        special=arguments.special,
+        special=args.special,
     )
     for number, text in enumerate(completions):
-        output.say(f"{'' if number == 0 else chr(10)}{arguments.prompt}{text}")
+        output.log(f"{'' if number == 0 else chr(10)}{args.prompt}{text}")
     output.result({"completions": completions})
     return 0

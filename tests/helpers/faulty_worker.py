@@ -1,6 +1,6 @@
-"""A leg of a proof with a fault in it: what goes wrong after a resume in many a trainer.
+"""A worker of `verify` with a fault that a resume can have.
 
-python planted_leg.py FAULT FOLDER --stop-after N
+python faulty_worker.py FAULT FOLDER --stop-after N
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import rng
-from pretrain.cli import leg
 from pretrain.model import dropout as random
+from pretrain.selftest import worker
 from pretrain.train import state
 from pretrain.train.build import TrainingBatches
 
 
 def order() -> None:
-    """The loader begins a batch too late."""
+    """The loader skips a batch."""
     real = TrainingBatches.at
     TrainingBatches.at = lambda self, step: real(self, step + 1)  # type: ignore[method-assign]
 
 
 def randomness() -> None:
-    """Dropout masks come from a generator that begins anew."""
+    """Dropout masks come from a generator that starts again."""
     random.philox_key = lambda seed, purpose: rng.philox_key(  # type: ignore[attr-defined]
         seed + (purpose == "dropout"), purpose
     )
 
 
 def optimizer() -> None:
-    """One tensor of the optimizer is not put back."""
+    """One tensor of the optimizer is not restored."""
     real = state.restore_optimizer_state  # type: ignore[attr-defined]
 
     def forgetful(optimizer: Any, parameters: Any, tensors: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def optimizer() -> None:
 
 
 def schedule() -> None:
-    """The warm-up begins anew."""
+    """The warm-up starts again."""
     real = state.lr_at  # type: ignore[attr-defined]
     state.lr_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
 
@@ -52,4 +52,4 @@ if __name__ == "__main__":
         {"order": order, "randomness": randomness, "optimizer": optimizer, "schedule": schedule}[
             fault
         ]()
-    sys.exit(leg.main([folder, *rest]))
+    sys.exit(worker.main([folder, *rest]))

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.options import add_run
 from pretrain.cli.output import Output
 from pretrain.run.directory import read_environment
 from pretrain.run.identity import read_records, word_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run directory")
+    add_run(parser)
     question = parser.add_mutually_exclusive_group(required=True)
     question.add_argument("--step", type=int, metavar="N", help="the step, made or still to come")
     question.add_argument(
@@ -34,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> int:
     from pretrain.config import compose, read_file
     from pretrain.data.trace import Tracer
     from pretrain.runner.text import prepared_text
 
-    folder = Path(arguments.run)
+    folder = Path(args.run)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run directory: it has no config.yaml")
     config = compose([read_file(folder / "config.yaml")])
@@ -54,13 +55,13 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     )
     records = RunLog(folder).metrics()
     tracer = Tracer(order, stream.document_offsets, rows, rollbacks_of(records))
-    if arguments.step is not None:
-        if not first <= arguments.step <= train.steps:
+    if args.step is not None:
+        if not first <= args.step <= train.steps:
             was = f"; before step {first} the run read {before}" if first > 1 else ""
-            raise ValueError(f"--step must be {first} to {train.steps} (got {arguments.step}){was}")
-        return _show_step(tracer, data, arguments.step, output)
+            raise ValueError(f"--step must be {first} to {train.steps} (got {args.step}){was}")
+        return _show_step(tracer, data, args.step, output)
     n_steps = max((record["step"] for record in records), default=0)
-    return _show_document(tracer, data, arguments.document, output, first=first, n_steps=n_steps)
+    return _show_document(tracer, data, args.document, output, first=first, n_steps=n_steps)
 
 
 def _first_step_of_text(folder: Path, config: RunConfig, data: PreparedData) -> tuple[int, str]:
@@ -87,7 +88,7 @@ def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) ->
     for occurrence in occurrences:
         row = _row(occurrence, tracer, data) | asdict(origins[occurrence.document])
         rows.append(row)
-        output.say(
+        output.log(
             f"sample {row['sample']}  {row['id']}  {row['file']} at byte {row['offset']}, tokens "
             f"{row['first_token']} to {row['stop_token']}\n    {_shortened(row['text'])}"
         )
@@ -113,12 +114,12 @@ def _show_document(
         rows = [_row(each, tracer, data) for each in occurrences if each.step >= first]
         documents.append({**asdict(origin), "seen": rows})
         n_tokens = int(tracer.document_offsets[number + 1] - tracer.document_offsets[number])
-        output.say(
+        output.log(
             f"{origin.id}  {origin.file} at byte {origin.offset}, {n_tokens:,} tokens: read in "
             f"{len({row['step'] for row in rows})} of {n_steps} steps"
         )
         for row in rows:
-            output.say(
+            output.log(
                 f"  step {row['step']}  tokens {row['first_token']} to {row['stop_token']}  "
                 f"{_shortened(row['text'])}"
             )

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from pretrain.cli.commands.train import run_request
+from pretrain.cli.options import add_accept
 from pretrain.cli.output import Output
-from pretrain.cli.verbs.train import add_accept, run_request
 from pretrain.config import parse_overrides
 from pretrain.runner.start import Request
 
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, command="extend", settings=settings)
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    return extend(arguments, output, "extend")
+def run(args: argparse.Namespace, output: Output) -> int:
+    return extend(args, output, "extend")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, command: str, settings: str) -> None:
@@ -42,16 +43,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, command: str, settings
     )
 
 
-def extend(
-    arguments: argparse.Namespace, output: Output, command: Literal["extend", "anneal"]
-) -> int:
+def extend(args: argparse.Namespace, output: Output, command: Literal["extend", "anneal"]) -> int:
     """Extend or anneal a run; returns the exit code."""
     request = Request(
         start_time=time.perf_counter(),
         kind=command,
-        overrides=parse_overrides(arguments.settings),
-        folder=Path(arguments.run),
-        accepted=tuple(arguments.accept),
-        json=arguments.json,
+        overrides=parse_overrides(args.settings),
+        folder=Path(args.run),
+        accepted=tuple(args.accept),
+        json=args.json,
     )
     return run_request(request, output)

@@ -59,49 +59,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for the new tokenizer.json")
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> int:
     actions = {"train": _train, "encode": _encode, "decode": _decode, "inspect": _inspect}
-    return actions[arguments.action](arguments, output)
+    return actions[args.action](args, output)
 
 
-def _train(arguments: argparse.Namespace, output: Output) -> int:
+def _train(args: argparse.Namespace, output: Output) -> int:
     from pretrain.corpus import read_documents
     from pretrain.tokenizer import train_tokenizer
     from pretrain.tokenizer.train import MAX_SAMPLE_BYTES
 
-    if not arguments.source or arguments.out is None:
+    if not args.source or args.out is None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
-    out = Path(arguments.out)
+    out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; choose another --out")
-    documents = read_documents(arguments.source, text_field=arguments.text_field)
+    documents = read_documents(args.source, text_field=args.text_field)
     texts = (document.text for document in documents)
     made = train_tokenizer(
         texts,
-        name=arguments.kind,
-        vocab_size=arguments.vocab_size,
-        split=arguments.split,
+        name=args.kind,
+        vocab_size=args.vocab_size,
+        split=args.split,
         sample_bytes=MAX_SAMPLE_BYTES,
-        fast=arguments.fast,
+        fast=args.fast,
     )
     made.save(out)
-    output.say(f"{made.vocab_size:,} entries, written to {out}/tokenizer.json")
+    output.log(f"{made.vocab_size:,} entries, written to {out}/tokenizer.json")
     output.result({"out": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256})
     return 0
 
 
-def _open(arguments: argparse.Namespace) -> Tokenizer:
+def _open(args: argparse.Namespace) -> Tokenizer:
     from pretrain.tokenizer import load_tokenizer
 
-    if arguments.tokenizer is None:
-        raise ValueError(f"tokenizer {arguments.action} needs --tokenizer DIR")
-    return load_tokenizer(arguments.tokenizer)
+    if args.tokenizer is None:
+        raise ValueError(f"tokenizer {args.action} needs --tokenizer DIR")
+    return load_tokenizer(args.tokenizer)
 
 
-def _read(arguments: argparse.Namespace) -> str:
-    if len(arguments.source) != 1:
-        raise ValueError(f"tokenizer {arguments.action} needs one FILE, or - for standard input")
-    (source,) = arguments.source
+def _read(args: argparse.Namespace) -> str:
+    if len(args.source) != 1:
+        raise ValueError(f"tokenizer {args.action} needs one FILE, or - for standard input")
+    (source,) = args.source
     if source == "-":
         data = sys.stdin.buffer.read()
     else:
@@ -115,18 +115,18 @@ def _read(arguments: argparse.Namespace) -> str:
         raise ValueError(f"{source} is not UTF-8 text: byte {error.start}") from None
 
 
-def _encode(arguments: argparse.Namespace, output: Output) -> int:
-    tokenizer = _open(arguments)
-    ids = tokenizer.encode(_read(arguments), special=arguments.special).tolist()
+def _encode(args: argparse.Namespace, output: Output) -> int:
+    tokenizer = _open(args)
+    ids = tokenizer.encode(_read(args), special=args.special).tolist()
     if not output.json:
         print(" ".join(map(str, ids)))
     output.result({"ids": ids})
     return 0
 
 
-def _decode(arguments: argparse.Namespace, output: Output) -> int:
-    tokenizer = _open(arguments)
-    words = [word for word in re.split(r"[\s,\[\]]+", _read(arguments)) if word]
+def _decode(args: argparse.Namespace, output: Output) -> int:
+    tokenizer = _open(args)
+    words = [word for word in re.split(r"[\s,\[\]]+", _read(args)) if word]
     wrong = next((word for word in words if not _ID.fullmatch(word)), None)
     if wrong is not None:
         raise ValueError(f"{wrong[:40]!r} is not a token id")
@@ -137,30 +137,30 @@ def _decode(arguments: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _inspect(arguments: argparse.Namespace, output: Output) -> int:
+def _inspect(args: argparse.Namespace, output: Output) -> int:
     from pretrain.corpus import read_documents
     from pretrain.tokenizer.inspection import RARE, inspect
 
-    tokenizer = _open(arguments)
+    tokenizer = _open(args)
     texts = (
         (source, document.text)
-        for source in arguments.source
-        for document in read_documents(source, text_field=arguments.text_field)
+        for source in args.source
+        for document in read_documents(source, text_field=args.text_field)
     )
     report = inspect(tokenizer, texts)
-    output.say(f"{tokenizer.vocab_size:,} entries; end of text is {tokenizer.end_of_text}")
-    output.say("longest: " + _shown(report["longest"]))
-    output.say(
+    output.log(f"{tokenizer.vocab_size:,} entries; end of text is {tokenizer.end_of_text}")
+    output.log("longest: " + _shown(report["longest"]))
+    output.log(
         f"strange, being no text by themselves or one character again and again: "
         f"{report['n_strange']:,}; {_shown(report['strangest'])}"
     )
     for source, row in report.get("sources", {}).items():
-        output.say(
+        output.log(
             f"{source}: {row['bytes_per_token']:.2f} bytes a token, {row['tokens']:,} tokens"
         )
     if "n_unused" in report:
-        output.say(f"never used: {report['n_unused']:,}; {_shown(report['unused'])}")
-        output.say(f"used fewer than {RARE} times: {report['n_rare']:,}; {_shown(report['rare'])}")
+        output.log(f"never used: {report['n_unused']:,}; {_shown(report['unused'])}")
+        output.log(f"used fewer than {RARE} times: {report['n_rare']:,}; {_shown(report['rare'])}")
     output.result(report)
     return 0
 

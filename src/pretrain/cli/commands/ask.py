@@ -20,23 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> int:
     from pretrain.evaluate.examples import prompt
     from pretrain.evaluate.tasks import task_named
 
-    task = task_named(arguments.task)
-    context = prompt(task, arguments.input)
+    task = task_named(args.task)
+    context = prompt(task, args.input)
 
     from pretrain.evaluate.run_tasks import AnswerGenerator
     from pretrain.runner.open import load_model
 
-    model = load_model(arguments.model, device=arguments.device)
+    model = load_model(args.model, device=args.device)
     generator = AnswerGenerator(
         model.decoder, model.tokenizer, task, world=model.world, precision=model.precision
     )
     answer, is_truncated = generator.answer(context)
     if is_truncated:
-        output.say("the model reads only the end of this, which is longer than its context:")
-    output.say(f"{context}{task.delimiter}{answer}")
+        output.log("the model reads only the end of this, which is longer than its context:")
+    output.log(f"{context}{task.delimiter}{answer}")
     output.result({"task": task.name, "prompt": context, "answer": answer})
     return 0

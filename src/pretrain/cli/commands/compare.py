@@ -31,58 +31,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scoring.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    names: list[str] = list(dict.fromkeys(arguments.models))
+def run(args: argparse.Namespace, output: Output) -> int:
+    names: list[str] = list(dict.fromkeys(args.models))
     if len(names) < 2:
-        raise ValueError(f"{' '.join(arguments.models)} is one model; compare needs two or more")
-    if not (arguments.text or arguments.tasks or arguments.task_file):
+        raise ValueError(f"{' '.join(args.models)} is one model; compare needs two or more")
+    if not (args.text or args.tasks or args.task_file):
         raise ValueError(
             "compare needs a text or a task: --text FILE, --tasks NAME or --task-file FILE"
         )
-    eval_tasks = scoring.read_eval_tasks(arguments)
+    eval_tasks = scoring.read_eval_tasks(args)
 
     from pretrain.evaluate.evaluation import text_protocol
 
     for name in names:  # every model must open before the first one is evaluated
-        text_protocol(_open(name, arguments), arguments.stride)
+        text_protocol(_open(name, args), args.stride)
     statistics: dict[str, dict[tuple[str, str], Array]] = {}
     protocol: dict[str, dict[str, str]] = {}
     for name in names:
-        output.say(f"{name} ...")
-        statistics[name], protocol[name] = _statistics(name, eval_tasks, arguments)
+        output.log(f"{name} ...")
+        statistics[name], protocol[name] = _statistics(name, eval_tasks, args)
         for line in protocol[name].values():
-            output.say(f"  {line}")
+            output.log(f"  {line}")
     first = names[0]
     rows = [
-        _row(key, (first, statistics[first][key]), (name, statistics[name][key]), arguments.seed)
+        _row(key, (first, statistics[first][key]), (name, statistics[name][key]), args.seed)
         for name in names[1:]
         for key in statistics[first]
     ]
     for row in rows:
-        output.say(_line(row))
+        output.log(_line(row))
     output.result({"models": names, "comparisons": rows, "protocol": protocol})
     return 0
 
 
-def _open(name: str, arguments: argparse.Namespace) -> LoadedModel:
-    return scoring.open_scored(name, device=arguments.device, start_of_text=arguments.start_of_text)
+def _open(name: str, args: argparse.Namespace) -> LoadedModel:
+    return scoring.open_scored(name, device=args.device, start_of_text=args.start_of_text)
 
 
 def _statistics(
-    name: str, eval_tasks: list[EvalTask], arguments: argparse.Namespace
+    name: str, eval_tasks: list[EvalTask], args: argparse.Namespace
 ) -> tuple[dict[tuple[str, str], Array], dict[str, str]]:
     """The statistics of one model, by text or task and metric, and how it was evaluated."""
     import numpy as np
 
     from pretrain.evaluate import evaluation
 
-    model = _open(name, arguments)
+    model = _open(name, args)
     statistics: dict[tuple[str, str], Array] = {}
     protocol: dict[str, str] = {}
-    for file in arguments.text or []:
-        protocol["text"] = evaluation.text_protocol(model, arguments.stride)
+    for file in args.text or []:
+        protocol["text"] = evaluation.text_protocol(model, args.stride)
         _, scores, note = evaluation.score_file(
-            model, file, text_field=arguments.text_field, stride=arguments.stride
+            model, file, text_field=args.text_field, stride=args.stride
         )
         if note:
             protocol[file] = f"{file}: {note}"
@@ -90,7 +90,7 @@ def _statistics(
         statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
     for eval_task in eval_tasks:
         task = eval_task.task
-        results = evaluation.run_eval_task(model, eval_task, stride=arguments.stride)
+        results = evaluation.run_eval_task(model, eval_task, stride=args.stride)
         line = evaluation.task_protocol(model, eval_task, results)
         protocol[task.name] = f"{task.name}: {line}"
         statistics[task.name, task.metric] = results.statistics[task.metric]

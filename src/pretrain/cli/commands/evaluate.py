@@ -57,52 +57,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    eval_tasks = scoring.read_eval_tasks(arguments)
-    _check_files(arguments)
-    samples = _read_samples(arguments.explain, eval_tasks) if arguments.explain else None
+def run(args: argparse.Namespace, output: Output) -> int:
+    eval_tasks = scoring.read_eval_tasks(args)
+    _check_files(args)
+    samples = _read_samples(args.explain, eval_tasks) if args.explain else None
 
     from pretrain.evaluate import evaluate
 
-    model = scoring.open_scored(
-        arguments.model, device=arguments.device, start_of_text=arguments.start_of_text
-    )
+    model = scoring.open_scored(args.model, device=args.device, start_of_text=args.start_of_text)
     training_text = None
-    if arguments.overlap:
+    if args.overlap:
         training_text = _text_of(model, "so there is no training text for --overlap to read")
     held_out = None
-    if arguments.text is None and not eval_tasks:
+    if args.text is None and not eval_tasks:
         held_out = _text_of(model, "so it has no held-out text; score files with --text")
-    output.say(f"{model.path}:")
+    output.log(f"{model.path}:")
     evaluation = evaluate(
         model,
-        arguments.text or (),
+        args.text or (),
         tasks=eval_tasks,
         held_out=None if held_out is None else held_out.split("val"),
-        text_field=arguments.text_field,
-        stride=arguments.stride,
-        log=output.say,
+        text_field=args.text_field,
+        stride=args.stride,
+        log=output.log,
     )
     if samples is not None:
         _explain(model, evaluation, samples, output)
-    if arguments.answers:
-        _write_answers(Path(arguments.answers), evaluation)
-    if arguments.heat_map:
-        _draw_heat_map(model, arguments, output)
+    if args.answers:
+        _write_answers(Path(args.answers), evaluation)
+    if args.heat_map:
+        _draw_heat_map(model, args, output)
     content = evaluation.to_json()
     if training_text is not None:
-        content["overlap"] = _overlap(model, training_text, evaluation, arguments, output)
+        content["overlap"] = _overlap(model, training_text, evaluation, args, output)
     output.result(content)
     return 0
 
 
-def _check_files(arguments: argparse.Namespace) -> None:
+def _check_files(args: argparse.Namespace) -> None:
     """Reject output files that cannot be written, or that are also input."""
-    if arguments.heat_map and arguments.text is None:
+    if args.heat_map and args.text is None:
         raise ValueError("--heat-map is for texts; give --text with it")
-    inputs = [*(arguments.text or ()), *(arguments.task_file or ())]
+    inputs = [*(args.text or ()), *(args.task_file or ())]
     real_inputs = {os.path.realpath(name) for name in inputs}
-    for name in filter(None, (arguments.answers, arguments.heat_map)):
+    for name in filter(None, (args.answers, args.heat_map)):
         if os.path.realpath(name) in real_inputs:
             raise ValueError(f"{name} is also an input, and would be overwritten; use another name")
         open(name, "a").close()
@@ -125,17 +123,15 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _draw_heat_map(model: LoadedModel, arguments: argparse.Namespace, output: Output) -> None:
+def _draw_heat_map(model: LoadedModel, args: argparse.Namespace, output: Output) -> None:
     from pretrain.corpus import read_documents
     from pretrain.evaluate.token_stats import annotated_documents
     from pretrain.report import heat_map_page
 
     documents = (
         (file if number == 1 else f"{file}, document {number:,}", document.text)
-        for file in arguments.text
-        for number, document in enumerate(
-            read_documents(file, text_field=arguments.text_field), start=1
-        )
+        for file in args.text
+        for number, document in enumerate(read_documents(file, text_field=args.text_field), start=1)
     )
     annotated, n_tokens = annotated_documents(
         model.decoder,
@@ -144,14 +140,14 @@ def _draw_heat_map(model: LoadedModel, arguments: argparse.Namespace, output: Ou
         max_tokens=MAX_HEAT_MAP_TOKENS,
         world=model.world,
         precision=model.precision,
-        stride=arguments.stride,
+        stride=args.stride,
     )
     note = "The redder a token, the less the model expected it after the text before it."
     if n_tokens == MAX_HEAT_MAP_TOKENS:
         note += f" Shown are the first {MAX_HEAT_MAP_TOKENS:,} tokens."
     page = heat_map_page(annotated, model=str(model.path), note=note)
-    Path(arguments.heat_map).write_text(page, encoding="utf-8", newline="\n")
-    output.say(f"{arguments.heat_map}: {n_tokens:,} tokens, by their nats")
+    Path(args.heat_map).write_text(page, encoding="utf-8", newline="\n")
+    output.log(f"{args.heat_map}: {n_tokens:,} tokens, by their nats")
 
 
 def _read_samples(name: str, eval_tasks: list[EvalTask]) -> dict[int, Sample]:
@@ -182,7 +178,7 @@ def _explain(
         precision=model.precision,
     )
     for line in comparison.lines():
-        output.say(line)
+        output.log(line)
     evaluation.tasks[eval_task.task.name]["explained"] = comparison.to_json()
 
 
@@ -190,7 +186,7 @@ def _overlap(
     model: LoadedModel,
     data: PreparedData,
     evaluation: Evaluation,
-    arguments: argparse.Namespace,
+    args: argparse.Namespace,
     output: Output,
 ) -> dict[str, Any]:
     """Measure the overlap with the training text, and write it to the run and its report."""
@@ -198,15 +194,15 @@ def _overlap(
     from pretrain.report import read_run_files, write_report
 
     run_folder = model.path.parent.parent
-    corpus = overlap.training_filter(data, cache_folder() / "overlap", log=output.say)
+    corpus = overlap.training_filter(data, cache_folder() / "overlap", log=output.log)
     sets = overlap.evaluation_set_rows(
         data,
         corpus,
-        files=arguments.text or (),
-        text_field=arguments.text_field,
+        files=args.text or (),
+        text_field=args.text_field,
         results=evaluation.results,
     )
-    output.say("continuing held-out text ...")
+    output.log("continuing held-out text ...")
     generated = overlap.generated_text_rows(
         model.decoder,
         model.tokenizer,
@@ -218,7 +214,7 @@ def _overlap(
         ],
         world=model.world,
         precision=model.precision,
-        seed=arguments.seed,
+        seed=args.seed,
     )
     train = data.split("train")
     content: dict[str, Any] = {
@@ -228,9 +224,9 @@ def _overlap(
         "sets": sets,
         "writing": generated,
     }
-    output.say("8 words in a row that are in the training text too:")
+    output.log("8 words in a row that are in the training text too:")
     for name, row in {**sets, **generated}.items():
-        output.say(f"  {name}: {overlap.row_message(row)}")
+        output.log(f"  {name}: {overlap.row_message(row)}")
     write_json(run_folder / OVERLAP, nan_to_null(content))
-    output.say(f"written to {run_folder / OVERLAP} and {write_report(run_folder)}")
+    output.log(f"written to {run_folder / OVERLAP} and {write_report(run_folder)}")
     return content

@@ -72,39 +72,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> int:
     from pretrain.corpus.config import CorpusConfig
     from pretrain.data.preparation import prepare
 
     corpus = CorpusConfig(
-        deduplicate=arguments.deduplicate,
-        filters=_names(arguments.filters),
-        languages=_names(arguments.languages),
-        evaluation_texts=tuple(arguments.evaluation_text),
-        remove_overlap=arguments.remove_overlap,
+        deduplicate=args.deduplicate,
+        filters=_names(args.filters),
+        languages=_names(args.languages),
+        evaluation_texts=tuple(args.evaluation_text),
+        remove_overlap=args.remove_overlap,
     )
     try:
         data = prepare(
-            arguments.source,
-            arguments.out,
-            tokenizer=arguments.tokenizer,
-            vocab_size=arguments.vocab_size,
-            text_field=arguments.text_field,
-            val_fraction=arguments.val_fraction,
-            strict=arguments.strict,
+            args.source,
+            args.out,
+            tokenizer=args.tokenizer,
+            vocab_size=args.vocab_size,
+            text_field=args.text_field,
+            val_fraction=args.val_fraction,
+            strict=args.strict,
             corpus=corpus,
-            workers=arguments.workers,
+            workers=args.workers,
             progress=output.stages(),
         )
     except KeyboardInterrupt:
-        output.say("stopped; the same command goes on from here")
+        output.log("stopped; the same command goes on from here")
         raise
-    report = json.loads((Path(arguments.out) / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((Path(args.out) / "report.json").read_text(encoding="utf-8"))
     _show(data, report, output)
-    output.say(
-        f"vocabulary {data.manifest.vocab_size:,}; the report is {arguments.out}/report.json"
-    )
-    output.result({"out": str(arguments.out), "vocab_size": data.manifest.vocab_size, **report})
+    output.log(f"vocabulary {data.manifest.vocab_size:,}; the report is {args.out}/report.json")
+    output.result({"out": str(args.out), "vocab_size": data.manifest.vocab_size, **report})
     return 0
 
 
@@ -113,33 +111,33 @@ def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:
 
     splits = {name: data.split(name) for name in ("train", "val")}
     for name, stream in splits.items():
-        output.say(
+        output.log(
             f"{name:<6} {stream.n_documents:,} documents, {stream.n_tokens:,} tokens, "
             f"{stream.n_bytes:,} bytes of text"
         )
     for name, counts in report["sources"].items():
-        output.say(
+        output.log(
             f"from {name}: {counts['n_files']:,} files, {counts['n_documents']:,} documents, "
             f"{counts['n_text_bytes']:,} bytes, {counts['n_tokens']:,} tokens"
         )
     n_removed = sum(report["removed"].values())
     if n_removed:
-        output.say(f"removed {n_removed:,} documents, all of them in removed.jsonl:")
+        output.log(f"removed {n_removed:,} documents, all of them in removed.jsonl:")
     for reason, count in report["removed"].items():
-        output.say(f"  {count:>9,}  {reason}")
+        output.log(f"  {count:>9,}  {reason}")
     for name, found in report.get("overlap", {}).items():
-        output.say(
+        output.log(
             f"{found['percent']:.2f} % of {name} is in this text: {found['in_corpus']:,} of its "
             f"{found['ngrams']:,} different 8 words in a row"
         )
     if report["n_problems"]:
-        output.say(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
+        output.log(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
         for problem in report["problems"][:5]:
-            output.say(f"  {Problem(**problem)}")
+            output.log(f"  {Problem(**problem)}")
     if report["strangest"]:
-        output.say("strangest, by bytes a token:")
+        output.log("strangest, by bytes a token:")
     for document in report["strangest"][:3]:
-        output.say(
+        output.log(
             f"  {document['bytes_per_token']:6.2f}  {document['id']}: {document['begins'][:60]!r}"
         )
 

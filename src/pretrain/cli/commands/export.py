@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.new_folder import final_folder, set_aside, work_folder
+from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output, plain
 from pretrain.fileio import move_into_place
 from pretrain.runner.open import MODEL_HELP, LoadedModel
@@ -48,37 +48,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, output: Output) -> int:
-    out = final_folder(arguments.out)
-    if arguments.type not in _NUMBERS[arguments.format]:
-        legal = ", ".join(_NUMBERS[arguments.format])
-        raise ValueError(f"--type {arguments.type} is not for {arguments.format}; legal: {legal}")
-    text = _text(arguments.text)
+def run(args: argparse.Namespace, output: Output) -> int:
+    out = resolve_out(args.out)
+    if args.type not in _NUMBERS[args.format]:
+        legal = ", ".join(_NUMBERS[args.format])
+        raise ValueError(f"--type {args.type} is not for {args.format}; legal: {legal}")
+    text = _text(args.text)
 
     from pretrain.export.verification import DISAGREES, FILE_NAME, NOT_VERIFIED, table
     from pretrain.runner.open import load_model
 
     # On the CPU in float32: the reference that every other library is held to.
-    model = load_model(arguments.model, device="cpu")
+    model = load_model(args.model, device="cpu")
     text = _encodable(model, text)
     with work_folder(out) as work:
-        exported = _write(model, work, arguments.format, arguments.type)
+        exported = _write(model, work, args.format, args.type)
         certificate = _certify(model, exported, text, output)
         content = json.dumps(plain(certificate), indent=2, allow_nan=False)
         (work / FILE_NAME).write_text(content + "\n", encoding="utf-8")
-        verdict, where = certificate["verdict"], arguments.out
+        verdict, where = certificate["verdict"], args.out
         if verdict == DISAGREES:  # kept, for somebody to look at
-            where = str(set_aside(work, out, "disagrees"))
+            where = str(keep_aside(work, out, "disagrees"))
         else:
             move_into_place(work, out)
     for what, found, says in table(certificate):
-        output.say(f"{what:<10}  {says:<12}  {found}")
+        output.log(f"{what:<10}  {says:<12}  {found}")
     library = f" with {certificate['library']}" if "library" in certificate else ""
-    output.say(f"{where}: {verdict}{library}")
+    output.log(f"{where}: {verdict}{library}")
     output.result({"out": where, **certificate})
-    if verdict == NOT_VERIFIED and not arguments.unverified:
-        wanted = "mend that" if "unable" in certificate else _PACKAGES[arguments.format]
-        output.say(f"nothing here could read it back: {wanted}, and export again; or --unverified")
+    if verdict == NOT_VERIFIED and not args.unverified:
+        wanted = "mend that" if "unable" in certificate else _PACKAGES[args.format]
+        output.log(f"nothing here could read it back: {wanted}, and export again; or --unverified")
         return 2
     return 1 if verdict == DISAGREES else 0
 
@@ -127,7 +127,7 @@ def _certify(model: LoadedModel, exported: Exported, text: str, output: Output) 
     from pretrain.export.verification import verification_library, verify_export
     from pretrain.model import LMLoss
 
-    output.say(f"written; asking {verification_library(exported.format) or 'nobody'} ...")
+    output.log(f"written; asking {verification_library(exported.format) or 'nobody'} ...")
     score = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
     return verify_export(exported, text, score, threads=model.world.threads)
 

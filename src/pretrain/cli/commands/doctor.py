@@ -1,0 +1,43 @@
+"""Check this machine in about a minute: disk, repeated training, micro-batches, compiler, resume;
+or several processes: that they connect, agree, and compute what one process does.
+
+pretrain doctor
+pretrain doctor --processes 4                                          on this machine
+torchrun --nnodes 2 --nproc-per-node 8 ... -m pretrain doctor          on each of two
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from pretrain.cli.options import add_device
+from pretrain.cli.output import Output
+from pretrain.distributed import n_processes
+from pretrain.runner.launch import launch_once
+from pretrain.selftest.doctor import check_machine
+from pretrain.selftest.rendezvous import check_processes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="number of processes to start [1]"
+    )
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    if args.processes < 1:
+        raise ValueError(f"--processes is {args.processes}; it must be at least 1")
+    if n_processes() > 1:
+        result = check_processes(args.device, output.log)
+    elif args.processes > 1:
+        command = ["doctor", "--device", args.device]
+        if args.json:
+            command.append("--json")
+        return launch_once(command, args.processes)
+    else:
+        result = check_machine(args.device, output.log)
+    if result is None:  # rank 0 reports
+        return 0
+    output.result(result)
+    return 1 if result["wrong"] else 0

@@ -1,0 +1,32 @@
+"""Verify that a resume of a run equals an uninterrupted run, bit for bit, on this machine.
+
+pretrain verify runs/english-1
+
+The run's own settings are trained for 2 K steps without interruption; and again, killed by SIGKILL
+between K and 2 K, and resumed from the checkpoint. Batches, losses, weights, optimizer state,
+evaluations and samples are compared. A third run, in float32, has another micro-batch size.
+RUN/verification.json gets the verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pretrain.cli.options import add_run
+from pretrain.cli.output import Output
+from pretrain.selftest import DIFFERS
+from pretrain.selftest.verify import verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="K", help="steps of each half [10]"
+    )
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    result = verify(Path(args.run), args.steps, output.log)
+    output.result(result)
+    return 1 if result["verdict"] == DIFFERS else 0

@@ -1,0 +1,103 @@
+"""The losses of a few steps of a small model with dropout on fixed random ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.data import MicroBatch
+    from pretrain.distributed import World
+    from pretrain.model import ModelConfig
+
+STEPS = 8
+_BATCH_ROWS = 16
+_VOCAB_SIZE = 211
+_SEED = 1
+
+
+def losses(
+    world: World,
+    dtype: torch.dtype,
+    micro_batch_rows: int,
+    *,
+    compiled: bool = False,
+    parallel: ParallelConfig | None = None,
+) -> list[float]:
+    """Train on all processes of `world`, and return the loss of each step in nats per token."""
+    import torch
+
+    from pretrain.model import LMLoss, ModelConfig, build
+    from pretrain.model.config import model_defaults
+    from pretrain.optim import OptimizerConfig, build_optimizer
+    from pretrain.parallel import parallelize
+    from pretrain.train import training_steps
+    from pretrain.train.build import rows_of
+
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 32, "dropout": 0.1}
+    config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
+    axes = (parallel or ParallelConfig()).resolve(world.size)
+    is_sharded = axes.shard > 1
+    if is_sharded:  # weights are initialised when each process has its shard
+        decoder = build(config, vocab_size=_VOCAB_SIZE, seed=None, device=torch.device("meta"))
+    else:
+        decoder = build(config, vocab_size=_VOCAB_SIZE, seed=_SEED, device=world.device)
+    lm_loss = LMLoss(decoder.to(dtype), seed=_SEED)
+    if compiled:
+        lm_loss.compile_parts()
+    model = parallelize(lm_loss, axes, world)
+    if is_sharded:
+        model.initialize(_SEED)
+    optimizer = build_optimizer(
+        model.named_parameters(), config=OptimizerConfig(), orthogonalizer=model.orthogonalizer
+    )
+    rows = rows_of(
+        world.rank,
+        world.size,
+        _BATCH_ROWS,
+        micro_batch_rows=micro_batch_rows if axes.elastic else None,
+    )
+    reports = training_steps(
+        model,
+        optimizer,
+        lambda step: _batches(config, step, micro_batch_rows, rows),
+        lr_at=lambda step: 3e-3,
+        steps=STEPS,
+        world=world,
+    )
+    return [report.nats_per_token for report in reports]
+
+
+def _batches(
+    config: ModelConfig, step: int, micro_batch_rows: int, rows: range
+) -> list[MicroBatch]:
+    """Return this process's rows of the batch of a step, in micro-batches."""
+    import torch
+
+    from pretrain.data import MicroBatch
+    from pretrain.data.batches import IGNORE_INDEX
+
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(
+        0, _VOCAB_SIZE, (_BATCH_ROWS, config.window_tokens + 1), generator=generator
+    )
+    # Padding rows, where the processes do not divide the batch, have no valid targets.
+    n_padding = max(0, rows.stop - _BATCH_ROWS)
+    ids = torch.cat([ids, torch.zeros(n_padding, ids.shape[1], dtype=ids.dtype)])
+    targets = ids[:, 1:].clone()
+    targets[_BATCH_ROWS:] = IGNORE_INDEX
+    samples = _BATCH_ROWS * step + torch.arange(len(ids))
+
+    batches = []
+    for first in range(rows.start, rows.stop, micro_batch_rows):
+        part = slice(first, min(first + micro_batch_rows, rows.stop))
+        batches.append(MicroBatch(ids[part, :-1].contiguous(), targets[part], samples[part]))
+    return batches
+
+
+def max_difference(one: list[float], other: list[float]) -> float:
+    """Return the largest difference of two loss curves, relative to the first."""
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))

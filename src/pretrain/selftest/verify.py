@@ -1,0 +1,274 @@
+"""Verify that a resume of a run equals an uninterrupted run, bit for bit, on this machine.
+
+The run's own settings are trained for 2 K steps without interruption; and again, killed by SIGKILL
+between K and 2 K, and resumed from the checkpoint. Both must have the same batches, losses,
+weights, optimizer state, evaluations and samples. A third run, in float32, has another micro-batch
+size. RUN/verification.json gets the verdict. Each run is a process of its own, see `worker`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain import __version__
+from pretrain.config import RunConfig, to_yaml
+from pretrain.distributed import n_processes
+from pretrain.run.directory import ENVIRONMENT, METRICS, SAMPLES, read_environment, write_json
+from pretrain.run.log import RunLog
+from pretrain.runner.checks import read_run_config
+from pretrain.runner.previous import settings_of
+from pretrain.selftest import (
+    AGREES,
+    DIFFERS,
+    EXACT,
+    NOT_JUDGED,
+    Check,
+    Log,
+    check_line,
+    failed,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint import Checkpoint
+
+# A test replaces it by a worker with a planted fault.
+WORKER = [sys.executable, "-m", "pretrain.selftest.worker"]
+_TIMES = {"seconds", "tokens_per_second"}
+# Relative difference of losses with another micro-batch size in float32, where the same numbers are
+# summed in another order. In bfloat16 rounding errors grow from step to step.
+_MAX_DIFFERENCE = 1e-5
+
+
+def verify(folder: Path, n_steps: int, log: Log) -> dict[str, Any]:
+    """Verify a run over 2 x `n_steps` steps, or fewer if it is shorter.
+
+    Returns the content of verification.json. Raises ValueError under torchrun and for a run of
+    fewer than three steps.
+    """
+    if n_processes() > 1:
+        raise ValueError("verify starts processes itself: run it without torchrun")
+    config = read_run_config(folder)
+    run_steps = config.train.steps or 0
+    k = min(n_steps, (run_steps - 1) // 2)
+    if k < 1:
+        raise ValueError(
+            f"--steps is {n_steps} and {folder} has {run_steps} steps; there must be at least one "
+            "in each half, and one more"
+        )
+    result = compare_runs(folder, config, k, log)
+    print_, machine = result["fingerprint"], result["machine"]
+    log(
+        f"verdict: {result['verdict']}, with pretrain {print_['pretrain']} (code {print_['code']}),"
+        f" torch {print_['torch']}, {print_['device']}, {print_['threads']} threads, "
+        f"{machine['gpu'] or machine['cpu']}"
+    )
+    write_json(folder / "verification.json", result)
+    return result
+
+
+def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str, Any]:
+    """Train the runs and compare them. Their folders are kept if any check fails."""
+    log(f"{folder}: {k} + {k} steps, killed between, against {2 * k} steps, with its own settings")
+    work = Path(tempfile.mkdtemp(prefix="pretrain-verify-"))
+    with ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, work)
+        train = replace(config.train, save_every=k, evaluate_every=k)
+        settings = replace(
+            config,
+            train=train,
+            evaluate=replace(config.evaluate, every=k),
+            report=replace(config.report, to=()),
+        )
+
+        straight = _copy_run(folder, work / "straight", settings)
+        _train(straight, "--stop-after", 2 * k)
+        killed = _copy_run(folder, work / "killed", settings)
+        _train(killed, "--kill-after", k + max(1, k // 2))
+        checks = {"killed": _check_kill(killed, k)}
+        _train(killed, "--stop-after", 2 * k)
+        checks |= compare(straight, killed, 2 * k)
+
+        rows = _other_micro_batch(config)
+        if rows is None:
+            checks["micro-batch"] = Check(NOT_JUDGED, "a batch is one window")
+        else:
+            fp32 = replace(train, precision="fp32")
+            reference = straight
+            if train.precision != "fp32":
+                reference = _copy_run(folder, work / "float32", replace(settings, train=fp32))
+                _train(reference, "--stop-after", 2 * k)
+            changed = replace(settings, train=replace(fp32, micro_batch_rows=rows))
+            other = _copy_run(folder, work / "micro-batch", changed)
+            _train(other, "--stop-after", 2 * k)
+            checks["micro-batch"] = _check_close(reference, other, config, rows)
+
+        for name, check in checks.items():
+            log(check_line(name, check))
+        environment = read_environment(straight)
+        environment["fingerprint"].pop("settings")
+        if failed(checks):
+            log(f"the runs are kept in {work}")
+            cleanup.pop_all()
+    return {
+        "verdict": DIFFERS if failed(checks) else EXACT,
+        "steps": [k, 2 * k],
+        "checks": to_json(checks),
+        "run": environment["run"],
+        "fingerprint": environment["fingerprint"],
+        "machine": {key: environment.get(key) for key in ("platform", "cpu", "gpu", "python")},
+    }
+
+
+def _copy_run(run: Path, folder: Path, config: RunConfig) -> Path:
+    """Create a run with the same text and tokenizer that has no steps yet."""
+    import torch
+
+    from pretrain.run.identity import code_hash
+
+    folder.mkdir()
+    shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    environment = read_environment(run)
+    # The verdict is about today's code on the run's text.
+    today = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
+    environment["fingerprint"] |= today | {"settings": settings_of(config)}
+    write_json(folder / ENVIRONMENT, environment)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return folder
+
+
+def _train(folder: Path, option: str, step: int) -> None:
+    """Start a worker and wait for it. ValueError if it does not end as expected."""
+    done = subprocess.run(
+        [*WORKER, str(folder), option, str(step)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    expected = -signal.SIGKILL if option == "--kill-after" else 0
+    if done.returncode != expected:
+        last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise ValueError(f"a worker ended with exit code {done.returncode}:\n{last_lines}")
+
+
+def _check_kill(folder: Path, k: int) -> Check:
+    """Check that the process was killed after the checkpoint of step k, not at it."""
+    from pretrain.checkpoint import list_checkpoints
+
+    last_step = max((record["step"] for record in RunLog(folder).metrics()), default=0)
+    saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
+    if saved[-1:] != [f"step-{k:08d}"] or last_step <= k:
+        return Check(DIFFERS, f"{last_step} steps; checkpoints: {', '.join(saved) or 'none'}")
+    return Check(EXACT, f"by SIGKILL after step {last_step}, resumed from step {k}")
+
+
+def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
+    """Compare two runs up to a step, bit by bit."""
+    from pretrain.checkpoint import checkpoint_name, open_checkpoint
+
+    first, second = (
+        open_checkpoint(folder / "checkpoints" / checkpoint_name(step)) for folder in (one, other)
+    )
+    losses = ("loss", "grad_norm", "learning_rate", "bits_per_byte")
+    return {
+        "order": _same_steps(one, other, ("ids",), "the batches of {} steps"),
+        "losses": _same_steps(
+            one, other, losses, "losses, gradient norms and learning rates of {} steps"
+        ),
+        "evaluations": _same_evaluations(one, other),
+        "weights": _same_tensors(first, second, "model"),
+        "optimizer": _same_tensors(first, second, "optimizer"),
+    }
+
+
+def _same_steps(one: Path, other: Path, keys: tuple[str, ...], what: str) -> Check:
+    """Compare these keys of the metrics of every step."""
+    rows = [
+        [[record["step"]] + [record[key] for key in keys] for record in _steps_of(folder)]
+        for folder in (one, other)
+    ]
+    if rows[0] == rows[1]:
+        return Check(EXACT, what.format(len(rows[0])))
+    for first, second in zip(*rows, strict=False):
+        if first != second:
+            names = ", ".join(keys)
+            return Check(DIFFERS, f"step {first[0]}: {names} {first[1:]} and {second[1:]}")
+    return Check(DIFFERS, f"{len(rows[0])} steps against {len(rows[1])}")
+
+
+def _steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in RunLog(folder).metrics() if record["kind"] == "train"]
+
+
+def _same_evaluations(one: Path, other: Path) -> Check:
+    """Compare evaluations without their times, and the file of samples."""
+    contents = []
+    for folder in (one, other):
+        records = [record for record in RunLog(folder).metrics() if record["kind"] != "train"]
+        timeless = [{k: v for k, v in each.items() if k not in _TIMES} for each in records]
+        samples = (folder / SAMPLES).read_text(encoding="utf-8") if records else ""
+        contents.append((timeless, samples))
+    if contents[0] == contents[1]:
+        return Check(EXACT, f"{len(contents[0][0])} evaluations and their samples")
+    return Check(DIFFERS, f"{METRICS} or {SAMPLES} of the two")
+
+
+def _same_tensors(one: Checkpoint, other: Checkpoint, group: str) -> Check:
+    """Compare all tensors of a group, byte by byte."""
+    names = one.names(group)
+    if names != other.names(group):
+        return Check(DIFFERS, f"{len(names)} tensors against {len(other.names(group))}")
+    import torch
+
+    digest = hashlib.sha256()
+    n_numbers = 0
+    for name in names:
+        first, second = (each.read(f"{group}/{name}").contiguous() for each in (one, other))
+        first_bytes, second_bytes = (
+            bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) for tensor in (first, second)
+        )
+        if first_bytes != second_bytes or first.dtype != second.dtype:
+            difference = float((first.double() - second.double()).abs().max())
+            return Check(DIFFERS, f"{name}: by up to {difference:.3g}")
+        digest.update(first_bytes)
+        n_numbers += first.numel()
+    return Check(
+        EXACT, f"{len(names)} tensors, {n_numbers:,} numbers, sha256 {digest.hexdigest()[:16]}"
+    )
+
+
+def _other_micro_batch(config: RunConfig) -> int | None:
+    """Return the next smaller micro-batch that divides a process's rows, else the next larger."""
+    current = config.train.micro_batch_rows
+    assert config.train.batch_tokens is not None
+    assert current is not None
+    _, n_parts = config.parallel.resolve(config.parallel.processes).batch_shard(0)
+    rows = math.ceil(config.train.batch_tokens // config.model.window_tokens / n_parts)
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    smaller = [n for n in divisors if n < current]
+    larger = [n for n in divisors if n > current]
+    if smaller:
+        return max(smaller)
+    return min(larger, default=None)
+
+
+def _check_close(one: Path, other: Path, config: RunConfig, rows: int) -> Check:
+    """Compare the losses of two micro-batch sizes."""
+    losses = [[record["loss"] for record in _steps_of(folder)] for folder in (one, other)]
+    difference = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+    return Check(
+        AGREES if difference <= _MAX_DIFFERENCE else DIFFERS,
+        f"micro-batches of {rows} rows instead of {config.train.micro_batch_rows}, in float32: "
+        f"losses differ by at most {difference:.1e}, relative (tolerance {_MAX_DIFFERENCE:.0e})",
+    )
