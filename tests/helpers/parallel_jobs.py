@@ -221,7 +221,7 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
     places = run.shards_of(tensors)
     return {
-        name: (places[name].box if name in places else None, tensor.cpu().numpy().copy())
+        name: (places[name].bounds if name in places else None, tensor.cpu().numpy().copy())
         for name, tensor in tensors.items()
     }
 

@@ -122,7 +122,7 @@ def trace(
         kept = Kept(decoder, VOCAB)
         with moved:
             with kept:
-                nats, _ = model.forward(batch)
+                nats, _ = model.loss(batch, "fp32")
             if plant:
                 block: Any = decoder.blocks["0"]
                 block.unshard()
@@ -159,8 +159,9 @@ def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
     )
     model.initialize(1)
     ids = torch.zeros(rows, T, dtype=torch.int64)
-    with Moved() as moved, world.autocast(precision):
-        nats, _ = model.forward(MicroBatch(ids, ids.clone(), torch.arange(rows)))
+    with Moved() as moved:
+        batch = MicroBatch(ids, ids.clone(), torch.arange(rows))
+        nats, _ = model.loss(batch, precision)
         nats.backward()  # type: ignore[no-untyped-call]
     return {
         "parameters": sum(sizes.values()),

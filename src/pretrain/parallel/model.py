@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -243,25 +243,61 @@ class ParallelModel:
 
     @property
     def grad_divisor(self) -> int:
-        """The number of sums of which `forward_backward` leaves the mean."""
+        """The number of sums of which `reduce_step` leaves the mean."""
         return 1 if self.is_deterministic else self.world.size // self._model_parallel_size
 
-    def forward_backward(self, micro_batches: Iterable[Any], precision: str) -> tuple[float, int]:
-        """Compute the gradients of nats, summed over all micro-batches and processes and divided by
-        `grad_divisor`; returns nats and number of valid targets of all processes."""
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
         self.reshard()
         self.lm_loss.zero_grad(set_to_none=True)
         self.forward_seconds = 0.0
-        if self.is_deterministic:
-            total, n_targets, self.forward_seconds = deterministic.forward_backward(
-                self.lm_loss, micro_batches, self.world, precision
-            )
-            return total, n_targets
-        if self.pipeline is not None:
-            nats, count = self.pipeline.forward_backward(list(micro_batches), self.world, precision)
-        else:
-            nats, count = self._accumulate(micro_batches, precision)
 
+    def loss(self, micro_batch: Any, precision: str) -> tuple[Tensor, Tensor]:
+        """Nats and number of valid targets of this rank's part of a micro-batch."""
+        start = time.perf_counter()
+        module = self.lm_loss if self.replicas is None else self.replicas
+        with self.world.autocast(precision):
+            micro_batch = micro_batch.to(self.world.device)
+            if self.inputs is None:
+                loss, n_targets = module(micro_batch)
+            else:
+                with self.inputs.local_chunk(micro_batch) as chunk:
+                    loss, n_targets = module(chunk)
+        self.forward_seconds += time.perf_counter() - start
+        return loss, n_targets
+
+    def reduce_gradients(self, *, now: bool) -> AbstractContextManager[Any]:
+        """Reduce gradients over replicas in this backward pass, or later: once a step is enough."""
+        if self.replicas is not None and not now:
+            return self.replicas.no_sync()
+        if self.uses_fsdp and self._axis("dp_replicate")[1] > 1:
+            self.lm_loss.decoder.set_requires_all_reduce(now)  # type: ignore[operator]
+        return nullcontext()
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether `run_schedule` must run the micro-batches of a step, in an order of its own."""
+        return self.is_deterministic or self.pipeline is not None
+
+    def run_schedule(
+        self, micro_batches: Iterable[Any], precision: str
+    ) -> tuple[Tensor | float, Tensor | int]:
+        """Forward and backward of all micro-batches, in the order of a pipeline or of the
+        deterministic reduction."""
+        if self.pipeline is not None:
+            return self.pipeline.forward_backward(list(micro_batches), self.world, precision)
+        nats, n_targets, self.forward_seconds = deterministic.forward_backward(
+            self.lm_loss, micro_batches, self.world, precision
+        )
+        return nats, n_targets
+
+    def reduce_step(self, nats: Tensor | float, n_targets: Tensor | int) -> tuple[float, int]:
+        """Complete the gradients of a step, summed over processes and divided by `grad_divisor`.
+
+        `nats` and `n_targets` are this rank's sums; returns those of all processes.
+        """
+        if self.is_deterministic:  # everything is reduced already
+            return float(nats), int(n_targets)
         for shard in self.shards.values():
             shard.localize_grad()
         if self.pipeline is not None and self.lm_loss.decoder.config.tied_head:
@@ -270,42 +306,13 @@ class ParallelModel:
 
         # Read once a step: to read them after each micro-batch would make a GPU wait.
         if self.world.size > 1:
-            nats, count = self.world.all_reduce_(torch.stack([nats.double(), count.double()]))
+            assert isinstance(nats, Tensor)
+            assert isinstance(n_targets, Tensor)
+            both = torch.stack([nats.double(), n_targets.double()])
+            nats, n_targets = self.world.all_reduce_(both)
         # The ranks of a tp axis all have the loss; of a pp axis only the last.
         n_copies = self._axis("tp")[1]
-        return float(nats) / n_copies, int(count) // n_copies
-
-    def _accumulate(self, micro_batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
-        """Forward and backward of this rank's micro-batches; their nats and valid targets."""
-        all_nats, counts = [], []
-        for micro_batch, is_last in with_last(micro_batches):
-            with self._reduce_gradients(now=is_last):
-                start = time.perf_counter()
-                with self.world.autocast(precision):
-                    nats, count = self.forward(micro_batch.to(self.world.device))
-                self.forward_seconds += time.perf_counter() - start
-                nats.backward()  # type: ignore[no-untyped-call]
-            all_nats.append(nats.detach())
-            counts.append(count)
-        return torch.stack(all_nats).sum(), torch.stack(counts).sum()
-
-    def forward(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
-        """Nats and number of valid targets of this rank's part of a micro-batch."""
-        module = self.lm_loss if self.replicas is None else self.replicas
-        if self.inputs is None:
-            loss: tuple[Tensor, Tensor] = module(micro_batch)
-        else:
-            with self.inputs.local_chunk(micro_batch) as chunk:
-                loss = module(chunk)
-        return loss
-
-    def _reduce_gradients(self, *, now: bool) -> AbstractContextManager[Any]:
-        """Reduce gradients over replicas after the last micro-batch only."""
-        if self.replicas is not None and not now:
-            return self.replicas.no_sync()
-        if self.uses_fsdp and self._axis("dp_replicate")[1] > 1:
-            self.lm_loss.decoder.set_requires_all_reduce(now)  # type: ignore[operator]
-        return nullcontext()
+        return float(nats) / n_copies, int(n_targets) // n_copies
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients to a joint norm of at most `max_norm` (0: no limit); returns the norm
@@ -337,13 +344,3 @@ class ParallelModel:
         names = self.layout.names
         totals = self.world.all_sum(*(shares.get(name, 0.0) for name in names))
         return dict(zip(names, totals, strict=True))
-
-
-def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield each item, and whether it is the last."""
-    iterator = iter(items)
-    for item in iterator:
-        for later in iterator:
-            yield item, False
-            item = later
-        yield item, True

@@ -150,8 +150,8 @@ def log_step(
 ) -> None:
     """Count a step that took `seconds`, and add its line to metrics.jsonl and to the console.
 
-    A new metric is one entry here, and one in `log.METRICS_KEYS`. ValueError where the loss was not
-    finite for too many steps in a row.
+    A new metric is one line here, and one in `run.log.METRICS_KEYS`. ValueError after too many
+    losses in a row that are not finite.
     """
     run.step += 1
     run.train_seconds += seconds

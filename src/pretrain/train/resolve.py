@@ -190,8 +190,8 @@ def resolve_precision(train: TrainConfig, world: World) -> Precision:
     if train.precision != "auto":
         return train.precision
     is_timed = train.steps is None and train.minutes is not None
-    is_wanted = world.device.type == "cuda" or (world.device.type == "cpu" and is_timed)
-    return "bf16" if is_wanted and world.has_native_bf16() else "fp32"
+    is_preferred = world.device.type == "cuda" or (world.device.type == "cpu" and is_timed)
+    return "bf16" if is_preferred and world.has_native_bf16() else "fp32"
 
 
 # --- steps ----------------------------------------------------------------------------------------

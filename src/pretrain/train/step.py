@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World
@@ -53,11 +54,41 @@ def compute_gradients(
     """Leave the gradient of nats per target on the parameters, clipped to the norm `clip` (0: not
     clipped)."""
     model = as_parallel(model, world)
-    nats, n_targets = model.forward_backward(micro_batches, precision)
+    model.zero_grad()
+    if model.has_schedule:  # of pipeline stages, or of a deterministic reduction
+        sums = model.run_schedule(micro_batches, precision)
+    else:
+        sums = forward_backward(model, micro_batches, precision)
+    nats, n_targets = model.reduce_step(*sums)
     gradients = gradient_values(parameter for _, parameter in model.named_parameters())
     torch._foreach_div_(gradients, max(1, n_targets) / model.grad_divisor)
     grad_norm = model.clip(clip)
     return Gradients(nats, n_targets, grad_norm)
+
+
+def forward_backward(
+    model: ParallelModel, micro_batches: Iterable[MicroBatch], precision: str
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of all micro-batches of this process; returns nats and number of valid
+    targets."""
+    losses, counts = [], []
+    for micro_batch, is_last in with_last(micro_batches):
+        with model.reduce_gradients(now=is_last):
+            loss, n_targets = model.loss(micro_batch, precision)  # a sum of nats
+            loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        counts.append(n_targets)
+    return torch.stack(losses).sum(), torch.stack(counts).sum()
+
+
+def with_last(micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+    """Yield each micro-batch, and whether it is the last; the next one is read before."""
+    iterator = iter(micro_batches)
+    current = next(iterator)
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True
 
 
 def as_parallel(model: LMLoss | ParallelModel, world: World) -> ParallelModel:
