@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pretrain.corpus import overlap as overlap_module
 from pretrain.corpus import read_documents
-from pretrain.corpus.bloom import BloomFilter
 from pretrain.corpus.overlap import (
+    BloomFilter,
     EvaluationNgrams,
     Match,
     corpus_ngram_filter,

@@ -132,13 +132,10 @@ class ReadingReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain values for JSON."""
-        content: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in self.__slots__
-            if name not in ("problems", "sources", "on_problem", "strict")
-        }
-        content["sources"] = {name: asdict(counts) for name, counts in self.sources.items()}
-        content["problems"] = [asdict(problem) for problem in self.problems]
+        content = asdict(self)
+        del content["on_problem"], content["strict"]
+        for name in ("sources", "problems"):  # the long ones last
+            content[name] = content.pop(name)
         return content
 
     @staticmethod

@@ -160,17 +160,24 @@ def _gopher_repetition(text: str, words: list[str]) -> str:
         if n_repeated > 0.3 * len(items) or n_characters > 0.2 * len(text):
             return f"repeated {name}"
 
+    # Phrases of n words as numbers, equal for equal phrases, by the index of their first word.
     word_numbers: dict[str, int] = {}
     ids = np.array([word_numbers.setdefault(word, len(word_numbers)) for word in words], np.int64)
     lengths = np.array([len(word) for word in words], np.int64)
-    phrases = _Phrases(ids, np.ones(len(ids), bool), np.empty(0, np.int64), 1)
-    most_frequent_limits = {2: 0.2, 3: 0.18, 4: 0.16}
+    phrases = ids
     for n in range(2, min(10, len(ids)) + 1):
-        phrases = _extend(phrases, ids, n)
+        pairs = phrases[:-1] * len(ids) + ids[n - 1 :]
+        _, firsts, phrases, counts = np.unique(
+            pairs, return_index=True, return_inverse=True, return_counts=True
+        )
         if n <= 4:
-            if _most_frequent(phrases, lengths, n) > most_frequent_limits[n] * len(text):
+            # The most frequent phrase, with the spaces between its words; of several the first.
+            count = int(counts.max())
+            first = int(firsts[counts == count].min())
+            n_characters = count * (int(lengths[first : first + n].sum()) + n - 1)
+            if n_characters > {2: 0.2, 3: 0.18, 4: 0.16}[n] * len(text):
                 return f"one phrase of {n} words is much of the text"
-        elif _repeats_cover(phrases, lengths, n, limit=(0.2 - n / 100) * len(text)):
+        elif _repeats_exceed((0.2 - n / 100) * len(text), phrases, firsts, lengths, n):
             return f"repeated phrases of {n} words"
     return ""
 
@@ -182,58 +189,25 @@ def _repeated(items: Sequence[str]) -> tuple[int, int]:
     return n_repeated, sum(n * len(item) for item, n in repeats)
 
 
-class _Phrases(NamedTuple):
-    """All phrases of n words, by the index of their first word."""
-
-    numbers: NDArray[np.int64]
-    """Equal for equal phrases."""
-    is_repeated: NDArray[np.bool_]
-    """Whether the phrase occurs more than once."""
-    repeats: NDArray[np.int64]
-    """Indices of all occurrences but the first."""
-    max_count: int
-    """Occurrences of the most frequent phrase."""
-
-
-def _extend(phrases: _Phrases, ids: NDArray[np.int64], n: int) -> _Phrases:
-    """Extend phrases of n - 1 words to `n` words; only repeated ones can be repeated again."""
-    n_phrases = len(ids) - n + 1
-    candidates = np.flatnonzero(phrases.is_repeated[:n_phrases])
-    keys = phrases.numbers[candidates] * len(ids) + ids[candidates + n - 1]
-    _, first, inverse, counts = np.unique(
-        keys, return_index=True, return_inverse=True, return_counts=True
-    )
-    numbers = -1 - np.arange(n_phrases)
-    numbers[candidates] = inverse
-    is_repeated = np.zeros(n_phrases, bool)
-    is_repeated[candidates] = counts[inverse] > 1
-    is_repeat = is_repeated.copy()
-    is_repeat[candidates[first]] = False
-    max_count = int(counts.max(initial=1))
-    return _Phrases(numbers, is_repeated, np.flatnonzero(is_repeat), max_count)
-
-
-def _most_frequent(phrases: _Phrases, lengths: NDArray[np.int64], n: int) -> int:
-    """Characters of all occurrences of the most frequent phrase, with the spaces between words; of
-    several, the phrase that occurs first."""
-    first = 0
-    if phrases.max_count > 1:
-        repeated = np.flatnonzero(phrases.is_repeated)
-        numbers = phrases.numbers[repeated]
-        first = repeated[np.argmax(np.bincount(numbers)[numbers] == phrases.max_count)]
-    return phrases.max_count * (int(lengths[first : first + n].sum()) + n - 1)
-
-
-def _repeats_cover(phrases: _Phrases, lengths: NDArray[np.int64], n: int, *, limit: float) -> bool:
-    """Whether non-overlapping repeats of phrases have more than `limit` characters."""
+def _repeats_exceed(
+    limit: float,
+    phrases: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    n: int,
+) -> bool:
+    """Whether non-overlapping repeats of phrases of n words have more than `limit` characters."""
     # The union of all repeats is an upper bound. It is usually small, which ends the check here.
+    is_repeat = np.ones(len(phrases), bool)
+    is_repeat[firsts] = False
+    repeats = np.flatnonzero(is_repeat)
     depth = np.zeros(len(lengths) + 1, np.int64)
-    np.add.at(depth, phrases.repeats, 1)
-    np.add.at(depth, phrases.repeats + n, -1)
+    np.add.at(depth, repeats, 1)
+    np.add.at(depth, repeats + n, -1)
     if lengths[np.cumsum(depth[:-1]) > 0].sum() <= limit:
         return False
 
-    numbers = phrases.numbers.tolist()
+    numbers = phrases.tolist()
     seen: set[int] = set()
     n_characters = position = 0
     while position < len(numbers):

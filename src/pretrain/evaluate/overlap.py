@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pretrain.corpus import read_documents
-from pretrain.corpus.bloom import BloomFilter
 from pretrain.corpus.overlap import (
+    BloomFilter,
     TextOverlap,
     corpus_ngram_filter,
     longest_matches,
