@@ -171,14 +171,13 @@ def test_errors_of_extend_and_anneal(
     assert "train.steps must be more than the 8 steps" in error
     assert "extend needs --train.steps N" in error_of(capsys, "extend", str(finished))
     error = error_of(capsys, "anneal", str(finished), "--train.steps", "16")
-    assert "has fallen to 0 already (wsd, final_fraction 0)" in error
+    assert "has reached 0 already (wsd, final_fraction 0)" in error
     assert "pretrain extend" in error
     error = error_of(capsys, "extend", str(finished), "--train.steps", "10")
-    assert "take train.steps 11 or more" in error
+    assert "train.steps must be at least 11" in error
     args = ["anneal", str(constant_lr), "--train.steps", "9", "--schedule.final_fraction", "1"]
-    assert "schedule.final_fraction 1 is not below the 1 of the peak rate" in error_of(
-        capsys, *args
-    )
+    error = error_of(capsys, *args)
+    assert "schedule.final_fraction 1 must be below the fraction of the peak" in error
     checkpoint = list_checkpoints(finished / "checkpoints")[-1]
     error = error_of(capsys, "anneal", str(checkpoint), "--train.steps", "16")
     assert "--train.init_from" in error

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import Layer, RunConfig, compose, read_file
 from pretrain.distributed import RENDEZVOUS_FILE, memory_bytes, n_processes
+from pretrain.run.directory import CONFIG
 from pretrain.runner.request import requested_file
 
 if TYPE_CHECKING:
@@ -58,16 +59,11 @@ class ProcessFailed(Exception):
         """the signal that killed the process, if any"""
 
 
-def must_launch(config: RunConfig) -> bool:
-    """Return whether this process has to start the run's processes (and is not one of them)."""
-    return config.parallel.processes > 1 and n_processes() == 1
-
-
 def n_processes_of_run(folder: Path, overrides: Layer) -> int:
     """Return the number of processes to start for a run that continues; 1 in one of them."""
     if n_processes() > 1:
         return 1
-    path = requested_file(folder) or folder / "config.yaml"
+    path = requested_file(folder) or folder / CONFIG
     stored = read_file(path) if path.is_file() else {}
     # Nothing but this number is read here: whether the rest fits the model is checked later.
     layers: list[Layer] = []

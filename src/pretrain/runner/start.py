@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pretrain.config import Layer, RunConfig, compose, read_file, to_yaml
 from pretrain.data.format import PreparedData
-from pretrain.distributed import leave_world, n_restarts
+from pretrain.distributed import leave_world, n_processes, n_restarts
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import replace_file
 from pretrain.parallel.config import ParallelConfig
@@ -68,7 +68,6 @@ from pretrain.runner.launch import (
     check_same_on_all_ranks,
     join_processes,
     launch,
-    must_launch,
     n_processes_of_run,
     naming_lost_ranks,
     open_world_of,
@@ -80,6 +79,7 @@ from pretrain.runner.previous import (
     repair_tokenizer,
     settings_of,
     with_schedule_history,
+    with_settings,
     write_changes,
 )
 from pretrain.runner.request import (
@@ -95,7 +95,6 @@ from pretrain.runner.request import (
     with_absolute_paths,
 )
 from pretrain.runner.text import Log, log_to, open_text, prepared_text
-from pretrain.train.config import Device
 from pretrain.train.signals import NO_PLANNED_STOP, PlannedStop
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ def _start_new(request: Request, stream: TextIO) -> RunResult:
         raise ValueError("--accept must come with --resume: a new run has nothing that changed")
     name, layers = read_target(request.target)
     config = compose_target(request.target, layers, request.overrides, rules=errors_of_machine)
-    if must_launch(config):
+    if config.parallel.processes > 1 and n_processes() == 1:
         folder = new_run_folder(name, request.folder)
         return _launch(request, folder, config.parallel.processes, stream)
     if n_restarts():
@@ -338,8 +337,8 @@ def _resolve_resumed(
 ) -> RunConfig:
     """Return the settings under which the run continues: with the accepted device and threads, the
     added steps, and an interval for in-loop tasks if it had none before."""
-    train = replace(requested.train, threads=world.threads, device=cast(Device, world.device.type))
-    config = replace(requested, train=train)
+    here = {"train.threads": world.threads, "train.device": world.device.type}
+    config = with_settings(requested, here)
     if extension is not None:
         before = config
         config = extended_config(config, extension, previous.step)
@@ -475,8 +474,8 @@ def _train(
 def _launch(request: Request, folder: Path, n: int, stream: TextIO) -> RunResult:
     """Launch `n` processes with the same request. One that failed after the run had started is
     restarted as a resume."""
-    resume_args = ["train", "--resume", "--run", str(folder)] + ["--json"] * request.json
     args = _command_line(request, folder)
+    resume_args = _command_line(Request(kind="resume", json=request.json), folder)
 
     def restart_args() -> list[str]:
         if request.kind == "new":
