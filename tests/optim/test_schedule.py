@@ -9,15 +9,22 @@ from typing import Any
 
 import pytest
 
-from pretrain.optim import ScheduleConfig, lr_fraction_at
-from pretrain.optim.schedule import LRSchedule, anneal, compare_schedules, extend, schedule_table
+from pretrain.optim import ScheduleConfig
+from pretrain.optim.schedule import (
+    LRSchedule,
+    anneal,
+    compare_schedules,
+    extend,
+    lr_fraction,
+    schedule_table,
+)
 
 NAMES = ["cosine", "linear", "wsd", "constant", "inverse_sqrt"]
 
 
 def fractions(name: str, steps: int = 100, warmup: int = 10, **changes: float) -> list[float]:
     config = ScheduleConfig(name=name, warmup_steps=warmup, **changes)  # type: ignore[arg-type]
-    return [lr_fraction_at(s, config=config, steps=steps) for s in range(steps)]
+    return [lr_fraction(s, config, steps) for s in range(steps)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,7 +140,10 @@ def test_old_and_new_lr_are_listed_at_12_steps() -> None:
         ({"origin_step": 5}, "are written by pretrain extend"),
         ({"anneal": True}, "are written by pretrain extend"),
         ({"start_fraction": math.nan}, "start_fraction is nan"),
-        ({"history": finished("wsd").history_until(100) * 2}, r"until the steps \[100, 100\]"),
+        (
+            {"history": finished("wsd").history_until(100) * 2},
+            r"to the steps \[100, 100\]; these must increase",
+        ),
     ],
 )
 def test_an_impossible_history_is_rejected(wrong: dict[str, Any], message: str) -> None:

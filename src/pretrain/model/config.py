@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pretrain.model.families import (
     FAMILIES,
@@ -188,7 +188,15 @@ class ModelConfig(Checked):
         """Return whether a part of each block has biases; rms norms never have."""
         if part == "norm":
             return self.norm == "layer" and self.bias != "none"
-        return self.bias in ("all", part)
+        match self.bias:
+            case "none":
+                return False
+            case "all":
+                return True
+            case "feed_forward" | "query_key_value":
+                return part == self.bias
+            case _:
+                assert_never(self.bias)
 
     @property
     def window_tokens(self) -> int:

@@ -47,13 +47,13 @@ Values = dict[str, Any]
 
 
 def transformer(**sizes: Any) -> Values:
-    """The decoder of "Attention Is All You Need" (Vaswani et al., 2017), without the attention to
-    an encoder.
+    """The decoder of "Attention Is All You Need" (Vaswani et al., 2017), without attention to an
+    encoder.
 
-    Sections 3.1 to 3.5 and 5.4: the norm after the sum, ReLU, sinusoids, embeddings times
-    sqrt(d_model) and shared with the head, dropout on the sums of embeddings and positions and on
-    the output of each branch, not on attention weights. Projections of attention have no biases
-    there. Initial weights are those of the authors' code (tensor2tensor).
+    Sections 3.1 to 3.5 and 5.4: post-norm, ReLU, sinusoids, embeddings times sqrt(d_model) and
+    tied to the head, dropout on the sums of embeddings and positions and on the output of each
+    branch, not on attention weights; attention projections without biases. Initial weights are
+    those of the authors' code (tensor2tensor).
     """
     return {
         "family": "transformer",
@@ -73,8 +73,8 @@ def transformer(**sizes: Any) -> Values:
 
 def gpt(**sizes: Any) -> Values:
     """GPT: "Improving Language Understanding by Generative Pre-Training" (Radford et al., 2018),
-    section 4.1: post-norm and no norm at the end, learned positions, GELU, N(0, 0.02), dropout of
-    0.1 on embeddings, attention and branches."""
+    section 4.1: post-norm, learned positions, GELU, N(0, 0.02), dropout of 0.1 on embeddings,
+    attention weights and branches."""
     return {
         "family": "gpt",
         "norm": "layer",
@@ -90,8 +90,8 @@ def gpt(**sizes: Any) -> Values:
 
 def gpt2(**sizes: Any) -> Values:
     """GPT-2: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section
-    2.3: pre-norm, one more norm at the end, first weights of residual branches over the root of
-    their number. Dropout, which the paper does not mention, is 0."""
+    2.3: pre-norm, initial weights of residual branches divided by the root of their number. The
+    paper does not mention dropout; it is 0."""
     return {
         "family": "gpt2",
         "norm": "layer",
@@ -106,7 +106,7 @@ def gpt2(**sizes: Any) -> Values:
 
 def llama(**sizes: Any) -> Values:
     """Llama: "LLaMA: Open and Efficient Foundation Language Models" (Touvron et al., 2023), section
-    2.2: RMSNorm before each branch, SwiGLU, rotary positions. First weights are not published; they
+    2.2: pre-norm with RMSNorm, SwiGLU, rotary positions. Initial weights are not published; they
     are N(0, 0.02), as in transformers."""
     return {
         "family": "llama",
@@ -120,12 +120,12 @@ def llama(**sizes: Any) -> Values:
 
 
 def fast(*, size: int = 2, **changes: Any) -> Values:
-    """The project's own: what trains fastest on little hardware; all its sizes follow from one.
+    """This project's own family: the choices that train fastest on little hardware.
 
     Squared ReLU: "Primer" (So et al., 2021); norm of the embedding: "8-bit Optimizers via
     Block-wise Quantization" (Dettmers et al., 2022); norms of queries and keys: "Query-Key
-    Normalization for Transformers" (Henry et al., 2020); residual branches that start at zero:
-    "Fixup Initialization" (Zhang et al., 2019).
+    Normalization for Transformers" (Henry et al., 2020); residual branches of 0 at the start:
+    "Fixup Initialization" (Zhang et al., 2019); n-gram and induction embeddings: `ngrams`.
     """
     return {
         "family": "fast",
@@ -147,8 +147,8 @@ def fast(*, size: int = 2, **changes: Any) -> Values:
 
 
 def sizes_of(size: int) -> Values:
-    """The one dial of `fast`: its layers. Heads are 64 wide, and there is one more of them than of
-    layers: on a CPU small models do better wide than deep (docs/notebook)."""
+    """All sizes of `fast` from its number of layers: one more head than layers, each 64 wide, since
+    on a CPU small models are better wide than deep (docs/notebook)."""
     return {"n_layers": size, "n_heads": size + 1, "d_model": 64 * (size + 1)}
 
 
@@ -172,14 +172,14 @@ def _llama3(n_layers: int, n_heads: int, d_model: int, d_ff: int, **rest: Any) -
     return {"family": "llama", **sizes, **grouped, **rest}
 
 
-# Llama 3.1 stretched positions from 8,192 to 131,072; 3.2 stretched them more.
+# Llama 3.1 scaled the context from 8,192 to 131,072 positions, 3.2 with a larger factor.
 _LONG = {"context_length": 131_072, "rope_factor": 8.0}
 _LONG_AND_TIED = {"context_length": 131_072, "rope_factor": 32.0, "tied_head": True}
 
-# Sizes: table 3 of "Attention Is All You Need" (2017); section 4.1 of the GPT paper (2018); table 2
-# of the GPT-2 paper (2019); table 2 of LLaMA (2023); table 1 and appendix of "Llama 2" (2023);
-# table 3 of "The Llama 3 Herd of Models" (2024); widths of feed-forward layers, norm epsilons and
-# all of 3.2 from the published params.json. The vocabulary is the tokenizer's, never the preset's.
+# Published sizes: table 3 of "Attention Is All You Need" (2017); section 4.1 of the GPT paper
+# (2018); table 2 of the GPT-2 paper (2019); table 2 of LLaMA (2023); table 1 and appendix of
+# "Llama 2" (2023); table 3 of "The Llama 3 Herd of Models" (2024); feed-forward widths, norm
+# epsilons and all of 3.2 from the published params.json. The vocabulary is the tokenizer's.
 PRESETS: dict[str, Values] = {
     "transformer-base": _sized("transformer", 6, 8, 512),
     "transformer-big": _sized("transformer", 6, 16, 1024, dropout=0.3),

@@ -15,13 +15,13 @@ from pretrain import lazily
 if TYPE_CHECKING:
     from pretrain.optim.config import OptimizerConfig, ScheduleConfig
     from pretrain.optim.param_groups import build_optimizer, clip_gradients
-    from pretrain.optim.schedule import lr_at, lr_fraction_at
+    from pretrain.optim.schedule import lr_at
 
 __getattr__ = lazily(
     __name__,
     config="OptimizerConfig ScheduleConfig",
     param_groups="build_optimizer clip_gradients",
-    schedule="lr_at lr_fraction_at",
+    schedule="lr_at",
 )
 __all__ = [
     "OptimizerConfig",
@@ -29,5 +29,4 @@ __all__ = [
     "build_optimizer",
     "clip_gradients",
     "lr_at",
-    "lr_fraction_at",
 ]

@@ -17,14 +17,15 @@ from pretrain.optim.config import ScheduleConfig, ScheduleSegment
 def lr_at(step: int, *, config: ScheduleConfig, learning_rate: float, steps: int) -> float:
     """Return the learning rate of update `step` (from 0) of `steps`.
 
-    `learning_rate` is the peak; for a step of an earlier schedule it is that schedule's peak.
+    `learning_rate` is the peak; a step of an earlier schedule has that schedule's peak.
     """
-    segment = _segment_at(step, config)
-    peak = learning_rate if segment is None else segment.learning_rate
-    return peak * lr_fraction_at(step, config=config, steps=steps)
+    for segment in config.history:
+        if step < segment.until_step:
+            return segment.learning_rate * lr_fraction(step, segment, segment.steps)
+    return learning_rate * lr_fraction(step, config, steps)
 
 
-def lr_fraction_at(step: int, *, config: ScheduleConfig, steps: int) -> float:
+def lr_fraction(step: int, shape: ScheduleConfig | ScheduleSegment, steps: int) -> float:
     """Return the learning rate of update `step` (from 0) of `steps` as a fraction of the peak.
 
     It is in [0, 1], or above 1 while a run descends from a rate above a new, lower peak. Cosine:
@@ -32,18 +33,6 @@ def lr_fraction_at(step: int, *, config: ScheduleConfig, steps: int) -> float:
     Is All You Need" (Vaswani et al., 2017), scaled to a peak of 1 at the end of the warm-up;
     annealing to zero: MiniCPM and "2 OLMo 2 Furious" (OLMo team, 2025).
     """
-    segment = _segment_at(step, config)
-    if segment is None:
-        return _decay_shape(step, config, steps)
-    return _decay_shape(step, segment, segment.steps)
-
-
-def _segment_at(step: int, config: ScheduleConfig) -> ScheduleSegment | None:
-    """Return the earlier schedule that `step` belongs to; None for the current one."""
-    return next((segment for segment in config.history if step < segment.until_step), None)
-
-
-def _decay_shape(step: int, shape: ScheduleConfig | ScheduleSegment, steps: int) -> float:
     step -= shape.origin_step
     steps -= shape.origin_step
     start, floor = shape.start_fraction, shape.final_fraction
