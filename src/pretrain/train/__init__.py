@@ -25,12 +25,4 @@ __getattr__ = lazily(
     state="Run open_run",
     step="StepReport train_step training_steps",
 )
-__all__ = [
-    "Run",
-    "StepReport",
-    "TrainConfig",
-    "open_run",
-    "train",
-    "train_step",
-    "training_steps",
-]
+__all__ = ["Run", "StepReport", "TrainConfig", "open_run", "train", "train_step", "training_steps"]

@@ -58,7 +58,7 @@ def train(run: Run) -> int:
             )
             stop.immediate = False  # from now on there is a step to save
 
-            anomaly = run.spike_detector.check(gradients.loss, gradients.grad_norm)
+            anomaly = run.spike_detector.check(gradients.nats_per_token, gradients.grad_norm)
             action = "update" if anomaly is None else on_anomaly(run, anomaly, gradients)
             if action == "roll back":
                 roll_back(run)  # run.step is an earlier one now
@@ -106,14 +106,14 @@ def on_anomaly(run: Run, anomaly: Anomaly, gradients: Gradients) -> Action:
             run.folder,
             step=step,
             anomaly=anomaly,
-            loss=gradients.loss,
+            loss=gradients.nats_per_token,
             grad_norm=gradients.grad_norm,
             gradient_norms=unclipped(norms, clip=clip, grad_norm=gradients.grad_norm),
             documents=documents_of_batch(run),
             log=run.log.metrics(),
         )
     message = (
-        f"step {step:,}: the loss is {gradients.loss:.3f}, the gradient norm "
+        f"step {step:,}: the loss is {gradients.nats_per_token:.3f}, the gradient norm "
         f"{gradients.grad_norm:.3g}"
     )
     if anomaly.kind == SPIKE:
@@ -155,19 +155,19 @@ def log_step(
     """
     run.step += 1
     run.train_seconds += seconds
-    run.spike_detector.record(gradients.loss, anomaly)
+    run.spike_detector.record(gradients.nats_per_token, anomaly)
     n_bytes, checksum = run.sum_over_readers()
     bits_per_byte = gradients.nats / math.log(2) / n_bytes if n_bytes else math.nan
     record = {
         "kind": "train",
         "step": run.step,
         "tokens": run.tokens,
-        "loss": gradients.loss,
+        "loss": gradients.nats_per_token,
         "bits_per_byte": bits_per_byte,
         "learning_rate": lr,
         "grad_norm": gradients.grad_norm,
         "ids": checksum,
-        "tokens_per_second": gradients.n_targets / seconds,
+        "tokens_per_second": gradients.count / seconds,
         "seconds": run.train_seconds,
         "epoch": run.epochs,
         **run.batches.source_tokens(run.step),
@@ -179,7 +179,7 @@ def log_step(
     is_not_finite = anomaly is not None and anomaly.kind == NOT_FINITE
     if is_not_finite and run.spike_detector.in_a_row >= MOST_IN_A_ROW:
         raise ValueError(
-            f"step {run.step:,}: the loss is {gradients.loss}, the gradient norm "
+            f"step {run.step:,}: the loss is {gradients.nats_per_token}, the gradient norm "
             f"{gradients.grad_norm}, for the {MOST_IN_A_ROW}th step in a row, none of which made "
             f"an update; a lower optimizer.learning_rate (now {lr:.1e}) or a longer "
             "schedule.warmup_steps may help. The last checkpoint is intact."
@@ -187,10 +187,10 @@ def log_step(
     run.console.step(
         run.step,
         run.n_steps,
-        loss=gradients.loss,
+        loss=gradients.nats_per_token,
         bits_per_byte=bits_per_byte,
         lr=lr,
-        tokens_per_second=gradients.n_targets / seconds,
+        tokens_per_second=gradients.count / seconds,
     )
 
 

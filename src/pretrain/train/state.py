@@ -40,19 +40,9 @@ from pretrain.parallel import ParallelModel
 from pretrain.run import identity
 from pretrain.run.directory import CHECKPOINTS, METRICS, POST_MORTEMS, CannotSave
 from pretrain.run.log import BestEvaluation, RunLog
-from pretrain.train.build import (
-    TrainingBatches,
-    build_model,
-    build_run_optimizer,
-    training_batches,
-)
+from pretrain.train.build import TrainingBatches, build_model, build_run_optimizer, training_batches
 from pretrain.train.console import Console
-from pretrain.train.monitor import (
-    MOST_ROLLBACKS,
-    SpikeDetector,
-    StragglerDetector,
-    rollbacks_of,
-)
+from pretrain.train.monitor import MOST_ROLLBACKS, SpikeDetector, StragglerDetector, rollbacks_of
 from pretrain.train.signals import NO_PLANNED_STOP, PlannedStop, kill_this_process
 
 # A disk that fails once may have space again at the next checkpoint; after this many failures in a

@@ -24,23 +24,35 @@ from pretrain.parallel import ParallelModel
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Loss and gradient norm of a step, whose gradients are stored on the parameters."""
+    """What a forward and backward pass computed; the gradients themselves are on the parameters."""
 
     nats: float
-    """sum of -log p over the targets of all processes"""
-    n_targets: int
+    """sum of -log p over the step's targets, of all processes"""
+    count: int
+    """number of valid targets"""
     grad_norm: float
     """norm of the gradient of nats per target, before clipping"""
 
     @property
-    def loss(self) -> float:
-        """Nats per target; 0 for a batch without valid targets."""
-        return self.nats / self.n_targets if self.n_targets else 0.0
+    def nats_per_token(self) -> float:
+        """The loss; 0 for a batch without valid targets."""
+        return self.nats / self.count if self.count else 0.0
 
     @property
     def are_usable(self) -> bool:
         """Whether an update may be made: there are targets, and everything is finite."""
-        return self.n_targets > 0 and math.isfinite(self.nats) and math.isfinite(self.grad_norm)
+        return self.count > 0 and math.isfinite(self.nats) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport(Gradients):
+    """What one step computed, before its update."""
+
+    step: int
+    """number of the step, from 0"""
+    learning_rate: float
+    updated: bool
+    """False if the gradients were not usable: weights and optimizer are unchanged then"""
 
 
 def compute_gradients(
@@ -59,11 +71,11 @@ def compute_gradients(
         sums = model.run_schedule(micro_batches, precision)
     else:
         sums = forward_backward(model, micro_batches, precision)
-    nats, n_targets = model.reduce_step(*sums)
+    nats, count = model.reduce_step(*sums)
     gradients = gradient_values(parameter for _, parameter in model.named_parameters())
-    torch._foreach_div_(gradients, max(1, n_targets) / model.grad_divisor)
+    torch._foreach_div_(gradients, max(1, count) / model.grad_divisor)
     grad_norm = model.clip(clip)
-    return Gradients(nats, n_targets, grad_norm)
+    return Gradients(nats, count, grad_norm)
 
 
 def forward_backward(
@@ -74,10 +86,10 @@ def forward_backward(
     losses, counts = [], []
     for micro_batch, is_last in with_last(micro_batches):
         with model.reduce_gradients(now=is_last):
-            loss, n_targets = model.loss(micro_batch, precision)  # a sum of nats
+            loss, count = model.loss(micro_batch, precision)  # loss is a sum of nats
             loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        counts.append(n_targets)
+        counts.append(count)
     return torch.stack(losses).sum(), torch.stack(counts).sum()
 
 
@@ -94,28 +106,6 @@ def with_last(micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch,
 def as_parallel(model: LMLoss | ParallelModel, world: World) -> ParallelModel:
     """Wrap a loss module that is not distributed."""
     return ParallelModel(model, world) if isinstance(model, LMLoss) else model
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one step computed."""
-
-    step: int
-    """number of the step, from 0"""
-    nats: float
-    """sum of -log p over the step's targets, before the update"""
-    count: int
-    """number of valid targets"""
-    learning_rate: float
-    grad_norm: float
-    """norm of the gradient of nats per target, before clipping"""
-    updated: bool = True
-    """False if loss or gradient were not finite or there was no target: weights and optimizer are
-    unchanged then"""
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.count if self.count else 0.0
 
 
 def train_step(
@@ -140,7 +130,12 @@ def train_step(
     if gradients.are_usable:
         optimizer.step()
     return StepReport(
-        step, gradients.nats, gradients.n_targets, lr, gradients.grad_norm, gradients.are_usable
+        nats=gradients.nats,
+        count=gradients.count,
+        grad_norm=gradients.grad_norm,
+        step=step,
+        learning_rate=lr,
+        updated=gradients.are_usable,
     )
 
 
