@@ -1,4 +1,4 @@
-"""Write docs/reference/settings.md, commands.md and api.md from the package itself.
+"""Write docs/reference/{settings,commands,api,metrics,resume-checks}.md from the package itself.
 
 python scripts/make_reference.py [--check]
 
@@ -22,6 +22,8 @@ import pretrain
 from pretrain.cli import COMMANDS
 from pretrain.cli.options import field_docstrings
 from pretrain.config import SECTIONS, default_of
+from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
+from pretrain.runner.checks import describe_resume_checks
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/make_reference.py; edit the source, then run `make docs`. -->"
@@ -30,7 +32,14 @@ GENERATED = "<!-- Written by scripts/make_reference.py; edit the source, then ru
 def main(arguments: list[str]) -> int:
     """Write or check the pages; return the exit code."""
     stale = []
-    for name, text in (("settings", settings()), ("commands", commands()), ("api", api())):
+    pages = {
+        "settings": settings(),
+        "commands": commands(),
+        "api": api(),
+        "metrics": metrics(),
+        "resume-checks": resume_checks(),
+    }
+    for name, text in pages.items():
         path = FOLDER / f"{name}.md"
         if "--check" not in arguments:
             path.write_text(text, encoding="utf-8")
@@ -76,7 +85,7 @@ def type_text(hint: Any) -> str:
     """Return a type as a reader of a table wants it: `int`, a choice of values, with its range."""
     if typing.get_origin(hint) is typing.Annotated:
         base, *extras = typing.get_args(hint)
-        return ", ".join([type_text(base), *map(str, extras)])
+        return f"{type_text(base)}; {', '.join(each.expected for each in extras)}"
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     options = [option for option in typing.get_args(hint) if option is not type(None)]
@@ -104,6 +113,36 @@ def commands() -> str:
         )
         text = done.stdout.partition("\nsettings, in a config file")[0].strip()
         lines += ["", f"## {name}", "", "```text", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def metrics() -> str:
+    """Return the page of the keys of metrics.jsonl and samples.jsonl."""
+    lines = ["# Keys of metrics.jsonl and samples.jsonl", "", GENERATED, ""]
+    lines.append(
+        "A line of metrics.jsonl has a `kind`, and the keys of that kind. Steps count from 1: step"
+        " N is the state after N updates."
+    )
+    for kind, keys in [*METRICS_KEYS.items(), ("samples.jsonl", SAMPLES_KEYS)]:
+        lines += ["", f"## {kind}", "", "| key | meaning |", "|---|---|"]
+        lines += [f"| `{key}` | {meaning} |" for key, meaning in keys.items()]
+    return "\n".join(lines) + "\n"
+
+
+def resume_checks() -> str:
+    """Return the page of the checks of a resume, in their order."""
+    lines = [
+        "# What a resume checks",
+        "",
+        GENERATED,
+        "",
+        "`pretrain train --resume` makes these checks, in this order, before its first step. They"
+        " are the functions of `runner/checks.py`; a failed one is an error that says what differs"
+        " and what to do ([resume after a crash](../how-to/resume.md)).",
+        "",
+    ]
+    for number, (name, description) in enumerate(describe_resume_checks().items(), start=1):
+        lines.append(f"{number}. **{name}**: {description}")
     return "\n".join(lines) + "\n"
 
 

@@ -16,16 +16,17 @@ MOST_LINES_OF_A_FILE = 600
 MOST_LINES_OF_A_FUNCTION = 80
 # Of all of src, blank lines and comments included. It only falls, except by the budget that an
 # issue brings for a new capability.
-MOST_LINES = 27_300
+MOST_LINES = 28_500
 
-BANNED_WORDS = frozenset(
-    {"utils", "helpers", "common", "misc", "base", "manager", "wrapper", "process", "handle"}
-)
+BANNED_WORDS = frozenset({"utils", "helpers", "common", "misc", "manager", "wrapper", "handle"})
+# At the beginning of a name they say nothing: process_batch, BaseModel. Elsewhere they are terms:
+# single_process, base_width.
+BANNED_FIRST_WORDS = re.compile(r"_*(process_|process$|Base(?![a-z])|base$)")
 # Methods that a standard library class calls by these names.
 FOREIGN_NAMES = frozenset({"handle_starttag", "handle_endtag", "handle_startendtag", "handle_data"})
 
-MAY_USE_TORCH_DISTRIBUTED = frozenset({"distributed", "parallel", "checkpoint", "compat"})
-MAY_READ_ENVIRONMENT = frozenset({"distributed", "cli", "runner", "selftest"})
+MAY_USE_TORCH_DISTRIBUTED = frozenset({"distributed", "parallel", "checkpoint", "compat", "runner"})
+MAY_READ_ENVIRONMENT = frozenset({"distributed", "evaluate", "cli", "runner", "selftest"})
 
 UNSAFE_MODULES = frozenset(
     {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -104,7 +105,8 @@ def banned_names(module: Module) -> list[str]:
     return [
         f"{module.name}:{line} {name} holds a word that says nothing"
         for name, line in names
-        if name not in FOREIGN_NAMES and BANNED_WORDS.intersection(words_of(name))
+        if name not in FOREIGN_NAMES
+        and (BANNED_WORDS.intersection(words_of(name)) or BANNED_FIRST_WORDS.match(name))
     ]
 
 
@@ -135,7 +137,7 @@ def cuda_calls(module: Module) -> list[str]:
 
 
 def environment_reads(module: Module) -> list[str]:
-    """Name reads of environment variables outside distributed.py, runner, selftest and cli."""
+    """Name reads of environment variables outside the packages that may read them."""
     if module.room in MAY_READ_ENVIRONMENT:
         return []
     forbidden = {f"os.{name}" for name in ("environ", "environb", "getenv", "putenv")}
@@ -165,11 +167,20 @@ def unsafe_code(module: Module) -> list[str]:
 
 
 def posix_imports(module: Module) -> list[str]:
-    """Name imports at module level of what only POSIX systems have."""
+    """Name imports at module level of what only POSIX systems have, but in a try statement."""
+    guarded = {
+        child.lineno
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Try)
+        for child in ast.walk(node)
+        if isinstance(child, ast.Import | ast.ImportFrom)
+    }
     return [
         f"{module.name}:{found.line} imports {found.target} at module level; Windows has none"
         for found in imports_of(module)
-        if not found.lazy and found.target.split(".")[0] in POSIX_MODULES
+        if not found.lazy
+        and found.target.split(".")[0] in POSIX_MODULES
+        and found.line not in guarded
     ]
 
 

@@ -193,7 +193,7 @@ def test_resume_makes_the_listed_checks_in_their_order(
         return call
 
     of_open_run = ("check_disk", "restore", "load_log")
-    listed = [name for name in checks.RESUME_CHECKS if name not in of_open_run]
+    listed = [name for name in checks.describe_resume_checks() if name not in of_open_run]
     for name in listed:
         monkeypatch.setattr(start, name, recorded(name, getattr(start, name)))
     assert resume(run) == 0
@@ -202,4 +202,6 @@ def test_resume_makes_the_listed_checks_in_their_order(
     called.clear()
     assert resume(run) == 0
     assert called == listed[: listed.index(only_if_finished) + 1]
-    assert all(description.endswith(".") for description in checks.RESUME_CHECKS.values())
+    assert all(
+        description.endswith(".") for description in checks.describe_resume_checks().values()
+    )

@@ -176,12 +176,7 @@ def check_fits_text(config: RunConfig, data: PreparedData) -> None:
     check_batch(config.model, config.train, n_tokens=data.min_source_tokens)
 
 
-def _description(check: Callable[..., Any]) -> str:
-    """Return the first paragraph of a docstring as one line."""
-    return " ".join((inspect.getdoc(check) or "").partition("\n\n")[0].split())
-
-
-_IN_ORDER: tuple[Callable[..., Any], ...] = (
+RESUME_CHECKS: tuple[Callable[..., Any], ...] = (
     read_run_config,
     requested_config,
     check_axes,
@@ -197,11 +192,20 @@ _IN_ORDER: tuple[Callable[..., Any], ...] = (
     repair_tokenizer,
     check_same_on_all_ranks,
 )
-RESUME_CHECKS: Mapping[str, str] = {
-    **{check.__name__: _description(check) for check in _IN_ORDER},
-    # Of train.state.open_run.
+"""The checks of a resume in the order in which they are made."""
+
+CHECKS_WHILE_LOADING: Mapping[str, str] = {
     "check_disk": "The disk has space for the next checkpoints.",
     "restore": "Every byte of weights and optimizer state is as it was saved.",
     "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts with.",
 }
-"""The checks of a resume in the order in which they are made: name -> description."""
+"""Those that `train.state.open_run` makes after them."""
+
+
+def describe_resume_checks() -> dict[str, str]:
+    """Return all checks of a resume in order, name -> description, for the documentation."""
+    described = {}
+    for check in RESUME_CHECKS:
+        first_paragraph = (inspect.getdoc(check) or "").partition("\n\n")[0]
+        described[check.__name__] = " ".join(first_paragraph.split())
+    return {**described, **CHECKS_WHILE_LOADING}
