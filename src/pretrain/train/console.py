@@ -90,21 +90,12 @@ class Console:
             yield
         self._bar = None
 
-    def step(
-        self,
-        step: int,
-        steps: int,
-        *,
-        loss: float,
-        bits_per_byte: float,
-        lr: float,
-        tokens_per_second: float,
-    ) -> None:
-        """Show that step `step` (from 1) of `steps` was made."""
+    def step(self, record: Mapping[str, Any], *, steps: int) -> None:
+        """Show a step's line of metrics.jsonl, of `steps` in all."""
+        step = record["step"]
+        facts = f"loss {record['loss']:.3f} | {record['bits_per_byte']:.3f} bits/byte"
         if self._bar is not None:
-            facts = (
-                f"loss {loss:.3f} | {bits_per_byte:.3f} bits/byte | {tokens_per_second:,.0f} tok/s"
-            )
+            facts += f" | {record['tokens_per_second']:,.0f} tok/s"
             self._bar.update(self._task, completed=step, facts=facts)
             return
         now = time.monotonic()
@@ -112,23 +103,17 @@ class Console:
             return
         self._last_line = now
         self.line(
-            f"step {step:>6,}/{steps:,} | loss {loss:.3f} | {bits_per_byte:.3f} bits/byte | "
-            f"{tokens_per_second:>7,.0f} tok/s | lr {lr:.1e}"
+            f"step {step:>6,}/{steps:,} | {facts} | {record['tokens_per_second']:>7,.0f} tok/s | "
+            f"lr {record['learning_rate']:.1e}"
         )
 
-    def evaluation(
-        self,
-        step: int,
-        *,
-        nats_per_token: float,
-        bits_per_byte: float,
-        left_seconds: float,
-        best: bool,
-    ) -> None:
-        mark = ", the best so far" if best else ""
+    def evaluation(self, record: Mapping[str, Any], *, left_seconds: float, is_best: bool) -> None:
+        """Show an evaluation's line of metrics.jsonl."""
+        mark = ", the best so far" if is_best else ""
         self.line(
-            f"step {step:>6,} | held-out text: {nats_per_token:.3f} nats/token, "
-            f"{bits_per_byte:.3f} bits/byte{mark} | {duration(left_seconds)} left",
+            f"step {record['step']:>6,} | held-out text: {record['val_nats_per_token']:.3f} "
+            f"nats/token, {record['val_bits_per_byte']:.3f} bits/byte{mark} | "
+            f"{duration(left_seconds)} left",
             style="bold",
         )
 

@@ -62,25 +62,19 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
     if score is None:
         return False
     is_best = run.best.update(run.step, score.nats_per_token)
-    run.log.append_metrics(
-        {
-            "kind": "evaluate",
-            "step": run.step,
-            "tokens": run.tokens,
-            "val_nats_per_token": score.nats_per_token,
-            "val_perplexity": score.perplexity,
-            "val_bits_per_byte": score.bits_per_byte,
-            "val_tokens": score.tokens,
-            "seconds": run.train_seconds,
-        }
-    )
-    run.console.evaluation(
-        run.step,
-        nats_per_token=score.nats_per_token,
-        bits_per_byte=score.bits_per_byte,
-        left_seconds=(run.n_steps - run.step) * run.train_seconds / run.step,
-        best=is_best,
-    )
+    record = {
+        "kind": "evaluate",
+        "step": run.step,
+        "tokens": run.tokens,
+        "val_nats_per_token": score.nats_per_token,
+        "val_perplexity": score.perplexity,
+        "val_bits_per_byte": score.bits_per_byte,
+        "val_tokens": score.tokens,
+        "seconds": run.train_seconds,
+    }
+    run.log.append_metrics(record)
+    left_seconds = (run.n_steps - run.step) * run.train_seconds / run.step
+    run.console.evaluation(record, left_seconds=left_seconds, is_best=is_best)
     _write_sample(run)
     return is_best
 

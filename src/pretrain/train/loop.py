@@ -184,14 +184,7 @@ def log_step(
             f"an update; a lower optimizer.learning_rate (now {lr:.1e}) or a longer "
             "schedule.warmup_steps may help. The last checkpoint is intact."
         )
-    run.console.step(
-        run.step,
-        run.n_steps,
-        loss=gradients.nats_per_token,
-        bits_per_byte=bits_per_byte,
-        lr=lr,
-        tokens_per_second=gradients.count / seconds,
-    )
+    run.console.step(record, steps=run.n_steps)
 
 
 def final_evaluation_is_missing(run: Run) -> bool:

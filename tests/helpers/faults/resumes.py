@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import pretrain.checkpoint.retention as retention
 import pretrain.checkpoint.save as saver_page
 import pretrain.train.eval_hooks as eval_hooks_page
 import pretrain.train.loop as loop_page
+import pretrain.train.state as state_page
 from faults.table import Row, Unrecovered
 from faults.tiny_runs import (
     EVALUATE_EVERY,
@@ -53,7 +53,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "save": (saver_page, "save_checkpoint", STEPS // SAVE_EVERY + 2),
     "rename": (saver_page, "_rename", STEPS // SAVE_EVERY + 2),
     "verification": (saver_page, "verify_saved", STEPS // SAVE_EVERY + 2),
-    "deletion": (retention, "prune", STEPS // SAVE_EVERY + 2),
+    "deletion": (state_page, "prune", STEPS // SAVE_EVERY + 2),
     "summary": (loop_page, "write_json", 2),
 }
 KILL_POINTS = [(place, n) for place, (_, _, times) in PLACES.items() for n in range(1, times + 1)]
