@@ -1,7 +1,8 @@
 """A request -> a running loop, and MODEL -> a loaded model: what is above `train` and below `cli`.
 
-`request` turns a target and settings into a config and a folder; `launch` starts or joins
-processes; `text` opens the prepared text; `open` loads a model for use.
+`start` starts, resumes and extends runs: from a target and settings (`request`), on prepared text
+(`text`), in one process or several (`launch`). `checks` lists what a resume checks, `previous` has
+the run as it was, `extend` more steps for a finished one. `open` loads a model for use.
 """
 
 from __future__ import annotations

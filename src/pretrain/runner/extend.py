@@ -6,7 +6,7 @@ checkpoint, and a mixture whose seen samples would be others in a longer run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from pretrain.runner.previous import (
     is_finished,
     lr_schedule_of,
     settings_of,
-    with_lr_schedule,
     with_settings,
 )
 
@@ -137,7 +136,13 @@ def extended_config(config: RunConfig, extension: Extension, done: int) -> RunCo
         new = extend(old, start_step=done, steps=extension.steps, overrides=schedule)
     else:
         new = anneal(old, start_step=done, steps=extension.steps, **schedule)
-    return with_lr_schedule(with_settings(config, train), new)
+    config = with_settings(config, train)
+    return replace(
+        config,
+        schedule=new.schedule,
+        optimizer=replace(config.optimizer, learning_rate=new.learning_rate),
+        train=replace(config.train, steps=new.steps),
+    )
 
 
 def last_checkpoint(folder: Path) -> Checkpoint:

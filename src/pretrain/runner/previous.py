@@ -72,16 +72,6 @@ def lr_schedule_of(config: RunConfig) -> LRSchedule:
     return LRSchedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
 
 
-def with_lr_schedule(config: RunConfig, lr_schedule: LRSchedule) -> RunConfig:
-    """Return the config with other learning rates, and the number of steps that they are for."""
-    return replace(
-        config,
-        schedule=lr_schedule.schedule,
-        optimizer=replace(config.optimizer, learning_rate=lr_schedule.learning_rate),
-        train=replace(config.train, steps=lr_schedule.steps),
-    )
-
-
 def is_finished(folder: Path, config: RunConfig) -> bool:
     """Return whether nothing is left to train: there is a summary, and it is not older than an
     extension that was already written into the config."""
@@ -89,9 +79,8 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
         return False
     history, n_steps = config.schedule.history, config.train.steps
     assert n_steps is not None
-    if not history:
-        return True
-    return not read_json(folder / SUMMARY)["steps"] <= history[-1].until_step < n_steps
+    was_extended = history and read_json(folder / SUMMARY)["steps"] <= history[-1].until_step
+    return not (was_extended and history[-1].until_step < n_steps)
 
 
 # --- the run at its checkpoint -----------------------------------------------------------------
