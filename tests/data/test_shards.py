@@ -96,6 +96,15 @@ def test_short_reads_are_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(stream.read(5, 5005), expected)
 
 
+def test_ids_are_read_where_the_system_cannot_read_by_position(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_prepared(folder).split("train")
+    expected = stream.read(5, 5005)
+    monkeypatch.delattr(os, "pread", raising=False)
+    assert np.array_equal(stream.read(5, 5005), expected)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_ids_that_were_read_do_not_stay_in_memory(tmp_path: Path) -> None:
     def resident() -> int:

@@ -1,8 +1,8 @@
 """`python -m faults short|ci|full [PART...] [--seed N] [--on FOLDER]`: run it, print the table.
 
-Exit code 1 if a fault was not survived, or did not land. Files lie in memory (/dev/shm) where there
-is such a place: a process that is killed leaves the same files on any disk, and what a disk loses
-with its power is played through by `crash_states`.
+Exit code 1 if a fault was not survived, or did not happen as planned. Files are in memory
+(/dev/shm) if possible: a process that is killed leaves the same files on any disk, and what a disk
+loses with its power is simulated by `crash_states`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from faults.table import Row, Unrecovered, render, surroundings
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much of each part."""
+    """The size of each part."""
 
     kills: int
     torch_kills: int
@@ -96,12 +96,12 @@ def _disks(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
 
 
 def _rivals(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
-    yield from rivals.meet(scratch, every=size.one_signal_in)
+    yield from rivals.run_all(scratch, every=size.one_signal_in)
 
 
 def _configs(scratch: Path, size: Size, seed: int) -> Iterator[Row]:
-    yield configs.refuse_all(scratch, every=size.one_config_in)
-    yield configs.refuse_absurd_sizes(scratch)
+    yield configs.reject_all(scratch, every=size.one_config_in)
+    yield configs.reject_absurd_sizes(scratch)
 
 
 PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
@@ -118,7 +118,7 @@ PARTS: dict[str, Callable[[Path, Size, int], Iterator[Row]]] = {
 
 
 def run_part(name: str, size: Size, *, seed: int, on: Path | None = None) -> Iterator[Row]:
-    """The rows of one part as they come; a fault that was not survived is one of them."""
+    """Yield the rows of one part; a fault that was not survived is a row too."""
     with tempfile.TemporaryDirectory(dir=on, prefix="faults-") as scratch:
         try:
             yield from PARTS[name](Path(scratch), size, seed)
@@ -127,7 +127,7 @@ def run_part(name: str, size: Size, *, seed: int, on: Path | None = None) -> Ite
 
 
 def memory_folder() -> Path:
-    """Where files are quickest."""
+    """The fastest folder for files."""
     memory = Path("/dev/shm")
     return memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
 
@@ -139,9 +139,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--on", type=Path, default=memory_folder(), metavar="FOLDER")
     arguments = parser.parse_args()
-    # A process that forks must have no threads, and the numbers hang on how many there are.
+    # A process that forks must have no threads, and the numbers depend on their number.
     torch.set_num_threads(1)
-    began = time.monotonic()
+    start_time = time.monotonic()
     rows: list[Row] = []
     for name in arguments.part or PARTS:
         start = time.monotonic()
@@ -150,7 +150,7 @@ def main() -> int:
             print(f"  {render([row]).splitlines()[-1]}", file=sys.stderr, flush=True)
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     print(surroundings(seed=arguments.seed, scratch=arguments.on))
-    print(f"{time.monotonic() - began:.0f} s in all\n")
+    print(f"{time.monotonic() - start_time:.0f} s in all\n")
     print(render(rows))
     return int(not all(row.passed for row in rows))
 

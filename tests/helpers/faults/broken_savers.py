@@ -1,8 +1,8 @@
-"""Twelve wrong savers. Each is the real one with one small edit that somebody could make in good
+"""Twelve broken savers. Each is the real one with one small edit that somebody could make in good
 faith; a suite that does not catch all of them proves nothing about the real one.
 
-Each edit is a context in which the pages of `pretrain.checkpoint` are changed. It goes through the
-deterministic parts in order; the first that calls it Unrecovered has caught it.
+Each edit is a context in which modules of `pretrain` are changed. The deterministic parts are run
+in order; the first that raises Unrecovered has caught it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from unittest import mock
 
 from faults.crash_states import N_BYTES, NEW, OLD, enumerate_states, save_and_prune
-from faults.history import KEEP, History, judge
+from faults.history import KEEP, History, check_folder
 from faults.injected import changed_bytes, fail_every_call, short_writes
 from faults.table import Row, Unrecovered
 from pretrain import fileio
 from pretrain.checkpoint import list_checkpoints, retention
-from pretrain.checkpoint import save as saver_page
+from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.format import BLOCK_BYTES, MANIFEST, HashingFile
 
 PARTS: dict[str, Callable[[Path], Row]] = {
@@ -40,7 +40,7 @@ def _in_file(**methods: Callable[..., Any]) -> Edit:
 
 
 def no_flush() -> Edit:
-    """Bytes wait in a buffer; the fsync comes before they have left it."""
+    """Bytes are buffered, and the fsync comes before they are written."""
 
     def write(self: Any, part: memoryview) -> None:
         self.waiting = getattr(self, "waiting", b"") + bytes(part)
@@ -54,7 +54,7 @@ def no_flush() -> Edit:
 
 
 def no_fsync_of_files() -> Edit:
-    """A file is closed, which brings nothing to the disk."""
+    """A file is closed without an fsync."""
 
     def close(self: Any) -> None:
         os.close(self._descriptor)
@@ -63,12 +63,12 @@ def no_fsync_of_files() -> Edit:
 
 
 def no_fsync_of_folders() -> Edit:
-    """The names of files, and the rename, are left to the system."""
+    """Folders are not fsynced, so names and renames may be lost."""
     return mock.patch.object(fileio, "sync_folder")
 
 
 def manifest_first() -> Edit:
-    """Files are moved to the final folder one by one, the one that says "whole" first."""
+    """Files are moved to the final folder one by one, the manifest first."""
 
     def rename(temporary: Path, final: Path) -> None:
         os.mkdir(final)
@@ -77,24 +77,24 @@ def manifest_first() -> Edit:
         os.rmdir(temporary)
         fileio.sync_folder(final)
 
-    return mock.patch.object(saver_page, "_rename", rename)
+    return mock.patch.object(save_module, "_rename", rename)
 
 
 def unlink_then_rename() -> Edit:
-    """The name is made free by deleting what has it: one fixed name for the older checkpoint."""
-    real = saver_page._rename
+    """The older checkpoint is deleted before the rename, as with one fixed name."""
+    real = save_module._rename
 
     def rename(temporary: Path, final: Path) -> None:
         for old in list_checkpoints(final.parent)[:-1]:
             fileio.remove_flat_folder(old)
         real(temporary, final)
 
-    return mock.patch.object(saver_page, "_rename", rename)
+    return mock.patch.object(save_module, "_rename", rename)
 
 
 def in_place() -> Edit:
     """Files are written under the final name."""
-    real_part, real_commit = saver_page._write_part, saver_page._commit
+    real_part, real_commit = save_module._write_part, save_module._commit
 
     def write_part(folder: Path, *given: Any) -> dict[str, Any]:
         final = folder.with_name(folder.name.partition(".tmp-")[0].removeprefix("."))
@@ -105,14 +105,14 @@ def in_place() -> Edit:
         real_commit(final, final, *given)
 
     return _both(
-        mock.patch.object(saver_page, "_write_part", write_part),
-        mock.patch.object(saver_page, "_commit", commit),
-        mock.patch.object(saver_page, "_rename"),
+        mock.patch.object(save_module, "_write_part", write_part),
+        mock.patch.object(save_module, "_commit", commit),
+        mock.patch.object(save_module, "_rename"),
     )
 
 
 def hash_of_the_wrong_bytes() -> Edit:
-    """A file is hashed by reading it back: whatever is there is right."""
+    """A file is hashed by reading it back, so any content counts as right."""
     real = HashingFile.close
 
     def close(self: Any) -> None:
@@ -126,7 +126,7 @@ def hash_of_the_wrong_bytes() -> Edit:
 
 
 def order_by_time() -> Edit:
-    """The newest is the one with the latest time stamp."""
+    """Checkpoints are sorted by time stamp."""
 
     def by_time(folder: Path) -> list[Path]:
         return sorted(list_checkpoints(folder), key=lambda path: path.stat().st_mtime)
@@ -135,18 +135,18 @@ def order_by_time() -> Edit:
 
 
 def deletes_the_old_one_first() -> Edit:
-    """Room is made before it is known that the new one can be written."""
-    real = saver_page.save_checkpoint
+    """Older checkpoints are deleted before the new one is written."""
+    real = save_module.save_checkpoint
 
     def save(folder: Path, **content: Any) -> Path:
         retention.prune(folder, keep=1)
         return real(folder, **content)
 
-    return mock.patch.object(saver_page, "save_checkpoint", save)
+    return mock.patch.object(save_module, "save_checkpoint", save)
 
 
 def swallows_a_full_disk() -> Edit:
-    """Whoever writes is not told that a write failed."""
+    """Errors of writing are ignored."""
     real = fileio.NewFile.write
 
     def write(self: Any, part: memoryview) -> None:
@@ -157,7 +157,7 @@ def swallows_a_full_disk() -> Edit:
 
 
 def tries_fsync_again() -> Edit:
-    """A fsync that failed is tried once more; it succeeds, and the bytes are gone."""
+    """An fsync that failed is repeated; it succeeds, and the bytes are lost."""
 
     def close(self: Any) -> None:
         try:
@@ -170,8 +170,8 @@ def tries_fsync_again() -> Edit:
 
 
 def no_barrier() -> Edit:
-    """Files are written beside the rename, which does not wait for the last of them."""
-    real = saver_page._rename
+    """The rename does not wait for the fsync of the files."""
+    real = save_module._rename
     late: list[Callable[[], None]] = []
     close = fileio.NewFile.close
 
@@ -183,7 +183,7 @@ def no_barrier() -> Edit:
         while late:
             late.pop()()
 
-    return _both(_in_file(close=close_later), mock.patch.object(saver_page, "_rename", rename))
+    return _both(_in_file(close=close_later), mock.patch.object(save_module, "_rename", rename))
 
 
 @contextmanager
@@ -211,9 +211,9 @@ BROKEN: tuple[Callable[[], Edit], ...] = (
 
 
 def caught_by(scratch: Path, edit: Callable[[], Edit]) -> tuple[str, str] | None:
-    """The part that catches a wrong saver, and what it says; None if none does."""
+    """The part that catches a broken saver, and its message; None if no part does."""
     for name, part in PARTS.items():
-        place = scratch / "wrong"
+        place = scratch / "broken"
         place.mkdir()
         try:
             with edit():
@@ -225,23 +225,23 @@ def caught_by(scratch: Path, edit: Callable[[], Edit]) -> tuple[str, str] | None
     return None
 
 
-def works_when_nothing_happens(scratch: Path, edit: Callable[[], Edit]) -> None:
-    """What is caught must be the one fault, not a saver that cannot save at all."""
+def check_without_faults(scratch: Path, edit: Callable[[], Edit]) -> None:
+    """Check that the broken saver can save when no fault happens."""
     history, folder = History(n_bytes=N_BYTES), scratch / "plain"
     with edit():
         for step in (*OLD, NEW):
             save_and_prune(folder, history, step)
-    judge(folder, history, allowed=(NEW,), least_whole=KEEP)
+    check_folder(folder, history, allowed=(NEW,), min_complete=KEEP)
     shutil.rmtree(folder)
 
 
 def catch_all(scratch: Path, broken: Collection[Callable[[], Edit]] = BROKEN) -> list[Row]:
-    """A row for each wrong saver; `survived` says whether it was caught."""
+    """A row for each broken saver; `survived` is 1 if it was caught."""
     rows = []
     for edit in broken:
-        works_when_nothing_happens(scratch, edit)
+        check_without_faults(scratch, edit)
         caught = caught_by(scratch, edit)
-        by = "by nothing" if caught is None else f"by {caught[0]}"
+        by = "by no part" if caught is None else f"by {caught[0]}"
         name = edit.__name__.replace("_", " ")
-        rows.append(Row(f"wrong saver: {name}", 1, 1, int(caught is not None), f"caught {by}"))
+        rows.append(Row(f"broken saver: {name}", 1, 1, int(caught is not None), f"caught {by}"))
     return rows

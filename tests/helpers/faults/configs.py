@@ -1,8 +1,8 @@
-"""Hostile configs: every setting with values that nobody means, and files that are no config.
+"""Hostile configs: every setting with absurd values, and files that are not configs.
 
-Each is either taken (some fields may hold any text) or refused with a ValueError that names the
-setting; nothing else is ever raised, and no config holds a number that is none. What is legal by
-itself and absurd in size is refused by the real command before anything of it is made.
+Each is either accepted (some fields may be any text) or rejected with a ValueError that names the
+setting; nothing else is ever raised, and no config has a number that is not finite. Values that are
+valid but absurdly large are rejected by the real command before it creates anything.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from faults.table import Row, Unrecovered
-from faults.tiny_runs import in_child, prepare, said, train
+from faults.tiny_runs import in_child, output_of, prepare, train
 from pretrain.config import SECTIONS, compose, read_file
 
 VALUES = {
     "minus one": "-1",
-    "nought": "0",
+    "zero": "0",
     "not a number": ".nan",
-    "endless": ".inf",
-    "minus endless": "-.inf",
+    "infinity": ".inf",
+    "minus infinity": "-.inf",
     "too large": "1e400",
     "a huge number": "1" + "0" * 30,
     "a number of 400 digits": "9" * 400,
@@ -40,7 +40,7 @@ VALUES = {
     "a date": "2026-01-01",
     "a word that is a number": '"3"',
     "a long word": "x" * 50_000,
-    "a word that cannot be seen": '"\\0\\e[2J"',
+    "invisible characters": '"\\0\\e[2J"',
 }
 FILES = {
     "empty": b"",
@@ -71,10 +71,10 @@ FILES = {
 }
 
 
-def refuse_all(scratch: Path, *, every: int) -> Row:
-    """Every value for every setting, and every file; or one in `every`."""
+def reject_all(scratch: Path, *, every: int) -> Row:
+    """Try every value for every setting, and every file; or one in `every`."""
     file = scratch / "hostile.yaml"
-    tried = taken = 0
+    tried = accepted = 0
     for case, content, key in islice(_cases(), 0, None, every):
         file.write_bytes(content)
         tried += 1
@@ -86,13 +86,13 @@ def refuse_all(scratch: Path, *, every: int) -> Row:
             continue
         except Exception as error:
             raise Unrecovered(f"{case}: {type(error).__name__}: {error!s:.300}") from None
-        taken += 1
+        accepted += 1
         if key is None and case not in ("file: empty",):
-            raise Unrecovered(f"{case}: it was taken")
+            raise Unrecovered(f"{case}: it was accepted")
         for name, value in _numbers(asdict(config)):
             if not math.isfinite(value):
                 raise Unrecovered(f"{case}: {name} is {value}")
-    note = f"{len(VALUES)} values for each setting, {len(FILES)} files; {taken} are legal"
+    note = f"{len(VALUES)} values for each setting, {len(FILES)} files; {accepted} are valid"
     return Row("hostile configs", tried, tried, tried, note)
 
 
@@ -108,15 +108,15 @@ ABSURD = (
 )
 
 
-def refuse_absurd_sizes(scratch: Path) -> Row:
-    """Sizes that no machine has room for, asked of the real command: exit code 2, and no run is
-    left behind. The child may use no more memory and time than a small run."""
+def reject_absurd_sizes(scratch: Path) -> Row:
+    """Give the real command sizes that no machine has memory for: exit code 2, and no run is left
+    behind. The child may use no more memory and time than a small run."""
     text = prepare(scratch)
-    for words in ABSURD:
+    for args in ABSURD:
         run = scratch / "absurd"
-        code = in_child(partial(_small_means, text, run, words.split()))
+        code = in_child(partial(_with_limits, text, run, args.split()))
         if code != 2 or run.exists():
-            raise Unrecovered(f"{words}: exit code {code}: {said(run)[-1000:]}")
+            raise Unrecovered(f"{args}: exit code {code}: {output_of(run)[-1000:]}")
     n = len(ABSURD)
     return Row("absurd sizes", n, n, n, f"exit code 2, within {SECONDS} s and {MEMORY_BYTES:.0e} B")
 
@@ -124,10 +124,10 @@ def refuse_absurd_sizes(scratch: Path) -> Row:
 MEMORY_BYTES, SECONDS = 6 * 10**9, 20
 
 
-def _small_means(text: Path, run: Path, words: list[str]) -> int:
+def _with_limits(text: Path, run: Path, args: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    return train(text, run, "--train.steps", "2", *words)
+    return train(text, run, "--train.steps", "2", *args)
 
 
 def _cases() -> Iterator[tuple[str, bytes, str | None]]:

@@ -1,10 +1,10 @@
-"""Checkpoints that were right and no longer are: bits, ends, files and manifests that were changed.
+"""Damaged checkpoints: changed bits, ends, files and manifests.
 
 Every bit of every file of a checkpoint is flipped, one at a time; files are cut, made longer,
-zeroed, exchanged, renamed; manifests are edited. Each time the reader must say so before it hands
-out a number, and fall back to the checkpoint before. A flip that leaves the manifest the same JSON
-(an "e" to an "E" in a number) has changed nothing, and is counted apart. For comparison, the same
-flips are put to `torch.load` and to safetensors.
+zeroed, exchanged, renamed; manifests are edited. Each time the reader must raise an error before it
+returns a number, and fall back to the checkpoint before. A flip that leaves the manifest the same
+JSON (an "e" to an "E" in a number) has changed nothing, and is counted apart. For comparison, the
+same flips are read by `torch.load` and by safetensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _checkpoint(folder: Path, step: int, history: History) -> Path:
     return save(folder, step=step, tensors=tensors, state=state)
 
 
-def _is_refused(path: Path) -> bool:
+def _is_rejected(path: Path) -> bool:
     try:
         open_checkpoint(path).verify()
     except DamagedCheckpoint:
@@ -56,15 +56,15 @@ def flip_bits(scratch: Path, *, every: int, seed: int) -> Row:
             bad = bytearray(good)
             bad[place] ^= 1 << bit
             file.write_bytes(bad)
-            if _is_refused(path):
+            if _is_rejected(path):
                 found += 1
             elif file.name == MANIFEST and _same_json(good, bytes(bad)):
                 same += 1
             else:
                 raise Unrecovered(f"bit {bit} of byte {place} of {file.name} was flipped unnoticed")
         file.write_bytes(good)
-    if _is_refused(path):
-        raise Unrecovered("a checkpoint that was put right again is refused")
+    if _is_rejected(path):
+        raise Unrecovered("a checkpoint that was repaired is rejected")
     note = f"of {number:,} bits in {len(list(path.iterdir()))} files; {same} more changed no value"
     return Row("bit flips", found + same, found, found, note)
 
@@ -97,7 +97,7 @@ def flip_for_others(scratch: Path, *, n: int, seed: int) -> list[Row]:
             file.write_bytes(bad)
             try:
                 load(file)
-            except Exception:  # whatever it raises, it has noticed
+            except Exception:  # any exception counts
                 noticed += 1
         name = "`torch.load`" if load is not load_file else "safetensors"
         rows.append(Row(f"bit flips in numbers, {name}", n, n, noticed, ours=False))
@@ -247,7 +247,7 @@ def _slice(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def damage_in_every_way(scratch: Path) -> Row:
-    """Each kind once; the checkpoint before must be what a resume goes on from."""
+    """Each kind once; a resume must continue from the checkpoint before."""
     history, n, harmless = History(n_bytes=N_BYTES), 0, []
     template = scratch / "template"
     for step in (1, 2):

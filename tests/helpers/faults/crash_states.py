@@ -1,4 +1,4 @@
-"""Every state that a power loss may leave of one save and of the deletion that follows it.
+"""Every state that a power loss may leave of one save and the deletion after it.
 
 The calls of a real save are recorded; after each of them, every folder that the model of
 `recording` allows is made on a disk and judged: the step before or the new one must be found, whole
@@ -17,11 +17,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from faults.history import KEEP, History, judge
+from faults.history import KEEP, History, check_folder
 from faults.recording import Disk, Recorder, Tree, recorded, write_tree
 from faults.table import Row, Unrecovered
 from pretrain.checkpoint import retention
-from pretrain.checkpoint import save as saver_page
+from pretrain.checkpoint import save as save_module
 
 OLD, NEW = (1, 2), 3
 N_BYTES = 1 << 10
@@ -38,9 +38,9 @@ def save_and_prune(
     """A save and the deletion after it; `saved` is called in between. What is saved is read back
     only if it is to be verified: the writing must be right without that."""
     tensors, state = history.tensors(step), history.state(step)
-    path = saver_page.save_checkpoint(folder, step=step, tensors=tensors, state=state)
+    path = save_module.save_checkpoint(folder, step=step, tensors=tensors, state=state)
     if verify:
-        saver_page.verify_saved(path)
+        save_module.verify_saved(path)
     saved()
     retention.prune(folder, keep=KEEP)
 
@@ -66,17 +66,17 @@ def enumerate_states(scratch: Path) -> Row:
     """All states, each judged once."""
     history = History(n_bytes=N_BYTES)
     disk, recorder, returned = record_a_save(scratch / "recorded", history)
-    found = judge_states(scratch, history, disk, recorder, returned=returned)
-    refuse_unrecorded(disk, scratch / "recorded")
+    found = check_states(scratch, history, disk, recorder, returned=returned)
+    reject_unrecorded(disk, scratch / "recorded")
     note = f"{len(recorder.operations)} calls; {found[0]:,} states, of which {found[1]:,} differ"
     return Row("power loss in a save, every state", found[1], found[1], found[1], note)
 
 
-def judge_states(
+def check_states(
     scratch: Path, history: History, disk: Disk, recorder: Recorder, *, returned: int
 ) -> tuple[int, int]:
-    """How many states there are, and how many different ones were judged; Unrecovered for the first
-    that is wrong."""
+    """The number of states, and of different ones that were checked; Unrecovered for the first
+    wrong one."""
     seen: set[tuple[str, bool]] = set()
     states = 0
     for number in range(len(recorder.operations) + 1):
@@ -94,9 +94,9 @@ def judge_states(
             try:
                 folder = place / "checkpoints"
                 allowed = (NEW,) if promised else (OLD[-1], NEW)
-                judge(folder, history, allowed=allowed, least_whole=KEEP)
+                check_folder(folder, history, allowed=allowed, min_complete=KEEP)
                 save_and_prune(folder, history, NEW + 1)
-                judge(folder, history, allowed=(NEW + 1,), least_whole=KEEP)
+                check_folder(folder, history, allowed=(NEW + 1,), min_complete=KEEP)
             except Unrecovered as error:
                 done = recorder.operations[number - 1] if number else "nothing"
                 raise Unrecovered(
@@ -107,9 +107,9 @@ def judge_states(
     return states, len(seen)
 
 
-def refuse_unrecorded(disk: Disk, root: Path) -> None:
-    """Unrecovered if the calls that were noted do not make the folder that is really there: then
-    something was written past them."""
+def reject_unrecorded(disk: Disk, root: Path) -> None:
+    """Unrecovered if replaying the recorded calls does not give the real folder: something was
+    written by other calls."""
     real = scratch_tree(root)
     if _hash(disk.tree()) != _hash(real):
         raise Unrecovered("the recorded calls are not all that the save did")
@@ -123,7 +123,7 @@ def scratch_tree(root: Path) -> Tree:
 
 
 def _hash(tree: Tree) -> str:
-    # The random end of a temporary name says nothing.
+    # Ignore the random end of a temporary name.
     lines = sorted(
         name.partition(".tmp-")[0].partition(".old-")[0]
         + (hashlib.sha256(each).hexdigest() if isinstance(each, bytes) else _hash(each))
@@ -133,15 +133,15 @@ def _hash(tree: Tree) -> str:
 
 
 def traced_calls(scratch: Path) -> tuple[list[str], list[str]] | None:
-    """The calls of a save as recorded here, and as the kernel saw them (strace); None where there
-    is no strace, or it may not trace."""
+    """The calls of a save as recorded here, and as the kernel saw them (strace); None if strace
+    is missing or not permitted."""
     if shutil.which("strace") is None or _may_not_trace():
         return None
     log = scratch / "strace.txt"
-    words = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=" + TRACED]
-    words += [sys.executable, "-m", "faults.crash_states", str(scratch / "traced")]
+    args = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=" + TRACED]
+    args += [sys.executable, "-m", "faults.crash_states", str(scratch / "traced")]
     here_too = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    done = subprocess.run(words, capture_output=True, text=True, env=here_too)
+    done = subprocess.run(args, capture_output=True, text=True, env=here_too)
     if done.returncode:
         raise Unrecovered(f"the traced save failed: {done.stderr}")
     here = [f"{call} {name}" for call, name in (line.split() for line in done.stdout.splitlines())]

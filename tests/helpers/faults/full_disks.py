@@ -1,11 +1,11 @@
 """Disks and limits that are really exhausted: by the kernel, not by a call that is made to fail.
 
-A process may write no file beyond so many bytes, or open no more files; a small file system is
-full, has no room for another file, or is read-only. The save fails with the system's own error or
-does its work, the older checkpoints are whole, and once there is room the same step is saved. Then
-the real `pretrain train` on a disk that fills up: it goes on, stops with 75, and resumed with room
-it becomes the uninterrupted run. File systems of our own need root; without, they are left out, and
-that is said.
+The size of a file or the number of open files is limited; a small file system is full, has no free
+inode, or is read-only. The save fails with the system's own error or succeeds, the older
+checkpoints stay complete, and once there is space the same step is saved. Then the real `pretrain
+train` runs on a disk that fills up: it continues, stops with 75, and resumed with space it equals
+the uninterrupted run. Mounting file systems needs root; without it those rows are skipped and
+marked so.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ from typing import Any
 from unittest import mock
 
 from faults.crash_states import NEW, OLD, save_and_prune
-from faults.history import KEEP, History, judge
-from faults.resumes import refuse_difference
+from faults.history import KEEP, History, check_folder
+from faults.resumes import check_equal
 from faults.table import Row, Unrecovered
-from faults.tiny_runs import OFTEN, in_child, lines_of, picture, prepare, resume, said, train
+from faults.tiny_runs import (
+    OFTEN,
+    in_child,
+    lines_of,
+    output_of,
+    prepare,
+    resume,
+    run_hashes,
+    train,
+)
 from pretrain import fileio
-from pretrain.checkpoint import save as saver_page
+from pretrain.checkpoint import save as save_module
 
 N_BYTES, PAGE = 64 << 10, 4096
 SAVED, FAILED = 0, 100
@@ -36,7 +45,7 @@ SAVED, FAILED = 0, 100
 
 
 def _attempt(folder: Path, history: History, expected: set[int], limit: Callable[[], None]) -> int:
-    """In a child: save under a limit, without the look at free space that would stop it early."""
+    """In a child: save under a limit, without the check of free space that would stop it early."""
     limit()
     try:
         with mock.patch.object(fileio, "check_free_space"):
@@ -56,17 +65,19 @@ def _is_survived(
     relief: Callable[[], object],
     case: str,
 ) -> bool:
-    """Whether a save in a child came to the limit; Unrecovered if that did harm."""
+    """Whether a save in a child reached the limit; Unrecovered if that did harm."""
     history, folder = History(n_bytes=N_BYTES), root / "checkpoints"
     code = in_child(lambda: _attempt(folder, history, expected, limit))
     try:
         if code not in (SAVED, FAILED):
             raise Unrecovered(f"the save ended with exit code {code}")
-        judge(folder, history, allowed=(NEW,) if code == SAVED else (OLD[-1],), least_whole=KEEP)
+        check_folder(
+            folder, history, allowed=(NEW,) if code == SAVED else (OLD[-1],), min_complete=KEEP
+        )
         relief()
         if code == FAILED:
             save_and_prune(folder, history, NEW)
-        judge(folder, history, allowed=(NEW,), least_whole=KEEP)
+        check_folder(folder, history, allowed=(NEW,), min_complete=KEEP)
     except Unrecovered as error:
         raise Unrecovered(f"{case}: {error}") from None
     return code == FAILED
@@ -84,7 +95,7 @@ def limited_files(scratch: Path) -> Row:
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n, n))
         landed += _is_survived(root, limit, {errno.EFBIG}, relief=_nothing, case=f"files of {n}")
         shutil.rmtree(root)
-    return Row("no file beyond so many bytes", len(limits), landed, landed, "RLIMIT_FSIZE")
+    return Row("no file beyond a size", len(limits), landed, landed, "RLIMIT_FSIZE")
 
 
 def no_more_open_files(scratch: Path) -> Row:
@@ -111,10 +122,10 @@ def _begun(root: Path) -> Path:
 
 @contextmanager
 def small_disk(at: Path, options: str) -> Iterator[bool]:
-    """A file system in memory; False where none may be made."""
+    """Mount a file system in memory; False if that is not permitted."""
     at.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", options, "faults", str(at)]
-    there = os.geteuid() == 0 and subprocess.run(words, capture_output=True).returncode == 0
+    args = ["mount", "-t", "tmpfs", "-o", options, "faults", str(at)]
+    there = os.geteuid() == 0 and subprocess.run(args, capture_output=True).returncode == 0
     try:
         yield there
     finally:
@@ -134,7 +145,7 @@ SKIPPED = "skipped: a file system of our own needs root"
 
 
 def _no_bytes(at: Path) -> Row | None:
-    """From a disk on which not a page is free to one on which all have room."""
+    """From a disk without a free page to one with enough pages."""
     landed, pages = 0, range(N_BYTES // PAGE + 8)
     with small_disk(at, "size=24m") as there:
         if not there:
@@ -170,11 +181,11 @@ def _no_names(at: Path) -> Row | None:
                 for filler in fillers:
                     filler.unlink()
 
-            case = f"a disk with room for {free} files"
+            case = f"a disk with {free} free inodes"
             landed += _is_survived(at, _nothing, {errno.ENOSPC}, relief=relief, case=case)
             shutil.rmtree(at / "checkpoints")
     return Row(
-        "a disk with no room for a file", len(names), landed, landed, "tmpfs, inode by inode"
+        "a disk with no space for a file", len(names), landed, landed, "tmpfs, inode by inode"
     )
 
 
@@ -193,38 +204,41 @@ def _read_only(at: Path) -> Row | None:
 
 
 RESERVE = 8 << 20
-"""free bytes of a disk that is full for checkpoints and not for a line of metrics"""
+"""free bytes of a disk that is full for a checkpoint but not for a line of metrics"""
 
 
 def train_on_a_full_disk(scratch: Path) -> Iterator[Row]:
-    """The real thing, on a disk that fills up after the second checkpoint."""
+    """Run the real command on a disk that fills up after the second checkpoint."""
     text = prepare(scratch)
-    words = [*OFTEN, "--model.family", "gpt2", "--train.steps", "24"]
-    whole = scratch / "whole"
-    if in_child(lambda: train(text, whole, *words)) != 0:
-        raise Unrecovered(f"a run in peace failed: {said(whole)}")
-    wanted = picture(whole)
-    for free, what in ((RESERVE, "no room for a checkpoint"), (0, "no room for a byte")):
+    args = [*OFTEN, "--model.family", "gpt2", "--train.steps", "24"]
+    uninterrupted = scratch / "whole"
+    if in_child(lambda: train(text, uninterrupted, *args)) != 0:
+        raise Unrecovered(f"the uninterrupted run failed: {output_of(uninterrupted)}")
+    expected = run_hashes(uninterrupted)
+    for free, what in ((RESERVE, "no space for a checkpoint"), (0, "no space for a byte")):
         with small_disk(scratch / "disk", "size=64m") as there:
             name = f"`pretrain train`, {what}"
             if not there:
                 yield Row(name, 0, 0, 0, SKIPPED, ours=False)
                 continue
-            steps = _filled_up(scratch / "disk", text, words, wanted, free=free)
-            note = f"exit code 75 after step {steps}, resumed with room, equal"
+            steps = _filled_up(scratch / "disk", text, args, expected, free=free)
+            note = f"exit code 75 after step {steps}, resumed with space, equal"
             yield Row(name, 1, 1, 1, note)
     for number in (errno.EROFS, errno.EIO):
         run = scratch / f"failing-{number}"
-        steps = _broken_disk(run, text, words, wanted, number=number)
+        steps = _broken_disk(run, text, args, expected, number=number)
         note = f"from the second checkpoint on; exit code 75 after step {steps}, resumed, equal"
         yield Row(
             f"`pretrain train`, {errno.errorcode[number]} for all that is written", 1, 1, 1, note
         )
 
 
-def _filled_up(at: Path, text: Path, words: list[str], wanted: dict[str, str], *, free: int) -> int:
-    """How many steps were made on a disk that is filled up until only so many bytes are free."""
-    run, ballast, real, saves = at / "run", at / "ballast", saver_page.save_checkpoint, 0
+def _filled_up(
+    at: Path, text: Path, args: list[str], expected: dict[str, str], *, free: int
+) -> int:
+    """Train on a disk that is filled until only `free` bytes are left; returns the number of
+    steps."""
+    run, ballast, real, saves = at / "run", at / "ballast", save_module.save_checkpoint, 0
 
     def filling(*args: Any, **keywords: Any) -> Path:
         nonlocal saves
@@ -234,21 +248,27 @@ def _filled_up(at: Path, text: Path, words: list[str], wanted: dict[str, str], *
         return real(*args, **keywords)
 
     def child() -> int:
-        with mock.patch.object(saver_page, "save_checkpoint", filling):
-            return train(text, run, *words)
+        with mock.patch.object(save_module, "save_checkpoint", filling):
+            return train(text, run, *args)
 
-    return _stopped_and_resumed(run, child, ballast.unlink, wanted, f"{free} bytes free")
+    return _stopped_and_resumed(run, child, ballast.unlink, expected, f"{free} bytes free")
 
 
 def _broken_disk(
-    run: Path, text: Path, words: list[str], wanted: dict[str, str], *, number: int
+    run: Path, text: Path, args: list[str], expected: dict[str, str], *, number: int
 ) -> int:
-    real_save, real_open, saves = saver_page.save_checkpoint, open, 0
+    real_save, real_open, saves = save_module.save_checkpoint, open, 0
+    real_os_open = os.open
 
     def failing(file: Any, mode: str = "r", *args: Any, **keywords: Any) -> Any:
         if saves >= 3 and set(mode) & set("wax+") and str(file).startswith(f"{run}/"):
             raise OSError(number, os.strerror(number), str(file))
         return real_open(file, mode, *args, **keywords)
+
+    def failing_os_open(path: Any, flags: int, *args: Any, **keywords: Any) -> int:
+        if saves >= 3 and flags & (os.O_WRONLY | os.O_CREAT) and str(path).startswith(f"{run}/"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real_os_open(path, flags, *args, **keywords)
 
     def save(*args: Any, **keywords: Any) -> Path:
         nonlocal saves
@@ -259,27 +279,28 @@ def _broken_disk(
 
     def child() -> int:
         with (
-            mock.patch.object(saver_page, "save_checkpoint", save),
+            mock.patch.object(save_module, "save_checkpoint", save),
             mock.patch("builtins.open", failing),
+            mock.patch("os.open", failing_os_open),
         ):
-            return train(text, run, *words)
+            return train(text, run, *args)
 
-    return _stopped_and_resumed(run, child, _nothing, wanted, errno.errorcode[number])
+    return _stopped_and_resumed(run, child, _nothing, expected, errno.errorcode[number])
 
 
 def _stopped_and_resumed(
     run: Path,
     child: Callable[[], int],
     relief: Callable[[], object],
-    wanted: dict[str, str],
+    expected: dict[str, str],
     case: str,
 ) -> int:
     code = in_child(child)
     if code != 75:
-        raise Unrecovered(f"{case}: exit code {code}, not 75: {said(run)}")
+        raise Unrecovered(f"{case}: exit code {code}, not 75: {output_of(run)}")
     steps = max(int(line["step"]) for line in lines_of(run / "metrics.jsonl"))
     relief()
     if in_child(lambda: resume(run)) != 0:
-        raise Unrecovered(f"{case}: the resume failed: {said(run)}")
-    refuse_difference(run, wanted, case)
+        raise Unrecovered(f"{case}: the resume failed: {output_of(run)}")
+    check_equal(run, expected, case)
     return steps

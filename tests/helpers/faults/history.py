@@ -1,4 +1,4 @@
-"""Checkpoints whose every number is known, and the judge: what would a resume find in a folder?
+"""Checkpoints whose every number is known, and a check of what a resume would find in a folder.
 
 All parts ask the same judge, so that "survived" means one thing: `newest_good` gives a step that
 may be given, each of its numbers is the one that was saved, nothing half stands under the name of a
@@ -41,32 +41,32 @@ class History:
         return {"position": step}
 
     def begin(self, folder: Path, steps: Collection[int]) -> None:
-        """Save checkpoints one after another. Their times run backwards, as after a clock was set:
-        no order may hang on them."""
+        """Save checkpoints one after another. Their times decrease, as after a clock was set back:
+        no order may depend on them."""
         for step in steps:
             path = save(folder, step=step, tensors=self.tensors(step), state=self.state(step))
             os.utime(path, (4e9 - step, 4e9 - step))
 
     def refuse_wrong_numbers(self, checkpoint: Checkpoint) -> None:
-        step, wanted = checkpoint.step, self.tensors(checkpoint.step)
+        step, expected = checkpoint.step, self.tensors(checkpoint.step)
         if checkpoint.state != self.state(step):
             raise Unrecovered(f"{checkpoint.path} has the state {checkpoint.state}")
-        for name, tensor in wanted.items():
+        for name, tensor in expected.items():
             if not torch.equal(checkpoint.read(name), tensor):
                 raise Unrecovered(f"{checkpoint.path}: {name} is not what was saved")
 
 
-def judge(
+def check_folder(
     folder: Path,
     history: History,
     *,
     allowed: Collection[int],
-    least_whole: int = 1,
+    min_complete: int = 1,
     every_byte: bool = True,
 ) -> int:
-    """The step that a resume would go on from; Unrecovered if that is none of `allowed`, or fewer
-    than `least_whole` checkpoints are whole, or anything else is wrong. Of those below the newest
-    only names and sizes are looked at without `every_byte`."""
+    """The step that a resume would continue from; Unrecovered if it is not in `allowed`, if fewer
+    than `min_complete` checkpoints are complete, or if anything else is wrong. Without `every_byte`
+    only names and sizes of the checkpoints below the newest are checked."""
     names = list_checkpoints(folder)
     for path in names[:-1]:
         try:
@@ -74,16 +74,16 @@ def judge(
             if every_byte:
                 older.verify()
         except DamagedCheckpoint as error:
-            raise Unrecovered(f"a checkpoint that is not whole has a final name: {error}") from None
+            raise Unrecovered(f"an incomplete checkpoint has a final name: {error}") from None
     found, complaints = newest_good(folder)
     if complaints:
-        raise Unrecovered(f"a checkpoint that is not whole has a final name: {complaints}")
+        raise Unrecovered(f"an incomplete checkpoint has a final name: {complaints}")
     step = None if found is None else found.step
     if found is None or step not in allowed:
         raise Unrecovered(f"step {step} is found in {folder}, and may be one of {sorted(allowed)}")
     history.refuse_wrong_numbers(found)
-    if len(names) < least_whole:
+    if len(names) < min_complete:
         raise Unrecovered(
-            f"{len(names)} whole checkpoints are left, at least {least_whole} must be"
+            f"{len(names)} whole checkpoints are left, at least {min_complete} must be"
         )
     return found.step

@@ -16,8 +16,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.crash_states import N_BYTES, NEW, OLD, judge_states, save_and_prune
-from faults.history import KEEP, History, judge
+from faults.crash_states import N_BYTES, NEW, OLD, check_states, save_and_prune
+from faults.history import KEEP, History, check_folder
 from faults.recording import Disk, Recorder, recorded
 from faults.table import Row, Unrecovered
 
@@ -29,7 +29,7 @@ ERRORS = {
     "fsync": (errno.EIO, *_FULL),
     "close": (errno.EIO, *_FULL),
     "rename": (errno.EIO, errno.EROFS, *_FULL),
-    # Done, and yet said to have failed, as a network file system may.
+    # Done but reported as failed, as by a network file system.
     "renamed": (errno.EIO, errno.ESTALE),
     "unlink": (errno.EIO, errno.EROFS),
     "rmdir": (errno.EIO, errno.EROFS),
@@ -55,7 +55,7 @@ class Fault:
 
 
 class ShortWrites:
-    """The system takes only so much of what it is given, as it may at any time."""
+    """The system writes fewer bytes than given, as it may at any time."""
 
     def __init__(self, share: float) -> None:
         self.share, self.landed = share, False
@@ -71,7 +71,7 @@ class ShortWrites:
 
 
 class ChangedBytes:
-    """One bit of the Nth write is another one when it comes to the disk."""
+    """One bit of the Nth write is changed on its way to the disk."""
 
     def __init__(self, number: int) -> None:
         self.number, self.landed, self._seen = number, False, 0
@@ -104,7 +104,7 @@ def fail_every_call(scratch: Path) -> Row:
 
 
 def count_until_none(scratch: Path, *, call: str, error: int) -> int:
-    """Let the first, second, ... call of a kind fail until there is none of that number."""
+    """Let the first, second, ... call of a kind fail until there are no more calls."""
     for number in itertools.count(1):
         if not survives(scratch, Fault(call, number, error)):
             return number - 1
@@ -114,7 +114,7 @@ def count_until_none(scratch: Path, *, call: str, error: int) -> int:
 def short_writes(scratch: Path) -> Row:
     shares = (0.0, 0.1, 0.5, 0.9)
     landed = sum(survives(scratch, ShortWrites(share)) for share in shares)
-    return Row("writes that take less than they are given", len(shares), landed, landed)
+    return Row("writes of fewer bytes than given", len(shares), landed, landed)
 
 
 def changed_bytes(scratch: Path) -> Row:
@@ -168,12 +168,12 @@ def survives(scratch: Path, injection: Injection, *, verify: bool = False) -> bo
 def _judge_outcome(save: _Save, injection: Injection, scratch: Path) -> None:
     if not save.returned and not save.failed:
         raise Unrecovered("the save neither returned nor failed")
-    # Where the last call of all has failed, after the rename, a whole checkpoint is there.
+    # Where the last call of all has failed, after the rename, a complete checkpoint is there.
     allowed = (NEW,) if save.returned else (OLD[-1], NEW)
-    judge(save.folder, save.history, allowed=allowed, least_whole=KEEP)
-    # What a disk may hold does not hang on the number of the error.
+    check_folder(save.folder, save.history, allowed=allowed, min_complete=KEEP)
+    # What a disk may contain does not depend on the number of the error.
     if isinstance(injection, Fault) and (injection.call, injection.error) == ("fsync", errno.EIO):
-        judge_states(scratch, save.history, save.disk, save.recorder, returned=save.returned)
+        check_states(scratch, save.history, save.disk, save.recorder, returned=save.returned)
     if not (save.folder / f"step-{NEW:08d}").exists():
         save_and_prune(save.folder, save.history, NEW)
-    judge(save.folder, save.history, allowed=(NEW,), least_whole=KEEP)
+    check_folder(save.folder, save.history, allowed=(NEW,), min_complete=KEEP)

@@ -1,9 +1,9 @@
-"""SIGKILL at random instants into the real saver, over a history that goes on growing.
+"""SIGKILL at random instants during the real save, over a growing history of checkpoints.
 
 A child does what training does: `BackgroundSaver.save`, which writes, verifies, and forgets older
 checkpoints. It is killed at an instant drawn from 1.2 times the measured duration of all that; a
 kill counts if the child died of it within. Then the previous or the new checkpoint must be found,
-whole, with the right numbers. The next child goes on from there, over what the killed one left.
+whole, with the right numbers. The next child continues from there, over what the killed one left.
 For comparison, the same is done to the usual `torch.save` over the file of the step before.
 """
 
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from faults.history import KEEP, History, judge
+from faults.history import KEEP, History, check_folder
 from faults.table import Row, Unrecovered
 from faults.zygote import Phase, exit_code, fork, kill, side_by_side, wait_for
 from pretrain.checkpoint import BackgroundSaver, prune
-from pretrain.checkpoint import save as saver_page
+from pretrain.checkpoint import save as save_module
 
 WRITING, VERIFYING, PRUNING, DONE = range(1, 5)
 NAMES = {WRITING: "writing", VERIFYING: "verifying", PRUNING: "pruning"}
@@ -34,8 +34,8 @@ MEASURED_EVERY = 200
 
 
 def save_in_background(folder: Path, history: History, step: int, phase: Phase) -> None:
-    """The save of training, which says how far it is. For children only: it changes the saver."""
-    write = saver_page.save_checkpoint
+    """Save as training does, and signal the phase. For children only: it patches the saver."""
+    write = save_module.save_checkpoint
 
     def writing(*args: Any, **keywords: Any) -> Path:
         phase.set(WRITING)
@@ -47,7 +47,7 @@ def save_in_background(folder: Path, history: History, step: int, phase: Phase) 
         phase.set(PRUNING)
         prune(folder, keep=KEEP)
 
-    saver_page.save_checkpoint = writing
+    save_module.save_checkpoint = writing
     saver = BackgroundSaver(folder)
     saver.save(step=step, tensors=history.tensors(step), state=history.state(step), after=forget)
     saver.wait()
@@ -75,22 +75,22 @@ def _sleep(seconds: float) -> None:
 
 
 def duration(work: Callable[[Phase], object]) -> float:
-    """Seconds from WRITING to DONE of a child that nobody kills; its exit is no part of a save."""
+    """Seconds from WRITING to DONE of a child that is not killed, without its exit."""
     phase = Phase()
     child = fork(lambda: work(phase))
     wait_for(phase, WRITING)
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     while phase.get() != DONE and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.0001)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     if phase.get() != DONE or exit_code(child) != 0:
         raise Unrecovered("a save that nobody killed failed")
     return seconds
 
 
 def kill_the_saver(scratch: Path, *, landed: int, seed: int, workers: int = 1) -> Row:
-    """Kills until so many have landed, by `workers` at once, each with a history of its own."""
-    began = time.perf_counter()
+    """Kill until `landed` kills have hit a save; `workers` at once, each with its own history."""
+    start_time = time.perf_counter()
     found = side_by_side(
         [
             partial(
@@ -104,7 +104,7 @@ def kill_the_saver(scratch: Path, *, landed: int, seed: int, workers: int = 1) -
     )
     total = {key: sum(each[key] for each in found) for key in found[0]}
     counted = sum(total[name] for name in NAMES.values())
-    each = 1000 * (time.perf_counter() - began) / total["tried"]
+    each = 1000 * (time.perf_counter() - start_time) / total["tried"]
     note = ", ".join(f"{total[name]:,} {name}" for name in NAMES.values())
     note += f"; {total['stayed']:,} left the step before as the newest; 4 files, "
     note += f"{N_BYTES / 1e6:.1f} MB; {each:.0f} ms each"
@@ -122,18 +122,20 @@ def _kill_the_saver(folder: Path, *, landed: int, seed: int) -> dict[str, int]:
     window, chosen = 0.0, random.Random(seed)
     while sum(where.values()) < landed:
         if tried % MEASURED_EVERY == 0:
-            # The machine is now quicker and now slower, and a kill after the end tells nothing.
+            # The speed of the machine varies, and a kill after the end tests nothing.
             seconds = []
             for _ in range(5):
                 seconds.append(duration(work))
-                newest = judge(folder, history, allowed=(newest + 1,), least_whole=KEEP)
+                newest = check_folder(folder, history, allowed=(newest + 1,), min_complete=KEEP)
             window = 1.2 * sorted(seconds)[2]
         tried += 1
         counts, phase = killed_after(chosen.uniform(0, window), work)
-        # Whoever was verifying had saved.
+        # A child that was verifying had saved.
         allowed = (newest, newest + 1) if phase == WRITING else (newest + 1,)
         try:
-            found = judge(folder, history, allowed=allowed, least_whole=KEEP, every_byte=False)
+            found = check_folder(
+                folder, history, allowed=allowed, min_complete=KEEP, every_byte=False
+            )
         except Unrecovered as error:
             text = f"seed {seed}, kill {tried}, {NAMES.get(phase, 'after the save')}: {error}"
             raise Unrecovered(text) from None
@@ -156,8 +158,8 @@ def kill_torch_save(scratch: Path, *, landed: int, seed: int) -> Row:
         phase.set(DONE)
 
     def is_step(step: int, content: dict[str, torch.Tensor]) -> bool:
-        wanted = history.tensors(step)
-        return all(torch.equal(content[name], wanted[name]) for name in wanted)
+        expected = history.tensors(step)
+        return all(torch.equal(content[name], expected[name]) for name in expected)
 
     window = 1.2 * sorted(duration(work) for _ in range(5))[2]
     chosen = random.Random(seed)

@@ -1,4 +1,4 @@
-"""What a save asks of the system, call by call, and what a disk may hold after any of them.
+"""The system calls of a save, and what a disk may contain after any of them.
 
 `recorded` notes every call that changes files while a block runs. `Disk` takes such calls in, one
 after another, and knows what of them a power loss may take back. The model is that of Pillai et
@@ -36,8 +36,8 @@ class Operation:
 
 
 class Recorder:
-    """Takes the place of the calls of `os`; `before` may raise instead of a call, or change the
-    bytes of a write."""
+    """Replaces the calls of `os`; `before` may raise instead of a call, or change the bytes of a
+    write."""
 
     def __init__(self, before: Callable[[str, Path, bytes], bytes] | None = None) -> None:
         self.operations: list[Operation] = []
@@ -84,7 +84,7 @@ class Recorder:
         self._ask("rename", Path(source))
         self._real["rename"](source, target)
         self.operations.append(Operation("rename", Path(source), target=Path(target)))
-        # A file that is open goes on under its new name.
+        # An open file continues under its new name.
         for descriptor, path in self._open.items():
             if path.is_relative_to(source):
                 self._open[descriptor] = Path(target) / path.relative_to(source)

@@ -1,4 +1,4 @@
-"""The figures of the suite: a row a kind of fault, printed with all that is needed to repeat it."""
+"""The table of the suite: a row for each kind of fault, with all that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Unrecovered(Exception):
-    """A fault that was not survived; the text says which, with its seed and its case."""
+    """A fault that was not survived; the message names it, with its seed and its case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class Row:
     injected: int
     """faults that were tried"""
     landed: int
-    """of these, so many happened where and when they were meant to; only they count"""
+    """the number of these that happened where and when they were planned; only they count"""
     survived: int
     note: str = ""
     ours: bool = True
-    """False for somebody else's code, which is shown for comparison and may lose"""
+    """False for code of other projects, which is shown for comparison and may fail"""
 
     @property
     def passed(self) -> bool:
@@ -54,9 +54,9 @@ def surroundings(*, seed: int, scratch: Path) -> str:
 
 def _commit() -> str:
     here = Path(__file__).parent
-    words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    args = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        found = subprocess.run(args, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() or "unknown"
@@ -72,7 +72,7 @@ def _processor() -> str:
 
 
 def _file_system(folder: Path) -> str:
-    """The kind of file system that a folder lies on, as /proc/mounts has it."""
+    """The type of a folder's file system, from /proc/mounts."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:

@@ -50,26 +50,26 @@ def prepare(scratch: Path) -> Path:
     return text
 
 
-def train(text: Path, run: Path, *words: str) -> int:
-    """Begin a run, in this process; returns the exit code."""
-    return quietly(["train", str(text), "--run", str(run), *TINY, *words], run)
+def train(text: Path, run: Path, *args: str) -> int:
+    """Start a run in this process; returns the exit code."""
+    return quietly(["train", str(text), "--run", str(run), *TINY, *args], run)
 
 
 def resume(run: Path) -> int:
     return quietly(["train", "--resume", "--run", str(run)], run)
 
 
-def quietly(words: Sequence[str], run: Path) -> int:
-    """One command; what it says goes to a file beside the run."""
+def quietly(args: Sequence[str], run: Path) -> int:
+    """Run one command; its output goes to a file next to the run."""
     with (
-        open(run.with_name(run.name + ".said"), "a", encoding="utf-8") as said,
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(said),
+        open(run.with_name(run.name + ".said"), "a", encoding="utf-8") as output_of,
+        contextlib.redirect_stdout(output_of),
+        contextlib.redirect_stderr(output_of),
     ):
-        return main(words)
+        return main(args)
 
 
-def said(run: Path) -> str:
+def output_of(run: Path) -> str:
     return run.with_name(run.name + ".said").read_text(encoding="utf-8")
 
 
@@ -78,7 +78,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The records of a run, times aside."""
+    """The records of a run without times."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [_timeless(json.loads(line)) for line in lines]
 
@@ -87,7 +87,7 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in _TIMES}
 
 
-def picture(run: Path) -> dict[str, str]:
+def run_hashes(run: Path) -> dict[str, str]:
     """A checksum of each thing that must be equal in a run that was interrupted: every weight and
     number of the optimizer in the last checkpoint, where it stands in the data, every line of the
     records, and the summary."""
@@ -100,7 +100,7 @@ def picture(run: Path) -> dict[str, str]:
             tensors.update(f"{group}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             tensors.update(tensor.numpy().tobytes())
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    # Timed: how long a table of counts or xz took.
+    # Durations: of a table of counts, or of xz.
     summary.pop("baselines")
     return {
         "tensors": tensors.hexdigest(),
