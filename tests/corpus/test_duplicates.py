@@ -19,7 +19,7 @@ from pretrain.corpus.duplicates import (
     duplicate_pairs,
     write_records,
 )
-from texts import changed, prose
+from texts import prose, replace_words
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.02, 0.95, 1.0), (0.25, 0.0, 0.1)])
@@ -31,7 +31,7 @@ def test_near_duplicates_are_detected_at_the_rate_of_the_formula(
     expected = 0.0
     for _ in range(120):
         words = prose(draw, 300)
-        other = changed(draw, words, share)
+        other = replace_words(draw, words, share)
         sets = [set(zip(*(w[k:] for k in range(5)), strict=False)) for w in (words, other)]
         same = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
         expected += 1 - (1 - same**8) ** 14
@@ -99,7 +99,7 @@ def test_first_of_near_duplicates_is_kept(tmp_path: Path) -> None:
     draw = random.Random(3)
     originals = [prose(draw, 200) for _ in range(40)]
     texts = [" ".join(words) for words in originals]
-    texts += [" ".join(changed(draw, words, 0.01)) for words in originals[:20]]
+    texts += [" ".join(replace_words(draw, words, 0.01)) for words in originals[:20]]
     texts += [texts[0], "", "one two", "one, two!"]
     data, report = prepare_texts(tmp_path, texts, deduplicate="near")
     assert kept_ids(data) == {*range(40), 62}

@@ -21,7 +21,7 @@ from pretrain.export.verification import TEXTS
 from pretrain.generate import Sampling, generate, generate_ids
 from pretrain.model import Decoder, ModelConfig
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from texts import LLAMA_MODEL, train_sentencepiece
+from texts import LLAMA_OPTIONS, train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
 
@@ -217,7 +217,7 @@ def test_their_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
 
 def test_a_start_of_its_own_stands_before_their_texts_and_is_dropped_here(tmp_path: Path) -> None:
     """Llama's; a tokenizer.json that says so is no other tokenizer."""
-    ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_MODEL))
+    ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
     folder = written(tmp_path / "out", decoder, ours)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -560,7 +560,7 @@ def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
 @pytest.mark.parametrize("case", ["same", "other vocabulary", "other fault"])
 def test_sentencepieces_file_stands_in_for_metaspace_only(case: str, tmp_path: Path) -> None:
     """A tokenizer.json that is refused for another reason is not passed over."""
-    ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_MODEL))
+    ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
     folder = written(tmp_path / "out", decoder, ours)
     shutil.copy(tmp_path / "tokenizer.model", folder)

@@ -24,7 +24,7 @@ from pretrain.export.verification import AGREES, TEXTS, _request
 from pretrain.model import Decoder, LMLoss
 from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from test_export import same
-from texts import LLAMA_MODEL, train_sentencepiece
+from texts import LLAMA_OPTIONS, train_sentencepiece
 
 gguf = pytest.importorskip("gguf")
 
@@ -132,7 +132,7 @@ def test_llama_cpp_reads_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
     if kind == "gpt2 itself":
         ours = load_tokenizer("gpt2")
     elif kind == "sentencepiece":
-        ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_MODEL))
+        ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     else:
         texts = [d.text for d in list(read_documents("bundled"))[:20]]
         ours = train_tokenizer(texts, vocab_size=600, split=kind)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
     library = Library.from_str(json.dumps(plain.description))
     library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     for ours in (
-        load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_MODEL)),
+        load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS)),
         plain,
         Tokenizer(library),
     ):
@@ -182,7 +182,7 @@ def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
 
 def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> None:
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
-    pieces = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_MODEL))
+    pieces = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     llama3 = train_tokenizer(texts, vocab_size=500, split="llama3")
     gpt2 = train_tokenizer(texts, vocab_size=400)
     bos, kind = "tokenizer.ggml.add_bos_token", gguf.GGUFValueType.BOOL

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from pretrain.corpus.config import CorpusConfig
-from texts import changed, prose
+from texts import prose, replace_words
 
 FILTERED = CorpusConfig(deduplicate="near", filters=("gopher",))
 
@@ -29,7 +29,7 @@ def write_dirty_corpus(folder: Path) -> Path:
     draw = random.Random(0)
     originals = [prose(draw, draw.randint(60, 400)) for _ in range(150)]
     for number in range(4):
-        texts = [" ".join(changed(draw, draw.choice(originals), 0.01)) for _ in range(60)]
+        texts = [" ".join(replace_words(draw, draw.choice(originals), 0.01)) for _ in range(60)]
         texts += [" ".join(prose(draw, 10))] * 5
         lines = [json.dumps({"id": f"{number}-{n}", "text": t}) for n, t in enumerate(texts)]
         lines.insert(draw.randrange(60), "no json")

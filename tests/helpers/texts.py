@@ -18,14 +18,15 @@ VOCABULARY = (
 
 
 def prose(draw: random.Random, n_words: int) -> list[str]:
-    """Words and sentences as a filter expects them."""
+    """Random words in sentences of eight, which pass the quality rules."""
     words = [draw.choice(VOCABULARY) + draw.choice(["", "", "er", "ing"]) for _ in range(n_words)]
     for place in range(7, n_words, 8):
         words[place] += "."
     return words
 
 
-def changed(draw: random.Random, words: list[str], share: float) -> list[str]:
+def replace_words(draw: random.Random, words: list[str], share: float) -> list[str]:
+    """Replace about this share of the words by others."""
     return [draw.choice("abcdefgh") * 5 if draw.random() < share else word for word in words]
 
 
@@ -37,34 +38,27 @@ ODD_WORDS = [
 
 
 def random_unicode_text(draw: random.Random) -> str:
-    """Words, spaces of all kinds, and characters from anywhere in Unicode 3 to 12."""
-    planes = [(32, 127), (0xA0, 0x250), (0x370, 0x530), (0x3040, 0x30FF), (0x4E00, 0x9FA5)]
-    planes += [
-        (0x1F300, 0x1F64F),
-        (0x2000, 0x206F),
-        (0x600, 0x6FF),
-        (0x900, 0x97F),
-        (0xAC00, 0xD7A3),
-    ]
+    """Random words, spaces of all kinds, numbers, and characters of several scripts."""
+    blocks = [(32, 127), (0xA0, 0x250), (0x370, 0x530), (0x3040, 0x30FF), (0x4E00, 0x9FA5)]
+    blocks += [(0x1F300, 0x1F64F), (0x2000, 0x206F), (0x600, 0x6FF), (0x900, 0x97F)]
+    blocks += [(0xAC00, 0xD7A3)]
+    spaces = [" ", "\n", "\t", "\r\n", "\u00a0", "  ", "\u2028", "\x85"]
     parts = []
     for _ in range(draw.randint(1, 12)):
         match draw.randrange(4):
             case 0:
                 parts.append(draw.choice(ODD_WORDS))
             case 1:
-                parts.append(
-                    draw.choice([" ", "\n", "\t", "\r\n", "\u00a0", "  ", "\u2028", "\x85"])
-                )
+                parts.append(draw.choice(spaces))
             case 2:
-                low, high = draw.choice(planes)
+                low, high = draw.choice(blocks)
                 parts.append("".join(chr(draw.randint(low, high)) for _ in range(4)))
             case _:
                 parts.append(str(draw.randrange(10**9)))
     return "".join(parts)
 
 
-# What Llama 1 and 2 were trained with.
-LLAMA_MODEL: dict[str, Any] = {
+LLAMA_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "vocab_size": 600,
     "byte_fallback": True,
@@ -76,15 +70,17 @@ LLAMA_MODEL: dict[str, Any] = {
     "num_threads": 1,
     "minloglevel": 2,
 }
+"""The options with which the tokenizers of Llama 1 and 2 were trained, with a small vocabulary."""
 
 
 def train_sentencepiece(path: Path, **options: Any) -> Path:
+    """Train a SentencePiece model on random prose, by default with Llama's options."""
     sentencepiece = pytest.importorskip("sentencepiece")
     draw = random.Random(0)
     texts = [" ".join(prose(draw, 40)) + " of the house  été 中文 12345\t" for _ in range(300)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, **LLAMA_MODEL | options
+        sentence_iterator=iter(texts), model_writer=model, **LLAMA_OPTIONS | options
     )
     path.write_bytes(model.getvalue())
     return path

@@ -92,7 +92,7 @@ def test_continuation_keeps_the_space_before_it(
     before, expected = "of the", " house"
     added = ours.encode(before + expected)[len(ours.encode(before)) :].tolist()
     monkeypatch.setattr(sampling, "generate_ids", lambda *_, **__: [added])
-    monkeypatch.setattr("pretrain.generate.generate_ids", lambda *_, **__: [added])
+    monkeypatch.setattr("pretrain.evaluate.lm_eval.generate_ids", lambda *_, **__: [added])
     assert sampling.generate(decoder, ours, before) == [expected]
     assert sampling.generate(decoder, ours, "") == ["house"]
     request = SimpleNamespace(args=(before, {}))

@@ -11,9 +11,9 @@ $ is the end of a line.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, AnyStr, Literal, cast, get_args
 
 if TYPE_CHECKING:
     import tokenizers
@@ -100,6 +100,21 @@ def split_of(description: Mapping[str, Any]) -> Split | None:
         if json.loads(library.to_str())["pre_tokenizer"] == description["pre_tokenizer"]:
             return cast(Split, split)
     return None
+
+
+def merges_of(tokens: Iterable[AnyStr], ids: Mapping[AnyStr, int]) -> list[tuple[AnyStr, AnyStr]]:
+    """List the merges of a vocabulary that only ranks its tokens, as tiktoken's or SentencePiece's.
+
+    These merge whichever pair gives the best token, but the library needs a list of pairs. So all
+    ways to split a token into two are in the list, for `tokens` from best to worst: "abc" gives
+    (a, bc) and (ab, c) if these are tokens.
+    """
+    merges = []
+    for token in tokens:
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(left, right) for left, right in pairs if left in ids and right in ids]
+        merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return merges
 
 
 def byte_level_bpe(

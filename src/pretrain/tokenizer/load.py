@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pretrain import missing_package
 from pretrain.fileio import unique_keys
-from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols
+from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols, merges_of
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.sentencepiece import read_sentencepiece
 from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer
@@ -182,17 +182,8 @@ def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
     split, vocab_size, special = _TIKTOKEN_VOCABULARIES[len(ranks)]
     symbols = byte_symbols()
     name_of = {token: "".join(symbols[byte] for byte in token) for token in ranks}
-
-    # tiktoken merges whichever pair gives the token of lowest rank. The library has a list of
-    # pairs, so all ways to split a token into two are in it, tokens in the order of their ranks:
-    # "abc" gives (a, bc) and (ab, c) if these are tokens.
-    merges: list[tuple[str, str]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known_pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        known_pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(name_of[left], name_of[right]) for left, right in known_pairs]
-
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    merges = [(name_of[left], name_of[right]) for left, right in merges_of(by_rank, ranks)]
     vocabulary = {name_of[token]: rank for token, rank in ranks.items()}
     added = dict(special)
     used = {*vocabulary.values(), *special.values()}

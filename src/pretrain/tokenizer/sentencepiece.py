@@ -14,6 +14,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.tokenizer.byte_level import merges_of
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -82,16 +84,9 @@ def bpe_from_pieces(pieces: list[Piece], *, has_prefix: bool) -> tokenizers.Toke
     if len(unknown) != 1:
         raise ValueError(f"the vocabulary must have 1 unknown token, not {len(unknown)}")
 
-    # SentencePiece merges the pair whose result has the highest score, whatever its two parts. The
-    # library has a list of pairs, so all ways to split a piece are in it, best piece first:
-    # "abc" gives (a, bc) and (ab, c) if these are pieces.
-    merges = []
-    for text, _, type_ in sorted(pieces, key=lambda piece: -piece[1]):
-        if type_ == PieceType.NORMAL:
-            pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
-            known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
-            merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-
+    by_score = sorted(pieces, key=lambda piece: -piece[1])
+    normal = [text for text, _, type_ in by_score if type_ == PieceType.NORMAL]
+    merges = merges_of(normal, vocabulary)
     library = LibraryTokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown[0], fuse_unk=True, byte_fallback=True)
     )
