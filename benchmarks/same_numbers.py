@@ -63,7 +63,7 @@ RENAMED: dict[str, str] = {
     "schedule.past": "schedule.history",
 }
 """Settings: {"section.old": "section.new"}; of entries of data.source: {"data.source.old": ...}."""
-METRIC_RENAMED: dict[str, str] = {}
+METRIC_RENAMED: dict[str, str] = {"likeliest": "most_probable"}
 """Keys, and texts such as a `kind`, of metrics.jsonl, other JSON files of a run and `--json`."""
 MANIFEST_RENAMED: dict[str, str] = {}
 """Keys and texts of the JSON files of a prepared folder, settings among them."""

@@ -1,5 +1,4 @@
-"""`pretrain import` and `pretrain export`: somebody else's model becomes a MODEL, and ours theirs,
-with a certificate that a fault makes fail."""
+"""`pretrain import`: a model of another program becomes a MODEL like any other."""
 
 from __future__ import annotations
 
@@ -14,19 +13,20 @@ import numpy as np
 import pytest
 import torch
 
+from exports import same, written
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.corpus import read_documents
 from pretrain.evaluate.run_tasks import stop_ids_of
-from pretrain.export import FormatError, certificate, import_model, write_gguf
-from pretrain.export.verification import AGREES, DISAGREES, NOT_VERIFIED
+from pretrain.export import FormatError, import_model, write_gguf
 from pretrain.generate import generate
 from pretrain.runner.open import load_model
 from pretrain.tokenizer import Tokenizer, train_tokenizer
-from test_export import Change, in_config, in_weights, same, written
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]
+
+
 SHARED = Path(__file__).parents[3] / "shared/data/models"
 
 
@@ -47,274 +47,6 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("theirs") / "llama", decoder, tokenizer)
 
 
-# --- export
-# ------------------------------------------------------------------------------
-
-
-def test_what_train_leaves_behind_is_exported_and_read_back(
-    finished_run: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    pytest.importorskip("transformers")
-    out = tmp_path / "out"
-    said = asked(capsys, "export", str(finished_run), "--format", "hf", "--out", str(out))
-    assert said["verdict"] == AGREES
-    written_down = json.loads((out / "certificate.json").read_text())
-    assert written_down["checks"] == said["checks"]
-    assert written_down["files"] == certificate.checksums(out)
-    assert {"model.safetensors", "tokenizer.json", "modeling_pretrain.py"} <= set(said["files"])
-    assert said["library"].startswith("transformers")
-    assert said["checks"]["logits"]["positions"] >= 100
-    ours, back = load_model(str(finished_run)), load_model(str(out))
-    assert same(ours.decoder, back.decoder)
-    assert ours.tokenizer.sha256 == back.tokenizer.sha256
-    # A Hugging Face folder is a MODEL: the verbs take it as it is.
-    for verb, options in {
-        "generate": ["--prompt", "The", "--max-tokens", "5"],
-        "next": ["--prompt", "The"],
-    }.items():
-        capsys.readouterr()
-        assert asked(capsys, verb, str(out), *options) == asked(
-            capsys, verb, str(finished_run), *options
-        )
-
-
-def test_a_folder_that_holds_something_is_left_alone(finished_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("x")
-    words = ["export", str(finished_run), "--format", "hf", "--out", str(tmp_path)]
-    assert main(words) == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-    assert main(["import", str(finished_run), "--out", str(tmp_path)]) == 2
-
-
-def test_without_another_library_nothing_is_verified(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(certificate, "verification_library", lambda format: None)
-    words = ["export", str(finished_run), "--format", "hf", "--out"]
-    said = asked(capsys, *words, str(tmp_path / "a"), code=2)
-    assert said["verdict"] == NOT_VERIFIED
-    assert json.loads((tmp_path / "a/certificate.json").read_text())["verdict"] == NOT_VERIFIED
-    assert main([*words, str(tmp_path / "b"), "--unverified"]) == 0
-    assert "pretrain[hf]" not in capsys.readouterr().out
-
-
-def _swap_heads(tensors: dict[str, torch.Tensor]) -> None:
-    name = "model.layers.0.self_attn.q_proj.weight"
-    tensors[name] = tensors[name].roll(8, 0)
-
-
-def _nudge(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] += 0.5
-
-
-def _other_merges(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["merges"] = content["model"]["merges"][::-1]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
-def _no_start(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
-
-
-FAULTS: dict[str, tuple[Change, str]] = {
-    "a head in another place": (in_weights(_swap_heads), "logits"),
-    "one number": (in_weights(_nudge), "logits"),
-    "the base of the positions": (in_config(rope_theta=11_000.0), "logits"),
-    "the norm's epsilon": (in_config(rms_norm_eps=1e-2), "logits"),
-    "the order of merges": (_other_merges, "tokenizer"),
-    "nothing before a prompt": (_no_start, "tokenizer"),
-}
-
-# One of the model and one of the tokenizer: each is asked about by a process of its own.
-IN_SHORT = ("one number", "nothing before a prompt")
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in FAULTS],
-)
-def test_a_planted_fault_fails_the_export(
-    fault: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """The fault happens after the files were written and before they are asked about."""
-    pytest.importorskip("transformers")
-    assert main(["import", str(theirs), "--out", str(tmp_path / "model")]) == 0
-    change, check = FAULTS[fault]
-    asking = certificate._ask
-
-    def damaged(request: dict[str, Any]) -> Any:
-        change(Path(request["path"]))
-        return asking(request)
-
-    monkeypatch.setattr(certificate, "_ask", damaged)
-    words = ["export", str(tmp_path / "model"), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=1)
-    assert said["verdict"] == said["checks"][check]["verdict"] == DISAGREES
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.disagrees/certificate.json").is_file()
-
-
-def test_files_that_they_cannot_open_fail_the_export(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    pytest.importorskip("transformers")
-    asking = certificate._ask
-
-    def damaged(request: dict[str, Any]) -> Any:
-        in_weights(lambda t: t.pop("model.norm.weight"))(Path(request["path"]))
-        return asking(request)
-
-    monkeypatch.setattr(certificate, "_ask", damaged)
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=1)
-    assert said["verdict"] == DISAGREES
-    assert "model.norm.weight" in said["refusal"]
-    assert not (tmp_path / "out").exists()
-
-
-# What is put at the beginning of the witness; the folders; what is said.
-UNABLE: dict[str, tuple[str, str]] = {
-    "it lacks a package": ("raise ImportError('no module there')", "ImportError: no module there"),
-    "it is killed": ("import os; os.kill(os.getpid(), 9)", "transformers was killed by signal 9"),
-}
-
-
-@pytest.mark.parametrize("case", UNABLE)
-def test_a_witness_that_cannot_run_has_verified_nothing(
-    case: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """It says nothing of the files, which are kept under their name."""
-    pytest.importorskip("transformers")
-    source = Path(certificate.__file__).with_name("witness.py").read_text()
-    line, message = UNABLE[case]
-    broken = source.replace("        import transformers  # noqa: F401", f"        {line}")
-    assert broken != source
-    (tmp_path / "witness.py").write_text(broken)
-    monkeypatch.setattr(certificate, "__file__", str(tmp_path / "certificate.py"))
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=2)
-    assert said["verdict"] == NOT_VERIFIED
-    assert message in said["unable"]
-    assert json.loads((tmp_path / "out/certificate.json").read_text())["unable"] == said["unable"]
-    assert main([*words[:-1], str(tmp_path / "other"), "--unverified"]) == 0
-
-
-def test_numbers_that_are_not_finite_are_null_in_a_certificate(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """And a perplexity beyond all bounds is no line of 300 digits."""
-    pytest.importorskip("transformers")
-    asking = certificate._ask
-
-    def damaged(request: dict[str, Any]) -> Any:
-        in_weights(lambda t: t["model.norm.weight"].mul_(1e30))(Path(request["path"]))
-        answer, logits = asking(request)
-        return answer, logits[:, :-1]
-
-    monkeypatch.setattr(certificate, "_ask", damaged)
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=1)
-    text = (tmp_path / "out.disagrees/certificate.json").read_text()
-    content = json.loads(text, parse_constant=pytest.fail)
-    assert content["checks"]["logits"]["largest_difference"] is None
-    assert content["checks"]["perplexity"]["theirs"] is None
-    rows = certificate.table(said)
-    assert "not finite there" in rows[3][1]
-    content["checks"]["perplexity"]["theirs"] = 1e300
-    assert "1.000e+300 there" in certificate.table(content)[3][1]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "does not exist"),
-        ("", "holds no text to score"),
-        ("\n \n", "holds no text to score"),
-        ("中文字符", "has nothing of the text that is scored"),
-    ],
-)
-def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_written(
-    text: str | None, message: str, tmp_path: Path, capsys: Capture
-) -> None:
-    tokenizer = train_tokenizer(["some words and more"], name="characters", vocab_size=None)
-    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
-    model = written(tmp_path / "model", decoder, tokenizer)
-    file = tmp_path / "text.txt"
-    if text is not None:
-        file.write_text(text)
-    out = tmp_path / "out" / "deep"
-    words = ["export", str(model), "--format", "hf", "--out", str(out), "--text", str(file)]
-    assert main(words) == 2
-    assert message in capsys.readouterr().err
-    assert not out.parent.exists()
-
-
-# --- the folder that is written
-# ------------------------------------------------------------------------------
-
-
-def test_out_may_be_a_link_and_not_where_we_stand(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "to-empty").symlink_to("empty")
-    (tmp_path / "to-nothing").symlink_to("new")
-    (tmp_path / "round").symlink_to("round")
-    for name, at in {"to-empty": "empty", "to-nothing": "new"}.items():
-        assert main(["import", str(theirs), "--out", str(tmp_path / name)]) == 0
-        assert (tmp_path / name).is_symlink()
-        assert (tmp_path / at / "config.yaml").is_file()
-    assert main(["import", str(theirs), "--out", str(tmp_path / "round")]) == 2
-    assert "leads back to itself" in capsys.readouterr().err
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for name in (".", "", str(tmp_path / "here")):
-        for words in (["import", str(theirs)], ["export", str(theirs), "--format", "hf"]):
-            assert main([*words, "--out", name]) == 2
-            assert "is the folder that this runs in" in capsys.readouterr().err
-    assert list(Path().iterdir()) == []
-    # A name in the folder is as good as a path to it.
-    assert main(["import", str(theirs), "--out", "model"]) == 0
-    assert [p.name for p in Path().iterdir()] == ["model"]
-
-
-def test_what_others_made_is_never_removed(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(certificate, "certify", lambda *_, **__: {"verdict": DISAGREES})
-    monkeypatch.setattr(certificate, "table", lambda _: [])
-    names = [".out.work", "out.disagrees"]
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine").write_text("x")
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    assert main(words) == main(words) == 1
-    assert all((tmp_path / name / "mine").is_file() for name in names)
-    found = {p.name for p in tmp_path.iterdir()}
-    assert found == {*names, "out.disagrees-2", "out.disagrees-3"}
-    assert (tmp_path / "out.disagrees-3" / "model.safetensors").is_file()
-
-
-def test_two_exports_at_once_do_not_meet(tmp_path: Path) -> None:
-    from pretrain.cli.out_folder import work_folder
-
-    with work_folder(tmp_path / "out") as one, work_folder(tmp_path / "out") as other:
-        assert one != other
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_witness_is_not_ours() -> None:
-    source = (Path(certificate.__file__).with_name("witness.py")).read_text()
-    assert "import pretrain" not in source
-    assert "from pretrain" not in source
-
-
-# --- import
-# ------------------------------------------------------------------------------
-
-
 def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "model"
     said = asked(capsys, "import", str(theirs), "--out", str(folder))
@@ -329,7 +61,7 @@ def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capt
     assert one == other
     # It has no text of its own, and nothing to resume.
     assert main(["evaluate", str(folder)]) == 2
-    assert "was not trained here and has no held-out text" in capsys.readouterr().err
+    assert "was not trained here, so it has no held-out text" in capsys.readouterr().err
     assert main(["train", "--resume", "--run", str(folder)]) == 2
     assert f"--train.init_from {folder}" in capsys.readouterr().err
 
@@ -376,9 +108,9 @@ def test_a_folder_that_needs_no_import_or_holds_none_says_so(
     (tmp_path / "files/model.gguf").write_bytes(b"GGUF")
     checkpoint = next((finished_run / "checkpoints").iterdir())
     for folder, message in {
-        finished_run: "is a run of this program or a checkpoint in one: a MODEL as it is",
-        checkpoint: "is a run of this program or a checkpoint in one: a MODEL as it is",
-        tmp_path / "empty": "has no config.json; legal: config.json, model.safetensors",
+        finished_run: "is a run or a checkpoint of pretrain, which needs no import",
+        checkpoint: "is a run or a checkpoint of pretrain, which needs no import",
+        tmp_path / "empty": "has no config.json; a model must be a folder with config.json",
         tmp_path / "files": "has no config.json; name the file in it: model.gguf",
     }.items():
         with pytest.raises(FormatError, match=message):
@@ -478,7 +210,7 @@ def test_a_foreign_folder_must_be_imported_before_it_trains_on(
     [
         (b"PK\x03\x04 and more", "is a pickle of PyTorch"),
         (b"\x80\x02ctorch", "is a pickle of PyTorch"),
-        (b"GGUF", "is no whole GGUF file"),
+        (b"GGUF", "is not a complete GGUF file"),
         (b"", "nor a GGUF file"),
         (b"something else " * 30, "nor a GGUF file"),
     ],
@@ -494,12 +226,8 @@ def test_files_that_are_no_model_are_refused(
     for path in (file, tmp_path):
         words = ["import", str(path), "--tokenizer", str(file), "--out", str(tmp_path / "out")]
         assert main(words) == 2
-        assert f"{path} is none, leave it out" in capsys.readouterr().err
+        assert f"only for a .bin of llama2.c, which {path} is not" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-# --- llama2.c
-# ------------------------------------------------------------------------------
 
 
 def llama2c(folder: Path, *, tied: bool) -> tuple[Path, Any]:
@@ -551,25 +279,25 @@ def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_refused(tmp_path: Pa
     file, _ = llama2c(tmp_path / "c", tied=True)
     data = file.read_bytes()
     file.write_bytes(data[:-4])
-    with pytest.raises(FormatError, match="bytes; its sizes"):
+    with pytest.raises(FormatError, match=r"must have .* bytes for"):
         import_model(file)
     file.write_bytes(struct.pack("<i", 0x616B3432) + data[4:])
-    with pytest.raises(FormatError, match=r"a later version of llama2.c's format"):
+    with pytest.raises(FormatError, match=r"must have the first version of llama2.c's format"):
         import_model(file)
     file.write_bytes(data)
     table = (file.parent / "tok265.bin").read_bytes()
     (file.parent / "tok265.bin").write_bytes(table[:-3])
-    with pytest.raises(FormatError, match=r"no piece of llama2.c"):
+    with pytest.raises(FormatError, match=r"not a piece of llama2.c"):
         import_model(file)
     (file.parent / "tok265.bin").write_bytes(table[: len(table) // 2])
-    with pytest.raises(FormatError, match=r"no piece of llama2.c|too few"):
+    with pytest.raises(FormatError, match=r"not a piece of llama2.c|a piece for each byte"):
         import_model(file)
     # Without its last piece, of two bytes, a file looks whole.
     (file.parent / "tok265.bin").write_bytes(table[:-10])
-    with pytest.raises(FormatError, match=r"has 264 pieces and .* a vocabulary of 265"):
+    with pytest.raises(FormatError, match=r"must have 265 pieces, .*got 264"):
         import_model(file)
     (file.parent / "tok265.bin").unlink()
-    with pytest.raises(FormatError, match="there are 0 files tok"):
+    with pytest.raises(FormatError, match="has 0 files tok"):
         import_model(file)
 
 

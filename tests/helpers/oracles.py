@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.export.architectures import is_native, layout_of, to_hf_config
+from pretrain.export.families import hf_layout, is_native
+from pretrain.export.hf_config import to_hf_config
 from pretrain.export.layouts import Layout, stored_tensors, to_stored
 from pretrain.model import Decoder, ModelConfig, build
 from pretrain.model.config import model_defaults
@@ -113,7 +114,7 @@ class Oracle:
             from transformers import AutoConfig, AutoModelForCausalLM
 
             assert is_native(config)
-            layout = layout_of(config)
+            layout = hf_layout(config)
             described = {**to_hf_config(config), "vocab_size": vocab_size}
             kind = described.pop("model_type")
             quiet = {"bos_token_id": 0, "eos_token_id": None}

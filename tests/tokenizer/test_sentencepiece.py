@@ -109,7 +109,7 @@ def test_continuation_keeps_the_space_before_it(
         assert not more or found["answer"]["tokens"][0]["text"] == spaced
     seen = TokenLoss(added[0], 1.0, 1, ((added[0], 0.5),))
     shown = flash_card(ours, [], seen)
-    assert shown["answer"]["text"] == shown["likeliest"][0]["text"] == spaced
+    assert shown["answer"]["text"] == shown["most_probable"][0]["text"] == spaced
 
 
 def test_text_is_prepared_with_sentencepiece(llama: Path, tmp_path: Path) -> None:

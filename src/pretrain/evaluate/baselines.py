@@ -123,9 +123,10 @@ def count_model_nats(train: Array, val: Array, *, vocab_size: int) -> list[float
 
 
 def _interpolated(
-    grams: Array, counts: Array, wanted: Array, *, vocab_size: int, lower: NDArray[np.float64]
+    grams: Array, counts: Array, queries: Array, *, vocab_size: int, lower: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """p(last id | ids before it) of each wanted n-gram, from sorted distinct `grams` with `counts`.
+    """p(last id | ids before it) of the n-grams in `queries`, from sorted distinct `grams` with
+    their `counts`.
 
     `lower` is the same probability one order below, which receives the discounted mass.
     """
@@ -137,13 +138,13 @@ def _interpolated(
     context_totals = np.add.reduceat(counts, first_places)
     n_distinct = np.diff(np.append(first_places, len(grams)))
 
-    places = np.searchsorted(grams, wanted).clip(max=len(grams) - 1)
-    wanted_counts = np.where(grams[places] == wanted, counts[places], 0)
-    wanted_contexts = wanted // vocab_size
-    context_places = np.searchsorted(contexts, wanted_contexts).clip(max=len(contexts) - 1)
-    is_known = contexts[context_places] == wanted_contexts
+    places = np.searchsorted(grams, queries).clip(max=len(grams) - 1)
+    query_counts = np.where(grams[places] == queries, counts[places], 0)
+    query_contexts = queries // vocab_size
+    context_places = np.searchsorted(contexts, query_contexts).clip(max=len(contexts) - 1)
+    is_known = contexts[context_places] == query_contexts
 
-    discounted = np.maximum(wanted_counts - discount, 0) / context_totals[context_places]
+    discounted = np.maximum(query_counts - discount, 0) / context_totals[context_places]
     freed = discount * n_distinct[context_places] / context_totals[context_places]
     return np.where(is_known, discounted + freed * lower, lower)
 

@@ -57,7 +57,7 @@ def read_examples(
     task: Task, text: str, *, file: str = "the text", limit: int | None = None
 ) -> list[Example]:
     """The first `limit` examples in the text of a task's file. ValueError with the name of the
-    `file` if there are none, or one is not of the task's form."""
+    `file` for a text without examples, or with one that is not of the task's form."""
     examples: list[Example] = []
     for location, record in _records(task.form, text, file):
         if len(examples) == limit:
@@ -258,7 +258,7 @@ class _RecordFormatter(Formatter):
         first = kwargs[name.partition("[")[0]]
         value, key = super().get_field(name, args, kwargs)
         if isinstance(first, str) and "[" in name:  # a character of a text
-            raise _RecordError(f"{name} must be an entry of a list of texts (got {first!r:.60})")
+            raise _RecordError(f"{name} must be an element of a list of texts (got {first!r:.60})")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise _RecordError(f"{name} must be a text or a number (got {value!r:.60})")
         return value, key

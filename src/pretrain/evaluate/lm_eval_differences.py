@@ -328,8 +328,7 @@ def _difference_in_answer(task: Task, results: TaskResults, case: _Case) -> Diff
         return case.difference("tie", f"two options within {TOLERANCE_NATS} nats")
     equal = [metric for metric, right in is_right.items() if right == harness_is_right]
     if equal:
-        verb = "agrees" if len(equal) == 1 else "agree"
-        detail = f"{task.metric} here, {name} there, with which our {', '.join(equal)} {verb}"
+        detail = f"{task.metric} here, {name} there, which is equal to our {', '.join(equal)}"
         return case.difference("normalisation", detail)
     return case.difference(_NOT_EXPLAINED, f"log p is the same, and {name} is not {task.metric}")
 
@@ -414,7 +413,7 @@ def _explained_by(way: _Way, case: _Case, tokenizer: Tokenizer) -> Difference:
 
 
 def _text_difference(case: _Case) -> tuple[str, str]:
-    """Cause and detail of the first option whose texts differ; both empty if there is none."""
+    """Cause and detail of the first option whose texts differ; both empty without a difference."""
     for option, harness_option in zip(case.options, case.sample.options, strict=False):
         context, text = _move_space(*option)
         harness_context, harness_text = _move_space(*harness_option)

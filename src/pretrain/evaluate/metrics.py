@@ -112,7 +112,7 @@ def _bleu_of_sums(sums: Array) -> float:
 
 
 def _chrf(answer: str, references: Sequence[str]) -> float:
-    """chrF of a sentence, 0 to 100 ("chrF", Popovic, 2015)."""
+    """Sentence-level chrF, 0 to 100 ("chrF", Popovic, 2015)."""
     return float(_sacrebleu().sentence_chrf(answer, list(references)).score)
 
 

@@ -253,8 +253,8 @@ def longest_in_training_text(
     for each in sets:
         with_match = [(text, m) for text in each if (m := next(matches)) is not None]
         longest.append(max(with_match, key=lambda pair: pair[1].n_words, default=None))
-    wanted = {best[1].document for best in longest if best is not None}
-    origins = dict(stream.origins(lambda number, _: number in wanted)) if wanted else {}
+    numbers = {best[1].document for best in longest if best is not None}
+    origins = dict(stream.origins(lambda number, _: number in numbers)) if numbers else {}
     rows: list[dict[str, Any] | None] = []
     for best in longest:
         if best is None:

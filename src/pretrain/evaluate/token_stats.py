@@ -138,7 +138,7 @@ def flash_card(tokenizer: Tokenizer, before: Sequence[int], loss: TokenLoss) -> 
     """The end of the context, the most probable next tokens, and the token that came."""
     return {
         "context": tokenizer.decode(before[-CARD_CONTEXT_TOKENS:]),
-        "likeliest": [
+        "most_probable": [
             {"text": tokenizer.token_text(id_), "probability": p} for id_, p in loss.most_probable
         ],
         "answer": {

@@ -1,6 +1,7 @@
-"""A directory as transformers writes and reads it: config.json, safetensors, tokenizer.
+"""A Hugging Face directory, as transformers writes and reads it: config.json, safetensors,
+tokenizer.
 
-Only safetensors are read: a .bin or .pt is a pickle, which may run anything when it is opened.
+Only safetensors are read: a .bin or .pt is a pickle, which can run any code when it is opened.
 Every name and shape is checked against config.json before a number is read.
 """
 
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.export.architectures import from_hf_config, is_native, layout_of, to_hf_config
+from pretrain.export.families import hf_layout, is_native
+from pretrain.export.hf_config import from_hf_config, to_hf_config
 from pretrain.export.imported import (
     ImportedModel,
     checked_parameters,
     checked_vocab_size,
-    fitting,
-    named_ends,
+    padded_to,
+    valid_stop_ids,
 )
 from pretrain.export.layouts import (
     FormatError,
@@ -30,7 +32,7 @@ from pretrain.export.layouts import (
     Rounded,
     Shape,
     StoredTensor,
-    leave,
+    ignore_rounded,
     match_tensors,
     stored_tensors,
     to_parameters,
@@ -41,7 +43,7 @@ from pretrain.tokenizer import Tokenizer, load_tokenizer
 from pretrain.tokenizer.tokenizer_json import template_adds_bos
 
 NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-"""How numbers may be stored."""
+"""The number types that can be written."""
 _LARGEST_FILE_BYTES = 5 << 30
 _LARGEST_JSON_BYTES = 64 << 20
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,12 +58,12 @@ def write_hugging_face(
     tokenizer: Tokenizer,
     read: Read,
     numbers: str = "f32",
-    rounded: Rounded = leave,
+    rounded: Rounded = ignore_rounded,
     largest_file_bytes: int = _LARGEST_FILE_BYTES,
 ) -> None:
-    """Write a model directory into an existing folder. `read` gives our parameters by name; one
-    file of weights at a time is held in memory. `rounded` is given those that the files hold
-    rounded, as they hold them."""
+    """Write a model directory into an existing folder, with one file of weights at a time in
+    memory. `read` reads our parameters by name; `rounded` is called with those that the files have
+    in fewer bits, as the files have them."""
     description = to_hf_config(config)
     special = {
         "bos_token_id": tokenizer.start_of_text,
@@ -69,20 +71,20 @@ def write_hugging_face(
         if len(tokenizer.stop_ids) > 1
         else tokenizer.stop_ids[0],
     }
-    whole = {
+    content = {
         **description,
         **special,
         "vocab_size": tokenizer.vocab_size,
         "torch_dtype": str(NUMBERS[numbers]).removeprefix("torch."),
     }
-    _write_json(folder / "config.json", whole)
+    _write_json(folder / "config.json", content)
     generation = special if is_native(config) else {**special, "use_cache": False}
     _write_json(folder / "generation_config.json", generation)
     if not is_native(config):
         source = importlib.resources.files("pretrain.export") / _MODELING
         (folder / _MODELING).write_bytes(source.read_bytes())
     _write_tokenizer(folder, tokenizer, config)
-    stored = stored_tensors(config, layout_of(config), vocab_size=tokenizer.vocab_size)
+    stored = stored_tensors(config, hf_layout(config), vocab_size=tokenizer.vocab_size)
     groups = _files_of(stored, NUMBERS[numbers].itemsize, largest_file_bytes)
     _write_weights(folder, groups, read, rounded, NUMBERS[numbers])
 
@@ -95,7 +97,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
         "eos_token": tokenizer.id_to_token(tokenizer.stop_ids[0]),
         "model_max_length": config.window_tokens,
         "clean_up_tokenization_spaces": False,
-        # As with us, a special token that is spelled out in a text is text.
+        # As here, the name of a special token in a text is text.
         "split_special_tokens": True,
     }
     _write_json(folder / "tokenizer_config.json", content)
@@ -104,7 +106,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
 def _files_of(
     tensors: list[StoredTensor], number_bytes: int, largest_file_bytes: int
 ) -> list[list[StoredTensor]]:
-    """The tensors in their order, file by file."""
+    """The tensors of each file, in their order."""
     groups: list[list[StoredTensor]] = [[]]
     filled = 0
     for stored in tensors:
@@ -122,7 +124,7 @@ def _write_weights(
 ) -> None:
     from safetensors.torch import save_file
 
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     total = 0
     for number, group in enumerate(groups, start=1):
         name = (
@@ -130,18 +132,18 @@ def _write_weights(
         )
         tensors = {stored.name: to_stored(stored, read).to(dtype).contiguous() for stored in group}
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, name)
+        file_of |= dict.fromkeys(tensors, name)
         total += sum(values.nbytes for values in tensors.values())
         if dtype != torch.float32:
             for part, values in to_parameters(group, tensors.__getitem__):
                 rounded(part, values)
     if len(groups) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": places}
+        content = {"metadata": {"total_size": total}, "weight_map": file_of}
         _write_json(folder / _INDEX, content)
 
 
 def open_hugging_face(folder: Path) -> ImportedModel:
-    """A model directory, checked. FormatError for one that is damaged, or is not one of ours."""
+    """Open and check a model directory. FormatError for damage or another architecture."""
     content = _read_json(folder / "config.json")
     files = _weight_files(folder)
     with ExitStack() as opened:
@@ -151,17 +153,18 @@ def open_hugging_face(folder: Path) -> ImportedModel:
             vocab_size = checked_vocab_size(content.get("vocab_size"))
             if config.n_layers > len(found):
                 raise FormatError(f"{config.n_layers:,} layers in {len(found):,} tensors")
-            layout = layout_of(config)
+            layout = hf_layout(config)
             tensors = stored_tensors(config, layout, vocab_size=vocab_size)
         except (FormatError, RuntimeError, OverflowError) as error:
             raise FormatError(f"{folder / 'config.json'}: {error}") from None
         shapes: dict[str, Shape] = {name: shape for name, (_, shape, _) in found.items()}
         names = match_tensors(tensors, shapes, layout=layout, what=str(folder))
-        odd = sorted(name for name in names.values() if found[name][2] not in _FLOATS)
-        if odd:
-            raise FormatError(
-                f"{folder}: {odd[0]} holds {found[odd[0]][2]}; legal: {', '.join(_FLOATS)}"
-            )
+        for name in sorted(names.values()):
+            if found[name][2] not in _FLOATS:
+                raise FormatError(
+                    f"{folder}: the type of {name} must be one of {', '.join(_FLOATS)} (got "
+                    f"{found[name][2]})"
+                )
     places = {theirs: (found[there][0], there) for theirs, there in names.items()}
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
@@ -179,30 +182,29 @@ def open_hugging_face(folder: Path) -> ImportedModel:
         f"transformers' {content['model_type']}",
         (folder / "config.json", *files),
         config,
-        fitting(_tokenizer_of(folder), vocab_size),
+        padded_to(_tokenizer_of(folder), vocab_size),
         parameters,
     )
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
     tokenizer = _vocabulary_of(folder)
-    tokenizer.add_bos = _begins_texts(folder)
+    tokenizer.add_bos = _adds_bos(folder)
     files = [folder / name for name in ("generation_config.json", "config.json")]
-    said = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
-    tokenizer.stop_ids = named_ends(
-        tokenizer, next((each for each in said if each is not None), None)
-    )
+    eos_ids = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    first = next((each for each in eos_ids if each is not None), None)
+    tokenizer.stop_ids = valid_stop_ids(tokenizer, first)
     return tokenizer
 
 
-def _begins_texts(folder: Path) -> bool:
-    """Whether transformers puts a token before a text, by what the folder's files say."""
-    settings, whole = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    said = _read_json(settings).get("add_bos_token") if settings.is_file() else None
-    if isinstance(said, bool):
-        return said
-    if whole.is_file():
-        return template_adds_bos(_read_json(whole))
+def _adds_bos(folder: Path) -> bool:
+    """Whether transformers puts a token before a text, according to the folder's files."""
+    settings = folder / "tokenizer_config.json"
+    add_bos = _read_json(settings).get("add_bos_token") if settings.is_file() else None
+    if isinstance(add_bos, bool):
+        return add_bos
+    if (folder / "tokenizer.json").is_file():
+        return template_adds_bos(_read_json(folder / "tokenizer.json"))
     return (folder / "tokenizer.model").is_file()  # SentencePiece, as Llama has it
 
 
@@ -219,8 +221,8 @@ def _vocabulary_of(folder: Path) -> Tokenizer:
 
 
 def _sentencepiece_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer of SentencePiece's own file where tokenizer.json is the same with its spaces
-    spelled as Metaspace, which is not read here; None elsewhere."""
+    """The tokenizer of tokenizer.model, if tokenizer.json is the same vocabulary with Metaspace,
+    which is not read here; else None."""
     json_file, file = folder / "tokenizer.json", folder / "tokenizer.model"
     if not (json_file.is_file() and file.is_file()):
         return None
@@ -232,7 +234,7 @@ def _sentencepiece_of(folder: Path) -> Tokenizer | None:
     if not isinstance(vocabulary, dict) or any(
         vocabulary.get(found.id_to_token(id_)) != id_ for id_ in range(found.vocab_size)
     ):
-        raise ValueError(f"{file.name} and {json_file.name} hold two vocabularies; legal: one")
+        raise ValueError(f"{file.name} and {json_file.name} must have the same vocabulary")
     return found
 
 
@@ -243,8 +245,8 @@ def _weight_files(folder: Path) -> list[Path]:
         pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
         if pickles:
             raise FormatError(
-                f"{folder} holds its weights as {pickles[0]}, a pickle, which may run anything "
-                "when it is opened; have the program that made it save safetensors"
+                f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when "
+                "it is opened; save them as safetensors with the program that wrote it"
             )
         raise FormatError(f"{folder} has no {_WEIGHTS}")
     places = _read_json(folder / _INDEX).get("weight_map")
@@ -253,16 +255,18 @@ def _weight_files(folder: Path) -> list[Path]:
     names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name or len(name) > 255 or not (folder / name).is_file():
-            raise FormatError(f"{folder / _INDEX} names {name!r:.200}, which is no file beside it")
+            raise FormatError(
+                f"{folder / _INDEX} names {name!r:.200}, which is not a file in this folder"
+            )
     return [folder / name for name in names]
 
 
 def _tensors_of(files: list[Path], opened: ExitStack) -> dict[str, tuple[Path, Shape, str]]:
-    """File, shape and kind of number of every tensor; only headers are read."""
+    """File, shape and number type of every tensor, from the headers of the files."""
     found: dict[str, tuple[Path, Shape, str]] = {}
     for file in files:
         reader = opened.enter_context(_opened(file))
-        for name in reader.keys():  # noqa: SIM118 - it is no dict
+        for name in reader.keys():  # noqa: SIM118 - it is not a dict
             if name in found:
                 raise FormatError(
                     f"{name:.200} is both in {found[name][0].name} and in {file.name}"
@@ -278,13 +282,13 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{file} is no whole safetensors file: {error}") from None
+        raise FormatError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST_JSON_BYTES:
-            raise ValueError("it is too large")
+            raise ValueError("it is too large for JSON")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{file} cannot be read: {error}") from None

@@ -14,79 +14,78 @@ from pretrain.export.layouts import FormatError, Layout, Read, StoredTensor, to_
 from pretrain.model import Decoder, ModelConfig, build
 from pretrain.tokenizer import Tokenizer
 
-_LARGEST_VOCABULARY = 1 << 24
+_MAX_VOCAB_SIZE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class ImportedModel:
-    """A model in another program's files, checked to be whole; nothing of its weights is read
+    """A model in another program's files, whose names and shapes are checked; no weight is read
     yet."""
 
     format: str
-    """What the files are, for people."""
+    """The format, for messages."""
     files: tuple[Path, ...]
     config: ModelConfig
     tokenizer: Tokenizer
-    """Of just as many entries as the model has."""
+    """With exactly the model's vocabulary size."""
     parameters: Callable[[], Iterator[tuple[str, Tensor]]]
-    """Our parameters by name, float32, one after the other."""
+    """Yields our parameters by name, float32, one at a time."""
 
     def build(self, *, device: str = "cpu") -> Decoder:
         """The decoder with these weights."""
         decoder = build(self.config, vocab_size=self.tokenizer.vocab_size, seed=None, device=device)
-        own = dict(decoder.named_parameters())
+        parameters = dict(decoder.named_parameters())
         for name, values in self.parameters():
-            own[name].data.copy_(values)
+            parameters[name].data.copy_(values)
         return decoder
 
 
 def checked_parameters(
     tensors: list[StoredTensor], read: Read, *, layout: Layout, names: Container[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters from a reader of their tensors, of which the file has `names`. FormatError for
-    a number that is not finite, and for a head beside a tied one that says something else."""
-    own = {stored.name for stored in tensors}
+    """Our parameters from a reader of a file's tensors, which have the `names`. FormatError for a
+    number that is not finite, and for a head that is not equal to the embedding it is tied to."""
+    expected = {tensor.name for tensor in tensors}
     for copy, original in layout.copies.items():
-        if copy not in names or copy in own:
+        if copy not in names or copy in expected:
             continue
         if not torch.equal(read(copy).float(), read(original).float()):
             raise FormatError(
-                f"the file's head {copy} is not its token embedding {original}; legal for a model "
-                "whose head is tied: a copy of it, or none"
+                f"the head {copy} must be equal to the token embedding {original}, or absent: the "
+                "config of this model ties them"
             )
     return to_parameters(tensors, lambda name: finite(name, read(name).float()))
 
 
 def finite(name: str, values: Tensor) -> Tensor:
-    """The same values. FormatError where one is infinite or not a number."""
+    """The same values. FormatError if one is infinite or NaN."""
     if not bool(values.isfinite().all()):
-        raise FormatError(f"{name} holds numbers that are not finite; legal: none")
+        raise FormatError(f"all numbers in {name} must be finite")
     return values
 
 
 def checked_vocab_size(value: Any) -> int:
-    """A number of entries that a file gives. FormatError where it is none, or larger than any."""
-    if type(value) is not int or not 1 <= value <= _LARGEST_VOCABULARY:
+    """The vocabulary size in a file. FormatError if it is not a possible one."""
+    if type(value) is not int or not 1 <= value <= _MAX_VOCAB_SIZE:
         raise FormatError(
-            f"vocab_size is {value!r:.60}; legal: a whole number from 1 to {_LARGEST_VOCABULARY:,}"
+            f"vocab_size must be a whole number from 1 to {_MAX_VOCAB_SIZE:,} (got {value!r:.60})"
         )
     return value
 
 
-def named_ends(tokenizer: Tokenizer, said: Any) -> list[int]:
-    """The ids that a file says a text ends with, one or several, as far as they exist; where it
-    names none the vocabulary's own."""
-    ids = said if isinstance(said, list) else [said]
-    return [
-        i for i in ids if type(i) is int and 0 <= i < tokenizer.vocab_size
-    ] or tokenizer.stop_ids
+def valid_stop_ids(tokenizer: Tokenizer, value: Any) -> list[int]:
+    """The ids of a file's `eos_token_id`, one or a list, that are in the vocabulary; if there are
+    none, the tokenizer's own."""
+    ids = value if isinstance(value, list) else [value]
+    valid = [id_ for id_ in ids if type(id_) is int and 0 <= id_ < tokenizer.vocab_size]
+    return valid or tokenizer.stop_ids
 
 
-def fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """The tokenizer with as many entries as the model, which may have some without use at the end.
-    FormatError for a model with fewer than the tokenizer."""
+def padded_to(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer with the model's vocabulary size, whose last tokens may be unused. FormatError
+    if the model has fewer tokens than the tokenizer."""
     if tokenizer.vocab_size > vocab_size:
         raise FormatError(
-            f"the tokenizer has {tokenizer.vocab_size:,} entries, and the model only {vocab_size:,}"
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, and the model only {vocab_size:,}"
         )
     return tokenizer if tokenizer.vocab_size == vocab_size else tokenizer.padded(vocab_size)

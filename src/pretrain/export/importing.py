@@ -9,52 +9,52 @@ from pretrain.export.layouts import FormatError
 
 
 def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
-    """A folder of transformers, a GGUF file, or a .bin of llama2.c (with its `tokenizer`).
+    """Open a Hugging Face directory, a GGUF file, or a .bin of llama2.c (with its `tokenizer`).
 
-    Raises FormatError for what is none of them, is damaged, or is another architecture.
+    FormatError for another kind of file, a damaged file, or another architecture.
     """
+    from pretrain.export.gguf import is_gguf, open_gguf
+    from pretrain.export.hf import open_hugging_face
     from pretrain.export.llama2c import is_llama2c, open_llama2c
 
     if tokenizer is not None and not (path.is_file() and is_llama2c(path)):
-        raise FormatError(f"--tokenizer is for a .bin of llama2.c; {path} is none, leave it out")
+        raise FormatError(f"--tokenizer is only for a .bin of llama2.c, which {path} is not")
     if path.is_dir():
-        from pretrain.export.hf import open_hugging_face
-
-        _refuse_other_folders(path)
+        _require_hugging_face(path)
         return open_hugging_face(path)
     if not path.is_file():
         raise FormatError(f"there is no model at {path}")
-    from pretrain.export.gguf import is_gguf, open_gguf
-
     if is_gguf(path):
         return open_gguf(path)
     with open(path, "rb") as file:
         start = file.read(8)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         raise FormatError(
-            f"{path} is a pickle of PyTorch, which may run anything when it is opened; have the "
-            "program that made it save safetensors"
+            f"{path} is a pickle of PyTorch, which can run any code when it is opened; save the "
+            "model as safetensors with the program that wrote it"
         )
     if is_llama2c(path):
         return open_llama2c(path, tokenizer)
     raise FormatError(
-        f"{path} is no model: neither a run directory, nor a folder of transformers, nor a GGUF "
+        f"{path} is not a model: neither a run directory, nor a Hugging Face folder, nor a GGUF "
         "file, nor one of llama2.c"
     )
 
 
-def _refuse_other_folders(path: Path) -> None:
-    """FormatError for a folder without config.json, with what it is instead."""
+def _require_hugging_face(path: Path) -> None:
+    """FormatError for a folder without config.json, with what it contains instead."""
     if (path / "config.json").is_file():
         return
     if (path / "config.yaml").is_file() or (path / "manifest.json").is_file():
         raise FormatError(
-            f"{path} is a run of this program or a checkpoint in one: a MODEL as it is, which "
-            "needs no import"
+            f"{path} is a run or a checkpoint of pretrain, which needs no import: use it as MODEL"
         )
-    files = sorted(p.name for end in ("*.gguf", "*.bin") for p in path.glob(end))
-    instead = f"name the file in it: {', '.join(files[:5])}" if files else (
-        "legal: config.json, model.safetensors and tokenizer.json in a folder, a GGUF file, or a "
-        ".bin of llama2.c"
-    )  # fmt: skip
-    raise FormatError(f"{path} is no model of transformers: it has no config.json; {instead}")
+    files = sorted(p.name for pattern in ("*.gguf", "*.bin") for p in path.glob(pattern))
+    if files:
+        advice = f"name the file in it: {', '.join(files[:5])}"
+    else:
+        advice = (
+            "a model must be a folder with config.json, model.safetensors and tokenizer.json, a "
+            "GGUF file, or a .bin of llama2.c"
+        )
+    raise FormatError(f"{path} is not a Hugging Face folder: it has no config.json; {advice}")

@@ -1,8 +1,8 @@
 """Models of llama2.c (Andrej Karpathy, 2023): a .bin of float32 weights, and a .bin of pieces.
 
 The first version of the format: seven int32 (width, feed-forward, layers, heads, key/value heads,
-vocabulary, context), then the tensors one after the other, each kind for all layers. A file whose
-length is not just what these seven say is a FormatError.
+vocabulary, context), then the tensors one after the other, each kind for all layers. A file must
+have exactly the length that follows from these seven, else it is a FormatError.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from pretrain.tokenizer.sentencepiece import SPACE, Piece, PieceType, bpe_from_p
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # "ak42", the magic number of later versions
 _N_SPECIAL = 3
-_MOST_PIECES, _LONGEST_PIECE = 1 << 20, 1 << 16
+_MAX_PIECES = 1 << 20
+_MAX_PIECE_BYTES = 1 << 16
 
 
 def is_llama2c(file: Path) -> bool:
-    """Whether a file begins with seven plausible sizes."""
+    """Whether a file starts with seven plausible sizes."""
     with open(file, "rb") as opened:
         data = opened.read(_HEADER.size)
     if len(data) < _HEADER.size:
@@ -46,11 +47,13 @@ def is_llama2c(file: Path) -> bool:
 
 
 def open_llama2c(file: Path, tokenizer: Path | None = None) -> ImportedModel:
-    """A model file and its tokenizer: `tokenizer`, or the one tok*.bin beside the model."""
+    """Open a model file with its `tokenizer`, or else with the one tok*.bin in its folder."""
     with open(file, "rb") as opened:
         d, f, layers, heads, kv_heads, vocab, context = _HEADER.unpack(opened.read(_HEADER.size))
     if d == _VERSIONED:
-        raise FormatError(f"{file} is of a later version of llama2.c's format; legal: the first")
+        raise FormatError(
+            f"{file} must have the first version of llama2.c's format (got a later one)"
+        )
     try:
         config = ModelConfig(
             **llama(
@@ -69,10 +72,10 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> ImportedModel:
     n_bytes = file.stat().st_size
     if n_bytes != end:
         raise FormatError(
-            f"{file} has {n_bytes:,} bytes; its sizes {config.n_layers} x "
-            f"{config.d_model}, vocabulary {abs(vocab)} take {end:,}"
+            f"{file} must have {end:,} bytes for {config.n_layers} layers of {config.d_model} and "
+            f"a vocabulary of {abs(vocab)} (got {n_bytes:,})"
         )
-    pieces = tokenizer or _pieces_beside(file)
+    tokenizer_file = tokenizer or _tokenizer_file(file)
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         for name, (offset, shape) in places.items():
@@ -82,18 +85,18 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> ImportedModel:
             finite(name, values)
             yield name, deinterleave(values, n_heads) if n_heads else values
 
-    found = read_pieces(pieces)
-    if found.vocab_size != abs(vocab):
-        # A file that was cut between two pieces looks whole.
+    read = read_pieces(tokenizer_file)
+    if read.vocab_size != abs(vocab):
+        # A file truncated between two pieces looks complete.
         raise FormatError(
-            f"{pieces} has {found.vocab_size:,} pieces and {file} a vocabulary of {abs(vocab):,}; "
-            "legal: as many"
+            f"{tokenizer_file} must have {abs(vocab):,} pieces, the vocabulary size of {file} (got "
+            f"{read.vocab_size:,})"
         )
-    return ImportedModel("llama2.c", (file, pieces), config, found, parameters)
+    return ImportedModel("llama2.c", (file, tokenizer_file), config, read, parameters)
 
 
 def _places(config: ModelConfig, vocab_size: int) -> tuple[dict[str, tuple[int, Shape]], int]:
-    """Byte and shape of each parameter, and where the file ends."""
+    """Offset in bytes and shape of each parameter, and the length of the file."""
     d, f, d_kv = config.d_model, config.feed_forward_width, config.kv_heads * config.d_head
     blocks: list[tuple[str, Shape]] = [
         ("attention_norm", (d,)),
@@ -110,7 +113,7 @@ def _places(config: ModelConfig, vocab_size: int) -> tuple[dict[str, tuple[int, 
     for name, shape in blocks:
         order += [(f"blocks.{i}.{name}.weight", shape) for i in range(config.n_layers)]
     order.append(("final_norm.weight", (d,)))
-    # Two tables of rotary angles follow, which are made anew here.
+    # Two tables of rotary angles follow, which we compute ourselves.
     order.append(("", (2, config.window_tokens, config.d_head // 2)))
     if not config.tied_head:
         order.append(("head.weight", (vocab_size, d)))
@@ -122,33 +125,34 @@ def _places(config: ModelConfig, vocab_size: int) -> tuple[dict[str, tuple[int, 
     return places, offset
 
 
-def _pieces_beside(file: Path) -> Path:
-    found = sorted(file.parent.glob("tok*.bin"))
-    if len(found) != 1:
+def _tokenizer_file(file: Path) -> Path:
+    candidates = sorted(file.parent.glob("tok*.bin"))
+    if len(candidates) != 1:
         raise FormatError(
-            f"beside {file} there are {len(found)} files tok*.bin; name its tokenizer (--tokenizer)"
+            f"the folder of {file} has {len(candidates)} files tok*.bin; name its tokenizer "
+            "(--tokenizer)"
         )
-    return found[0]
+    return candidates[0]
 
 
 def read_pieces(file: Path) -> Tokenizer:
-    """The tokenizer of a .bin: the longest piece's length, then score, length and bytes of each."""
+    """The tokenizer in a .bin: the longest piece's length, then score, length and bytes of each."""
     data = file.read_bytes()
     place = 4
     pieces: list[Piece] = []
-    while place < len(data) and len(pieces) < _MOST_PIECES:
+    while place < len(data) and len(pieces) < _MAX_PIECES:
         try:
             score, length = struct.unpack_from("<fi", data, place)
             raw = data[place + 8 : place + 8 + length]
-            if not 0 < length <= _LONGEST_PIECE or len(raw) < length:
-                raise ValueError("it is cut off")
+            if not 0 < length <= _MAX_PIECE_BYTES or len(raw) < length:
+                raise ValueError("it is truncated")
             text = raw.decode()
         except (struct.error, ValueError) as error:
-            raise FormatError(f"{file}, byte {place}: no piece of llama2.c: {error}") from None
+            raise FormatError(f"{file}, byte {place}: not a piece of llama2.c: {error}") from None
         place += 8 + length
         pieces.append((text.replace(" ", SPACE), score, PieceType.NORMAL))
     if len(pieces) < _N_SPECIAL + 256:
-        raise FormatError(f"{file} has {len(pieces)} pieces, too few for a byte each")
+        raise FormatError(f"{file} must have a piece for each byte (got {len(pieces)} pieces)")
     pieces[0] = ("<unk>", 0.0, PieceType.UNKNOWN)
     pieces[1], pieces[2] = ("<s>", 0.0, PieceType.CONTROL), ("</s>", 0.0, PieceType.CONTROL)
     for byte in range(256):

@@ -1,11 +1,11 @@
 """A decoder trained by `pretrain`, for transformers: AutoModelForCausalLM loads it with
 trust_remote_code=True.
 
-This file is whole in itself: it lies beside the weights and needs torch and transformers only. It
-is written where transformers has no class of its own: for the families `transformer` (Vaswani et
-al., 2017, the decoder alone) and `fast`, and for models with unusual choices; config.json names
-them under "pretrain". No dropout, and no cache: each new token of a text reads all of it again. A
-text that outgrows the context goes on from its last half context, as in `pretrain generate`.
+This file is self-contained: it is shipped with the weights and needs only torch and transformers.
+It is written where transformers has no class of its own: for the families `transformer` (Vaswani et
+al., 2017, only the decoder) and `fast`, and for models with unusual choices; config.json has them
+under "pretrain". There is no dropout and no cache: every new token reads the full text again. A
+text that outgrows the context continues from its last half context, as in `pretrain generate`.
 
 Letters at the end of a tensor's name are its shape: B rows, T time, D model, H heads, E head width.
 """
@@ -127,7 +127,7 @@ class Ngrams(nn.Module):
         return sum(parts[1:], parts[0])
 
     def rows_of(self, hashes_BT):
-        """Of each part of an embedding; the rows of a part lie behind those of the one before."""
+        """Row of each part of an embedding; the parts are stacked in one table."""
         parts = torch.arange(self.n_parts, device=hashes_BT.device)
         return mix((hashes_BT >> 8)[..., None] * (2 * parts + 1)) % self.rows + parts * self.rows
 
@@ -139,7 +139,7 @@ FACTORS = (
 
 
 def hashes(ids_BT, n):
-    """A number for the last n ids; where ids are missing, at the start, zeros are read."""
+    """A hash of the last n ids; missing ids at the start count as zero."""
     padded, length, mixed = F.pad(ids_BT + 1, (n - 1, 0)), ids_BT.shape[1], 0
     for back in range(n):
         mixed = mixed ^ (padded[:, n - 1 - back : n - 1 - back + length] * FACTORS[back])
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
 
 
 def frequencies(c, device):
-    """Of the rotary pairs (E/2); with a factor the low ones are stretched as in Llama 3.1."""
+    """Frequencies of the rotary pairs (E/2); a factor scales the low ones as in Llama 3.1."""
     width = c["d_model"] // c["n_heads"]
     plain = 1.0 / c["rope_theta"] ** (torch.arange(0, width, 2, device=device).float() / width)
     if c["rope_factor"] == 1.0:
@@ -222,8 +222,8 @@ class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = PretrainConfig
     base_model_prefix = "model"
     _no_split_modules = ["Block"]  # noqa: RUF012
-    # The loss is the mean over what is given. Trainer would take **rest to mean that it is divided
-    # by the targets of all micro-batches, and not divide by their number itself.
+    # The loss is the mean over its batch. Because of **rest, Trainer would assume a loss that is
+    # divided by the targets of all micro-batches, and not divide by their number itself.
     accepts_loss_kwargs = False
 
     def __init__(self, config):
@@ -255,15 +255,18 @@ class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids[:, -n:], "attention_mask": mask}
 
     def forward(self, input_ids, attention_mask=None, labels=None, **rest):
-        """Logits (B, T, V). Padding may stand before or behind a text, not inside it."""
+        """Logits (B, T, V). Padding may be before or after a text, not inside it."""
         shift_B1 = None
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-            # Rows padded in front are turned so that the padding is behind, where no text sees it.
+            # Rotate left-padded rows: padding at the end is invisible to causal attention.
             shift_B1 = attention_mask.int().argmax(-1, keepdim=True)
-            input_ids = turn(input_ids, shift_B1)
+            input_ids = rotate_rows(input_ids, shift_B1)
         hidden_BTD = self.model(input_ids)
         if shift_B1 is not None:
-            hidden_BTD, input_ids = turn(hidden_BTD, -shift_B1), turn(input_ids, -shift_B1)
+            hidden_BTD, input_ids = (
+                rotate_rows(hidden_BTD, -shift_B1),
+                rotate_rows(input_ids, -shift_B1),
+            )
         head = self.model.token_embedding if self.model.head is None else self.model.head
         logits_BTV = hidden_BTD @ head.weight.T
         loss = None
@@ -273,7 +276,7 @@ class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=logits_BTV)
 
 
-def turn(x, shift_B1):
-    """Each row moved `shift` places to the left along time, what falls out put behind."""
+def rotate_rows(x, shift_B1):
+    """Rotate each row by `shift` places to the left along time."""
     places = (torch.arange(x.shape[1], device=x.device) + shift_B1) % x.shape[1]
     return x[torch.arange(len(x), device=x.device)[:, None], places]

@@ -1,9 +1,9 @@
-"""A certificate: what was exported says the same in somebody else's library as the model says here.
+"""Verify an export: another library must compute from the files what the model computes here.
 
-The files are loaded by `witness.py` in a fresh process that does not import this package. Compared
-are logits, a greedy continuation, the ids of hard texts, and the perplexity of a text. The verdict
-is `agrees`, `disagrees`, or, where no other library is installed or it does not run, `not
-verified`.
+The files are loaded by `verification_worker.py` in a fresh process that does not import this
+package. Compared are logits, a greedy continuation, the ids of difficult texts, and the perplexity
+of a text. The verdict is `agrees`, `disagrees`, or, if no other library is installed or it does not
+run, `not verified`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from pretrain.tokenizer import Tokenizer
 FILE_NAME = "certificate.json"
 AGREES, DISAGREES, NOT_VERIFIED = "agrees", "disagrees", "not verified"
 
-# Logits may differ by so much, times a tenth of the largest where that is above 1: rounding in
-# another order. llama.cpp also rounds what it multiplies with f16 and q8_0 weights.
+# Largest difference of a logit, times a tenth of the largest logit if that is above 1: the order of
+# rounding differs. llama.cpp also rounds the activations for f16 and q8_0 weights.
 TOLERANCES = {
     ("transformers", "f32"): 1e-4,
     ("transformers", "f16"): 1e-4,
@@ -43,16 +43,19 @@ TOLERANCES = {
     ("llama_cpp", "f16"): 2e-2,
     ("llama_cpp", "q8_0"): 1.0,
 }
-# llama.cpp looks GELU up in a table of float16.
+# llama.cpp reads GELU from a float16 table.
 _GELU_TOLERANCE = 1e-2
-# Mean divergence of the distributions, in nats: what is left to hold q8_0 in llama.cpp to, which
-# rounds activations to 8 bits too.
-_MOST_DIVERGENCE = 5e-3
-_MOST_LOGITS = 1 << 23
-_LONG = 1e7  # larger numbers are shown with an exponent
-_ROWS, _LONGEST_ROW, _NEW_TOKENS, _PROMPT = 4, 128, 100, 8
+# Largest mean KL divergence in nats. For q8_0 in llama.cpp, whose activations have 8 bits too, this
+# is the test that decides.
+_MAX_DIVERGENCE = 5e-3
+_MAX_LOGITS = 1 << 23
+_MAX_FIXED_POINT = 1e7  # larger numbers are shown with an exponent
+_N_ROWS = 4
+_MAX_ROW_TOKENS = 128
+_NEW_TOKENS = 100
+_PROMPT_TOKENS = 8
 
-# Something of all that tokenizers treat differently; the special token's name is text.
+# An example of everything that tokenizers treat differently; the special token's name is text.
 TEXTS = (
     "The capital of France is Paris.",
     "  two spaces, a tab\t, lines\n\n\r\n and the end ",
@@ -68,20 +71,20 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What is to be certified: files, and the model whose numbers are those in the files."""
+    """Exported files, and a model with exactly the numbers in them."""
 
     path: Path
     """The folder, or the .gguf file."""
     format: str
     numbers: str
     own_code: bool
-    """Whether the folder brings its own modelling file."""
+    """Whether the folder has its own modelling file."""
     decoder: Decoder
     tokenizer: Tokenizer
 
 
 def verification_library(format: str) -> str | None:
-    """The library that reads the format and is installed here; None for none."""
+    """The library that reads the format, or None if it is not installed."""
     name = {"hf": "transformers", "gguf": "llama_cpp"}[format]
     return name if importlib.util.find_spec(name) is not None else None
 
@@ -89,7 +92,8 @@ def verification_library(format: str) -> str | None:
 def verify_export(
     exported: Exported, text: str, score: Score, *, threads: int = 1
 ) -> dict[str, Any]:
-    """The certificate, with `text` scored by both sides: `score` is ours."""
+    """Compare the files in another library with the model; `score` is the model's score of `text`.
+    Returns the content of certificate.json."""
     folder = exported.path if exported.path.is_dir() else exported.path.parent
     content: dict[str, Any] = {
         "verdict": NOT_VERIFIED,
@@ -103,13 +107,13 @@ def verify_export(
     if library is None:
         return content
     request = _request(exported, text, library, threads)
-    answer, logits = _ask(request)
+    answer, logits = _run_worker(request)
     if "unable" in answer:
         return {**content, "library": library, **answer}
     if "refusal" in answer:
         return {**content, "verdict": DISAGREES, "library": library, **answer}
     if answer.pop("imported_pretrain"):
-        raise RuntimeError("the witness imported this package")
+        raise RuntimeError("the verification worker must not import this package")
     checks = {
         "logits": _compare_logits(exported, request, logits),
         "greedy": _compare_greedy(exported, request, answer["greedy"], library),
@@ -118,23 +122,22 @@ def verify_export(
     }
     agrees = all(check["verdict"] == AGREES for check in checks.values())
     verdict = AGREES if agrees else DISAGREES
-    found = {"verdict": verdict, "library": answer["library"], "checks": checks}
-    return {**content, **found}
+    return {**content, "verdict": verdict, "library": answer["library"], "checks": checks}
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file of an export."""
-    found = {}
+    content = {}
     for path in sorted(folder.iterdir()):
         if path.name != FILE_NAME and path.is_file():
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+            content[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return content
 
 
 def table(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows for people: what was compared, what was found, and the verdict."""
+    """Rows to print: what was compared, the result, and the verdict."""
     checks = certificate.get("checks")
     if "refusal" in certificate:
         return [("opening", certificate["refusal"], DISAGREES)]
@@ -143,36 +146,36 @@ def table(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return [("anything", reason, NOT_VERIFIED)]
     logits, greedy = checks["logits"], checks["greedy"]
     ids, scores = checks["tokenizer"], checks["perplexity"]
-    found = {
+    results = {
         "logits": f"largest difference {_shown(logits['largest_difference'], '.1e')} (at most "
-        f"{_shown(logits['tolerance'], '.1e')}) at {logits['positions']} places",
+        f"{_shown(logits['tolerance'], '.1e')}) at {logits['positions']} positions",
         "greedy": f"{greedy['equal']} of {greedy['tokens']} tokens in a row are the same",
-        "tokenizer": f"{ids['equal']} of {ids['texts']} texts have the same ids and come back",
+        "tokenizer": f"{ids['equal']} of {ids['texts']} texts are encoded and decoded equally",
         "perplexity": f"{_shown(scores['ours'])} here, {_shown(scores['theirs'])} there, on "
         f"{scores['tokens']:,} tokens",
     }
-    return [(name, found[name], checks[name]["verdict"]) for name in checks]
+    return [(name, results[name], checks[name]["verdict"]) for name in checks]
 
 
 def _shown(number: float | None, form: str = ".4f") -> str:
-    if number is None or not math.isfinite(number):  # None is what JSON makes of it
+    if number is None or not math.isfinite(number):  # JSON has null for it
         return "not finite"
-    return format(number, form if abs(number) < _LONG else ".3e")
+    return format(number, form if abs(number) < _MAX_FIXED_POINT else ".3e")
 
 
 def _request(exported: Exported, text: str, library: str, threads: int) -> dict[str, Any]:
     decoder, tokenizer = exported.decoder, exported.tokenizer
     context = decoder.config.window_tokens
-    length = max(1, min(_LONGEST_ROW, context, _MOST_LOGITS // tokenizer.vocab_size // _ROWS))
+    length = max(1, min(_MAX_ROW_TOKENS, context, _MAX_LOGITS // tokenizer.vocab_size // _N_ROWS))
     start = tokenizer.encode_prompt(text)
     # The text itself, and ids from all over the vocabulary.
-    index = torch.arange((_ROWS - 1) * length)
+    index = torch.arange((_N_ROWS - 1) * length)
     scattered = (uniform(1, "certificate", index) * tokenizer.vocab_size).long()
     rows = [(start * (length // len(start) + 1))[:length], *scattered.view(-1, length).tolist()]
-    prompt = start[: max(1, min(_PROMPT, context // 2))]
+    prompt = start[: max(1, min(_PROMPT_TOKENS, context // 2))]
     new_tokens = max(1, min(_NEW_TOKENS, context - len(prompt)))
     added = [t["content"] for t in tokenizer.description["added_tokens"] if not t["special"]]
-    hard = (*TEXTS, *(f"a {name} b" for name in added))
+    hard = [*TEXTS, *(f"a {name} b" for name in added)]
     texts = [t for t in hard if _encodes(tokenizer, t)] or [text[:200]]
     return {
         "library": library,
@@ -198,11 +201,11 @@ def _encodes(tokenizer: Tokenizer, text: str) -> bool:
     return True
 
 
-def _ask(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def _run_worker(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     with tempfile.TemporaryDirectory(prefix="pretrain-certificate-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        # -P: the script's own folder, which is this package's, is not where modules come from.
+        # -P: do not import modules from the script's folder, which belongs to this package.
         command = [
             sys.executable,
             "-P",
@@ -221,19 +224,26 @@ def _ask(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 @torch.no_grad()
-def _compare_logits(exported: Exported, request: dict[str, Any], theirs: Any) -> dict[str, Any]:
+def _compare_logits(
+    exported: Exported, request: dict[str, Any], library_logits: Any
+) -> dict[str, Any]:
     decoder = exported.decoder
     rows = torch.tensor(request["rows"], device=decoder.device)
-    ours = decoder.logits(decoder.forward(rows)).float().cpu()
-    found = torch.from_numpy(np.array(theirs, np.float32))
-    if found.shape != ours.shape:
-        return {"verdict": DISAGREES, "largest_difference": math.inf, "tolerance": 0.0,
-                "positions": 0, "mean_divergence_nats": math.inf}  # fmt: skip
-    difference = float((ours - found).abs().max())
-    tolerance = _tolerance(exported, request["library"], ours)
-    log_p, log_q = ours.double().log_softmax(-1), found.double().log_softmax(-1)
+    logits = decoder.logits(decoder.forward(rows)).float().cpu()
+    other = torch.from_numpy(np.array(library_logits, np.float32))
+    if other.shape != logits.shape:
+        return {
+            "verdict": DISAGREES,
+            "largest_difference": math.inf,
+            "tolerance": 0.0,
+            "positions": 0,
+            "mean_divergence_nats": math.inf,
+        }
+    difference = float((logits - other).abs().max())
+    tolerance = _tolerance(exported, request["library"], logits)
+    log_p, log_q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
     divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    agrees = difference <= tolerance and divergence <= _MOST_DIVERGENCE
+    agrees = difference <= tolerance and divergence <= _MAX_DIVERGENCE
     return {
         "verdict": AGREES if agrees else DISAGREES,
         "largest_difference": difference,
@@ -252,34 +262,42 @@ def _tolerance(exported: Exported, library: str, logits: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _compare_greedy(
-    exported: Exported, request: dict[str, Any], theirs: list[int], library: str
+    exported: Exported, request: dict[str, Any], generated: list[int], library: str
 ) -> dict[str, Any]:
-    """Their continuation, each token of which must be our likeliest after the ones before; where
-    two are within the tolerance of one another either is right."""
+    """Each token of the library's continuation must be our most probable one after those before it,
+    or within the tolerance of it."""
     decoder, prompt = exported.decoder, request["prompt"]
-    ids = torch.tensor([prompt + theirs[:-1]], device=decoder.device)
+    ids = torch.tensor([prompt + generated[:-1]], device=decoder.device)
     logits = decoder.logits(decoder.forward(ids))[0, len(prompt) - 1 :].float().cpu()
-    chosen = logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+    chosen = logits.gather(1, torch.tensor(generated)[:, None])[:, 0]
     tolerance = 2 * _tolerance(exported, library, logits)
-    right = (logits.amax(-1) - chosen <= tolerance).tolist()
-    equal = right.index(False) if False in right else len(right)
-    verdict = AGREES if equal == len(theirs) == request["new_tokens"] else DISAGREES
+    is_right = (logits.amax(-1) - chosen <= tolerance).tolist()
+    equal = is_right.index(False) if False in is_right else len(is_right)
+    verdict = AGREES if equal == len(generated) == request["new_tokens"] else DISAGREES
     return {"verdict": verdict, "equal": equal, "tokens": request["new_tokens"]}
 
 
 def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any]) -> dict[str, Any]:
     wrong = []
-    found = zip(texts, answer["ids"], answer["prompts"], answer["decoded"], strict=True)
-    for text, theirs, prompt, decoded in found:
+    rows = zip(texts, answer["ids"], answer["prompts"], answer["decoded"], strict=True)
+    for text, library_ids, prompt, decoded in rows:
         ids = tokenizer.encode(text).tolist()
-        back = tokenizer.decode(ids)
-        if tokenizer.kind == "gpt":  # where words end, but not how many spaces, is in its ids
-            decoded, back = "".join(decoded.split()), "".join(back.split())
+        expected = tokenizer.decode(ids)
+        if tokenizer.kind == "gpt":  # its ids do not have the number of spaces
+            decoded, expected = "".join(decoded.split()), "".join(expected.split())
         # llama.cpp keeps the space that SentencePiece puts before a text.
-        same = theirs == ids and prompt == tokenizer.encode_prompt(text)
-        if not same or decoded not in (back, (tokenizer.space_prefix or "") and f" {back}"):
-            difference = {"text": text, "ours": ids, "theirs": theirs, "decoded": decoded}
-            wrong.append({**difference, "their_prompt": prompt})
+        accepted = {expected, f" {expected}"} if tokenizer.space_prefix else {expected}
+        same_ids = library_ids == ids and prompt == tokenizer.encode_prompt(text)
+        if not same_ids or decoded not in accepted:
+            wrong.append(
+                {
+                    "text": text,
+                    "ours": ids,
+                    "theirs": library_ids,
+                    "decoded": decoded,
+                    "their_prompt": prompt,
+                }
+            )
     return {
         "verdict": DISAGREES if wrong else AGREES,
         "equal": len(texts) - len(wrong),
@@ -289,19 +307,20 @@ def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any])
 
 
 def _compare_scores(exported: Exported, score: Score, answer: dict[str, Any]) -> dict[str, Any]:
-    theirs = math.inf if answer["nats"] is None else answer["nats"] / max(1, answer["tokens"])
-    ours, numbers = score.nats_per_token, exported.numbers
-    perplexity = {"ours": _perplexity(ours), "theirs": _perplexity(theirs)}
-    most = 10 * _MOST_DIVERGENCE if numbers == "q8_0" else 1e-4 * max(1.0, ours)
-    agrees = score.tokens == answer["tokens"] and abs(theirs - ours) <= most
+    ours, theirs = score.nats_per_token, math.inf
+    if answer["nats"] is not None:
+        theirs = answer["nats"] / max(1, answer["tokens"])
+    tolerance = 10 * _MAX_DIVERGENCE if exported.numbers == "q8_0" else 1e-4 * max(1.0, ours)
+    agrees = score.tokens == answer["tokens"] and abs(theirs - ours) <= tolerance
     return {
         "verdict": AGREES if agrees else DISAGREES,
-        **perplexity,
+        "ours": _perplexity(ours),
+        "theirs": _perplexity(theirs),
         "nats_per_token": [ours, theirs],
         "tokens": score.tokens,
     }
 
 
 def _perplexity(nats_per_token: float) -> float:
-    # Beyond a float's range, or where there is none, it is not finite.
+    # Infinite beyond the range of a float, and for NaN.
     return math.exp(nats_per_token) if nats_per_token < 700.0 else math.inf

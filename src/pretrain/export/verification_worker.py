@@ -1,9 +1,7 @@
-"""The other side of a certificate: loads exported files with somebody else's library and says what
-it finds.
+"""The worker of `verification`: load exported files with another library and record its results.
 
-It is run by its path in a fresh process and never imports pretrain, so nothing of ours can make
-both sides agree. Its argument is a folder with request.json; it leaves answer.json and logits.npy
-there.
+It is run by its path in a fresh process and never imports pretrain, so that both sides are
+independent. Its argument is a folder with request.json; it writes answer.json and logits.npy there.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CANNOT_RUN = 69
-"""The exit code where the library itself does not come up, which says nothing of the files."""
+"""The exit code if the library itself cannot be loaded, whatever the files are."""
 
 
 class Transformers:
@@ -26,11 +24,11 @@ class Transformers:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        # Where it keeps a copy of the modelling file: not in the user's cache.
+        # It copies the modelling file here, and not into the user's cache.
         transformers.dynamic_module_utils.HF_MODULES_CACHE = request["folder"]
         self.torch, self.version = torch, f"transformers {transformers.__version__}"
         torch.set_num_threads(request["threads"])
-        # The code that is trusted is the file that was just written beside the weights.
+        # The trusted code is the file that was just written with the weights.
         options = {"local_files_only": True, "trust_remote_code": request["own_code"]}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         self.model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -56,7 +54,7 @@ class Transformers:
 
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         ids = self.torch.tensor([prompt])
-        found = self.model.generate(
+        generated = self.model.generate(
             ids,
             attention_mask=self.torch.ones_like(ids),
             max_new_tokens=n,
@@ -65,7 +63,7 @@ class Transformers:
             pad_token_id=0,
             eos_token_id=self.model.config.vocab_size + 1,
         )
-        return list(found[0, len(prompt) :].tolist())
+        return list(generated[0, len(prompt) :].tolist())
 
 
 class LlamaCpp:
@@ -105,11 +103,11 @@ class LlamaCpp:
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         self.model.reset()
         self.model.eval(prompt)
-        found: list[int] = []
-        while len(found) < n:
-            found.append(int(self.model.scores[self.model.n_tokens - 1].argmax()))
-            self.model.eval(found[-1:])
-        return found
+        generated: list[int] = []
+        while len(generated) < n:
+            generated.append(int(self.model.scores[self.model.n_tokens - 1].argmax()))
+            self.model.eval(generated[-1:])
+        return generated
 
 
 def score(library: Any, ids: list[int], context: int) -> float:
@@ -151,16 +149,16 @@ def main(folder: Path) -> None:
 
 
 def load_library(name: str) -> None:
-    """Raises whatever the library does where it cannot be loaded: it may lack a package, or a
-    library of the system."""
+    """Import the library, which raises any error if one of its packages or a system library is
+    missing."""
     if name == "llama_cpp":
         import llama_cpp  # noqa: F401
     else:
         import transformers  # noqa: F401
 
 
-def told(error: BaseException) -> None:
-    """Leave with the reason in one line, which is what is shown."""
+def exit_with(error: BaseException) -> None:
+    """Exit with the reason in one line on standard error, which is reported."""
     print(" ".join(f"{type(error).__name__}: {error}".split()), file=sys.stderr)
     sys.exit(CANNOT_RUN)
 
@@ -169,8 +167,8 @@ if __name__ == "__main__":
     try:
         load_library(json.loads((Path(sys.argv[1]) / "request.json").read_text())["library"])
     except Exception as error:
-        told(error)
+        exit_with(error)
     try:
         main(Path(sys.argv[1]))
     except (ImportError, MemoryError) as error:
-        told(error)
+        exit_with(error)

@@ -70,7 +70,10 @@ def render_report(run: RunFiles) -> str:
         moments=moments(run),
         cards=[
             card
-            | {"answer": fields(card.get("answer")), "tokens": records_in(card.get("likeliest"))}
+            | {
+                "answer": fields(card.get("answer")),
+                "tokens": records_in(card.get("most_probable")),
+            }
             for card in records_in(run.predictions.get("cards"))
         ],
         passage=heat_map_data(records_in(run.predictions.get("passage"))),

@@ -100,7 +100,7 @@ def _text(file: str | None) -> str:
 def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Exported:
     """Write the files; the model's weights then become the numbers in them, rounded as they are."""
     from pretrain.export import Exported, write_gguf, write_hugging_face
-    from pretrain.export.architectures import is_native
+    from pretrain.export.families import is_native
 
     decoder = model.decoder
     own = {name: p.detach() for name, p in decoder.named_parameters()}

@@ -193,7 +193,9 @@ def test_answers_that_differ_where_likelihoods_do_not(model: LoadedModel) -> Non
     sample = line(ASKED, said, target=str(best), acc=1.0)
     name, detail = cause(model, example, sample, metric="accuracy_per_character")
     assert name == "normalisation"
-    assert detail.startswith("accuracy_per_character here, acc there, and our accuracy")
+    assert detail.startswith(
+        "accuracy_per_character here, acc there, which is equal to our accuracy"
+    )
     # Held against the number of the same name there, it is the same.
     task = replace(task_of_kind("choice", "mine"), metric="accuracy_per_character")
     sample = line(ASKED, said, target=str(best), acc=1.0, acc_norm=0.0)

@@ -258,13 +258,13 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
 def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    from pretrain.export.hf import _begins_texts
+    from pretrain.export.hf import _adds_bos
 
     settings = tmp_path / "tokenizer_config.json"
     for in_tokenizer in (True, False):
         model.tokenizer.save(tmp_path, bos_template=in_tokenizer)
         for said, wanted in ((True, True), (False, False), (None, in_tokenizer)):
             settings.write_text(json.dumps({"add_bos_token": said}))
-            assert _begins_texts(tmp_path) is wanted
+            assert _adds_bos(tmp_path) is wanted
         settings.unlink()
-        assert _begins_texts(tmp_path) is in_tokenizer
+        assert _adds_bos(tmp_path) is in_tokenizer

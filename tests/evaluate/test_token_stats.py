@@ -177,13 +177,13 @@ def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run:
     assert [each.nats for each in again[:300]] == pytest.approx(nats[:300], rel=1e-4)
     assert len(kept["cards"]) == 6
     for card in kept["cards"]:
-        probabilities = [row["probability"] for row in card["likeliest"]]
+        probabilities = [row["probability"] for row in card["most_probable"]]
         assert len(probabilities) == 5
         assert probabilities == sorted(probabilities, reverse=True)
         answer = card["answer"]
         assert answer["probability"] == pytest.approx(math.exp(-answer["nats"]))
         if answer["rank"] <= 5:
-            assert card["likeliest"][answer["rank"] - 1]["text"] == answer["text"]
+            assert card["most_probable"][answer["rank"] - 1]["text"] == answer["text"]
         assert card["context"][-20:] in text
     page = Page(write_report(finished_run))
     assert_harmless(page)
@@ -196,7 +196,11 @@ def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run:
 def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     most_probable = [{"text": HOSTILE, "probability": 7}, {"text": 3}, None]
-    cards = [{"context": HOSTILE, "likeliest": most_probable, "answer": {"text": HOSTILE}}, 5, {}]
+    cards = [
+        {"context": HOSTILE, "most_probable": most_probable, "answer": {"text": HOSTILE}},
+        5,
+        {},
+    ]
     (tmp_path / "predictions.json").write_text(json.dumps({"cards": cards, "passage": 3}))
     page = Page(write_report(tmp_path))
     assert_harmless(page)

@@ -21,7 +21,7 @@ from pretrain.evaluate.conditioning import baseline_statistics, reference_nats
 from pretrain.evaluate.examples import Example, prompt, promptable_tasks, with_shots
 from pretrain.evaluate.tasks import task_named, tasks
 from pretrain.runner.open import load_model
-from test_tasks import log_p, written
+from tasks import log_p, written
 from tiny import TINY
 
 DEFINITION = "A kestrel is a small falcon that hovers over open fields while it looks for voles."
@@ -297,7 +297,7 @@ def test_ask_says_when_the_input_is_cut(
 
 @pytest.mark.parametrize(
     ("task", "said"),
-    [("piqa", "piqa is not asked of a text"), ("translate-en-xx", "is it translate-en")],
+    [("piqa", "piqa does not take one text"), ("translate-en-xx", "did you mean translate-en")],
 )
 def test_ask_refuses_what_it_cannot_ask(
     capsys: pytest.CaptureFixture[str], task: str, said: str

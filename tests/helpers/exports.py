@@ -1,0 +1,59 @@
+"""Hugging Face directories of random models, and changes that damage them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pretrain.export import write_hugging_face
+from pretrain.model import Decoder
+from pretrain.tokenizer import Tokenizer
+
+
+def written(folder: Path, decoder: Decoder, tokenizer: Tokenizer, **options: Any) -> Path:
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    folder.mkdir()
+    write_hugging_face(
+        folder, config=decoder.config, tokenizer=tokenizer, read=own.__getitem__, **options
+    )
+    return folder
+
+
+def theirs(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    ).eval()
+
+
+def same(one: Decoder, other: Decoder) -> bool:
+    pairs = zip(one.named_parameters(), other.named_parameters(), strict=True)
+    return all(n == m and torch.equal(a, b) for (n, a), (m, b) in pairs)
+
+
+Change = Callable[[Path], None]
+
+
+def in_config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        content |= changes
+        content = {key: value for key, value in content.items() if value != "gone"}
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return change
+
+
+def in_weights(change_tensors: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change_tensors(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
