@@ -1,4 +1,4 @@
-"""What the tests of several processes let each of them do; `processes.Pool` finds these by name.
+"""Jobs that tests run on each of several processes; `processes.Pool` finds these by name.
 
 Torch is imported inside, in the process that needs it.
 """
@@ -22,21 +22,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"n_kv_heads": 2},
     "fast": {"ngram_rows": 256, "longest_ngram": 2},
 }
-# Five rows of a matrix leave none for the last of four processes.
+# Of a matrix of five rows the last of four processes has none.
 THIN: dict[str, dict[str, Any]] = {"thin llama": {"d_ff": 5}}
 VOCAB, CONTEXT, SEED, RATE = 67, 16, 3, 1e-2
 MOST_PROCESSES = 4
 
 
 def device_here() -> str:
-    """GPUs, by NCCL, where the largest layout has one for each process; else this CPU, by gloo."""
+    """GPUs and NCCL if there are enough for the largest layout; else the CPU and gloo."""
     import torch
 
     return "cuda" if torch.cuda.device_count() >= MOST_PROCESSES else "cpu"
 
 
 class Trainee:
-    """A small model in the world that the environment says, and what trains it."""
+    """A small model over the processes of the environment, and its optimizer."""
 
     def __init__(
         self, family: str, optimizer: str, *, precision: str = "fp32", **axes: Any
@@ -49,18 +49,18 @@ class Trainee:
         from pretrain.optim import OptimizerConfig, build_optimizer
         from pretrain.parallel import parallelize, tensor
 
-        # Several chunks, of a vocabulary that does not divide.
+        # Several chunks of logits, of a vocabulary that is not divisible.
         tensor._CHUNK_LOGITS = 300
         self.world = open_world(device_here(), threads=1)
-        sizes = (FAMILIES | THIN)[family]
+        sizes = (FAMILIES | THIN).get(family, {})
         config = config_of(family.removeprefix("thin "), context_length=CONTEXT, **sizes)
         self.layout = ParallelConfig(**axes).resolve(self.world.size)
-        is_cut = self.layout.shards_weights
-        place, seed = ("meta", None) if is_cut else (self.world.device, SEED)
+        is_sharded = self.layout.shards_weights
+        place, seed = ("meta", None) if is_sharded else (self.world.device, SEED)
         decoder = build(config, vocab_size=VOCAB, seed=seed, device=place)
         lm_loss, self.precision = LMLoss(decoder, seed=SEED), precision
         self.model = parallelize(lm_loss, self.layout, self.world, precision=precision)
-        if is_cut:
+        if is_sharded:
             self.model.initialize(SEED)
         self.optimizer = build_optimizer(
             self.model.local_parameters(),
@@ -69,17 +69,19 @@ class Trainee:
             orthogonalizer=self.model.orthogonalizer,
         )
         for group in self.optimizer.param_groups:
-            # A float32's last bit, where Muon's products are made in it, is 1e-8 of a weight.
+            # In float32 the matmuls of Muon would differ by 1e-8 of a weight.
             if "dtype" in group:
                 group["dtype"] = torch.get_default_dtype()
 
-    def held(self) -> dict[str, Any]:
-        """Boxes of weights, and their numbers."""
-        parts = self.model.shards.items()
-        return {name: (p.bounds, p.local.detach().cpu().numpy().copy()) for name, p in parts}
+    def weights(self) -> dict[str, Any]:
+        """Bounds and values of this process's shards."""
+        return {
+            name: (shard.bounds, shard.local.detach().cpu().numpy().copy())
+            for name, shard in self.model.shards.items()
+        }
 
     def evaluate(self, ids: Any) -> float:
-        """Nats of some ids: what a run asks between two steps."""
+        """Nats of some ids, as a run evaluates them between two steps."""
         import torch
 
         from pretrain.data import evaluation_batches
@@ -100,7 +102,7 @@ class Trainee:
         return math.fsum(self.world.all_gather_uneven([each.nats for each in own]))
 
     def sample(self) -> list[int]:
-        """A few ids that it writes, as a run does beside an evaluation."""
+        """A few generated ids, as a run samples them after an evaluation."""
         from pretrain.generate import Sampling, generate_ids
 
         self.model.unshard()
@@ -120,7 +122,7 @@ def train(
     dtype: str = "float32",
     **axes: Any,
 ) -> dict[str, Any]:
-    """Some steps, with an evaluation after each second one; what they came to."""
+    """Train some steps, with an evaluation after each second one; return all numbers."""
     import torch
 
     from pretrain.data.order import Order
@@ -131,7 +133,7 @@ def train(
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         trainee = Trainee(family, optimizer, **axes)
-        first = trainee.held()
+        first = trainee.weights()
         ids = Ids(np.random.default_rng(0).integers(0, VOCAB, 4000))
         batches = TrainingBatches(
             stream=ids,  # type: ignore[arg-type]
@@ -147,17 +149,17 @@ def train(
                 micro_batch_rows=2 if trainee.layout.elastic else None,
             ),
         )
-        read: set[str] = set()  # types in which blocks read their weights
+        read: set[str] = set()  # dtypes of the weights in forward
         for block in trainee.model.lm_loss.decoder.blocks.values():
             block.get_submodule("feed_forward.up").register_forward_pre_hook(
                 lambda layer, given: read.add(str(layer.weight.dtype))
             )
         reports, evaluations, checksums = [], [], []
-        kept = 0
+        saved_bytes = 0
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal kept
-            kept += tensor.numel() * tensor.element_size()
+        def count_saved(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved_bytes
+            saved_bytes += tensor.numel() * tensor.element_size()
             return tensor
 
         updates = training_steps(
@@ -170,7 +172,7 @@ def train(
             world=trainee.world,
             precision=trainee.precision,
         )
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        hooks = torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor)
         while True:
             with (
                 hooks
@@ -191,12 +193,12 @@ def train(
             "counts": [r.count for r in reports],
             "evaluations": evaluations,
             "checksums": checksums,
-            "kept bytes": kept,
+            "saved bytes": saved_bytes,
             "norm of each": trainee.model.gradient_norms(),
             "sample": trainee.sample(),
             "read": sorted(read),
             "first": first,
-            "last": trainee.held(),
+            "last": trainee.weights(),
         }
     finally:
         torch.set_default_dtype(torch.float32)
@@ -209,7 +211,7 @@ def save(folder: str, axes: dict[str, int]) -> None:
 
 
 def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
-    """The tensors of that checkpoint that this process holds, and their boxes."""
+    """This process's slices of the tensors of that checkpoint: bounds and values."""
     from pretrain.checkpoint import open_checkpoint
     from pretrain.optim.param_groups import optimizer_state
 
@@ -238,11 +240,11 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
 
     trainee = Trainee("fast", "muon", **axes)
     if fresh:
-        # Other numbers than zeros in every memory, the same ones whatever the layout.
+        # No zeros in any optimizer state, and equal numbers in all layouts.
         for part in trainee.model.shards.values():
-            whole = torch.arange(part.shape.numel(), dtype=torch.float32).view(part.shape)
-            mine = whole[tuple(slice(*pair) for pair in part.bounds)] * 1e-4
-            part.local.grad = mine.to(trainee.world.device)
+            full = torch.arange(part.shape.numel(), dtype=torch.float32).view(part.shape)
+            own = full[tuple(slice(*pair) for pair in part.bounds)] * 1e-4
+            part.local.grad = own.to(trainee.world.device)
         trainee.optimizer.step()
     world = trainee.world
     console = Console(sys.stderr)
@@ -269,7 +271,7 @@ class _NoBatches:
 
 
 def fail_to_save(folder: str, failing: int) -> str:
-    """A save in which one process meets a full disk; what each is told."""
+    """A save in which the disk of one process is full; return the error of each."""
     import torch
 
     from pretrain.checkpoint import save as page
@@ -288,7 +290,7 @@ def fail_to_save(folder: str, failing: int) -> str:
 
 
 def talk() -> dict[str, Any]:
-    """What processes say to each other."""
+    """The results of all collectives."""
     import torch
 
     from pretrain.distributed import open_world
@@ -297,18 +299,18 @@ def talk() -> dict[str, Any]:
     world.wait_for_main()
     return {
         "rank": world.rank,
-        "leads": world.is_main,
+        "is_main": world.is_main,
         "texts": world.all_gather_str("é" * world.rank),
-        "shared": world.broadcast_str(f"from {world.rank}"),
-        "numbers": world.all_gather([world.rank, 0.5]),
-        "total": world.all_sum(world.rank + 1, 1e15 + world.rank),
-        "sum": world.all_reduce_(torch.tensor([1.0, world.rank])).tolist(),
-        "alone": world.single_process().all_sum(world.rank)[0],
+        "broadcast": world.broadcast_str(f"from {world.rank}"),
+        "all_gather": world.all_gather([world.rank, 0.5]),
+        "all_sum": world.all_sum(world.rank + 1, 1e15 + world.rank),
+        "all_reduce": world.all_reduce_(torch.tensor([1.0, world.rank])).tolist(),
+        "single": world.single_process().all_sum(world.rank)[0],
     }
 
 
 def differ() -> str:
-    """Processes that would not compute the same."""
+    """The error of processes that would not compute the same."""
     from pretrain.distributed import open_world
     from pretrain.runner.launch import check_same_on_all_ranks
 
@@ -349,8 +351,8 @@ def listeners() -> list[str]:
     return found
 
 
-def who_is_missing(absent: int) -> str:
-    """What each of the others says of one that does not answer."""
+def unresponsive_ranks(absent: int) -> str:
+    """The ranks that do not answer, as each of the others reports them."""
     import time
 
     from pretrain import distributed as page

@@ -1,8 +1,8 @@
-"""A pool of processes that meet as torchrun's would, and are kept from test to test: to start one
-takes as long as most tests.
+"""A pool of processes with the environment of torchrun, reused from test to test: to start a
+process takes as long as most tests.
 
-A job is a function of a module and its arguments; each process runs it in a world of its own size
-and rank, and its answers come back by rank.
+A job is a function of a module and its arguments. Each process runs it with its own rank, and the
+results come back by rank.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Pool:
     def __init__(self) -> None:
         self._members: list[tuple[Any, Connection]] = []
 
-    def run(self, n: int, job: Callable[..., Any], *given: Any, **named: Any) -> list[Any]:
-        """What `job(*given, **named)` returns in each of `n` processes; AssertionError with the
-        trace of one that fails."""
+    def run(self, n: int, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Return the results of `job(*args, **kwargs)` in `n` processes, by rank; AssertionError
+        with the traceback if one fails."""
         context = multiprocessing.get_context("spawn")
         while len(self._members) < n:
             here, there = context.Pipe()
@@ -39,16 +39,16 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(n):
                 name = (job.__module__, job.__qualname__)
-                self._members[rank][1].send((rank, n, f"{folder}/meeting", name, given, named))
+                self._members[rank][1].send((rank, n, f"{folder}/rendezvous", name, args, kwargs))
             answers = []
             for rank in range(n):
                 pipe = self._members[rank][1]
-                assert pipe.poll(WAIT_SECONDS), f"process {rank} of {n} does not answer"
+                assert pipe.poll(WAIT_SECONDS), f"rank {rank} of {n}: no answer in {WAIT_SECONDS} s"
                 answers.append(pipe.recv())
-        for rank, (is_good, answer) in enumerate(answers):
-            if not is_good:
+        for rank, (has_result, answer) in enumerate(answers):
+            if not has_result:
                 self.close()
-                raise AssertionError(f"process {rank} of {n}:\n{answer}")
+                raise AssertionError(f"rank {rank} of {n}:\n{answer}")
         return [answer for _, answer in answers]
 
     def close(self) -> None:
@@ -60,18 +60,18 @@ class Pool:
 
 def _serve(pipe: Connection) -> None:
     while True:
-        rank, size, meeting, (module, name), given, named = pipe.recv()
-        with surroundings(rank, size, Path(meeting)):
+        rank, size, rendezvous, (module, name), args, kwargs = pipe.recv()
+        with environment(rank, size, Path(rendezvous)):
             try:
                 job = getattr(importlib.import_module(module), name)
-                pipe.send((True, job(*given, **named)))
+                pipe.send((True, job(*args, **kwargs)))
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
             finally:
-                _leave()
+                _destroy_groups()
 
 
-def _leave() -> None:
+def _destroy_groups() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -79,17 +79,17 @@ def _leave() -> None:
 
 
 @contextmanager
-def surroundings(rank: int, size: int, meeting: Path) -> Iterator[None]:
-    """The environment in which a launcher starts one of several processes."""
-    words = {
+def environment(rank: int, size: int, rendezvous: Path) -> Iterator[None]:
+    """Set the environment variables of one of several processes, as a launcher does."""
+    variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(size),
-        "PRETRAIN_RENDEZVOUS_FILE": str(meeting),
+        "PRETRAIN_RENDEZVOUS_FILE": str(rendezvous),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    os.environ.update(words)
+    os.environ.update(variables)
     yield
-    for word in words:
-        os.environ.pop(word, None)
+    for name in variables:
+        os.environ.pop(name, None)

@@ -1,7 +1,7 @@
-"""A step of a large model on many devices, without any: traced with tensors that have a shape and
-no memory, in a group of processes of which only one is there.
+"""A step of a large model on many simulated devices: traced with fake tensors, which have a shape
+and no memory, in a fake process group with one process.
 
-What is counted is what the traced operations move; no formula is used here.
+The traced operations are counted; no formula is used here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pretrain.parallel import model as parallel_model
 VOCAB = 128_256
 
 
-class Moved(TorchDispatchMode):
-    """Bytes by collective: the largest tensor of each, the whole of which all have parts."""
+class Traffic(TorchDispatchMode):
+    """Bytes and calls by kind of collective; its largest tensor is the full one."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,15 +59,15 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
 
 
-class Kept:
-    """Bytes that the way back will read and that are no weight's: each piece of memory once."""
+class SavedActivations:
+    """Bytes that backward will read, without weights; each storage counts once."""
 
     def __init__(self, decoder: Decoder, vocab_size: int) -> None:
         self.bytes = 0
         self._seen: dict[int, Tensor] = {}
         self._decoder, self._vocab_size = decoder, vocab_size
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SavedActivations:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
         self._hooks.__enter__()
         return self
@@ -76,52 +76,52 @@ class Kept:
         self._hooks.__exit__(*error)
 
     def _note(self, tensor: Tensor) -> Tensor:
-        memory = _here(tensor).untyped_storage()
-        weights = {_here(p).untyped_storage()._cdata for p in self._decoder.parameters()}
-        # The head's gradient is made on the way forward; it is the size of the head.
+        storage = _local(tensor).untyped_storage()
+        weights = {_local(p).untyped_storage()._cdata for p in self._decoder.parameters()}
+        # The head's gradient is computed in forward; it has the size of the head.
         is_head = tensor.shape[:1] == (self._vocab_size,)
-        if memory._cdata not in weights and memory._cdata not in self._seen and not is_head:
-            self._seen[memory._cdata] = tensor  # so that its place is not another's
-            self.bytes += memory.nbytes()
+        if storage._cdata not in weights and storage._cdata not in self._seen and not is_head:
+            self._seen[storage._cdata] = tensor  # kept, so that its address is not reused
+            self.bytes += storage.nbytes()
         return tensor
 
 
-def _here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has."""
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def trace(
     preset: str, *, size: int, tokens: int, plant: bool = False, **axes: Any
 ) -> dict[str, Any]:
-    """What one process of `size` holds, and what is moved, in one micro-batch of a single row. With
-    `plant` a block is gathered once too often."""
+    """Memory and traffic of one process of `size`, in one micro-batch of a single row. With `plant`
+    a block is gathered once too often."""
     dist.init_process_group("fake", rank=0, world_size=size, store=_store())
     world = World(0, size, torch.device("cpu"), threads=1)
     defaults = model_defaults({"family": "llama", "preset": preset})
     config = ModelConfig(**{**defaults, "context_length": tokens})
     parallel = ParallelConfig(**axes).resolve(size)
-    mesh, moved = parallel_model.build_mesh(parallel, world), Moved()
+    mesh, traffic = parallel_model.build_mesh(parallel, world), Traffic()
     flatten_mesh(mesh["dp_shard", "cp"])
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(parallel_model, "build_mesh", return_value=mesh),
         mock.patch.object(parallel_model, "ShardLayout"),
-        # A question about numbers, of which there are none.
+        # It reads numbers, which fake tensors do not have.
         mock.patch.object(loss, "_any_underflow", return_value=False),
         mock.patch.object(LMLoss, "to_empty"),
         mock.patch.object(DeviceMesh, "_concatenate", staticmethod(_really_concatenated)),
     ):
         decoder = Decoder(config, vocab_size=VOCAB)
         sizes = {name: p.numel() for name, p in decoder.named_parameters()}
-        in_the_ends = sum(n for name, n in sizes.items() if not name.startswith("blocks."))
+        ends = sum(n for name, n in sizes.items() if not name.startswith("blocks."))
         model = parallel_model.parallelize(LMLoss(decoder, seed=1), parallel, world)
-        held = sum(part.local.numel() for part in model.shards.values())
+        stored = sum(part.local.numel() for part in model.shards.values())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = MicroBatch(ids, ids.clone(), torch.zeros(1, dtype=torch.int64))
-        kept = Kept(decoder, VOCAB)
-        with moved:
-            with kept:
+        saved = SavedActivations(decoder, VOCAB)
+        with traffic:
+            with saved:
                 nats, _ = model.loss(batch, "fp32")
             if plant:
                 block: Any = decoder.blocks["0"]
@@ -131,22 +131,22 @@ def trace(
         model.reshard()
         for part in model.shards.values():
             part.localize_grad()
-        slopes = [p.local.grad for p in model.shards.values()]
+        grads = [p.local.grad for p in model.shards.values()]
     return {
         "parameters": sum(sizes.values()),
-        "in the ends": in_the_ends,
-        "held": held,
-        "gradients": sum(slope.numel() for slope in slopes if slope is not None),
-        "bytes": dict(moved.bytes),
-        "calls": dict(moved.calls),
-        "kept": kept.bytes,
+        "embedding and head": ends,
+        "stored": stored,
+        "gradients": sum(grad.numel() for grad in grads if grad is not None),
+        "bytes": dict(traffic.bytes),
+        "calls": dict(traffic.calls),
+        "saved": saved.bytes,
         "width": config.d_model,
         "layers": config.n_layers,
     }
 
 
 def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
-    """What is moved in one micro-batch of a small llama by processes that are there."""
+    """Traffic of one micro-batch of a small llama on real processes."""
     from oracles import T, V, config_of
 
     world = open_world("cpu", threads=1)
@@ -159,15 +159,14 @@ def count(rows: int, *, precision: str = "fp32", **axes: Any) -> dict[str, Any]:
     )
     model.initialize(1)
     ids = torch.zeros(rows, T, dtype=torch.int64)
-    with Moved() as moved:
-        batch = MicroBatch(ids, ids.clone(), torch.arange(rows))
-        nats, _ = model.loss(batch, precision)
+    with Traffic() as traffic, world.autocast(precision):
+        nats, _ = model.loss(MicroBatch(ids, ids.clone(), torch.arange(rows)), precision)
         nats.backward()  # type: ignore[no-untyped-call]
     return {
         "parameters": sum(sizes.values()),
-        "in the ends": sum(n for name, n in sizes.items() if not name.startswith("blocks.")),
-        "bytes": dict(moved.bytes),
-        "calls": dict(moved.calls),
+        "embedding and head": sum(n for name, n in sizes.items() if not name.startswith("blocks.")),
+        "bytes": dict(traffic.bytes),
+        "calls": dict(traffic.calls),
         "width": config.d_model,
         "layers": config.n_layers,
         "tokens": rows * T,
@@ -178,7 +177,7 @@ _concatenate = DeviceMesh._concatenate
 
 
 def _really_concatenated(meshes: list[DeviceMesh]) -> DeviceMesh:
-    """Which process is where must be known, also where tensors have no numbers."""
+    """The mesh of ranks must have real numbers also while all other tensors are fake."""
     with unset_fake_temporarily():
         return _concatenate(meshes)
 

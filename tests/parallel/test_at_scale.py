@@ -1,5 +1,5 @@
-"""Llama 3 on 64 and 512 devices that are not there: what a traced step holds and moves is what the
-published counts say ("PyTorch FSDP", Zhao et al., 2023; "Megatron-LM", Shoeybi et al., 2019)."""
+"""Llama 3 on 64 and 512 simulated devices: memory and traffic of a traced step are those of the
+published formulas ("PyTorch FSDP", Zhao et al., 2023; "Megatron-LM", Shoeybi et al., 2019)."""
 
 from __future__ import annotations
 
@@ -11,91 +11,97 @@ import pytest
 import scale_jobs as jobs
 from processes import Pool
 
-REAL = 4  # bytes of a float32
+FP32_BYTES = 4
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    found = Pool()
-    yield found
-    found.close()
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
-def gathered(found: dict[str, Any]) -> int:
-    """Weights are gathered forward and again on the way back, but for embedding and head, which
-    stay gathered between."""
-    return int(REAL * (2 * found["parameters"] - found["in the ends"]))
+def gathered_bytes(found: dict[str, Any]) -> int:
+    """Weights are gathered in forward and again in backward, except for embedding and head, which
+    stay gathered in between."""
+    return int(FP32_BYTES * (2 * found["parameters"] - found["embedding and head"]))
 
 
-# Numbers that a block keeps for the way back, for each token and each of the D numbers of a hidden
-# state, in float32: after both norms what was normed and what came of it (4); queries, keys and
-# values, the latter two of a quarter of the heads (1.5); what attention mixed (1); gate,
-# silu(gate), up and their product (4 x 3.5 D). With recompute there is its input alone.
-KEPT = 4 + 1.5 + 1 + 4 * 3.5
-KEPT_RECOMPUTED = 1.0
+# Activations of a block that backward needs, in multiples of a hidden state: input and output of
+# both norms (4); queries, keys and values, the latter two of a quarter of the heads (1.5); output
+# of attention (1); gate, silu(gate), up and their product (4 x 3.5). With activation checkpointing
+# only the input of the block is saved.
+SAVED = 4 + 1.5 + 1 + 4 * 3.5
+SAVED_CHECKPOINTED = 1.0
 
 
-def kept(found: dict[str, Any], tokens: int, each: float) -> float:
-    return float(REAL * each * tokens * found["width"] * found["layers"])
+def saved_bytes(found: dict[str, Any], tokens: int, states: float) -> float:
+    return float(FP32_BYTES * states * tokens * found["width"] * found["layers"])
 
 
-def test_8b_on_64_devices(pool: Pool) -> None:
+def test_8b_with_fsdp_on_64_devices(pool: Pool) -> None:
     (found,) = pool.run(1, jobs.trace, "llama3-8b", size=64, tokens=8192, shard=64)
-    assert found["kept"] == pytest.approx(kept(found, 8192, KEPT), rel=0.15)
+    assert found["saved"] == pytest.approx(saved_bytes(found, 8192, SAVED), rel=0.15)
     assert found["parameters"] == 8_030_261_248  # the published model's
-    assert found["held"] == pytest.approx(found["parameters"] / 64, rel=0.01)
-    assert found["gradients"] == found["held"]
-    assert found["bytes"]["gather"] == pytest.approx(gathered(found), rel=0.01)
-    assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
+    assert found["stored"] == pytest.approx(found["parameters"] / 64, rel=0.01)
+    assert found["gradients"] == found["stored"]
+    assert found["bytes"]["gather"] == pytest.approx(gathered_bytes(found), rel=0.01)
+    assert found["bytes"]["scatter"] == pytest.approx(FP32_BYTES * found["parameters"], rel=0.01)
     assert set(found["calls"]) == {"gather", "scatter"}
     assert found["calls"] == {"gather": 2 * found["layers"] + 1, "scatter": found["layers"] + 1}
 
 
 @pytest.mark.slow
-def test_8b_with_its_heads_and_columns_on_8_of_64_devices(pool: Pool) -> None:
-    """ "Megatron-LM", section 3: hidden states are summed twice in a block on the way forward, and
-    twice on the way back; once more after the embedding, and before the head's slopes go back."""
+def test_8b_with_fsdp_and_tensor_parallelism_on_64_devices(pool: Pool) -> None:
+    """ "Megatron-LM", section 3: in each block, hidden states are all-reduced twice in forward and
+    twice in backward; once more after the embedding, and before the head's gradients."""
     axes: dict[str, Any] = {"size": 64, "tokens": 4096, "shard": 8, "tensor": 8}
     (found,) = pool.run(1, jobs.trace, "llama3-8b", **axes)
-    assert found["held"] == pytest.approx(found["parameters"] / 64, rel=0.01)
-    assert found["bytes"]["gather"] == pytest.approx(gathered(found) / 8, rel=0.01)
-    assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"] / 8, rel=0.01)
-    hidden = REAL * 4096 * found["width"]
+    assert found["stored"] == pytest.approx(found["parameters"] / 64, rel=0.01)
+    assert found["bytes"]["gather"] == pytest.approx(gathered_bytes(found) / 8, rel=0.01)
+    assert found["bytes"]["scatter"] == pytest.approx(
+        FP32_BYTES * found["parameters"] / 8, rel=0.01
+    )
+    hidden = FP32_BYTES * 4096 * found["width"]
     assert found["bytes"]["reduce"] == pytest.approx((4 * found["layers"] + 2) * hidden, rel=0.01)
-    # All that heads and columns have is an eighth; what norms make is whole everywhere.
-    assert found["kept"] == pytest.approx(kept(found, 4096, 4 + (KEPT - 4) / 8), rel=0.15)
+    # Heads and columns have an eighth; the output of norms is replicated.
+    assert found["saved"] == pytest.approx(saved_bytes(found, 4096, 4 + (SAVED - 4) / 8), rel=0.15)
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_processes_that_are_there_move_as_much(pool: Pool, size: int) -> None:
+def test_real_processes_have_the_same_traffic(pool: Pool, size: int) -> None:
     for found in pool.run(size, jobs.count, 2, shard=size):
         assert found["calls"] == {
             "gather": 2 * found["layers"] + 1,
             "scatter": found["layers"] + 1,
         }
-        # Rows that do not divide are filled up: the vocabulary has 67.
-        assert found["bytes"]["gather"] == pytest.approx(gathered(found), rel=0.01)
-        assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
-    for found in pool.run(size, jobs.count, 2, shard=size, precision="bf16"):
-        # Blocks are gathered in two bytes a number; slopes are summed in four.
-        in_blocks = found["parameters"] - found["in the ends"]
-        assert found["bytes"]["gather"] == pytest.approx(
-            2 * 2 * in_blocks + REAL * found["in the ends"], rel=0.01
+        # The vocabulary of 67 is padded to a multiple of the processes.
+        assert found["bytes"]["gather"] == pytest.approx(gathered_bytes(found), rel=0.01)
+        assert found["bytes"]["scatter"] == pytest.approx(
+            FP32_BYTES * found["parameters"], rel=0.01
         )
-        assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
+    for found in pool.run(size, jobs.count, 2, shard=size, precision="bf16"):
+        # Blocks are gathered in bfloat16; gradients are reduced in float32.
+        in_blocks = found["parameters"] - found["embedding and head"]
+        assert found["bytes"]["gather"] == pytest.approx(
+            2 * 2 * in_blocks + FP32_BYTES * found["embedding and head"], rel=0.01
+        )
+        assert found["bytes"]["scatter"] == pytest.approx(
+            FP32_BYTES * found["parameters"], rel=0.01
+        )
     for found in pool.run(size, jobs.count, 2, tensor=2):
-        hidden = REAL * found["tokens"] * found["width"]
-        # Of each row its largest logit, the sum, and the target's.
-        loss = 3 * REAL * found["tokens"]
-        among_heads = (4 * found["layers"] + 2) * hidden + loss
-        between_copies = found["bytes"]["reduce"] - among_heads
-        assert between_copies == pytest.approx(
-            0 if size == 2 else REAL * found["parameters"] / 2, rel=0.05
+        hidden = FP32_BYTES * found["tokens"] * found["width"]
+        # The largest logit of each row, the sum, and the target's logit.
+        loss = 3 * FP32_BYTES * found["tokens"]
+        over_tp = (4 * found["layers"] + 2) * hidden + loss
+        over_replicas = found["bytes"]["reduce"] - over_tp
+        assert over_replicas == pytest.approx(
+            0 if size == 2 else FP32_BYTES * found["parameters"] / 2, rel=0.05
         )
 
 
 @pytest.mark.slow
-def test_recomputed_blocks_keep_their_input(pool: Pool) -> None:
+def test_activation_checkpointing_saves_the_input_of_each_block(pool: Pool) -> None:
     axes: dict[str, Any] = {
         "size": 64,
         "tokens": 8192,
@@ -103,23 +109,23 @@ def test_recomputed_blocks_keep_their_input(pool: Pool) -> None:
         "activation_checkpointing": "full",
     }
     (found,) = pool.run(1, jobs.trace, "llama3-8b", **axes)
-    assert found["kept"] == pytest.approx(kept(found, 8192, KEPT_RECOMPUTED), rel=0.15)
+    assert found["saved"] == pytest.approx(saved_bytes(found, 8192, SAVED_CHECKPOINTED), rel=0.15)
 
 
 @pytest.mark.slow
-def test_a_gather_too_many_is_seen(pool: Pool) -> None:
+def test_an_unnecessary_gather_is_noticed(pool: Pool) -> None:
     (found,) = pool.run(1, jobs.trace, "llama3-8b", size=64, tokens=1024, shard=64, plant=True)
     assert found["calls"]["gather"] == 2 * found["layers"] + 2
-    assert found["bytes"]["gather"] > gathered(found)
+    assert found["bytes"]["gather"] > gathered_bytes(found)
 
 
 @pytest.mark.slow
-def test_70b_on_512_devices(pool: Pool) -> None:
+def test_70b_with_hsdp_on_512_devices(pool: Pool) -> None:
     (found,) = pool.run(1, jobs.trace, "llama3-70b", size=512, tokens=8192, data=2, shard=256)
     assert found["parameters"] == 70_553_706_496
-    assert found["held"] == pytest.approx(found["parameters"] / 256, rel=0.01)
-    assert found["gradients"] == found["held"]
-    assert found["bytes"]["gather"] == pytest.approx(gathered(found), rel=0.01)
-    assert found["bytes"]["scatter"] == pytest.approx(REAL * found["parameters"], rel=0.01)
-    # Between the two copies go what each process holds of the gradient.
-    assert found["bytes"]["reduce"] == pytest.approx(REAL * found["held"], rel=0.01)
+    assert found["stored"] == pytest.approx(found["parameters"] / 256, rel=0.01)
+    assert found["gradients"] == found["stored"]
+    assert found["bytes"]["gather"] == pytest.approx(gathered_bytes(found), rel=0.01)
+    assert found["bytes"]["scatter"] == pytest.approx(FP32_BYTES * found["parameters"], rel=0.01)
+    # Each process sends its shard of the gradient to the other replica.
+    assert found["bytes"]["reduce"] == pytest.approx(FP32_BYTES * found["stored"], rel=0.01)

@@ -1,4 +1,4 @@
-"""Several processes compute, save and say what one does, for every family and layout."""
+"""Several processes compute, save and report what one does, for every family and layout."""
 
 from __future__ import annotations
 
@@ -63,40 +63,40 @@ REST = [
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    found = Pool()
-    yield found
-    found.close()
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 def assembled(answers: list[dict[str, tuple[Any, Any]]]) -> dict[str, Any]:
-    """Whole tensors from the boxes of all processes; one without a box is whole."""
-    found: dict[str, Any] = {}
+    """Full tensors from the slices (bounds, values) of all processes."""
+    result: dict[str, Any] = {}
     for name in dict.fromkeys(name for answer in answers for name in answer):
-        parts = [answer[name] for answer in answers if name in answer]
-        box, values = parts[0]
-        if box is None or not box:
-            found[name] = values
+        slices = [answer[name] for answer in answers if name in answer]
+        bounds, values = slices[0]
+        if not bounds:
+            result[name] = values
             continue
-        shape = [max(box[d][1] for box, _ in parts) for d in range(len(box))]
-        whole = np.full(shape, np.nan, values.dtype)
-        for box, values in parts:
-            whole[tuple(slice(*pair) for pair in box)] = values
-        assert not np.isnan(whole).any(), name
-        found[name] = whole
-    return found
+        shape = [max(bounds[d][1] for bounds, _ in slices) for d in range(len(bounds))]
+        full = np.full(shape, np.nan, values.dtype)
+        for bounds, values in slices:
+            full[tuple(slice(*pair) for pair in bounds)] = values
+        assert not np.isnan(full).any(), f"{name}: {np.isnan(full).sum()} elements in no slice"
+        result[name] = full
+    return result
 
 
-def test_one_that_holds_no_row_of_a_matrix_lends_its_hand(pool: Pool) -> None:
+def test_muon_with_a_rank_that_has_no_row_of_a_matrix(pool: Pool) -> None:
     check(pool, "thin llama", "muon", "fsdp 4", rows=8, steps=3)
 
 
 @pytest.mark.parametrize("absent", [0, 2])
-def test_one_that_does_not_answer_is_named_by_all_others(pool: Pool, absent: int) -> None:
-    said = pool.run(3, jobs.who_is_missing, absent)
-    assert said == ["" if rank == absent else str(absent) for rank in range(3)]
+def test_all_others_report_the_rank_that_does_not_answer(pool: Pool, absent: int) -> None:
+    reports = pool.run(3, jobs.unresponsive_ranks, absent)
+    assert reports == ["" if rank == absent else str(absent) for rank in range(3)]
 
 
-# Of those that take minutes together, the ones that are looked at each time.
+# All together take minutes: these are tested each time.
 SHORT_FLOAT32 = [("gpt2", "tp x fsdp")]
 REST_FLOAT32 = [
     (family, layout)
@@ -107,27 +107,27 @@ REST_FLOAT32 = [
 
 
 def check_float32(pool: Pool, family: str, layout: str) -> None:
-    """Losses of twenty steps by AdamW, and of what is evaluated between."""
+    """Compare the losses of 20 steps of AdamW, and of the evaluations in between."""
     axes = LAYOUTS[layout]
     words: dict[str, Any] = {"steps": 20, "rows": 8}
-    alone = jobs.train(family, "adamw", **words)
+    single = jobs.train(family, "adamw", **words)
     for answer in pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **words, **axes):
         for name in ("losses", "evaluations"):
-            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-5)
+            np.testing.assert_allclose(answer[name], single[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "layout"), SHORT_FLOAT32)
-def test_twenty_steps_in_float32_agree_too(pool: Pool, family: str, layout: str) -> None:
+def test_20_float32_steps_equal_those_of_one_process(pool: Pool, family: str, layout: str) -> None:
     check_float32(pool, family, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), REST_FLOAT32)
-def test_so_they_do_in_all_others(pool: Pool, family: str, layout: str) -> None:
+def test_20_float32_steps_in_all_layouts(pool: Pool, family: str, layout: str) -> None:
     check_float32(pool, family, layout)
 
 
-def test_sizes_that_are_decided_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolved_sizes_must_be_divisible_by_the_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(**model_defaults({"family": "llama"}))
     model = replace(model, context_length=128)
     axes = ParallelConfig(context=3, processes=3).resolve(3)
@@ -135,12 +135,12 @@ def test_sizes_that_are_decided_are_divided_too(monkeypatch: pytest.MonkeyPatch)
         resolve_page.check_model_fits(model, axes, vocab_size=100)
 
 
-def test_memory_is_asked_for_what_a_machine_is_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_check_counts_the_shards_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(**model_defaults({"family": "llama"}))
-    whole = 8 * n_parameters(model, vocab_size=1000)
-    monkeypatch.setattr(resolve_page, "memory_bytes", lambda: whole // 2)
-    for beside, fits in ((1, True), (2, True), (3, False)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    full = 8 * n_parameters(model, vocab_size=1000)
+    monkeypatch.setattr(resolve_page, "memory_bytes", lambda: full // 2)
+    for n_local, fits in ((1, True), (2, True), (3, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_local))
         axes = ParallelConfig(shard=4, processes=4).resolve(4)
         with nullcontext() if fits else pytest.raises(ValueError, match="this machine has"):
             resolve_page.check_model_fits(model, axes, vocab_size=1000)
@@ -154,7 +154,7 @@ def written(folder: Path, **parallel: int) -> Path:
     return folder
 
 
-def test_a_run_s_axes_go_with_its_own_model(
+def test_resume_combines_stored_and_requested_axes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = written(tmp_path, processes=3, tensor=3)
@@ -170,7 +170,7 @@ def test_a_run_s_axes_go_with_its_own_model(
         check_axes(requested_config(stored, None, {}))
 
 
-def test_a_continuation_that_no_processes_can_make_changes_nothing(
+def test_extend_with_impossible_axes_changes_no_file(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -208,11 +208,11 @@ REST_BFLOAT16 = [
 
 
 def check_bfloat16(pool: Pool, family: str, layout: str) -> None:
-    """Losses of six steps by AdamW, by products in bfloat16 of weights that are gathered in it, to
-    half of its last digit. One process alone is 4e-4 from float32, of the layouts none further than
-    5e-4: partial sums of a matrix, keys and values are rounded before they travel."""
+    """Compare the losses of 6 steps of AdamW to half of bfloat16's last digit. A single process
+    differs by 4e-4 from float32, and no layout by more than 5e-4: partial sums, keys and values are
+    rounded before they are sent."""
     axes, words = LAYOUTS[layout], {"steps": 6, "rows": 8}
-    alone = jobs.train(family, "adamw", precision="bf16", **words)  # type: ignore[arg-type]
+    single = jobs.train(family, "adamw", precision="bf16", **words)  # type: ignore[arg-type]
     named: dict[str, Any] = {"precision": "bf16", **words, **axes}
     answers = pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **named)
     for answer in answers:
@@ -220,43 +220,43 @@ def check_bfloat16(pool: Pool, family: str, layout: str) -> None:
         is_gathered = bool({"shard", "context"} & set(axes)) or {"data", "tensor"} <= set(axes)
         assert answer["read"] == ["torch.bfloat16" if is_gathered else "torch.float32"]
         for name in ("losses", "evaluations"):
-            np.testing.assert_allclose(answer[name], alone[name], rtol=2**-10)
+            np.testing.assert_allclose(answer[name], single[name], rtol=2**-10)
         for _, values in answer["last"].values():
             assert values.dtype == np.float32
 
 
 @pytest.mark.parametrize(("family", "layout"), SHORT_BFLOAT16)
-def test_in_bfloat16_they_agree_to_its_digits(pool: Pool, family: str, layout: str) -> None:
+def test_bfloat16_losses_equal_those_of_one_process(pool: Pool, family: str, layout: str) -> None:
     check_bfloat16(pool, family, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), REST_BFLOAT16)
-def test_in_bfloat16_so_do_all_others(pool: Pool, family: str, layout: str) -> None:
+def test_bfloat16_losses_in_all_layouts(pool: Pool, family: str, layout: str) -> None:
     check_bfloat16(pool, family, layout)
 
 
 def check(pool: Pool, family: str, optimizer: str, layout: str, *, rows: int, steps: int) -> None:
-    """In float64, where what is left is a matter of rounding alone."""
+    """Compare everything in float64, where only rounding errors remain."""
     axes = LAYOUTS[layout]
     words: dict[str, Any] = {"steps": steps, "rows": rows, "dtype": "float64"}
-    alone = jobs.train(family, optimizer, **words)
-    assert alone["counts"] == [rows * jobs.CONTEXT] * steps
+    single = jobs.train(family, optimizer, **words)
+    assert single["counts"] == [rows * jobs.CONTEXT] * steps
     answers = pool.run(math.prod(axes.values()), jobs.train, family, optimizer, **words, **axes)
     for answer in answers:
         for name in ("losses", "norms", "evaluations"):
             assert answer[name] == answers[0][name]
-            np.testing.assert_allclose(answer[name], alone[name], rtol=1e-9)
-        assert answer["counts"] == alone["counts"]
-        assert answer["checksums"] == alone["checksums"]
-        assert answer["sample"] == alone["sample"]
-        # Gradients that a rule has used are gone in one process as in several.
-        for name, norm in alone["norm of each"].items():
+            np.testing.assert_allclose(answer[name], single[name], rtol=1e-9)
+        assert answer["counts"] == single["counts"]
+        assert answer["checksums"] == single["checksums"]
+        assert answer["sample"] == single["sample"]
+        # Gradients that an update rule has consumed are missing in both.
+        for name, norm in single["norm of each"].items():
             assert answer["norm of each"][name] == pytest.approx(norm, rel=1e-7)
     for name, values in assembled([answer["first"] for answer in answers]).items():
-        np.testing.assert_array_equal(values, alone["first"][name][1])
+        np.testing.assert_array_equal(values, single["first"][name][1])
     for name, values in assembled([answer["last"] for answer in answers]).items():
-        np.testing.assert_allclose(values, alone["last"][name][1], rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(values, single["last"][name][1], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(("family", "optimizer", "layout"), SHORT)
@@ -268,56 +268,64 @@ def test_several_processes_compute_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "optimizer", "layout"), REST)
-def test_so_do_all_others_for_fifty_steps(
+def test_several_processes_compute_what_one_does_for_50_steps(
     pool: Pool, family: str, optimizer: str, layout: str
 ) -> None:
     check(pool, family, optimizer, layout, rows=8, steps=50)
 
 
+@pytest.mark.parametrize("family", ["transformer", "gpt"])
+def test_other_families_train_in_each_mode(pool: Pool, family: str) -> None:
+    single = jobs.train(family, "adamw", steps=2, rows=4)
+    for layout in ("fsdp 2", "tp 2", "cp 2", "pp 2"):
+        for answer in pool.run(2, jobs.train, family, "adamw", steps=2, rows=4, **LAYOUTS[layout]):
+            np.testing.assert_allclose(answer["losses"], single["losses"], rtol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "kind"), [("gpt2", "full"), ("fast", "selective")])
-def test_activations_that_are_made_again_are_the_same(family: str, kind: str) -> None:
+def test_activation_checkpointing_has_equal_bits_and_saves_memory(family: str, kind: str) -> None:
     words: dict[str, Any] = {"steps": 3, "rows": 4}
     kept, made = (
         jobs.train(family, "adamw", **words, activation_checkpointing=how) for how in ("none", kind)
     )
     assert made["losses"] == kept["losses"]
     assert made["norms"] == kept["norms"]
-    assert made["kept bytes"] < 0.9 * kept["kept bytes"]
+    assert made["saved bytes"] < 0.9 * kept["saved bytes"]
 
 
 @pytest.mark.parametrize("layout", ["tp 2", "pp 2"])
-def test_so_they_are_in_several_processes(pool: Pool, layout: str) -> None:
+def test_activation_checkpointing_in_several_processes(pool: Pool, layout: str) -> None:
     axes, words = LAYOUTS[layout], {"steps": 3, "rows": 4, "activation_checkpointing": "full"}
-    alone = jobs.train("gpt2", "adamw", steps=3, rows=4, dtype="float64")
+    single = jobs.train("gpt2", "adamw", steps=3, rows=4, dtype="float64")
     for answer in pool.run(2, jobs.train, "gpt2", "adamw", dtype="float64", **words, **axes):
-        np.testing.assert_allclose(answer["losses"], alone["losses"], rtol=1e-9)
-        np.testing.assert_allclose(answer["norms"], alone["norms"], rtol=1e-9)
+        np.testing.assert_allclose(answer["losses"], single["losses"], rtol=1e-9)
+        np.testing.assert_allclose(answer["norms"], single["norms"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("layout", ["ddp 4", "fsdp 2"])
-def test_a_batch_that_does_not_divide_is_the_same_batch(pool: Pool, layout: str) -> None:
-    """Of 7 rows the last of four processes has one, and rows that weigh nothing."""
+def test_batch_that_is_not_divisible_by_the_processes(pool: Pool, layout: str) -> None:
+    """Of 7 rows the last of four processes has one; its other rows have no valid targets."""
     check(pool, "gpt2", "adamw", layout, rows=7, steps=3)
 
 
 @pytest.mark.parametrize(
     ("family", "optimizer", "rows"), [("gpt2", "adamw", 13), ("fast", "muon", 8)]
 )
-def test_the_elastic_order_is_the_same_bits_on_any_number_of_processes(
+def test_deterministic_reduction_has_equal_bits_for_any_number_of_processes(
     pool: Pool, family: str, optimizer: str, rows: int
 ) -> None:
-    """Micro-batches of two rows, the seventh of one: branches that are not full, too."""
+    """13 rows are 6 micro-batches of two and one of one: some branches are not full."""
     words: dict[str, Any] = {"steps": 5, "rows": rows, "elastic": True}
-    alone = jobs.train(family, optimizer, **words)
+    single = jobs.train(family, optimizer, **words)
     for size in (2, 3):
         for answer in pool.run(size, jobs.train, family, optimizer, **words):
             for name in ("losses", "norms", "counts", "evaluations", "checksums"):
-                assert answer[name] == alone[name], (size, name)
-            for name, (_, values) in alone["last"].items():
+                assert answer[name] == single[name], (size, name)
+            for name, (_, values) in single["last"].items():
                 np.testing.assert_array_equal(answer["last"][name][1], values)
 
 
-def test_every_leaf_of_the_tree_has_one_process() -> None:
+def test_each_leaf_of_the_reduction_tree_has_one_owner() -> None:
     for size, n_leaves in itertools.product(range(1, 10), range(1, 20)):
         branches = ReductionTree(size, n_leaves)
         leaves = [leaf for rank in range(size) for leaf in branches.leaves(rank)]
@@ -332,18 +340,18 @@ def check_checkpoint(pool: Pool, folder: Path, saved_by: str, read_by: Sequence[
     pool.run(size, jobs.save, str(folder), axes)
     files = {p.name for p in (folder / "checkpoints/step-00000001").iterdir()}
     assert len(files) == 1 + 2 * within
-    whole = assembled(pool.run(1, jobs.load, str(folder), {}))
-    assert {"model/head.weight", "optimizer/ngrams.parts.2.weight/squares"} <= whole.keys()
+    full = assembled(pool.run(1, jobs.load, str(folder), {}))
+    assert {"model/head.weight", "optimizer/ngrams.parts.2.weight/squares"} <= full.keys()
     for name in read_by:
         axes = LAYOUTS[name]
         found = assembled(pool.run(math.prod(axes.values()), jobs.load, str(folder), axes))
-        assert found.keys() == whole.keys()
-        for tensor, values in whole.items():
+        assert found.keys() == full.keys()
+        for tensor, values in full.items():
             np.testing.assert_array_equal(found[tensor], values, err_msg=tensor)
 
 
 @pytest.mark.parametrize("saved_by", ["fsdp 4", "pp x tp"])
-def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
+def test_checkpoint_loads_bitwise_in_other_layouts(
     pool: Pool, tmp_path: Path, saved_by: str
 ) -> None:
     check_checkpoint(pool, tmp_path, saved_by, ("hsdp", "pp x fsdp"))
@@ -351,12 +359,12 @@ def test_a_checkpoint_is_read_by_any_other_layout_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saved_by", ["one", *LAYOUTS])
-def test_so_is_each_by_each(pool: Pool, tmp_path: Path, saved_by: str) -> None:
+def test_checkpoint_loads_bitwise_in_all_layouts(pool: Pool, tmp_path: Path, saved_by: str) -> None:
     check_checkpoint(pool, tmp_path, saved_by, list(LAYOUTS))
 
 
-def test_layouts_save_the_same_numbers(pool: Pool, tmp_path: Path) -> None:
-    """The step before the save is one of every rule, Muon's with its owners too."""
+def test_all_layouts_save_equal_numbers(pool: Pool, tmp_path: Path) -> None:
+    """The step before the save is one of every update rule, also of the sharded Muon."""
     for name in ("one", "fsdp 2", "hsdp", "tp x fsdp"):
         axes, folder = LAYOUTS.get(name, {}), tmp_path / name
         folder.mkdir()
@@ -369,14 +377,14 @@ def test_layouts_save_the_same_numbers(pool: Pool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_save_that_fails_for_one_fails_for_all(pool: Pool, tmp_path: Path, failing: int) -> None:
-    told = pool.run(2, jobs.fail_to_save, str(tmp_path), failing)
-    assert all("No space left" in text for text in told)
-    assert f"process {failing}" in told[1 - failing]
+def test_save_that_fails_on_one_rank_fails_on_all(pool: Pool, tmp_path: Path, failing: int) -> None:
+    messages = pool.run(2, jobs.fail_to_save, str(tmp_path), failing)
+    assert all("No space left" in text for text in messages)
+    assert f"rank {failing}: " in messages[1 - failing]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_without_its_own_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
@@ -385,23 +393,23 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.Monke
         open_world("cuda", threads=1)
 
 
-def test_processes_talk_in_texts_and_sums(pool: Pool) -> None:
-    for rank, said in enumerate(pool.run(3, jobs.talk)):
-        assert (said["rank"], said["leads"]) == (rank, rank == 0)
-        assert said["texts"] == ["", "é", "éé"]
-        assert said["shared"] == "from 0"
-        assert said["numbers"] == [[0, 0.5], [1, 0.5], [2, 0.5]]
-        assert said["total"] == [6, 3e15 + 3]
-        assert said["sum"] == [3.0, 3.0]
-        assert said["alone"] == rank
+def test_collectives_of_texts_and_numbers(pool: Pool) -> None:
+    for rank, results in enumerate(pool.run(3, jobs.talk)):
+        assert (results["rank"], results["is_main"]) == (rank, rank == 0)
+        assert results["texts"] == ["", "é", "éé"]
+        assert results["broadcast"] == "from 0"
+        assert results["all_gather"] == [[0, 0.5], [1, 0.5], [2, 0.5]]
+        assert results["all_sum"] == [6, 3e15 + 3]
+        assert results["all_reduce"] == [3.0, 3.0]
+        assert results["single"] == rank
 
 
-def test_processes_that_differ_refuse_to_start(pool: Pool) -> None:
-    said = pool.run(2, jobs.differ)
-    assert said == ["rank 0 and rank 1 must not differ: code: abc and xyz"] * 2
+def test_ranks_that_differ_are_rejected(pool: Pool) -> None:
+    messages = pool.run(2, jobs.differ)
+    assert messages == ["rank 0 and rank 1 must not differ: code: abc and xyz"] * 2
 
 
-def test_only_this_machine_is_listened_to(pool: Pool) -> None:
+def test_sockets_listen_on_localhost_only(pool: Pool) -> None:
     for found in pool.run(2, jobs.listeners):
         assert found
         assert set(found) == {"0100007F"}  # 127.0.0.1
@@ -418,49 +426,49 @@ def test_only_this_machine_is_listened_to(pool: Pool) -> None:
         ({"processes": 4, "data": 4, "shard": 2}, "is 8, and there are 4 processes"),
     ],
 )
-def test_axes_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str) -> None:
+def test_invalid_axes_are_rejected(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ParallelConfig(**settings)
 
 
-def test_axes_are_filled_from_the_processes() -> None:
+def test_axes_are_resolved_from_the_number_of_processes() -> None:
     assert ParallelConfig(shard=2).resolve(8) == ParallelConfig(processes=8, data=4, shard=2)
     with pytest.raises(ValueError, match="there are 3 processes"):
         ParallelConfig(shard=2).resolve(3)
 
 
-def test_a_slow_process_is_named_once_and_its_recovery_too() -> None:
-    seen = StragglerDetector()
-    said = [seen.record([1.0, 1.1, 1.7, 0.9]) for _ in range(STRAGGLER_STEPS)]
-    assert said[:-1] == [[]] * (STRAGGLER_STEPS - 1)
-    assert said[-1] == [
+def test_slow_rank_is_reported_once_and_so_is_its_recovery() -> None:
+    detector = StragglerDetector()
+    warnings = [detector.record([1.0, 1.1, 1.7, 0.9]) for _ in range(STRAGGLER_STEPS)]
+    assert warnings[:-1] == [[]] * (STRAGGLER_STEPS - 1)
+    assert warnings[-1] == [
         "process 2 is slow: in 20 steps its forward passes ran at 59% of the others' speed, and "
         "all wait for it"
     ]
-    assert not any(seen.record([1.0, 1.1, 1.7, 0.9]) for _ in range(STRAGGLER_STEPS))
-    again = [seen.record([1.0, 1.1, 1.2, 0.9]) for _ in range(STRAGGLER_STEPS)][-1]
+    assert not any(detector.record([1.0, 1.1, 1.7, 0.9]) for _ in range(STRAGGLER_STEPS))
+    again = [detector.record([1.0, 1.1, 1.2, 0.9]) for _ in range(STRAGGLER_STEPS)][-1]
     assert again == ["process 2 is as fast as the others again"]
 
 
-def test_one_process_is_never_slow() -> None:
-    seen = StragglerDetector()
-    assert not any(seen.record([5.0]) for _ in range(2 * STRAGGLER_STEPS))
+def test_a_single_process_is_never_slow() -> None:
+    detector = StragglerDetector()
+    assert not any(detector.record([5.0]) for _ in range(2 * STRAGGLER_STEPS))
 
 
-def test_processes_that_do_not_say_how_long_they_take_are_not_slow() -> None:
-    seen = StragglerDetector()
-    assert not any(seen.record([0.0, 0.0]) for _ in range(2 * STRAGGLER_STEPS))
+def test_ranks_without_times_are_not_slow() -> None:
+    detector = StragglerDetector()
+    assert not any(detector.record([0.0, 0.0]) for _ in range(2 * STRAGGLER_STEPS))
 
 
 @pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MAX_RESTARTS), (True, 10)])
-def test_what_fails_without_getting_on_is_not_started_for_ever(
+def test_restarts_without_progress_are_limited(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, moves: bool, starts: int
 ) -> None:
-    said: list[Sequence[str]] = []
+    launches: list[Sequence[str]] = []
 
     def fail(words: Sequence[str], n: int) -> int:
-        said.append(words)
-        raise ProcessFailed("rank 1 was killed by SIGKILL", 2 if len(said) == 10 else 1)
+        launches.append(words)
+        raise ProcessFailed("rank 1 was killed by SIGKILL", 2 if len(launches) == 10 else 1)
 
     monkeypatch.setattr(launch_module, "launch_once", fail)
     with pytest.raises(ProcessFailed):
@@ -469,6 +477,6 @@ def test_what_fails_without_getting_on_is_not_started_for_ever(
             lambda: ["again"],
             2,
             print,
-            progress=lambda: len(said) if moves else 0,
+            progress=lambda: len(launches) if moves else 0,
         )
-    assert said == [["first"], *[["again"]] * (starts - 1)]
+    assert launches == [["first"], *[["again"]] * (starts - 1)]

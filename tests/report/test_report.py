@@ -1,4 +1,4 @@
-"""The report and the trackers, on run directories that are whole, unfinished, broken or hostile."""
+"""The report and the trackers, on finished, unfinished, broken and hostile run directories."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def assert_harmless(page: Page) -> None:
     assert "default-src 'none'" in page.source
 
 
-def test_a_finished_run_is_told_in_one_offline_page(tmp_path: Path) -> None:
+def test_report_of_a_finished_run_is_one_offline_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "english-1")
     path = write_report(run)
     assert path == run / "report.html"
@@ -131,12 +131,12 @@ def test_a_finished_run_is_told_in_one_offline_page(tmp_path: Path) -> None:
     labels = [value for name, value in page.attributes if name == "aria-label"]
     assert len(labels) == 4
     assert re.search("this model.*trigram.*bigram.*xz", page.flat.split("simple baselines")[1])
-    assert "--share:65.6%" in page.source  # of the widest bar, that of xz
+    assert "--share:65.6%" in page.source  # of the bar of xz, the widest
     assert "held-out 3.536 to 3.536" in labels[0]
     assert write_report(run).read_text(encoding="utf-8") == page.source  # a function of the files
 
 
-def test_tasks_are_drawn_with_their_errors_and_told_in_a_table(tmp_path: Path) -> None:
+def test_tasks_have_charts_with_error_bands_and_a_table(tmp_path: Path) -> None:
     def row(step: int, value: float, name: str = "piqa", **more: object) -> str:
         record = {"kind": "task", "step": step, "task": name, "metric": "accuracy", "value": value}
         usual = {"stderr": 0.05, "examples": 200, "chance": 0.5, "seconds": 1.5}
@@ -145,30 +145,30 @@ def test_tasks_are_drawn_with_their_errors_and_told_in_a_table(tmp_path: Path) -
     rows = row(20, 0.45) + row(40, 0.55) + row(40, 1.25, "<b>.txt", chance=None, stderr=None)
     page = Page(write_report(make_run(tmp_path / "run", metrics=train_line(1) + rows)))
     assert_harmless(page)
-    told = page.flat.partition("Tasks")[2]
-    assert re.search(r"piqa ?accuracy ?0.550 ± 0.050 ?0.500 ?200 ?40", told)
-    assert re.search(r"<b>.txt ?accuracy ?1.250 ?– ?200 ?40", told)
+    section = page.flat.partition("Tasks")[2]
+    assert re.search(r"piqa ?accuracy ?0.550 ± 0.050 ?0.500 ?200 ?40", section)
+    assert re.search(r"<b>.txt ?accuracy ?1.250 ?– ?200 ?40", section)
     labels = [value for name, value in page.attributes if name == "aria-label"]
     assert "piqa, accuracy, by step: piqa 0.45 to 0.55" in labels
-    # The band goes from 0.40 and 0.50 at step 20 to 0.50 and 0.60 at step 40, upon an axis from 0
-    # to 5 % above 0.60.
+    # The band is 0.40 to 0.50 at step 20 and 0.50 to 0.60 at step 40, on an axis from 0 to 5 %
+    # above 0.60.
     (band,) = re.findall('<polygon class="band" points="([^"]+)"', page.source)
     top = 0.6 + 0.05 * (0.6 - 0.4)
     corners = [(0, 0.4), (100, 0.5), (100, 0.6), (0, 0.5)]
     assert band.split() == [f"{x:.2f},{(top - y) / top * 100:.2f}" for x, y in corners]
 
 
-def test_an_unfinished_run_says_how_far_it_came(tmp_path: Path) -> None:
+def test_report_of_an_unfinished_run_has_its_last_step(tmp_path: Path) -> None:
     lines = "".join(train_line(step) for step in range(1, 26))
     run = make_run(tmp_path / "run", metrics=lines + train_line(26)[:-30], is_finished=False)
     page = Page(write_report(run))
     assert "still running or stopped at step 25 of 40" in page.text
     assert "Training loss 3.20 nats per token after 25 steps" in page.flat
     assert f"pretrain train --run {run.as_posix()} --resume" in page.text
-    assert "could be read" not in page.text  # a half-written last line is no accident
+    assert "could be read" not in page.text  # an incomplete last line is not an error
 
 
-def test_bad_news_is_told_as_well(tmp_path: Path) -> None:
+def test_report_warns_of_a_rising_held_out_loss(tmp_path: Path) -> None:
     lines = train_line(1) + evaluate_line(1, 4.9) + train_line(2) + evaluate_line(2, 5.1)
     page = Page(write_report(make_run(tmp_path / "run", metrics=lines, is_finished=False)))
     assert (
@@ -179,13 +179,13 @@ def test_bad_news_is_told_as_well(tmp_path: Path) -> None:
     assert "held-out loss was lowest at step 1 (4.90) and has risen since" in page.flat
 
 
-def test_a_score_is_told_with_the_step_whose_weights_it_is_of(tmp_path: Path) -> None:
+def test_score_is_shown_with_the_step_of_its_weights(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "summary.json").write_text(json.dumps(SUMMARY | {"checkpoint": "checkpoints/step-20"}))
     assert "after 20 steps, the best of 40, and 3 min 2 s" in Page(write_report(run)).flat
 
 
-def test_almost_nothing_is_enough_and_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_empty_config_is_enough_and_an_empty_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     assert "No numbers yet" in Page(write_report(tmp_path)).text
     (tmp_path / "empty").mkdir()
@@ -197,7 +197,7 @@ def test_almost_nothing_is_enough_and_nothing_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["baselines.json", "environment.json", "summary.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "\x00\xff", "9" * 5000, '{"baselines": [3, {}]}'])
-def test_a_broken_file_is_named_and_the_rest_told(tmp_path: Path, name: str, content: str) -> None:
+def test_a_broken_file_is_reported(tmp_path: Path, name: str, content: str) -> None:
     run = make_run(tmp_path / "run")
     (run / name).write_text(content)
     page = Page(write_report(run))
@@ -205,7 +205,7 @@ def test_a_broken_file_is_named_and_the_rest_told(tmp_path: Path, name: str, con
     assert "1.42 bits per byte" in page.flat
 
 
-def test_broken_lines_and_settings_are_counted(tmp_path: Path) -> None:
+def test_broken_lines_are_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "metrics.jsonl").write_bytes(b'{"kind"\n\xff\xfe\n[1]\n' + train_line(1).encode())
     (run / "config.yaml").write_text("a: [")
@@ -214,7 +214,7 @@ def test_broken_lines_and_settings_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, "NaN", None, math.inf, 10**400, True, [1]])
-def test_a_loss_that_is_no_number_is_a_warning_not_a_crash(tmp_path: Path, loss: object) -> None:
+def test_a_loss_that_is_not_finite_is_a_warning(tmp_path: Path, loss: object) -> None:
     lines = "".join(train_line(step) for step in range(1, 20))
     lines += "".join(
         train_line(step).replace(f'"loss": {3 + 5 / step}', f'"loss": {json.dumps(loss)}')
@@ -225,13 +225,13 @@ def test_a_loss_that_is_no_number_is_a_warning_not_a_crash(tmp_path: Path, loss:
     assert "nan" not in page.source.partition("<body>")[2].lower().replace("nance", "")
 
 
-def test_every_loss_is_lost(tmp_path: Path) -> None:
+def test_a_chart_without_finite_losses_has_no_values(tmp_path: Path) -> None:
     lines = "".join(train_line(step, "NaN") for step in range(1, 4))
     page = Page(write_report(make_run(tmp_path / "run", metrics=lines, is_finished=False)))
     assert "No values yet." in page.text
 
 
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     hostile = "</p><script>alert(1)</script><img src=http://x onerror='a'>\"&\x00\x1b\ud800</style>"
     run = make_run(tmp_path / "a&b <i>")
     sample = {"step": 40, "prompt": hostile, "text": hostile + "x" * 5000, hostile: hostile}
@@ -247,14 +247,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not {"i", "u"} & set(page.tags)
 
 
-def test_the_configuration_is_shown_as_it_is_written(tmp_path: Path) -> None:
+def test_config_is_shown_verbatim(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     written = "data:\n  source: [{path: a.txt, weight: 2}, b.txt]  # two\n  none: null\nseed: 1\n"
     (run / "config.yaml").write_text(written)
     assert written in Page(write_report(run)).text
 
 
-def test_samples_are_told_from_the_latest_back(tmp_path: Path) -> None:
+def test_samples_are_shown_latest_first(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     records = [{"step": s, "prompt": "Once", "text": f"Once text {s}"} for s in range(0, 400, 10)]
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -265,17 +265,17 @@ def test_samples_are_told_from_the_latest_back(tmp_path: Path) -> None:
     assert page.text.index(" text 360") < page.text.index(" text 0")
 
 
-def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
+def test_the_page_of_a_long_run_is_small(tmp_path: Path) -> None:
     lines = [train_line(step) + "" for step in range(1, 100_001)]
     lines += [evaluate_line(step, 3.5 + 1 / step) for step in range(100, 100_001, 100)]
     run = make_run(tmp_path / "run", metrics="".join(lines), is_finished=False)
-    began = time.perf_counter()
+    start = time.perf_counter()
     path = write_report(run)
-    assert time.perf_counter() - began < 20  # about 2 s; the limit is for a busy machine
+    assert time.perf_counter() - start < 20  # about 2 s; the limit is for a busy machine
     assert path.stat().st_size < 300_000
 
 
-def test_downsampling_keeps_the_extremes_and_the_mean() -> None:
+def test_downsampling_keeps_the_extremes() -> None:
     points = [(float(i), float(i % 7)) for i in range(10_000)]
     points[5000] = (5000.0, 99.0)
     buckets = downsample(points, 600)
@@ -296,14 +296,14 @@ def test_one_spike_does_not_flatten_the_curve() -> None:
 
 
 @pytest.mark.parametrize("points", [[(1.0, 0.0)], [(5.0, 2.0), (9.0, 2.0)], [(0.0, -1e-9)]])
-def test_flat_and_lonely_curves_are_drawn(points: list[tuple[float, float]]) -> None:
+def test_constant_curves_and_single_points_are_drawn(points: list[tuple[float, float]]) -> None:
     for is_small in (False, True):
         chart = line_chart([Series("a", points)], title="A", unit="", is_small=is_small)
         assert "nan" not in chart
         assert ("<circle" in chart) == (len(points) == 1)
 
 
-def test_numbers_are_written_for_people() -> None:
+def test_numbers_are_formatted_with_units() -> None:
     times = [duration(s) for s in (0.44, 42, 59.6, 182, 180, 3601, 7260, 187_000)]
     assert "|".join(times) == "0.4 s|42 s|1 min|3 min 2 s|3 min|1 h|2 h 1 min|2 d 3 h"
     sizes = [size(n) for n in (12, 1500, 812_400_000, 1.25e9)]
@@ -324,13 +324,13 @@ def test_the_page_needs_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_unknown_trackers_are_refused() -> None:
+def test_unknown_trackers_are_rejected() -> None:
     assert ReportConfig(to=("tensorboard", "wandb")).to == ("tensorboard", "wandb")
     with pytest.raises(ValueError, match=r"'mlflow'.*tensorboard, wandb"):
         ReportConfig(to=("mlflow",))
 
 
-def test_a_missing_package_is_named_with_its_cure(
+def test_error_of_a_missing_package_has_the_command_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pretrain.report.config.find_spec", lambda name: None)
@@ -353,10 +353,10 @@ def read_events(run: Path) -> dict[str, list[tuple[int, float]]]:
     return scalars
 
 
-def test_tensorboard_gets_every_record_once(tmp_path: Path) -> None:
+def test_tensorboard_gets_each_record_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = make_run(tmp_path / "run")
-    for _ in range(2):  # a second follower replaces the first one's file
+    for _ in range(2):  # a second tracker replaces the file of the first
         assert follow(run, ["tensorboard"]) == 41
         scalars = read_events(run)
         assert [step for step, _ in scalars["train/loss"]] == list(range(1, 41))
@@ -364,7 +364,7 @@ def test_tensorboard_gets_every_record_once(tmp_path: Path) -> None:
         assert [step for step, _ in scalars["evaluate/val_nats_per_token"]] == [40]
 
 
-def test_tensorboard_has_a_group_of_curves_for_each_task(tmp_path: Path) -> None:
+def test_tensorboard_has_a_group_of_curves_per_task(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     lines = [
         {"kind": "task", "step": step, "task": name, "value": value, "stderr": None, "seconds": 9}
@@ -378,29 +378,29 @@ def test_tensorboard_has_a_group_of_curves_for_each_task(tmp_path: Path) -> None
     assert scalars["task/copa/value"] == [(1, 0.25)]
 
 
-def test_a_follower_notices_a_file_that_was_cut_back(tmp_path: Path) -> None:
+def test_tracker_notices_a_truncated_file(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = make_run(tmp_path / "run", metrics="", is_finished=False)
     metrics = run / "metrics.jsonl"
-    counted: list[int] = []
-    follower = threading.Thread(
-        target=lambda: counted.append(follow(run, ["tensorboard"], poll_seconds=0.02))
+    n_sent: list[int] = []
+    tracker = threading.Thread(
+        target=lambda: n_sent.append(follow(run, ["tensorboard"], poll_seconds=0.02))
     )
-    follower.start()
+    tracker.start()
     metrics.write_text("".join(train_line(s) for s in range(1, 11)) + train_line(11)[:20])
     time.sleep(0.3)
-    metrics.write_text("".join(train_line(s) for s in range(1, 6)))  # cut back to step 5 ...
+    metrics.write_text("".join(train_line(s) for s in range(1, 6)))  # truncated to step 5 ...
     time.sleep(0.3)
     replaced = metrics.with_suffix(".new")  # ... then replaced, and on to step 12
     replaced.write_text("".join(train_line(s) for s in range(1, 13)))
     os.replace(replaced, metrics)
     (run / "summary.json").write_text("{}")
-    follower.join(timeout=30)
-    assert counted == [12]
+    tracker.join(timeout=30)
+    assert n_sent == [12]
     assert [step for step, _ in read_events(run)["train/loss"]] == list(range(1, 13))
 
 
-def test_a_follower_ends_with_its_parent(tmp_path: Path) -> None:
+def test_tracker_ends_with_its_parent(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = make_run(tmp_path / "run", is_finished=False)
     code = (

@@ -88,19 +88,19 @@ class TreeSum:
 
 
 def _add(one: Gradients, other: Gradients) -> Gradients:
-    return [_add_tensors(a, b) for a, b in zip(one, other, strict=True)]
-
-
-def _add_tensors(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    # Coalesced, so that each row is summed in the order of the tree, too.
-    return (one + other).coalesce() if one.is_sparse else one + other
+    sums: Gradients = []
+    for a, b in zip(one, other, strict=True):
+        if a is None or b is None:
+            sums.append(b if a is None else a)
+        else:
+            # Coalesced, so that each row is summed in the order of the tree, too.
+            sums.append((a + b).coalesce() if a.is_sparse else a + b)
+    return sums
 
 
 def forward_backward(
     lm_loss: LMLoss, micro_batches: Iterable[Any], world: World, precision: str
-) -> tuple[float, int, float]:
+) -> tuple[Tensor, Tensor, float]:
     """Compute the summed gradients of all micro-batches, of which this process has those of
     `ReductionTree.leaves`.
 
@@ -123,7 +123,8 @@ def forward_backward(
         forward_seconds += time.perf_counter() - start
         leaf_nats.backward()
         branch = branches.start + leaf // tree.leaves_per_branch
-        sums[branch].add([_coalesce(parameter.grad) for parameter in parameters])
+        grads = [parameter.grad for parameter in parameters]
+        sums[branch].add([g.coalesce() if g is not None and g.is_sparse else g for g in grads])
         nats[leaf] = float(leaf_nats.detach())
         n_targets += int(leaf_targets)
 
@@ -131,24 +132,20 @@ def forward_backward(
     totals = reduce_branches(branch_sums, parameters, tree)
     for parameter, grad in zip(parameters, totals, strict=True):
         parameter.grad = grad
-    all_nats = math.fsum(world.all_gather_uneven(nats))
+    # Exact sums, so that they do not depend on the order either.
+    all_nats = torch.tensor(math.fsum(world.all_gather_uneven(nats)), dtype=torch.float64)
+    all_targets = torch.tensor(int(world.all_sum(n_targets)[0]))
     # Per micro-batch: a process that has more of them than another is not slower.
-    return all_nats, int(world.all_sum(n_targets)[0]), forward_seconds / max(1, len(own))
-
-
-def _coalesce(grad: Tensor | None) -> Tensor | None:
-    return grad.coalesce() if grad is not None and grad.is_sparse else grad
+    return all_nats, all_targets, forward_seconds / max(1, len(own))
 
 
 def reduce_branches(
     own: dict[int, Gradients], parameters: Sequence[nn.Parameter], tree: ReductionTree
 ) -> Gradients:
     """Sum all branches, on every rank; `own` has the sums of this rank's branches."""
-    total, missing = TreeSum(), [None] * len(parameters)
-    for branch in range(tree.n_branches):
-        if branch * tree.leaves_per_branch >= tree.n_leaves:
-            continue
-        grads: Gradients = own.get(branch) or list(missing)
+    total = TreeSum()
+    for branch in range(math.ceil(tree.n_leaves / tree.leaves_per_branch)):  # others are empty
+        grads = own.get(branch) or [None] * len(parameters)
         if tree.size > 1:
             grads = [
                 broadcast_grad(grad, parameter, tree.owner(branch))

@@ -247,7 +247,7 @@ class ParallelModel:
         return 1 if self.is_deterministic else self.world.size // self._model_parallel_size
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Remove the gradients of the last step."""
         self.reshard()
         self.lm_loss.zero_grad(set_to_none=True)
         self.forward_seconds = 0.0
@@ -279,9 +279,7 @@ class ParallelModel:
         """Whether `run_schedule` must run the micro-batches of a step, in an order of its own."""
         return self.is_deterministic or self.pipeline is not None
 
-    def run_schedule(
-        self, micro_batches: Iterable[Any], precision: str
-    ) -> tuple[Tensor | float, Tensor | int]:
+    def run_schedule(self, micro_batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
         """Forward and backward of all micro-batches, in the order of a pipeline or of the
         deterministic reduction."""
         if self.pipeline is not None:
@@ -291,7 +289,7 @@ class ParallelModel:
         )
         return nats, n_targets
 
-    def reduce_step(self, nats: Tensor | float, n_targets: Tensor | int) -> tuple[float, int]:
+    def reduce_step(self, nats: Tensor, n_targets: Tensor) -> tuple[float, int]:
         """Complete the gradients of a step, summed over processes and divided by `grad_divisor`.
 
         `nats` and `n_targets` are this rank's sums; returns those of all processes.
@@ -306,8 +304,6 @@ class ParallelModel:
 
         # Read once a step: to read them after each micro-batch would make a GPU wait.
         if self.world.size > 1:
-            assert isinstance(nats, Tensor)
-            assert isinstance(n_targets, Tensor)
             both = torch.stack([nats.double(), n_targets.double()])
             nats, n_targets = self.world.all_reduce_(both)
         # The ranks of a tp axis all have the loss; of a pp axis only the last.

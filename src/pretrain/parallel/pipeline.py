@@ -8,7 +8,7 @@ that parameter, and sum its gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -104,9 +104,8 @@ class PipelineLoss(LMLoss):
         self.cross_entropy = lm_loss.cross_entropy
         self._end_group = _end_group(group)
         self._schedules: dict[tuple[int, ...], Any] = {}
-        # What a training step is about to compute.
-        self._micro_batches: list[Any] = []
-        self._n_started = 0
+        self._waiting: Iterator[Any] = iter(())
+        """micro-batches of the step whose forward pass has not started"""
         self._autocast: Any = None
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -123,12 +122,12 @@ class PipelineLoss(LMLoss):
         """Compute gradients of the micro-batches of a step; return nats and number of valid targets
         on the last rank, and zeros on the others."""
         decoder = self.decoder
-        self._micro_batches = [batch.to(world.device) for batch in micro_batches]
-        self._n_started = 0
+        batches = [batch.to(world.device) for batch in micro_batches]
+        inputs = torch.cat([batch.inputs for batch in batches])
+        targets = torch.cat([batch.targets for batch in batches])
+        self._waiting = iter(batches)
         self._autocast = partial(world.autocast, precision)
-        inputs = torch.cat([batch.inputs for batch in self._micro_batches])
-        targets = torch.cat([batch.targets for batch in self._micro_batches])
-        schedule = self._schedule(len(micro_batches), self._micro_batches[0].inputs, world.device)
+        schedule = self._schedule(len(batches), batches[0].inputs, world.device)
         losses: list[Tensor] = []
         decoder.in_schedule = True
         try:
@@ -177,8 +176,7 @@ class PipelineLoss(LMLoss):
 
     def _forward_next(self, received: Tensor) -> Tensor:
         """Run this rank's blocks on the next micro-batch; the schedule starts them in order."""
-        batch = self._micro_batches[self._n_started]
-        self._n_started += 1
+        batch = next(self._waiting)
         self.decoder.received = received
         has_dropout = self.training and self.decoder.config.dropout > 0
         dropout_rng = DropoutRng(self.seed, batch.samples) if has_dropout else None
@@ -203,13 +201,12 @@ class PipelineLoss(LMLoss):
 class _ScheduledModule(nn.Module):
     """The module that torch's schedule calls with received hidden states, or with ids."""
 
-    def __init__(self, decoder: StageDecoder, run: Any) -> None:
+    def __init__(self, decoder: StageDecoder, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.decoder, self._run = decoder, run
 
     def forward(self, received: Tensor) -> Tensor:
-        hidden: Tensor = self._run(received)
-        return hidden
+        return self._run(received)
 
 
 def _end_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -1,7 +1,7 @@
 """The report of a run: a run directory comes in, `report.html` goes out, one page without scripts.
 
 The templates have the layout and all fixed text; here is what they show. A number that the files do
-not have is left out of a sentence, never guessed.
+not have is left out of the text, never guessed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def render_report(run: RunFiles) -> str:
     """The page as HTML, a function of the run's files."""
     started = str(run.environment.get("started", UNKNOWN))
     baselines = [
-        (str(entry.get("name")), nats)
-        for entry in run.baselines
-        if (nats := number(entry.get("nats_per_token"))) is not None
+        (str(baseline.get("name")), nats)
+        for baseline in run.baselines
+        if (nats := number(baseline.get("nats_per_token"))) is not None
     ]
     losses = (
         Series("training", curve(run.train, "loss")),
@@ -119,16 +119,16 @@ def ranking(run: RunFiles) -> list[tuple[float, Record]]:
         "perplexity": run.figure("val_perplexity"),
         "note": f"after {count(run.scored_step)} steps",
     }
-    pairs = [(number(entry.get("bits_per_byte")), entry) for entry in [*run.baselines, model]]
-    ranks = [(bits, entry) for bits, entry in pairs if bits is not None]
+    pairs = [(number(row.get("bits_per_byte")), row) for row in [*run.baselines, model]]
+    ranks = [(bits, row) for bits, row in pairs if bits is not None]
     return sorted(ranks, key=lambda rank: rank[0])
 
 
 def compared_with_baselines(run: RunFiles) -> str:
     """The end of the verdict: the baselines that are better and worse than the model."""
     ranks = ranking(run)
-    names = [f"{entry.get('name')} ({decimal(bits)})" for bits, entry in ranks]
-    place = [entry.get("name") for _, entry in ranks].index(MODEL)
+    names = [f"{baseline.get('name')} ({decimal(bits)})" for bits, baseline in ranks]
+    place = [baseline.get("name") for _, baseline in ranks].index(MODEL)
     better, worse = ", ".join(names[:place]), ", ".join(names[place + 1 :])
     if better:
         return f": not yet as good as {better}" + (f", though better than {worse}" if worse else "")

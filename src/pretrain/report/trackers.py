@@ -69,9 +69,9 @@ def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_ino != inode or stat.st_size < offset:
-                    offset, inode = 0, stat.st_ino  # cut back by a resume: read it all again
+                    offset, inode = 0, stat.st_ino  # truncated by a resume: read it from its start
                 file.seek(offset)
-                # A line without its end is still being written, and is left for the next turn.
+                # A line without its end is still being written, and is read the next time.
                 lines, end, _ = file.read().rpartition(b"\n")
                 offset += len(lines + end)
         for line in lines.split(b"\n"):
@@ -83,7 +83,7 @@ def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
                 last_steps[group] = step
                 numbers = {f"{group}/{key}": number(value) for key, value in record.items()}
                 figures = {name: value for name, value in numbers.items() if value is not None}
-                if kind != "task":  # its seconds are those of asking
+                if kind != "task":  # whose seconds are those of the evaluation
                     trained_seconds = figures.get(f"{kind}/seconds", 0.0)
                 fresh.append((round(step), figures, trained_seconds))
         yield fresh
@@ -91,14 +91,14 @@ def _new_records(path: Path) -> Iterator[list[tuple[int, Figures, float]]]:
 
 @contextmanager
 def _tensorboard(run: RunFiles) -> Iterator[Send]:
-    """Event files in RUN/tensorboard, without torch. A new follower replaces those of the last."""
+    """Event files in RUN/tensorboard, without torch; they replace those of an earlier process."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     target = run.folder / "tensorboard"
     for old in target.glob(f"events.out.tfevents.*{SUFFIX}"):
-        old.unlink()  # metrics.jsonl is read from its start, so it is all written again
-    try:  # the run's own clock, so that a later reading has the same times
+        old.unlink()  # metrics.jsonl is read from its start, so everything is written again
+    try:  # the run's own clock, so that a later export has the same times
         start = datetime.fromisoformat(str(run.environment.get("started"))).timestamp()
     except ValueError:
         start = time.time()
@@ -115,7 +115,7 @@ def _tensorboard(run: RunFiles) -> Iterator[Send]:
 
 @contextmanager
 def _wandb(run: RunFiles) -> Iterator[Send]:
-    """An offline run in RUN/wandb; `wandb sync` uploads it when, and if, the user wants to."""
+    """An offline run in RUN/wandb, which the user can upload by `wandb sync`."""
     import wandb
 
     with wandb.init(
@@ -130,13 +130,13 @@ def _wandb(run: RunFiles) -> Iterator[Send]:
 
 
 def main() -> None:
-    """The follower's own command; exits with 2 for a user's mistake."""
+    """Run the trackers of a run; exits with 2 if the arguments are wrong."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.report.trackers")
-    parser.add_argument("run", help="the run directory to follow")
+    parser.add_argument("run", help="the run directory")
     parser.add_argument("--to", required=True, nargs="+", choices=TRACKERS)
-    parser.add_argument("--parent", type=int, help="end when this process, our parent, is gone")
+    parser.add_argument("--parent", type=int, help="end when this process has ended")
     chosen = parser.parse_args()
-    # Ctrl-C is for the training process; the follower then still sends that one's last lines.
+    # Ctrl-C is for the training process; its last lines are still sent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         follow(chosen.run, chosen.to, parent=chosen.parent)
