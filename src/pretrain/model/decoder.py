@@ -61,10 +61,8 @@ class Decoder(nn.Module):
         start = 0 if cache is None else cache.length
         stop = start + ids_BT.shape[1]
         if stop > self.config.window_tokens:
-            raise ValueError(
-                f"{stop} ids do not fit the context: there must be at most "
-                f"{self.config.window_tokens}"
-            )
+            limit = self.config.window_tokens
+            raise ValueError(f"{stop} ids do not fit the context: there must be at most {limit}")
         positions_T = torch.arange(start, stop, device=ids_BT.device)
         uses_rope = self.config.position == "rotary"
         rope = rope_cos_sin(positions_T, self.config) if uses_rope else None

@@ -61,12 +61,8 @@ def concat_weights(x: Tensor, *layers: nn.Linear | None) -> PackedWeights | None
 
 
 def _prefers_one_matmul(x: Tensor) -> bool:
-    """Return whether one matmul is faster: on a GPU in compiled training.
-
-    The compiler concatenates the weights again in the backward pass instead of keeping the copy.
-    """
-    is_compiled_training = torch.is_grad_enabled() and torch.compiler.is_compiling()
-    return x.device.type == "cuda" and is_compiled_training
+    # In training on a GPU; the compiler concatenates again in the backward pass, keeping no copy.
+    return x.is_cuda and torch.is_grad_enabled() and torch.compiler.is_compiling()
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -198,15 +194,15 @@ def attention(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tenso
     """Compute causal attention (B, H, T, E) by torch's kernels; queries are at the last T of S
     positions."""
     T, S = query_BHTE.shape[2], key_BKSE.shape[2]
-    has_groups = key_BKSE.shape[1] != query_BHTE.shape[1]
-    if T == S or T == 1:
-        # A single new query attends to every cached key, so it needs no mask.
-        return F.scaled_dot_product_attention(
-            query_BHTE, key_BKSE, value_BKSE, is_causal=T == S and T > 1, enable_gqa=has_groups
-        )
-    mask_TS = causal_mask(T, S, query_BHTE.device)
+    # A single new query attends to every key, so it needs no mask.
+    needs_mask = 1 < T < S
     return F.scaled_dot_product_attention(
-        query_BHTE, key_BKSE, value_BKSE, attn_mask=mask_TS, enable_gqa=has_groups
+        query_BHTE,
+        key_BKSE,
+        value_BKSE,
+        attn_mask=causal_mask(T, S, query_BHTE.device) if needs_mask else None,
+        is_causal=T == S and T > 1,
+        enable_gqa=key_BKSE.shape[1] != query_BHTE.shape[1],
     )
 
 
