@@ -237,7 +237,8 @@ class BackgroundSaver:
             torch.cuda.synchronize()
 
         def work() -> None:
-            group, world = SaveGroup(self._world), self._world
+            group = SaveGroup(self._world)
+            world = self._world
             try:
                 group.on_main(before)
                 path = save_checkpoint(

@@ -300,7 +300,8 @@ class TokenStream:
                     raise ValueError(f"{path}: damaged (sha256 differs); prepare the data again")
 
     def _check_files(self) -> None:
-        info, width = self._info, self._dtype.itemsize
+        info = self._info
+        width = self._dtype.itemsize
         n_bytes = _file_size(self._path)
         expected = HEADER.size + info.n_tokens * width
         if n_bytes != expected:
@@ -329,7 +330,8 @@ class TokenStream:
                 f"{self._path}: has id {info.max_id}, but the vocabulary has only "
                 f"{self._vocab_size} tokens"
             )
-        n_bytes, expected = _file_size(self._offsets_path), 8 * (info.n_documents + 1)
+        n_bytes = _file_size(self._offsets_path)
+        expected = 8 * (info.n_documents + 1)
         if n_bytes != expected:
             raise ValueError(f"{self._offsets_path}: has {n_bytes:,} bytes, expected {expected:,}")
 

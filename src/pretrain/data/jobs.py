@@ -180,7 +180,8 @@ class Job:
         shards: list[DocumentShard] = []
         first = 0
         for task in range(n_tasks):
-            report, folder = self.task_report(stage, task), self.task_folder(stage, task)
+            report = self.task_report(stage, task)
+            folder = self.task_folder(stage, task)
             for number, n_documents in enumerate(report["shards"]):
                 files = folder / f"{number}.part", folder / f"{number}.keys.npy"
                 shards.append(DocumentShard(*files, report["source"], first, n_documents))
@@ -289,7 +290,8 @@ def _run_in_pool(
         if progress is not None:
             progress(stage.title, 1 - len(running) / len(tasks))
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task, error = running.pop(future), future.exception()
+            task = running.pop(future)
+            error = future.exception()
             if isinstance(error, BrokenProcessPool):
                 raise error
             if error is not None:

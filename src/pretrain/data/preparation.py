@@ -128,7 +128,8 @@ def cluster_tasks(job: Job) -> list[ClusterTask]:
 
 
 def _run_cluster_task(folder: Path, number: int, _: Any, rank: int, world_size: int) -> None:
-    job, stage = Job(folder), STAGES[number]
+    job = Job(folder)
+    stage = STAGES[number]
     for task in range(rank, stage.n_tasks(job), world_size):
         job.run_task(stage, task)
 
@@ -209,7 +210,8 @@ def _write_streams(
 
 def _total_report(job: Job) -> dict[str, Any]:
     """The reports of all tasks added up: report.json without the sizes of the streams."""
-    outliers, counts = CompressionOutliers(), Counter[str]()
+    outliers = CompressionOutliers()
+    counts = Counter[str]()
     content = reading_report(job).as_dict()
     for source in content["sources"].values():
         source["n_tokens"] = 0
@@ -242,7 +244,8 @@ def _removed(job: Job) -> list[Path]:
 
 
 def _manifest(job: Job, tokenizer: Tokenizer, streams: dict[str, StreamInfo]) -> Manifest:
-    settings, split = job.settings, split_of(job)
+    settings = job.settings
+    split = split_of(job)
     file = job.task_folder("split") / "tokenizer" / "tokenizer.json"
     recorded = asdict(settings) | {"val_fraction": split.val_fraction}
     # The manifest has what the ids depend on; names and paths of this machine are in the report.
@@ -307,7 +310,8 @@ def _check(settings: Settings) -> None:
 
 
 def _begin(settings: Settings, out: Path) -> Job:
-    folder, key = work_folder(out), _key(settings)
+    folder = work_folder(out)
+    key = _key(settings)
     if not folder.exists():
         discard(folder)
     if not (Job.is_begun(folder, key=key) and is_prepared(out)):

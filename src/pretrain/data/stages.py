@@ -72,7 +72,8 @@ def _one_task(job: Job) -> int:
 
 def _list_files(job: Job, task: int, out: Path) -> None:
     """List the files of all sources in groups, each group of one source."""
-    settings, report = job.settings, ReadingReport()
+    settings = job.settings
+    report = ReadingReport()
     groups: list[list[SourceFile]] = []
     n_bytes = 0
     with _recording_problems(out, report):
@@ -125,7 +126,8 @@ def _read(job: Job, task: int, out: Path) -> None:
     """Read the documents of a group of files into shards."""
     content = read_json(job.task_folder("list") / f"{task}.json")
     files = [SourceFile(**file | {"path": Path(file["path"])}) for file in content["files"]]
-    report, settings = ReadingReport(), job.settings
+    report = ReadingReport()
+    settings = job.settings
     n_bytes = max(1, sum(file.n_bytes for file in files))
 
     def with_progress(documents: Iterable[Document]) -> Iterator[Document]:
@@ -175,7 +177,8 @@ def _n_filter(job: Job) -> int:
 
 def _filter(job: Job, task: int, out: Path) -> None:
     """Keep the documents of a shard that pass the filters, and compute their duplicate hashes."""
-    shard, corpus = job.read_shards[task], job.settings.corpus
+    shard = job.read_shards[task]
+    corpus = job.settings.corpus
     report: dict[str, Any] = {"source": shard.source}
     files = [(shard.documents, shard.keys)]
     if corpus.inspects_text:
@@ -446,10 +449,13 @@ def _n_encode(job: Job) -> int:
 
 def _encode(job: Job, task: int, out: Path) -> None:
     """Encode the documents of a shard, into one set of files for each side of the split."""
-    shard, split, tokenizer = job.shards[task], split_of(job), _cached_tokenizer(job)
+    shard = job.shards[task]
+    split = split_of(job)
+    tokenizer = _cached_tokenizer(job)
     ids = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
     writers = {name: TaskWriter(out, name=name, **ids) for name in SPLITS}
-    outliers, counts = CompressionOutliers(), Counter[str]()
+    outliers = CompressionOutliers()
+    counts = Counter[str]()
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _unique_documents(job, shard, removed):
             unencodable = tokenizer.first_unencodable(document.text)
