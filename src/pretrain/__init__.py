@@ -1,37 +1,71 @@
 """Pre-train a decoder-only Transformer on any text, and show what it learned.
 
-Every number is a pure function of (seed, step, global sample). The rooms of the package lie side by
-side in the order of the data: corpus, tokenizer, data, model, optimizer, checkpoint, generate,
-evaluate, train, report; `cli` opens them from the command line. Importing this module loads none.
+    run = pretrain.train("my.txt", minutes=10)
+    model = pretrain.load_model(run.folder)
+    model.generate("Once upon a time", max_tokens=100)
+
+Every number is a pure function of (seed, step, global sample). The packages are in the order of
+the data: corpus, tokenizer, data, model, optim, parallel, checkpoint, generate, evaluate, train,
+export, report; `runner` starts runs and loads models, `cli` is the command line. Importing this
+module imports none of them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from pretrain.runner.library import evaluate, generate, load_model, prepare, train
+
+__all__ = ["__version__", "evaluate", "generate", "load_model", "prepare", "train"]
 
 # The one place of the version: the build reads this line (pyproject.toml, tool.hatch.version).
 __version__ = "0.1.0"
 
+_CALLABLE_PACKAGES = ("train", "evaluate", "generate")
 
-def lazily(room: str, **homes: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a room: a name is imported when it is asked for. `homes` has for each of
-    its files the names in it."""
-    found = {name: home for home, names in homes.items() for name in names.split()}
+
+def __getattr__(name: str) -> Any:
+    """Import a public function when it is first used."""
+    if name in _CALLABLE_PACKAGES:
+        return import_module(f"pretrain.{name}")
+    if name in __all__:
+        return getattr(import_module("pretrain.runner.library"), name)
+    raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+
+
+class _CallablePackage(ModuleType):
+    """A package that has the name of a public function: `pretrain.train(...)` calls the function,
+    `pretrain.train.loop` is a module."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        name = self.__name__.removeprefix("pretrain.")
+        return getattr(import_module("pretrain.runner.library"), name)(*args, **options)
+
+
+def lazily(package: str, **modules: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a package: a name is imported when it is first used.
+
+    `modules` has the names, separated by spaces, of each module of the package.
+    """
+    if package.removeprefix("pretrain.") in _CALLABLE_PACKAGES:
+        sys.modules[package].__class__ = _CallablePackage
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
 
     def attribute(name: str) -> Any:
-        if name not in found:
-            raise AttributeError(f"module {room!r} has no attribute {name!r}")
-        return getattr(import_module(f"{room}.{found[name]}"), name)
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
 
     return attribute
 
 
 def missing_package(feature: str, package: str, *, extra: str = "formats") -> ValueError:
-    """The error for a missing optional package, with the command that installs it."""
+    """Return the error for a missing optional package, with the command that installs it."""
     return ValueError(
         f"{feature} needs the package {package}: python -m pip install 'pretrain[{extra}]'"
     )

@@ -1,7 +1,7 @@
 """A run's config: YAML and the command line in, one validated RunConfig out, and back to YAML.
 
 Values come in layers (defaults of the family and preset, a recipe or file, the command line), and
-later ones win. Each room declares its section in its own `config` module. The merged values are
+later ones win. Each package declares its section in its own `config` module. The merged values are
 validated first and the RunConfig is built from valid ones; one error lists everything that is
 wrong, before torch is imported.
 """
@@ -59,7 +59,7 @@ _MAX_SUGGESTIONS = 100  # each takes half a millisecond
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything that a run depends on, one section a room."""
+    """Everything that a run depends on, one section a package."""
 
     data: DataConfig = field(default_factory=DataConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -260,7 +260,7 @@ def _yaml_error(problem: str, node: Any) -> yaml.MarkedYAMLError:
 class _CoreLoader(yaml.SafeLoader):
     """PyYAML reads YAML 1.1, where `no` is false and `3e-4` is text; this reads 1.2's core schema.
 
-    Aliases, tags and duplicate keys are errors: no config needs them, and all hide mistakes.
+    Aliases, tags and duplicate keys are errors: no config needs them, and all can hide an error.
     """
 
     # By first character of a scalar; a plain word that none of them matches is text.

@@ -204,7 +204,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _convert_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
-    """Convert each entry of a list, or of a text with commas."""
+    """Convert each item of a list, or of a text with commas."""
     if isinstance(value, str):
         value = value.split(",")
     entries = value if isinstance(value, list | tuple) else [value]
@@ -220,7 +220,7 @@ def _convert_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
 
 
 def _convert_entry(value: Any, kind: Any, name: str) -> Any:
-    """Build an entry of a list, such as {path: a, weight: 1}."""
+    """Build an item of a list, such as {path: a, weight: 1}."""
     known = list(type_hints(kind))
     if not isinstance(value, Mapping):
         raise _invalid(value, name, f"a mapping with keys of {', '.join(known)}")

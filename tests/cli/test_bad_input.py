@@ -56,21 +56,24 @@ STEPS = ["--train.steps", "1"]
         (["binary.txt"], "binary"),
         (["empty.txt", *STEPS], "empty.txt"),
         (["blank.txt", *STEPS], "blank.txt"),
-        (["bad.yaml"], "not the YAML that is meant here"),
-        (["twice.yaml"], "the key 'steps' stands twice"),
+        (["bad.yaml"], "bad.yaml is not valid YAML: while parsing"),
+        (["twice.yaml"], "duplicate key 'steps'"),
         (["wrong.yaml"], "did you mean 'train.steps'"),
-        (["endless.yaml"], "give train.steps or train.minutes"),
+        (["endless.yaml"], "train.steps or train.minutes must be given"),
         (["good.jsonl", "--train.stepz", "1"], "did you mean 'train.steps'"),
-        (["good.jsonl", "--optimizer.learning_rate", "-1"], "must be a number above 0"),
+        (["good.jsonl", "--optimizer.learning_rate", "-1"], "must be above 0"),
         (["good.jsonl", "--optimizer.learning_rate", "1e400"], "must be a finite number"),
         (["good.jsonl", "--train.steps", "0"], "must be in [1, 10^10]"),
-        (["good.jsonl", "--tokenizer.vocab_size", "90000", *STEPS], "yields only"),
+        (["good.jsonl", "--tokenizer.vocab_size", "90000", *STEPS], "must be at most"),
         (["good.jsonl", "--tokenizer.vocab_size", "100", *STEPS], "100"),
         (["good.jsonl", "--tokenizer.name", "wordpiece", *STEPS], "wordpiece"),
         (["good.jsonl", "--model.context_length", "999999", *STEPS], "the longest that fits"),
-        (["good.jsonl", "--train.batch_tokens", "1000", *STEPS], "the nearest that are"),
-        (["good.jsonl", "--train.micro_batch_rows", "300", *STEPS], "is more than the"),
-        (["good.jsonl", "--train.device", "cuda", *STEPS], "not available here; there is: cpu"),
+        (["good.jsonl", "--train.batch_tokens", "1000", *STEPS], "the nearest multiples are"),
+        (["good.jsonl", "--train.micro_batch_rows", "300", *STEPS], "it must be in [1, 16]"),
+        (
+            ["good.jsonl", "--train.device", "cuda", *STEPS],
+            "train.device cuda is not available here",
+        ),
         (["good.jsonl", "--data.text_field", "nothing", *STEPS], "nothing"),
         (["good.jsonl", "--run", "full", *STEPS], "must be an empty folder"),
         (["good.jsonl", "--run", "binary.txt", *STEPS], "must be an empty folder"),
@@ -99,7 +102,7 @@ def test_prepare_and_tokenizer_refuse(here: Path, capsys: Capture) -> None:
 
 def test_more_processes_than_memory_are_not_started(here: Path, capsys: Capture) -> None:
     for words in (["doctor", "--processes"], ["train", "good.jsonl", "--parallel.processes"]):
-        assert "1,000,000 processes do not fit" in refused(capsys, *words, "1000000")
+        assert "must be at most" in refused(capsys, *words, "1000000")
 
 
 def test_strict_stops_at_the_first_bad_record(here: Path, capsys: Capture) -> None:

@@ -163,7 +163,7 @@ def test_a_terminal_without_a_letter_ends_no_run(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "there is no verb 'trian'; there are: train,"),
+        (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["train", "--steps", "3"], "unrecognized arguments: --steps; see pretrain train --help"),
         (["trace", "x", "--step", "y"], "argument --step: invalid int value: 'y'; see pretrain tr"),
     ],
@@ -181,7 +181,7 @@ def test_evaluate_writes_over_nothing_that_it_reads(
     file.write_text("The people of the United States.\n")
     words = ["evaluate", str(finished_run), "--text", str(file), "--heat-map", str(file)]
     assert main(words) == 2
-    assert "mine.txt is read here, and would be written over" in capsys.readouterr().err
+    assert "mine.txt is also an input, and would be overwritten" in capsys.readouterr().err
     assert file.read_text().startswith("The people")
 
 

@@ -158,7 +158,7 @@ def test_the_folder_appears_whole_and_is_never_written_over(
     assert not (tmp_path / "out/train/old.jsonl").exists()
     assert not (tmp_path / "out.partial").exists()
     assert main(words) == 2
-    assert "out is there already" in capsys.readouterr().err
+    assert "out already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

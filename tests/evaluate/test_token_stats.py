@@ -106,7 +106,7 @@ def test_next_shows_the_answer_s_probability_and_rank(
     assert main([*words, "--answer", " United States", "--top", "3", "--json"]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
-    assert "and what came:" in said.err
+    assert "the answer:" in said.err
     assert main([*words, "--top", "400", "--json"]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert [t["id"] for t in found["tokens"]] == [t["id"] for t in tokens[:3]]

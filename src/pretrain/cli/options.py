@@ -91,12 +91,12 @@ def settings_help() -> str:
     for name, kind in SECTIONS.items():
         lines.append(f"\n  {name}")
         docstrings = field_docstrings(kind)
-        for entry in fields(kind):
-            text = docstrings.get(entry.name, "")
-            default = default_of(entry)
+        for field in fields(kind):
+            text = docstrings.get(field.name, "")
+            default = default_of(field)
             if default not in (None, ()):
                 text += f" [{default}]"
-            setting = f"    --{name}.{entry.name}"
+            setting = f"    --{name}.{field.name}"
             wrapped = textwrap.wrap(text, width)
             if len(setting) >= _HELP_COLUMN:
                 lines.append(setting)

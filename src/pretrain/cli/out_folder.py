@@ -1,8 +1,7 @@
-"""The folder that `--out` asks for: filled under a name of its own beside the final one, then
-renamed.
+"""The folder of `--out`: written under a temporary name in the same parent folder, then renamed.
 
-Symbolic links are followed. A folder that holds anything is refused, and so is the one that the
-command runs in. Only what this process made is ever removed.
+Symbolic links are followed. A folder that is not empty is rejected, and so is the current one. Only
+files of this process are ever removed.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from pretrain.fileio import move_into_place, require_empty
 
 
 def resolve_out(given: str) -> Path:
-    """Where `--out` leads, checked. Raises ValueError and FileExistsError."""
+    """Return the real path of `--out`. ValueError, or FileExistsError if it is not empty."""
     out = Path(os.path.realpath(given))
     if out.is_symlink():
         raise ValueError(f"--out {given} is a symbolic link that leads back to itself")
     if out == Path(os.path.realpath(os.curdir)):
         raise ValueError(
-            f"--out {given or '(nothing)'} is the folder that this runs in, which cannot be made "
-            "anew; name a new folder"
+            f"--out {given or '(nothing)'} is the current folder, which cannot be replaced; name "
+            "a new folder"
         )
     require_empty(out)
     return out
@@ -34,26 +33,28 @@ def resolve_out(given: str) -> Path:
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """A new folder on the disk of `out`; what is left of it is removed in the end."""
+    """Create a temporary folder on the disk of `out`, which is removed in the end."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = tempfile.mkdtemp(prefix=".pretrain-work-", dir=out.parent)
+    temporary = tempfile.mkdtemp(prefix=".pretrain-work-", dir=out.parent)
     try:
-        # One more, because mkdtemp's own can be entered by its owner only.
-        work = Path(made) / "whole"
+        # A folder in it, because that of mkdtemp is only for its owner.
+        work = Path(temporary) / "out"
         work.mkdir()
         yield work
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def keep_aside(work: Path, out: Path, ending: str) -> Path:
     """Keep a folder under the first free name of `OUT.ending`, `OUT.ending-2`, ..."""
     for number in count(1):
-        aside = out.with_name(f"{out.name}.{ending}" + (f"-{number}" * (number > 1)))
+        aside = out.with_name(
+            f"{out.name}.{ending}" if number == 1 else f"{out.name}.{ending}-{number}"
+        )
         try:
             aside.mkdir()
         except FileExistsError:
             continue
         move_into_place(work, aside)
         return aside
-    raise AssertionError("counting has no end")
+    raise AssertionError("count() has no end")

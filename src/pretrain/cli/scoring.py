@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from pretrain.cli.options import add_device, add_text_field
+from pretrain.cli.options import names as split_names
 from pretrain.evaluate.task_files import TASKS_VARIABLE, EvalTask, load_tasks
 
 if TYPE_CHECKING:
@@ -26,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", metavar="FILE", help="texts to score, in any format that prepare reads"
     )
-    parser.add_argument(
-        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
-    )
+    add_text_field(parser)
     parser.add_argument(
         "--stride",
         type=int,
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="whether one stands before a context [model: as the model's texts begin]",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+    add_device(parser)
 
 
 def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
@@ -76,7 +76,7 @@ def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
         given = getattr(args, option)
         if given is not None and given < least:
             raise ValueError(f"--{option} is {given}; it must be at least {least}")
-    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    names = split_names(args.tasks)
     if args.tasks is not None and not names:
         raise ValueError("--tasks names no task")
     return load_tasks(

@@ -15,7 +15,7 @@ N_BYTES_VOCABULARY = 257
 """256 bytes and the end-of-text token: the vocabulary of `bytes`, and the smallest of `bpe`."""
 
 MAX_VOCAB_SIZE = 1 << 24
-"""Far above any vocabulary that was ever trained; more is a typing mistake."""
+"""Far above any vocabulary that was ever trained; more is a typing error."""
 _NAME = Matching(NON_EMPTY, f"{', '.join(TRAINED_NAMES)}, gpt2, or a path")
 
 
@@ -29,7 +29,7 @@ class TokenizerConfig(Checked):
     """bpe, gpt, characters or bytes, trained on the data; gpt2; or a folder or file of a tokenizer:
     tokenizer.json, encoder.json with vocab.bpe, tiktoken's ranks, SentencePiece's model"""
     vocab_size: Annotated[int | None, Range(2, MAX_VOCAB_SIZE)] = None
-    """number of entries of a bpe vocabulary, the end-of-text token included, at least 257; empty:
+    """size of a bpe vocabulary, the end-of-text token included, at least 257; empty:
     chosen from the amount of text"""
 
     def conflicts(self) -> Iterator[FieldError]:

@@ -1,1 +1,1 @@
-"""A file a verb: its arguments, and `run`, which returns the exit code."""
+"""A file a command: its arguments, and `run`, which returns the exit code."""

@@ -1,4 +1,4 @@
-"""Ask a model a task: its answer, conditioned on the input and the task in words.
+"""Answer a task with a model: p(answer | input, task in words).
 
 pretrain ask runs/multitask-1 --task translate-en-fr --input "Two dogs play in the snow."
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 
+from pretrain.cli.options import add_device, add_model
 from pretrain.cli.output import Output
-from pretrain.runner.open import MODEL_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument(
         "--task", required=True, metavar="NAME", help="translate-en-fr, answer, summarize, ..."
     )
-    parser.add_argument("--input", required=True, metavar="TEXT", help="what is asked about")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+    parser.add_argument("--input", required=True, metavar="TEXT", help="the input of the task")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

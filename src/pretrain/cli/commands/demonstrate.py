@@ -1,6 +1,6 @@
-"""Write a corpus that shows tasks: articles, and demonstrations made from them and from aligned
-sentences, all plain text, for `pretrain train multitask`. A title, or an
-aligned sentence, that is in test/ is not in train/; the same text under two titles may be in both.
+"""Write a corpus that demonstrates tasks, for `pretrain train multitask`: articles as plain text,
+and tasks made from them and from aligned translations. A title or translation that is in test/ is
+not in train/; the same text under two titles may be in both.
 
   pretrain demonstrate wikipedia.jsonl --translations multi30k/ --out demonstrations
 """
@@ -21,8 +21,8 @@ from pretrain.evaluate.task_files import read_task_file
 
 DEFAULT = "demonstrations"
 TEST_FRACTION = 0.04
-# Translations that stand in one document, under one heading.
-_TOGETHER = 4
+# Translations in one document, under one heading.
+_TRANSLATIONS_PER_DOCUMENT = 4
 _ALIGNED = re.compile(r"(?P<name>.*(?P<split>train|test).*)\.(?P<language>en|fr|de)(\.\w+)?")
 
 
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="sentences, a line each, as NAME.train.en, .fr, .de and NAME.test.en, ...",
     )
-    parser.add_argument("--out", default=DEFAULT, metavar="DIR", help=f"folder to make [{DEFAULT}]")
+    parser.add_argument("--out", default=DEFAULT, metavar="DIR", help=f"new folder [{DEFAULT}]")
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
     out = Path(args.out)
     if out.exists():
-        raise ValueError(f"{out} is there already; choose another --out")
+        raise ValueError(f"{out} already exists; choose another --out")
     aligned = list(_aligned(Path(args.translations))) if args.translations else []
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 
 class Files:
-    """The JSON lines that are being written, by name, and how many each has."""
+    """JSON lines files that are open for writing, and the number of lines of each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.counts = folder, Counter[str]()
@@ -95,19 +95,25 @@ def _write_articles(sources: list[str], files: Files) -> None:
             if is_test:
                 files.add(f"test/{shown.task}.jsonl", _question(shown))
             else:
-                record = {"id": f"{shown.task}:{document.id}", "text": _told(shown.task, [shown])}
+                record = {
+                    "id": f"{shown.task}:{document.id}",
+                    "text": _document(shown.task, [shown]),
+                }
                 files.add(f"train/{shown.task}.jsonl", record)
 
     if not n_titles:
-        raise ValueError(f"{', '.join(sources)}: no record has a title; legal: titles and texts")
+        raise ValueError(
+            f"{', '.join(sources)}: there is no record with a title; records must have titles and "
+            "texts"
+        )
 
 
 def _question(shown: Any) -> dict[str, str]:
     return {"input": shown.input, "answer": shown.answer}
 
 
-def _told(task: str, shown: list[Any]) -> str:
-    """Demonstrations of one task as a document: just as the task's own shots are written."""
+def _document(task: str, shown: list[Any]) -> str:
+    """Return demonstrations of one task as a document, in the format of the task's own shots."""
     from pretrain.evaluate.examples import demonstration
     from pretrain.evaluate.tasks import task_named
 
@@ -115,11 +121,11 @@ def _told(task: str, shown: list[Any]) -> str:
 
 
 def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Split, and a sentence by language. ValueError where the files are not aligned."""
+    """Yield the split, and a text in each language. ValueError if the files are not aligned."""
     found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
     for path in sorted(folder.iterdir()):
         if match := _ALIGNED.fullmatch(path.name):
-            # Not splitlines: some signs at which that cuts stand within sentences.
+            # Not splitlines, which also splits at characters that occur within a sentence.
             lines = read_task_file(path).removesuffix("\n").split("\n")
             found[match["split"], match["name"]][match["language"]] = lines
     if {split for split, _ in found} != {"train", "test"}:
@@ -128,28 +134,28 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
         counts = {language: len(lines) for language, lines in languages.items()}
         if "en" not in counts or len(counts) < 2 or len(set(counts.values())) > 1:
             raise ValueError(
-                f"{folder / name} has lines {counts}; legal: as many of en and of others"
+                f"{folder / name} has lines {counts}; every language must have as many as en"
             )
-        for sentences in zip(*languages.values(), strict=True):
-            yield split, dict(zip(languages, map(str.strip, sentences), strict=True))
+        for texts in zip(*languages.values(), strict=True):
+            yield split, dict(zip(languages, map(str.strip, texts), strict=True))
 
 
 def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files) -> None:
     from pretrain.corpus.demonstrations import Demonstration, translation_demonstrations
 
-    asked = {text for split, each in aligned if split == "test" for text in each.values()}
+    test_texts = {text for split, each in aligned if split == "test" for text in each.values()}
     tasks: dict[str, list[Demonstration]] = defaultdict(list)
-    for split, sentence in aligned:
-        if not all(sentence.values()):
+    for split, texts in aligned:
+        if not all(texts.values()):
             continue
-        if split == "train" and not asked.isdisjoint(sentence.values()):
-            continue  # it would be in both
-        for shown in sorted(translation_demonstrations(sentence), key=lambda each: each.task):
+        if split == "train" and not test_texts.isdisjoint(texts.values()):
+            continue  # it would be in both splits
+        for shown in sorted(translation_demonstrations(texts), key=lambda each: each.task):
             if split == "test":
                 files.add(f"test/{shown.task}.jsonl", _question(shown))
             else:
                 tasks[shown.task].append(shown)
     for task, every in tasks.items():
-        for first in range(0, len(every), _TOGETHER):
-            text = _told(task, every[first : first + _TOGETHER])
+        for first in range(0, len(every), _TRANSLATIONS_PER_DOCUMENT):
+            text = _document(task, every[first : first + _TRANSLATIONS_PER_DOCUMENT])
             files.add("train/translate.jsonl", {"id": f"{task}:{first}", "text": text})

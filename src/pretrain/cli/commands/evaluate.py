@@ -61,10 +61,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     eval_tasks = scoring.read_eval_tasks(args)
     _check_files(args)
     samples = _read_samples(args.explain, eval_tasks) if args.explain else None
+    model = scoring.open_scored(args.model, device=args.device, start_of_text=args.start_of_text)
 
     from pretrain.evaluate import evaluate
 
-    model = scoring.open_scored(args.model, device=args.device, start_of_text=args.start_of_text)
     training_text = None
     if args.overlap:
         training_text = _text_of(model, "so there is no training text for --overlap to read")

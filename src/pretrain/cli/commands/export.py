@@ -1,4 +1,4 @@
-"""Write a model as other programs read it, with a certificate that they read the same model.
+"""Write a model for other programs, and verify with them that they read the same model.
 
 pretrain export runs/english-1 --format hf --out english      for transformers, vLLM, ...
 pretrain export runs/english-1 --format gguf --out english    for llama.cpp: gpt2 and llama only
@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.options import add_model, add_out
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output, plain
 from pretrain.fileio import move_into_place
-from pretrain.runner.open import MODEL_HELP, LoadedModel
+from pretrain.runner.open import LoadedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,14 +32,14 @@ _PACKAGES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument("--format", required=True, choices=("hf", "gguf"), help="hf or gguf")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    add_out(parser)
     parser.add_argument(
         "--type",
         default="f32",
         choices=("f32", "f16", "bf16", "q8_0"),
-        help="how numbers are stored; bf16 for hf only, q8_0 for gguf only [f32]",
+        help="number format; bf16 for hf only, q8_0 for gguf only [f32]",
     )
     parser.add_argument(
         "--text", metavar="FILE", help="text whose perplexity is compared [of the bundled corpus]"
@@ -51,40 +52,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     out = resolve_out(args.out)
     if args.type not in _NUMBERS[args.format]:
-        legal = ", ".join(_NUMBERS[args.format])
-        raise ValueError(f"--type {args.type} is not for {args.format}; legal: {legal}")
+        types = ", ".join(_NUMBERS[args.format])
+        raise ValueError(f"--type {args.type} is not for {args.format}; it must be one of {types}")
     text = _text(args.text)
 
     from pretrain.export.verification import DISAGREES, FILE_NAME, NOT_VERIFIED, table
     from pretrain.runner.open import load_model
 
-    # On the CPU in float32: the reference that every other library is held to.
+    # On the CPU in float32: the reference that the other library is compared with.
     model = load_model(args.model, device="cpu")
     text = _encodable(model, text)
     with work_folder(out) as work:
         exported = _write(model, work, args.format, args.type)
-        certificate = _certify(model, exported, text, output)
-        content = json.dumps(plain(certificate), indent=2, allow_nan=False)
+        report = _verify(model, exported, text, output)
+        content = json.dumps(plain(report), indent=2, allow_nan=False)
         (work / FILE_NAME).write_text(content + "\n", encoding="utf-8")
-        verdict, where = certificate["verdict"], args.out
-        if verdict == DISAGREES:  # kept, for somebody to look at
+        verdict, where = report["verdict"], args.out
+        if verdict == DISAGREES:  # kept for inspection
             where = str(keep_aside(work, out, "disagrees"))
         else:
             move_into_place(work, out)
-    for what, found, says in table(certificate):
-        output.log(f"{what:<10}  {says:<12}  {found}")
-    library = f" with {certificate['library']}" if "library" in certificate else ""
+    for what, value, result in table(report):
+        output.log(f"{what:<10}  {result:<12}  {value}")
+    library = f" with {report['library']}" if "library" in report else ""
     output.log(f"{where}: {verdict}{library}")
-    output.result({"out": where, **certificate})
+    output.result({"out": where, **report})
     if verdict == NOT_VERIFIED and not args.unverified:
-        wanted = "mend that" if "unable" in certificate else _PACKAGES[args.format]
-        output.log(f"nothing here could read it back: {wanted}, and export again; or --unverified")
+        remedy = "correct that" if "unable" in report else _PACKAGES[args.format]
+        output.log(f"no other library could read it: {remedy}, and export again; or --unverified")
         return 2
     return 1 if verdict == DISAGREES else 0
 
 
 def _text(file: str | None) -> str:
-    """What is scored on both sides. ValueError where there is nothing to score."""
+    """Return the text that both programs score. ValueError if it is empty."""
     from pretrain.corpus import read_documents
 
     text = ""
@@ -93,12 +94,12 @@ def _text(file: str | None) -> str:
         if len(text) >= _TEXT_CHARACTERS:
             break
     if not text.strip():
-        raise ValueError(f"--text {file} holds no text to score; name one that does")
+        raise ValueError(f"--text {file} has no text to score")
     return text[:_TEXT_CHARACTERS]
 
 
 def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Exported:
-    """Write the files; the model's weights then become the numbers in them, rounded as they are."""
+    """Write the files, and round the model's weights to the numbers in them."""
     from pretrain.export import Exported, write_gguf, write_hugging_face
     from pretrain.export.families import is_native
 
@@ -122,25 +123,26 @@ def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Expor
     return Exported(path, format, numbers, own_code, decoder, model.tokenizer)
 
 
-def _certify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
+def _verify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
     from pretrain.evaluate import score_texts
     from pretrain.export.verification import verification_library, verify_export
     from pretrain.model import LMLoss
 
-    output.log(f"written; asking {verification_library(exported.format) or 'nobody'} ...")
+    output.log(
+        f"written; comparing with {verification_library(exported.format) or 'no library'} ..."
+    )
     score = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
     return verify_export(exported, text, score, threads=model.world.threads)
 
 
 def _encodable(model: LoadedModel, text: str) -> str:
-    """The text without the characters that a vocabulary of characters lacks. ValueError where
-    nothing is left."""
+    """Return the text without characters that the vocabulary lacks. ValueError if none is left."""
     tokenizer = model.tokenizer
     if tokenizer.kind == "characters":
         known = {tokenizer.id_to_token(id_) for id_ in range(tokenizer.vocab_size)}
         text = "".join(character for character in text if character in known)
     if not len(tokenizer.encode(text)):
         raise ValueError(
-            "this model's vocabulary has nothing of the text that is scored; name one with --text"
+            "this model's vocabulary has no token of the text; give another text with --text"
         )
     return text

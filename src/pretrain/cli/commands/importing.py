@@ -1,8 +1,8 @@
-"""Turn somebody else's model into a MODEL like any other: to sample, score, export, or train on.
+"""Turn a model of another library into a MODEL: to generate, evaluate, export, or train on.
 
 pretrain import path/to/folder --out runs/theirs      config.json, safetensors and tokenizer
 pretrain import model.gguf --out runs/theirs          GGUF of llama or gpt2: F32, F16, Q8_0, Q4_0/1
-pretrain import stories260K.bin --out runs/stories    llama2.c, its tok*.bin beside it
+pretrain import stories260K.bin --out runs/stories    llama2.c, its tok*.bin in the same folder
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.cli.options import add_out
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
@@ -20,9 +21,11 @@ from pretrain.fileio import move_into_place
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf or a llama2.c .bin")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    add_out(parser)
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="llama2.c: the model's tokenizer, if not beside it"
+        "--tokenizer",
+        metavar="FILE",
+        help="llama2.c: the model's tokenizer, if not in the same folder",
     )
 
 

@@ -1,5 +1,5 @@
 """Turn text into a prepared folder: token ids, the tokenizer, and a report of what was read and
-skipped. What a file holds is told by its content; .gz, .bz2, .xz and .zst are unpacked.
+skipped. Formats are detected from the content; .gz, .bz2, .xz and .zst are decompressed.
 
   pretrain prepare books/ letters.jsonl --out prepared/books
   pretrain train prepared/books
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.options import add_text_field, names
 from pretrain.cli.output import Output
 
 if TYPE_CHECKING:
@@ -25,21 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
     parser.add_argument(
         "--tokenizer",
         default="bpe",
         metavar="NAME|DIR",
         help="bpe, gpt, characters, bytes, gpt2, or a folder or file of a tokenizer [bpe]",
     )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="size of a new BPE vocabulary")
+    add_text_field(parser)
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="entries of a new BPE vocabulary"
-    )
-    parser.add_argument(
-        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
-    )
-    parser.add_argument(
-        "--val-fraction", type=float, metavar="F", help="share of the documents to hold out"
+        "--val-fraction", type=float, metavar="F", help="fraction of the documents to hold out"
     )
     parser.add_argument(
         "--deduplicate",
@@ -58,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a text that will judge the model: how much of it the corpus holds is reported; "
+        help="a text that the model will be evaluated on: its overlap with the corpus is reported; "
         "may be given several times",
     )
     parser.add_argument(
         "--remove-overlap",
         action="store_true",
-        help="remove documents that share 13 words in a row with an --evaluation-text",
+        help="remove documents that share 13 consecutive words with an --evaluation-text",
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes [1]")
     parser.add_argument(
@@ -78,8 +75,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
     corpus = CorpusConfig(
         deduplicate=args.deduplicate,
-        filters=_names(args.filters),
-        languages=_names(args.languages),
+        filters=names(args.filters),
+        languages=names(args.languages),
         evaluation_texts=tuple(args.evaluation_text),
         remove_overlap=args.remove_overlap,
     )
@@ -97,7 +94,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
             progress=output.stages(),
         )
     except KeyboardInterrupt:
-        output.log("stopped; the same command goes on from here")
+        output.log("stopped; the same command continues from here")
         raise
     report = json.loads((Path(args.out) / "report.json").read_text(encoding="utf-8"))
     _show(data, report, output)
@@ -125,22 +122,18 @@ def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:
         output.log(f"removed {n_removed:,} documents, all of them in removed.jsonl:")
     for reason, count in report["removed"].items():
         output.log(f"  {count:>9,}  {reason}")
-    for name, found in report.get("overlap", {}).items():
+    for name, row in report.get("overlap", {}).items():
         output.log(
-            f"{found['percent']:.2f} % of {name} is in this text: {found['in_corpus']:,} of its "
-            f"{found['ngrams']:,} different 8 words in a row"
+            f"{row['percent']:.2f} % of {name} is in this text: {row['in_corpus']:,} of its "
+            f"{row['ngrams']:,} different 8 words in a row"
         )
     if report["n_problems"]:
         output.log(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
         for problem in report["problems"][:5]:
             output.log(f"  {Problem(**problem)}")
     if report["strangest"]:
-        output.log("strangest, by bytes a token:")
+        output.log("documents with the most unusual number of bytes per token:")
     for document in report["strangest"][:3]:
         output.log(
             f"  {document['bytes_per_token']:6.2f}  {document['id']}: {document['begins'][:60]!r}"
         )
-
-
-def _names(given: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (given or "").split(",") if name.strip())

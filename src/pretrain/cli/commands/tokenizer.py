@@ -1,4 +1,4 @@
-"""Train a tokenizer, encode and decode with one, look inside it.
+"""Train a tokenizer, encode and decode with one, inspect it.
 
 pretrain tokenizer train books/ letters.jsonl --vocab-size 4096 --out my-tokenizer
 pretrain tokenizer encode FILE --tokenizer my-tokenizer
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.cli.options import add_special, add_text_field
 from pretrain.cli.output import Output
 from pretrain.tokenizer.config import TRAINED_NAMES
 
@@ -38,24 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="NAME|DIR", help="a folder with tokenizer.json, or a run's"
     )
     parser.add_argument("--kind", default="bpe", choices=TRAINED_NAMES, help="what to train [bpe]")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="entries, bpe only")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary size, bpe only")
     parser.add_argument(
         "--split",
         default="gpt2",
         choices=("gpt2", "cl100k", "o200k", "llama3", "smollm"),
-        help="how text is cut into words before pairs are merged [gpt2]",
+        help="how text is split into words before BPE merges [gpt2]",
     )
     parser.add_argument(
         "--fast",
         action="store_true",
         help="train by gigatoken (extra fast): six times as fast, split gpt2 only",
     )
-    parser.add_argument(
-        "--text-field", metavar="F", help="field of a jsonl record that holds the text"
-    )
-    parser.add_argument(
-        "--special", action="store_true", help="special tokens in the text stand for themselves"
-    )
+    add_text_field(parser)
+    add_special(parser, "text")
     parser.add_argument("--out", metavar="DIR", help="folder for the new tokenizer.json")
 
 
@@ -76,7 +73,7 @@ def _train(args: argparse.Namespace, output: Output) -> int:
         raise ValueError(f"{out} is not an empty folder; choose another --out")
     documents = read_documents(args.source, text_field=args.text_field)
     texts = (document.text for document in documents)
-    made = train_tokenizer(
+    tokenizer = train_tokenizer(
         texts,
         name=args.kind,
         vocab_size=args.vocab_size,
@@ -84,9 +81,9 @@ def _train(args: argparse.Namespace, output: Output) -> int:
         sample_bytes=MAX_SAMPLE_BYTES,
         fast=args.fast,
     )
-    made.save(out)
-    output.log(f"{made.vocab_size:,} entries, written to {out}/tokenizer.json")
-    output.result({"out": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256})
+    tokenizer.save(out)
+    output.log(f"{tokenizer.vocab_size:,} tokens, written to {out}/tokenizer.json")
+    output.result({"out": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256})
     return 0
 
 
@@ -126,11 +123,11 @@ def _encode(args: argparse.Namespace, output: Output) -> int:
 
 def _decode(args: argparse.Namespace, output: Output) -> int:
     tokenizer = _open(args)
-    words = [word for word in re.split(r"[\s,\[\]]+", _read(args)) if word]
-    wrong = next((word for word in words if not _ID.fullmatch(word)), None)
+    numbers = [number for number in re.split(r"[\s,\[\]]+", _read(args)) if number]
+    wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
     if wrong is not None:
         raise ValueError(f"{wrong[:40]!r} is not a token id")
-    text = tokenizer.decode([int(word) for word in words])
+    text = tokenizer.decode([int(number) for number in numbers])
     if not output.json:
         print(text)
     output.result({"text": text})
@@ -148,10 +145,10 @@ def _inspect(args: argparse.Namespace, output: Output) -> int:
         for document in read_documents(source, text_field=args.text_field)
     )
     report = inspect(tokenizer, texts)
-    output.log(f"{tokenizer.vocab_size:,} entries; end of text is {tokenizer.end_of_text}")
+    output.log(f"{tokenizer.vocab_size:,} tokens; end of text is {tokenizer.end_of_text}")
     output.log("longest: " + _shown(report["longest"]))
     output.log(
-        f"strange, being no text by themselves or one character again and again: "
+        f"unusual, because not valid text by themselves or one character repeated: "
         f"{report['n_strange']:,}; {_shown(report['strangest'])}"
     )
     for source, row in report.get("sources", {}).items():
@@ -165,5 +162,5 @@ def _inspect(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _shown(entries: list[dict[str, Any]]) -> str:
-    return " ".join(repr(entry["text"]) for entry in entries)
+def _shown(tokens: list[dict[str, Any]]) -> str:
+    return " ".join(repr(token["text"]) for token in tokens)

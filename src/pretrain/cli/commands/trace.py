@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
     folder = Path(args.run)
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run directory: it has no config.yaml")
+        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
     config = compose([read_file(folder / "config.yaml")])
     data = prepared_text(config)
     first, before = _first_step_of_text(folder, config, data)
