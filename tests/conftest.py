@@ -1,4 +1,4 @@
-"""Which tests run where: gpu tests need a CUDA device, slow ones have to be asked for (-m slow)."""
+"""Which tests run where: gpu tests need a CUDA device, slow ones need -m slow; shared fixtures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tiny import TINY
 
-# Files of minutes, which two workers take first: none then works alone at the end.
+# Files that take minutes start first, so that no worker is left alone with one at the end.
 LONG_FILES = ("test_docs.py", "test_verify.py", "test_parallel.py", "test_faults.py")
 
 
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Prepared text of the tests is kept apart from the user's own."""
+    """Keep the prepared text of the tests apart from the user's own."""
     before = os.environ.get("PRETRAIN_CACHE")
     folder = tmp_path_factory.mktemp("cache")
     os.environ["PRETRAIN_CACHE"] = str(folder)
@@ -66,14 +66,14 @@ def finished_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from pretrain.cli import main
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    words = ["train", str(corpus), "--run", str(folder), *TINY, "--train.steps", "12"]
-    assert main(words) == 0
+    args = ["train", str(corpus), "--run", str(folder), *TINY, "--train.steps", "12"]
+    assert main(args) == 0
     return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def short_samples() -> None:
-    """A sample is most of what an evaluation of a tiny model costs, and is as good when short."""
+    """Shorten samples, which are most of the cost of evaluating a tiny model."""
     from pretrain.train import eval_hooks
 
     eval_hooks.SAMPLE_TOKENS = 8

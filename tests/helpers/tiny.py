@@ -1,5 +1,4 @@
-"""A model and a run that take seconds: what the tests of training and of the command line work
-on."""
+"""A model and a run that take seconds, for tests of training and of the command line."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ TINY = [
 
 
 def write_llama(folder: Path, *, context_length: int, add_bos: bool = True) -> Path:
-    """A random llama of 400 ids in transformers' form, whose texts begin with a start-of-text or do
-    not; unlike a run of a few steps, it minds what stands before."""
+    """Write a random llama with 400 token ids in transformers' format, with or without a
+    beginning-of-text token. Unlike a run of a few steps, its predictions depend on the context."""
     from oracles import config_of, random_decoder
     from pretrain.corpus import read_documents
     from pretrain.export import write_hugging_face

@@ -146,54 +146,42 @@ def show_plan(
     assert train.batch_tokens is not None
     tokens = train.steps * train.batch_tokens
     epochs = tokens / text.n_tokens
-    rows = [
-        (
-            "text",
-            f"{text.n_documents:,} documents, {text.n_tokens:,} tokens to train on; "
-            f"{held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens held out",
-        )
-    ]
+    facts = {
+        "text": f"{text.n_documents:,} documents, {text.n_tokens:,} tokens to train on; "
+        f"{held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens held out"
+    }
 
     n_rows = train.batch_tokens // context
     order = data.order(
         context_length=context, seed=train.seed, steps=train.steps, batch_size=n_rows
     )
     if not isinstance(order, Order):
-        rows.append(("mixed", _mixture(order, train.steps * n_rows)))
+        facts["mixed"] = _mixture(order, train.steps * n_rows)
 
     # Most parameters of the family `fast` are table rows: they take memory but no matmul.
     in_tables = model.table_rows(vocab_size) * model.d_model
     tables = f", {in_tables:,} of them in lookup tables" if in_tables else ""
-    rows.append(
-        (
-            "model",
-            f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters{tables} "
-            f"({model.n_layers} layers, width {model.d_model}, context {context}, vocabulary "
-            f"{vocab_size:,})",
-        )
+    facts["model"] = (
+        f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters{tables} "
+        f"({model.n_layers} layers, width {model.d_model}, context {context}, vocabulary "
+        f"{vocab_size:,})"
     )
     if train.init_from is not None:
-        rows.append(("start", f"weights of {train.init_from}"))
+        facts["start"] = f"weights of {train.init_from}"
 
     micro_batch = train.micro_batch_rows * context
     accumulation = ceil_div(train.batch_tokens, micro_batch * world.size)
-    minutes = ""
+    facts["batch"] = (
+        f"{train.batch_tokens:,} tokens = micro-batch {micro_batch:,} x accumulation "
+        f"{accumulation} x processes {world.size}"
+    )
+    facts["run"] = f"{train.steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs"
     if train.minutes is not None:
-        minutes = f", {'at most' if ends_early else 'about'} {train.minutes:g} min"
-    rows += [
-        (
-            "batch",
-            f"{train.batch_tokens:,} tokens = micro-batch {micro_batch:,} x accumulation "
-            f"{accumulation} x processes {world.size}",
-        ),
-        ("run", f"{train.steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs{minutes}"),
-        (
-            "on",
-            f"{world.device.type}, {world.threads} threads, {train.precision}, "
-            f"compile {train.compile}",
-        ),
-    ]
-    console.facts(rows)
+        facts["run"] += f", {'at most' if ends_early else 'about'} {train.minutes:g} min"
+    facts["on"] = (
+        f"{world.device.type}, {world.threads} threads, {train.precision}, compile {train.compile}"
+    )
+    console.facts(list(facts.items()))
 
     if ends_early:
         console.line(
