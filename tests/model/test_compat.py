@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import compat
@@ -94,3 +95,17 @@ def test_ddp_ignores_parameters_and_the_store_can_be_reached() -> None:
     store = compat.default_store()
     store.set("key", "value")
     assert store.get("key") == b"value", CHANGED
+
+
+def test_axes_of_a_mesh_are_flattened_and_joined() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("outer", "middle", "inner"))
+        flat = compat.flatten_mesh(mesh["middle", "inner"])
+        assert flat.mesh.tolist() == [0, 1, 2, 3], CHANGED
+        joined = compat.join_meshes(mesh["outer"], flat)
+        assert joined.mesh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]], CHANGED
+    finally:
+        dist.destroy_process_group()
