@@ -9,7 +9,7 @@
 #   SETUP_PYTHON=python3.12   the interpreter that makes the environment (default python3)
 #   PYTHON=path/to/python     a prepared environment, used as it is: nothing is made or installed
 #   TESTS=tests/test_x.py     what `make test` runs (default: the whole suite)
-#   PEERS=FOLDER              checkouts of nanoGPT and litgpt that `make bench` measures beside ours
+#   PEERS=FOLDER              checkouts of nanoGPT and litgpt that `make bench` measures next to ours
 #   SHAKESPEARE=FILE          tinyshakespeare, a plain file, for `make bench`
 #   WORKERS=8                 how many tests run side by side (default 2)
 
@@ -52,9 +52,9 @@ help:
 	@echo 'make test-long   the tests that take minutes each'
 	@echo 'make faults-ci   the fault suite: 10,000 kills and what docs/explanation/faults.md lists, 13 minutes on 2 busy cores'
 	@echo 'make faults      the same with 500 bitwise resumes and 2,000 kills of the real train, under an hour'
-	@echo 'make bench       speed beside transformers and PEERS, under 20 minutes; writes docs/explanation/benchmarks.md'
+	@echo 'make bench       speed next to transformers and PEERS, under 20 minutes; writes docs/explanation/benchmarks.md'
 	@echo 'make bench-full  5 rounds, also compiled, to 1.55 nats, and on 2.5 GB of text (8 GB of disk)'
-	@echo 'make check       ruff, format, strict types, spelling'
+	@echo 'make check       ruff, format, strict types, spelling, import rules, private words, reference pages'
 	@echo 'make docs        the documentation as a site in site/, its reference pages written again, links checked'
 	@echo 'make format      lets ruff correct what it can'
 	@echo 'make clean       removes the environment and all caches; runs/ stays'
@@ -89,6 +89,9 @@ check: $(dev_ready)
 	$(run) -m ruff format --check .
 	$(run) -m mypy
 	$(run) -m codespell_lib
+	$(run) -c 'from importlinter.cli import lint_imports_command as run; run()' --no-cache
+	$(run) scripts/check_words.py
+	$(run) scripts/make_reference.py --check
 
 docs: $(docs_ready)
 	$(run) scripts/make_reference.py

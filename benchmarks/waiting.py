@@ -43,7 +43,7 @@ def measure(*, rounds: int) -> Iterator[Row]:
                     speeds[who].append(asked.ask()[0])
             if other:
                 other.kill()
-            what = "beside a busy program" if busy else "alone"
+            what = "next to a busy program" if busy else "alone"
             yield from rows_of(f"threads that wait, {what}", "tokens/s", speeds)
         for asked in everybody.values():
             asked.stop()
