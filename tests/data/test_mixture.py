@@ -254,7 +254,7 @@ def test_a_mixed_run_reports_tokens_of_each_source(
     assert all(sum(line["sources"].values()) == line["tokens"] for line in steps)
     half = next(line["sources"][books] for line in steps if line["step"] == 10)
     assert half == steps[-1]["sources"][books] == summary["sources"][books]["tokens"]
-    page = (run / "report.html").read_text().split("What was read of each source")[1]
+    page = (run / "report.html").read_text().split("Tokens by source")[1]
     assert f"{summary['sources'][books]['tokens']:,}</td>" in page
     assert f"{summary['sources'][books]['share']:.2%}</td>" in page
     # Other weights need no new preparation.
