@@ -119,7 +119,7 @@ def has_text(record: dict[str, Any], text_field: str | None) -> bool:
 
 
 def _text(record: dict[str, Any], field: str | None) -> str:
-    """The text of a record, or `Skipped` with the reason why there is none."""
+    """The text of a record, or `Skipped` with the reason why it has no text."""
     if field == EVERY_FIELD:
         return EVERY_FIELD.join(_strings(record)) or Skipped("no field is a string")
     if field is None:

@@ -60,7 +60,7 @@ def special_ids(description: Mapping[str, Any]) -> set[int]:
 
 
 def end_of_text_id(tokens: list[str], special: set[int]) -> int:
-    """Id of the special token that ends a document; ValueError if there is none."""
+    """Id of the special token that ends a document; ValueError if it does not exist."""
     for name in (END_OF_TEXT, *START_OF_TEXT):
         if name in tokens and tokens.index(name) in special:
             return tokens.index(name)
