@@ -54,23 +54,23 @@ def test_packed_weights_keep_their_values(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_weights_give_the_same_logits_and_ids(variant: str) -> None:
-    plain, packed = (
+    unpacked, packed = (
         build(small_config(**VARIANTS[variant]), vocab_size=V, seed=3) for _ in range(2)
     )
     with torch.no_grad():
-        for name, p in plain.named_parameters():  # so that each one has an effect
+        for name, p in unpacked.named_parameters():  # so that each one has an effect
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
-    packed.load_state_dict(plain.state_dict())
+    packed.load_state_dict(unpacked.state_dict())
     pack_weights(packed)
     weights = packed.state_dict()
-    assert list(weights) == list(plain.state_dict())
-    assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+    assert list(weights) == list(unpacked.state_dict())
+    assert all(torch.equal(value, weights[name]) for name, value in unpacked.state_dict().items())
     for block in packed.blocks.values():
         assert isinstance(block, Block)
         assert block.attention.packed is not None
         assert (block.feed_forward.packed is None) == (block.feed_forward.gate is None)
     logits = []
-    for decoder in (plain, packed):
+    for decoder in (unpacked, packed):
         cache, ids = KeyValueCache(), torch.tensor([[1, 2, 3, 4, 1, 2, 5], [7, 8, 9, 7, 8, 9, 7]])
         chunks = torch.split(ids, [3, 1, 2, 1], 1)
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_packed_weights_give_the_same_logits_and_ids(variant: str) -> None:
         # Beyond the context too, and with several rows.
         found, expected = (
             generate_ids(decoder, [1, 2], max_tokens=30, n=3, sampling=sampling)
-            for decoder in (packed, plain)
+            for decoder in (packed, unpacked)
         )
         assert found == expected
 
@@ -89,15 +89,17 @@ def test_packed_weights_give_the_same_logits_and_ids(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
 def test_weights_can_be_loaded_into_packed_ones(variant: str) -> None:
     """Packed matrices and biases share memory with those of the layers."""
-    plain, packed = (build(small_config(**VARIANTS[variant]), vocab_size=V, seed=s) for s in (2, 9))
+    unpacked, packed = (
+        build(small_config(**VARIANTS[variant]), vocab_size=V, seed=s) for s in (2, 9)
+    )
     with torch.no_grad():
-        for name, p in plain.named_parameters():  # biases too
+        for name, p in unpacked.named_parameters():  # biases too
             p.add_(normal(1, name, 0, p.numel(), device=p.device).view_as(p), alpha=0.3)
     pack_weights(packed)
-    packed.load_state_dict(plain.state_dict())
+    packed.load_state_dict(unpacked.state_dict())
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        logits = [decoder.logits(decoder.forward(ids)) for decoder in (plain, packed)]
+        logits = [decoder.logits(decoder.forward(ids)) for decoder in (unpacked, packed)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
@@ -148,8 +150,8 @@ def test_the_generate_command_packs_weights(
 
 
 def test_temperature_top_k_and_top_p_equal_their_definitions() -> None:
-    plain = LOGITS.double().softmax(-1)
-    assert torch.allclose(sampling_probabilities(LOGITS, Sampling(temperature=1.0)), plain)
+    unpacked = LOGITS.double().softmax(-1)
+    assert torch.allclose(sampling_probabilities(LOGITS, Sampling(temperature=1.0)), unpacked)
     cold = sampling_probabilities(LOGITS, Sampling(temperature=0.5))
     assert torch.allclose(cold, (2 * LOGITS.double()).softmax(-1))
     assert sampling_probabilities(LOGITS, Sampling(temperature=0.0)).tolist() == [[1, 0, 0, 0, 0]]

@@ -81,8 +81,8 @@ def test_layers_with_the_same_input_are_one_matmul_on_a_gpu(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_weights_are_a_function_of_seed_and_name(family: str) -> None:
-    chosen = small_config(family, n_layers=8)
-    one, same, other = (build(chosen, vocab_size=V, seed=s) for s in (1, 1, 2))
+    config = small_config(family, n_layers=8)
+    one, same, other = (build(config, vocab_size=V, seed=s) for s in (1, 1, 2))
     for (name, a), (_, b), (_, c) in zip(
         *(d.named_parameters() for d in (one, same, other)), strict=True
     ):
@@ -104,7 +104,7 @@ def test_initial_weights_are_a_function_of_seed_and_name(family: str) -> None:
         assert float(a.detach().std()) == pytest.approx(expected, rel=0.15)
         if family == "transformer" and "embedding" not in name:
             assert float(a.detach().abs().max()) <= math.sqrt(6 / sum(a.shape))
-        part = initial_value(chosen, name, a.shape, 7, 19, seed=1, device=torch.device("cpu"))
+        part = initial_value(config, name, a.shape, 7, 19, seed=1, device=torch.device("cpu"))
         assert torch.equal(part, a.detach().flatten()[7:19])
 
 

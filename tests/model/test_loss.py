@@ -100,13 +100,13 @@ def test_smoothing_and_z_loss_change_gradients_and_never_the_value(
     targets = torch.randint(0, V, (40,), generator=generator)
     targets[5] = IGNORE_INDEX
     nats = chunked_cross_entropy(hidden, weight, targets, **extra, **path)
-    plain = reference_cross_entropy(hidden, weight, targets)
-    whole = reference_cross_entropy(hidden, weight, targets, **extra)
-    torch.testing.assert_close(nats, plain, rtol=1e-12, atol=0)
-    assert float(whole.detach()) != pytest.approx(float(plain.detach()))
+    without_extra = reference_cross_entropy(hidden, weight, targets)
+    with_extra = reference_cross_entropy(hidden, weight, targets, **extra)
+    torch.testing.assert_close(nats, without_extra, rtol=1e-12, atol=0)
+    assert float(with_extra.detach()) != pytest.approx(float(without_extra.detach()))
     for actual, expected in zip(
         torch.autograd.grad(nats, (hidden, weight)),
-        torch.autograd.grad(whole, (hidden, weight)),
+        torch.autograd.grad(with_extra, (hidden, weight)),
         strict=True,
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -126,9 +126,9 @@ def test_smoothing_and_z_loss_are_for_training_only(
         return weight.grad.clone()
 
     with_extra = LMLoss(decoder, **extra)  # type: ignore[arg-type]
-    plain = gradient(LMLoss(decoder).eval())
-    assert torch.equal(gradient(with_extra.eval()), plain)
-    assert not torch.allclose(gradient(with_extra.train()), plain)
+    without_extra = gradient(LMLoss(decoder).eval())
+    assert torch.equal(gradient(with_extra.eval()), without_extra)
+    assert not torch.allclose(gradient(with_extra.train()), without_extra)
 
 
 @pytest.mark.parametrize("vocab_size", [67, 500])
@@ -160,8 +160,8 @@ def test_a_probability_that_underflows_has_a_finite_loss(path: dict[str, Any]) -
     weight = torch.linspace(-300, 0, V)[:, None].requires_grad_()
     targets = torch.tensor([0, 1, IGNORE_INDEX])
     nats = chunked_cross_entropy(hidden, weight, targets, **path)
-    plain = reference_cross_entropy(hidden, weight, targets)
-    torch.testing.assert_close(nats, plain.double(), rtol=1e-6, atol=0)
+    expected = reference_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(nats, expected.double(), rtol=1e-6, atol=0)
     assert 800 < float(nats.detach()) < 1000
 
 
@@ -186,9 +186,9 @@ def test_no_gradients_are_computed_under_no_grad(monkeypatch: pytest.MonkeyPatch
     """Also where the head's weight requires a gradient."""
     allocated, real = [], torch.zeros_like
 
-    def recorded(tensor: torch.Tensor, **named: Any) -> torch.Tensor:
+    def recorded(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
         allocated.append(tuple(tensor.shape))
-        return real(tensor, **named)
+        return real(tensor, **options)
 
     monkeypatch.setattr(torch, "zeros_like", recorded)
     hidden, weight = torch.randn(6, 4), nn.Parameter(torch.randn(9, 4))

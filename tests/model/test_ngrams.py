@@ -14,8 +14,8 @@ from pretrain.rng import normal
 
 @pytest.mark.parametrize("longest", [2, 3, 6])
 def test_ngram_embeddings_depend_on_the_last_ids_alone(longest: int) -> None:
-    chosen = small_config("fast", d_model=8, ngram_rows=1009, longest_ngram=longest, induction=0)
-    embedding = NgramEmbedding(chosen, V)
+    config = small_config("fast", d_model=8, ngram_rows=1009, longest_ngram=longest, induction=0)
+    embedding = NgramEmbedding(config, V)
     with torch.no_grad():
         for name, p in embedding.named_parameters():
             p.copy_(normal(2, name, 0, p.numel(), device=p.device).view_as(p))
@@ -55,10 +55,10 @@ def test_compiled_ngram_embeddings_are_the_same(device: str) -> None:
         for name, p in embedding.named_parameters():
             p.copy_(normal(2, name, 0, p.numel(), device=p.device).view_as(p))
     ids = torch.randint(0, V, (2, 30), generator=torch.Generator().manual_seed(6))
-    plain = embedding(ids, ids[:, :0])
+    expected = embedding(ids, ids[:, :0])
     compiled = torch.compile(embedding.to(device), dynamic=False)
     result = compiled(ids.to(device), ids[:, :0].to(device)).cpu()
-    torch.testing.assert_close(result, plain)
+    torch.testing.assert_close(result, expected)
 
 
 def test_induction_ids_follow_the_previous_occurrence() -> None:

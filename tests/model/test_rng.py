@@ -22,9 +22,9 @@ def test_philox_gives_the_published_answers() -> None:
 
 def test_any_slice_of_a_normal_sequence_is_the_same() -> None:
     cpu = torch.device("cpu")
-    whole = normal(5, "name", 0, 1003, device=cpu)
+    sequence = normal(5, "name", 0, 1003, device=cpu)
     for start, stop in ((0, 1003), (1, 2), (517, 530), (4, 8), (1000, 1003)):
-        assert torch.equal(normal(5, "name", start, stop, device=cpu), whole[start:stop])
+        assert torch.equal(normal(5, "name", start, stop, device=cpu), sequence[start:stop])
     long = normal(5, "name", 0, 200_000, device=cpu)
     assert abs(float(long.mean())) < 0.01
     assert float(long.std()) == pytest.approx(1.0, abs=0.01)

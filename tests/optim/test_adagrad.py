@@ -35,7 +35,7 @@ def test_adagrad_update_equals_its_formula() -> None:
 def test_sparse_gradients_train_as_dense_ones(name: str) -> None:
     """With clipping."""
     section = {"family": "fast", "d_model": 32, "context_length": 8, "n_layers": 1}
-    chosen = compose([{"model": {**section, "ngram_rows": 61}}])
+    model = compose([{"model": {**section, "ngram_rows": 61}}]).model
     config = OptimizerConfig(name=name, embedding_lr_mult=2.0)  # type: ignore[arg-type]
     ids = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(0))
     micro_batches = [
@@ -43,7 +43,7 @@ def test_sparse_gradients_train_as_dense_ones(name: str) -> None:
     ]
     histories, tables = [], []
     for sparse in (True, False):
-        decoder = build(chosen.model, vocab_size=20, seed=1)
+        decoder = build(model, vocab_size=20, seed=1)
         assert decoder.ngrams is not None
         assert decoder.ngrams.sparse_gradients
         decoder.ngrams.sparse_gradients = sparse
@@ -87,17 +87,17 @@ def test_the_first_update_of_a_row_depends_on_its_gradient(batch_tokens: int) ->
 
 
 def test_lookup_tables_have_their_own_rule_and_lr() -> None:
-    chosen = compose([{"model": {"family": "fast", "d_model": 32, "context_length": 8}}])
-    decoder = build(chosen.model, vocab_size=20, seed=1)
-    named = list(decoder.named_parameters())
-    assert {n for n, p in named if role_of(n, p) == "lookup"} == {
+    model = compose([{"model": {"family": "fast", "d_model": 32, "context_length": 8}}]).model
+    decoder = build(model, vocab_size=20, seed=1)
+    parameters = list(decoder.named_parameters())
+    assert {n for n, p in parameters if role_of(n, p) == "lookup"} == {
         *("ngrams.parts.2.weight", "ngrams.parts.3.weight"),
         *("ngrams.recalled.1.weight", "ngrams.recalled.2.weight"),
     }
     config = OptimizerConfig(name="muon", embedding_lr_mult=3.0, head_lr_mult=0.5)
-    optimizer = build_optimizer(named, config=config)
+    optimizer = build_optimizer(parameters, config=config)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    groups = {name: group_of[id(p)] for name, p in named}
+    groups = {name: group_of[id(p)] for name, p in parameters}
     assert groups["ngrams.parts.2.weight"]["lr_mult"] == 3.0 * LOOKUP_LR_MULT
     assert groups["ngrams.parts.2.weight"]["weight_decay"] == 0.0
     assert groups["token_embedding.weight"]["lr_mult"] == 3.0

@@ -19,23 +19,25 @@ from pretrain.optim.param_groups import role_of, set_learning_rate
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
 def test_orthogonalize_approximates_the_polar_factor(shape: tuple[int, int]) -> None:
     stack = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalize(stack)
+    directions = orthogonalize(stack)
     left, _, right = torch.linalg.svd(stack, full_matrices=False)
     polar = left @ right
     # Same directions, singular values within a band around 1: enough for an update.
-    cosine = (found * polar).sum((1, 2)) / (found.norm(dim=(1, 2)) * polar.norm(dim=(1, 2)))
+    cosine = (directions * polar).sum((1, 2)) / (
+        directions.norm(dim=(1, 2)) * polar.norm(dim=(1, 2))
+    )
     assert float(cosine.min()) > 0.98
-    values = torch.linalg.svdvals(found)
+    values = torch.linalg.svdvals(directions)
     assert float(values.min()) > 0.6
     assert float(values.max()) < 1.3
 
 
 def test_a_stack_equals_its_matrices_at_any_scale() -> None:
     stack = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(1))
-    whole = orthogonalize(stack)
+    expected = orthogonalize(stack)
     for i in range(3):
-        torch.testing.assert_close(orthogonalize(stack[i : i + 1])[0], whole[i])
-    torch.testing.assert_close(orthogonalize(1000 * stack), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(orthogonalize(stack[i : i + 1])[0], expected[i])
+    torch.testing.assert_close(orthogonalize(1000 * stack), expected, rtol=1e-4, atol=1e-5)
     assert bool(torch.isfinite(orthogonalize(torch.zeros(1, 4, 4))).all())
 
 
@@ -112,12 +114,12 @@ def test_the_second_update_has_nesterov_momentum(precision: str) -> None:
 def test_base_width_scales_the_lrs_of_hidden_matrices_and_head(name: Any, scale: float) -> None:
     """Muon's update has a spectral norm that grows with the root of the width, AdamW's with it."""
     sizes = {"d_model": 256, "n_heads": 4, "ngram_rows": 8, "longest_ngram": 2}
-    given = {**model_defaults({"family": "fast"}), **sizes, "context_length": 16}
-    decoder = build(ModelConfig(**given), vocab_size=50, seed=1)
+    settings = {**model_defaults({"family": "fast"}), **sizes, "context_length": 16}
+    decoder = build(ModelConfig(**settings), vocab_size=50, seed=1)
 
     def lrs(base_width: int | None, width: int | None = 256) -> dict[str, float]:
-        chosen = OptimizerConfig(name=name, learning_rate=1e-2, base_width=base_width)
-        optimizer = build_optimizer(decoder.named_parameters(), config=chosen, width=width)
+        config = OptimizerConfig(name=name, learning_rate=1e-2, base_width=base_width)
+        optimizer = build_optimizer(decoder.named_parameters(), config=config, width=width)
         set_learning_rate(optimizer, 1e-2)
         by_parameter = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
         return {n: by_parameter[p] for n, p in decoder.named_parameters()}
@@ -133,9 +135,9 @@ def test_base_width_scales_the_lrs_of_hidden_matrices_and_head(name: Any, scale:
 
 
 def test_base_batch_tokens_scales_all_lrs_by_the_root_of_the_batch() -> None:
-    given = {**model_defaults({"family": "fast"}), "size": 1, "context_length": 16}
+    settings = {**model_defaults({"family": "fast"}), "size": 1, "context_length": 16}
     decoder = build(
-        ModelConfig(**{**given, "ngram_rows": 8, "longest_ngram": 2}), vocab_size=50, seed=1
+        ModelConfig(**{**settings, "ngram_rows": 8, "longest_ngram": 2}), vocab_size=50, seed=1
     )
 
     def lrs(base_batch_tokens: int | None, batch_tokens: int) -> list[float]:

@@ -13,7 +13,7 @@ from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "settings",
     [
         {"learning_rate": -1.0},
         {"learning_rate": math.nan},
@@ -23,9 +23,9 @@ from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state
         {"epsilon": 0.0},
     ],
 )
-def test_out_of_range_settings_are_rejected_by_name(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"optimizer.{next(iter(wrong))} is"):
-        OptimizerConfig(**wrong)  # type: ignore[arg-type]
+def test_out_of_range_settings_are_rejected_by_name(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(settings))} is"):
+        OptimizerConfig(**settings)  # type: ignore[arg-type]
 
 
 def small_model() -> nn.Sequential:

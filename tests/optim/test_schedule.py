@@ -135,7 +135,7 @@ def test_old_and_new_lr_are_listed_at_12_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("settings", "message"),
     [
         ({"origin_step": 5}, "are written by pretrain extend"),
         ({"anneal": True}, "are written by pretrain extend"),
@@ -146,6 +146,6 @@ def test_old_and_new_lr_are_listed_at_12_steps() -> None:
         ),
     ],
 )
-def test_an_impossible_history_is_rejected(wrong: dict[str, Any], message: str) -> None:
+def test_an_impossible_history_is_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ScheduleConfig(**wrong)
+        ScheduleConfig(**settings)

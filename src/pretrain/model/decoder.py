@@ -116,7 +116,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits (..., V) of the next token from hidden states (..., D).
 
-        For generation and tests; the training loss never has all of them (`loss`).
+        For generation and tests; the training loss never has all of them (`loss.py`).
         """
         return hidden @ self.head_weight.T
 

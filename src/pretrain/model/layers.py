@@ -135,7 +135,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention, with fewer key/value heads if the config says so.
+    """Causal multi-head attention, with fewer key/value heads for grouped queries.
 
     "Attention Is All You Need" (Vaswani et al., 2017); grouped queries: "GQA" (Ainslie et al.,
     2023); norm of queries and keys: "Query-Key Normalization" (Henry et al., 2020).

@@ -2,7 +2,7 @@
 
 The objective is to maximise sum_i log p(x_{i+1} | x_{i-k}, ..., x_i). A micro-batch comes in; the
 sum of -log p and the number of valid targets go out. The training step divides once, by the number
-of targets of all its micro-batches. The logits of a whole micro-batch (N, V) are never stored:
+of targets of all its micro-batches. The logits (N, V) of a micro-batch are never all stored:
 `chunked_cross_entropy` is F.cross_entropy of hidden @ weight.T, with loss and gradients computed
 chunk by chunk; tests compare the two.
 """
