@@ -1,4 +1,4 @@
-"""Mistakes: exit code 2, a sentence that says what to do, no traceback, and nothing left behind."""
+"""User errors: exit code 2, a message that says what to do, no traceback, no files written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tiny import TINY
 Capture = pytest.CaptureFixture[str]
 
 
-def refused(capsys: Capture, *words: str, code: int = 2) -> str:
-    """What is said when a command is refused."""
+def rejection(capsys: Capture, *words: str, code: int = 2) -> str:
+    """Run a command that must fail, and return its message."""
     capsys.readouterr()
     assert main(list(words)) == code
     said = capsys.readouterr().err
@@ -82,32 +82,32 @@ STEPS = ["--train.steps", "1"]
         (["good.jsonl", "--train.steps"], "needs a value"),
     ],
 )
-def test_train_refuses(here: Path, capsys: Capture, words: list[str], message: str) -> None:
+def test_train_rejects(here: Path, capsys: Capture, words: list[str], message: str) -> None:
     before = sorted(here.rglob("*"))
-    assert message in refused(capsys, "train", *words)
+    assert message in rejection(capsys, "train", *words)
     assert sorted(here.rglob("*")) == before
 
 
-def test_prepare_and_tokenizer_refuse(here: Path, capsys: Capture) -> None:
+def test_prepare_and_tokenizer_reject(here: Path, capsys: Capture) -> None:
     before = sorted(here.rglob("*"))
-    assert "full" in refused(capsys, "prepare", "good.jsonl", "--out", "full")
-    assert "0.5" in refused(capsys, "prepare", "good.jsonl", "--out", "o", "--val-fraction", "2")
-    assert "missing" in refused(capsys, "prepare", "missing", "--out", "o")
-    assert "--out" in refused(capsys, "tokenizer", "train", "good.jsonl")
-    assert "--tokenizer DIR" in refused(capsys, "tokenizer", "encode", "good.jsonl")
+    assert "full" in rejection(capsys, "prepare", "good.jsonl", "--out", "full")
+    assert "0.5" in rejection(capsys, "prepare", "good.jsonl", "--out", "o", "--val-fraction", "2")
+    assert "missing" in rejection(capsys, "prepare", "missing", "--out", "o")
+    assert "--out" in rejection(capsys, "tokenizer", "train", "good.jsonl")
+    assert "--tokenizer DIR" in rejection(capsys, "tokenizer", "encode", "good.jsonl")
     garbage = ["--tokenizer", "twice.yaml"]
-    assert "twice.yaml" in refused(capsys, "tokenizer", "encode", "good.jsonl", *garbage)
+    assert "twice.yaml" in rejection(capsys, "tokenizer", "encode", "good.jsonl", *garbage)
     assert sorted(here.rglob("*")) == before
 
 
 def test_more_processes_than_memory_are_not_started(here: Path, capsys: Capture) -> None:
     for words in (["doctor", "--processes"], ["train", "good.jsonl", "--parallel.processes"]):
-        assert "must be at most" in refused(capsys, *words, "1000000")
+        assert "must be at most" in rejection(capsys, *words, "1000000")
 
 
 def test_strict_stops_at_the_first_bad_record(here: Path, capsys: Capture) -> None:
     Path("bad.jsonl").write_bytes(Path("good.jsonl").read_bytes() + b'{"text": 5}\nnot json\n')
-    assert "bad.jsonl" in refused(capsys, "prepare", "bad.jsonl", "--out", "o", "--strict")
+    assert "bad.jsonl" in rejection(capsys, "prepare", "bad.jsonl", "--out", "o", "--strict")
     assert not Path("o").exists()
     assert main(["prepare", "bad.jsonl", "--out", "o"]) == 0
     report = json.loads(Path("o/report.json").read_text())
@@ -118,23 +118,25 @@ def test_strict_stops_at_the_first_bad_record(here: Path, capsys: Capture) -> No
     )
 
 
-def test_models_that_are_none_are_refused(here: Path, capsys: Capture, finished_run: Path) -> None:
+def test_paths_that_are_not_models_are_rejected(
+    here: Path, capsys: Capture, finished_run: Path
+) -> None:
     run = str(finished_run)
-    assert "no model at" in refused(capsys, "generate", "missing")
-    assert "neither a run directory" in refused(capsys, "generate", "empty")
-    assert "neither a run directory" in refused(capsys, "next", "binary.txt")
-    assert "missing.txt" in refused(capsys, "evaluate", run, "--text", "missing.txt")
-    assert "top-p is 3.0" in refused(capsys, "generate", run, "--top-p", "3")
-    assert "at least 1" in refused(capsys, "generate", run, "--max-tokens", "0")
-    assert "temperature is -1.0" in refused(capsys, "generate", run, "--temperature", "-1")
-    assert "at least 1" in refused(capsys, "next", run, "--top", "0")
+    assert "no model at" in rejection(capsys, "generate", "missing")
+    assert "neither a run directory" in rejection(capsys, "generate", "empty")
+    assert "neither a run directory" in rejection(capsys, "next", "binary.txt")
+    assert "missing.txt" in rejection(capsys, "evaluate", run, "--text", "missing.txt")
+    assert "top-p is 3.0" in rejection(capsys, "generate", run, "--top-p", "3")
+    assert "at least 1" in rejection(capsys, "generate", run, "--max-tokens", "0")
+    assert "temperature is -1.0" in rejection(capsys, "generate", run, "--temperature", "-1")
+    assert "at least 1" in rejection(capsys, "next", run, "--top", "0")
     shutil.copytree(finished_run, "run")
     shutil.rmtree("run/checkpoints")
     Path("run/summary.json").unlink()
-    assert "no checkpoint yet" in refused(capsys, "generate", "run")
+    assert "no checkpoint yet" in rejection(capsys, "generate", "run")
 
 
-def test_a_flipped_bit_in_the_weights_is_found_before_they_are_used(
+def test_a_flipped_bit_in_the_weights_is_reported_before_they_are_used(
     here: Path, capsys: Capture, finished_run: Path
 ) -> None:
     shutil.copytree(finished_run, "run")
@@ -143,16 +145,16 @@ def test_a_flipped_bit_in_the_weights_is_found_before_they_are_used(
         data = bytearray(file.read_bytes())
         data[-100] ^= 16
         file.write_bytes(data)
-    assert "were changed after they were written" in refused(capsys, "generate", "run")
+    assert "were changed after they were written" in rejection(capsys, "generate", "run")
     Path("run/summary.json").unlink()
-    assert "nothing can be resumed" in refused(capsys, "train", "--resume", "--run", "run")
+    assert "nothing can be resumed" in rejection(capsys, "train", "--resume", "--run", "run")
 
 
-def test_characters_that_the_vocabulary_lacks_are_named(here: Path, capsys: Capture) -> None:
+def test_characters_that_the_vocabulary_lacks_are_reported(here: Path, capsys: Capture) -> None:
     words = ["good.jsonl", "--tokenizer.name", "characters", *STEPS, "--run", "run"]
     tiny = [w for w in TINY if w not in ("--tokenizer.vocab_size", "400")]
     assert main(["train", *words, *tiny]) == 0
-    assert "U+1F600" in refused(capsys, "generate", "run", "--prompt", "a 😀")
+    assert "U+1F600" in rejection(capsys, "generate", "run", "--prompt", "a 😀")
 
 
 def test_a_full_disk_is_exit_code_75(
@@ -162,14 +164,12 @@ def test_a_full_disk_is_exit_code_75(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pretrain.checkpoint.save.write_tensors", full)
-    said = refused(capsys, "train", "good.jsonl", *TINY, *STEPS, "--run", "run", code=75)
+    said = rejection(capsys, "train", "good.jsonl", *TINY, *STEPS, "--run", "run", code=75)
     assert "No space left" in said
     assert list_checkpoints(Path("run/checkpoints")) == []
 
 
-def test_our_own_mistakes_are_exit_code_1(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_bugs_are_exit_code_1(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def broken(*args: Any, **keywords: Any) -> None:
         json.loads("{")  # a ValueError from inside a library is not the user's
 

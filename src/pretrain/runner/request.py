@@ -22,6 +22,7 @@ from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report import require_packages
 from pretrain.run.directory import CONFIG, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint
+from pretrain.validation import nearest
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import Checkpoint
@@ -59,8 +60,11 @@ def read_target(target: str | None) -> tuple[str, list[Layer]]:
         return path.stem, [read_file(path)]
     is_pattern = glob.has_magic(target) and not path.exists()
     if not path.exists() and not is_pattern:
+        close = nearest(target, known)
+        hint = f"; did you mean {close!r}?" if close else ""
         raise ValueError(
-            f"{target!r} is neither a recipe ({', '.join(known)}) nor a file or folder that exists"
+            f"{target!r} is neither a recipe ({', '.join(known)}) nor a file or folder that "
+            f"exists{hint}"
         )
     path = path.resolve()
     name = (path.parent if is_pattern else path).name.split(".")[0] or "text"

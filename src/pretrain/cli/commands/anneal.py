@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.commands.extend import add_run_arguments, extend
+from pretrain.cli.commands.extend import add_run_arguments
+from pretrain.cli.commands.train import run_request
 from pretrain.cli.output import Output
 
 TAKES_SETTINGS = True
@@ -24,4 +25,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    return extend(args, output, "anneal")
+    return run_request("anneal", args, output)

@@ -10,15 +10,10 @@ pretrain extend runs/english-1 --train.steps 2000 --optimizer.learning_rate 1e-3
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
-from typing import Literal
 
 from pretrain.cli.commands.train import run_request
 from pretrain.cli.options import add_accept
 from pretrain.cli.output import Output
-from pretrain.config import parse_overrides
-from pretrain.runner.start import Request
 
 TAKES_SETTINGS = True
 
@@ -29,28 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    return extend(args, output, "extend")
+    return run_request("extend", args, output)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, command: str, settings: str) -> None:
     """Add the arguments of extend and of anneal."""
     parser.usage = f"pretrain {command} RUN --train.steps N [--SECTION.KEY VALUE ...] [options]"
     parser.add_argument("run", metavar="RUN", help="a finished run; it is continued in place")
+    parser.set_defaults(target=None)
     add_accept(parser)
     parser.epilog = (
         f"settings: --train.steps N, the new total; {settings}; train.evaluate_every, save_every, "
         "keep_checkpoints and patience. They are for the added steps; the rest stays."
     )
-
-
-def extend(args: argparse.Namespace, output: Output, command: Literal["extend", "anneal"]) -> int:
-    """Extend or anneal a run; returns the exit code."""
-    request = Request(
-        start_time=time.perf_counter(),
-        kind=command,
-        overrides=parse_overrides(args.settings),
-        folder=Path(args.run),
-        accepted=tuple(args.accept),
-        json=args.json,
-    )
-    return run_request(request, output)

@@ -15,14 +15,11 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from pretrain.cli.options import add_accept, settings_help
 from pretrain.cli.output import Output
 from pretrain.config import Layer, parse_overrides
-from pretrain.runner.launch import open_world_of
-from pretrain.runner.request import compose_target, errors_of_machine, read_target
-from pretrain.runner.start import Request, start
-from pretrain.runner.text import open_text
 
 TAKES_SETTINGS = True
 epilog = settings_help
@@ -41,14 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    start_time = time.perf_counter()
-    overrides = parse_overrides(args.settings)
     if args.profile:
         if args.resume or args.run:
             raise ValueError("--profile must come without --resume and --run: it starts no run")
-        return _profile(args.target, overrides, output)
+        return _profile(args.target, parse_overrides(args.settings), output)
+    return run_request("resume" if args.resume else "new", args, output)
+
+
+def run_request(
+    kind: Literal["new", "resume", "extend", "anneal"], args: argparse.Namespace, output: Output
+) -> int:
+    """Start, resume, extend or anneal a run, and return the exit code."""
+    start_time = time.perf_counter()
+    overrides = parse_overrides(args.settings)
+    from pretrain.runner.start import Request, start
+
     request = Request(
-        kind="resume" if args.resume else "new",
+        kind=kind,
         target=args.target,
         overrides=overrides,
         folder=Path(args.run) if args.run else None,
@@ -56,11 +62,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
         json=args.json,
         start_time=start_time,
     )
-    return run_request(request, output)
-
-
-def run_request(request: Request, output: Output) -> int:
-    """Start, resume, extend or anneal a run; returns the exit code."""
     result = start(request, output.stream)
     if result.is_main:
         output.result(result.to_json())
@@ -68,6 +69,11 @@ def run_request(request: Request, output: Output) -> int:
 
 
 def _profile(target: str | None, overrides: Layer, output: Output) -> int:
+    """Measure the parts of a training step."""
+    from pretrain.runner.launch import open_world_of
+    from pretrain.runner.request import compose_target, errors_of_machine, read_target
+    from pretrain.runner.text import open_text
+
     _, layers = read_target(target)
     config = compose_target(target, layers, overrides, rules=errors_of_machine)
     data = open_text(config, output.log)
