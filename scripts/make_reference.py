@@ -23,7 +23,10 @@ from pretrain.cli import COMMANDS
 from pretrain.cli.options import field_docstrings
 from pretrain.config import SECTIONS, default_of
 from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
+from pretrain.runner import library
 from pretrain.runner.checks import describe_resume_checks
+from pretrain.runner.open import LoadedModel
+from pretrain.runner.start import RunResult
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/make_reference.py; edit the source, then run `make docs`. -->"
@@ -150,11 +153,9 @@ def api() -> str:
     """Return the page of the public names, with signatures and docstrings."""
     lines = ["# Python API", "", GENERATED, ""]
     lines.append("`import pretrain` is instant: a name loads torch when it is first used.")
-    for name in pretrain.__all__:
-        value = getattr(pretrain, name)
-        if not callable(value):
-            continue
-        lines += ["", f"## pretrain.{name}", ""]
+    public = {name: getattr(library, name) for name in pretrain.__all__ if hasattr(library, name)}
+    for name, value in {**public, "LoadedModel": LoadedModel, "RunResult": RunResult}.items():
+        lines += ["", f"## pretrain.{name}" if name in public else f"## {name}", ""]
         if inspect.isclass(value):
             lines += [paragraphs(value)]
             for method, function in vars(value).items():
@@ -168,12 +169,20 @@ def api() -> str:
 
 
 def signature(name: str, function: Any) -> str:
-    """Return a function's signature as a block of Python, an argument a line where it is long."""
-    text = f"{name}{inspect.signature(function)}"
+    """Return a function's signature as a block, an argument a line where it is long."""
+    described = inspect.signature(function)
+    parts = []
+    for parameter in described.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        annotation = parameter.annotation
+        typed = "" if annotation is parameter.empty else f": {annotation}"
+        parts.append(f"{stars}{parameter.name}{typed}{default}")
+    text = f"{name}({', '.join(parts)}) -> {described.return_annotation}"
     if len(text) > 90:
-        parts = [str(p) for p in inspect.signature(function).parameters.values()]
-        returns = inspect.signature(function).return_annotation
-        text = f"{name}(\n    " + ",\n    ".join(parts) + f",\n) -> {returns}"
+        text = f"{name}(\n    " + ",\n    ".join(parts) + f",\n) -> {described.return_annotation}"
     return f"```text\n{text}\n```"
 
 

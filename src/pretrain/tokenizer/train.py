@@ -8,6 +8,7 @@ ValueError.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import sys
@@ -31,6 +32,8 @@ a vocabulary of some thousand tokens."""
 MAX_SAMPLE_BYTES = 1 << 30
 """The library counts pairs in 31 bits."""
 UNKNOWN = "<unk>"
+_FIRST_PRIVATE = 0xF0000
+"""First of the 65,534 characters of Unicode's private plane 15."""
 
 
 def train_tokenizer(
@@ -179,21 +182,42 @@ def train_gpt(sample: list[bytes], vocab_size: int) -> tokenizers.Tokenizer:
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as LibraryTokenizer
 
-    library = LibraryTokenizer(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
-    library.normalizer = normalizers.BertNormalizer(lowercase=True)
-    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    library.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
-    special_tokens = [
-        AddedToken(name, special=True, normalized=False) for name in (UNKNOWN, END_OF_TEXT)
-    ]
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def words_of(chunk: bytes) -> list[str]:
+        text = normalizer.normalize_str(chunk.decode())
+        return [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+
+    # The library's own end_of_word_suffix gives other ids in each training (tokenizers 0.23.3), so
+    # a private character stands for each letter at the end of a word while it trains.
+    letters = sorted({letter for chunk in sample for word in words_of(chunk) for letter in word})
+    final = {letter: chr(_FIRST_PRIVATE + number) for number, letter in enumerate(letters)}
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        end_of_word_suffix=END_OF_WORD,
-        special_tokens=special_tokens,
+        special_tokens=[UNKNOWN, END_OF_TEXT],
+        initial_alphabet=letters,
         show_progress=False,
     )
-    chunks = (chunk.decode() for chunk in sample)
-    library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
+    learner = LibraryTokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    lines = (" ".join(w[:-1] + final[w[-1]] for w in words_of(chunk)) for chunk in sample)
+    learner.train_from_iterator(lines, trainer=trainer, length=len(sample))
+
+    spelled = {ord(private): letter + END_OF_WORD for letter, private in final.items()}
+    model = json.loads(learner.to_str())["model"]
+    vocabulary = {token.translate(spelled): id_ for token, id_ in model["vocab"].items()}
+    merges = [
+        (left.translate(spelled), right.translate(spelled)) for left, right in model["merges"]
+    ]
+    bpe = models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
+    library = LibraryTokenizer(bpe)
+    library.normalizer = normalizer
+    library.pre_tokenizer = pre_tokenizer
+    library.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    library.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in (UNKNOWN, END_OF_TEXT)]
+    )
     return library
 
 
