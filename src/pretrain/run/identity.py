@@ -56,6 +56,7 @@ def code_hash() -> str:
     for name in COMPUTING_CODE:
         path = package / name
         files = [path] if path.is_file() else sorted(path.glob("*.py"))
+        assert files, f"{path} does not exist"
         for file in files:
             label = file.relative_to(package).as_posix()
             digest.update(f"{label}\0".encode() + file.read_bytes() + b"\0")
