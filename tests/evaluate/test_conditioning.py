@@ -195,7 +195,7 @@ def test_texts_without_titles_are_refused(
 ) -> None:
     path = written(tmp_path, [{"text": ARTICLE}, {"title": "", "text": ARTICLE}])
     assert main(["demonstrate", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert "no record has a title" in capsys.readouterr().err
+    assert "there is no record with a title" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

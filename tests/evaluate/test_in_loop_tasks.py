@@ -167,7 +167,7 @@ def test_wrong_names_and_files_are_refused_before_anything_is_made(
     assert "task piqa needs the file piqa.jsonl" in refusal("--evaluate.tasks", "piqa")
     here = ["--evaluate.task_data", str(tmp_path)]
     assert "is not the file of task piqa" in refusal("--evaluate.tasks", "piqa", *here)
-    assert "holds no example" in refusal("--evaluate.task_files", str(tmp_path / "none.jsonl"))
+    assert "contains no example" in refusal("--evaluate.task_files", str(tmp_path / "none.jsonl"))
     assert "missing.txt" in refusal("--evaluate.texts", str(tmp_path / "missing.txt"))
     cut = refusal("--evaluate.texts", str(tmp_path / "cut.txt.gz"))
     assert "only a part of the text would be scored" in cut
