@@ -102,6 +102,8 @@ class Checkout:
         sources = (self.folder / "src" / "pretrain").rglob("config.py")
         fields = re.findall(r"(?m)^    (\w+): ", "\n".join(p.read_text("utf-8") for p in sources))
         self.known = {*listed, *(f"data.source.{name}" for name in fields)}
+        trace_help = self.output("-m", "pretrain", "trace", "--help")
+        self.first_step = int("count from 1" in trace_help)
 
     def output(self, *words: str) -> str:
         how = {"env": self.environment, "cwd": self.scratch, "check": True}
@@ -131,6 +133,8 @@ class Checkout:
         words = [sys.executable, "-m", "pretrain"]
         for each in arguments:
             is_setting = re.fullmatch(r"--\w+\.\w+", each)
+            if words[-1] == "--step":
+                each = str(int(each) + self.first_step)
             words.append(f"--{self.spelled(each[2:])}" if is_setting else each)
         with open(folder / f"{log}.out", "wb") as out, open(folder / f"{log}.err", "wb") as err:
             return subprocess.Popen(
@@ -365,6 +369,20 @@ def recipes(judge: Judge) -> None:
         judge.compare_runs(recipe)
 
 
+def from_zero(value: Any, first_step: int) -> Any:
+    """Return the JSON of `trace` with steps counted from 0, of a checkout that counts otherwise."""
+    if isinstance(value, list):
+        return [from_zero(each, first_step) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: each - first_step
+        if key == "step" and isinstance(each, int)
+        else from_zero(each, first_step)
+        for key, each in value.items()
+    }
+
+
 def commands(judge: Judge) -> None:
     """Every command that reads a trained model."""
     judge.train("train.steps 30 model.tied_head true")
@@ -376,12 +394,17 @@ def commands(judge: Judge) -> None:
         "generate run --prompt The --max-tokens 24 --temperature 0",
         "generate run --prompt The --max-tokens 24 --seed 7 --n 2 --top-k 20 --top-p 0.9",
         "next run --prompt The --top 20",
-        "trace run --step 4",
+        "trace run --step 4",  # from 0; a checkout that counts from 1 is given 5
         "trace run --document doc-50",
     ]
     for words in asked:
         numbers_only = words.startswith(("evaluate", "compare"))
         outputs = judge.run(words)
+        if words.startswith("trace"):
+            outputs = [
+                from_zero(output, checkout.first_step)
+                for output, checkout in zip(outputs, judge.checkouts, strict=True)
+            ]
         read = (flat(o, METRIC_RENAMED, numbers_only=numbers_only) for o in outputs)
         judge.compare(words.replace(f"{text}/", "")[:44], *read)
     for form in ("hf", "gguf"):

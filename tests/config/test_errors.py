@@ -263,7 +263,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a source and no end": (
         ["endless.yaml"],
-        ["2 errors:", "missing.txt", "give train.steps or train.minutes"],
+        ["2 errors:", "missing.txt", "train.steps or train.minutes must be given"],
     ),
     "two sources": (["two.yaml"], ["2 errors:", "missing.txt", "lost.txt"]),
     "not YAML": (["broken.yaml"], ["broken.yaml is not valid YAML: "]),

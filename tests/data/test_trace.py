@@ -156,7 +156,7 @@ def test_impossible_requests_are_rejected(
         ([run, "--document", "nope"], "there is no document 'nope' here; ids are like 'd"),
         ([run, "--step", "0"], "--step must be 1 to 5 (got 0)\n"),
         ([run, "--step", "6"], "--step must be 1 to 5 (got 6)\n"),
-        ([str(tmp_path), "--step", "1"], "is no run directory"),
+        ([str(tmp_path), "--step", "1"], "is not a run directory: it has no config.yaml"),
     ):
         assert main(["trace", *args]) == 2
         assert message in capsys.readouterr().err

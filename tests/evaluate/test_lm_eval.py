@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.cli import harness, main
+import explain_lm_eval
+from pretrain.cli import harness
 from pretrain.cli.harness import HarnessModel
 from pretrain.corpus import read_documents
 from pretrain.evaluate.loglikelihood import rolling_pairs
@@ -197,7 +198,7 @@ def test_its_own_command_runs_a_local_task_and_the_two_agree(
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    evaluate = ["evaluate", str(folder), "--device", "cpu", "--task-file", str(file), "--json"]
+    task = ["--device", "cpu", "--task-file", str(file)]
     for model, more, differ in (
         ("hf", ",dtype=float32", 0),
         ("pretrain", "", 0),
@@ -212,8 +213,8 @@ def test_its_own_command_runs_a_local_task_and_the_two_agree(
         assert harness.main() == 0
         (samples,) = out.rglob("samples_mine_*.jsonl")
         capsys.readouterr()
-        assert main([*evaluate, "--explain", str(samples)]) == 0
-        explained = json.loads(capsys.readouterr().out)["tasks"][str(file)]["explained"]
+        assert explain_lm_eval.main([str(folder), str(samples), *task, "--json"]) == 0
+        explained = json.loads(capsys.readouterr().out)
         assert explained["examples"] == 6
         assert explained["causes"] == ({"start-of-text": differ} if differ else {})
         assert differ or explained["furthest_nats"] < 1e-3

@@ -13,14 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.cli import main
+from explain_lm_eval import HarnessComparison, compare_with_harness, main, read_samples
 from pretrain.cli.harness import HarnessModel
 from pretrain.evaluate.examples import Example
-from pretrain.evaluate.lm_eval_differences import (
-    HarnessComparison,
-    compare_with_harness,
-    read_samples,
-)
 from pretrain.evaluate.run_tasks import evaluate_task
 from pretrain.evaluate.tasks import Task, task_of_kind
 from pretrain.runner.open import LoadedModel, load_model
@@ -269,23 +264,25 @@ def test_the_command_line_explains_what_our_model_said_elsewhere(
     task = tmp_path / "mine.jsonl"
     record = {"query": CONTEXT, "choices": CHOICES, "gold": 1}
     task.write_text((json.dumps(record) + "\n") * 2, encoding="utf-8")
-    words = ["evaluate", str(folder), "--device", "cpu", "--task-file", str(task)]
+    words = ["--device", "cpu", "--task-file", str(task)]
     for start, differ in (("model", 0), ("never", 2)):
         there = HarnessModel(str(folder), device="cpu", start_of_text=start)
         said = there.loglikelihood([SimpleNamespace(args=texts) for texts in ASKED])
         samples = tmp_path / f"samples_{start}.jsonl"
         samples.write_text("\n".join(line(ASKED, [a for a, _ in said], n) for n in range(2)))
-        assert main([*words, "--explain", str(samples), "--json"]) == 0
+        assert main([str(folder), str(samples), *words, "--json"]) == 0
         out, err = capsys.readouterr()
-        found = json.loads(out)["tasks"][str(task)]["explained"]
+        found = json.loads(out)
         assert found["examples"] == 2
         assert found["causes"] == ({"start-of-text": 2} if differ else {})
         assert f"2 examples in both: {differ} differ" in err
         assert err.count(": start-of-text: no <|endoftext|> there\n") == differ
-    assert main([*words, str(task), "--tasks", "piqa", "--explain", str(samples)]) == 2
     written = tmp_path / "open.jsonl"
     written.write_text('{"context": "Q", "answers": ["A"]}\n', encoding="utf-8")
-    assert main([*words[:-1], str(written), "--explain", str(samples)]) == 2
-    assert "--explain is for one task without open answers" in capsys.readouterr().err
-    assert main([*words[:4], "--explain", str(samples)]) == 2
-    assert "--explain is for tasks" in capsys.readouterr().err
+    assert main([str(folder), str(samples), *words[:-1], str(written)]) == 2
+    expected = f"give one task without open answers (got {written} (answer))"
+    assert expected in capsys.readouterr().err
+    assert main([str(folder), str(samples), *words[:2]]) == 2
+    assert "give one task without open answers (got none)" in capsys.readouterr().err
+    assert main([str(folder), str(task), *words]) == 2
+    assert "must be a line that lm-evaluation-harness writes" in capsys.readouterr().err

@@ -184,15 +184,15 @@ def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: LoadedModel
 
 
 def test_what_cannot_be_scored_is_refused(model: LoadedModel) -> None:
-    for pair in (Pair((1, 2), 0), Pair((1, 2), 2)):
-        with pytest.raises(ValueError, match="ids are context"):
-            score_pairs(model.decoder, [pair], world=model.world)
-    with pytest.raises(ValueError, match="not a token of its own"):
+    for n_context in (0, 2):
+        with pytest.raises(ValueError, match=rf"\(got {n_context} of 2 ids as context\)"):
+            Pair((1, 2), n_context)
+    with pytest.raises(ValueError, match="must be at least one token of its own"):
         encode_pair(model.tokenizer, "of the", "")
     for stride in (0, CONTEXT + 1):
-        with pytest.raises(ValueError, match=f"legal: 1 to the context of {CONTEXT}"):
+        with pytest.raises(ValueError, match=f"stride must be 1 to {CONTEXT}, the context length"):
             score_pairs(model.decoder, [], world=model.world, stride=stride)
-        with pytest.raises(ValueError, match=f"legal: 1 to the context of {CONTEXT}"):
+        with pytest.raises(ValueError, match=f"stride must be 1 to {CONTEXT}, the context length"):
             score_texts(
                 LMLoss(model.decoder), model.tokenizer, ["a"], world=model.world, stride=stride
             )
@@ -220,13 +220,13 @@ def test_the_command_line_says_how_windows_are_cut(
         assert main([*words, *(["--stride", stride] if stride else [])]) == 0
         found[stride] = capsys.readouterr().out.splitlines()
     assert found[""] == found["32"]
-    assert "windows of 32 tokens that do not overlap, every token counted once" in found[""][0]
-    assert "each text from <|endoftext|> on, in fp32" in found[""][0]
-    assert "windows of 32 tokens that overlap by 24" in found["8"][0]
-    assert found["8"][1] != found[""][1]
+    assert "windows of 32 tokens that do not overlap, every token counted once" in found[""][1]
+    assert "each text from <|endoftext|> on, in fp32" in found[""][1]
+    assert "windows of 32 tokens that overlap by 24" in found["8"][1]
+    assert found["8"][2] != found[""][2]
     for wrong in ("0", "33"):
         assert main([*words, "--stride", wrong]) == 2
-    assert "legal: 1 to the context of 32" in capsys.readouterr().err
+    assert "stride must be 1 to 32, the context length (got 33)" in capsys.readouterr().err
 
 
 def test_where_a_text_begins_is_read_from_other_people_s_files(

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pages import Page, assert_harmless
 from pretrain.cli import main
 from pretrain.evaluate import Pair, TokenLoss, annotated_text, score_texts, token_losses
 from pretrain.generate import next_distribution
@@ -21,7 +22,6 @@ from pretrain.report import write_report
 from pretrain.report.heat_map import heat_map_page
 from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer import Tokenizer, load_tokenizer
-from test_report import Page, assert_harmless
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = "<script>alert(1)</script> \" onmouseover='x' & 東京 👩‍👩‍👧\n\tعربى e\u0301 "
@@ -74,7 +74,9 @@ def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: LoadedMode
 
 
 def test_a_pair_without_context_is_refused(model: LoadedModel) -> None:
-    with pytest.raises(ValueError, match="0 of 2 ids are context; legal: 1 up"):
+    with pytest.raises(
+        ValueError, match=r"at least 1 id of context and 1 of continuation \(got 0 of 2 ids"
+    ):
         token_losses(model.decoder, Pair((1, 2), 0), world=model.world)
 
 

@@ -183,8 +183,14 @@ def written_llama(folder: Path, seed: int) -> Path:
     [
         (["--model.n_layers", "3"], "would not fit: model.n_layers 2 -> 3"),
         (["--model.family", "gpt2"], "would not fit: model.family llama -> gpt2"),
-        (["--tokenizer.vocab_size", "300"], "do not go with train.init_from"),
-        (["--train.init_from", "missing"], "is neither a run nor a checkpoint"),
+        (
+            ["--tokenizer.vocab_size", "300"],
+            "tokenizer settings must not be given with train.init_from: its tokenizer is used",
+        ),
+        (
+            ["--train.init_from", "missing"],
+            "train.init_from must be a run or a checkpoint (got missing)",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_weights_are_refused(

@@ -221,9 +221,12 @@ def test_numbers_that_are_not_finite_are_null_in_a_certificate(
     ("text", "message"),
     [
         (None, "does not exist"),
-        ("", "holds no text to score"),
-        ("\n \n", "holds no text to score"),
-        ("中文字符", "has nothing of the text that is scored"),
+        ("", "has no text to score"),
+        ("\n \n", "has no text to score"),
+        (
+            "中文字符",
+            "this model's vocabulary has no token of the text; give another text with --text",
+        ),
     ],
 )
 def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_written(
@@ -260,7 +263,10 @@ def test_out_may_be_a_link_and_not_where_we_stand(
     for name in (".", "", str(tmp_path / "here")):
         for words in (["import", str(theirs)], ["export", str(theirs), "--format", "hf"]):
             assert main([*words, "--out", name]) == 2
-            assert "is the folder that this runs in" in capsys.readouterr().err
+            assert (
+                "is the current folder, which cannot be replaced; name a new folder"
+                in capsys.readouterr().err
+            )
     assert list(Path().iterdir()) == []
     # A name in the folder is as good as a path to it.
     assert main(["import", str(theirs), "--out", "model"]) == 0

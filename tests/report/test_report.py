@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from pages import Page, assert_harmless
 from pretrain.report import ReportConfig, read_run_files, require_packages, write_report
 from pretrain.report.chart import Series, downsample, line_chart
 from pretrain.report.run import Record
@@ -39,7 +39,6 @@ BASELINES = [
     {"name": "bigram", "nats_per_token": 4.94, "perplexity": 139.8, "bits_per_byte": 1.98},
     {"name": "xz", "nats_per_token": None, "perplexity": None, "bits_per_byte": 2.16, "note": "-9"},
 ]
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 def train_line(step: int, loss: object = None) -> str:
@@ -69,45 +68,6 @@ def make_run(folder: Path, *, metrics: str | None = None, is_finished: bool = Tr
     if is_finished:
         (folder / "summary.json").write_text(json.dumps(SUMMARY))
     return folder
-
-
-class Page(HTMLParser):
-    """Parses strictly: every tag is closed in order; collects tags, attributes and visible text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-        self.flat = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def assert_harmless(page: Page) -> None:
-    assert not {"script", "img", "iframe", "object", "embed", "link", "form"} & set(page.tags)
-    names = {name for name, _ in page.attributes}
-    assert not {name for name in names if name.startswith("on") or name in ("src", "href")}
-    assert not [value for name, value in page.attributes if "://" in value and name != "aria-label"]
-    style = page.source.partition("<style>")[2].partition("</style>")[0]
-    assert "url(" not in style
-    assert "@import" not in style
-    assert "default-src 'none'" in page.source
 
 
 def test_report_of_a_finished_run_is_one_offline_page(tmp_path: Path) -> None:

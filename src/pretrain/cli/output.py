@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-
-def plain(value: Any) -> Any:
-    """Return a value that JSON can represent: NaN and infinity become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return value
+from pretrain.fileio import nan_to_null
 
 
 class Output:
@@ -45,7 +35,7 @@ class Output:
         if self.json:
             # A terminal without UTF-8 gets escapes, which are valid JSON too.
             is_utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
-            print(json.dumps(plain(content), ensure_ascii=not is_utf8), flush=True)
+            print(json.dumps(nan_to_null(content), ensure_ascii=not is_utf8), flush=True)
 
     def fail(self, message: str, exit_code: int) -> None:
         print(f"pretrain: {message}", file=sys.stderr, flush=True)

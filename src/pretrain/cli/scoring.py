@@ -18,7 +18,6 @@ _OF_TASKS = {
     "metric": None,
     "limit": None,
     "answers": None,
-    "explain": None,
     "shots": 0,
     "start_of_text": "model",
 }

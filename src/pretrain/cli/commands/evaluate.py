@@ -7,7 +7,6 @@ pretrain evaluate RUN --text a.txt --heat-map a.html         which words surpris
 pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
 pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own: docs/how-to/tasks.md
 pretrain evaluate RUN --overlap            and what it has seen before, also in its report
-pretrain evaluate RUN --tasks piqa --explain samples_piqa.jsonl   why lm-evaluation-harness differs
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from pretrain.runner.text import cache_folder, text_of_run
 
 if TYPE_CHECKING:
     from pretrain.data import PreparedData
-    from pretrain.evaluate import EvalTask, Evaluation
-    from pretrain.evaluate.lm_eval_differences import Sample
+    from pretrain.evaluate import Evaluation
     from pretrain.runner.open import LoadedModel
 
 # A page of more tokens is too slow to look at.
@@ -49,18 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also which share of all this, and of what the model writes, is in its training text",
     )
-    parser.add_argument(
-        "--explain",
-        metavar="FILE",
-        help="show where and why lm-evaluation-harness differs: its samples_*.jsonl of the task "
-        "(--log_samples)",
-    )
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
     eval_tasks = scoring.read_eval_tasks(args)
     _check_files(args)
-    samples = _read_samples(args.explain, eval_tasks) if args.explain else None
     model = scoring.open_scored(args.model, device=args.device, start_of_text=args.start_of_text)
 
     from pretrain.evaluate import evaluate
@@ -81,8 +72,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
         stride=args.stride,
         log=output.log,
     )
-    if samples is not None:
-        _explain(model, evaluation, samples, output)
     if args.answers:
         _write_answers(Path(args.answers), evaluation)
     if args.heat_map:
@@ -148,38 +137,6 @@ def _draw_heat_map(model: LoadedModel, args: argparse.Namespace, output: Output)
     page = heat_map_page(annotated, model=str(model.path), note=note)
     Path(args.heat_map).write_text(page, encoding="utf-8", newline="\n")
     output.log(f"{args.heat_map}: {n_tokens:,} tokens, by their nats")
-
-
-def _read_samples(name: str, eval_tasks: list[EvalTask]) -> dict[int, Sample]:
-    from pretrain.evaluate.lm_eval_differences import read_samples
-    from pretrain.evaluate.task_files import read_task_file
-
-    if len(eval_tasks) != 1 or eval_tasks[0].task.kind == "answer":
-        kinds = ", ".join(f"{each.task.name} ({each.task.kind})" for each in eval_tasks)
-        raise ValueError(f"--explain is for one task without open answers (got {kinds})")
-    return read_samples(read_task_file(Path(name)), file=name)
-
-
-def _explain(
-    model: LoadedModel, evaluation: Evaluation, samples: dict[int, Sample], output: Output
-) -> None:
-    """Find where and why lm-evaluation-harness differs."""
-    from pretrain.evaluate.lm_eval_differences import compare_with_harness
-
-    ((eval_task, results),) = evaluation.results
-    comparison = compare_with_harness(
-        model.decoder,
-        model.tokenizer,
-        eval_task.task,
-        eval_task.examples,
-        results,
-        samples,
-        world=model.world,
-        precision=model.precision,
-    )
-    for line in comparison.lines():
-        output.log(line)
-    evaluation.tasks[eval_task.task.name]["explained"] = comparison.to_json()
 
 
 def _overlap(

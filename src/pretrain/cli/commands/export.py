@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.options import add_model, add_out
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
-from pretrain.cli.output import Output, plain
-from pretrain.fileio import move_into_place
+from pretrain.cli.output import Output
+from pretrain.fileio import move_into_place, nan_to_null
 from pretrain.runner.open import LoadedModel
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     with work_folder(out) as work:
         exported = _write(model, work, args.format, args.type)
         report = _verify(model, exported, text, output)
-        content = json.dumps(plain(report), indent=2, allow_nan=False)
+        content = json.dumps(nan_to_null(report), indent=2, allow_nan=False)
         (work / FILE_NAME).write_text(content + "\n", encoding="utf-8")
         verdict, where = report["verdict"], args.out
         if verdict == DISAGREES:  # kept for inspection

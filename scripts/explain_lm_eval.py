@@ -1,5 +1,7 @@
 """Why lm-evaluation-harness gives other results on the same examples.
 
+python scripts/explain_lm_eval.py MODEL SAMPLES --task-file FILE     or --tasks NAME --task-data DIR
+
 Input are our results, and the samples that the harness logged (`--log_samples`, a samples_*.jsonl).
 The model is scored again in every way in which programs are known to differ, one after the other;
 the first way that reproduces the logged numbers is the cause. A difference that no way reproduces
@@ -8,17 +10,23 @@ is "not explained". Generated answers have no likelihoods and are rejected.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pretrain.cli import scoring
+from pretrain.cli.output import Output
 from pretrain.distributed import World
 from pretrain.evaluate.examples import Example
 from pretrain.evaluate.loglikelihood import Pair, encode_pair, rolling_pairs, score_pairs
-from pretrain.evaluate.run_tasks import TaskResults
+from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
+from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import Task
 from pretrain.model import Decoder
 from pretrain.tokenizer import Tokenizer
@@ -454,3 +462,45 @@ def _token_difference(tokenizer: Tokenizer, way: _Way, case: _Case) -> str:
         if there != here:
             return f"{there} there, {here} here"
     return "those of the context differ"
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score the task with a model, and print where and why the harness' samples differ."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="as for pretrain evaluate")
+    parser.add_argument("samples", metavar="SAMPLES", type=Path, help="samples_*.jsonl of the task")
+    scoring.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(arguments)
+    output = Output(json=args.json)
+    try:
+        eval_tasks = scoring.read_eval_tasks(args)
+        if len(eval_tasks) != 1 or eval_tasks[0].task.kind == "answer":
+            kinds = ", ".join(f"{each.task.name} ({each.task.kind})" for each in eval_tasks)
+            raise ValueError(f"give one task without open answers (got {kinds or 'none'})")
+        samples = read_samples(read_task_file(args.samples), file=str(args.samples))
+        model = scoring.open_scored(
+            args.model, device=args.device, start_of_text=args.start_of_text
+        )
+    except ValueError as error:
+        output.fail(str(error), 2)
+        return 2
+    ((task, examples),) = ((each.task, each.examples) for each in eval_tasks)
+    how: dict[str, Any] = {"world": model.world, "precision": model.precision}
+    results = evaluate_task(model.decoder, model.tokenizer, task, examples, **how)
+    comparison = compare_with_harness(
+        model.decoder, model.tokenizer, task, examples, results, samples, **how
+    )
+    for line in comparison.lines():
+        output.log(line)
+    output.result(comparison.to_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
