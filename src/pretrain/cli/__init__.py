@@ -31,17 +31,17 @@ COMMANDS = {
     "prepare": "turn text into a prepared folder of token ids",
     "demonstrate": "write a corpus that demonstrates tasks, from articles and translations",
     "tokenizer": "train or inspect a tokenizer, encode, decode",
-    "evaluate": "nats, perplexity and bits per byte of a model on text, and tasks",
-    "compare": "differences of models on the same texts or tasks, with interval and p-value",
-    "ask": "the model's answer to a task, such as a translation or a summary",
+    "evaluate": "score a model on text (nats, perplexity, bits per byte) and on tasks",
+    "compare": "compare models on the same texts or tasks, with interval and p-value",
+    "ask": "answer a task with a model, such as a translation or a summary",
     "generate": "continue a prompt",
-    "next": "the distribution over the next token",
+    "next": "show the distribution over the next token",
     "export": "write a model for transformers or llama.cpp, and verify the files",
     "import": "read a model of transformers, llama.cpp or llama2.c",
     "verify": "verify that a resume of a run equals an uninterrupted run",
-    "doctor": "check this machine in a minute: repeat, resume, compile, save",
+    "doctor": "check in a minute that this machine repeats, resumes, compiles and saves",
     "report": "write a run's report.html",
-    "trace": "the documents that a step read, and the steps that read a document",
+    "trace": "list the documents that a step read, or the steps that read a document",
 }
 _URL = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # Arguments that are text for a model or names of documents, not paths.

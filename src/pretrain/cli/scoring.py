@@ -41,21 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task-data", metavar="DIR", help=f"folder with the tasks' files [${TASKS_VARIABLE}]"
     )
     parser.add_argument(
-        "--task-file", nargs="+", metavar="FILE", help="your own, as docs/how-to/tasks.md says"
+        "--task-file", nargs="+", metavar="FILE", help="your own tasks: docs/how-to/tasks.md"
     )
-    parser.add_argument("--metric", metavar="M", help="what the tasks are judged by [their own]")
+    parser.add_argument("--metric", metavar="M", help="metric of the tasks [each task's own]")
     parser.add_argument(
-        "--shots", type=int, default=0, metavar="K", help="solved examples before each [0]"
+        "--shots", type=int, default=0, metavar="K", help="solved examples before each question [0]"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N examples of each [all]")
     parser.add_argument(
-        "--seed", type=int, default=1, metavar="S", help="of shots and resampling [1]"
+        "--limit", type=int, metavar="N", help="first N examples of each task [all]"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="S", help="seed of shots and of resampling [1]"
     )
     parser.add_argument(
         "--start-of-text",
         choices=STARTS,
         default="model",
-        help="whether one stands before a context [model: as the model's texts begin]",
+        help="put a start-of-text token before a context [model: its own setting]",
     )
     add_device(parser)
 

@@ -23,7 +23,8 @@ class SourceConfig(Checked):
     weight: Annotated[float | None, Range(gt=0)] = None
     """share of the samples, relative to the weights of its stage"""
     epochs: Annotated[float | None, Range(gt=0)] = None
-    """how many times it is read, instead of a weight: its share is that many times its tokens"""
+    """number of times that it is read, instead of a weight: its share is that number times its
+    tokens"""
     stage: Annotated[float, Range(0, lt=1)] = 0.0
     """fraction of the run after which its stage begins; a stage lasts until the next one begins,
     and only its own sources are read in it"""
@@ -46,7 +47,8 @@ class DataConfig(Checked):
     """a file, folder or pattern of text, HTML, JSON, CSV, Parquet or WARC, plain or compressed; a
     prepared folder; "bundled"; or a list of {path, weight or epochs, stage}"""
     exhausted: Literal["repeat", "error"] = "repeat"
-    """what happens when the run needs more of a source of a list than there is"""
+    """what to do when a run needs more than one epoch of a source in a list: read it again, or
+    stop"""
     text_field: Annotated[str | None, Matching(NON_EMPTY, "the name of a field")] = None
     """field of JSON, CSV and Parquet records that contains the text; empty: detected from the first
     records"""

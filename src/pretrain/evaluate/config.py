@@ -22,14 +22,14 @@ class EvaluateConfig(Checked):
     tasks: tuple[str, ...] = ()
     """tasks of the table in docs/how-to/tasks.md to evaluate during training"""
     task_data: str | None = None
-    """folder with the files of those tasks; empty: the environment's PRETRAIN_TASKS"""
+    """folder with the files of those tasks; empty: the environment variable PRETRAIN_TASKS"""
     task_files: tuple[str, ...] = ()
     """files with tasks of your own, in the format of docs/how-to/tasks.md"""
     texts: tuple[str, ...] = ()
     """files of text whose bits per byte are measured during training"""
     examples: Annotated[int, Range(1, 10**10)] = 200
-    """number of examples of each task, from its start; of a text, number of chunks of at most 2,000
-    characters"""
+    """number of examples of each task, from its start; for a text, number of chunks of at most
+    2,000 characters"""
     every: Annotated[int | None, Range(1, 10**10)] = None
     """steps between these evaluations; empty: the multiple of train.evaluate_every that costs less
     than 3 % of the run's time, measured once at the start"""

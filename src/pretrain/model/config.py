@@ -45,8 +45,8 @@ class ModelConfig(Checked):
     preset: str | None = None
     """published sizes by name (gpt2-124m, llama3-8b, ...); your own values replace them"""
     size: Annotated[int | None, _SIZE] = None
-    """sets all sizes of the family fast: its number of layers; it has one more head than layers,
-    each 64 wide. Your own n_layers, n_heads and d_model replace them"""
+    """number of layers of the family fast, from which its other sizes follow: one more head than
+    layers, each 64 wide. Your own n_layers, n_heads and d_model replace them"""
     n_layers: Annotated[int, Range(1, 10_000)] = 4
     """number of blocks"""
     n_heads: Annotated[int, _WIDTH] = 4
@@ -59,8 +59,8 @@ class ModelConfig(Checked):
     """width of the feed-forward layer; empty: 4 d_model, for swiglu 8/3 d_model rounded up to a
     multiple of 32"""
     context_length: Annotated[int | None, _CONTEXT] = None
-    """number of previous ids that a prediction depends on (T); empty: 128, in the family fast 128
-    times the largest power of 2 in size, less for a tiny text"""
+    """number of previous ids that a prediction depends on (T); empty: 128; for the family fast 128
+    times the largest power of 2 in size; less for a tiny text"""
     dropout: Annotated[float, Range(0, lt=1)] = 0.0
     """fraction of activations set to zero in training: of embeddings, attention and residual
     branches"""
@@ -72,7 +72,7 @@ class ModelConfig(Checked):
     """before: normalise the input of each branch, and the last block's output; after: normalise the
     sum of residual stream and branch"""
     norm_epsilon: Annotated[float, Range(gt=0)] = 1e-5
-    """added under the square root of a norm"""
+    """constant added under the square root of a norm, against division by zero"""
     position: Position = "rotary"
     """position encoding: learned or sinusoidal (added to the embedding), or rotary (queries and
     keys are rotated)"""
@@ -81,7 +81,7 @@ class ModelConfig(Checked):
     rope_factor: Annotated[float, Range(gt=0)] = 1.0
     """factor by which the longest rotary wavelengths are scaled (Llama 3.1: 8); 1: not scaled"""
     rope_original_context: Annotated[int, _CONTEXT] = 8192
-    """context length before that scaling"""
+    """context length before the scaling by rope_factor"""
     rope_low_factor: Annotated[float, Range(gt=0)] = 1.0
     """wavelengths above rope_original_context / rope_low_factor are scaled by the full factor"""
     rope_high_factor: Annotated[float, Range(gt=0)] = 4.0
@@ -96,10 +96,10 @@ class ModelConfig(Checked):
     embedding_norm: bool = False
     """normalise embeddings before the first block"""
     ngram_rows: Annotated[int, Range(0, 1 << 40)] = 0
-    """rows of each hashed table of n-gram embeddings, for each head's part of them; 0: no tables"""
+    """rows of each hashed n-gram table, for each head's part of the embedding; 0: no tables"""
     longest_ngram: Annotated[int | None, Range(1, LONGEST_NGRAM)] = None
-    """there is a table for each n-gram length from 2 to this; empty: 3, and 6 for a vocabulary of
-    single characters or bytes"""
+    """longest n-gram with a table; there is one for each length from 2 to this; empty: 3, and 6 for
+    a vocabulary of single characters or bytes"""
     induction: Annotated[int, Range(0, LONGEST_NGRAM)] = 0
     """for each n-gram length from 1 to this, add an embedding of the id that followed the last
     occurrence of the same n-gram in the window; 0: none"""
@@ -109,8 +109,8 @@ class ModelConfig(Checked):
     tied_head: bool = False
     """share the token embedding's weights with the output head"""
     initialization: Initialization = "normal"
-    """initial weights: normal, N(0, 0.02); scaled, the same with residual branches divided by the
-    root of their number; zero, the same with branches of 0; xavier"""
+    """initial weights: normal, N(0, 0.02); scaled, normal with residual branches divided by the
+    root of their number; zero, normal with residual branches of 0; xavier"""
 
     def conflicts(self) -> Iterator[FieldError]:
         d, heads, kv_heads = self.d_model, self.n_heads, self.kv_heads

@@ -30,11 +30,11 @@ class OptimizerConfig(Checked):
     head_lr_mult: Annotated[float, Range(0)] = 1.0
     """with muon, learning rate of the output head as a multiple of learning_rate"""
     base_width: Annotated[int | None, Range(1, 1 << 20)] = None
-    """width (model.d_model) at which these learning rates were tuned: at another width those of the
-    head and hidden matrices are scaled, so that the best ones stay the best; empty: never scaled"""
+    """width (model.d_model) at which these learning rates were tuned: at another width those of
+    head and hidden matrices are scaled, so that they stay optimal; empty: never scaled"""
     base_batch_tokens: Annotated[int | None, Range(1, 1 << 30)] = None
-    """train.batch_tokens at which these learning rates were tuned: they are scaled by the root of
-    the ratio for another batch; empty: never scaled"""
+    """train.batch_tokens at which these learning rates were tuned: for another batch size they are
+    scaled by the root of the ratio; empty: never scaled"""
     momentum: Annotated[float, Range(0, lt=1)] = 0.95
     """muon's decay rate of the mean gradient"""
     weight_decay: Annotated[float, Range(0)] = 0.1
@@ -114,17 +114,17 @@ class ScheduleConfig(Checked):
     warmup_steps: Annotated[int | None, _STEPS] = None
     """steps in which the learning rate rises from 0; empty: 2 percent of the steps, at least 10"""
     decay_fraction: Annotated[float, _FRACTION] = 0.6
-    """fraction of all steps in which wsd falls"""
+    """fraction of all steps in which the learning rate of wsd falls"""
     final_fraction: Annotated[float, _FRACTION] = 0.0
-    """fraction of the peak learning rate after the last step (cosine, linear, wsd)"""
+    """learning rate after the last step, as a fraction of the peak (cosine, linear, wsd)"""
     origin_step: Annotated[int, _STEPS] = 0
     """written by extend and anneal: the step at which the shape begins"""
     start_fraction: Annotated[float, Range(0)] = 0.0
-    """written by extend and anneal: the fraction of the peak from which it begins"""
+    """written by extend and anneal: the fraction of the peak at which the shape begins"""
     anneal: bool = False
-    """written by anneal: fall linearly from there to final_fraction, whatever the name"""
+    """written by anneal: fall linearly from start_fraction to final_fraction, whatever the name"""
     history: tuple[ScheduleSegment, ...] = ()
-    """written by extend, anneal and --accept: the schedules of the steps before, oldest first"""
+    """written by extend, anneal and --accept: the schedules of the earlier steps, oldest first"""
 
     def conflicts(self) -> Iterator[FieldError]:
         ends = [segment.until_step for segment in self.history]

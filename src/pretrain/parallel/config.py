@@ -24,25 +24,25 @@ class ParallelConfig(Checked):
     processes: Annotated[int, _SIZE] = 1
     """processes to start on this machine; under torchrun, the number that it has started"""
     data: Annotated[int | None, _SIZE] = None
-    """copies of the model, each with its own rows of a batch (data parallel); empty: all processes
-    that the other axes leave"""
+    """copies of the model, each with its own rows of a batch (data parallel); empty: the number of
+    processes divided by the other axes"""
     shard: Annotated[int, _SIZE] = 1
     """processes over which the weights of one copy are sharded, each with its own rows (FSDP)"""
     tensor: Annotated[int, _SIZE] = 1
     """processes over which heads, feed-forward columns and vocabulary are sharded, with the same
     rows (tensor parallel)"""
     context: Annotated[int, _SIZE] = 1
-    """processes over which each window is split; weights are sharded over them too (context
-    parallel)"""
+    """processes over which each window is split; the weights are sharded over these processes too
+    (context parallel)"""
     pipeline: Annotated[int, _SIZE] = 1
-    """processes with some layers each, between which micro-batches are passed on (pipeline
+    """processes that each have some of the layers and pass micro-batches on (pipeline
     parallel)"""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """recompute activations in the backward pass instead of storing them: none, all of a block
-    (full), or all but the results of matrix products and attention (selective)"""
+    """activations that are recomputed in the backward pass, not stored: none; all of a block
+    (full); or all but the results of matrix products and attention (selective)"""
     elastic: bool = False
-    """sum gradients in an order that does not depend on the number of processes, so that a run is
-    the same bit for bit with any number (data axis only)"""
+    """sum gradients in an order that does not depend on the number of processes, so that a run has
+    the same bits with any number of processes (data axis only)"""
     timeout_seconds: Annotated[float, Range(gt=0, le=1 << 20)] = 600.0
     """time to wait for a process that does not answer before it is reported and the run ends"""
 

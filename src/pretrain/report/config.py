@@ -20,8 +20,8 @@ class ReportConfig(Checked):
     section = "report"
 
     to: tuple[Annotated[str, _TRACKER], ...] = ()
-    """trackers that copy metrics.jsonl in a process of their own: tensorboard, wandb; the run's own
-    report.html is always written"""
+    """trackers that get a copy of metrics.jsonl, each in a separate process: tensorboard, wandb;
+    the run's own report.html is always written"""
 
 
 def require_packages(to: Iterable[str]) -> None:

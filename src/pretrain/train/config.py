@@ -29,8 +29,8 @@ class TrainConfig(Checked):
     batch_tokens: Annotated[int | None, _COUNT] = None
     """targets in one update, over all processes; empty: 8,192, rounded to full windows"""
     micro_batch_rows: Annotated[int | None, _COUNT] = None
-    """windows in one forward and backward pass; empty: chosen for the device; never changes a
-    result"""
+    """windows in one forward and backward pass; empty: chosen for the device; changes no result
+    beyond rounding"""
     evaluate_every: Annotated[int | None, _COUNT] = None
     """steps between evaluations on held-out text; empty: a tenth of the run"""
     evaluate_tokens: Annotated[int, _COUNT] = 16_384
@@ -42,7 +42,8 @@ class TrainConfig(Checked):
     """number of newest checkpoints to keep, besides the best by validation; at least 2, so that one
     is left when a disk damages the other"""
     keep_every: Annotated[int | None, _COUNT] = None
-    """keep the checkpoints of multiples of this step for good; empty: only the newest and best"""
+    """never delete the checkpoints of multiples of this step; empty: keep only the newest and
+    best"""
     patience: Annotated[int | None, _COUNT] = None
     """stop after this number of evaluations in a row without a new best; empty: never"""
     seed: Annotated[int, Range(0, lt=1 << 63)] = 1
@@ -53,22 +54,24 @@ class TrainConfig(Checked):
     """number format of matrix products; auto chooses bf16 on a GPU that supports it, and on a CPU
     that supports it if train.minutes is given instead of steps, else fp32"""
     compile: Compile = "auto"
-    """compile decoder and loss with torch.compile; auto does so on cuda, where the warm-up pays"""
+    """compile decoder and loss with torch.compile; auto does so on cuda only, where it saves more
+    time than it takes"""
     deterministic: bool = False
     """reject GPU kernels whose result varies from run to run (CPU runs never use any)"""
     label_smoothing: Annotated[float, Range(0, lt=1)] = 0.0
     """fraction of each target's probability that is spread over the vocabulary (Vaswani et al.,
     2017: 0.1)"""
     z_loss: Annotated[float, Range(0)] = 0.0
-    """weight of the squared log of the softmax's sum in the loss, which keeps logits near 0
+    """weight in the loss of the squared log of the softmax denominator, which keeps logits near 0
     ("PaLM", Chowdhery et al., 2022: 1e-4); never part of reported nats"""
     spike_action: SpikeAction = "warn"
-    """what to do when the loss jumps: off, warn, skip (the update), or rollback (to the last
-    checkpoint that was due, skipping the data since)"""
+    """what to do when the loss jumps: off (nothing), warn, skip (the update), or rollback (to the
+    last scheduled checkpoint, and skip the data after it)"""
     spike_threshold: Annotated[float, Range(gt=0)] = 6.0
-    """standard deviations above the trend of the last 64 steps from which a loss is a jump"""
+    """a loss is a jump if it is this number of standard deviations above the trend of the last 64
+    steps"""
     init_from: str | None = None
-    """MODEL whose weights training starts from; its architecture and tokenizer are used"""
+    """MODEL from whose weights training starts; its architecture and tokenizer are used"""
     threads: Annotated[int | None, Range(1, 4096)] = None
     """CPU threads of each process; empty: one for each core"""
 

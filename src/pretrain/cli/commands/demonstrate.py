@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--translations",
         metavar="DIR",
-        help="sentences, a line each, as NAME.train.en, .fr, .de and NAME.test.en, ...",
+        help="folder of files NAME.train.en, .fr, .de and NAME.test.en, ...: one sentence a line",
     )
     parser.add_argument("--out", default=DEFAULT, metavar="DIR", help=f"new folder [{DEFAULT}]")
 

@@ -3,10 +3,10 @@
 pretrain evaluate RUN                      the run's own held-out text, whole
 pretrain evaluate RUN --text a.txt b.txt   your own files, each by itself
 pretrain evaluate RUN --stride 64          windows that overlap: more context for each token
-pretrain evaluate RUN --text a.txt --heat-map a.html         which words surprise the model
+pretrain evaluate RUN --text a.txt --heat-map a.html         which words have high nats
 pretrain evaluate RUN --tasks lambada,piqa --task-data DIR   tasks of the papers
 pretrain evaluate RUN --task-file mine.jsonl --shots 2       your own: docs/how-to/tasks.md
-pretrain evaluate RUN --overlap            and what it has seen before, also in its report
+pretrain evaluate RUN --overlap            overlap with its training text, also in its report
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     scoring.add_arguments(parser)
     parser.add_argument(
-        "--answers", metavar="FILE", help="write the answer to each example, a JSON line each"
+        "--answers", metavar="FILE", help="write the answers, one JSON line for each example"
     )
     parser.add_argument(
-        "--heat-map", metavar="FILE", help="draw the texts as HTML, each token by its nats"
+        "--heat-map", metavar="FILE", help="write the texts as HTML, tokens coloured by their nats"
     )
     parser.add_argument(
         "--overlap",
         action="store_true",
-        help="also which share of all this, and of what the model writes, is in its training text",
+        help="also measure the share of these texts, and of generated text, that the training text "
+        "contains",
     )
 
 

@@ -42,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number format; bf16 for hf only, q8_0 for gguf only [f32]",
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="text whose perplexity is compared [of the bundled corpus]"
+        "--text", metavar="FILE", help="text to compare perplexity on [bundled corpus]"
     )
     parser.add_argument(
-        "--unverified", action="store_true", help="exit 0 where no other library can check"
+        "--unverified",
+        action="store_true",
+        help="exit with 0 if the library that verifies is missing",
     )
 
 

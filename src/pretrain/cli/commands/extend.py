@@ -30,10 +30,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
 def add_run_arguments(parser: argparse.ArgumentParser, *, command: str, settings: str) -> None:
     """Add the arguments of extend and of anneal."""
     parser.usage = f"pretrain {command} RUN --train.steps N [--SECTION.KEY VALUE ...] [options]"
-    parser.add_argument("run", metavar="RUN", help="a finished run; it is continued in place")
+    parser.add_argument("run", metavar="RUN", help="a finished run; new steps are added to it")
     parser.set_defaults(target=None)
     add_accept(parser)
     parser.epilog = (
         f"settings: --train.steps N, the new total; {settings}; train.evaluate_every, save_every, "
-        "keep_checkpoints and patience. They are for the added steps; the rest stays."
+        "keep_checkpoints and patience. They apply to the added steps; the others do not change."
     )

@@ -14,9 +14,11 @@ from pretrain.cli.output import Output
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_prompt(parser, "text to continue [none]")
-    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="[200]")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0 is greedy [0.8]"
+        "--max-tokens", type=int, default=200, metavar="N", help="length limit [200]"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: greedy decoding [0.8]"
     )
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="sample from the K most probable tokens"
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="sample from the most probable tokens whose probabilities add up to P",
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="[1]")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of sampling [1]")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="number of completions [1]")
     add_device(parser)
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="llama2.c: the model's tokenizer, if not in the same folder",
+        help="for llama2.c: the model's tokenizer, if it is in another folder",
     )
 
 

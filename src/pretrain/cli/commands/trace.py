@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     question = parser.add_mutually_exclusive_group(required=True)
-    question.add_argument("--step", type=int, metavar="N", help="the step, made or still to come")
+    question.add_argument("--step", type=int, metavar="N", help="a step, past or future")
     question.add_argument(
         "--document", metavar="ID", help="the id of a document, or the file that it came from"
     )

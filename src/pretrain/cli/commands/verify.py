@@ -2,10 +2,10 @@
 
 pretrain verify runs/english-1
 
-The run's own settings are trained for 2 K steps without interruption; and again, killed by SIGKILL
-between K and 2 K, and resumed from the checkpoint. Batches, losses, weights, optimizer state,
-evaluations and samples are compared. A third run, in float32, has another micro-batch size.
-RUN/verification.json gets the verdict.
+One run trains 2 K steps with the settings of RUN without interruption. A second run is killed by
+SIGKILL between steps K and 2 K, and resumed from the checkpoint. Batches, losses, weights,
+optimizer state, evaluations and samples are compared. A third run, in float32, has another
+micro-batch size. The verdict is written to RUN/verification.json.
 """
 
 from __future__ import annotations
