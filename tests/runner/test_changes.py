@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import main
 from pretrain.run.identity import differences, read_records
 from pretrain.runner import checks, start
+from pretrain.runner.checks import read_run_config
+from pretrain.runner.previous import load_previous, settings_of
 from runs import assert_same_run, stop_after
 
 Capture = pytest.CaptureFixture[str]
@@ -177,6 +180,21 @@ def test_setting_that_only_one_version_has_is_not_a_change() -> None:
     changes = differences({"a.b": 1, "code": "x"}, {"a.c": 2, "code": "y", "first weights": "z"})
     assert [change.name for change in changes] == ["code", "first weights"]
     assert changes[1].word == "first-weights"
+
+
+@pytest.mark.parametrize(("z_loss", "n_changes"), [(0.0, 0), (1e-4, 1)])
+def test_setting_that_is_newer_than_the_run_is_compared_with_its_default(
+    stopped: Path, z_loss: float, n_changes: int
+) -> None:
+    stored = read_run_config(stopped)
+    settings = settings_of(stored)
+    assert settings.pop("train.z_loss") == 0  # as if the run were older than the field
+    previous = load_previous(
+        stopped, stored, None, started_with={"settings": settings}, command="resume"
+    )
+    requested = replace(stored, train=replace(stored.train, z_loss=z_loss))
+    changes = differences(previous.values, settings_of(requested))
+    assert len(changes) == n_changes, changes
 
 
 def test_resume_makes_the_listed_checks_in_their_order(

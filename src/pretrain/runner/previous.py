@@ -136,7 +136,9 @@ def load_previous(
         for name, (_, hash_) in checkpoint.state["records"].items():
             values[_log_name(name)] = hash_
     settings = values.pop("settings", None) or settings_of(stored)
-    values = with_records({**values, **settings}, records, step=step)
+    # A setting that is newer than the run had the effect of its default there.
+    defaults = settings_of(RunConfig(parallel=stored.parallel))
+    values = with_records({**defaults, **values, **settings}, records, step=step)
     return Previous(folder, stored, checkpoint, records, values)
 
 
