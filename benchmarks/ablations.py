@@ -81,8 +81,9 @@ class Arm:
 
         from pretrain.config import compose, parse_overrides
         from pretrain.distributed import open_world
-        from pretrain.model import LMLoss, build
-        from pretrain.optim import build_optimizer
+        from pretrain.model.decoder import build
+        from pretrain.model.loss import LMLoss
+        from pretrain.optim.param_groups import build_optimizer
         from pretrain.runner.request import read_target
         from pretrain.runner.text import prepared_text
         from pretrain.train.build import training_batches
@@ -114,7 +115,7 @@ class Arm:
         self.batches = training_batches(self.config, self.data)
 
     def step(self, step: int) -> None:
-        from pretrain.optim import lr_at
+        from pretrain.optim.schedule import lr_at
         from pretrain.train.step import train_step
 
         peak = self.config.optimizer.learning_rate
@@ -133,7 +134,7 @@ class Arm:
 
     def _growing(self, step: int) -> Iterable[Any]:
         """Half as many rows at first and half as many again at the end, as many in all."""
-        from pretrain.data import micro_batch_at
+        from pretrain.data.batches import micro_batch_at
 
         rows = self.batches.batch_size
         third = self.steps // 3
@@ -160,8 +161,8 @@ class Arm:
         """Make all steps from `first` on, and score the whole held-out text."""
         import torch
 
-        from pretrain.data import evaluation_batches
-        from pretrain.evaluate import byte_lengths, score
+        from pretrain.data.batches import evaluation_batches
+        from pretrain.evaluate.loss import byte_lengths, score
 
         for step in range(first, self.steps):
             self.step(step)

@@ -82,8 +82,10 @@ def pretrain(shape: Shape) -> Step:
 
     from pretrain.data.batches import MicroBatch
     from pretrain.distributed import open_world
-    from pretrain.model import LMLoss, build
-    from pretrain.optim import OptimizerConfig, build_optimizer
+    from pretrain.model.decoder import build
+    from pretrain.model.loss import LMLoss
+    from pretrain.optim.config import OptimizerConfig
+    from pretrain.optim.param_groups import build_optimizer
     from pretrain.train.resolve import fit_micro_batch
     from pretrain.train.step import train_step
 

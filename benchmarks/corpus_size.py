@@ -27,9 +27,10 @@ from asked import Asked
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
-from pretrain.corpus import read_documents
-from pretrain.data import MicroBatch, open_prepared, prepare
-from pretrain.data.format import is_prepared
+from pretrain.corpus.reading import read_documents
+from pretrain.data.batches import MicroBatch
+from pretrain.data.format import is_prepared, open_prepared
+from pretrain.data.preparation import prepare
 from pretrain.distributed import open_world, usable_cores
 from pretrain.runner.request import read_target
 from pretrain.train.build import training_batches, trial_steps

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint import BackgroundSaver
+from pretrain.checkpoint.save import BackgroundSaver
 from pretrain.config import compose
 from pretrain.distributed import open_world
-from pretrain.model import LMLoss, build
-from pretrain.optim import build_optimizer
-from pretrain.optim.param_groups import optimizer_state
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
+from pretrain.optim.param_groups import build_optimizer, optimizer_state
 from pretrain.run.log import RunLog
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
@@ -93,7 +93,7 @@ def main() -> None:
 
         def bare(number: int) -> list[Any]:
             """The same micro-batches without their checksum."""
-            from pretrain.data import micro_batch_at
+            from pretrain.data.batches import micro_batch_at
 
             rows, first = batches.micro_batch_rows, number * batches.batch_size
             found = []

@@ -24,9 +24,10 @@ Generate = Callable[[], int]
 
 
 def ours(n: int) -> Generate:
-    from pretrain.generate import Sampling, generate_ids, pack_weights
-    from pretrain.model import ModelConfig, build
-    from pretrain.model.config import model_defaults
+    from pretrain.generate.packing import pack_weights
+    from pretrain.generate.sampling import Sampling, generate_ids
+    from pretrain.model.config import ModelConfig, model_defaults
+    from pretrain.model.decoder import build
 
     sizes = {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": CONTEXT}
     config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 
 from pretrain.corpus.overlap import corpus_ngram_filter, longest_matches
-from pretrain.data import open_prepared
+from pretrain.data.format import open_prepared
 from pretrain.evaluate.documents import document_texts
 
 N_TEXTS, TEXT_CHARACTERS = 96, 600  # about what `evaluate --overlap` looks for

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.corpus import read_documents
 from pretrain.corpus.duplicates import band_hashes
 from pretrain.corpus.filters import apply_filters, language_of
-from pretrain.tokenizer import load_tokenizer, train_tokenizer
+from pretrain.corpus.reading import read_documents
 from pretrain.tokenizer.byte_level import symbol_bytes
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 
 
 def main() -> None:

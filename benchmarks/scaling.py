@@ -45,7 +45,8 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from pretrain.distributed import leave_world, open_world
-    from pretrain.parallel import ParallelConfig, layout
+    from pretrain.parallel import layout
+    from pretrain.parallel.config import ParallelConfig
     from pretrain.train.build import trial_steps
     from pretrain.train.resolve import resolve
 

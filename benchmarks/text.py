@@ -32,7 +32,7 @@ import numpy as np
 from rows import OURS
 from text_settings import PROBE, SETTINGS, compiles, words_of
 
-from pretrain.data import open_prepared
+from pretrain.data.format import open_prepared
 
 PEERS = Path(__file__).resolve().parent / "peers.py"
 # Share of the clock that is planned for: what else a machine does makes a run longer.

@@ -20,7 +20,7 @@ from pathlib import Path
 from asked import Asked
 from rows import OURS, Row, rows_of, table
 
-from pretrain.data import prepare
+from pretrain.data.preparation import prepare
 from pretrain.distributed import SPINS, usable_cores
 
 SERVER = str(Path(__file__).with_name("corpus_size.py"))

@@ -28,8 +28,8 @@ from pretrain.evaluate.loglikelihood import Pair, encode_pair, rolling_pairs, sc
 from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import Task
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Two programs in float32 differ by less, and options nearer than this are a tie; a log p of many
 # tokens may differ by a millionth of itself.

@@ -38,7 +38,7 @@ def _has_cuda() -> bool:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl of 60 short real documents, 120 kB: the beginnings of the bundled ones."""
-    from pretrain.corpus import read_documents
+    from pretrain.corpus.reading import read_documents
 
     path = tmp_path_factory.mktemp("corpus") / "small.jsonl"
     documents = list(read_documents("bundled"))[::6]

@@ -13,7 +13,6 @@ module imports none of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -39,29 +38,17 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallablePackage(ModuleType):
-    """A package that has the name of a public function: `pretrain.train(...)` calls the function,
-    `pretrain.train.loop` is a module."""
+    """The class of a package that has the name of a public function: `pretrain.train(...)` calls
+    the function, `pretrain.train.loop` is a module."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         name = self.__name__.removeprefix("pretrain.")
         return getattr(import_module("pretrain.runner.library"), name)(*args, **options)
 
 
-def lazily(package: str, **modules: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package: a name is imported when it is first used.
-
-    `modules` has the names, separated by spaces, of each module of the package.
-    """
-    if package.removeprefix("pretrain.") in _CALLABLE_PACKAGES:
-        sys.modules[package].__class__ = _CallablePackage
-    module_of = {name: module for module, names in modules.items() for name in names.split()}
-
-    def attribute(name: str) -> Any:
-        if name not in module_of:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{module_of[name]}"), name)
-
-    return attribute
+def make_callable(package: str) -> None:
+    """Give a package that is being imported the class above."""
+    sys.modules[package].__class__ = _CallablePackage
 
 
 def missing_package(feature: str, package: str, *, extra: str = "formats") -> ValueError:

@@ -15,16 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import (
-    BackgroundSaver,
-    DamagedCheckpoint,
-    list_checkpoints,
-    newest_good,
-    open_checkpoint,
-    prune,
-    save_checkpoint,
-)
 from pretrain.checkpoint import format as layout
+from pretrain.checkpoint.format import DamagedCheckpoint
+from pretrain.checkpoint.load import list_checkpoints, newest_good, open_checkpoint
+from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.save import BackgroundSaver, save_checkpoint
 
 
 def tensors() -> dict[str, torch.Tensor]:

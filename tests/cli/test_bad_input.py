@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint.load import list_checkpoints
 from pretrain.cli import main
 from tiny import TINY
 

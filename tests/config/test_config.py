@@ -21,7 +21,7 @@ from pretrain.config import (
     to_dict,
     to_yaml,
 )
-from pretrain.optim import ScheduleConfig
+from pretrain.optim.config import ScheduleConfig
 from pretrain.optim.schedule import LRSchedule, extend
 
 

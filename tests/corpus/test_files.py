@@ -11,15 +11,10 @@ from corpus_files import (
     read_texts,
     write_records,
 )
-from pretrain.corpus import (
-    Document,
-    ReadingReport,
-    bundled_corpus,
-    list_files,
-    read_documents,
-    reading,
-)
-from pretrain.corpus.files import SourceFile
+from pretrain.corpus import reading
+from pretrain.corpus.documents import Document, ReadingReport
+from pretrain.corpus.files import SourceFile, bundled_corpus, list_files
+from pretrain.corpus.reading import read_documents
 
 
 def test_bundled_corpus_is_complete() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from corpus_files import FORMATS, PACKING, PAGE, as_warc
-from pretrain.corpus import ReadingReport, read_documents
-from pretrain.data import prepare
+from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.reading import read_documents
+from pretrain.data.preparation import prepare
 
 N_FILES = 200
 SAMPLES: dict[str, Callable[[], bytes]] = {

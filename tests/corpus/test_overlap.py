@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.corpus import overlap as overlap_module
-from pretrain.corpus import read_documents
 from pretrain.corpus.overlap import (
     BloomFilter,
     EvaluationNgrams,
@@ -24,8 +23,9 @@ from pretrain.corpus.overlap import (
     longest_matches,
     measure_overlap,
 )
+from pretrain.corpus.reading import read_documents
 from pretrain.corpus.words import ngram_hashes, split_words, word_hash_windows, word_hashes
-from pretrain.data import prepare
+from pretrain.data.preparation import prepare
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.overlap import (
     overlap_row,

@@ -17,11 +17,9 @@ from corpus_files import (
     read_texts,
     write_records,
 )
-from pretrain.corpus import (
-    ReadingReport,
-    read_documents,
-    rows,
-)
+from pretrain.corpus import rows
+from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.reading import read_documents
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -21,12 +21,9 @@ from corpus_files import (
     as_warc,
     read_texts,
 )
-from pretrain.corpus import (
-    ReadingReport,
-    read_documents,
-    reading,
-    streams,
-)
+from pretrain.corpus import reading, streams
+from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.reading import read_documents
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,8 @@ from corpus_files import (
     as_warc,
     read_texts,
 )
-from pretrain.corpus import (
-    ReadingReport,
-    read_documents,
-)
+from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.reading import read_documents
 
 
 @pytest.mark.parametrize(("suffix", "compress"), PACKING)

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from prepared import FILTERED, file_hashes, write_dirty_corpus
-from pretrain.data import prepare
-from pretrain.data.preparation import begin, cluster_tasks, finish
+from pretrain.data.preparation import begin, cluster_tasks, finish, prepare
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.config import compose, read_yaml, to_dict
-from pretrain.data import DataConfig, prepare
-from pretrain.data.config import SourceConfig
+from pretrain.data.config import DataConfig, SourceConfig
 from pretrain.data.mixed import MixedData
 from pretrain.data.order import BLOCK_SAMPLES, MixtureOrder, SourceSpan
+from pretrain.data.preparation import prepare
 from pretrain.data.trace import Tracer
 from texts import prose
 from tiny import TINY

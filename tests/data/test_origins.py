@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.corpus import Document
-from pretrain.data import open_prepared, prepare
-from pretrain.data.format import find_origins
+from pretrain.corpus.documents import Document
+from pretrain.data.format import find_origins, open_prepared
+from pretrain.data.preparation import prepare
 from pretrain.data.writer import CompressionOutliers
-from pretrain.tokenizer import train_tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 
 WORDS = "the sea was calm and the old ship went home with many men on her deck".split()
 

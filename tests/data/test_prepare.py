@@ -18,7 +18,7 @@ from pretrain.data.config import DataConfig
 from pretrain.data.format import PreparedData, SplitName
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.stages import Split, choose_split, default_val_fraction
-from pretrain.tokenizer import train_tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 
 
 def random_words(draw: random.Random, n_words: int) -> str:

@@ -21,9 +21,9 @@ from pretrain import fileio
 from pretrain.cli import main
 from pretrain.corpus import document_shards
 from pretrain.corpus.config import CorpusConfig
-from pretrain.data import jobs, prepare, stages
+from pretrain.data import jobs, stages
 from pretrain.data.jobs import Job, Stage
-from pretrain.data.preparation import begin, work_folder
+from pretrain.data.preparation import begin, prepare, work_folder
 
 
 @pytest.fixture(scope="module")

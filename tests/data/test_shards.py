@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.corpus import Document
+from pretrain.corpus.documents import Document
 from pretrain.data.format import TokenStream, is_prepared, open_prepared
 from pretrain.data.preparation import prepare
 from pretrain.data.writer import StreamWriter, TaskWriter

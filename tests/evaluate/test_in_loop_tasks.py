@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoint import checkpoint_name
+from pretrain.checkpoint.load import checkpoint_name
 from pretrain.cli import main
 from pretrain.config import compose, read_file
 from pretrain.evaluate.examples import Example

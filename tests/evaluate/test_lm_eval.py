@@ -15,7 +15,7 @@ import pytest
 import explain_lm_eval
 from pretrain.cli import harness
 from pretrain.cli.harness import HarnessModel
-from pretrain.corpus import read_documents
+from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.loglikelihood import rolling_pairs
 from tiny import write_llama
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.data import evaluation_batches
-from pretrain.evaluate import Pair, Score, encode_pair, score_pairs, score_texts
-from pretrain.evaluate.loglikelihood import windows_of
-from pretrain.evaluate.loss import Ids, score_each
-from pretrain.model import LMLoss
+from pretrain.data.batches import evaluation_batches
+from pretrain.evaluate.loglikelihood import Pair, encode_pair, score_pairs, windows_of
+from pretrain.evaluate.loss import Ids, Score, score_each, score_texts
+from pretrain.model.loss import LMLoss
 from pretrain.runner.open import LoadedModel, load_model
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 CONTEXT = 32  # of the tiny run
 TEXT = "The people of the United States, in order to form a more perfect Union, é ordain: "
@@ -126,7 +125,7 @@ def test_what_stands_beside_a_pair_changes_nothing(
 
 
 def test_greedy_is_what_greedy_decoding_writes(model: LoadedModel) -> None:
-    from pretrain.generate import Sampling, generate_ids
+    from pretrain.generate.sampling import Sampling, generate_ids
 
     prompt = model.tokenizer.encode_prompt("The people of")
     written = generate_ids(model.decoder, prompt, max_tokens=5, sampling=Sampling(temperature=0.0))[
@@ -233,7 +232,7 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     """Of a folder of transformers, of an import of it, and of its export again."""
-    from pretrain.export import write_hugging_face
+    from pretrain.export.hf import write_hugging_face
 
     decoder, tokenizer = model.decoder.float(), model.tokenizer
     own = {name: p.detach() for name, p in decoder.named_parameters()}

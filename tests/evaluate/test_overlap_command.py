@@ -14,7 +14,8 @@ from pretrain.corpus.overlap import (
     TextOverlap,
 )
 from pretrain.corpus.words import split_words
-from pretrain.data import PreparedData, open_prepared, prepare
+from pretrain.data.format import PreparedData, open_prepared
+from pretrain.data.preparation import prepare
 from pretrain.evaluate import overlap as memorisation
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.overlap import (
@@ -24,7 +25,7 @@ from pretrain.evaluate.overlap import (
     _held_out_spans,
     score_without_overlap,
 )
-from pretrain.report import write_report
+from pretrain.report.page import write_report
 from tiny import TINY
 
 SEA = "The sea was calm, and the SEA was wide; the sun went down at nine."  # 15 words, 8 n-grams

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.evaluate import PairScore
 from pretrain.evaluate.examples import (
     Example,
 )
+from pretrain.evaluate.loglikelihood import PairScore
 from pretrain.evaluate.metrics import (
     exact_match,
     value,
@@ -83,7 +83,7 @@ def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
 def test_a_cloze_is_right_where_greedy_decoding_writes_it(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    from pretrain.generate import Sampling, generate_ids
+    from pretrain.generate.sampling import Sampling, generate_ids
 
     prompt = model.tokenizer.encode_prompt("the people of the")
     (ids,) = generate_ids(model.decoder, prompt, max_tokens=1, sampling=Sampling(temperature=0.0))
@@ -131,8 +131,8 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
     ]
     assert said.tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
 
-    from pretrain.evaluate import score_texts
-    from pretrain.model import LMLoss
+    from pretrain.evaluate.loss import score_texts
+    from pretrain.model.loss import LMLoss
 
     task = task_of_kind("text", str(written(tmp_path, RECORDS["text"])))
     results = asked(model, task, examples_of(task, Path(task.file)))
@@ -150,7 +150,7 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
 def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    from pretrain.generate import Sampling, generate
+    from pretrain.generate.sampling import Sampling, generate
 
     path = written(tmp_path, [{"context": "The people of", "answers": ["x"]}])
     text = generate(

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.export import ImportedModel, import_model, write_hugging_face
-from pretrain.generate import Sampling, generate
+from pretrain.export.hf import write_hugging_face
+from pretrain.export.imported import ImportedModel
+from pretrain.export.importing import import_model
+from pretrain.generate.sampling import Sampling, generate
 
 pytest.importorskip("gguf")
 DATA = Path(__file__).parents[3] / "shared/data/eval"
@@ -91,8 +93,8 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
 ) -> None:
     """The beginning of WikiText-2, each token once, with all that a window gives before it."""
     from pretrain.distributed import open_world
-    from pretrain.evaluate import score_texts
-    from pretrain.model import LMLoss
+    from pretrain.evaluate.loss import score_texts
+    from pretrain.model.loss import LMLoss
 
     transformers = pytest.importorskip("transformers")
     file = DATA / "wikitext2-raw.valid.txt"
@@ -137,8 +139,10 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
 ) -> None:
     """Log-probabilities and answers of 500 examples; skipped without the extra `harness`."""
     from pretrain.distributed import open_world
-    from pretrain.evaluate import evaluate_task, read_examples, task_named
+    from pretrain.evaluate.examples import read_examples
+    from pretrain.evaluate.run_tasks import evaluate_task
     from pretrain.evaluate.task_files import find_task_file, read_task_file
+    from pretrain.evaluate.tasks import task_named
 
     instances = pytest.importorskip("lm_eval.api.instance")
     models = pytest.importorskip("lm_eval.models.huggingface")

@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from pretrain.cli import main
-from pretrain.corpus import read_documents
-from pretrain.data import evaluation_batches
-from pretrain.evaluate import Score, score_each, score_texts
+from pretrain.corpus.reading import read_documents
+from pretrain.data.batches import evaluation_batches
 from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
-from pretrain.evaluate.loss import Ids
-from pretrain.model import LMLoss
+from pretrain.evaluate.loss import Ids, Score, score_each, score_texts
+from pretrain.model.loss import LMLoss
 from pretrain.runner.open import load_model
 from tiny import TINY
 

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 
 from pages import Page, assert_harmless
 from pretrain.cli import main
-from pretrain.evaluate import Pair, TokenLoss, annotated_text, score_texts, token_losses
-from pretrain.generate import next_distribution
-from pretrain.model import LMLoss
-from pretrain.report import write_report
+from pretrain.evaluate.loglikelihood import Pair
+from pretrain.evaluate.loss import score_texts
+from pretrain.evaluate.token_stats import TokenLoss, annotated_text, token_losses
+from pretrain.generate.sampling import next_distribution
+from pretrain.model.loss import LMLoss
 from pretrain.report.heat_map import heat_map_page
+from pretrain.report.page import write_report
 from pretrain.runner.open import LoadedModel, load_model
-from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = "<script>alert(1)</script> \" onmouseover='x' & 東京 👩‍👩‍👧\n\tعربى e\u0301 "

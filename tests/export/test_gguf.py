@@ -17,13 +17,18 @@ from tokenizers import Tokenizer as Library
 
 from exports import same
 from oracles import config_of, random_decoder
-from pretrain.corpus import read_documents
+from pretrain.corpus.reading import read_documents
 from pretrain.distributed import open_world
-from pretrain.evaluate import score_texts
-from pretrain.export import Exported, FormatError, import_model, verify_export, write_gguf
-from pretrain.export.verification import AGREES, TEXTS, _request
-from pretrain.model import Decoder, LMLoss
-from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from pretrain.evaluate.loss import score_texts
+from pretrain.export.gguf import write_gguf
+from pretrain.export.importing import import_model
+from pretrain.export.layouts import FormatError
+from pretrain.export.verification import AGREES, TEXTS, Exported, _request, verify_export
+from pretrain.model.decoder import Decoder
+from pretrain.model.loss import LMLoss
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 from texts import LLAMA_OPTIONS, train_sentencepiece
 
 gguf = pytest.importorskip("gguf")

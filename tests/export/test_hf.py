@@ -11,15 +11,19 @@ import torch
 
 from exports import same, theirs, written
 from oracles import CASES, config_of, random_decoder
-from pretrain.corpus import read_documents
-from pretrain.export import import_model, write_hugging_face
+from pretrain.corpus.reading import read_documents
 from pretrain.export.families import FORMATS, is_native
+from pretrain.export.hf import write_hugging_face
 from pretrain.export.hf_config import from_hf_config, to_hf_config
+from pretrain.export.importing import import_model
 from pretrain.export.layouts import deinterleave, interleave
 from pretrain.export.verification import TEXTS
-from pretrain.generate import Sampling, generate, generate_ids
-from pretrain.model import Decoder, ModelConfig
-from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from pretrain.generate.sampling import Sampling, generate, generate_ids
+from pretrain.model.config import ModelConfig
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 from texts import LLAMA_OPTIONS, train_sentencepiece
 
 transformers = pytest.importorskip("transformers")

@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from exports import Change, in_config, in_weights, same, written
 from oracles import config_of, random_decoder
-from pretrain.corpus import read_documents
-from pretrain.export import FormatError, import_model
+from pretrain.corpus.reading import read_documents
+from pretrain.export.importing import import_model
+from pretrain.export.layouts import FormatError
 from pretrain.export.verification import TEXTS
-from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 from texts import LLAMA_OPTIONS, train_sentencepiece
 
 transformers = pytest.importorskip("transformers")

@@ -16,12 +16,15 @@ import torch
 from exports import same, written
 from oracles import config_of, random_decoder
 from pretrain.cli import main
-from pretrain.corpus import read_documents
+from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.run_tasks import stop_ids_of
-from pretrain.export import FormatError, import_model, write_gguf
-from pretrain.generate import generate
+from pretrain.export.gguf import write_gguf
+from pretrain.export.importing import import_model
+from pretrain.export.layouts import FormatError
+from pretrain.generate.sampling import generate
 from pretrain.runner.open import load_model
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]
@@ -323,7 +326,7 @@ def test_stories260k_tells_its_story(tmp_path: Path, capsys: Capture) -> None:
 
 def test_imported_llamas_begin_a_text_with_their_own_token(tmp_path: Path) -> None:
     """And texts that they train on are framed by both."""
-    from pretrain.data import prepare
+    from pretrain.data.preparation import prepare
 
     _, decoder = llama2c(tmp_path / "c", tied=True)
     tokenizer: Tokenizer = import_model(tmp_path / "c/model.bin").tokenizer

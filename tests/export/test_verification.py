@@ -12,11 +12,11 @@ import torch
 from exports import Change, in_config, in_weights, same, written
 from oracles import config_of, random_decoder
 from pretrain.cli import main
-from pretrain.corpus import read_documents
+from pretrain.corpus.reading import read_documents
 from pretrain.export import verification
 from pretrain.export.verification import AGREES, DISAGREES, NOT_VERIFIED
 from pretrain.runner.open import load_model
-from pretrain.tokenizer import train_tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 

@@ -12,11 +12,19 @@ import torch
 
 from model_variants import VARIANTS, small_config
 from pretrain.cli import main
-from pretrain.generate import Sampling, generate, generate_ids, next_distribution
 from pretrain.generate.packing import pack_weights
-from pretrain.generate.sampling import _invert_cdf, sample, sampling_probabilities
-from pretrain.model import Decoder, KeyValueCache, ModelConfig, build
-from pretrain.model.layers import Block
+from pretrain.generate.sampling import (
+    Sampling,
+    _invert_cdf,
+    generate,
+    generate_ids,
+    next_distribution,
+    sample,
+    sampling_probabilities,
+)
+from pretrain.model.config import ModelConfig
+from pretrain.model.decoder import Decoder, build
+from pretrain.model.layers import Block, KeyValueCache
 from pretrain.rng import normal, uniform
 from pretrain.runner.open import load_model
 

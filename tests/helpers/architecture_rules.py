@@ -57,7 +57,8 @@ HARMLESS_CALLS = frozenset(
     tuple zip TypeVar ParamSpec NewType namedtuple NamedTuple auto cast field fields partial
     property staticmethod dataclass dataclass_transform lru_cache cache wraps overload
     total_ordering
-    contextmanager lazily MappingProxyType Path PurePosixPath Decimal Fraction Struct getLogger
+    contextmanager make_callable MappingProxyType Path PurePosixPath Decimal Fraction Struct
+    getLogger
     re.compile math.log math.sqrt math.exp math.ceil textwrap.dedent logging.getLogger
     dataclasses.dataclass dataclasses.field dataclasses.fields functools.lru_cache
     functools.partial functools.wraps
@@ -198,7 +199,7 @@ def work_at_import(module: Module, records: frozenset[str] = frozenset()) -> lis
     for node in _run_at_import(tree):
         if isinstance(node, ast.Call) and not _is_harmless(node, harmless):
             wrong.append(f"{module.name}:{node.lineno} calls {ast.unparse(node.func)} at import")
-        elif isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+        elif isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant | ast.Call):
             wrong.append(f"{module.name}:{node.lineno} runs an expression at import")
         elif isinstance(node, ast.For | ast.While | ast.With | ast.Delete | ast.AugAssign):
             kind = type(node).__name__.lower()

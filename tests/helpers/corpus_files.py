@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.corpus import read_documents
 from pretrain.corpus.files import Source
+from pretrain.corpus.reading import read_documents
 
 
 def zstd_compress(data: bytes) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.export import write_hugging_face
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.export.hf import write_hugging_face
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 
 def written(folder: Path, decoder: Decoder, tokenizer: Tokenizer, **options: Any) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import open_checkpoint
+from pretrain.checkpoint.load import open_checkpoint
 from tiny import TINY
 
 N_STEPS = 24

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pretrain.data import MicroBatch
-from pretrain.model import Decoder, ModelConfig, build
-from pretrain.model.config import model_defaults
+from pretrain.data.batches import MicroBatch
+from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.decoder import Decoder, build
 from pretrain.rng import normal
 
 V, T = 61, 12

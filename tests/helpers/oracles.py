@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pretrain.export.families import hf_layout, is_native
 from pretrain.export.hf_config import to_hf_config
 from pretrain.export.layouts import Layout, stored_tensors, to_stored
-from pretrain.model import Decoder, ModelConfig, build
-from pretrain.model.config import model_defaults
+from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.decoder import Decoder, build
 from pretrain.rng import normal
 
 V, T = 67, 24

@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from pretrain.parallel import ParallelConfig
+from pretrain.parallel.config import ParallelConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"dropout": 0.1, "tied_head": True},
@@ -45,9 +45,12 @@ class Trainee:
 
         from oracles import config_of
         from pretrain.distributed import open_world
-        from pretrain.model import LMLoss, build
-        from pretrain.optim import OptimizerConfig, build_optimizer
-        from pretrain.parallel import parallelize, tensor
+        from pretrain.model.decoder import build
+        from pretrain.model.loss import LMLoss
+        from pretrain.optim.config import OptimizerConfig
+        from pretrain.optim.param_groups import build_optimizer
+        from pretrain.parallel import tensor
+        from pretrain.parallel.model import parallelize
 
         # Several chunks of logits, of a vocabulary that is not divisible.
         tensor._CHUNK_LOGITS = 300
@@ -84,7 +87,7 @@ class Trainee:
         """Nats of some ids, as a run evaluates them between two steps."""
         import torch
 
-        from pretrain.data import evaluation_batches
+        from pretrain.data.batches import evaluation_batches
         from pretrain.evaluate.loss import score_batches
 
         number, n = self.model.eval_shard
@@ -103,7 +106,7 @@ class Trainee:
 
     def sample(self) -> list[int]:
         """A few generated ids, as a run samples them after an evaluation."""
-        from pretrain.generate import Sampling, generate_ids
+        from pretrain.generate.sampling import Sampling, generate_ids
 
         self.model.unshard()
         with self.world.autocast(self.model.compute_dtype):
@@ -212,7 +215,7 @@ def save(folder: str, axes: dict[str, int]) -> None:
 
 def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     """This process's slices of the tensors of that checkpoint: bounds and values."""
-    from pretrain.checkpoint import open_checkpoint
+    from pretrain.checkpoint.load import open_checkpoint
     from pretrain.optim.param_groups import optimizer_state
 
     run = _run_of(folder, axes, fresh=False)
@@ -231,7 +234,7 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
 def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     import torch
 
-    from pretrain.checkpoint import BackgroundSaver
+    from pretrain.checkpoint.save import BackgroundSaver
     from pretrain.config import RunConfig
     from pretrain.run.log import RunLog
     from pretrain.train.config import TrainConfig

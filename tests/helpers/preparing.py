@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.corpus.config import CorpusConfig
-from pretrain.data import PreparedData, prepare
+from pretrain.data.format import PreparedData
+from pretrain.data.preparation import prepare
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

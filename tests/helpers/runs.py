@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import list_checkpoints, open_checkpoint
 from pretrain.cli import main
-from pretrain.data import MicroBatch
-from pretrain.model import LMLoss, ModelConfig, build
+from pretrain.data.batches import MicroBatch
+from pretrain.model.config import ModelConfig
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
 from pretrain.train.step import compute_gradients
 
 DROPOUT = ["--model.dropout", "0.1", "--model.family", "gpt2"]

@@ -20,12 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.compat import flatten_mesh
-from pretrain.data import MicroBatch
+from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World, open_world
-from pretrain.model import Decoder, LMLoss, ModelConfig, build, loss
-from pretrain.model.config import model_defaults
-from pretrain.parallel import ParallelConfig
+from pretrain.model import loss
+from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.decoder import Decoder, build
+from pretrain.model.loss import LMLoss
 from pretrain.parallel import model as parallel_model
+from pretrain.parallel.config import ParallelConfig
 
 VOCAB = 128_256
 

@@ -15,9 +15,9 @@ def write_llama(folder: Path, *, context_length: int, add_bos: bool = True) -> P
     """Write a random llama with 400 token ids in transformers' format, with or without a
     beginning-of-text token. Unlike a run of a few steps, its predictions depend on the context."""
     from oracles import config_of, random_decoder
-    from pretrain.corpus import read_documents
-    from pretrain.export import write_hugging_face
-    from pretrain.tokenizer import train_tokenizer
+    from pretrain.corpus.reading import read_documents
+    from pretrain.export.hf import write_hugging_face
+    from pretrain.tokenizer.train import train_tokenizer
 
     texts = [document.text for document in list(read_documents("bundled"))[:20]]
     tokenizer = train_tokenizer(texts, vocab_size=400)

@@ -17,8 +17,8 @@ import torch
 from pretrain.cli import main
 from pretrain.config import RunConfig
 from pretrain.distributed import open_world
-from pretrain.model import LMLoss, ModelConfig
-from pretrain.model.config import model_defaults
+from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.loss import LMLoss
 from pretrain.train import resolve as page
 from pretrain.train.config import Compile, TrainConfig
 from tiny import TINY

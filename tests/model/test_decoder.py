@@ -11,10 +11,11 @@ from torch import nn
 
 from model_variants import VARIANTS, T, V, batch_of, random_variant, small_config
 from oracles import config_of, random_decoder
-from pretrain.model import Decoder, KeyValueCache, LMLoss, build, fused
-from pretrain.model.decoder import initial_value
+from pretrain.model import fused
+from pretrain.model.decoder import Decoder, build, initial_value
 from pretrain.model.families import FAMILIES
-from pretrain.model.layers import tensor_splits
+from pretrain.model.layers import KeyValueCache, tensor_splits
+from pretrain.model.loss import LMLoss
 
 
 @pytest.fixture(params=VARIANTS)

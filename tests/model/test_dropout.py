@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model_variants import VARIANTS, T, V, batch_of, random_variant, small_config
-from pretrain.model import Decoder, LMLoss, build
+from pretrain.model.decoder import Decoder, build
 from pretrain.model.dropout import DropoutRng
+from pretrain.model.loss import LMLoss
 
 
 @pytest.fixture(params=VARIANTS)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from model_variants import VARIANTS, T, V, batch_of, compiler_works, random_variant
-from pretrain.model import Decoder, LMLoss
-from pretrain.model.loss import IGNORE_INDEX, chunked_cross_entropy
+from pretrain.model.decoder import Decoder
+from pretrain.model.loss import IGNORE_INDEX, LMLoss, chunked_cross_entropy
 from reference import reference_cross_entropy
 
 

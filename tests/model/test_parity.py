@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from oracles import CASES, Oracle, T, V, config_of, random_decoder
-from pretrain.data import MicroBatch
-from pretrain.generate import Sampling, generate_ids
-from pretrain.model import LMLoss, build
+from pretrain.data.batches import MicroBatch
+from pretrain.generate.sampling import Sampling, generate_ids
+from pretrain.model.decoder import build
 from pretrain.model.dropout import DropoutRng
 from pretrain.model.families import FAMILIES, PRESETS
+from pretrain.model.loss import LMLoss
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from pretrain.config import compose
-from pretrain.data import MicroBatch
+from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
-from pretrain.model import LMLoss, build
-from pretrain.optim import OptimizerConfig, build_optimizer, clip_gradients
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
 from pretrain.optim.adagrad import adagrad_update
-from pretrain.optim.param_groups import LOOKUP_LR_MULT, role_of, set_learning_rate
-from pretrain.train import training_steps
+from pretrain.optim.config import OptimizerConfig
+from pretrain.optim.param_groups import (
+    LOOKUP_LR_MULT,
+    build_optimizer,
+    clip_gradients,
+    role_of,
+    set_learning_rate,
+)
+from pretrain.train.step import training_steps
 
 
 def test_adagrad_update_equals_its_formula() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.model import ModelConfig, build
-from pretrain.model.config import model_defaults
-from pretrain.optim import OptimizerConfig, build_optimizer
+from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.decoder import build
+from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.muon import orthogonalize
-from pretrain.optim.param_groups import role_of, set_learning_rate
+from pretrain.optim.param_groups import build_optimizer, role_of, set_learning_rate
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])

@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.optim import OptimizerConfig, build_optimizer, clip_gradients
-from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, set_learning_rate
+from pretrain.optim.config import OptimizerConfig
+from pretrain.optim.param_groups import (
+    build_optimizer,
+    clip_gradients,
+    optimizer_state,
+    restore_optimizer_state,
+    set_learning_rate,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.optim import ScheduleConfig
+from pretrain.optim.config import ScheduleConfig
 from pretrain.optim.schedule import (
     LRSchedule,
     anneal,

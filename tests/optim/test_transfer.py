@@ -9,11 +9,13 @@ import pytest
 from numpy.polynomial import Polynomial
 
 from pretrain.config import compose, parse_overrides
-from pretrain.data import evaluation_batches
+from pretrain.data.batches import evaluation_batches
 from pretrain.distributed import open_world
-from pretrain.evaluate import byte_lengths, score
-from pretrain.model import LMLoss, build
-from pretrain.optim import build_optimizer, lr_at
+from pretrain.evaluate.loss import byte_lengths, score
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
+from pretrain.optim.param_groups import build_optimizer
+from pretrain.optim.schedule import lr_at
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches

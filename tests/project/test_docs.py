@@ -26,7 +26,7 @@ import pytest
 
 from pretrain.cli import COMMANDS, main
 from pretrain.config import SECTIONS
-from pretrain.corpus import read_documents
+from pretrain.corpus.reading import read_documents
 from pretrain.model.families import FAMILIES
 from pretrain.selftest import EXACT, NOT_JUDGED, Check, doctor, verify
 from tiny import TINY

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from pages import Page, assert_harmless
-from pretrain.report import ReportConfig, read_run_files, require_packages, write_report
 from pretrain.report.chart import Series, downsample, line_chart
-from pretrain.report.run import Record
+from pretrain.report.config import ReportConfig, require_packages
+from pretrain.report.page import write_report
+from pretrain.report.run import Record, read_run_files
 from pretrain.report.trackers import follow
 from pretrain.report.units import axis_number, count, decimal, duration, short_count, size
 
@@ -278,7 +279,8 @@ def test_numbers_are_formatted_with_units() -> None:
 def test_the_page_needs_no_torch(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     code = (
-        "import sys; from pretrain.report import trackers, write_report; "
+        "import sys; from pretrain.report import trackers; "
+        "from pretrain.report.page import write_report; "
         f"write_report({str(run)!r}); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

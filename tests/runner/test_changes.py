@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from changed_runs import Killed, config_of, error_of, kill, learning_rates, resume
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint.load import list_checkpoints
 from pretrain.cli import main
 from pretrain.run.identity import differences, read_records
 from pretrain.runner import checks, start

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from changed_runs import Killed, config_of, error_of, kill, learning_rates, resume
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint.load import list_checkpoints
 from pretrain.cli import main
 from pretrain.run.identity import read_records
 from runs import assert_same_run, records, stop_after

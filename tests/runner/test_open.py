@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
-from pretrain.runner import LoadedModel, load_model
-from pretrain.tokenizer import train_tokenizer
+from pretrain.runner.open import LoadedModel, load_model
+from pretrain.tokenizer.train import train_tokenizer
 
 PROMPT = "The people of the United States"
 

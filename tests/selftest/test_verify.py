@@ -148,8 +148,8 @@ def test_compiled_steps_equal_eager_ones() -> None:
 @pytest.mark.parametrize("length", [37, 64])
 def test_a_compiled_model_looks_up_the_same_ngram_rows(length: int) -> None:
     """Its hash multiplies beyond 63 bits, as dropout's does, where the compiler was wrong."""
-    from pretrain.model import ModelConfig, build
-    from pretrain.model.config import model_defaults
+    from pretrain.model.config import ModelConfig, model_defaults
+    from pretrain.model.decoder import build
 
     sizes = {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": length}
     decoder = build(

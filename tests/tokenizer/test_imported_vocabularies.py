@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.cli import main
-from pretrain.tokenizer import Tokenizer, byte_level, load_tokenizer
+from pretrain.tokenizer import byte_level
 from pretrain.tokenizer.byte_level import byte_symbols
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 from texts import ODD_WORDS, random_unicode_text
 
 GOLDEN = Path(__file__).parents[3] / "shared/data/tokenizer_golden"

@@ -14,14 +14,15 @@ import pytest
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
-from pretrain.data import prepare
-from pretrain.evaluate import TokenLoss
-from pretrain.evaluate.token_stats import flash_card
-from pretrain.export import write_hugging_face
+from pretrain.data.preparation import prepare
+from pretrain.evaluate.token_stats import TokenLoss, flash_card
+from pretrain.export.hf import write_hugging_face
 from pretrain.generate import sampling
-from pretrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from pretrain.tokenizer.encode import SentencePieceEncoder
+from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.sentencepiece import SPACE
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import train_tokenizer
 from texts import prose, random_unicode_text, train_sentencepiece
 
 

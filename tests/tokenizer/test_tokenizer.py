@@ -16,18 +16,15 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.corpus import read_documents
-from pretrain.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    default_vocab_size,
-    load_tokenizer,
-    train,
-    train_tokenizer,
-)
+from pretrain.corpus.reading import read_documents
+from pretrain.tokenizer import train
 from pretrain.tokenizer.byte_level import Split, pre_tokenizer
+from pretrain.tokenizer.config import TokenizerConfig
 from pretrain.tokenizer.encode import split_text
 from pretrain.tokenizer.inspection import inspect
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.train import default_vocab_size, train_tokenizer
 
 NASTY = [
     "",

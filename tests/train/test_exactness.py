@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import (
-    list_checkpoints,
-)
+from pretrain.checkpoint.load import list_checkpoints
 from pretrain.cli import main
 from pretrain.config import compose, read_file
 from pretrain.train import loop

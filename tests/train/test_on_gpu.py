@@ -17,10 +17,11 @@ from oracles import CASES, T, V, config_of, random_decoder
 from pretrain.cli import main
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
-from pretrain.generate import Sampling, generate
-from pretrain.model import LMLoss, build
-from pretrain.model.loss import chunked_cross_entropy
-from pretrain.optim import OptimizerConfig, build_optimizer
+from pretrain.generate.sampling import Sampling, generate
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss, chunked_cross_entropy
+from pretrain.optim.config import OptimizerConfig
+from pretrain.optim.param_groups import build_optimizer
 from pretrain.runner.open import load_model
 from pretrain.selftest.tiny_run import losses
 from pretrain.train.step import train_step

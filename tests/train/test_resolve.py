@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from pretrain.config import compose, parse_overrides
-from pretrain.corpus import read_documents
-from pretrain.data import prepare
+from pretrain.corpus.reading import read_documents
+from pretrain.data.preparation import prepare
 from pretrain.distributed import World, open_world
 from pretrain.runner.request import read_target
-from pretrain.train import TrainConfig
+from pretrain.train.config import TrainConfig
 from pretrain.train.resolve import check_batch, resolve, resolve_precision
 from runs import train
 from tiny import TINY

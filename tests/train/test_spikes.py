@@ -12,16 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import (
-    DamagedCheckpoint,
-    checkpoint_name,
-    list_checkpoints,
-    open_checkpoint,
-    save_checkpoint,
-)
+from pretrain.checkpoint.format import DamagedCheckpoint
+from pretrain.checkpoint.load import checkpoint_name, list_checkpoints, open_checkpoint
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
-from pretrain.data import MicroBatch
-from pretrain.data.batches import training_micro_batch
+from pretrain.data.batches import MicroBatch, training_micro_batch
 from pretrain.data.order import Rollback, batch_of_step
 from pretrain.distributed import open_world
 from pretrain.run.log import METRICS_KEYS

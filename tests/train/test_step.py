@@ -9,14 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from pretrain.config import compose
-from pretrain.data import MicroBatch
-from pretrain.data.batches import IGNORE_INDEX
+from pretrain.data.batches import IGNORE_INDEX, MicroBatch
 from pretrain.distributed import open_world
-from pretrain.model import LMLoss, ModelConfig, build
-from pretrain.model.config import model_defaults
-from pretrain.optim import OptimizerConfig, build_optimizer
-from pretrain.train import StepReport
-from pretrain.train.step import train_step, training_steps
+from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
+from pretrain.optim.config import OptimizerConfig
+from pretrain.optim.param_groups import build_optimizer
+from pretrain.train.step import StepReport, train_step, training_steps
 from runs import batches, small_lm_loss
 
 

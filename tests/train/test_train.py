@@ -16,11 +16,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint import (
-    list_checkpoints,
-    open_checkpoint,
-    save_checkpoint,
-)
+from pretrain.checkpoint.load import list_checkpoints, open_checkpoint
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.train.signals import StopSignals
 from runs import DROPOUT, Killed, assert_same_run, kill_in_step, records, stop_after, train
 from tiny import TINY

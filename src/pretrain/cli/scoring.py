@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
     """Read and check the requested tasks, before a model is loaded. ValueError for what is missing
     or does not go together."""
-    from pretrain.corpus import list_files
+    from pretrain.corpus.files import list_files
 
     for name in args.text or []:
         list_files(name)  # reports a wrong path at once

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data import TokenStream
+from pretrain.data.format import TokenStream
 from pretrain.evaluate.loss import Score
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 Array = NDArray[np.int64]
 

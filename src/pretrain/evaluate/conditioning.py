@@ -21,8 +21,8 @@ from pretrain.evaluate.loglikelihood import encode_pair, score_pairs
 from pretrain.evaluate.metrics import Array, statistics_of_answer, value
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.tasks import Task, task_named
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 CONDITIONS = ("task", "wrong", "none")
 """The task itself, another task with the same input, and the input alone."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from pretrain.data import TokenStream
 from pretrain.data.batches import evaluation_batches, resolve_stride
+from pretrain.data.format import TokenStream
 from pretrain.distributed import World
 from pretrain.evaluate.bootstrap import estimate
 from pretrain.evaluate.conditioning import condition_metrics
@@ -19,8 +19,9 @@ from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, byte_lengths, score, score_each
 from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
 from pretrain.evaluate.task_files import EvalTask, load_tasks, read_texts
-from pretrain.model import Decoder, LMLoss
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.decoder import Decoder
+from pretrain.model.loss import LMLoss
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 HELD_OUT = "held-out split"
 # Answers that are shown of a task that is evaluated under several conditions.

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.evaluate.evaluation import Model
 from pretrain.evaluate.loglikelihood import Pair, PairScore, encode_pair, rolling_pairs, score_pairs
 from pretrain.evaluate.run_tasks import cut_at_stop, stop_ids_of
-from pretrain.generate import Sampling, generate_ids
+from pretrain.generate.sampling import Sampling, generate_ids
 
 # The harness' limit where a task gives none.
 _DEFAULT_MAX_TOKENS = 256

@@ -18,8 +18,8 @@ from torch import Tensor
 from pretrain.data.batches import resolve_stride
 from pretrain.distributed import World
 from pretrain.evaluate.loss import EVALUATION_TOKENS
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Rows of logits that exist at once: 256 x 50,257 float32 are 51 MB.
 LOGIT_ROWS = 256

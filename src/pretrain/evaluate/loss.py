@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pretrain.data.batches import MicroBatch, evaluation_batches, resolve_stride
 from pretrain.distributed import World
-from pretrain.model import LMLoss
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.loss import LMLoss
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Targets in one forward pass. No gradients are kept, so this may be more than in training.
 EVALUATION_TOKENS = 4096

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.corpus import read_documents
 from pretrain.corpus.overlap import (
     BloomFilter,
     TextOverlap,
@@ -23,16 +22,18 @@ from pretrain.corpus.overlap import (
     measure_overlap,
     ngram_share,
 )
+from pretrain.corpus.reading import read_documents
 from pretrain.corpus.words import split_words
-from pretrain.data import PreparedData, TokenStream
+from pretrain.data.format import PreparedData, TokenStream
 from pretrain.distributed import World
 from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.metrics import Array, value
 from pretrain.evaluate.run_tasks import TaskResults
 from pretrain.evaluate.task_files import EvalTask
-from pretrain.generate import Sampling, generate_ids, pack_weights
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.generate.packing import pack_weights
+from pretrain.generate.sampling import Sampling, generate_ids
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 CONTINUATIONS = 32
 PROMPT_TOKENS = 40

@@ -22,9 +22,9 @@ from pretrain.evaluate.loglikelihood import PairScore, encode_pair, score_pairs
 from pretrain.evaluate.metrics import Array, statistics_of_answer
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.tasks import Task
-from pretrain.generate import Sampling, generate_ids
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.generate.sampling import Sampling, generate_ids
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 Statistics = tuple[float, ...]
 """One example's contribution to a metric; `metrics.value` computes the metric from their sums."""

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pretrain.corpus import ReadingReport, list_files, read_documents
+from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.files import list_files
+from pretrain.corpus.reading import read_documents
 from pretrain.corpus.streams import DamagedStreamError, read_chunks
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots

@@ -19,8 +19,8 @@ from torch import Tensor
 from pretrain.data.batches import resolve_stride
 from pretrain.distributed import World
 from pretrain.evaluate.loglikelihood import LOGIT_ROWS, Pair, windows_of
-from pretrain.model import Decoder
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.decoder import Decoder
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 N_CARDS = 6
 CARD_CONTEXT_TOKENS = 60

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain.export.layouts import Layout
-from pretrain.model import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.families import FAMILIES
 
 

@@ -39,10 +39,10 @@ from pretrain.export.layouts import (
     to_parameters,
     to_stored,
 )
-from pretrain.model import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.families import FAMILIES
 from pretrain.model.rope import rope_frequencies
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 NUMBERS = ("f32", "f16", "q8_0")
 """The number types that can be written."""

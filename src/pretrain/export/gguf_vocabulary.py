@@ -11,9 +11,9 @@ from typing import Any
 
 from pretrain.export.imported import valid_stop_ids
 from pretrain.export.layouts import FormatError
-from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe
 from pretrain.tokenizer.sentencepiece import PieceType, bpe_from_pieces
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 # llama.cpp's name of a pre-split -> ours, and whether a word in the vocabulary is one token at once
 # (ignore_merges).

@@ -38,8 +38,9 @@ from pretrain.export.layouts import (
     to_parameters,
     to_stored,
 )
-from pretrain.model import ModelConfig
-from pretrain.tokenizer import Tokenizer, load_tokenizer
+from pretrain.model.config import ModelConfig
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.tokenizer_json import template_adds_bos
 
 NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pretrain.export.families import FORMATS, is_native
 from pretrain.export.layouts import FormatError
-from pretrain.model import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.families import FAMILIES
 
 OWN_TYPE = "pretrain"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pretrain.export.layouts import FormatError, Layout, Read, StoredTensor, to_parameters
-from pretrain.model import Decoder, ModelConfig, build
-from pretrain.tokenizer import Tokenizer
+from pretrain.model.config import ModelConfig
+from pretrain.model.decoder import Decoder, build
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 _MAX_VOCAB_SIZE = 1 << 24
 

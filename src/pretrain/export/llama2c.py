@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pretrain.export.imported import ImportedModel, finite
 from pretrain.export.layouts import FormatError, Shape, deinterleave
-from pretrain.model import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.model.families import llama
-from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer.sentencepiece import SPACE, Piece, PieceType, bpe_from_pieces
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # "ak42", the magic number of later versions

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from pretrain import __version__
-from pretrain.evaluate import Score
+from pretrain.evaluate.loss import Score
 from pretrain.export.verification_worker import CANNOT_RUN
-from pretrain.model import Decoder
+from pretrain.model.decoder import Decoder
 from pretrain.rng import uniform
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 FILE_NAME = "certificate.json"
 AGREES, DISAGREES, NOT_VERIFIED = "agrees", "disagrees", "not verified"

@@ -4,19 +4,6 @@
 distribution; `packing` stores a decoder's weights for fast generation on a CPU.
 """
 
-from __future__ import annotations
+from pretrain import make_callable
 
-from typing import TYPE_CHECKING
-
-from pretrain import lazily
-
-if TYPE_CHECKING:
-    from pretrain.generate.packing import pack_weights
-    from pretrain.generate.sampling import Sampling, generate, generate_ids, next_distribution
-
-__getattr__ = lazily(
-    __name__,
-    packing="pack_weights",
-    sampling="Sampling generate generate_ids next_distribution",
-)
-__all__ = ["Sampling", "generate", "generate_ids", "next_distribution", "pack_weights"]
+make_callable(__name__)

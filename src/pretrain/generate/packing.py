@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.compat import speed_up_attribute_access
-from pretrain.model import Decoder
+from pretrain.model.decoder import Decoder
 from pretrain.model.layers import Block, PackedWeights
 
 # Matrices are aligned to the lines of the CPU's cache.

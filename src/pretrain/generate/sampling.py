@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.model import Decoder, KeyValueCache
+from pretrain.model.decoder import Decoder
+from pretrain.model.layers import KeyValueCache
 from pretrain.rng import float64_device, uniform
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

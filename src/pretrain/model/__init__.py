@@ -9,26 +9,3 @@ The capital letters at the end of a tensor's name are its shape: B rows, T posit
 new positions, D model width, H heads, K key/value heads, E head width, F feed-forward width, V
 vocabulary, N = B T, P columns with padding or parts of an embedding, X any leading dimensions.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from pretrain import lazily
-
-if TYPE_CHECKING:
-    from pretrain.model.config import ModelConfig
-    from pretrain.model.decoder import Decoder, build
-    from pretrain.model.layers import KeyValueCache
-    from pretrain.model.loss import LMLoss
-    from pretrain.model.sizes import n_parameters
-
-__getattr__ = lazily(
-    __name__,
-    config="ModelConfig",
-    decoder="Decoder build",
-    layers="KeyValueCache",
-    loss="LMLoss",
-    sizes="n_parameters",
-)
-__all__ = ["Decoder", "KeyValueCache", "LMLoss", "ModelConfig", "build", "n_parameters"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.compat import matmul_and_attention_ops
-from pretrain.model import Decoder
+from pretrain.model.decoder import Decoder
 from pretrain.parallel.config import ActivationCheckpointing
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from pretrain.model import Decoder
+from pretrain.model.decoder import Decoder
 from pretrain.model.dropout import ATTENTION_DROPOUT_ID, DropoutRng
 from pretrain.model.layers import KeyValueCache
 

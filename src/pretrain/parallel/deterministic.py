@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.distributed import World
-from pretrain.model import LMLoss
+from pretrain.model.loss import LMLoss
 
 Gradients = list[Tensor | None]
 """One sum of gradients per parameter; None for a parameter without one."""

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.compat import flatten_mesh, join_meshes
 from pretrain.distributed import World
-from pretrain.model import LMLoss
 from pretrain.model.decoder import initial_value
+from pretrain.model.loss import LMLoss
 from pretrain.optim.muon import Orthogonalizer
 from pretrain.optim.param_groups import clip_gradients, gradient_values
 from pretrain.parallel import deterministic

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from pretrain.distributed import World
-from pretrain.model import Decoder, LMLoss
+from pretrain.model.decoder import Decoder
 from pretrain.model.dropout import DropoutRng
 from pretrain.model.layers import KeyValueCache
-from pretrain.model.loss import IGNORE_INDEX
+from pretrain.model.loss import IGNORE_INDEX, LMLoss
 from pretrain.parallel.sharded import LocalShard
 from pretrain.parallel.tensor import full_logits
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.compat import ddp_ignore_parameters
 from pretrain.distributed import World
-from pretrain.model import Decoder, LMLoss
+from pretrain.model.decoder import Decoder
+from pretrain.model.loss import LMLoss
 
 
 def sparse_tables(decoder: Decoder) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.distributed import World
-from pretrain.model import Decoder
+from pretrain.model.decoder import Decoder
 from pretrain.optim.muon import Orthogonalizer, orthogonalize
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from pretrain.model import Decoder, LMLoss
+from pretrain.model.decoder import Decoder
 from pretrain.model.layers import tensor_splits
-from pretrain.model.loss import IGNORE_INDEX, attach_grad, softmax_grad_
+from pretrain.model.loss import IGNORE_INDEX, LMLoss, attach_grad, softmax_grad_
 
 # Logits of a rank that exist at once.
 _CHUNK_LOGITS = 1 << 22

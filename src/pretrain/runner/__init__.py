@@ -4,15 +4,3 @@
 (`text`), in one process or several (`launch`). `checks` lists what a resume checks, `previous` has
 the run as it was, `extend` more steps for a finished one. `open` loads a model for use.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from pretrain import lazily
-
-if TYPE_CHECKING:
-    from pretrain.runner.open import LoadedModel, load_model
-
-__getattr__ = lazily(__name__, open="LoadedModel load_model")
-__all__ = ["LoadedModel", "load_model"]

@@ -19,7 +19,7 @@ from pretrain.data.format import PreparedData
 from pretrain.distributed import n_processes
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import FileLock
-from pretrain.report import require_packages
+from pretrain.report.config import require_packages
 from pretrain.run.directory import CONFIG, ENVIRONMENT, LOCK, TOKENIZER, read_environment
 from pretrain.run.identity import Change, check_accepted, differences
 from pretrain.runner.launch import check_same_on_all_ranks
@@ -34,8 +34,8 @@ from pretrain.runner.request import compose_target, read_target, with_absolute_p
 from pretrain.runner.text import Log, open_text
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
-    from pretrain.evaluate import EvalTask
+    from pretrain.checkpoint.load import Checkpoint
+    from pretrain.evaluate.task_files import EvalTask
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -144,7 +144,7 @@ def check_changes(
 ) -> list[Change]:
     """All that the numbers depend on (text, tokenizer, code, versions, device, threads, settings,
     and the log up to the checkpoint) is the same, or accepted by name. Returns the changes."""
-    from pretrain.tokenizer import load_tokenizer
+    from pretrain.tokenizer.load import load_tokenizer
 
     now = {**fingerprint, **settings_of(requested), **log_hashes(previous)}
     changes = _changes(previous, now)

@@ -23,8 +23,8 @@ from pretrain.runner.previous import (
 )
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
-    from pretrain.data import PreparedData
+    from pretrain.checkpoint.load import Checkpoint
+    from pretrain.data.format import PreparedData
 
 # Settings for the added steps that are not of the schedule.
 _TRAIN_SETTINGS = (
@@ -147,7 +147,8 @@ def extended_config(config: RunConfig, extension: Extension, done: int) -> RunCo
 
 def last_checkpoint(folder: Path) -> Checkpoint:
     """Open and verify the checkpoint after the last step; an older one would repeat steps."""
-    from pretrain.checkpoint import DamagedCheckpoint, checkpoint_name, open_checkpoint
+    from pretrain.checkpoint.format import DamagedCheckpoint
+    from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
 
     steps = read_json(folder / SUMMARY)["steps"]
     try:

@@ -13,7 +13,7 @@ from pretrain.runner.open import LoadedModel, load_model
 from pretrain.runner.start import Request, RunResult, start
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import Score
+    from pretrain.evaluate.loss import Score
 
 __all__ = ["LoadedModel", "RunResult", "evaluate", "generate", "load_model", "prepare", "train"]
 

@@ -16,11 +16,12 @@ from pretrain.config import RunConfig, compose, read_file
 from pretrain.run.directory import read_json
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint.load import Checkpoint
     from pretrain.distributed import World
-    from pretrain.evaluate import Score
-    from pretrain.model import Decoder, LMLoss
-    from pretrain.tokenizer import Tokenizer
+    from pretrain.evaluate.loss import Score
+    from pretrain.model.decoder import Decoder
+    from pretrain.model.loss import LMLoss
+    from pretrain.tokenizer.tokenizer import Tokenizer
 
 MODEL_HELP = (
     "a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF file, "
@@ -62,7 +63,7 @@ class LoadedModel:
     @property
     def lm_loss(self) -> LMLoss:
         """The loss module: micro-batch -> (sum of nats, number of valid targets)."""
-        from pretrain.model import LMLoss
+        from pretrain.model.loss import LMLoss
 
         return LMLoss(self.decoder).eval()
 
@@ -81,7 +82,8 @@ class LoadedModel:
         """Return `n` continuations of `prompt`, each of at most `max_tokens` tokens, without the
         prompt. Temperature 0 is greedy; with `special`, names of special tokens in the prompt
         become those tokens. ValueError for counts below 1."""
-        from pretrain.generate import Sampling, generate, pack_weights
+        from pretrain.generate.packing import pack_weights
+        from pretrain.generate.sampling import Sampling, generate
 
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         if not self._is_optimized:
@@ -101,7 +103,7 @@ class LoadedModel:
         self, prompt: str = "", *, top: int = 10, special: bool = False
     ) -> list[TokenProbability]:
         """Return the `top` most probable tokens after `prompt`, the most probable first."""
-        from pretrain.generate import next_distribution
+        from pretrain.generate.sampling import next_distribution
 
         with self.world.autocast(self.precision):
             probabilities_V = next_distribution(
@@ -117,7 +119,7 @@ class LoadedModel:
         """Return the nats, tokens and bytes of all texts; perplexity and bits per byte are its
         properties. Windows have the context's length and start every `stride` tokens (default: they
         do not overlap); every token is counted once."""
-        from pretrain.evaluate import score_texts
+        from pretrain.evaluate.loss import score_texts
 
         return score_texts(
             self.lm_loss,
@@ -138,9 +140,10 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     find_checkpoint(path)  # before torch is imported, which takes seconds
 
     from pretrain.distributed import open_world
-    from pretrain.model import LMLoss, build
-    from pretrain.parallel import ParallelModel
-    from pretrain.tokenizer import load_tokenizer
+    from pretrain.model.decoder import build
+    from pretrain.model.loss import LMLoss
+    from pretrain.parallel.model import ParallelModel
+    from pretrain.tokenizer.load import load_tokenizer
     from pretrain.train.state import load_weights
 
     world = open_world(device)
@@ -163,7 +166,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
 def _load_foreign(path: Path, device: str) -> LoadedModel:
     """Load a model in another library's format."""
     from pretrain.distributed import open_world
-    from pretrain.export import import_model
+    from pretrain.export.importing import import_model
 
     foreign = import_model(path)
     world = open_world(device)
@@ -175,7 +178,8 @@ def _load_foreign(path: Path, device: str) -> LoadedModel:
 def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
     """Return the run directory and the opened checkpoint that MODEL means. The run may be in
     training: it saves new checkpoints and deletes old ones meanwhile."""
-    from pretrain.checkpoint import DamagedCheckpoint, open_checkpoint
+    from pretrain.checkpoint.format import DamagedCheckpoint
+    from pretrain.checkpoint.load import open_checkpoint
 
     last_tried = None
     while True:
@@ -205,7 +209,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     summary = path / "summary.json"
     if summary.is_file():
         return path, path / str(read_json(summary).get("checkpoint"))
-    from pretrain.checkpoint import list_checkpoints
+    from pretrain.checkpoint.load import list_checkpoints
 
     checkpoints = list_checkpoints(path / "checkpoints")
     if not checkpoints:

@@ -30,7 +30,7 @@ from pretrain.run.identity import (
 from pretrain.runner.text import Log
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint.load import Checkpoint
 
 # Settings that change nothing of what is trained, and so are never compared.
 _FREE = ("evaluate.", "parallel.timeout_seconds")
@@ -210,7 +210,7 @@ def write_changes(
 def repair_tokenizer(folder: Path, data: PreparedData, log: Log) -> None:
     """The run's tokenizer folder has the tokenizer of its text; it is rewritten where another text
     was accepted, or the folder is damaged."""
-    from pretrain.tokenizer import load_tokenizer
+    from pretrain.tokenizer.load import load_tokenizer
 
     try:
         if load_tokenizer(folder / TOKENIZER).sha256 == data.manifest.tokenizer_sha256:

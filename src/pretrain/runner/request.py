@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.config import Layer, Rules, RunConfig, compose, read_file
-from pretrain.corpus import list_files
+from pretrain.corpus.files import list_files
 from pretrain.data.format import is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
-from pretrain.report import require_packages
+from pretrain.report.config import require_packages
 from pretrain.run.directory import CONFIG, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint
 from pretrain.validation import nearest
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint.load import Checkpoint
 
 RUNS = Path("runs")
 DEFAULT_RECIPE = "english"
@@ -127,7 +127,7 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
     """Open the checkpoint that train.init_from names, or return None where it is not set."""
     if config.train.init_from is None:
         return None
-    from pretrain.checkpoint import open_checkpoint
+    from pretrain.checkpoint.load import open_checkpoint
 
     return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
 

@@ -29,7 +29,7 @@ from pretrain.distributed import leave_world, n_processes, n_restarts
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import replace_file
 from pretrain.parallel.config import ParallelConfig
-from pretrain.report import write_report
+from pretrain.report.page import write_report
 from pretrain.run.directory import (
     CHECKPOINTS,
     CONFIG,
@@ -98,9 +98,9 @@ from pretrain.runner.text import Log, log_to, open_text, prepared_text
 from pretrain.train.signals import NO_PLANNED_STOP, PlannedStop
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint.load import Checkpoint
     from pretrain.distributed import World
-    from pretrain.evaluate import EvalTask
+    from pretrain.evaluate.task_files import EvalTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,7 +364,7 @@ def _resume_on_other_rank(
     request: Request, folder: Path, stream: TextIO, world: World
 ) -> RunResult:
     """Continue on a rank other than 0, with the settings that rank 0 has written."""
-    from pretrain.checkpoint import open_checkpoint
+    from pretrain.checkpoint.load import open_checkpoint
 
     world.wait_for_main()
     name = world.broadcast_str("")

@@ -56,8 +56,7 @@ def _check_disk() -> Check:
     """Save and verify a checkpoint in the current folder, where runs are written."""
     import torch
 
-    from pretrain.checkpoint import save_checkpoint
-    from pretrain.checkpoint.save import verify_saved
+    from pretrain.checkpoint.save import save_checkpoint, verify_saved
 
     tensors = {"model/w": torch.arange(_SAVED_BYTES // 4, dtype=torch.int32)}
     with tempfile.TemporaryDirectory(dir=".", prefix=".doctor-") as name:
@@ -125,8 +124,8 @@ def check_compile(world: World) -> Check:
 
 def _check_resume(device: str, log: Log) -> dict[str, Any]:
     """Verify a small run on some of the bundled text."""
-    from pretrain.corpus import read_documents
-    from pretrain.data import prepare
+    from pretrain.corpus.reading import read_documents
+    from pretrain.data.preparation import prepare
 
     with tempfile.TemporaryDirectory(prefix="pretrain-doctor-") as name:
         folder = Path(name)

@@ -9,9 +9,9 @@ from pretrain.parallel.config import ParallelConfig
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.data import MicroBatch
+    from pretrain.data.batches import MicroBatch
     from pretrain.distributed import World
-    from pretrain.model import ModelConfig
+    from pretrain.model.config import ModelConfig
 
 STEPS = 8
 _BATCH_ROWS = 16
@@ -30,12 +30,14 @@ def losses(
     """Train on all processes of `world`, and return the loss of each step in nats per token."""
     import torch
 
-    from pretrain.model import LMLoss, ModelConfig, build
-    from pretrain.model.config import model_defaults
-    from pretrain.optim import OptimizerConfig, build_optimizer
-    from pretrain.parallel import parallelize
-    from pretrain.train import training_steps
+    from pretrain.model.config import ModelConfig, model_defaults
+    from pretrain.model.decoder import build
+    from pretrain.model.loss import LMLoss
+    from pretrain.optim.config import OptimizerConfig
+    from pretrain.optim.param_groups import build_optimizer
+    from pretrain.parallel.model import parallelize
     from pretrain.train.build import rows_of
+    from pretrain.train.step import training_steps
 
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 32, "dropout": 0.1}
     config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
@@ -77,8 +79,7 @@ def _batches(
     """Return this process's rows of the batch of a step, in micro-batches."""
     import torch
 
-    from pretrain.data import MicroBatch
-    from pretrain.data.batches import IGNORE_INDEX
+    from pretrain.data.batches import IGNORE_INDEX, MicroBatch
 
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(

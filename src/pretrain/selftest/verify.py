@@ -40,7 +40,7 @@ from pretrain.selftest import (
 )
 
 if TYPE_CHECKING:
-    from pretrain.checkpoint import Checkpoint
+    from pretrain.checkpoint.load import Checkpoint
 
 # A test replaces it by a worker with a planted fault.
 WORKER = [sys.executable, "-m", "pretrain.selftest.worker"]
@@ -164,7 +164,7 @@ def _train(folder: Path, option: str, step: int) -> None:
 
 def _check_kill(folder: Path, k: int) -> Check:
     """Check that the process was killed after the checkpoint of step k, not at it."""
-    from pretrain.checkpoint import list_checkpoints
+    from pretrain.checkpoint.load import list_checkpoints
 
     last_step = max((record["step"] for record in RunLog(folder).metrics()), default=0)
     saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
@@ -175,7 +175,7 @@ def _check_kill(folder: Path, k: int) -> Check:
 
 def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     """Compare two runs up to a step, bit by bit."""
-    from pretrain.checkpoint import checkpoint_name, open_checkpoint
+    from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
 
     first, second = (
         open_checkpoint(folder / "checkpoints" / checkpoint_name(step)) for folder in (one, other)

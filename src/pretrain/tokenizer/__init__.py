@@ -7,30 +7,3 @@ known pre-tokenizers, `tokenizer_json` checks that a vocabulary cannot lose text
 how texts use it. The end-of-text token is usually `<|endoftext|>`; the same characters in a text
 are ordinary text.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from pretrain import lazily
-
-if TYPE_CHECKING:
-    from pretrain.tokenizer.config import TokenizerConfig
-    from pretrain.tokenizer.load import load_tokenizer
-    from pretrain.tokenizer.tokenizer import Tokenizer
-    from pretrain.tokenizer.train import default_vocab_size, train_tokenizer
-
-__getattr__ = lazily(
-    __name__,
-    config="TokenizerConfig",
-    load="load_tokenizer",
-    tokenizer="Tokenizer",
-    train="default_vocab_size train_tokenizer",
-)
-__all__ = [
-    "Tokenizer",
-    "TokenizerConfig",
-    "default_vocab_size",
-    "load_tokenizer",
-    "train_tokenizer",
-]

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig
-from pretrain.data import MicroBatch, Order, PreparedData, TokenStream
-from pretrain.data.batches import training_micro_batch
-from pretrain.data.order import MixtureOrder, Rollback, batch_of_step, ceil_div
+from pretrain.data.batches import MicroBatch, training_micro_batch
+from pretrain.data.format import PreparedData, TokenStream
+from pretrain.data.order import MixtureOrder, Order, Rollback, batch_of_step, ceil_div
 from pretrain.distributed import World
-from pretrain.evaluate import byte_lengths
-from pretrain.model import LMLoss, build
-from pretrain.optim import build_optimizer
-from pretrain.parallel import ParallelModel, parallelize
+from pretrain.evaluate.loss import byte_lengths
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
+from pretrain.optim.param_groups import build_optimizer
 from pretrain.parallel.deterministic import ReductionTree
+from pretrain.parallel.model import ParallelModel, parallelize
 from pretrain.train.step import StepReport, training_steps
 
 Arguments = ParamSpec("Arguments")

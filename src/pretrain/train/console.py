@@ -18,11 +18,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from pretrain.config import RunConfig
-from pretrain.data import Order, PreparedData
-from pretrain.data.order import MixtureOrder, ceil_div
+from pretrain.data.format import PreparedData
+from pretrain.data.order import MixtureOrder, Order, ceil_div
 from pretrain.distributed import World
-from pretrain.evaluate import EvalTask
-from pretrain.model import n_parameters
+from pretrain.evaluate.task_files import EvalTask
+from pretrain.model.sizes import n_parameters
 
 # Seconds between two lines of steps where the output is not a terminal.
 LINE_SECONDS = 10.0

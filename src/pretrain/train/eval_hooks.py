@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data import evaluation_batches
-from pretrain.evaluate import EvalTask, Score, byte_lengths, evaluate_in_loop
-from pretrain.evaluate.loss import EVALUATION_TOKENS, score_batches
+from pretrain.data.batches import evaluation_batches
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, byte_lengths, score_batches
+from pretrain.evaluate.run_tasks import evaluate_in_loop
+from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.token_stats import sample_text_predictions
-from pretrain.generate import Sampling, generate
+from pretrain.generate.sampling import Sampling, generate
 from pretrain.train.build import uncompiled
 from pretrain.train.signals import StopSignals
 from pretrain.train.state import Run

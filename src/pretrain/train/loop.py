@@ -6,10 +6,10 @@ import math
 import time
 from typing import Any, Literal
 
-from pretrain.checkpoint import checkpoint_name, open_checkpoint
+from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
 from pretrain.data.trace import Tracer
-from pretrain.evaluate import measure_baselines
-from pretrain.model import n_parameters
+from pretrain.evaluate.baselines import measure_baselines
+from pretrain.model.sizes import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.run.directory import BASELINES, PREDICTIONS, SUMMARY, write_json
 from pretrain.train.eval_hooks import (

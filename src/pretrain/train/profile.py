@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain.config import RunConfig
-from pretrain.data import MicroBatch, PreparedData
+from pretrain.data.batches import MicroBatch
+from pretrain.data.format import PreparedData
 from pretrain.distributed import World
 from pretrain.model.config import ModelConfig
 from pretrain.model.fused import linear

@@ -25,7 +25,7 @@ from pretrain.parallel.config import ParallelConfig
 from pretrain.train.config import Device, Precision, TrainConfig, batch_errors
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import EvalTask
+    from pretrain.evaluate.task_files import EvalTask
 
 DEFAULT_CONTEXT = 128
 DEFAULT_BATCH_TOKENS = 8192

@@ -17,26 +17,25 @@ import torch
 from torch import Tensor
 
 from pretrain import __version__
-from pretrain.checkpoint import (
-    BackgroundSaver,
+from pretrain.checkpoint.format import TensorShard
+from pretrain.checkpoint.load import (
     Checkpoint,
-    TensorShard,
     checkpoint_name,
-    delete_after,
     list_checkpoints,
     newest_good,
     open_checkpoint,
-    prune,
 )
+from pretrain.checkpoint.retention import delete_after, prune
+from pretrain.checkpoint.save import BackgroundSaver
 from pretrain.config import RunConfig
-from pretrain.data import PreparedData
+from pretrain.data.format import PreparedData
 from pretrain.distributed import World
-from pretrain.evaluate import EvalTask
+from pretrain.evaluate.task_files import EvalTask
 from pretrain.fileio import check_free_space
-from pretrain.model import LMLoss
-from pretrain.optim import lr_at
+from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, role_of
-from pretrain.parallel import ParallelModel
+from pretrain.optim.schedule import lr_at
+from pretrain.parallel.model import ParallelModel
 from pretrain.run import identity
 from pretrain.run.directory import CHECKPOINTS, METRICS, POST_MORTEMS, CannotSave
 from pretrain.run.log import BestEvaluation, RunLog

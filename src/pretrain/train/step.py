@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World
-from pretrain.model import LMLoss
+from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import gradient_values, set_learning_rate
-from pretrain.parallel import ParallelModel
+from pretrain.parallel.model import ParallelModel
 
 
 @dataclass(frozen=True, slots=True)

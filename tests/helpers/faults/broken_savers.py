@@ -22,9 +22,10 @@ from faults.history import KEEP, History, check_folder
 from faults.injected import changed_bytes, fail_every_call, short_writes
 from faults.table import Row, Unrecovered
 from pretrain import fileio
-from pretrain.checkpoint import list_checkpoints, retention
+from pretrain.checkpoint import retention
 from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.format import BLOCK_BYTES, MANIFEST, HashingFile
+from pretrain.checkpoint.load import list_checkpoints
 
 PARTS: dict[str, Callable[[Path], Row]] = {
     "crash states": enumerate_states,

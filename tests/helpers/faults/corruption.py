@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from faults.history import History
 from faults.table import Row, Unrecovered
-from pretrain.checkpoint import DamagedCheckpoint, newest_good, open_checkpoint
-from pretrain.checkpoint import save_checkpoint as save
-from pretrain.checkpoint.format import MANIFEST, manifest_hash
+from pretrain.checkpoint.format import MANIFEST, DamagedCheckpoint, manifest_hash
+from pretrain.checkpoint.load import newest_good, open_checkpoint
+from pretrain.checkpoint.save import save_checkpoint as save
 
 N_BYTES = 1 << 10
 

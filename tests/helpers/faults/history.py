@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from faults.table import Unrecovered
-from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, newest_good
-from pretrain.checkpoint import save_checkpoint as save
+from pretrain.checkpoint.format import DamagedCheckpoint
+from pretrain.checkpoint.load import Checkpoint, list_checkpoints, newest_good
+from pretrain.checkpoint.save import save_checkpoint as save
 
 KEEP = 2
 GROUPS = ("extra", "model", "optimizer")

@@ -38,7 +38,7 @@ from faults.tiny_runs import (
     train,
 )
 from faults.zygote import Phase, fork, kill, side_by_side, wait_for
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint.load import list_checkpoints
 from pretrain.model.families import Family
 from pretrain.run.log import RunLog
 

@@ -36,7 +36,7 @@ from faults.tiny_runs import (
     train,
 )
 from faults.zygote import Phase, fork, kill, wait_for
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint.load import list_checkpoints
 from pretrain.train.step import compute_gradients
 
 ARGS = [*OFTEN, "--model.family", "gpt2", "--model.dropout", "0.1", "--train.steps", str(STEPS)]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from faults.zygote import exit_code, fork, side_by_side
-from pretrain.checkpoint import list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import list_checkpoints, open_checkpoint
 from pretrain.cli import main
-from pretrain.corpus import read_documents
+from pretrain.corpus.reading import read_documents
 from pretrain.train import eval_hooks
 from tiny import TINY
 

@@ -16,8 +16,8 @@ from pretrain.cli.output import Output
 from pretrain.runner.open import MODEL_HELP
 
 if TYPE_CHECKING:
-    from pretrain.evaluate import EvalTask
     from pretrain.evaluate.metrics import Array
+    from pretrain.evaluate.task_files import EvalTask
     from pretrain.runner.open import LoadedModel
 
 

@@ -80,8 +80,8 @@ class Files:
 
 
 def _write_articles(sources: list[str], files: Files) -> None:
-    from pretrain.corpus import read_documents
     from pretrain.corpus.demonstrations import article_demonstrations, is_held_out
+    from pretrain.corpus.reading import read_documents
 
     n_titles = 0
     for document in read_documents(sources):

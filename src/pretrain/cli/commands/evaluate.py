@@ -25,8 +25,8 @@ from pretrain.runner.open import MODEL_HELP
 from pretrain.runner.text import cache_folder, text_of_run
 
 if TYPE_CHECKING:
-    from pretrain.data import PreparedData
-    from pretrain.evaluate import Evaluation
+    from pretrain.data.format import PreparedData
+    from pretrain.evaluate.evaluation import Evaluation
     from pretrain.runner.open import LoadedModel
 
 # A page of more tokens is too slow to look at.
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     _check_files(args)
     model = scoring.open_scored(args.model, device=args.device, start_of_text=args.start_of_text)
 
-    from pretrain.evaluate import evaluate
+    from pretrain.evaluate.evaluation import evaluate
 
     training_text = None
     if args.overlap:
@@ -114,9 +114,9 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
 
 
 def _draw_heat_map(model: LoadedModel, args: argparse.Namespace, output: Output) -> None:
-    from pretrain.corpus import read_documents
+    from pretrain.corpus.reading import read_documents
     from pretrain.evaluate.token_stats import annotated_documents
-    from pretrain.report import heat_map_page
+    from pretrain.report.heat_map import heat_map_page
 
     documents = (
         (file if number == 1 else f"{file}, document {number:,}", document.text)
@@ -149,7 +149,8 @@ def _overlap(
 ) -> dict[str, Any]:
     """Measure the overlap with the training text, and write it to the run and its report."""
     from pretrain.evaluate import overlap
-    from pretrain.report import read_run_files, write_report
+    from pretrain.report.page import write_report
+    from pretrain.report.run import read_run_files
 
     run_folder = model.path.parent.parent
     corpus = overlap.training_filter(data, cache_folder() / "overlap", log=output.log)

@@ -20,7 +20,7 @@ from pretrain.runner.open import LoadedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.export import Exported
+    from pretrain.export.verification import Exported
 
 # Of each text that is scored on both sides.
 _TEXT_CHARACTERS = 16_384
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 def _text(file: str | None) -> str:
     """Return the text that both programs score. ValueError if it is empty."""
-    from pretrain.corpus import read_documents
+    from pretrain.corpus.reading import read_documents
 
     text = ""
     for document in read_documents(file or "bundled"):
@@ -102,8 +102,10 @@ def _text(file: str | None) -> str:
 
 def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Exported:
     """Write the files, and round the model's weights to the numbers in them."""
-    from pretrain.export import Exported, write_gguf, write_hugging_face
     from pretrain.export.families import is_native
+    from pretrain.export.gguf import write_gguf
+    from pretrain.export.hf import write_hugging_face
+    from pretrain.export.verification import Exported
 
     decoder = model.decoder
     own = {name: p.detach() for name, p in decoder.named_parameters()}
@@ -126,9 +128,9 @@ def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Expor
 
 
 def _verify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
-    from pretrain.evaluate import score_texts
+    from pretrain.evaluate.loss import score_texts
     from pretrain.export.verification import verification_library, verify_export
-    from pretrain.model import LMLoss
+    from pretrain.model.loss import LMLoss
 
     output.log(
         f"written; comparing with {verification_library(exported.format) or 'no library'} ..."

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     out = resolve_out(args.out)
 
-    from pretrain.export import import_model
+    from pretrain.export.importing import import_model
 
     tokenizer = Path(args.tokenizer) if args.tokenizer else None
     model = import_model(Path(args.source), tokenizer=tokenizer)
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
         "files": {file.name: _sha256(file) for file in model.files},
     }
 
-    from pretrain.checkpoint import save_checkpoint
-    from pretrain.model import n_parameters
+    from pretrain.checkpoint.save import save_checkpoint
+    from pretrain.model.sizes import n_parameters
 
     n = n_parameters(model.config, vocab_size=model.tokenizer.vocab_size)
     with work_folder(out) as work:

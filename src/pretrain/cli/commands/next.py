@@ -54,7 +54,8 @@ def _show_tokens(rows: list[dict[str, Any]], output: Output) -> None:
 
 def _show_answer(model: LoadedModel, args: argparse.Namespace, output: Output) -> int:
     """Show the most probable tokens, and then those of the answer."""
-    from pretrain.evaluate import encode_pair, token_losses
+    from pretrain.evaluate.loglikelihood import encode_pair
+    from pretrain.evaluate.token_stats import token_losses
 
     tokenizer = model.tokenizer
     pair = encode_pair(tokenizer, args.prompt, args.answer)

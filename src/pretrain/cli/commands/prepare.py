@@ -16,7 +16,7 @@ from pretrain.cli.options import add_text_field, names
 from pretrain.cli.output import Output
 
 if TYPE_CHECKING:
-    from pretrain.data import PreparedData
+    from pretrain.data.format import PreparedData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 
 def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:
-    from pretrain.corpus import Problem
+    from pretrain.corpus.documents import Problem
 
     splits = {name: data.split(name) for name in ("train", "val")}
     for name, stream in splits.items():

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    from pretrain.report import write_report
+    from pretrain.report.page import write_report
 
     path = write_report(args.run)
     output.log(str(path))

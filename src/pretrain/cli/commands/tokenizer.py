@@ -21,7 +21,7 @@ from pretrain.cli.output import Output
 from pretrain.tokenizer.config import TRAINED_NAMES
 
 if TYPE_CHECKING:
-    from pretrain.tokenizer import Tokenizer
+    from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Longer ids belong to no vocabulary, and Python refuses to read numbers of thousands of digits.
 _ID = re.compile(r"\d{1,10}")
@@ -62,9 +62,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 
 def _train(args: argparse.Namespace, output: Output) -> int:
-    from pretrain.corpus import read_documents
-    from pretrain.tokenizer import train_tokenizer
-    from pretrain.tokenizer.train import MAX_SAMPLE_BYTES
+    from pretrain.corpus.reading import read_documents
+    from pretrain.tokenizer.train import MAX_SAMPLE_BYTES, train_tokenizer
 
     if not args.source or args.out is None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
@@ -88,7 +87,7 @@ def _train(args: argparse.Namespace, output: Output) -> int:
 
 
 def _open(args: argparse.Namespace) -> Tokenizer:
-    from pretrain.tokenizer import load_tokenizer
+    from pretrain.tokenizer.load import load_tokenizer
 
     if args.tokenizer is None:
         raise ValueError(f"tokenizer {args.action} needs --tokenizer DIR")
@@ -135,7 +134,7 @@ def _decode(args: argparse.Namespace, output: Output) -> int:
 
 
 def _inspect(args: argparse.Namespace, output: Output) -> int:
-    from pretrain.corpus import read_documents
+    from pretrain.corpus.reading import read_documents
     from pretrain.tokenizer.inspection import RARE, inspect
 
     tokenizer = _open(args)

@@ -22,7 +22,7 @@ from pretrain.train.monitor import rollbacks_of
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
-    from pretrain.data import PreparedData
+    from pretrain.data.format import PreparedData
     from pretrain.data.trace import Occurrence, Tracer
 
 
