@@ -1,11 +1,11 @@
-"""What pays in the family `fast`: arms beside the recipe `english`, at equal wall clock.
+"""What pays in the family `fast`: arms compared with the recipe `english`, at equal wall clock.
 
 python benchmarks/ablations.py --out ablations [--seconds 60 180] [--together 2]
 
 Successive halving: what adds something to `fast` gets a short run of one thread at d 128; the best
 fifth of it, and all that takes something away, get a longer one at d 192 with three seeds, of which
 each has the same order of data and first weights as the recipe's own run.
-Killed or run again it goes on: a result is a line of OUT/results.jsonl, and is made once.
+Killed or run again it continues: a result is a line of OUT/results.jsonl, and is made once.
 
 Equal wall clock means: an arm makes fewer steps by as much as its step takes longer than the
 recipe's, both timed by turns. Bits a byte are of the whole held-out text.
@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from asked import Asked
+from line_process import LineProcess
 
 SEEDS = (1, 2, 3)
 SIZES = (1, 2)
@@ -193,8 +193,8 @@ def serve(arm: str, size: int, seed: int, steps: int) -> None:
         print(time.process_time() - began, flush=True)
 
 
-def served(arm: str, *, size: int, seed: int, steps: int) -> Asked:
-    return Asked([__file__, "--serve", arm, str(size), str(seed), str(steps)])
+def served(arm: str, *, size: int, seed: int, steps: int) -> LineProcess:
+    return LineProcess([__file__, "--serve", arm, str(size), str(seed), str(steps)])
 
 
 class Results:
@@ -313,14 +313,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs=2, default=[60, 180], metavar="S")
     parser.add_argument("--together", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.serve:
-        arm, *numbers = asked.serve
+    args = parser.parse_args()
+    if args.serve:
+        arm, *numbers = args.serve
         serve(arm, *map(int, numbers))
         return
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    results = Results(asked.out / "results.jsonl")
-    (small, large), (short, long), n = SIZES, asked.seconds, asked.together
+    results = Results(args.out / "results.jsonl")
+    (small, large), (short, long), n = SIZES, args.seconds, args.together
     stage(results, [RECIPE, *WITH], size=small, seeds=SEEDS[:1], seconds=short, n=n)
     kept = survivors(results, size=small, seconds=short)
     stage(results, kept, size=large, seeds=SEEDS, seconds=long, n=n)

@@ -64,7 +64,7 @@ class Shape:
 
 
 def batches_of(shape: Shape) -> Callable[[int], list[tuple[Any, Any]]]:
-    """Ids and targets by so many rows, new ones for each step; nothing hangs on what they are."""
+    """Return a function of the step that makes a batch of random ids and targets of this shape."""
     import torch
 
     generator = torch.Generator().manual_seed(1)

@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from asked import Asked
+from line_process import LineProcess
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
@@ -70,7 +70,7 @@ def corpora(folder: Path) -> dict[int, Path]:
 
 
 def serve(folder: str, threads: int) -> None:
-    """For each line: open the corpus anew, make a step, and say what took how long."""
+    """For each line: open the corpus again, make a step, and say what took how long."""
     config = compose([*read_target("english")[1], {"data": {"source": folder}}])
     world, data = open_world("cpu", threads=threads), open_prepared(folder)
     # That its steps are given makes a calibration unnecessary; the precision is the real run's.
@@ -100,7 +100,7 @@ def serve(folder: str, threads: int) -> None:
 def one_round(folders: dict[int, Path], threads: int) -> dict[int, list[float]]:
     """The medians of what a new process for each size answers."""
     words = [__file__, "--serve"]
-    everybody = {size: Asked([*words, str(at), str(threads)]) for size, at in folders.items()}
+    everybody = {size: LineProcess([*words, str(at), str(threads)]) for size, at in folders.items()}
     turns = []
     for turn in range(WARM_TURNS + TURNS):
         turns.append({n: everybody[n].ask() for n in sorted(everybody, reverse=turn % 2 == 1)})
@@ -138,11 +138,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="all cores if it is left out")
     parser.add_argument("--folder", type=Path, help="where prepared texts are kept")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    asked = vars(parser.parse_args())
-    if serving := asked.pop("serve"):
+    args = vars(parser.parse_args())
+    if serving := args.pop("serve"):
         serve(serving[0], int(serving[1]))
     else:
-        print("\n".join(table(measure(**asked))))
+        print("\n".join(table(measure(**args))))
 
 
 if __name__ == "__main__":

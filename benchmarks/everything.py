@@ -2,7 +2,7 @@
 
 python benchmarks/everything.py [--peers FOLDER] [--shakespeare FILE] [--rounds 3] [--long]
 
-FOLDER has checkouts of the peers, nanoGPT and litgpt (and what litgpt imports beside them, in a
+FOLDER has checkouts of the peers, nanoGPT and litgpt (and what litgpt imports as well, in a
 folder `site`); what is missing is left out, as is what needs a text that is not given. `--long`
 adds what is compiled, and corpora of up to 2.5 GB.
 """
@@ -32,30 +32,30 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "explanation" / "benchmark
 PICTURE = PAGE.with_suffix(".svg")
 
 
-def measured(asked: argparse.Namespace) -> Iterator[Row]:
-    nanogpt = _checkout(asked.peers, "nanoGPT")
-    litgpt = _checkout(asked.peers, "litgpt")
+def measured(args: argparse.Namespace) -> Iterator[Row]:
+    nanogpt = _checkout(args.peers, "nanoGPT")
+    litgpt = _checkout(args.peers, "litgpt")
     if litgpt:
-        litgpt = f"{litgpt}{os.pathsep}{(asked.peers / 'site').resolve()}"
-    yield from starting.measure(rounds=asked.rounds)
-    for compiled in (False, True) if asked.long else (False,):
+        litgpt = f"{litgpt}{os.pathsep}{(args.peers / 'site').resolve()}"
+    yield from starting.measure(rounds=args.rounds)
+    for compiled in (False, True) if args.long else (False,):
         yield from throughput.measure(
-            nanogpt=nanogpt, litgpt=litgpt, rounds=asked.rounds + 2, steps=2, compiled=compiled
+            nanogpt=nanogpt, litgpt=litgpt, rounds=args.rounds + 2, steps=2, compiled=compiled
         )
-    yield from waiting.measure(rounds=4 * asked.rounds)
-    yield from generating.measure(nanogpt=nanogpt, rounds=asked.rounds)
-    if asked.long:
-        yield from corpus_size.measure(rounds=asked.rounds + 4)
-    if nanogpt and asked.shakespeare:
+    yield from waiting.measure(rounds=4 * args.rounds)
+    yield from generating.measure(nanogpt=nanogpt, rounds=args.rounds)
+    if args.long:
+        yield from corpus_size.measure(rounds=args.rounds + 4)
+    if nanogpt and args.shakespeare:
         # One fewer: nanoGPT takes two minutes a round, and the ratio is far from 1.
-        rounds = max(1, asked.rounds - 1)
+        rounds = max(1, args.rounds - 1)
         yield from shakespeare.measure(
-            nanogpt=Path(nanogpt), text=asked.shakespeare, rounds=rounds, far=asked.long
+            nanogpt=Path(nanogpt), text=args.shakespeare, rounds=rounds, far=args.long
         )
 
 
 def _checkout(peers: Path | None, name: str) -> str | None:
-    """Where a peer lies, from whichever folder it is asked."""
+    """Return the absolute path of a peer's checkout, or None."""
     return str((peers / name).resolve()) if peers and (peers / name).is_dir() else None
 
 
@@ -98,12 +98,12 @@ def main() -> None:
     parser.add_argument("--shakespeare", type=Path, help="tinyshakespeare, a plain file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--long", action="store_true")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows = []
-    for row in measured(asked):
+    for row in measured(args):
         rows.append(row)
         print(list(table([row]))[-1], file=sys.stderr, flush=True)
-    words = ["make", "bench-full" if asked.long else "bench", "PEERS=FOLDER", "SHAKESPEARE=FILE"]
+    words = ["make", "bench-full" if args.long else "bench", "PEERS=FOLDER", "SHAKESPEARE=FILE"]
     text = PAGE.read_text() if PAGE.is_file() else ""
     begin, end = "<!-- figures -->\n", "<!-- /figures -->\n"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"

@@ -50,10 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     config = compose(read_target(None)[1])
     config = replace(config, train=replace(config.train, steps=1000, minutes=None))
-    world = open_world("cpu", threads=asked.threads)
+    world = open_world("cpu", threads=args.threads)
     data = prepared_text(config)
     config = resolve(config, data, world)
     decoder = build(config.model, vocab_size=data.manifest.vocab_size, seed=1)
@@ -112,7 +112,7 @@ def main() -> None:
             return found
 
         ratios, seconds = [], []
-        for block in range(-1, asked.steps // BLOCK_STEPS):
+        for block in range(-1, args.steps // BLOCK_STEPS):
             took = {}
             for watched in (False, True) if block % 2 else (True, False):
                 began = time.perf_counter()

@@ -3,8 +3,9 @@
 python benchmarks/generating.py [--nanogpt CHECKOUT] [--rounds 3]
 
 All are a GPT-2 (d 384, 6 layers, vocabulary 4,096, context 512) with random weights, since the
-speed does not hang on them, and draw from the 50 likeliest at temperature 0.8; one text, float32.
-Everybody works in this process, by turns. Ours is also timed for 16 texts at once.
+speed does not depend on them, and draw from the 50 most probable
+tokens at temperature 0.8; one text, float32. Everybody works in this process, by turns. Ours is
+also timed for 16 texts at once.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ def measure(*, nanogpt: str | None, rounds: int) -> Iterator[Row]:
     for _ in range(rounds):
         for name, generate in everybody.items():
             began = time.perf_counter()
-            made, wanted = generate(), TOKENS * (TEXTS if name == many else 1)
+            made, expected = generate(), TOKENS * (TEXTS if name == many else 1)
             seconds[name].append(time.perf_counter() - began)
-            assert made == wanted, f"{name} made {made} tokens of {wanted}"
+            assert made == expected, f"{name} made {made} tokens of {expected}"
     yield from rows_of(f"generating {TOKENS} tokens", "s", seconds)
 
 

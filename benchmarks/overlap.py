@@ -2,8 +2,8 @@
 
     python benchmarks/overlap.py --times 22
 
-The bundled corpus is prepared and read so many times over, as if it were as many corpora: CPU time
-of one core, the size of the filter, and the most memory that the process held.
+The bundled corpus is prepared and read `--times` times, as if it were as many corpora: CPU time of
+one core, the size of the filter, and the most memory that the process held.
 """
 
 from __future__ import annotations

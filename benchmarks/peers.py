@@ -132,7 +132,7 @@ def _vocab_size(data: Path) -> int:
 
 def main() -> None:
     who, data, run, *rest = sys.argv[1:]
-    sys.path.insert(0, os.getcwd())  # the peer's own modules, before those beside this file
+    sys.path.insert(0, os.getcwd())  # the peer's own modules, before those next to this file
     train, opened = PEERS[who]
     if not rest:
         nats, context = opened(Path(run))

@@ -55,11 +55,11 @@ class Bench:
         self.texts: list[str] = []
         self.n_bytes = 0
 
-        def wanted(_: object) -> bool:
+        def keep_document(_: object) -> bool:
             return self.n_bytes < megabytes * 1e6
 
         with open(self.source, "w", encoding="utf-8") as file:
-            for document in takewhile(wanted, read_documents(corpus)):
+            for document in takewhile(keep_document, read_documents(corpus)):
                 self.texts.append(document.text)
                 self.n_bytes += len(document.text.encode())
                 line = {"id": document.id, "text": document.text}

@@ -35,10 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--d-model", type=int, default=384)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    d = asked.d_model
-    print(f"{'':24}{'torch':>8}{'oneDNN':>8}   GFLOP/s, {asked.threads} threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    d = args.d_model
+    print(f"{'':24}{'torch':>8}{'oneDNN':>8}   GFLOP/s, {args.threads} threads")
     for narrow, wide in ((d, d), (d, 4 * d), (4 * d, d)):
         x, y = torch.randn(ROWS, narrow), torch.randn(ROWS, wide)
         w = torch.randn(wide, narrow)

@@ -292,7 +292,7 @@ def spike(words: str, judge: Judge) -> None:
 
 def prepare(judge: Judge) -> None:
     text, near = judge.text, "--deduplicate near --filters"
-    asked = {
+    requests = {
         "bpe": f"{text}/part-*.txt --vocab-size 300",
         "characters": f"{text}/records.jsonl --text-field body {near} gopher,c4",
         "bytes": f"{text}/table.csv {near} fineweb --val-fraction 0.3",
@@ -302,7 +302,7 @@ def prepare(judge: Judge) -> None:
     gpt = judge.text.parent / "gpt"
     trained = f"tokenizer train {judge.text} --vocab-size 400 --tokenizer gpt --out {gpt}"
     judge.checkouts[0].output("-m", "pretrain", *trained.split())
-    for tokenizer, words in asked.items():
+    for tokenizer, words in requests.items():
         name = gpt if tokenizer == "gpt" else tokenizer
         outputs = judge.run(f"prepare {words} --tokenizer {name} --out {tokenizer}")
         judge.compare(f"{tokenizer}: --json", *(flat(o, MANIFEST_RENAMED) for o in outputs))
@@ -387,7 +387,7 @@ def commands(judge: Judge) -> None:
     """Every command that reads a trained model."""
     judge.train("train.steps 30 model.tied_head true")
     text = judge.text.parent
-    asked = [
+    requests = [
         f"evaluate run --text {text}/held-out.txt --stride 8 --device cpu",
         f"evaluate run --task-file {text}/choice.jsonl {text}/cloze.jsonl --shots 1",
         f"compare run run/checkpoints/step-00000025 --text {judge.text}/table.csv",
@@ -397,7 +397,7 @@ def commands(judge: Judge) -> None:
         "trace run --step 4",  # from 0; a checkout that counts from 1 is given 5
         "trace run --document doc-50",
     ]
-    for words in asked:
+    for words in requests:
         numbers_only = words.startswith(("evaluate", "compare"))
         outputs = judge.run(words)
         if words.startswith("trace"):
@@ -438,20 +438,20 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for runs and logs")
     parser.add_argument("--threads", type=int, default=1, help="of each process [1]")
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
-    asked = parser.parse_args()
-    if asked.list:
+    args = parser.parse_args()
+    if args.list:
         print("\n".join(CASES))
         return 0
-    chosen = [name for name in CASES if name.startswith(tuple(asked.only))]
-    if asked.old is None or asked.new is None or not chosen:
+    chosen = [name for name in CASES if name.startswith(tuple(args.only))]
+    if args.old is None or args.new is None or not chosen:
         parser.error("two checkouts are needed, and at least one case (see --list)")
-    scratch = asked.keep.resolve() if asked.keep else Path(tempfile.mkdtemp(prefix="same-numbers-"))
+    scratch = args.keep.resolve() if args.keep else Path(tempfile.mkdtemp(prefix="same-numbers-"))
     began = time.perf_counter()
     try:
-        old = Checkout("old", asked.old, scratch / "old", asked.threads)
-        new = Checkout("new", asked.new, scratch / "new", asked.threads)
+        old = Checkout("old", args.old, scratch / "old", args.threads)
+        new = Checkout("new", args.new, scratch / "new", args.threads)
         write_text(scratch / "text")
-        judge = Judge((old, new), scratch / "text" / "corpus", asked.threads)
+        judge = Judge((old, new), scratch / "text" / "corpus", args.threads)
         for name in chosen:
             judge.begin(name)
             try:
@@ -459,7 +459,7 @@ def main() -> int:
             except (CaseFailedError, OSError, ValueError, KeyError, IndexError) as error:
                 judge.add(Row(case=name, what="FAILED", values=0, difference=repr(error)))
     finally:
-        if asked.keep is None:
+        if args.keep is None:
             shutil.rmtree(scratch, ignore_errors=True)
     red = [row for row in judge.rows if row.difference is not None]
     values = sum(row.values for row in judge.rows)

@@ -1,10 +1,10 @@
-"""Weak scaling: two processes of one thread, each with as many rows, beside one of one thread.
+"""Weak scaling: two processes of one thread, each with as many rows as one alone.
 
 python benchmarks/scaling.py [--rounds 5] [--recipe english] [--steps 20]
 
 In a round each of four makes some steps of the recipe, one after another: a process alone; two that
 train each its own model at the same time and share nothing but the machine, which is the most that
-two can do; two that sum gradients while the backward pass goes on; two whose gradients are all in
+two can do; two that sum gradients while the backward pass continues; two whose gradients are all in
 one bucket, which is full when the pass is over. Time stamps say when the sum of the first bucket
 began and when the last one was full, which is the end of the pass. Nothing else should run: each
 process is to have a core.
@@ -126,7 +126,7 @@ def measure(*, rounds: int, recipe: str, steps: int) -> Iterator[Row]:
         note = f"{spread(ratios)} times one process"
         if kind in (TOGETHER, AFTERWARDS):
             note += (
-                f"; of a step of {last['step_seconds']:.2f} s the backward pass goes on for "
+                f"; of a step of {last['step_seconds']:.2f} s the backward pass continues for "
                 f"{last['under_way_seconds']:.3f} s after the first of {last['buckets']:.0f} sums"
             )
         yield Row(
@@ -146,11 +146,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--member", help=argparse.SUPPRESS)
     parser.add_argument("--answer", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.member:
-        member(asked.recipe, asked.steps, asked.member, asked.answer)
+    args = parser.parse_args()
+    if args.member:
+        member(args.recipe, args.steps, args.member, args.answer)
         return
-    rows = measure(rounds=asked.rounds, recipe=asked.recipe, steps=asked.steps)
+    rows = measure(rounds=args.rounds, recipe=args.recipe, steps=args.steps)
     print("\n".join(table(list(rows))))
 
 

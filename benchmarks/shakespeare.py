@@ -113,7 +113,7 @@ def by_nanogpt(folder: Path, words: str) -> tuple[Figures, float]:
 def by_ours(text: Path, run: Path, *, steps: int, seed: int) -> Figures:
     words = [*COMMAND, "--data.source", str(text.resolve()), "--run", str(run), "--json"]
     words += ["--train.steps", str(steps), "--train.seed", str(seed)]
-    # An empty cache: the text is prepared anew.
+    # An empty cache: the text is prepared again.
     command = [sys.executable, "-m", "pretrain", *words]
     seconds, said = timed(command, cwd=run.parent, PRETRAIN_CACHE=str(run) + "-cache")
     summary = json.loads(said)
@@ -157,9 +157,9 @@ def main() -> None:
     parser.add_argument(
         "--far", action="store_true", help="the second race too, ten minutes a round"
     )
-    asked = parser.parse_args()
-    print("\n".join(table(measure(**vars(asked)))))
-    for race in RACES if asked.far else RACES[:1]:
+    args = parser.parse_args()
+    print("\n".join(table(measure(**vars(args)))))
+    for race in RACES if args.far else RACES[:1]:
         print("pretrain", *COMMAND, f"--train.steps {race.steps} --data.source TEXT")
         print("nanoGPT: python train.py", race.nanogpt)
 

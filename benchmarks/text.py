@@ -1,12 +1,12 @@
-"""Who models a text best in the same wall clock: ours beside nanoGPT and nanochat, on a CPU.
+"""Who models a text best in the same wall clock: ours compared with nanoGPT and nanochat, on a CPU.
 
 python benchmarks/text.py --source CORPUS --out FOLDER --nanogpt CHECKOUT --nanochat CHECKOUT
 
 The text is prepared once, and everybody gets the same ids; one document in a hundred is held out.
-Each contestant first tries --tries settings for --try-minutes each, and goes on with the one that
+Each contestant first tries --tries settings for --try-minutes each, and continues with the one that
 models the held-out documents best: --minutes for each seed, by turns, with all cores to itself. The
 clock runs from a process' start until its weights are on the disk. Everybody makes as many steps as
-fit, told by runs before; peers train by their own scripts. Scoring is
+fit, from earlier runs; peers train by their own scripts. Scoring is
 outside the clock for all: every held-out token once, in windows of the contestant's own context.
 What was measured is in FOLDER/results.jsonl, and is not measured again.
 """
@@ -59,7 +59,7 @@ class Ran:
     """of the held-out documents; NaN for a probe of a peer"""
 
     @property
-    def asked(self) -> tuple[object, ...]:
+    def key(self) -> tuple[object, ...]:
         return self.who, self.setting, self.kind, self.minutes, self.seed
 
 
@@ -123,7 +123,7 @@ class Contest:
 
     def run(self, who: str, setting: str, *, kind: str, minutes: float, seed: int = 1) -> Ran:
         for ran in self.ran:
-            if ran.asked == (who, setting, kind, minutes, seed):
+            if ran.key == (who, setting, kind, minutes, seed):
                 return ran
         steps = PROBE[who] if kind in ("compiling", "probe") else self._steps(who, setting, minutes)
         folder = self.out / "run"
@@ -160,8 +160,8 @@ class Contest:
         each = long.step_seconds
         if long.steps > short.steps:
             # What comes now and then, and is in no typical step.
-            slope = (long.seconds - short.seconds) / (long.steps - short.steps)
-            each = min(max(each, slope), 1.25 * each)
+            seconds_per_step = (long.seconds - short.seconds) / (long.steps - short.steps)
+            each = min(max(each, seconds_per_step), 1.25 * each)
         around = long.seconds - each * long.steps
         return max(PROBE[who], int((PLANNED * 60 * minutes - around) / each))
 
@@ -184,14 +184,16 @@ class Contest:
     def _peer(
         self, who: str, variables: dict[str, str], words: list[str], seed: int, scored: bool
     ) -> tuple[float, float, float, float]:
-        told = [str(PEERS), who, str(self.text.ids), str(self.out / "run")]
+        command = [str(PEERS), who, str(self.text.ids), str(self.out / "run")]
         # Kept from run to run: what is compiled once is not compiled again.
         variables = {**variables, "TORCHINDUCTOR_CACHE_DIR": str(self.out / "compiled")}
-        seconds, said = timed([*told, str(seed), *words], cwd=self.out / who, variables=variables)
+        seconds, said = timed(
+            [*command, str(seed), *words], cwd=self.out / who, variables=variables
+        )
         steps = [float(ms) for ms in re.findall(r"(?:time|dt:) ([\d.]+)ms", said)]
         bits = math.nan
         if scored:
-            nats = float(timed(told, cwd=self.out / who, variables={})[1].split()[-1])
+            nats = float(timed(command, cwd=self.out / who, variables={})[1].split()[-1])
             bits = nats / math.log(2) / self.text.n_bytes
         return statistics.median(steps) / 1000, seconds, seconds, bits
 
@@ -233,7 +235,7 @@ def table(tried: dict[str, list[Ran]], final: dict[str, list[Ran]]) -> Iterator[
     if others := {who: bits for who, bits in middle.items() if who != OURS}:
         best = min(others, key=lambda who: others[who])
         share = middle[OURS] / others[best] - 1
-        yield f"\n{OURS}: {share:+.1%} bits/byte beside the best peer, {best}"
+        yield f"\n{OURS}: {share:+.1%} bits/byte compared with the best peer, {best}"
 
 
 def main() -> None:
@@ -246,20 +248,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tries", type=int, default=6, choices=range(1, 7))
     parser.add_argument("--try-minutes", type=float, default=2)
-    asked = parser.parse_args()
-    out = asked.out.resolve()
+    args = parser.parse_args()
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    given = {"nanoGPT": asked.nanogpt, "nanochat": asked.nanochat}
+    given = {"nanoGPT": args.nanogpt, "nanochat": args.nanochat}
     checkouts = {who: checkout for who, checkout in given.items() if checkout}
-    contest = Contest(prepare(asked.source, out), out, checkouts)
+    contest = Contest(prepare(args.source, out), out, checkouts)
     tried = {
-        who: contest.tried(who, tries=asked.tries, minutes=asked.try_minutes)
-        for who in contest.names
+        who: contest.tried(who, tries=args.tries, minutes=args.try_minutes) for who in contest.names
     }
     final: dict[str, list[Ran]] = {who: [] for who in contest.names}
-    for seed in range(1, asked.seeds + 1):
+    for seed in range(1, args.seeds + 1):
         for who, tries in tried.items():
-            setting, minutes = tries[0].setting, asked.minutes
+            setting, minutes = tries[0].setting, args.minutes
             final[who].append(contest.run(who, setting, kind="run", minutes=minutes, seed=seed))
     print("\n".join(table(tried, final)))
 

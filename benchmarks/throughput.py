@@ -1,4 +1,4 @@
-"""Training tokens a second and memory: ours beside nanoGPT, transformers and litgpt, by turns.
+"""Training tokens a second and memory: ours, nanoGPT, transformers and litgpt, by turns.
 
 python benchmarks/throughput.py --nanogpt CHECKOUT --litgpt CHECKOUT [--rounds 5] [--compiled]
     [--device cuda]
@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asked import Asked
 from contestants import Shape
+from line_process import LineProcess
 from rows import OURS, Row, rows_of, table
 
 from pretrain.distributed import open_world
@@ -42,14 +42,14 @@ GPT2_ON_A_GPU: dict[str, Any] = {
 }
 
 
-def contestant(name: str, shape: Shape, path: str | None) -> Asked:
+def contestant(name: str, shape: Shape, path: str | None) -> LineProcess:
     paths = [path, os.environ.get("PYTHONPATH")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "HF_HUB_OFFLINE": "1",
     }
-    return Asked([str(HERE / "contestants.py"), name, shape.to_json()], environment)
+    return LineProcess([str(HERE / "contestants.py"), name, shape.to_json()], environment)
 
 
 def compare(
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of each, in a round")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile, everybody")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    asked = parser.parse_args()
-    print("\n".join(table(measure(**vars(asked)))))
+    args = parser.parse_args()
+    print("\n".join(table(measure(**vars(args)))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What was tried in `fast` and is not in it: each a function that changes classes of this process.
 
-`ablations.py` runs them beside `fast` as it is. They live here and not behind an option: an option
+`ablations.py` compares them with `fast` as it is. They live here and not behind an option: one
 that nobody should set is a burden to all who read it.
 """
 
@@ -178,9 +178,9 @@ def soap() -> None:
         dtype: torch.dtype = torch.float32,
         orthogonalizer: muon.Orthogonalizer,
     ) -> None:
-        slope = torch.stack(list(gradients))
-        sides = (slope @ slope.mT, slope.mT @ slope)
-        state = seen.setdefault(slope.shape, {"steps": 0, "square": torch.zeros_like(slope)})
+        grad = torch.stack(list(gradients))
+        sides = (grad @ grad.mT, grad.mT @ grad)
+        state = seen.setdefault(grad.shape, {"steps": 0, "square": torch.zeros_like(grad)})
         if not state["steps"]:
             state["sides"] = sides
             state["bases"] = tuple(torch.linalg.eigh(side)[1] for side in sides)
@@ -188,8 +188,8 @@ def soap() -> None:
         for side, now in zip(state["sides"], sides, strict=True):
             side.lerp_(now, 0.05)
         left, right = state["bases"]
-        turned = left.mT @ slope @ right
-        state["square"].lerp_(turned.square(), 0.05)
+        rotated = left.mT @ grad @ right
+        state["square"].lerp_(rotated.square(), 0.05)
         torch._foreach_lerp_(memories, gradients, 1 - momentum)
         mean = left.mT @ torch.stack(list(memories)) @ right / (1 - momentum ** state["steps"])
         square = state["square"] / (1 - 0.95 ** state["steps"])

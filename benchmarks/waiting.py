@@ -4,7 +4,7 @@ python benchmarks/waiting.py [--rounds 15]
 
 A process holds the recipe `english` with as many threads as there are cores, once as torch's own
 OpenMP has it, once with the few spins that `pretrain` asks for; they make a step each by turns, on
-a machine that has nothing else to do, and beside a program that never rests.
+a machine that has nothing else to do, and next to a program that never rests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from asked import Asked
+from line_process import LineProcess
 from rows import OURS, Row, rows_of, table
 
 from pretrain.data.preparation import prepare
@@ -32,21 +32,23 @@ def measure(*, rounds: int) -> Iterator[Row]:
         folder = Path(name) / "prepared"
         prepare("bundled", folder)
         words = [SERVER, "--serve", str(folder), str(usable_cores())]
-        everybody = {who: Asked(words, {**os.environ, **more}) for who, more in VARIABLES.items()}
-        for asked in everybody.values():
-            asked.ask()
+        everybody = {
+            who: LineProcess(words, {**os.environ, **more}) for who, more in VARIABLES.items()
+        }
+        for process in everybody.values():
+            process.ask()
         for busy in (False, True):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             speeds: dict[str, list[float]] = {who: [] for who in everybody}
             for _ in range(rounds):
-                for who, asked in everybody.items():
-                    speeds[who].append(asked.ask()[0])
+                for who, process in everybody.items():
+                    speeds[who].append(process.ask()[0])
             if other:
                 other.kill()
             what = "next to a busy program" if busy else "alone"
             yield from rows_of(f"threads that wait, {what}", "tokens/s", speeds)
-        for asked in everybody.values():
-            asked.stop()
+        for process in everybody.values():
+            process.stop()
 
 
 def main() -> None:

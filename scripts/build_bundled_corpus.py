@@ -42,7 +42,7 @@ def addresses(folder: Path) -> list[Record]:
         if not file.name[:4].isdigit():
             continue
         address = _load(file)
-        # The last part of the name is the party, which is no part of a title.
+        # The last part of the name is the party, which does not belong to the title.
         name = file.stem.rsplit("_", 1)[0].replace("_", "-")
         records.append(
             {

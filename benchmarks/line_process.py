@@ -12,7 +12,9 @@ from contextlib import suppress
 from typing import Any
 
 
-class Asked:
+class LineProcess:
+    """Runs `python WORDS`; `ask` sends a line and returns the answer."""
+
     def __init__(self, words: list[str], environment: dict[str, str] | None = None) -> None:
         self._words = words
         self._process = subprocess.Popen(
