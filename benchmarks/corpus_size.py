@@ -31,7 +31,8 @@ from pretrain.corpus.reading import read_documents
 from pretrain.data.batches import MicroBatch
 from pretrain.data.format import is_prepared, open_prepared
 from pretrain.data.preparation import prepare
-from pretrain.distributed import open_world, usable_cores
+from pretrain.distributed import open_world
+from pretrain.machine import usable_cores
 from pretrain.runner.request import read_target
 from pretrain.train.build import training_batches, trial_steps
 from pretrain.train.resolve import resolve, resolve_precision

@@ -29,7 +29,7 @@ from unittest import mock
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
-from pretrain.distributed import RENDEZVOUS_FILE
+from pretrain.machine import RENDEZVOUS_FILE
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 
@@ -44,7 +44,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
     from torch.nn.parallel import DistributedDataParallel
 
-    from pretrain.distributed import leave_world, open_world
+    from pretrain.distributed import open_world
     from pretrain.parallel import layout
     from pretrain.parallel.config import ParallelConfig
     from pretrain.train.build import trial_steps
@@ -99,7 +99,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
             "memory": world.peak_memory_bytes(),
         }
         Path(answer).write_text(json.dumps(found))
-    leave_world(world)
+    world.leave()
 
 
 def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:

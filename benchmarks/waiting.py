@@ -21,7 +21,7 @@ from line_process import LineProcess
 from rows import OURS, Row, rows_of, table
 
 from pretrain.data.preparation import prepare
-from pretrain.distributed import SPINS, usable_cores
+from pretrain.machine import SPINS, usable_cores
 
 SERVER = str(Path(__file__).with_name("corpus_size.py"))
 VARIABLES = {OURS: {"GOMP_SPINCOUNT": str(SPINS)}, "torch's own": {}}

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """Return the instruction sets and the name of the processor; nothing before torch 2.13, which
+    has the function."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def has_onednn_linear() -> bool:
     """Return whether `onednn_linear` works here: torch was built with oneDNN and has the
     operator."""

@@ -2,8 +2,7 @@
 
 A single process is a `World` of size 1 with the same interface. Several processes, started by
 torchrun or by `pretrain train --parallel.processes`, exchange sums and texts (bytes, never pickled
-objects). torch's threads and flags are set here, and apart from the command line only this module
-reads the environment.
+objects). torch's threads and flags are set here.
 """
 
 from __future__ import annotations
@@ -17,19 +16,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from torch.distributed import ProcessGroup
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-# How often an idle thread of GNU's OpenMP polls before it sleeps: about 70 microseconds. The
-# default of 300,000 keeps a core from other threads, also from those of this program.
-SPINS = 3000
-# Names the file through which the processes of one machine find each other. A socket would be open
-# to the network.
-RENDEZVOUS_FILE = "PRETRAIN_RENDEZVOUS_FILE"
+from pretrain.compat import cpu_capabilities, default_store
+from pretrain.machine import RENDEZVOUS_FILE, n_local_processes, n_processes, usable_cores
+
 # Rank 0 may prepare text for as long as it takes.
 MAX_WAIT_DAYS = 7
 # Time for all ranks to notice a timeout and to report that they are alive.
@@ -60,17 +56,12 @@ class World:
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place; the bits are the same on all ranks."""
-        import torch.distributed as dist
-
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of each process, as float64, by rank; all must give equally many."""
-        import torch
-        import torch.distributed as dist
-
         own = torch.tensor(numbers, dtype=torch.float64)
         if self.size == 1:
             return [own.tolist()]
@@ -91,9 +82,6 @@ class World:
 
     def all_gather_str(self, text: str, *, group: ProcessGroup | None = None) -> list[str]:
         """The text of each process, by rank; `group` is the CPU group by default."""
-        import torch
-        import torch.distributed as dist
-
         if self.size == 1:
             return [text]
         group = group or self.cpu_group
@@ -108,9 +96,6 @@ class World:
 
     def broadcast_str(self, text: str) -> str:
         """The text of rank 0."""
-        import torch
-        import torch.distributed as dist
-
         if self.size == 1:
             return text
         own = _to_tensor(text)
@@ -124,8 +109,6 @@ class World:
         """Wait until rank 0 gets here too, however long it works."""
         if self.size == 1:
             return
-        from pretrain.compat import default_store
-
         # A key-value store has no timeout of its own, as collectives have.
         store = default_store()
         key = f"pretrain/main/{store.add(f'pretrain/waits/{self.rank}', 1)}"
@@ -138,64 +121,47 @@ class World:
         """The ranks that do not answer, as "1, 3"; all others must call this, and get the same."""
         absent: list[int] | None = None
 
-        def call() -> None:
+        def call_roll() -> None:
             nonlocal absent
             with suppress(RuntimeError):
-                absent = self._call_roll()
+                store = default_store()
+                store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+                store.set(f"pretrain/here/{self.rank}", "here")
+                waiting = list(range(self.size))
+                end = time.monotonic() + ROLL_CALL_SECONDS
+                while waiting and time.monotonic() < end:
+                    waiting = [r for r in waiting if not store.check([f"pretrain/here/{r}"])]
+                    time.sleep(0.1)
+                absent = waiting
 
         # torchrun's store is in rank 0's process. Without a connection to it a call never returns.
-        thread = threading.Thread(target=call, daemon=True)
+        thread = threading.Thread(target=call_roll, daemon=True)
         thread.start()
         thread.join(2 * ROLL_CALL_SECONDS)
         if absent is None:
             return "" if self.is_main else "0"
         return ", ".join(map(str, absent))
 
-    def _call_roll(self) -> list[int]:
-        from pretrain.compat import default_store
-
-        store = default_store()
-        store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
-        store.set(f"pretrain/here/{self.rank}", "here")
-        absent = list(range(self.size))
-        end = time.monotonic() + ROLL_CALL_SECONDS
-        while absent and time.monotonic() < end:
-            absent = [rank for rank in absent if not store.check([f"pretrain/here/{rank}"])]
-            time.sleep(0.1)
-        return absent
-
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards includes its work."""
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """Compute matmuls in bfloat16 for the precision bf16; everything in float32 for fp32."""
-        import torch
-
         if precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def has_native_bf16(self) -> bool:
         """Whether the device multiplies in bfloat16; emulation is up to a hundred times slower."""
-        import torch
-
         if self.device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported())
-        if self.device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-            return False
-        features = torch.cpu.get_capabilities()
+        features = cpu_capabilities() if self.device.type == "cpu" else {}
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
     def peak_memory_bytes(self) -> int:
         """Peak memory: allocated on the GPU, or else resident memory of this process."""
-        import torch
-
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -206,11 +172,14 @@ class World:
         # Linux counts in KiB, macOS in bytes.
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def leave(self) -> None:
+        """Destroy the process groups, when all common work is done."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def _to_tensor(text: str) -> Tensor:
     """UTF-8 bytes with a zero at the end: torch cannot view an empty buffer."""
-    import torch
-
     return torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
 
 
@@ -230,8 +199,6 @@ def open_world(
 
     Raises ValueError if the device is not available.
     """
-    import torch
-
     is_available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -256,7 +223,7 @@ def open_world(
     rank, size = int(os.environ.get("RANK", 0)), n_processes()
     if size == 1:
         return World(rank=0, size=1, device=torch.device(device), threads=threads)
-    torch_device = torch.device(device)
+    own_device = torch.device(device)
     if device == "cuda":
         local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= n_gpus:
@@ -265,82 +232,25 @@ def open_world(
                 f"and {n_gpus} GPUs; set parallel.processes to at most {n_gpus}, or train.device "
                 "to cpu"
             )
-        torch_device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(torch_device)
-    cpu_group, save_group = _init_process_groups(rank, size, torch_device, timeout_seconds)
-    return World(rank, size, torch_device, threads, cpu_group, save_group)
-
-
-def n_processes() -> int:
-    """Number of processes of the run, as set by the launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def n_local_processes() -> int:
-    """Number of its processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
-
-
-def n_restarts() -> int:
-    """How often the launcher has restarted the processes of this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def _init_process_groups(
-    rank: int, size: int, device: torch.device, timeout_seconds: float
-) -> list[ProcessGroup]:
-    """Rendezvous at the file that the environment names, or else where torchrun says; returns two
-    groups for the CPU."""
-    import torch.distributed as dist
-
+        own_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own_device)
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         path = os.environ.get(RENDEZVOUS_FILE)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{path}" if path else "env://",
+            "nccl" if device == "cuda" else "gloo",
+            init_method=f"file://{path}" if path else "env://",  # env: where torchrun says
             rank=rank,
             world_size=size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=own_device if device == "cuda" else None,
         )
-    return [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
-
-
-def leave_world(world: World) -> None:
-    """Destroy the process groups, when all common work is done."""
-    import torch.distributed as dist
-
-    if world.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def memory_bytes() -> int | None:
-    """Memory of this machine, or None if the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows, and systems with other names
-        return None
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; a container may have fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def yield_idle_cores() -> None:
-    """Let idle OpenMP threads sleep soon, unless the user has chosen a policy. Must be called
-    before torch is imported, which reads the variable (docs/explanation/speed.md has the gain)."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    cpu_group, save_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return World(rank, size, own_device, threads, cpu_group, save_group)
 
 
 def describe_machine() -> dict[str, Any]:
     """What numbers depend on besides the config: versions, platform, processor."""
-    import torch
-
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -19,7 +19,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 try:
@@ -46,16 +45,12 @@ class NewFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.close()
-        else:
-            self.abandon()
+            return
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes; returns their number."""
@@ -77,12 +72,6 @@ class NewFile:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-    def abandon(self) -> None:
-        """Close without flushing."""
-        if self._descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self._descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -141,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     MAX_JSON_BYTES or has a duplicate key; OSError if it cannot be read."""
     n_bytes = os.stat(path).st_size
     if n_bytes > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {n_bytes:,} bytes; a JSON file must have <= {MAX_JSON_BYTES}")
+        raise ValueError(f"{path} has {n_bytes:,} bytes; it must have at most {MAX_JSON_BYTES:,}")
     try:
         content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -264,69 +253,52 @@ def check_free_space(folder: Path, *, n_bytes: int, n_files: int) -> None:
 # Locks --------------------------------------------------------------------------------------------
 
 
-class LockHeld(ValueError):
-    """Another process has the lock."""
-
-
-class FileLock:
-    """Context manager in which this process is the only one that has the lock file `path`.
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: bool = False, action: str = "used") -> Iterator[str | None]:
+    """Run the block as the only process that has the lock file `path`.
 
     The system releases the lock when its owner dies, however it dies. The file names its owner
     (host, process, time) and is deleted at the end. If another process has the lock, `wait` blocks
-    until it is released; otherwise LockHeld is raised. Where the system or the file system has no
-    locks, `warning` has the reason and the block runs without one.
+    until it is released; otherwise ValueError: "FOLDER is being `action` by process N". Where the
+    system or the file system has no locks, the block runs without one, and the reason is yielded.
     """
-
-    def __init__(self, path: Path, *, wait: bool = False, action: str = "used") -> None:
-        """`action` completes the message "FOLDER is ... by process N"."""
-        self._path, self._wait, self._action = path, wait, action
-        self._descriptor = -1
-        self.warning: str | None = None
-
-    def __enter__(self) -> FileLock:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._acquire():
-            pass
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        owner = {"host": platform.node(), "pid": os.getpid(), "since": since}
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps(owner).encode())
-        return self
-
-    def _acquire(self) -> bool:
-        """Lock the file, and return False if its last owner deleted it in the meantime."""
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    warning = None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is None:
                 raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in {errno.EAGAIN, errno.EACCES, errno.EDEADLK}:
-                self._close()
-                raise self._held() from None
-            self.warning = f"{self._path}: file locking is not available ({error.strerror})"
-            return True
+                os.close(descriptor)
+                raise _lock_held(path, action) from None
+            warning = f"{path}: file locking is not available ({error.strerror})"
+            break
+        # The last owner may have deleted the file before this process locked it.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
-                return True
-        self._close()
-        return False
-
-    def _held(self) -> LockHeld:
-        owner: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            owner = read_json(self._path)
-        return LockHeld(
-            f"{self._path.parent} is being {self._action} by process {owner.get('pid', '?')} on "
-            f"{owner.get('host', '?')}, since {owner.get('since', '?')}; wait for it, or stop it"
-        )
-
-    def _close(self) -> None:
-        os.close(self._descriptor)
-        self._descriptor = -1
-
-    def __exit__(self, *_: object) -> None:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)
+    try:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        owner = {"host": platform.node(), "pid": os.getpid(), "since": since}
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps(owner).encode())
+        yield warning
+    finally:
         # Deleted while locked: afterwards the name may be that of the next owner's file.
         with contextlib.suppress(OSError):
-            os.unlink(self._path)
-        self._close()
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _lock_held(path: Path, action: str) -> ValueError:
+    owner: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        owner = read_json(path)
+    return ValueError(
+        f"{path.parent} is being {action} by process {owner.get('pid', '?')} on "
+        f"{owner.get('host', '?')}, since {owner.get('since', '?')}; wait for it, or stop it"
+    )

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / PACKAGE
 
 # Packages that work without torch, and single modules that load without it.
-WITHOUT_TORCH = frozenset({"fileio", "corpus", "tokenizer", "run", "report", "config"})
+WITHOUT_TORCH = frozenset({"fileio", "machine", "corpus", "tokenizer", "run", "report", "config"})
 TORCH_FREE_FILES = frozenset(
     {f"{PACKAGE}.rng", f"{PACKAGE}.data.format", f"{PACKAGE}.data.preparation"}
 )

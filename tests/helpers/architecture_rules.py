@@ -26,7 +26,9 @@ BANNED_FIRST_WORDS = re.compile(r"_*(process_|process$|Base(?![a-z])|base$)")
 FOREIGN_NAMES = frozenset({"handle_starttag", "handle_endtag", "handle_startendtag", "handle_data"})
 
 MAY_USE_TORCH_DISTRIBUTED = frozenset({"distributed", "parallel", "checkpoint", "compat", "runner"})
-MAY_READ_ENVIRONMENT = frozenset({"distributed", "evaluate", "cli", "runner", "selftest"})
+MAY_READ_ENVIRONMENT = frozenset(
+    {"distributed", "evaluate", "cli", "machine", "runner", "selftest"}
+)
 
 UNSAFE_MODULES = frozenset(
     {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

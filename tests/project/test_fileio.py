@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 
 from pretrain import fileio
-from pretrain.fileio import FileLock, LockHeld, nan_to_null, read_json, replacing, write_json
+from pretrain.fileio import file_lock, nan_to_null, read_json, replacing, write_json
 
 
 def test_a_second_process_is_rejected_with_the_owner_of_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
-    with FileLock(path, action="trained") as first:
-        assert first.warning is None
+    with file_lock(path, action="trained") as warning:
+        assert warning is None
         message = f"{tmp_path} is being trained by process {os.getpid()} on .*; wait for it, or"
-        with pytest.raises(LockHeld, match=message), FileLock(path, action="trained"):
+        with pytest.raises(ValueError, match=message), file_lock(path, action="trained"):
             pass
         assert path.exists()  # the rejected one has not deleted it
     assert list(tmp_path.iterdir()) == []
     path.write_text("left by a killed process")
-    with FileLock(path), pytest.raises(LockHeld, match="is being used"), FileLock(path):
+    with file_lock(path), pytest.raises(ValueError, match="is being used"), file_lock(path):
         pass
 
 
@@ -45,9 +45,9 @@ def test_a_lock_file_deleted_between_open_and_lock_is_opened_again(
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", delayed)
-    with FileLock(path):
+    with file_lock(path):
         assert calls == 2
-        with pytest.raises(LockHeld), FileLock(path):
+        with pytest.raises(ValueError, match="is being used by process"), file_lock(path):
             pass
 
 
@@ -63,8 +63,8 @@ def test_missing_locks_are_a_warning(
     else:
         monkeypatch.setattr(fileio, "fcntl", None)
     path = tmp_path / "run.lock"
-    with FileLock(path) as lock:
-        assert lock.warning == f"{path}: file locking is not available (No locks available)"
+    with file_lock(path) as warning:
+        assert warning == f"{path}: file locking is not available (No locks available)"
     assert not path.exists()
 
 
@@ -74,7 +74,7 @@ def test_waiting_owners_get_the_lock_one_after_the_other(tmp_path: Path) -> None
 
     def work(name: str, delay: float, seconds: float) -> None:
         time.sleep(delay)
-        with FileLock(tmp_path / "work.lock", wait=True):
+        with file_lock(tmp_path / "work.lock", wait=True):
             inside.append(name)
             seen.append(list(inside))
             time.sleep(seconds)
@@ -134,7 +134,7 @@ def test_json_larger_than_any_of_ours_is_not_read(
 ) -> None:
     monkeypatch.setattr(fileio, "MAX_JSON_BYTES", 10)
     write_json(tmp_path / "large.json", {"key": "a long value"})
-    with pytest.raises(ValueError, match=r"large\.json has 27 bytes; a JSON file must have <= 10"):
+    with pytest.raises(ValueError, match=r"large\.json has 27 bytes; it must have at most 10"):
         read_json(tmp_path / "large.json")
 
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from pretrain import __version__
 from pretrain.cli.output import Output
-from pretrain.distributed import yield_idle_cores
+from pretrain.machine import yield_idle_cores
 from pretrain.validation import suggestion
 
 COMMANDS = {

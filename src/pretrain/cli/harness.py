@@ -13,8 +13,8 @@ from functools import cache
 
 from pretrain import missing_package
 from pretrain.cli.scoring import STARTS, open_scored
-from pretrain.distributed import yield_idle_cores
 from pretrain.evaluate.lm_eval import LmEvalModel
+from pretrain.machine import yield_idle_cores
 
 
 class HarnessModel(LmEvalModel):

@@ -51,7 +51,7 @@ from pretrain.data.stages import (
     split_of,
 )
 from pretrain.data.writer import CompressionOutliers, StreamWriter
-from pretrain.fileio import FileLock, move_into_place, require_empty, write_json
+from pretrain.fileio import file_lock, move_into_place, require_empty, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def prepare(
     _check(settings)
     work = work_folder(out)
     # Others that prepare the same folder wait, and then find it complete.
-    with FileLock(work.with_name(f"{work.name}.lock"), wait=True):
+    with file_lock(work.with_name(f"{work.name}.lock"), wait=True):
         job = _begin(settings, Path(out))
         job.remove_unfinished()
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.compat import has_onednn_linear, onednn_linear
+from pretrain.compat import cpu_capabilities, has_onednn_linear, onednn_linear
 
 # With fewer rows a matmul is memory-bound, and oneDNN has more overhead than MKL.
 MIN_ROWS = 64
@@ -138,9 +138,7 @@ def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
 
 @lru_cache
 def _prefers_onednn() -> bool:
-    # torch has this function from 2.13 on.
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    is_intel = str(known.get("cpu_name", "")).startswith("Intel")
+    is_intel = str(cpu_capabilities().get("cpu_name", "")).startswith("Intel")
     return has_onednn_linear() and not is_intel
 
 

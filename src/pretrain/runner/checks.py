@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
 from pretrain.data.format import PreparedData
-from pretrain.distributed import n_processes
 from pretrain.evaluate.task_files import read_in_loop_tasks
-from pretrain.fileio import FileLock
+from pretrain.fileio import file_lock
+from pretrain.machine import n_processes
 from pretrain.report.config import require_packages
 from pretrain.run.directory import CONFIG, ENVIRONMENT, LOCK, TOKENIZER, read_environment
 from pretrain.run.identity import Change, check_accepted, differences
@@ -108,9 +108,9 @@ def check_finished_run(stored: RunConfig, requested: RunConfig, accepted: Sequen
 @contextmanager
 def only_writer(folder: Path, log: Log) -> Iterator[None]:
     """No other process trains in this folder (run.lock)."""
-    with FileLock(folder / LOCK, action="trained") as lock:
-        if lock.warning is not None:
-            log(f"note: {lock.warning}")
+    with file_lock(folder / LOCK, action="trained") as warning:
+        if warning is not None:
+            log(f"note: {warning}")
         yield
 
 

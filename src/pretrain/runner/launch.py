@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import Layer, RunConfig, compose, read_file
-from pretrain.distributed import RENDEZVOUS_FILE, memory_bytes, n_processes
+from pretrain.machine import RENDEZVOUS_FILE, memory_bytes, n_processes
 from pretrain.run.directory import CONFIG
 from pretrain.runner.request import requested_file
 

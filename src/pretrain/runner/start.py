@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pretrain.config import Layer, RunConfig, compose, read_file, to_yaml
 from pretrain.data.format import PreparedData
-from pretrain.distributed import leave_world, n_processes, n_restarts
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import replace_file
+from pretrain.machine import n_processes, n_restarts
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report.page import write_report
 from pretrain.run.directory import (
@@ -389,7 +389,7 @@ def _report_finished(folder: Path, config: RunConfig, stream: TextIO) -> RunResu
             write_report(folder)
     if world is not None:
         world.wait_for_main()
-        leave_world(world)
+        world.leave()
     return RunResult(folder, summary=read_json(folder / SUMMARY), is_main=is_main)
 
 
@@ -455,7 +455,7 @@ def _train(
             planned_stop=request.planned_stop,
         )
         exit_code = train(run)
-    leave_world(world)
+    world.leave()
     if not world.is_main:
         return RunResult(folder, exit_code, is_main=False)
     report = write_report(folder)

@@ -26,7 +26,7 @@ _N_REDUCTIONS = 5
 
 def check_processes(device: str, log: Log) -> dict[str, Any] | None:
     """Run all checks, and return what --json prints; None on ranks other than 0."""
-    from pretrain.distributed import leave_world, open_world
+    from pretrain.distributed import open_world
 
     start_time = time.perf_counter()
     world = open_world(device, timeout_seconds=60)
@@ -50,7 +50,7 @@ def check_processes(device: str, log: Log) -> dict[str, Any] | None:
     if world.size % 2 == 0 and world.size > 2:
         add("both", _check_axes(world, ParallelConfig(shard=2)))
     add("elastic", _check_axes(world, ParallelConfig(elastic=True)))
-    leave_world(world)
+    world.leave()
 
     if not world.is_main:
         return None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain import __version__
 from pretrain.config import RunConfig, to_yaml
-from pretrain.distributed import n_processes
+from pretrain.machine import n_processes
 from pretrain.run.directory import ENVIRONMENT, METRICS, SAMPLES, read_environment, write_json
 from pretrain.run.log import RunLog
 from pretrain.runner.checks import read_run_config

@@ -18,7 +18,8 @@ from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
 from pretrain.data.mixed import MixedData
 from pretrain.data.order import Order, ceil_div
-from pretrain.distributed import World, memory_bytes, n_local_processes
+from pretrain.distributed import World
+from pretrain.machine import memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import n_parameters
 from pretrain.parallel.config import ParallelConfig

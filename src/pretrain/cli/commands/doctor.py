@@ -12,7 +12,7 @@ import argparse
 
 from pretrain.cli.options import add_device
 from pretrain.cli.output import Output
-from pretrain.distributed import n_processes
+from pretrain.machine import n_processes
 from pretrain.runner.launch import launch_once
 from pretrain.selftest.doctor import check_machine
 from pretrain.selftest.rendezvous import check_processes
