@@ -8,7 +8,7 @@ Checked with torch 2.6 to 2.13.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
-def cpu_capabilities() -> dict[str, Any]:
+def cpu_capabilities() -> Mapping[str, Any]:
     """Return the instruction sets and the name of the processor; nothing before torch 2.13, which
     has the function."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
