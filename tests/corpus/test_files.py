@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -11,9 +12,9 @@ from corpus_files import (
     read_texts,
     write_records,
 )
-from pretrain.corpus import reading
+from pretrain.corpus import streams
 from pretrain.corpus.documents import Document, ReadingReport
-from pretrain.corpus.files import SourceFile, bundled_corpus, list_files
+from pretrain.corpus.files import bundled_corpus, list_files
 from pretrain.corpus.reading import read_documents
 
 
@@ -80,8 +81,8 @@ def test_folder_without_text_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"contains no file; readable formats are text"):
         list_files(tmp_path)
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\0\x01")
-    report = ReadingReport()
-    assert read_texts(tmp_path, report=report, strict=True) == []
+    report = ReadingReport(strict=True)
+    assert read_texts(tmp_path, report=report) == []
     assert (report.n_skipped_files, report.problems[0].offset) == (1, 9)
     with pytest.raises(ValueError, match=r"a\.pdf, byte 9: binary.*readable formats are text"):
         read_texts(tmp_path / "a.pdf")
@@ -132,12 +133,12 @@ def test_unreadable_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name, encoding="utf-8")
 
-    def refusing(file: SourceFile) -> bytes:
-        if file.name == "a.txt":
+    def open_all_but_a(path: Path, mode: str) -> BinaryIO:
+        if path.name == "a.txt":
             raise PermissionError(13, "Permission denied")
-        return b"text"
+        return open(path, "rb")
 
-    monkeypatch.setattr(reading, "read_head", refusing)
+    monkeypatch.setattr(streams, "open", open_all_but_a, raising=False)
     report = ReadingReport()
     assert read_texts(tmp_path, report=report) == ["b.txt"]
     assert "cannot be read: Permission denied" in report.problems[0].reason

@@ -17,7 +17,7 @@ from corpus_files import (
     read_texts,
     write_records,
 )
-from pretrain.corpus import rows
+from pretrain.corpus import records
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.reading import read_documents
 
@@ -29,7 +29,7 @@ def test_all_record_formats_give_the_same_documents(
 ) -> None:
     path = tmp_path / (name + suffix)
     path.write_bytes(compress(FORMATS[name]()))
-    found = list(read_documents(path, strict=True))
+    found = list(read_documents(path, report=ReadingReport(strict=True)))
     assert [(d.id, d.title, d.text) for d in found] == [tuple(row.values()) for row in ROWS]
 
 
@@ -85,7 +85,7 @@ def test_invalid_lines_are_skipped_and_reported(tmp_path: Path) -> None:
         assert problem.offset == path.read_bytes().index(b"\n" + line + b"\n") + 1
         assert reason in problem.reason
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2, byte 17: skipped: invalid JSON"):
-        read_texts(path, strict=True)
+        read_texts(path, report=ReadingReport(strict=True))
 
 
 def test_only_the_first_problems_are_kept(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_no_field_of_a_document_has_a_lone_surrogate(tmp_path: Path) -> None:
 
 
 def test_too_long_line_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     path = write_records(
         tmp_path / "a.jsonl", {"text": "a"}, {"text": "b" * 2_000_000}, {"text": "c"}
     )
@@ -144,7 +144,7 @@ def test_duplicate_column_names_keep_the_first(tmp_path: Path) -> None:
 
 
 def test_unterminated_quote_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.csv"
     path.write_bytes(b'text\ngood\n"never closed\n' + b"x" * 99 + b"\n" * 1200 + b"end\n")
     report = ReadingReport()

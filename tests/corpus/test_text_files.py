@@ -47,7 +47,7 @@ def test_few_invalid_bytes_are_replaced_and_many_are_rejected(tmp_path: Path) ->
     assert read_texts(path, report=report) == ["x" * 500 + "\ufffd" + "y" * 500]
     assert report.problems[0].offset == 500
     with pytest.raises(ValueError, match="byte 500"):
-        read_texts(path, strict=True)
+        read_texts(path, report=ReadingReport(strict=True))
 
     path.write_bytes(b"caf\xe9 " * 10)
     with pytest.raises(ValueError, match=r"byte 3: not UTF-8 text: 10 invalid"):
@@ -110,7 +110,7 @@ def test_compressed_members_and_truncated_files(
     assert report.n_partial_files == 1
     assert "truncated" in report.problems[0].reason
     with pytest.raises(ValueError, match="truncated"):
-        read_texts(path, strict=True)
+        read_texts(path, report=ReadingReport(strict=True))
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSORS)
@@ -168,7 +168,7 @@ def test_format_is_detected_from_content(
 ) -> None:
     pytest.importorskip("resiliparse")
     (tmp_path / name).write_bytes(made())
-    first = read_texts(tmp_path / name, strict=True)[0]
+    first = read_texts(tmp_path / name, report=ReadingReport(strict=True))[0]
     assert first.startswith(("First, with a comma", "Whales\n"))
 
 

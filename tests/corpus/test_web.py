@@ -26,8 +26,8 @@ def test_main_text_of_pages(
     pytest.importorskip("resiliparse")
     (tmp_path / f"page.html{suffix}").write_bytes(compress(PAGE.encode()))
     (tmp_path / f"pages.warc{suffix}").write_bytes(compress(as_warc()))
-    report = ReadingReport()
-    page, answer, plain = read_documents(tmp_path, report=report, strict=True)
+    report = ReadingReport(strict=True)
+    page, answer, plain = read_documents(tmp_path, report=report)
     assert page.title == "A page"
     assert page.text.startswith("Whales\n")
     assert "whale much is told, änd" in page.text
@@ -46,6 +46,8 @@ def test_truncated_archive_keeps_its_complete_records(tmp_path: Path, cut: int) 
     found = read_texts(tmp_path, report=report)
     assert report.n_partial_files == 1
     assert all(text.startswith(("Whales", "Plain")) for text in found)
+    with pytest.raises(ValueError, match=r"^a\.warc\.gz, byte \d+: the gzip file is truncated;"):
+        read_texts(tmp_path, report=ReadingReport(strict=True))
 
 
 def test_responses_are_decoded_or_skipped(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,9 +96,9 @@ WIDE = ("rows.jsonl", "rows.json", "rows.csv")
 PACKING: list[tuple[str, Callable[[bytes], bytes]]] = [("", bytes), *COMPRESSORS]
 
 
-def read_texts(source: Source, **options: object) -> list[str]:
+def read_texts(source: Source, **options: Any) -> list[str]:
     """The texts of all documents of a source."""
-    return [document.text for document in read_documents(source, **options)]  # type: ignore[arg-type]
+    return [document.text for document in read_documents(source, **options)]
 
 
 def write_records(path: Path, *records: object) -> Path:

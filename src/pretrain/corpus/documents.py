@@ -1,18 +1,20 @@
-"""The classes that travel from files to tokens: documents, problems, and the report of a reading.
-
-Readers create them and `data.preparation` counts them. No file is opened here. A report only
-records problems, unless it is strict: then the first problem is a ValueError.
-"""
+"""Documents, problems, and the report of a reading: what all readers of files create."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 MAX_DETAILED_PROBLEMS = 100
 """Problems kept with their place; later ones are only counted, so that a file in which every line
 is wrong cannot fill the memory."""
+Counter = Literal["n_skipped_files", "n_skipped_records", "n_repaired", "n_partial_files"]
+"""Fields of a report that count problems."""
+
+
+class StrictError(ValueError):
+    """The first problem of a strict report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class ReadingReport:
     n_text_bytes: int = 0
     """Bytes of the documents' text in UTF-8."""
     n_read_bytes: int = 0
-    """Bytes read from disk, before decompression; for progress."""
+    """Bytes on disk, before decompression, of the files up to the current place; for progress."""
     n_skipped_files: int = 0
     n_skipped_records: int = 0
     n_other_records: int = 0
@@ -81,21 +83,34 @@ class ReadingReport:
     n_partial_files: int = 0
     """Compressed files that end too early; the readable part was kept."""
     n_problems: int = 0
-    problems: list[Problem] = field(default_factory=list)
     text_fields: dict[str, str] = field(default_factory=dict)
     """For each of the first files of records: the field that was read as text."""
     sources: dict[str, SourceCounts] = field(default_factory=dict)
     """Totals by source argument."""
+    problems: list[Problem] = field(default_factory=list)
     on_problem: Callable[[Problem], None] | None = None
     """Called with every problem, also with those beyond MAX_DETAILED_PROBLEMS."""
     strict: bool = False
     """Whether the first problem is a ValueError."""
 
-    def add(self, problem: Problem, *, is_allowed: bool = False) -> None:
-        """Record a problem; if `strict` raise it as a ValueError, unless it is allowed."""
+    def add(
+        self,
+        file: str,
+        reason: str,
+        *,
+        line: int | None = None,
+        offset: int | None = None,
+        counter: Counter | None = None,
+        is_allowed: bool = False,
+    ) -> None:
+        """Record a problem and add 1 to `counter`; if `strict`, raise StrictError instead, unless
+        the problem is allowed."""
+        problem = Problem(file, reason, line, offset)
         if self.strict and not is_allowed:
-            raise ValueError(f"{problem} (with --strict nothing is skipped or repaired)")
+            raise StrictError(f"{problem} (with --strict nothing is skipped or repaired)")
         self.n_problems += 1
+        if counter is not None:
+            setattr(self, counter, getattr(self, counter) + 1)
         if self.on_problem is not None:
             self.on_problem(problem)
         if len(self.problems) < MAX_DETAILED_PROBLEMS:
@@ -103,20 +118,13 @@ class ReadingReport:
 
     def merge(self, other: ReadingReport) -> None:
         """Add the report of other files, as if they had been read after these."""
-        for each in fields(self):
-            value = getattr(other, each.name)
-            if type(value) is int:
-                setattr(self, each.name, getattr(self, each.name) + value)
-
+        _add_counts(self, other)
         self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
         for file, name in other.text_fields.items():
             if len(self.text_fields) < MAX_DETAILED_PROBLEMS:
                 self.text_fields[file] = name
         for name, counts in other.sources.items():
-            total = self.sources.setdefault(name, SourceCounts())
-            total.n_files += counts.n_files
-            total.n_documents += counts.n_documents
-            total.n_text_bytes += counts.n_text_bytes
+            _add_counts(self.sources.setdefault(name, SourceCounts()), counts)
 
     def summary(self) -> str:
         """One human-readable line: the counts, and the first problem if there is one."""
@@ -134,8 +142,6 @@ class ReadingReport:
         """Return all fields as plain values for JSON."""
         content = asdict(self)
         del content["on_problem"], content["strict"]
-        for name in ("sources", "problems"):  # the long ones last
-            content[name] = content.pop(name)
         return content
 
     @staticmethod
@@ -144,3 +150,10 @@ class ReadingReport:
         problems = [Problem(**problem) for problem in content["problems"]]
         sources = {name: SourceCounts(**counts) for name, counts in content["sources"].items()}
         return ReadingReport(**content | {"problems": problems, "sources": sources})
+
+
+def _add_counts(total: ReadingReport | SourceCounts, other: ReadingReport | SourceCounts) -> None:
+    for each in fields(total):
+        value = getattr(other, each.name)
+        if type(value) is int:
+            setattr(total, each.name, getattr(total, each.name) + value)

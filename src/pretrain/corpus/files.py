@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pretrain.corpus.documents import Problem, ReadingReport
+from pretrain.corpus.documents import ReadingReport
 
 BUNDLED = "bundled"
 """Name of the corpus that is installed with the package; `./bundled` forces a path."""
@@ -42,7 +42,6 @@ _OWN_FOLDERS = (
     {"config.yaml", "environment.json", "tokenizer"},
     {"config.yaml", "checkpoints", "tokenizer"},
     {"asked.yaml"},
-    {"requested.yaml"},
     {"requested.yaml"},
     {"manifest.json", "report.json", "tokenizer"},
 )
@@ -69,16 +68,13 @@ def bundled_corpus() -> Path:
     return Path(str(importlib.resources.files("pretrain.corpus") / BUNDLED / "english.jsonl.xz"))
 
 
-def list_files(
-    source: Source, *, report: ReadingReport | None = None, strict: bool = False
-) -> list[SourceFile]:
+def list_files(source: Source, *, report: ReadingReport | None = None) -> list[SourceFile]:
     """List the files of one source, sorted by relative path, or of several in their order.
 
     Entries of folders that are skipped are added to `report`. ValueError if there is nothing to
     read, or if a file would be read twice.
     """
     report = report if report is not None else ReadingReport()
-    report.strict = strict
     arguments = [source] if isinstance(source, str | Path) else source
     sources = [(str(argument), path) for argument in arguments for path in _expand(argument)]
     if not sources or "" in arguments:  # Path("") would be the current folder
@@ -154,9 +150,8 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
                 f"source {str(folder)!r} was written by pretrain: it is a run or a prepared text; "
                 "resume a run with pretrain train --resume --run DIR, or with pretrain extend DIR"
             )
-        report.n_skipped_files += 1
         reason = "skipped: a run or a prepared text"
-        report.add(Problem(_printable(prefix), reason))
+        report.add(_printable(prefix), reason, counter="n_skipped_files")
         return
 
     for entry in entries:
@@ -169,9 +164,8 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
         elif stat.S_ISREG(status.st_mode):
             files.append(SourceFile(Path(entry.path), name, status.st_size))
         else:
-            report.n_skipped_files += 1
             reason = f"skipped: a {_file_type(status.st_mode)}"
-            report.add(Problem(_printable(name), reason))
+            report.add(_printable(name), reason, counter="n_skipped_files")
 
 
 def _file_type(mode: int) -> str:
@@ -257,13 +251,8 @@ def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
     lines = [line for line in lines if line.strip()][:2]
     if not lines:
         return min_lines == 1 and _OBJECT.match(partial_line) is not None
-    return len(lines) >= min_lines and all(map(_is_json_object, lines))
-
-
-def _is_json_object(line: bytes) -> bool:
-    if not _OBJECT.match(line):
-        return False
     try:
-        return isinstance(json.loads(line), dict)
+        are_objects = all(_OBJECT.match(line) and json.loads(line) for line in lines)
     except (ValueError, RecursionError):
         return False
+    return are_objects and len(lines) >= min_lines

@@ -1,8 +1,8 @@
-"""One file -> its bytes in chunks: decompressed, UTF-16 and UTF-32 as UTF-8, damage detected.
+"""One file -> its bytes: decompressed, UTF-16 and UTF-32 as UTF-8, damage detected.
 
 Memory stays at a few MiB whatever the compression ratio. The compression is detected from the first
-bytes, not from the name. Damage is raised as `DamagedStreamError` after the valid bytes have been
-yielded; a missing decompressor is a ValueError with the command that installs it.
+bytes, not from the name. A stream ends where its file is damaged; a missing decompressor is a
+ValueError with the command that installs it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from functools import partial
 from itertools import chain
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO
 
 from pretrain import missing_package
-from pretrain.corpus.documents import ReadingReport
-from pretrain.corpus.files import COMPRESSIONS, HEAD_BYTES, SourceFile, compression_of
+from pretrain.corpus.documents import Counter, ReadingReport
+from pretrain.corpus.files import COMPRESSIONS, SourceFile, compression_of
 
 CHUNK_BYTES = 1 << 18
 # UTF-32 first: its little-endian byte order mark begins with that of UTF-16.
@@ -42,12 +42,81 @@ class DamagedStreamError(Exception):
     """A compressed file ends too early or is broken; the bytes before that were yielded."""
 
 
-class _Readable(Protocol):
-    def read1(self, size: int, /) -> bytes: ...
+class FileStream(io.BufferedReader):
+    """The (decompressed) bytes of a file, which is opened when they are first read.
+
+    The stream ends where the file is damaged: that is a problem in `report`, and `damage`.
+    """
+
+    def __init__(self, file: SourceFile, report: ReadingReport) -> None:
+        self.file = file
+        self.report = report
+        self.damage: DamagedStreamError | None = None
+        super().__init__(_RawStream(self), CHUNK_BYTES)
+
+    def add_problem(
+        self,
+        reason: str,
+        *,
+        line: int | None = None,
+        offset: int | None = None,
+        counter: Counter | None = None,
+    ) -> None:
+        """Add a problem of this file to the report."""
+        self.report.add(self.file.name, reason, line=line, offset=offset, counter=counter)
+
+    def end(self, damage: DamagedStreamError, n_bytes: int) -> None:
+        """Report that the file is damaged after this number of bytes."""
+        reason = f"{damage}; the {n_bytes:,} bytes before that were read"
+        self.add_problem(reason, offset=n_bytes, counter="n_partial_files")
+        self.damage = damage
 
 
-def read_chunks(file: SourceFile, report: ReadingReport) -> Iterator[bytes]:
-    """Yield the (decompressed) bytes of a file; adds the bytes on disk to `report.n_read_bytes`."""
+class _RawStream(io.RawIOBase):
+    """What a FileStream reads from: it fills the given buffer unless the file ends."""
+
+    def __init__(self, stream: FileStream) -> None:
+        super().__init__()
+        self._stream = stream
+        self._chunks = _read_chunks(stream.file, stream.report)
+        self._damage: DamagedStreamError | None = None
+        self._rest = b""
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        n = 0
+        while n < len(buffer):
+            if not self._rest:
+                try:
+                    self._rest = next(self._chunks)
+                except StopIteration:
+                    break
+                except DamagedStreamError as damage:
+                    self._damage = damage
+                    break
+            part = self._rest[: len(buffer) - n]
+            buffer[n : n + len(part)] = part
+            self._rest = self._rest[len(part) :]
+            n += len(part)
+        self._position += n
+        # Not before the bytes are used: a binary file is skipped after a look at its first ones.
+        if not n and self._damage and not self._stream.damage:
+            self._stream.end(self._damage, self._position)
+        return n
+
+    def close(self) -> None:
+        self._chunks.close()
+        super().close()
+
+
+def _read_chunks(file: SourceFile, report: ReadingReport) -> Generator[bytes, None, None]:
+    """Yield the bytes of a file in chunks; adds the bytes on disk to `report.n_read_bytes`."""
     with open(file.path, "rb") as raw:
         n_reported = n_decompressed = 0
         for chunk in _as_utf8(_decompress(raw, file)):
@@ -59,53 +128,6 @@ def read_chunks(file: SourceFile, report: ReadingReport) -> Iterator[bytes]:
             report.n_read_bytes += raw.tell() - n_reported
             n_reported = raw.tell()
             yield chunk
-
-
-def read_head(file: SourceFile) -> bytes:
-    """Return the first (decompressed) bytes of a file, at most HEAD_BYTES."""
-    head = b""
-    with open(file.path, "rb") as raw, suppress(DamagedStreamError):
-        for chunk in _as_utf8(_decompress(raw, file)):
-            head += chunk
-            if len(head) >= HEAD_BYTES:
-                break
-    return head[:HEAD_BYTES]
-
-
-class ChunkFile(io.RawIOBase):
-    """Chunks as a readable file object, for libraries that need one.
-
-    The file ends where the stream is damaged, and `damage` is the error.
-    """
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        super().__init__()
-        self.damage: DamagedStreamError | None = None
-        self._chunks = chunks
-        self._buffer = b""
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        while not self._buffer:
-            try:
-                chunk = next(self._chunks, None)
-            except DamagedStreamError as damage:
-                self.damage = damage
-                return 0
-            if chunk is None:
-                return 0
-            self._buffer = chunk
-        n = min(len(buffer), len(self._buffer))
-        buffer[:n] = self._buffer[:n]
-        self._buffer = self._buffer[n:]
-        self._position += n
-        return n
 
 
 def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -133,31 +155,19 @@ def _decompress(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
     if expected and not compression:
         content = "is empty" if file.n_bytes == 0 else f"does not start like a {expected} file"
         raise DamagedStreamError(f"its name is that of a {expected} file, but it {content}")
-    if compression == "zstandard":
-        yield from _decompress_zstandard(raw)
-        return
-
-    stream: _Readable
-    if compression == "gzip":
-        stream = gzip.GzipFile(fileobj=raw, mode="rb")
-    elif compression == "bzip2":
-        stream = bz2.BZ2File(raw, "rb")
-    elif compression == "xz":
-        stream = lzma.LZMAFile(raw, "rb")  # noqa: SIM115 `raw` is the caller's
-    else:
-        stream = cast(_Readable, raw)
-    while True:
-        # read1, not read: at damage, read would lose the bytes that it has already decompressed.
-        try:
-            chunk = stream.read1(CHUNK_BYTES)
-        except EOFError as error:
-            raise DamagedStreamError(f"the {compression} file is truncated") from error
-        except (OSError, zlib.error, lzma.LZMAError, ValueError) as error:
-            kind = f"{compression} file" if compression else "file"
-            raise DamagedStreamError(f"the {kind} is broken: {error}") from error
-        if not chunk:
-            return
-        yield chunk
+    try:
+        if compression == "zstandard":
+            yield from _decompress_zstandard(raw)
+        else:
+            openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+            stream: Any = openers[compression](raw) if compression else raw
+            # read1, not read: at damage, read would lose the bytes that it has already
+            # decompressed.
+            yield from iter(partial(stream.read1, CHUNK_BYTES), b"")
+    except EOFError as error:
+        raise DamagedStreamError(f"the {compression} file is truncated") from error
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        raise DamagedStreamError(f"the {compression or 'plain'} file is broken: {error}") from error
 
 
 def _decompress_zstandard(raw: BinaryIO) -> Iterator[bytes]:
@@ -176,11 +186,11 @@ def _decompress_zstandard(raw: BinaryIO) -> Iterator[bytes]:
             try:
                 chunk = frame.decompress(data)
             except zstandard.ZstdError as error:
-                raise DamagedStreamError(f"the zstandard file is broken: {error}") from error
+                raise OSError(str(error)) from error
             if chunk:
                 yield chunk
             data = frame.unused_data if frame.eof else b""
             if frame.eof:
                 frame = None
-    if frame is not None or raw.tell() == 0:
-        raise DamagedStreamError("the zstandard file is truncated")
+    if frame is not None:
+        raise EOFError

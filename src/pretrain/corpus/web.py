@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from pretrain import missing_package
-from pretrain.corpus.documents import Document, Problem, ReadingReport
-from pretrain.corpus.files import SourceFile, compression_of
-from pretrain.corpus.records import MAX_RECORD_BYTES, Row, skip_record, without_surrogates
-from pretrain.corpus.streams import ChunkFile, DamagedStreamError, read_chunks
+from pretrain.corpus.documents import Document, StrictError
+from pretrain.corpus.files import compression_of
+from pretrain.corpus.records import MAX_RECORD_BYTES, skip_record, without_surrogates
+from pretrain.corpus.streams import DamagedStreamError, FileStream
 
 _HTTP_CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,8})[^\r\n]{0,99}\r\n")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -36,56 +36,44 @@ def html_text(data: bytes) -> tuple[str, str]:
     return (tree.title or "").strip(), without_surrogates(text)
 
 
-def read_html(file: SourceFile, report: ReadingReport) -> Iterator[Document]:
+def read_html(stream: FileStream) -> Iterator[Document]:
     """Yield the page as one document."""
-    data = bytearray()
-    try:
-        for chunk in read_chunks(file, report):
-            data += chunk
-            if len(data) > MAX_RECORD_BYTES:
-                break
-    except DamagedStreamError as damage:
-        report.n_partial_files += 1
-        reason = f"{damage}; kept the {len(data):,} bytes before that"
-        report.add(Problem(file.name, reason, offset=len(data)))
-
-    if len(data) > MAX_RECORD_BYTES:
-        reason = f"skipped: a page of more than {MAX_RECORD_BYTES:,} bytes"
-    else:
-        title, text = html_text(bytes(data))
+    data = stream.read(MAX_RECORD_BYTES + 1)
+    reason = f"skipped: a page of more than {MAX_RECORD_BYTES:,} bytes"
+    if len(data) <= MAX_RECORD_BYTES:
+        title, text = html_text(data)
         if text.strip():
-            yield Document(id=file.name, text=text, title=title, source=file.name)
+            name = stream.file.name
+            yield Document(id=name, text=text, title=title, source=name)
             return
         reason = "skipped: a page without text"
-    report.n_skipped_files += 1
-    report.add(Problem(file.name, reason))
+    stream.add_problem(reason, counter="n_skipped_files")
 
 
-def read_warc(file: SourceFile, report: ReadingReport) -> Iterator[Document]:
+def read_warc(stream: FileStream) -> Iterator[Document]:
     """Yield a document for each page of an archive, with the page's URL as its id."""
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError as error:
         raise missing_package("a WARC file", "fastwarc") from error
 
-    chunks = ChunkFile(read_chunks(file, report))
     types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
     try:
-        archive = ArchiveIterator(chunks, record_types=types, parse_http=True)
+        archive = ArchiveIterator(stream, record_types=types, parse_http=True)
         for number, record in enumerate(archive, start=1):
-            row = Row(number, record.stream_pos, {})
+            offset = record.stream_pos
             content_type = record.http_content_type or record.headers.get("Content-Type") or ""
             is_html = content_type.lower().startswith(_HTML_TYPES)
             is_text = content_type.lower().startswith("text/plain")
             http = record.http_headers
             is_error = http is not None and not 200 <= (http.status_code or 0) < 300
             if is_error or not (is_html or is_text):
-                report.n_other_records += 1
+                stream.report.n_other_records += 1
                 continue
 
             data = _decode_body(record.reader.read(MAX_RECORD_BYTES + 1), http or {})
             if len(data) > MAX_RECORD_BYTES:
-                skip_record(file, row, f"more than {MAX_RECORD_BYTES:,} bytes", report)
+                skip_record(stream, f"more than {MAX_RECORD_BYTES:,} bytes", number, offset)
                 continue
             if is_html:
                 title, text = html_text(data)
@@ -93,21 +81,20 @@ def read_warc(file: SourceFile, report: ReadingReport) -> Iterator[Document]:
                 charset = _known_charset(record.http_charset)
                 title, text = "", data.decode(charset, "replace")
                 if text != data.decode(charset, "ignore"):
-                    report.n_repaired += 1
                     reason = f"bytes that are not {charset} were replaced by U+FFFD"
-                    report.add(Problem(file.name, reason, number, row.offset))
+                    stream.add_problem(reason, line=number, offset=offset, counter="n_repaired")
             if not text.strip():
                 reason = "a page without text, or in an unknown content encoding"
-                skip_record(file, row, reason, report)
+                skip_record(stream, reason, number, offset)
                 continue
-            url = record.headers.get("WARC-Target-URI") or f"{file.name}:{number}"
-            yield Document(url, text.replace("\r\n", "\n"), title, file.name, row.offset or 0)
+            name = stream.file.name
+            url = record.headers.get("WARC-Target-URI") or f"{name}:{number}"
+            yield Document(url, text.replace("\r\n", "\n"), title, name, offset or 0)
+    except StrictError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        chunks.damage = chunks.damage or DamagedStreamError(f"the WARC file is broken: {error}")
-    if chunks.damage is not None:
-        report.n_partial_files += 1
-        reason = f"{chunks.damage}; kept the records before that"
-        report.add(Problem(file.name, reason, offset=chunks.tell()))
+        if not stream.damage:
+            stream.end(DamagedStreamError(f"the WARC file is broken: {error}"), stream.tell())
 
 
 def _known_charset(charset: str | None) -> str:

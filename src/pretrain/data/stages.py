@@ -73,11 +73,11 @@ def _one_task(job: Job) -> int:
 def _list_files(job: Job, task: int, out: Path) -> None:
     """List the files of all sources in groups, each group of one source."""
     settings = job.settings
-    report = ReadingReport()
+    report = ReadingReport(strict=settings.strict)
     groups: list[list[SourceFile]] = []
     n_bytes = 0
     with _recording_problems(out, report):
-        for file in list_files(settings.sources, report=report, strict=settings.strict):
+        for file in list_files(settings.sources, report=report):
             is_full = n_bytes >= GROUP_BYTES or (groups and len(groups[-1]) >= GROUP_FILES)
             if not groups or is_full or groups[-1][0].source_argument != file.source_argument:
                 groups.append([])
@@ -97,8 +97,8 @@ def _list_files(job: Job, task: int, out: Path) -> None:
 def _evaluation_strings(name: str, strict: bool) -> Iterator[str]:
     """Yield all strings of an evaluation text. ValueError if some of it cannot be read: its overlap
     would be missed."""
-    report = ReadingReport()
-    for document in read_documents(name, text_field=EVERY_FIELD, report=report, strict=strict):
+    report = ReadingReport(strict=strict)
+    for document in read_documents(name, text_field=EVERY_FIELD, report=report):
         yield from document.text.split(EVERY_FIELD)
     if report.n_problems > report.n_repaired:
         raise ValueError(
@@ -126,8 +126,8 @@ def _read(job: Job, task: int, out: Path) -> None:
     """Read the documents of a group of files into shards."""
     content = read_json(job.task_folder("list") / f"{task}.json")
     files = [SourceFile(**file | {"path": Path(file["path"])}) for file in content["files"]]
-    report = ReadingReport()
     settings = job.settings
+    report = ReadingReport(strict=settings.strict)
     n_bytes = max(1, sum(file.n_bytes for file in files))
 
     def with_progress(documents: Iterable[Document]) -> Iterator[Document]:
@@ -137,9 +137,7 @@ def _read(job: Job, task: int, out: Path) -> None:
             yield document
 
     with _recording_problems(out, report):
-        documents = read_files(
-            files, text_field=settings.text_field, report=report, strict=settings.strict
-        )
+        documents = read_files(files, text_field=settings.text_field, report=report)
         counts = write_document_shards(with_progress(documents), out)
     source = files[0].source_argument
     write_json(

@@ -18,7 +18,7 @@ from pathlib import Path
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.files import list_files
 from pretrain.corpus.reading import read_documents
-from pretrain.corpus.streams import DamagedStreamError, read_chunks
+from pretrain.corpus.streams import DamagedStreamError, FileStream
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots
 from pretrain.evaluate.metrics import statistics_of_answer
@@ -176,8 +176,12 @@ def read_task_file(path: Path) -> str:
     first, *others = list_files(path)
     if others:
         raise ValueError(f"{path} is {1 + len(others)} files; it must be one file")
+    with FileStream(first, ReadingReport()) as stream:
+        content = stream.read()
     try:
-        text = b"".join(read_chunks(first, report=ReadingReport())).decode("utf-8-sig")
+        if stream.damage:
+            raise stream.damage
+        text = content.decode("utf-8-sig")
     except (DamagedStreamError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return text.replace("\r\n", "\n")
