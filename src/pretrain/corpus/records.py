@@ -181,7 +181,7 @@ class Line:
     is_too_long: bool
 
     def decode(self) -> str | Skipped:
-        """The line as text, or why it is none."""
+        """The line as text, or the reason why it cannot be decoded."""
         if self.is_too_long:
             return Skipped(f"a line of more than {MAX_RECORD_BYTES:,} bytes")
         try:
