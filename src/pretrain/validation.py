@@ -21,7 +21,14 @@ FieldError = tuple[str, str]
 
 MAX_DIGITS = 100
 """A longer number is not a setting; converting it would take quadratic time."""
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a mapping",
+    list: "a list",
+}
 
 
 class ConfigError(ValueError):
@@ -198,8 +205,9 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     if hint is str and is_number:
         return str(value)
-    if type(value) is not hint:
-        raise _invalid(value, name, _TYPE_NAMES[hint])
+    kind = origin or hint  # the content of a dict or list is not checked
+    if type(value) is not kind:
+        raise _invalid(value, name, _TYPE_NAMES[kind])
     return value
 
 

@@ -164,7 +164,7 @@ def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path
     stream, tokenizer = mixed.split("train"), mixed.tokenizer()
     assert stream.n_tokens == data.split("train").n_tokens
     offsets = stream.document_offsets
-    named = {number: origin.file for number, origin in stream.origins(lambda *_: True)}
+    files = [origin.file for origin in stream.origins()]
     assert {span.source for span in mixed.spans} == {str(path) for path in texts}
     for start, number in zip(
         order.window_starts(np.arange(400)), order.locate(np.arange(400))[0], strict=True
@@ -172,7 +172,7 @@ def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path
         # All but the closing end-of-text of the window belong to documents of that source.
         for place in range(start + 1, start + 17):
             document = int(np.searchsorted(offsets, place, side="right")) - 1
-            assert named[document].endswith(texts[number].name)
+            assert files[document].endswith(texts[number].name)
     assert tokenizer.vocab_size == 257
     epochs = MixedData(DataConfig(source=sources(texts, epochs=4.0)), [data])
     n_first, n_second = (span.n_tokens for span in epochs.spans)
@@ -218,10 +218,10 @@ def test_prepared_folders_are_concatenated(texts: list[Path], tmp_path: Path) ->
     assert stream.read(middle - 5, middle + 5).tolist() == whole[middle - 5 : middle + 5].tolist()
     offsets, n_first = stream.document_offsets, each[0].split("train").n_documents
     assert len(offsets) == stream.n_documents + 1
-    ids = [origin.id for _, origin in stream.origins(lambda *_: True)]
-    assert {id_.partition("-")[0] for id_ in ids[:n_first]} == {"books"}
-    number, origin = next(stream.origins(lambda _, o: o.id == ids[n_first + 2]))
-    assert number == n_first + 2
+    origins = list(stream.origins())
+    assert {origin.id.partition("-")[0] for origin in origins[:n_first]} == {"books"}
+    number = n_first + 2
+    origin = origins[number]
     line = texts[1].read_text().splitlines()[int(origin.id.partition("-")[2])]
     text = json.loads(line)["text"]
     found = stream.read(int(offsets[number]), int(offsets[number + 1]) - 1)

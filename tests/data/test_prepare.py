@@ -17,7 +17,7 @@ from pretrain.corpus.duplicates import text_hash
 from pretrain.data.config import DataConfig
 from pretrain.data.format import PreparedData, SplitName
 from pretrain.data.preparation import prepare, prepared_key
-from pretrain.data.stages import Split, choose_split, default_val_fraction
+from pretrain.data.stages import Split, choose_split
 from pretrain.tokenizer.train import train_tokenizer
 
 
@@ -210,12 +210,20 @@ def test_val_fraction_out_of_range(tmp_path: Path, value: float) -> None:
         DataConfig(val_fraction=value)
 
 
-def test_default_val_fraction() -> None:
-    assert default_val_fraction(5_000) == 0.1
-    assert default_val_fraction(12_000_000) == pytest.approx(1 / 30)
-    assert default_val_fraction(5 * 10**8) == pytest.approx(0.002)
-    # The validation text is limited, however much text there is.
-    assert default_val_fraction(10**10) == pytest.approx(2_000_000 / 10**10)
+@pytest.mark.parametrize(
+    ("n_bytes", "fraction"),
+    [
+        (5_000, 0.1),
+        (12_000_000, 1 / 30),
+        (5 * 10**8, 0.002),
+        # The validation text is limited, however much text there is.
+        (10**10, 2_000_000 / 10**10),
+    ],
+)
+def test_default_val_fraction(n_bytes: int, fraction: float) -> None:
+    keys = np.array([(1, 2, n_bytes)], KEY)
+    split = choose_split(lambda: [keys], val_fraction=None)
+    assert split.val_fraction == pytest.approx(fraction)
 
 
 def test_no_split_loses_text() -> None:

@@ -180,6 +180,21 @@ def test_other_settings_start_from_scratch(
     assert file_hashes(tmp_path / "out") == uninterrupted
 
 
+def test_the_tokenizer_of_a_stopped_preparation_is_not_used_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    (tmp_path / "a.txt").write_text("the sea was calm. " * 200, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "compression_of", dies)
+        with pytest.raises(Killed):
+            prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes")
+    data = prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="characters")
+    assert data.tokenizer().decode(data.split("train").read(1, 17)) == "the sea was calm"
+
+
 def test_a_worker_that_dies_is_reported_and_nothing_is_lost(
     corpus: Path, uninterrupted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from pretrain.corpus.documents import Document
 from pretrain.data.format import TokenStream, is_prepared, open_prepared
 from pretrain.data.preparation import prepare
-from pretrain.data.writer import StreamWriter, TaskWriter
+from pretrain.data.writer import TaskWriter, join_stream
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +45,19 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(8, vocab_size, size) for size in (1, 5, 700_000, 3)]
-    end = StreamWriter(tmp_path, name="train", vocab_size=vocab_size, end_of_text=7)
+    parts = []
     for number, part in enumerate((documents[:2], [], documents[2:])):
         folder = tmp_path / str(number)
         folder.mkdir()
         writer = TaskWriter(folder, name="train", vocab_size=vocab_size, end_of_text=7)
         for document in part:
             half = len(document) // 2
-            writer.add(document[:half])
-            writer.add(document[half:])
-            ended = writer.end_document(Document(id="one", text=""), n_bytes=len(document))
-            assert ended == len(document)
+            ids = [document[:half], document[half:]]
+            n_tokens = writer.add(Document(id="one", text=""), ids, n_bytes=len(document))
+            assert n_tokens == len(document)
         writer.close()
-        end.append(folder, source="ab"[number // 2])
-    info = end.close()
+        parts.append((folder, "ab"[number // 2]))
+    info = join_stream(tmp_path, parts, name="train", vocab_size=vocab_size, end_of_text=7)
     stream = TokenStream(tmp_path, info, vocab_size=vocab_size)
     expected = np.concatenate([[7], *[np.append(document, 7) for document in documents]])
     assert stream.read(0, stream.n_tokens).tolist() == expected.tolist()
@@ -84,7 +84,7 @@ def test_a_file_truncated_during_a_run_is_an_error(folder: Path) -> None:
     with open(folder / "train.bin", "r+b") as file:
         file.truncate(64 + 2 * 100_000)
     assert len(stream.read(0, 100_000)) == 100_000
-    with pytest.raises(ValueError, match=r"train\.bin: ends at byte 200,064: the file was trunc"):
+    with pytest.raises(ValueError, match=r"train\.bin ends at byte 200,064: it was trunc"):
         stream.read(99_000, 101_000)
 
 
@@ -114,13 +114,11 @@ def test_ids_that_were_read_do_not_stay_in_memory(tmp_path: Path) -> None:
     ids = tmp_path / "part"
     ids.mkdir()
     part = TaskWriter(ids, name="train", vocab_size=300, end_of_text=7)
-    for _ in range(30):
-        part.add(np.ones(1 << 20, np.int64))
-    part.end_document(Document(id="one", text=""), n_bytes=1)
+    chunks = (np.ones(1 << 20, np.int64) for _ in range(30))
+    part.add(Document(id="one", text=""), chunks, n_bytes=1)
     part.close()
-    writer = StreamWriter(tmp_path, name="train", vocab_size=300, end_of_text=7)
-    writer.append(ids, source="a")
-    stream = TokenStream(tmp_path, writer.close(), vocab_size=300)
+    info = join_stream(tmp_path, [(ids, "a")], name="train", vocab_size=300, end_of_text=7)
+    stream = TokenStream(tmp_path, info, vocab_size=300)
     stream.read(0, 1000)
     before = resident()
     for start in range(0, stream.n_tokens - 257, 1 << 12):
@@ -132,8 +130,10 @@ def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
     writer = TaskWriter(tmp_path, name="val", vocab_size=300, end_of_text=0)
     # In 16 bits 65541 would silently become 5.
     for bad in (300, -1, 65536 + 5):
-        with pytest.raises(ValueError, match=rf"token id must be 0 to 299 \(got {bad}\)"):
-            writer.add(np.array([1, bad]))
+        low, high = sorted((1, bad))
+        message = f"token ids must be in 0 to 299 (got {low} to {high})"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            writer.add(Document(id="one", text=""), [np.array([1, bad])], n_bytes=1)
     writer.close()
 
 
@@ -153,9 +153,8 @@ def test_a_wrong_file_size_is_reported_with_both_sizes(folder: Path, change: int
     n_bytes = path.stat().st_size
     with open(path, "r+b") as file:
         file.truncate(n_bytes + change)
-    with pytest.raises(
-        ValueError, match=rf"train\.bin: has {n_bytes + change:,} bytes, expected {n_bytes:,}"
-    ):
+    message = f"train.bin is damaged: its size in bytes must be {n_bytes} (got {n_bytes + change})"
+    with pytest.raises(ValueError, match=re.escape(message)):
         open_prepared(folder)
 
 
@@ -167,7 +166,7 @@ def test_one_flipped_bit_is_found_in_its_block(folder: Path, block: int) -> None
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
     data = open_prepared(folder)
-    with pytest.raises(ValueError, match=rf"train\.bin: block {block} "):
+    with pytest.raises(ValueError, match=rf"train\.bin is damaged: its CRC-32 of block {block} "):
         data.verify()
 
 
@@ -175,16 +174,16 @@ def test_damaged_ids_are_rejected(folder: Path) -> None:
     with open(folder / "val.bin", "r+b") as file:
         file.seek(64 + 2 * 10)
         file.write(b"\xff\xff")
-    with pytest.raises(ValueError, match=r"id 65535 at 10 is outside the vocabulary of 257"):
+    with pytest.raises(ValueError, match=r"val\.bin is damaged: id 65535 at 10 must be below 257"):
         open_prepared(folder).split("val").read(5, 20)
 
 
 def test_the_header_is_checked(folder: Path) -> None:
     for place, value, reason in (
-        (0, b"NUMPY", "not a shard"),
-        (8, b"\x09", "format version is 9"),
-        (12, b"\x04", "bytes per id is 4"),
-        (16, b"\x00\x00", "number of ids"),
+        (0, b"NUMPY", "first bytes must be b'PTSHARD"),
+        (8, b"\x09", r"format version must be 4 \(got 9\)"),
+        (12, b"\x04", r"bytes per id must be 2 \(got 4\)"),
+        (16, b"\x00\x00", "number of ids must be"),
     ):
         content = (folder / "val.bin").read_bytes()
         with open(folder / "val.bin", "r+b") as file:
@@ -200,17 +199,19 @@ def test_damaged_offsets_are_detected(folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.offsets: damaged"):
+    with pytest.raises(ValueError, match=r"train\.offsets is damaged: its SHA-256 must be"):
         open_prepared(folder).verify()
     path.write_bytes(content[:-8])
-    with pytest.raises(ValueError, match=r"train\.offsets: has"):
+    with pytest.raises(ValueError, match=r"train\.offsets is damaged: its size in bytes must be"):
         open_prepared(folder)
 
 
 def test_another_tokenizer_is_rejected(folder: Path) -> None:
     path = folder / "tokenizer" / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ValueError, match="is not the tokenizer that wrote these ids"):
+    with pytest.raises(
+        ValueError, match=r"SHA-256 \(of the tokenizer that wrote the ids\) must be"
+    ):
         open_prepared(folder)
     path.unlink()
     with pytest.raises(ValueError, match="cannot be read"):
@@ -220,22 +221,40 @@ def test_another_tokenizer_is_rejected(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.update(format="x"), "is not a folder that"),
-        (lambda m: m.update(format_version=2), "format version 2"),
-        (lambda m: m.pop("vocab_size"), "is damaged: 'vocab_size'"),
-        (lambda m: m.update(vocab_size="many"), "is damaged: vocab_size"),
-        (lambda m: m["streams"].pop("val"), "streams are"),
-        (lambda m: m["streams"]["val"].update(file="../../x"), "is damaged: file"),
-        (lambda m: m["streams"]["val"].update(n_tokens=-1), "is damaged: n_tokens"),
-        (lambda m: m["streams"]["val"].update(max_id=257), "has id 257"),
-        (lambda m: m["streams"]["val"].pop("sources"), "is damaged: 'sources'"),
-        (lambda m: m["streams"]["val"]["sources"].pop(), "the tokens of the sources"),
-        (lambda m: m["streams"]["val"]["sources"][0].update(n_tokens="x"), "n_tokens is 'x'"),
+        (lambda m: m.update(format="x"), "has the format 'x'; it must be 'pretrain-shards'"),
+        (
+            lambda m: m.update(format_version=2),
+            "has format version 2; this package reads only 4: prepare the data again",
+        ),
+        (lambda m: m.pop("vocab_size"), "is damaged: manifest needs a value for 'vocab_size'"),
+        (
+            lambda m: m.update(vocab_size="many"),
+            "manifest.vocab_size is 'many'; it must be a whole number",
+        ),
+        (lambda m: m["streams"].pop("val"), "manifest.streams needs a value for 'val'"),
+        (
+            lambda m: m["streams"]["val"].update(file="../../x"),
+            "val.file is '../../x'; it must be the name of a file in the same",
+        ),
+        (
+            lambda m: m["streams"]["val"].update(n_tokens=-1),
+            r"val\.n_tokens is -1; it must be at least 0",
+        ),
+        (
+            lambda m: m["streams"]["val"].update(max_id=257),
+            "has id 257, but ids must be below the 257 tokens",
+        ),
+        (lambda m: m["streams"]["val"].pop("sources"), "val needs a value for 'sources'"),
+        (lambda m: m["streams"]["val"]["sources"].pop(), "number of ids of all sources must be"),
+        (
+            lambda m: m["streams"]["val"]["sources"][0].update(n_tokens="x"),
+            "n_tokens is 'x'; it must be a whole number",
+        ),
         (
             lambda m: m["streams"]["val"].update(block_checksums=[]),
-            "checksums in the manifest is 0",
+            r"number of checksums must be \d+ \(got 0\)",
         ),
-        (lambda m: m.update(streams=[]), "is damaged"),
+        (lambda m: m.update(streams=[]), "manifest.streams is \\[\\]; it must be a mapping"),
     ],
 )
 def test_changed_manifests_are_rejected(

@@ -132,11 +132,11 @@ def test_evaluate_writes_both_tables(
     assert overlap["sets"]["held-out split"]["examples"] == data.split("val").n_documents
 
     sample, written, there = overlap["writing"].values()
-    origins = dict(data.split("train").origins(lambda number, _: number == 5))
+    origin = list(data.split("train").origins())[5]
     assert (sample["longest"]["words"], sample["longest"]["text"]) == (30, " ".join(copied))
-    assert sample["longest"]["document"]["id"] == origins[5].id
+    assert sample["longest"]["document"]["id"] == origin.id
     assert sample["in_corpus"] == 23
-    assert f"30 words in a row are in {origins[5].id}" in said
+    assert f"30 words in a row are in {origin.id}" in said
     assert written["examples"] == there["examples"] == 3
 
     page = (own_run / "report.html").read_text(encoding="utf-8")

@@ -14,18 +14,19 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.order import MixtureOrder, Order, ceil_div
-from pretrain.fileio import read_json, write_json
+from pretrain.fileio import read_json
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.validation import Matching, Range, convert
 
 FORMAT = "pretrain-shards"
 FORMAT_VERSION = 4
@@ -48,39 +49,51 @@ def id_bytes(vocab_size: int) -> int:
 # The manifest -------------------------------------------------------------------------------------
 
 
+Count = Annotated[int, Range(0)]
+FileName = Annotated[str, Matching(r"\w[\w.]*", "the name of a file in the same folder")]
+
+
 @dataclass(slots=True, kw_only=True)
 class SourceShare:
     """The documents of one source in a stream, which are consecutive."""
 
     source: str
-    n_documents: int = 0
-    n_tokens: int = 0
+    n_documents: Count = 0
+    n_tokens: Count = 0
     """With end-of-text tokens; the stream has one more, before the first source."""
-    n_bytes: int = 0
+    n_bytes: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamInfo:
     """What the manifest records of one stream."""
 
-    file: str
-    offsets_file: str
-    documents_file: str
+    file: FileName
+    offsets_file: FileName
+    documents_file: FileName
     """A line of JSON for each document: where it came from."""
-    n_tokens: int
-    n_documents: int
-    n_bytes: int
+    n_tokens: Count
+    n_documents: Count
+    n_bytes: Count
     """Bytes of text (UTF-8) behind the tokens."""
-    max_id: int
+    max_id: Count
     sha256: str
     """Of the ids as stored, without the header."""
     offsets_sha256: str
     documents_sha256: str
-    sources: list[SourceShare]
+    sources: tuple[SourceShare, ...]
     """In the order of the stream."""
-    block_bytes: int
+    block_bytes: Annotated[int, Range(1)]
     block_checksums: list[int]
     """CRC-32 of each `block_bytes` of ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """What the manifest records of both streams."""
+
+    train: StreamInfo
+    val: StreamInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,46 +103,39 @@ class Manifest:
     format: str
     format_version: int
     package_version: str
-    vocab_size: int
+    vocab_size: Count
     id_bytes: int
     """2 or 4: ids are unsigned, little-endian."""
-    start_of_text: int
+    start_of_text: Count
     """Comes before each document if it is not end_of_text, which then only comes after it."""
-    end_of_text: int
+    end_of_text: Count
     tokenizer_sha256: str
     source_sha256: str
     """Hash of the documents' texts in their order, whatever files they came from."""
     split_policy: str
     """"documents": complete documents are validation; "tails": the end of each document is."""
     settings: dict[str, Any]
-    streams: dict[str, StreamInfo] = field(default_factory=dict)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json, the last file of a prepared folder."""
-    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    streams: Streams
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check manifest.json."""
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    content = read_json(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: is not a folder that `pretrain prepare` wrote")
+        raise ValueError(
+            f"{path} has the format {content.get('format')!r}; it must be {FORMAT!r}, a manifest "
+            "of `pretrain prepare`"
+        )
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {content.get('format_version')!r}, but this package reads "
-            f"{FORMAT_VERSION}; prepare the data again"
+            f"{path} has format version {content.get('format_version')!r}; this package reads "
+            f"only {FORMAT_VERSION}: prepare the data again"
         )
     try:
-        streams = {name: _stream_info(value) for name, value in content["streams"].items()}
-        if set(streams) != set(SPLITS):
-            raise ValueError(f"streams are {sorted(streams)}")
-        return Manifest(**{**_checked_fields(Manifest, content), "streams": streams})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: is damaged: {error}") from error
+        manifest: Manifest = convert(content, Manifest, "manifest")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; prepare the data again") from None
+    return manifest
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -140,32 +146,12 @@ def is_prepared(path: str | Path) -> bool:
         return False
 
 
-def _stream_info(content: Mapping[str, Any]) -> StreamInfo:
-    info = StreamInfo(**_checked_fields(StreamInfo, content))
-    shares = [SourceShare(**_checked_fields(SourceShare, share)) for share in content["sources"]]
-    if 1 + sum(share.n_tokens for share in shares) != info.n_tokens:
-        raise ValueError("the tokens of the sources are not those of the stream")
-    return replace(info, sources=shares)
-
-
-_JSON_TYPES = {"int": int, "str": str, "list[int]": list, "list[SourceShare]": list}
-
-
-def _checked_fields(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass from JSON that anybody may have edited; KeyError or ValueError."""
-    values: dict[str, Any] = {}
-    for each in fields(kind):
-        value = values[each.name] = content[each.name]
-        is_valid = type(value) is _JSON_TYPES.get(str(each.type), dict)
-        if is_valid and each.type == "int":
-            is_valid = value >= (1 if each.name == "block_bytes" else 0)
-        if is_valid and each.type == "list[int]":
-            is_valid = all(type(item) is int for item in value)
-        if is_valid and each.name in ("file", "offsets_file", "documents_file"):
-            is_valid = os.path.basename(value) == value  # no path that leaves the folder
-        if not is_valid:
-            raise ValueError(f"{each.name} is {value!r:.80}")
-    return values
+def _expect(path: Path, name: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise ValueError(
+            f"{path} is damaged: its {name} must be {expected} (got {value}); prepare the data "
+            "again"
+        )
 
 
 # The origin of documents --------------------------------------------------------------------------
@@ -181,20 +167,6 @@ class Origin:
     offset: int
     """Where the document starts in its (decompressed) file, in bytes."""
     title: str
-
-
-def find_origins(
-    path: Path, matches: Callable[[int, Origin], bool]
-) -> Iterator[tuple[int, Origin]]:
-    """Yield number and origin of each document that `matches`, in the order of the stream."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            try:
-                origin = Origin(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {number + 1} is damaged: {error}") from None
-            if matches(number, origin):
-                yield number, origin
 
 
 # Streams ------------------------------------------------------------------------------------------
@@ -240,8 +212,7 @@ class TokenStream:
         """
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(
-                f"{self._path}: ids to read must be in 0 to {self.n_tokens} (requested {start} to "
-                f"{stop})"
+                f"{self._path}: ids to read must be in 0 to {self.n_tokens} (got {start} to {stop})"
             )
         position = HEADER.size + start * self._dtype.itemsize
         n_left = (stop - start) * self._dtype.itemsize
@@ -254,7 +225,7 @@ class TokenStream:
                 piece = self._file.read(n_left)
             if not piece:
                 raise ValueError(
-                    f"{self._path}: ends at byte {position:,}: the file was truncated after it was "
+                    f"{self._path} ends at byte {position:,}: it was truncated after it was "
                     "opened; prepare the data again"
                 )
             stored += piece
@@ -263,84 +234,65 @@ class TokenStream:
         ids = np.frombuffer(stored, self._dtype).astype(np.int64)
         if ids.size and ids.max() >= self._vocab_size:
             raise ValueError(
-                f"{self._path}: id {int(ids.max())} at {start + int(ids.argmax())} is outside the "
-                f"vocabulary of {self._vocab_size}: the file is damaged; prepare the data again"
+                f"{self._path} is damaged: id {int(ids.max())} at {start + int(ids.argmax())} must "
+                f"be below {self._vocab_size}; prepare the data again"
             )
         return ids
 
-    def origins(self, matches: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
-        """Yield number and origin of each document that `matches`, in the order of the stream."""
-        return find_origins(self._documents_path, matches)
+    def origins(self) -> Iterator[Origin]:
+        """Yield the origin of each document, in the order of the stream."""
+        with open(self._documents_path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield Origin(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(
+                        f"{self._documents_path} is damaged in line {number}: {error}; prepare the "
+                        "data again"
+                    ) from None
 
     def verify(self) -> None:
         """Read the full stream and compare all checksums; ValueError names file and block."""
+        info = self._info
         ids_hash = hashlib.sha256()
         with open(self._path, "rb") as file:
             file.seek(HEADER.size)
-            for number, expected in enumerate(self._info.block_checksums):
-                block = file.read(self._info.block_bytes)
+            for number, expected in enumerate(info.block_checksums):
+                block = file.read(info.block_bytes)
                 ids_hash.update(block)
-                if zlib.crc32(block) != expected:
-                    start = HEADER.size + number * self._info.block_bytes
-                    raise ValueError(
-                        f"{self._path}: block {number} (bytes {start} to {start + len(block)}) is "
-                        f"damaged: CRC-32 {zlib.crc32(block):08x}, expected {expected:08x}; "
-                        "prepare the data again"
-                    )
-        if ids_hash.hexdigest() != self._info.sha256:
-            raise ValueError(
-                f"{self._path}: the ids are not those of the manifest (sha256 differs)"
-            )
+                start = HEADER.size + number * info.block_bytes
+                name = f"CRC-32 of block {number} (bytes {start} to {start + len(block)})"
+                _expect(self._path, name, zlib.crc32(block), expected)
+        _expect(self._path, "SHA-256", ids_hash.hexdigest(), info.sha256)
         for path, expected_hash in (
-            (self._offsets_path, self._info.offsets_sha256),
-            (self._documents_path, self._info.documents_sha256),
+            (self._offsets_path, info.offsets_sha256),
+            (self._documents_path, info.documents_sha256),
         ):
             with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected_hash:
-                    raise ValueError(f"{path}: damaged (sha256 differs); prepare the data again")
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            _expect(path, "SHA-256", digest, expected_hash)
 
     def _check_files(self) -> None:
-        info = self._info
-        width = self._dtype.itemsize
-        n_bytes = _file_size(self._path)
-        expected = HEADER.size + info.n_tokens * width
-        if n_bytes != expected:
-            raise ValueError(
-                f"{self._path}: has {n_bytes:,} bytes, expected {expected:,}: the file is "
-                f"{'truncated' if n_bytes < expected else 'too long'}; prepare the data again"
-            )
-        with open(self._path, "rb") as file:
-            magic, version, stored_width, n_ids = HEADER.unpack(file.read(HEADER.size))
-        if magic != MAGIC:
-            raise ValueError(f"{self._path}: not a shard of pretrain (it begins with {magic!r})")
-        for name, value, expected in (
-            ("format version", version, FORMAT_VERSION),
-            ("bytes per id", stored_width, width),
-            ("number of ids", n_ids, info.n_tokens),
-            (
-                "number of checksums in the manifest",
-                len(info.block_checksums),
-                ceil_div(info.n_tokens * width, info.block_bytes),
-            ),
-        ):
-            if value != expected:
-                raise ValueError(f"{self._path}: {name} is {value}, expected {expected}")
+        info, path = self._info, self._path
+        ids_bytes = info.n_tokens * self._dtype.itemsize
+        offsets_bytes = 8 * (info.n_documents + 1)
+        for file, n_bytes in ((path, HEADER.size + ids_bytes), (self._offsets_path, offsets_bytes)):
+            _expect(file, "size in bytes", os.stat(file).st_size, n_bytes)
+        with open(path, "rb") as opened:
+            header = HEADER.unpack(opened.read(HEADER.size))
+        names = ("first bytes", "format version", "bytes per id", "number of ids")
+        expected = (MAGIC, FORMAT_VERSION, self._dtype.itemsize, info.n_tokens)
+        for name, stored, value in zip(names, header, expected, strict=True):
+            _expect(path, name, stored, value)
+        n_blocks = ceil_div(ids_bytes, info.block_bytes)
+        _expect(path, "number of checksums", len(info.block_checksums), n_blocks)
+        n_source_ids = 1 + sum(share.n_tokens for share in info.sources)
+        _expect(path, "number of ids of all sources", n_source_ids, info.n_tokens)
         if info.max_id >= self._vocab_size:
             raise ValueError(
-                f"{self._path}: has id {info.max_id}, but the vocabulary has only "
-                f"{self._vocab_size} tokens"
+                f"{path} has id {info.max_id}, but ids must be below the {self._vocab_size} tokens "
+                "of the vocabulary; prepare the data again"
             )
-        n_bytes = _file_size(self._offsets_path)
-        expected = 8 * (info.n_documents + 1)
-        if n_bytes != expected:
-            raise ValueError(f"{self._offsets_path}: has {n_bytes:,} bytes, expected {expected:,}")
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class PreparedData:
@@ -352,20 +304,18 @@ class PreparedData:
         self.folder = folder
         self.manifest = manifest
         self._streams: Mapping[str, TokenStream] = {
-            name: TokenStream(folder, info, vocab_size=manifest.vocab_size)
-            for name, info in manifest.streams.items()
+            name: TokenStream(
+                folder, getattr(manifest.streams, name), vocab_size=manifest.vocab_size
+            )
+            for name in SPLITS
         }
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the ids; the same object each time."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.folder / "tokenizer")
-        vocab_size = self._tokenizer.vocab_size
-        if vocab_size != self.manifest.vocab_size:
-            raise ValueError(
-                f"{self.folder}: the tokenizer has {vocab_size} tokens, but the manifest has "
-                f"{self.manifest.vocab_size}"
-            )
+            n_tokens = self._tokenizer.vocab_size
+            _expect(self.folder / MANIFEST_NAME, "vocab_size", self.manifest.vocab_size, n_tokens)
         return self._tokenizer
 
     def split(self, name: SplitName) -> TokenStream:
@@ -398,15 +348,14 @@ def open_prepared(folder: str | Path) -> PreparedData:
     the manifest.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder / MANIFEST_NAME)
     file = folder / "tokenizer" / "tokenizer.json"
     try:
+        manifest = read_manifest(folder / MANIFEST_NAME)
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        name = "SHA-256 (of the tokenizer that wrote the ids)"
+        _expect(file, name, sha256, manifest.tokenizer_sha256)
+        return PreparedData(folder, manifest)
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    if sha256 != manifest.tokenizer_sha256:
         raise ValueError(
-            f"{file}: is not the tokenizer that wrote these ids (sha256 {sha256[:12]}, expected "
-            f"{manifest.tokenizer_sha256[:12]}); prepare the data again"
-        )
-    return PreparedData(folder, manifest)
+            f"{error.filename} cannot be read: {error.strerror}; prepare the data again"
+        ) from error

@@ -1,4 +1,4 @@
-"""A preparation in progress on disk, and its work in this process or in a pool of workers.
+"""A preparation in progress on disk.
 
 A job is a folder with settings. Its stages are divided into tasks that depend only on the results
 of earlier stages, so anyone who sees the folder can run any task: this process, a pool, or many
@@ -9,20 +9,13 @@ worked, how many, or how often they were stopped.
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +24,12 @@ from numpy.typing import NDArray
 
 from pretrain.corpus.config import CorpusConfig
 from pretrain.fileio import read_json, sync_tree, write_json
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.validation import convert
 
 # Of the files inside a job's folder; a job of another version is started from scratch.
-_JOB_VERSION = 2
-
-Progress = Callable[[str, float], None]
-"""Called with the title of a stage and the fraction of it that is done, 0 to 1."""
+_JOB_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +43,6 @@ class Settings:
     val_fraction: float | None = None
     strict: bool = False
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-
-    @staticmethod
-    def from_dict(content: dict[str, Any]) -> Settings:
-        """Invert `asdict` followed by JSON, which turns tuples into lists."""
-        corpus: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in content["corpus"].items()
-        }
-        sources = tuple(content["sources"])
-        return Settings(**content | {"sources": sources, "corpus": CorpusConfig(**corpus)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +59,7 @@ class DocumentShard:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a preparation; the functions must be importable by name, for workers."""
+    """One stage of a preparation."""
 
     name: str
     title: str
@@ -93,8 +76,10 @@ class Job:
     def __init__(self, folder: Path) -> None:
         """Open a job that `begin` has created."""
         self.folder = folder
-        self.settings = Settings.from_dict(read_json(folder / "job.json")["settings"])
-        self.on_fraction: Callable[[float], None] | None = None
+        content = read_json(folder / "job.json")["settings"]
+        self.settings: Settings = convert(content, Settings, "settings")
+        self.deduplicates = self.settings.corpus.deduplicate != "none"
+        self.on_fraction: Callable[[float], object] = lambda fraction: None
         """Called by a long task with the fraction of it that is done, 0 to 1."""
 
     @staticmethod
@@ -103,10 +88,8 @@ class Job:
         if not Job.is_begun(folder, key=key):
             discard(folder)
             os.makedirs(folder)
-            temporary = folder / "job.tmp"
             content = {"version": _JOB_VERSION, "key": key, "settings": asdict(settings)}
-            write_json(temporary, content, ascii_only=True)
-            os.rename(temporary, folder / "job.json")
+            write_json(folder / "job.json", content, ascii_only=True, replace=True)
         return Job(folder)
 
     @staticmethod
@@ -117,11 +100,6 @@ class Job:
         except (OSError, ValueError):
             return False
         return content.get("version") == _JOB_VERSION and content.get("key") == key
-
-    def remove_unfinished(self) -> None:
-        """Delete what killed processes left of tasks; nobody else may be working."""
-        for path in self.folder.glob("*/*.*-*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -160,6 +138,11 @@ class Job:
         return read_json(self.task_folder(stage, task) / "report.json")
 
     @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the stage "split" left."""
+        return load_tokenizer(self.task_folder("split") / "tokenizer")
+
+    @cached_property
     def n_groups(self) -> int:
         """Number of groups of files, of which each is read by one task."""
         return int(self.task_report("list")["n_groups"])
@@ -193,15 +176,10 @@ class Job:
         """The reports of the stage "filter", in the order of `read_shards`."""
         return [self.task_report("filter", task) for task in range(len(self.read_shards))]
 
-    @property
-    def n_documents(self) -> int:
-        """Documents in `shards`."""
-        return sum(shard.n_documents for shard in self.shards)
-
     def duplicate_marks(self, shard: DocumentShard) -> NDArray[np.uint8]:
         """Which documents of a shard are like an earlier one, shape (n_documents,): 0 no, 1 equal,
         2 nearly equal."""
-        if self.settings.corpus.deduplicate == "none":
+        if not self.deduplicates:
             return np.zeros(shard.n_documents, np.uint8)
         marks = np.load(self.task_folder("join") / "duplicates.npy", mmap_mode="r")
         return np.array(marks[shard.first_document : shard.first_document + shard.n_documents])
@@ -215,109 +193,3 @@ def discard(folder: Path) -> None:
     with suppress(FileNotFoundError):
         os.rename(folder, trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def run_stages(
-    job: Job, stages: Sequence[Stage], *, workers: int, progress: Progress | None
-) -> None:
-    """Run all unfinished tasks of all stages, with `workers` processes.
-
-    With more than one a script must have the usual `if __name__ == "__main__"`. A worker that dies
-    is an OSError; finished tasks stay.
-    """
-    with ExitStack() as opened:
-        pool: ProcessPoolExecutor | None = None
-        for stage in stages:
-            tasks = job.unfinished_tasks(stage)
-            if workers == 1 or len(tasks) < 2:
-                _run_here(job, stage, tasks, progress)
-                continue
-            if pool is None:
-                # Not fork: a forked process inherits locks of threads that it does not have.
-                pool = ProcessPoolExecutor(
-                    workers,
-                    mp_context=get_context("spawn"),
-                    initializer=_start_worker,
-                    initargs=(job.folder, os.getpid()),
-                )
-                opened.callback(pool.shutdown, cancel_futures=True)
-            try:
-                _run_in_pool(pool, job, stage, tasks, progress)
-            except BrokenProcessPool:
-                raise OSError(
-                    errno.ENOMEM,
-                    f"a worker was killed while {stage.title}, possibly out of memory; the same "
-                    "command resumes where it stopped, and needs less memory with fewer --workers",
-                ) from None
-
-
-def _run_here(job: Job, stage: Stage, tasks: list[int], progress: Progress | None) -> None:
-    last_shown = -1.0
-    n_done = 0
-
-    def show(fraction: float) -> None:
-        nonlocal last_shown
-        total = (n_done + min(fraction, 1.0)) / len(tasks)
-        if progress is not None and total >= last_shown + 0.005:
-            progress(stage.title, total)
-            last_shown = total
-
-    job.on_fraction = show
-    for task in tasks:
-        show(0.0)
-        job.run_task(stage, task)
-        show(1.0)
-        n_done += 1
-
-
-def _run_in_pool(
-    pool: ProcessPoolExecutor,
-    job: Job,
-    stage: Stage,
-    tasks: list[int],
-    progress: Progress | None,
-) -> None:
-    """Run tasks in workers. BrokenProcessPool if one of them dies."""
-    running: dict[Future[None], int] = {}
-    for task in tasks:
-        try:
-            running[pool.submit(_run_in_worker, stage, task)] = task
-        except (ValueError, OSError) as cause:
-            # Python starts workers in submit; if one dies in the meantime, submit finds a closed
-            # pipe.
-            raise BrokenProcessPool from cause
-    while running:
-        if progress is not None:
-            progress(stage.title, 1 - len(running) / len(tasks))
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task = running.pop(future)
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                raise error
-            if error is not None:
-                # Repeat it here: it fails in the same way, with a traceback of this process.
-                job.run_task(stage, task)
-    if progress is not None:
-        progress(stage.title, 1.0)
-
-
-_worker_job: Job | None = None
-
-
-def _start_worker(folder: Path, parent: int) -> None:
-    """Open the job in a new worker, which exits when its parent dies, however that happens."""
-    global _worker_job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def exit_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    _worker_job = Job(folder)
-
-
-def _run_in_worker(stage: Stage, task: int) -> None:
-    assert _worker_job is not None
-    _worker_job.run_task(stage, task)

@@ -8,13 +8,14 @@ tokenizers that differ, and for a source that has nothing left to train on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.config import DataConfig
-from pretrain.data.format import Origin, PreparedData, SourceShare, TokenStream
+from pretrain.data.format import SPLITS, Origin, PreparedData, SourceShare, TokenStream
 from pretrain.data.order import MixtureOrder, SourceSpan
 
 UNKNOWN_STEPS = 1 << 40
@@ -60,17 +61,9 @@ class ConcatenatedStream:
                 pieces.append(stream.read(max(start, begin) - begin, min(stop, end) - begin))
         return np.concatenate(pieces)
 
-    def origins(self, matches: Callable[[int, Origin], bool]) -> Iterator[tuple[int, Origin]]:
+    def origins(self) -> Iterator[Origin]:
         """As of a `TokenStream`."""
-        first = 0
-        for stream in self._streams:
-
-            def matches_here(number: int, origin: Origin, first: int = first) -> bool:
-                return matches(first + number, origin)
-
-            for number, origin in stream.origins(matches_here):
-                yield first + number, origin
-            first += stream.n_documents
+        return chain.from_iterable(stream.origins() for stream in self._streams)
 
     def verify(self) -> None:
         """As of a `TokenStream`."""
@@ -93,8 +86,8 @@ class MixedData(PreparedData):
                 )
         self.folder, self.manifest = first.folder, first.manifest
         self._streams = {
-            name: ConcatenatedStream([data.split(name) for data in prepared])  # type: ignore[misc, arg-type]
-            for name in first.manifest.streams
+            name: ConcatenatedStream([data.split(name) for data in prepared])  # type: ignore[misc]
+            for name in SPLITS
         }
         self._config = config
         self.spans = self._source_spans(prepared)

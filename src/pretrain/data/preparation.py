@@ -8,15 +8,21 @@ is complete. ValueError for impossible settings, FileExistsError for an output t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +37,35 @@ from pretrain.data.config import check_val_fraction
 from pretrain.data.format import (
     FORMAT,
     FORMAT_VERSION,
+    MANIFEST_NAME,
     SPLITS,
     Manifest,
     PreparedData,
-    SplitName,
     StreamInfo,
+    Streams,
     id_bytes,
     is_prepared,
     open_prepared,
-    write_manifest,
 )
-from pretrain.data.jobs import Job, Progress, Settings, discard, run_stages
+from pretrain.data.jobs import Job, Settings, Stage, discard
 from pretrain.data.stages import (
     STAGES,
     UNENCODABLE,
-    problem_files,
+    reading_folders,
     reading_report,
     removed_documents,
-    split_of,
 )
-from pretrain.data.writer import CompressionOutliers, StreamWriter
+from pretrain.data.writer import Compression, compression_outliers, extremes, join_stream
 from pretrain.fileio import file_lock, move_into_place, require_empty, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
-from pretrain.tokenizer.tokenizer import Tokenizer
+
+Progress = Callable[[str, float], object]
+"""Called with the title of a stage and the fraction of it that is done, 0 to 1."""
+
+
+def _no_progress(title: str, fraction: float) -> None:
+    pass
 
 
 def prepare(
@@ -80,6 +91,7 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1 (got {workers})")
+    progress = progress or _no_progress
     settings = _settings(
         source,
         tokenizer=tokenizer,
@@ -94,10 +106,11 @@ def prepare(
     # Others that prepare the same folder wait, and then find it complete.
     with file_lock(work.with_name(f"{work.name}.lock"), wait=True):
         job = _begin(settings, Path(out))
-        job.remove_unfinished()
+        for path in job.folder.glob("*/*.*-*"):  # what killed processes left of tasks
+            shutil.rmtree(path, ignore_errors=True)
         try:
             if not is_prepared(out):
-                run_stages(job, STAGES, workers=workers, progress=progress)
+                _run_stages(job, workers=workers, progress=progress)
             return finish(job, out, progress=progress)
         except ValueError:
             # Text that cannot be prepared leaves nothing behind; a job that was stopped stays.
@@ -111,6 +124,88 @@ def begin(source: Source, out: str | Path, **options: Any) -> Job:
     settings = _settings(source, **options)
     _check(settings)
     return _begin(settings, Path(out))
+
+
+def _run_stages(job: Job, *, workers: int, progress: Progress) -> None:
+    """Run all unfinished tasks of all stages, with `workers` processes.
+
+    With more than one a script must have the usual `if __name__ == "__main__"`. A worker that dies
+    is an OSError; finished tasks stay.
+    """
+    with ExitStack() as opened:
+        pool: ProcessPoolExecutor | None = None
+        for number, stage in enumerate(STAGES):
+            tasks = job.unfinished_tasks(stage)
+            if workers == 1 or len(tasks) < 2:
+                _run_here(job, stage, tasks, progress)
+                continue
+            if pool is None:
+                # Not fork: a forked process inherits locks of threads that it does not have.
+                spawn = get_context("spawn")
+                pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+                opened.callback(pool.shutdown, cancel_futures=True)
+            try:
+                _run_in_pool(pool, job, number, tasks, progress)
+            except BrokenProcessPool:
+                raise OSError(
+                    errno.ENOMEM,
+                    f"a worker was killed while {stage.title}, possibly out of memory; the same "
+                    "command resumes where it stopped, and needs less memory with fewer --workers",
+                ) from None
+
+
+def _run_here(job: Job, stage: Stage, tasks: list[int], progress: Progress) -> None:
+    n_done = 0
+
+    def show(fraction: float) -> None:
+        progress(stage.title, (n_done + min(fraction, 1.0)) / len(tasks))
+
+    job.on_fraction = show
+    for n_done, task in enumerate(tasks):  # noqa: B007 - `show` reads it
+        show(0.0)
+        job.run_task(stage, task)
+        show(1.0)
+
+
+def _run_in_pool(
+    pool: ProcessPoolExecutor, job: Job, number: int, tasks: list[int], progress: Progress
+) -> None:
+    """Run tasks of a stage in workers. BrokenProcessPool if one of them dies."""
+    stage = STAGES[number]
+    progress(stage.title, 0.0)
+    try:
+        futures = {pool.submit(_run_in_worker, job.folder, number, task): task for task in tasks}
+    except (ValueError, OSError) as cause:
+        # Python starts workers in submit; if one dies in the meantime, submit finds a closed pipe.
+        raise BrokenProcessPool from cause
+    for n_done, future in enumerate(as_completed(futures), 1):
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            raise error
+        if error is not None:
+            # Repeat it here: it fails in the same way, with a traceback of this process.
+            job.run_task(stage, futures[future])
+        progress(stage.title, n_done / len(tasks))
+
+
+def _start_worker() -> None:
+    """Make a new worker ignore Ctrl-C, and exit when its parent dies, however that happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+_job_of_worker = lru_cache(maxsize=1)(Job)
+
+
+def _run_in_worker(folder: Path, number: int, task: int) -> None:
+    _job_of_worker(folder).run_task(STAGES[number], task)
 
 
 ClusterTask = Callable[[Any, int, int], None]
@@ -134,21 +229,23 @@ def _run_cluster_task(folder: Path, number: int, _: Any, rank: int, world_size: 
         job.run_task(stage, task)
 
 
-def finish(job: Job, out: str | Path, *, progress: Progress | None = None) -> PreparedData:
+def finish(job: Job, out: str | Path, *, progress: Progress = _no_progress) -> PreparedData:
     """Write the prepared folder of a job whose stages are all complete, open it, and remove the
     job."""
     out = Path(out)
     if not is_prepared(out):  # else a kill came between the rename and the removal of the job
         folder = _write_folder(job, progress)
         move_into_place(folder, out)
-    if progress is not None:
-        progress("writing", 1.0)
+    progress("writing", 1.0)
     job.remove()
     return open_prepared(out)
 
 
-def _write_folder(job: Job, progress: Progress | None) -> Path:
-    """Write all files of the prepared folder inside the job's folder; returns their folder."""
+def _write_folder(job: Job, progress: Progress) -> Path:
+    """Write all files of the prepared folder inside the job's folder; returns their folder.
+
+    ValueError if a split would be empty.
+    """
     for stage in STAGES:
         unfinished = job.unfinished_tasks(stage)
         if unfinished:
@@ -159,58 +256,68 @@ def _write_folder(job: Job, progress: Progress | None) -> Path:
     folder = job.folder / "finished"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    tokenizer = load_tokenizer(job.task_folder("split") / "tokenizer")
+    tokenizer = job.tokenizer
     tokenizer.save(folder / "tokenizer")
     report = _total_report(job)
-    streams = _write_streams(job, folder, tokenizer, report, progress)
-    for name, files in (("problems.jsonl", problem_files(job)), ("removed.jsonl", _removed(job))):
-        with open(folder / name, "xb") as file:
-            for path in files:
-                with open(path, "rb") as part:
+    encoded = [job.task_folder("encode", task) for task in range(len(job.shards))]
+
+    def parts(done: float) -> Iterator[tuple[Path, str]]:
+        for number, shard in enumerate(job.shards):
+            progress("writing", done + number / len(encoded) / len(SPLITS))
+            yield encoded[number], shard.source
+
+    streams: dict[str, StreamInfo] = {}
+    ids = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+    for name in SPLITS:
+        streams[name] = join_stream(folder, parts(len(streams) / len(SPLITS)), name=name, **ids)
+        if streams[name].n_documents == 0:
+            raise ValueError(
+                f"corpus too small: {report['n_kept_text_bytes']:,} bytes in "
+                f"{report['n_kept_documents']:,} documents leave nothing for the split {name!r}; "
+                f"use more text, or longer documents; removed were {report['removed'] or 'none'}"
+            )
+    filtered = []
+    if job.settings.corpus.inspects_text:
+        filtered = [job.task_folder("filter", task) for task in range(len(job.read_shards))]
+    for file_name, folders in (
+        ("problems.jsonl", reading_folders(job)),
+        ("removed.jsonl", [*filtered, *encoded]),
+    ):
+        with open(folder / file_name, "xb") as file:
+            for each in folders:
+                with open(each / file_name, "rb") as part:
                     shutil.copyfileobj(part, file)
     report["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
     write_json(folder / "report.json", report)
-    write_manifest(folder, _manifest(job, tokenizer, streams))
+
+    split = job.task_report("split")
+    # The manifest has what the ids depend on; names and paths of this machine are in the report.
+    settings = asdict(job.settings) | {"val_fraction": split["split"]["val_fraction"]}
+    del settings["sources"]
+    del settings["corpus"]["evaluation_texts"]
+    if job.settings.tokenizer not in TRAINED_NAMES:
+        settings["tokenizer"] = "given"
+    manifest = Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        package_version=__version__,
+        vocab_size=tokenizer.vocab_size,
+        id_bytes=id_bytes(tokenizer.vocab_size),
+        start_of_text=tokenizer.start_of_text,
+        end_of_text=tokenizer.end_of_text,
+        tokenizer_sha256=tokenizer.sha256,
+        source_sha256=split["source_sha256"],
+        split_policy=split["split"]["policy"],
+        settings=settings,
+        streams=Streams(**streams),
+    )
+    write_json(folder / MANIFEST_NAME, asdict(manifest))
     return folder
-
-
-def _write_streams(
-    job: Job,
-    folder: Path,
-    tokenizer: Tokenizer,
-    report: dict[str, Any],
-    progress: Progress | None,
-) -> dict[str, StreamInfo]:
-    """Join the encoded shards. ValueError if a split would be empty."""
-    with ExitStack() as opened:
-        writers: dict[SplitName, StreamWriter] = {}
-        for name in SPLITS:
-            writers[name] = StreamWriter(
-                folder,
-                name=name,
-                vocab_size=tokenizer.vocab_size,
-                end_of_text=tokenizer.end_of_text,
-            )
-            opened.callback(writers[name].abandon)
-        for task, shard in enumerate(job.shards):
-            if progress is not None:
-                progress("writing", task / len(job.shards))
-            for writer in writers.values():
-                writer.append(job.task_folder("encode", task), source=shard.source)
-        for name, writer in writers.items():
-            if writer.n_documents == 0:
-                raise ValueError(
-                    f"corpus too small: {report['n_kept_text_bytes']:,} bytes in "
-                    f"{report['n_kept_documents']:,} documents leave nothing for the split "
-                    f"{name!r}; use more text, or longer documents; removed were "
-                    f"{report['removed'] or 'none'}"
-                )
-        return {name: writer.close() for name, writer in writers.items()}
 
 
 def _total_report(job: Job) -> dict[str, Any]:
     """The reports of all tasks added up: report.json without the sizes of the streams."""
-    outliers = CompressionOutliers()
+    compressions: list[Compression] = []
     counts = Counter[str]()
     content = reading_report(job).as_dict()
     for source in content["sources"].values():
@@ -219,7 +326,7 @@ def _total_report(job: Job) -> dict[str, Any]:
         encoded = job.task_report("encode", task)
         content["sources"][shard.source]["n_tokens"] += encoded["counts"].get("n_tokens", 0)
         counts.update(encoded["counts"])
-        outliers.merge(encoded["outliers"])
+        compressions = extremes(compressions + [(r, d) for r, d in encoded["compressions"]])
     removed = removed_documents(job) + Counter({UNENCODABLE: counts["n_unencodable"]})
     content["removed"] = dict(removed.most_common())
     if job.settings.corpus.evaluation_texts:
@@ -229,43 +336,12 @@ def _total_report(job: Job) -> dict[str, Any]:
             shared = np.unique(np.concatenate([shared, of_task]))
         overlaps = EvaluationNgrams.open(job.task_folder("list") / "overlaps.npz")
         content["overlap"] = overlaps.shares(shared)
-    content["n_kept_documents"] = counts["n_kept_documents"]
-    content["n_kept_text_bytes"] = counts["n_kept_text_bytes"]
-    content["strangest"] = outliers.records()
-    return content
-
-
-def _removed(job: Job) -> list[Path]:
-    """The files with the removed documents, in the order of the corpus."""
-    n_filter = len(job.read_shards) if job.settings.corpus.inspects_text else 0
-    folders = [job.task_folder("filter", task) for task in range(n_filter)]
-    folders += [job.task_folder("encode", task) for task in range(len(job.shards))]
-    return [folder / "removed.jsonl" for folder in folders]
-
-
-def _manifest(job: Job, tokenizer: Tokenizer, streams: dict[str, StreamInfo]) -> Manifest:
-    settings = job.settings
-    split = split_of(job)
-    file = job.task_folder("split") / "tokenizer" / "tokenizer.json"
-    recorded = asdict(settings) | {"val_fraction": split.val_fraction}
-    # The manifest has what the ids depend on; names and paths of this machine are in the report.
-    del recorded["sources"]
-    del recorded["corpus"]["evaluation_texts"]
-    recorded["tokenizer"] = settings.tokenizer if settings.tokenizer in TRAINED_NAMES else "given"
-    return Manifest(
-        format=FORMAT,
-        format_version=FORMAT_VERSION,
-        package_version=__version__,
-        vocab_size=tokenizer.vocab_size,
-        id_bytes=id_bytes(tokenizer.vocab_size),
-        start_of_text=tokenizer.start_of_text,
-        end_of_text=tokenizer.end_of_text,
-        tokenizer_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        source_sha256=job.task_report("split")["source_sha256"],
-        split_policy=split.policy,
-        settings=recorded,
-        streams=streams,
+    n_bytes = counts["n_kept_text_bytes"]
+    content |= {"n_kept_documents": counts["n_kept_documents"], "n_kept_text_bytes": n_bytes}
+    content["strangest"] = compression_outliers(
+        compressions, n_tokens=counts["n_tokens"], n_bytes=n_bytes
     )
+    return content
 
 
 def work_folder(out: str | Path) -> Path:

@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.document_shards import read_document_shard, write_document_shards
+from pretrain.corpus.document_shards import KEY, read_document_shard, write_document_shards
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.duplicates import (
     DUPLICATE_PAIR,
@@ -41,11 +41,10 @@ from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.records import EVERY_FIELD
 from pretrain.data.format import SPLITS, SplitName
 from pretrain.data.jobs import DocumentShard, Job, Stage
-from pretrain.data.writer import CompressionOutliers, TaskWriter
+from pretrain.data.writer import Compression, TaskWriter, compression_of, extremes
 from pretrain.fileio import read_json, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.load import load_tokenizer
-from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
 
 GROUP_BYTES = 1 << 23
@@ -64,10 +63,6 @@ UNENCODABLE = "vocabulary: it lacks a character"
 
 
 # list ---------------------------------------------------------------------------------------------
-
-
-def _one_task(job: Job) -> int:
-    return 1
 
 
 def _list_files(job: Job, task: int, out: Path) -> None:
@@ -118,10 +113,6 @@ def _recording_problems(folder: Path, report: ReadingReport) -> Iterator[None]:
 # read ---------------------------------------------------------------------------------------------
 
 
-def _n_read(job: Job) -> int:
-    return job.n_groups
-
-
 def _read(job: Job, task: int, out: Path) -> None:
     """Read the documents of a group of files into shards."""
     content = read_json(job.task_folder("list") / f"{task}.json")
@@ -132,8 +123,7 @@ def _read(job: Job, task: int, out: Path) -> None:
 
     def with_progress(documents: Iterable[Document]) -> Iterator[Document]:
         for document in documents:
-            if job.on_fraction is not None:
-                job.on_fraction(report.n_read_bytes / n_bytes)
+            job.on_fraction(report.n_read_bytes / n_bytes)
             yield document
 
     with _recording_problems(out, report):
@@ -145,21 +135,17 @@ def _read(job: Job, task: int, out: Path) -> None:
     )
 
 
+def reading_folders(job: Job) -> list[Path]:
+    """The results of all tasks that read files, in the order of the corpus."""
+    return [job.task_folder("list"), *(job.task_folder("read", n) for n in range(job.n_groups))]
+
+
 def reading_report(job: Job) -> ReadingReport:
     """The reports of reading added up."""
     total = ReadingReport()
-    for stage, task in _reading_tasks(job):
-        total.merge(ReadingReport.from_dict(job.task_report(stage, task)["reading"]))
+    for folder in reading_folders(job):
+        total.merge(ReadingReport.from_dict(read_json(folder / "report.json")["reading"]))
     return total
-
-
-def problem_files(job: Job) -> list[Path]:
-    """The files with all problems of reading, in the order of the corpus."""
-    return [job.task_folder(*task) / "problems.jsonl" for task in _reading_tasks(job)]
-
-
-def _reading_tasks(job: Job) -> list[tuple[str, int]]:
-    return [("list", 0), *(("read", task) for task in range(job.n_groups))]
 
 
 # filter -------------------------------------------------------------------------------------------
@@ -169,8 +155,8 @@ def _n_filter(job: Job) -> int:
     if not job.read_shards:
         sources = ", ".join(repr(source) for source in job.settings.sources)
         raise ValueError(f"source {sources} gave no document: {reading_report(job).summary()}")
-    corpus = job.settings.corpus
-    return len(job.read_shards) if corpus.inspects_text or corpus.deduplicate != "none" else 0
+    is_needed = job.settings.corpus.inspects_text or job.deduplicates
+    return len(job.read_shards) if is_needed else 0
 
 
 def _filter(job: Job, task: int, out: Path) -> None:
@@ -190,40 +176,30 @@ def _filter(job: Job, task: int, out: Path) -> None:
         report["removed"] = document_filter.reasons
         np.save(out / "shared.npy", document_filter.shared_ngrams())
         files = [(out / f"{n}.part", out / f"{n}.keys.npy") for n in range(len(report["shards"]))]
-    if corpus.deduplicate != "none":
-        exact, near = _duplicate_hashes(files, near=corpus.deduplicate == "near")
+    if job.deduplicates:
+        # HASH_RECORDs of full texts and of MinHash bands, of documents numbered from 0.
+        keys = np.concatenate([np.empty(0, KEY), *(np.load(path) for _, path in files)])
+        exact = np.zeros(len(keys), HASH_RECORD)
+        exact["hash"], exact["check"] = keys["hash"], keys["check"]
+        exact["document"] = np.arange(len(keys), dtype=np.uint64)
+        bands: list[NDArray[np.uint64]] = []
+        if corpus.deduplicate == "near":
+            bands = [band_hashes(d.text) for path, _ in files for d in read_document_shard(path)]
+        n_bands = [len(each) for each in bands]
+        near = np.zeros(sum(n_bands), HASH_RECORD)
+        near["hash"] = np.concatenate([np.empty(0, np.uint64), *bands])
+        near["document"] = np.repeat(np.arange(len(bands), dtype=np.uint64), n_bands)
         write_records(out / "exact.npy", exact)
         write_records(out / "near.npy", near)
         report |= {"n_documents": len(exact), "n_records": len(exact) + len(near)}
     write_json(out / "report.json", report)
 
 
-def _duplicate_hashes(
-    files: list[tuple[Path, Path]], *, near: bool
-) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """HASH_RECORDs of full texts and, with `near`, of MinHash bands, of documents numbered from
-    0."""
-    keys = np.empty(0, HASH_RECORD)
-    if files:
-        keys = np.concatenate([np.load(path) for _, path in files])
-    exact = np.zeros(len(keys), HASH_RECORD)
-    exact["hash"], exact["check"] = keys["hash"], keys["check"]
-    exact["document"] = np.arange(len(keys), dtype=np.uint64)
-    if not near:
-        return exact, np.empty(0, HASH_RECORD)
-    bands = [band_hashes(d.text) for path, _ in files for d in read_document_shard(path)]
-    n_bands = [len(each) for each in bands]
-    records = np.zeros(sum(n_bands), HASH_RECORD)
-    records["hash"] = np.concatenate([np.empty(0, np.uint64), *bands])
-    records["document"] = np.repeat(np.arange(len(bands), dtype=np.uint64), n_bands)
-    return exact, records
-
-
 # compare and join ---------------------------------------------------------------------------------
 
 
 def _n_compare(job: Job) -> int:
-    if job.settings.corpus.deduplicate == "none":
+    if not job.deduplicates:
         return 0
     return n_hash_ranges(sum(report["n_records"] for report in job.filter_reports))
 
@@ -244,13 +220,9 @@ def _compare(job: Job, task: int, out: Path) -> None:
                 file.write(pairs.tobytes())
 
 
-def _n_join(job: Job) -> int:
-    return int(job.settings.corpus.deduplicate != "none")
-
-
 def _join(job: Job, task: int, out: Path) -> None:
     """Mark each document of which an earlier one is equal or nearly equal."""
-    n_documents = job.n_documents
+    n_documents = sum(shard.n_documents for shard in job.shards)
     marks = np.lib.format.open_memmap(
         out / "duplicates.npy", mode="w+", dtype=np.uint8, shape=(n_documents,)
     )
@@ -285,7 +257,7 @@ def removed_documents(job: Job) -> Counter[str]:
     if job.settings.corpus.inspects_text:
         for report in job.filter_reports:
             removed.update(report["removed"])
-    if job.settings.corpus.deduplicate != "none":
+    if job.deduplicates:
         removed.update({r: n for r, n in job.task_report("join")["removed"].items() if n})
     return removed
 
@@ -333,33 +305,17 @@ class Split:
         if self.policy == "documents":
             yield ("val" if text_hash(text.encode())[0] < self.bound else "train"), text
             return
-        cut = _tail_start(text, self.val_fraction)
-        if cut:
-            yield "train", text[:cut]
+        cut = target = round(len(text) * (1 - self.val_fraction))
+        for place in range(target, max(0, target - _CUT_SEARCH_CHARACTERS), -1):
+            # The whitespace goes to the tail, so that the head ends like a text and the tail's
+            # tokens are usual ones.
+            if place < len(text) and text[place].isspace():
+                cut = place
+                break
+        has_tail = len(text[cut:].encode()) >= MIN_TAIL_BYTES and text[:cut].strip()
+        yield "train", text[:cut] if has_tail else text
+        if has_tail:
             yield "val", text[cut:]
-        else:
-            yield "train", text
-
-
-def _tail_start(text: str, val_fraction: float) -> int:
-    """Where the validation tail of a document begins, at a whitespace if one is near; 0 if the
-    document has no tail."""
-    cut = target = round(len(text) * (1 - val_fraction))
-    for place in range(target, max(0, target - _CUT_SEARCH_CHARACTERS), -1):
-        # The whitespace goes to the tail, so that the head ends like a text and the tail's tokens
-        # are usual ones.
-        if place < len(text) and text[place].isspace():
-            cut = place
-            break
-    if cut <= 0 or len(text[cut:].encode()) < MIN_TAIL_BYTES or not text[:cut].strip():
-        return 0
-    return cut
-
-
-def default_val_fraction(n_bytes: int) -> float:
-    """The fraction that gives VAL_BYTES to MAX_VAL_BYTES of validation text, at most 0.1."""
-    n_val_bytes = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
-    return min(n_val_bytes / max(n_bytes, 1), 0.1)
 
 
 def choose_split(
@@ -380,7 +336,10 @@ def choose_split(
         n_bytes += int(chunk["n_bytes"].sum())
         smallest.update(np.unique(chunk["hash"])[:MIN_DOCUMENTS].tolist())
         smallest = set(sorted(smallest)[:MIN_DOCUMENTS])
-    fraction = val_fraction if val_fraction is not None else default_val_fraction(n_bytes)
+    fraction = val_fraction
+    if fraction is None:
+        n_val_bytes = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
+        fraction = min(n_val_bytes / max(n_bytes, 1), 0.1)
     if len(smallest) == MIN_DOCUMENTS:
         bound = max(int(fraction * 2**64), min(smallest) + 1)
         n_val_bytes = sum(
@@ -408,51 +367,42 @@ def _split(job: Job, task: int, out: Path) -> None:
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts)
         raise ValueError(f"every document was removed; use fewer filters: {reasons}")
     split = choose_split(keys, val_fraction=job.settings.val_fraction)
-    _train_or_load_tokenizer(job, split).save(out / "tokenizer")
-    report = {"split": asdict(split), "source_sha256": source_hash.hexdigest()}
-    write_json(out / "report.json", report)
-
-
-def split_of(job: Job) -> Split:
-    """How the job's documents are divided."""
-    return Split(**job.task_report("split")["split"])
-
-
-def _train_or_load_tokenizer(job: Job, split: Split) -> Tokenizer:
-    """Load the given tokenizer, or train one on the training split; `characters` is trained on all
-    text, because it must be able to encode the validation split."""
     name = job.settings.tokenizer
-    if name not in TRAINED_NAMES:
-        return load_tokenizer(name)
     shards = job.shards if name != "bytes" else []
 
-    def texts() -> Iterator[str]:
+    def training_texts() -> Iterator[str]:
         for number, shard in enumerate(shards):
             for document in _unique_documents(job, shard):
                 for side, text in split.parts(document.text):
+                    # `characters` must be able to encode the validation split.
                     if side == "train" or name == "characters":
                         yield text
-            if job.on_fraction is not None:
-                job.on_fraction((number + 1) / len(shards))
+            job.on_fraction((number + 1) / len(shards))
 
-    return train_tokenizer(texts(), name=name, vocab_size=job.settings.vocab_size)
+    if name in TRAINED_NAMES:
+        vocab_size = job.settings.vocab_size
+        tokenizer = train_tokenizer(training_texts(), name=name, vocab_size=vocab_size)
+    else:
+        tokenizer = load_tokenizer(name)
+    tokenizer.save(out / "tokenizer")
+    report = {"split": asdict(split), "source_sha256": source_hash.hexdigest()}
+    write_json(out / "report.json", report)
 
 
 # encode -------------------------------------------------------------------------------------------
 
 
-def _n_encode(job: Job) -> int:
-    return len(job.shards)
-
-
 def _encode(job: Job, task: int, out: Path) -> None:
     """Encode the documents of a shard, into one set of files for each side of the split."""
     shard = job.shards[task]
-    split = split_of(job)
-    tokenizer = _cached_tokenizer(job)
+    split = Split(**job.task_report("split")["split"])
+    tokenizer = job.tokenizer
+    starts = [np.array([tokenizer.start_of_text], np.int64)]
+    if tokenizer.start_of_text == tokenizer.end_of_text:
+        starts = []
     ids = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
     writers = {name: TaskWriter(out, name=name, **ids) for name in SPLITS}
-    outliers = CompressionOutliers()
+    compressions: list[Compression] = []
     counts = Counter[str]()
     with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
         for document in _unique_documents(job, shard, removed):
@@ -467,43 +417,25 @@ def _encode(job: Job, task: int, out: Path) -> None:
                 continue
             counts["n_kept_documents"] += 1
             for name, text in split.parts(document.text):
-                n_tokens = _encode_text(text, tokenizer, document, writers[name])
                 n_bytes = len(text.encode())
-                outliers.add(document, n_tokens=n_tokens, n_bytes=n_bytes)
+                chunks = chain(starts, tokenizer.encode_chunks(text))
+                n_tokens = writers[name].add(document, chunks, n_bytes=n_bytes)
+                compressions += compression_of(document, n_tokens=n_tokens, n_bytes=n_bytes)
                 counts.update(n_tokens=n_tokens, n_kept_text_bytes=n_bytes)
+            if len(compressions) > 1000:
+                compressions = extremes(compressions)
     for writer in writers.values():
         writer.close()
-    write_json(out / "report.json", {"counts": counts, "outliers": outliers.state()})
-
-
-def _encode_text(text: str, tokenizer: Tokenizer, document: Document, writer: TaskWriter) -> int:
-    """Write one document, or one side of it; returns its number of tokens without end-of-text."""
-    if tokenizer.start_of_text != tokenizer.end_of_text:
-        writer.add(np.array([tokenizer.start_of_text], np.int64))
-    for ids in tokenizer.encode_chunks(text):
-        writer.add(ids)
-    return writer.end_document(document, n_bytes=len(text.encode()))
-
-
-_tokenizers: dict[Path, Tokenizer] = {}
-
-
-def _cached_tokenizer(job: Job) -> Tokenizer:
-    """The job's tokenizer, loaded once a process."""
-    folder = job.task_folder("split") / "tokenizer"
-    if folder not in _tokenizers:
-        _tokenizers.clear()
-        _tokenizers[folder] = load_tokenizer(folder)
-    return _tokenizers[folder]
+    write_json(out / "report.json", {"counts": counts, "compressions": extremes(compressions)})
 
 
 STAGES = (
-    Stage("list", "looking for files", _one_task, _list_files),
-    Stage("read", "reading", _n_read, _read),
+    Stage("list", "looking for files", lambda job: 1, _list_files),
+    Stage("read", "reading", lambda job: job.n_groups, _read),
     Stage("filter", "filtering", _n_filter, _filter),
     Stage("compare", "comparing", _n_compare, _compare),
-    Stage("join", "comparing", _n_join, _join),
-    Stage("split", "choosing held-out text and tokenizer", _one_task, _split),
-    Stage("encode", "encoding", _n_encode, _encode),
+    Stage("join", "comparing", lambda job: int(job.deduplicates), _join),
+    Stage("split", "choosing held-out text and tokenizer", lambda job: 1, _split),
+    Stage("encode", "encoding", lambda job: len(job.shards), _encode),
 )
 """All stages but the last, which writes the prepared folder: `preparation.finish`."""

@@ -68,7 +68,7 @@ def evaluation_set_rows(
     """A row for each evaluation set. The held-out split comes from the same source as the training
     text, so the others are to be compared with it."""
     held_out = data.split("val")
-    ids = (origin.id for _, origin in held_out.origins(lambda *_: True))
+    ids = (origin.id for origin in held_out.origins())
     texts = document_texts(held_out, data.tokenizer(), chunk_tokens=held_out.n_tokens)
     named = zip(ids, (text for _, text in texts), strict=True)
     rows = {"held-out split": overlap_row(measure_overlap(named, corpus))}
@@ -255,7 +255,7 @@ def longest_in_training_text(
         with_match = [(text, m) for text in each if (m := next(matches)) is not None]
         longest.append(max(with_match, key=lambda pair: pair[1].n_words, default=None))
     numbers = {best[1].document for best in longest if best is not None}
-    origins = dict(stream.origins(lambda number, _: number in numbers)) if numbers else {}
+    origins = {n: origin for n, origin in enumerate(stream.origins()) if n in numbers}
     rows: list[dict[str, Any] | None] = []
     for best in longest:
         if best is None:

@@ -132,7 +132,7 @@ def documents_of_batch(run: Run) -> list[dict[str, Any]]:
     tracer = Tracer(batches.order, stream.document_offsets, batches.batch_size, batches.rollbacks)
     parts = tracer.occurrences_in(run.step + 1)
     numbers = {part.document for part in parts}
-    origins = dict(stream.origins(lambda number, _: number in numbers))
+    origins = {n: origin for n, origin in enumerate(stream.origins()) if n in numbers}
     return [
         {
             "sample": part.sample,

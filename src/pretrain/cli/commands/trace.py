@@ -83,7 +83,8 @@ def _first_step_of_text(folder: Path, config: RunConfig, data: PreparedData) -> 
 def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> int:
     occurrences = tracer.occurrences_in(step)
     numbers = {occurrence.document for occurrence in occurrences}
-    origins = dict(data.split("train").origins(lambda number, _: number in numbers))
+    stream = data.split("train")
+    origins = {n: origin for n, origin in enumerate(stream.origins()) if n in numbers}
     rows = []
     for occurrence in occurrences:
         row = _row(occurrence, tracer, data) | asdict(origins[occurrence.document])
@@ -101,13 +102,12 @@ def _show_document(
 ) -> int:
     """Show which of the steps `first` to `n_steps` read the document."""
     stream = data.split("train")
-    matches = list(stream.origins(lambda _, origin: name in (origin.id, origin.file)))
+    matches = [(n, each) for n, each in enumerate(stream.origins()) if name in (each.id, each.file)]
     if not matches:
-        held_out = data.split("val").origins(lambda _, origin: origin.id == name)
-        if next(held_out, None):
+        if any(origin.id == name for origin in data.split("val").origins()):
             raise ValueError(f"{name!r} is held out: no step of any run on this text reads it")
-        (_, example), *_ = stream.origins(lambda number, _: number == 0)
-        raise ValueError(f"there is no document {name!r} here; ids are like {example.id!r}")
+        example = next(stream.origins()).id
+        raise ValueError(f"there is no document {name!r} here; ids are like {example!r}")
     documents = []
     for number, origin in matches:
         occurrences = tracer.occurrences_of(number, n_steps=n_steps)
