@@ -235,15 +235,12 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
     from pretrain.export.hf import write_hugging_face
 
     decoder, tokenizer = model.decoder.float(), model.tokenizer
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
     for begins in (True, False):
         folder, imported = tmp_path / f"hf-{begins}", tmp_path / f"imported-{begins}"
         folder.mkdir()
         tokenizer.add_bos = begins
         try:
-            write_hugging_face(
-                folder, config=decoder.config, tokenizer=tokenizer, read=own.__getitem__
-            )
+            write_hugging_face(folder, decoder=decoder, tokenizer=tokenizer)
         finally:
             tokenizer.add_bos = True
         assert main(["import", str(folder), "--out", str(imported)]) == 0

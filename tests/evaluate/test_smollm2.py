@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pretrain.export.hf import write_hugging_face
-from pretrain.export.imported import ImportedModel
 from pretrain.export.importing import import_model
+from pretrain.export.layouts import ImportedModel
 from pretrain.generate.sampling import Sampling, generate
 
 pytest.importorskip("gguf")
@@ -53,10 +53,7 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
         pytest.skip("needs lambada.jsonl")
     transformers = pytest.importorskip("transformers")
     decoder = foreign.build()
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    write_hugging_face(
-        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
-    )
+    write_hugging_face(tmp_path, decoder=decoder, tokenizer=foreign.tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     right, furthest = [0, 0], 0.0
@@ -105,10 +102,7 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
     score = score_texts(
         LMLoss(decoder), foreign.tokenizer, [text], world=open_world("cpu"), stride=stride
     )
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    write_hugging_face(
-        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
-    )
+    write_hugging_face(tmp_path, decoder=decoder, tokenizer=foreign.tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -149,10 +143,7 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
     if not DATA.is_dir():
         pytest.skip("needs shared/data/eval")
     decoder, task = foreign.build(), task_named(name)
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    write_hugging_face(
-        tmp_path, config=decoder.config, tokenizer=foreign.tokenizer, read=own.__getitem__
-    )
+    write_hugging_face(tmp_path, decoder=decoder, tokenizer=foreign.tokenizer)
     harness = models.HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=8)
     examples = read_examples(task, read_task_file(find_task_file(task, DATA)), limit=500)
     pairs = [pair for example in examples for pair in example.options(" ")]

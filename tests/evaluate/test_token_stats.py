@@ -20,7 +20,7 @@ from pretrain.evaluate.loss import score_texts
 from pretrain.evaluate.token_stats import TokenLoss, annotated_text, token_losses
 from pretrain.generate.sampling import next_distribution
 from pretrain.model.loss import LMLoss
-from pretrain.report.heat_map import heat_map_page
+from pretrain.report.html import heat_map_page
 from pretrain.report.page import write_report
 from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer.load import load_tokenizer

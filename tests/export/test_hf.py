@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 
-from exports import same, theirs, written
+from exports import load_hf, same, written
 from oracles import CASES, config_of, random_decoder
 from pretrain.corpus.reading import read_documents
 from pretrain.export.families import FORMATS, is_native
-from pretrain.export.hf import write_hugging_face
 from pretrain.export.hf_config import from_hf_config, to_hf_config
 from pretrain.export.importing import import_model
 from pretrain.export.layouts import deinterleave, interleave
@@ -24,6 +24,7 @@ from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
+from pretrain.validation import type_hints
 from texts import LLAMA_OPTIONS, train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
@@ -56,12 +57,6 @@ OWN_CASES: dict[str, dict[str, Any]] = {
 ALL_CASES = {**CASES, **OWN_CASES}
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    texts = [d.text for d in list(read_documents("bundled"))[:20]]
-    return train_tokenizer(texts, vocab_size=400)
-
-
 @pytest.fixture(params=ALL_CASES)
 def decoder(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
     config = config_of(**{**ALL_CASES[request.param], "context_length": 128})
@@ -72,7 +67,7 @@ def test_their_class_gives_our_logits_and_text(
     decoder: Decoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     folder = written(tmp_path / "out", decoder, tokenizer)
-    model = theirs(folder)
+    model = load_hf(folder)
     assert type(model).__name__ == to_hf_config(decoder.config)["architectures"][0]
     ids = torch.randint(0, 400, (2, 128), generator=torch.Generator().manual_seed(0))
     expected = decoder.logits(decoder(ids)).detach()
@@ -100,7 +95,7 @@ def test_it_is_read_back_bit_for_bit(
     assert back.config.family == decoder.config.family
     whole = written(tmp_path / "whole", decoder, tokenizer)
     ids = torch.arange(100).view(2, 50)
-    assert torch.equal(theirs(folder)(ids).logits, theirs(whole)(ids).logits)
+    assert torch.equal(load_hf(folder)(ids).logits, load_hf(whole)(ids).logits)
 
 
 def test_what_their_class_saves_is_read(
@@ -109,7 +104,7 @@ def test_what_their_class_saves_is_read(
     """As a model of somebody who used transformers: its spelling of config.json, its file names."""
     folder = written(tmp_path / "out", decoder, tokenizer)
     again = tmp_path / "again"
-    theirs(folder).save_pretrained(again, max_shard_size="40KB")
+    load_hf(folder).save_pretrained(again, max_shard_size="40KB")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(again)
     back = import_model(again)
     assert same(back.build(), decoder)
@@ -122,7 +117,7 @@ def test_padded_rows_do_not_change_their_logits(
     case: str, side: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of(**ALL_CASES[case]), vocab_size=400)
-    model = theirs(written(tmp_path / "out", decoder, tokenizer))
+    model = load_hf(written(tmp_path / "out", decoder, tokenizer))
     texts = [torch.arange(3, 15), torch.arange(40, 47)]
     ids, mask = torch.full((2, 12), 9), torch.zeros(2, 12, dtype=torch.int64)
     for row, text in enumerate(texts):
@@ -138,37 +133,18 @@ def test_padded_rows_do_not_change_their_logits(
 def test_numbers_are_rounded_once(
     numbers: str, dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
+    """In the files and in the decoder that was written."""
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer, numbers=numbers)
-    with torch.no_grad():
-        for p in decoder.parameters():
-            p.copy_(p.to(dtype))
+    expected = {name: p.detach().to(dtype).float() for name, p in decoder.named_parameters()}
+    options = {"numbers": numbers, "largest_file_bytes": 20_000}
+    folder = written(tmp_path / "out", decoder, tokenizer, **options)
+    assert all(torch.equal(p, expected[name]) for name, p in decoder.named_parameters())
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert same(import_model(folder).build(), decoder)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] in str(dtype)
     ids = torch.arange(20)[None]
-    difference = theirs(folder)(ids).logits - decoder.logits(decoder(ids))
+    difference = load_hf(folder)(ids).logits - decoder.logits(decoder(ids))
     assert float(difference.abs().max().detach()) < 1e-4
-
-
-def test_rounded_numbers_are_given_file_by_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """So that they can be put in place, and no second copy of the weights is held."""
-    decoder = random_decoder(config_of("gpt2"), vocab_size=400)
-    (tmp_path / "out").mkdir()
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    seen: list[tuple[str, int]] = []
-
-    def rounded(name: str, values: torch.Tensor) -> None:
-        seen.append((name, len(list((tmp_path / "out").glob("model-*.safetensors")))))
-        own[name].copy_(values)
-
-    write_hugging_face(
-        tmp_path / "out", config=decoder.config, tokenizer=tokenizer, read=own.__getitem__,
-        numbers="bf16", rounded=rounded, largest_file_bytes=20_000,
-    )  # fmt: skip
-    assert {name for name, _ in seen} == set(own)
-    assert {n for _, n in seen} == set(range(1, seen[-1][1] + 1))
-    assert seen[-1][1] > 1
-    assert same(import_model(tmp_path / "out").build(), decoder)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -233,7 +209,7 @@ def test_their_pipeline_continues_a_prompt_as_we_do(tokenizer: Tokenizer, tmp_pa
     decoder = random_decoder(config_of("fast", ngram_rows=97, context_length=64), vocab_size=400)
     folder = written(tmp_path / "out", decoder, tokenizer)
     continuing = transformers.pipeline(
-        "text-generation", model=theirs(folder), tokenizer=str(folder), device="cpu"
+        "text-generation", model=load_hf(folder), tokenizer=str(folder), device="cpu"
     )
     found = continuing("The people", max_new_tokens=20, do_sample=False)[0]["generated_text"]
     greedy = Sampling(temperature=0.0)
@@ -248,7 +224,7 @@ def test_own_code_outgrows_its_context_as_we_do(
 ) -> None:
     config = config_of("fast", ngram_rows=97, context_length=context, position=position)
     decoder = random_decoder(config, vocab_size=400)
-    model = theirs(written(tmp_path / "out", decoder, tokenizer))
+    model = load_hf(written(tmp_path / "out", decoder, tokenizer))
     prompt = [5, 6, 7, 8][: max(1, context - 1)]
     mask = torch.ones(1, len(prompt), dtype=torch.int64)
     found = model.generate(
@@ -257,8 +233,23 @@ def test_own_code_outgrows_its_context_as_we_do(
     )  # fmt: skip
     ours = generate_ids(decoder, prompt, max_tokens=60, sampling=Sampling(temperature=0.0))
     assert found[0, len(prompt) :].tolist() == ours[0]
-    with pytest.raises(ValueError, match=f"a text of {context + 1} ids.* a context of {context}"):
+    with pytest.raises(ValueError, match=rf"at most {context} ids, .* .got {context + 1}"):
         model(torch.zeros(1, context + 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("axis", "value"), [("norm_place", "between"), ("query_key_norm", "all"), ("new_axis", "new")]
+)
+def test_own_code_rejects_a_choice_that_it_does_not_know(
+    axis: str, value: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = random_decoder(config_of("fast", ngram_rows=0), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    content = json.loads((folder / "config.json").read_text())
+    content["pretrain"][axis] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"a model with {axis} '{value}': it must be one of "):
+        load_hf(folder)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -266,7 +257,7 @@ def test_own_code_gives_its_head_and_takes_more_entries(
     tied: bool, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = config_of("fast", ngram_rows=0, tied_head=tied)
-    model = theirs(written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer))
+    model = load_hf(written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer))
     assert model.get_output_embeddings() is model.model.head
     assert (model.model.head is None) == tied
     ids = torch.arange(20)[None]
@@ -291,7 +282,7 @@ def test_trainer_divides_by_its_micro_batches(tokenizer: Tokenizer, tmp_path: Pa
             logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in rows]
-        trainer = transformers.Trainer(model=theirs(folder), args=options, train_dataset=data)
+        trainer = transformers.Trainer(model=load_hf(folder), args=options, train_dataset=data)
         trainer.train()
         found.append(next(h for h in trainer.state.log_history if "grad_norm" in h))
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)
@@ -316,16 +307,15 @@ def test_a_description_goes_both_ways() -> None:
 def test_a_changed_choice_is_no_native_model() -> None:
     """A Llama with another choice would load in their class, and give other logits."""
     assert all(is_native(config_of(**case)) for case in CASES.values() if case["family"] in FORMATS)
-    for family in FORMATS:
-        for change in (
-            {"query_key_norm": True},
-            {"embedding_norm": True},
-            {"feed_forward": "relu2"},
-            {"bias": "feed_forward"},
-            {"norm_place": "after" if family != "gpt" else "before"},
-            {"scaled_embedding": True},
-        ):
-            assert not is_native(config_of(family, **change))
+    for family, formats in FORMATS.items():
+        config = config_of(family)
+        for name, hint in type_hints(ModelConfig).items():
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            values = (False, True) if hint is bool else choices
+            free = ("family", "initialization", "attention_dropout", *formats.keys)
+            for value in values if name not in free else ():
+                is_own = value == getattr(config, name)
+                assert is_native(replace(config, **{name: value})) == is_own, (family, name, value)
     assert not is_native(config_of("gpt2", n_kv_heads=2))
     assert not is_native(config_of("gpt", d_ff=40))
     assert not is_native(config_of("gpt2", tied_head=False))

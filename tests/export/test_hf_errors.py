@@ -13,22 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from exports import Change, in_config, in_weights, same, written
 from oracles import config_of, random_decoder
-from pretrain.corpus.reading import read_documents
+from pretrain.export.families import FORMATS
 from pretrain.export.importing import import_model
 from pretrain.export.layouts import FormatError
 from pretrain.export.verification import TEXTS
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
-from pretrain.tokenizer.train import train_tokenizer
 from texts import LLAMA_OPTIONS, train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    texts = [d.text for d in list(read_documents("bundled"))[:20]]
-    return train_tokenizer(texts, vocab_size=400)
 
 
 def cut(folder: Path) -> None:
@@ -70,34 +63,44 @@ STRETCHED = {
 }
 
 
+MODEL_TYPES = ", ".join(formats.model_type for formats in FORMATS.values())
 HOSTILE: list[tuple[Change, str]] = [
-    (in_config(model_type="bert"), "openai-gpt, gpt2, llama, pretrain .got 'bert'"),
+    (in_config(model_type="bert"), f"{MODEL_TYPES}, pretrain .got 'bert'"),
     (in_config(model_type="gone"), "model_type must be one of .* .got None"),
-    (in_config(hidden_act="gelu"), "hidden_act is 'gelu', not 'silu'"),
-    (in_config(attention_bias=True), "attention_bias is True, not False"),
-    (in_config(hidden_size=10**15), "d_model .* must be below 2,147,483,648"),
-    (in_config(intermediate_size=4 * 10**30), "d_ff .* must be below .* .got 4000000"),
+    (in_config(hidden_act="gelu"), "hidden_act must be 'silu' .got 'gelu'"),
+    (in_config(attention_bias=True), "attention_bias must be False .got True"),
+    (in_config(hidden_size=10**15), r"model.d_model is 10+; it must be in \[1, 2\^20\]"),
+    (in_config(intermediate_size=4 * 10**30), r"model.d_ff is 40+; it must be in \[1, 2\^24\]"),
     (in_config(max_position_embeddings=10**9), "context_length is 1000000000; it must be in"),
     (
         in_config(max_position_embeddings=None),
-        "context_length .* must be a whole number",
+        "model.context_length is empty; it must be a number",
     ),
-    (in_config(rope_theta=10**400), "rope_theta .* must be below .* .got 1000000"),
+    (
+        in_config(rope_theta=10**400),
+        "model.rope_theta has more than 100 digits; it must be a smaller number",
+    ),
     (in_config(hidden_size=64), r"q_proj.weight is \[32, 32\], not \[64, 64\]"),
-    (in_config(hidden_size="32"), "d_model .* must be int .got '32'"),
-    (in_config(hidden_size="gone"), "has no 'hidden_size'"),
+    (in_config(hidden_size="32"), "model.d_model is '32'; it must be a whole number"),
+    (
+        in_config(hidden_size="gone"),
+        "config.json must have the key 'hidden_size', for model.d_model",
+    ),
     (in_config(num_hidden_layers=10**9), r"n_layers is 1000000000; it must be in \[1, 10000\]"),
-    (in_config(num_hidden_layers=9000), "9,000 layers in 21 tensors"),
+    (
+        in_config(num_hidden_layers=9000),
+        "describes 9,000 layers; they must be at most as many as its tensors, 21",
+    ),
     (in_config(num_hidden_layers=3), "model.layers.2.input_layernorm.weight .* is missing"),
-    (in_config(num_hidden_layers=True), "n_layers .* must be int .got True"),
+    (in_config(num_hidden_layers=True), "model.n_layers is True; it must be a whole number"),
     (in_config(num_attention_heads=5), "not a multiple of model.n_heads 5"),
-    (in_config(head_dim=16), "8, in this decoder .got 16"),
-    (in_config(head_dim="8"), "8, in this decoder .got '8'"),
-    (in_config(head_dim=[1]), r"8, in this decoder .got .1"),
-    (in_config(head_dim=0), "8, in this decoder .got 0"),
+    (in_config(head_dim=16), "head_dim must be 8 .got 16"),
+    (in_config(head_dim="8"), "head_dim must be 8 .got '8'"),
+    (in_config(head_dim=[1]), r"head_dim must be 8 .got .1"),
+    (in_config(head_dim=0), "head_dim must be 8 .got 0"),
     (
         in_config(num_attention_heads=None, head_dim=16),
-        "n_heads .* must be int .got None",
+        "model.n_heads is empty; it must be a whole number",
     ),
     (
         in_config(rope_scaling={"rope_type": "yarn"}),
@@ -133,7 +136,7 @@ HOSTILE: list[tuple[Change, str]] = [
     ),
     (
         in_config(rope_scaling={"rope_type": "llama3"}),
-        "rope_factor .* must be float .got None",
+        "model.rope_factor is empty; it must be a number",
     ),
     (in_config(rms_norm_eps=float("nan")), "norm_epsilon is nan"),
     (in_config(vocab_size=-1), "vocab_size must be a whole number from 1 to .* .got -1"),
@@ -146,13 +149,19 @@ HOSTILE: list[tuple[Change, str]] = [
         in_weights(lambda t: t.update({"lm_head.weight": torch.zeros(400, 32, dtype=torch.int8)})),
         "type of lm_head.weight must be one of F64, F32, F16, BF16 .got I8",
     ),
-    (cut, "is not a complete safetensors file"),
+    (cut, "must be a complete safetensors file"),
     (as_pickle, "pytorch_model.bin, a pickle, which can run any code"),
-    (with_index({"a": "../weights.safetensors"}), "names '../weights.safetensors', which is not"),
-    (with_index({"a": "missing.safetensors"}), "which is not a file in this folder"),
-    (with_file("config.json", "[1]"), "is not a JSON object"),
-    (with_file("config.json", "{"), "cannot be read"),
-    (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    (
+        with_index({"a": "../weights.safetensors"}),
+        "must be in its folder .got '../weights.safetensors'",
+    ),
+    (with_index({"a": "missing.safetensors"}), "must be in its folder .got 'missing.safetensors'"),
+    (with_file("config.json", "[1]"), "config.json is damaged: it is not a JSON object"),
+    (with_file("config.json", "{"), "config.json is damaged: it is not JSON: Expecting"),
+    (
+        lambda f: (f / "model.safetensors").unlink(),
+        "must have a file model.safetensors or model.safetensors.index.json",
+    ),
     (with_file("tokenizer.json", "{}"), "the tokenizer cannot be used"),
 ]
 
@@ -186,22 +195,18 @@ def test_settings_that_stand_twice_and_agree_are_read(
     assert (found.rope_theta, found.rope_factor, found.rope_original_context) == (7.0, 4.0, 12)
 
 
-EMBEDDINGS = {
-    "gpt": "transformer.tokens_embed.weight",
-    "gpt2": "transformer.wte.weight",
-    "llama": "model.embed_tokens.weight",
-}
-
-
-@pytest.mark.parametrize("family", EMBEDDINGS)
+@pytest.mark.parametrize("family", FORMATS)
 def test_a_tied_head_may_be_a_copy_and_nothing_else(
     family: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of(family, tied_head=True), vocab_size=400)
     folder = written(tmp_path / "out", decoder, tokenizer)
 
+    modules = FORMATS[family].layout.modules
+    embedding = next(name for name, ours in modules.items() if ours == "token_embedding")
+
     def head(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["lm_head.weight"] = tensors[EMBEDDINGS[family]].clone()
+        tensors["lm_head.weight"] = tensors[f"{embedding}.weight"].clone()
 
     in_weights(head)(folder)
     assert same(import_model(folder).build(), decoder)
@@ -303,3 +308,23 @@ def test_the_names_that_gpt2_was_published_under_are_read(
     bare["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
     save_file(bare, folder / "model.safetensors")
     assert same(import_model(folder).build(), decoder)
+
+
+def test_settings_that_own_code_has_twice_must_agree(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    decoder = random_decoder(config_of("fast", ngram_rows=97), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    in_config(hidden_size=64, tie_word_embeddings=True)(folder)
+    with pytest.raises(
+        FormatError,
+        match=r"hidden_size must be 32 .got 64.; tie_word_embeddings must be False .got True",
+    ):
+        import_model(folder)
+
+
+def test_a_tensor_in_two_files_is_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    decoder = random_decoder(config_of("llama"), vocab_size=400)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
+    with_index({"a": "weights.safetensors", "b": "b.safetensors"})(folder)
+    with pytest.raises(FormatError, match=r"each tensor must be in one file of .* .got .* in wei"):
+        import_model(folder)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from exports import same, written
+from exports import run_json, same, written
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
@@ -33,33 +33,17 @@ Capture = pytest.CaptureFixture[str]
 SHARED = Path(__file__).parents[3] / "shared/data/models"
 
 
-def asked(capsys: Capture, *words: str, code: int = 0) -> dict[str, Any]:
-    """What a verb says with --json."""
-    capsys.readouterr()
-    assert main([*words, "--json"]) == code
-    content: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return content
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of transformers with a Llama of grouped heads."""
-    texts = [d.text for d in list(read_documents("bundled"))[:20]]
-    tokenizer = train_tokenizer(texts, vocab_size=400, split="llama3")
-    decoder = random_decoder(config_of("llama", n_kv_heads=2), vocab_size=400)
-    return written(tmp_path_factory.mktemp("theirs") / "llama", decoder, tokenizer)
-
-
-def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_an_imported_model_is_a_model(hf_llama: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "model"
-    said = asked(capsys, "import", str(theirs), "--out", str(folder))
-    assert said["format"] == "transformers' llama"
-    assert set(said["files"]) == {"config.json", "model.safetensors"}
-    assert same(load_model(str(folder)).decoder, import_model(theirs).build())
+    result = run_json(capsys, "import", str(hf_llama), "--out", str(folder))
+    assert result["format"] == "transformers' llama"
+    assert set(result["files"]) == {"config.json", "model.safetensors"}
+    assert same(load_model(str(folder)).decoder, import_model(hf_llama).build())
     text = tmp_path / "text.txt"
     text.write_text("Some text to score. " * 20)
     one, other = (
-        asked(capsys, "evaluate", str(model), "--text", str(text)) for model in (folder, theirs)
+        run_json(capsys, "evaluate", str(model), "--text", str(text))
+        for model in (folder, hf_llama)
     )
     assert one == other
     # It has no text of its own, and nothing to resume.
@@ -70,7 +54,7 @@ def test_an_imported_model_is_a_model(theirs: Path, tmp_path: Path, capsys: Capt
 
 
 def test_a_model_stops_where_its_own_files_say(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An id that does not exist is passed over; what names none stops where its vocabulary does."""
     stops: list[set[int]] = []
@@ -80,7 +64,7 @@ def test_a_model_stops_where_its_own_files_say(
         return []
 
     monkeypatch.setattr("pretrain.generate.sampling.generate_ids", remember)
-    folder = Path(shutil.copytree(theirs, tmp_path / "theirs"))
+    folder = Path(shutil.copytree(hf_llama, tmp_path / "theirs"))
     cases = [(7, None, [7]), (10**6, "x", [0]), (7, 9, [9]), (None, [9, 10**6, 7], [9, 7])]
     for general, generation, found in cases:
         for name, value in (("config.json", general), ("generation_config.json", generation)):
@@ -94,17 +78,16 @@ def test_a_model_stops_where_its_own_files_say(
     assert stops[0] <= stop_ids_of(model.tokenizer, ())
     out = written(tmp_path / "out", model.decoder, model.tokenizer)
     assert import_model(out).tokenizer.stop_ids == [9, 7]
-    said = json.loads((out / "tokenizer_config.json").read_text())
-    assert said["eos_token"] == model.tokenizer.id_to_token(9)
+    result = json.loads((out / "tokenizer_config.json").read_text())
+    assert result["eos_token"] == model.tokenizer.id_to_token(9)
     if importlib.util.find_spec("gguf"):
-        own = {name: p.detach() for name, p in model.decoder.named_parameters()}
-        config, file = model.decoder.config, tmp_path / "model.gguf"
-        write_gguf(file, config=config, tokenizer=model.tokenizer, read=own.__getitem__)
+        file = tmp_path / "model.gguf"
+        write_gguf(file, decoder=model.decoder, tokenizer=model.tokenizer)
         assert import_model(file).tokenizer.stop_ids == [9]
 
 
 def test_a_folder_that_needs_no_import_or_holds_none_says_so(
-    theirs: Path, finished_run: Path, tmp_path: Path
+    hf_llama: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "files").mkdir()
@@ -121,10 +104,10 @@ def test_a_folder_that_needs_no_import_or_holds_none_says_so(
 
 
 def test_an_imported_model_trains_on(
-    theirs: Path, corpus: Path, tmp_path: Path, capsys: Capture
+    hf_llama: Path, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     model, run = tmp_path / "model", tmp_path / "run"
-    assert main(["import", str(theirs), "--out", str(model)]) == 0
+    assert main(["import", str(hf_llama), "--out", str(model)]) == 0
     words = ["train", str(corpus), "--train.init_from", str(model), "--run", str(run)]
     words += "--train.batch_tokens 240 --train.evaluate_tokens 512 --train.threads 1".split()
     words += "--train.device cpu --optimizer.learning_rate 1e-9 --model.dropout 0.1".split()
@@ -145,10 +128,10 @@ def test_an_imported_model_trains_on(
 
 
 def test_a_killed_run_begins_again_from_the_same_weights(
-    theirs: Path, corpus: Path, tmp_path: Path, capsys: Capture
+    hf_llama: Path, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     model, run = tmp_path / "model", tmp_path / "run"
-    assert main(["import", str(theirs), "--out", str(model)]) == 0
+    assert main(["import", str(hf_llama), "--out", str(model)]) == 0
     words = ["train", str(corpus), "--train.init_from", str(model), "--run", str(run)]
     words += "--train.batch_tokens 240 --train.evaluate_tokens 512 --train.threads 1".split()
     assert main([*words, "--train.device", "cpu", "--train.steps", "3"]) == 0
@@ -197,10 +180,15 @@ def written_llama(folder: Path, seed: int) -> Path:
     ],
 )
 def test_settings_that_do_not_fit_the_weights_are_refused(
-    words: list[str], message: str, theirs: Path, corpus: Path, tmp_path: Path, capsys: Capture
+    words: list[str],
+    message: str,
+    hf_llama: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
     model = tmp_path / "model"
-    assert main(["import", str(theirs), "--out", str(model)]) == 0
+    assert main(["import", str(hf_llama), "--out", str(model)]) == 0
     start = ["train", str(corpus), "--train.init_from", str(model), "--run", str(tmp_path / "run")]
     assert main([*start, *words]) == 2
     assert message in capsys.readouterr().err
@@ -208,9 +196,9 @@ def test_settings_that_do_not_fit_the_weights_are_refused(
 
 
 def test_a_foreign_folder_must_be_imported_before_it_trains_on(
-    theirs: Path, corpus: Path, capsys: Capture
+    hf_llama: Path, corpus: Path, capsys: Capture
 ) -> None:
-    assert main(["train", str(corpus), "--train.init_from", str(theirs), *TINY]) == 2
+    assert main(["train", str(corpus), "--train.init_from", str(hf_llama), *TINY]) == 2
     assert "pretrain import" in capsys.readouterr().err
 
 
@@ -219,9 +207,9 @@ def test_a_foreign_folder_must_be_imported_before_it_trains_on(
     [
         (b"PK\x03\x04 and more", "is a pickle of PyTorch"),
         (b"\x80\x02ctorch", "is a pickle of PyTorch"),
-        (b"GGUF", "is not a complete GGUF file"),
-        (b"", "nor a GGUF file"),
-        (b"something else " * 30, "nor a GGUF file"),
+        (b"GGUF", "must be a complete GGUF file"),
+        (b"", "model.bin is not a model; a model must be a folder with config.json"),
+        (b"something else " * 30, "model.bin is not a model; a model must be a folder with"),
     ],
 )
 def test_files_that_are_no_model_are_refused(
@@ -296,17 +284,19 @@ def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_refused(tmp_path: Pa
     file.write_bytes(data)
     table = (file.parent / "tok265.bin").read_bytes()
     (file.parent / "tok265.bin").write_bytes(table[:-3])
-    with pytest.raises(FormatError, match=r"not a piece of llama2.c"):
+    with pytest.raises(FormatError, match=r"must have a complete piece of llama2.c at byte"):
         import_model(file)
     (file.parent / "tok265.bin").write_bytes(table[: len(table) // 2])
-    with pytest.raises(FormatError, match=r"not a piece of llama2.c|a piece for each byte"):
+    with pytest.raises(
+        FormatError, match=r"must have a complete piece|must have a piece for each byte"
+    ):
         import_model(file)
     # Without its last piece, of two bytes, a file looks whole.
     (file.parent / "tok265.bin").write_bytes(table[:-10])
     with pytest.raises(FormatError, match=r"must have 265 pieces, .*got 264"):
         import_model(file)
     (file.parent / "tok265.bin").unlink()
-    with pytest.raises(FormatError, match="has 0 files tok"):
+    with pytest.raises(FormatError, match=r"must have one file tok\*.bin .got 0"):
         import_model(file)
 
 
@@ -321,7 +311,7 @@ def test_stories260k_tells_its_story(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "stories"
     assert main(["import", str(SHARED / "stories260K.bin"), "--out", str(folder)]) == 0
     words = ["generate", str(folder), "--temperature", "0", "--max-tokens", "90"]
-    assert asked(capsys, *words)["completions"][0].startswith(STORY)
+    assert run_json(capsys, *words)["completions"][0].startswith(STORY)
 
 
 def test_imported_llamas_begin_a_text_with_their_own_token(tmp_path: Path) -> None:

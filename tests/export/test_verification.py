@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from exports import Change, in_config, in_weights, same, written
+from exports import Change, in_config, in_weights, run_json, same, written
 from oracles import config_of, random_decoder
 from pretrain.cli import main
-from pretrain.corpus.reading import read_documents
 from pretrain.export import verification
 from pretrain.export.verification import AGREES, DISAGREES, NOT_VERIFIED
 from pretrain.runner.open import load_model
@@ -24,36 +23,19 @@ Capture = pytest.CaptureFixture[str]
 SHARED = Path(__file__).parents[3] / "shared/data/models"
 
 
-def asked(capsys: Capture, *words: str, code: int = 0) -> dict[str, Any]:
-    """What a verb says with --json."""
-    capsys.readouterr()
-    assert main([*words, "--json"]) == code
-    content: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return content
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of transformers with a Llama of grouped heads."""
-    texts = [d.text for d in list(read_documents("bundled"))[:20]]
-    tokenizer = train_tokenizer(texts, vocab_size=400, split="llama3")
-    decoder = random_decoder(config_of("llama", n_kv_heads=2), vocab_size=400)
-    return written(tmp_path_factory.mktemp("theirs") / "llama", decoder, tokenizer)
-
-
 def test_what_train_leaves_behind_is_exported_and_read_back(
     finished_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "out"
-    said = asked(capsys, "export", str(finished_run), "--format", "hf", "--out", str(out))
-    assert said["verdict"] == AGREES
+    result = run_json(capsys, "export", str(finished_run), "--format", "hf", "--out", str(out))
+    assert result["verdict"] == AGREES
     written_down = json.loads((out / "certificate.json").read_text())
-    assert written_down["checks"] == said["checks"]
+    assert written_down["checks"] == result["checks"]
     assert written_down["files"] == verification.checksums(out)
-    assert {"model.safetensors", "tokenizer.json", "modeling_pretrain.py"} <= set(said["files"])
-    assert said["library"].startswith("transformers")
-    assert said["checks"]["logits"]["positions"] >= 100
+    assert {"model.safetensors", "tokenizer.json", "modeling_pretrain.py"} <= set(result["files"])
+    assert result["library"].startswith("transformers")
+    assert result["checks"]["logits"]["positions"] >= 100
     ours, back = load_model(str(finished_run)), load_model(str(out))
     assert same(ours.decoder, back.decoder)
     assert ours.tokenizer.sha256 == back.tokenizer.sha256
@@ -63,7 +45,7 @@ def test_what_train_leaves_behind_is_exported_and_read_back(
         "next": ["--prompt", "The"],
     }.items():
         capsys.readouterr()
-        assert asked(capsys, verb, str(out), *options) == asked(
+        assert run_json(capsys, verb, str(out), *options) == run_json(
             capsys, verb, str(finished_run), *options
         )
 
@@ -81,8 +63,8 @@ def test_without_another_library_nothing_is_verified(
 ) -> None:
     monkeypatch.setattr(verification, "verification_library", lambda format: None)
     words = ["export", str(finished_run), "--format", "hf", "--out"]
-    said = asked(capsys, *words, str(tmp_path / "a"), code=2)
-    assert said["verdict"] == NOT_VERIFIED
+    result = run_json(capsys, *words, str(tmp_path / "a"), code=2)
+    assert result["verdict"] == NOT_VERIFIED
     assert json.loads((tmp_path / "a/certificate.json").read_text())["verdict"] == NOT_VERIFIED
     assert main([*words, str(tmp_path / "b"), "--unverified"]) == 0
     assert "pretrain[hf]" not in capsys.readouterr().out
@@ -127,11 +109,11 @@ IN_SHORT = ("one number", "nothing before a prompt")
     [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in FAULTS],
 )
 def test_a_planted_fault_fails_the_export(
-    fault: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    fault: str, hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """The fault happens after the files were written and before they are asked about."""
     pytest.importorskip("transformers")
-    assert main(["import", str(theirs), "--out", str(tmp_path / "model")]) == 0
+    assert main(["import", str(hf_llama), "--out", str(tmp_path / "model")]) == 0
     change, check = FAULTS[fault]
     asking = verification._run_worker
 
@@ -141,14 +123,14 @@ def test_a_planted_fault_fails_the_export(
 
     monkeypatch.setattr(verification, "_run_worker", damaged)
     words = ["export", str(tmp_path / "model"), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=1)
-    assert said["verdict"] == said["checks"][check]["verdict"] == DISAGREES
+    result = run_json(capsys, *words, code=1)
+    assert result["verdict"] == result["checks"][check]["verdict"] == DISAGREES
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.disagrees/certificate.json").is_file()
 
 
 def test_files_that_they_cannot_open_fail_the_export(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     pytest.importorskip("transformers")
     asking = verification._run_worker
@@ -158,14 +140,14 @@ def test_files_that_they_cannot_open_fail_the_export(
         return asking(request)
 
     monkeypatch.setattr(verification, "_run_worker", damaged)
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=1)
-    assert said["verdict"] == DISAGREES
-    assert "model.norm.weight" in said["refusal"]
+    words = ["export", str(hf_llama), "--format", "hf", "--out", str(tmp_path / "out")]
+    result = run_json(capsys, *words, code=1)
+    assert result["verdict"] == DISAGREES
+    assert "model.norm.weight" in result["refusal"]
     assert not (tmp_path / "out").exists()
 
 
-# What is put at the beginning of the worker; the folders; what is said.
+# What the worker does instead of loading the library, and the message.
 UNABLE: dict[str, tuple[str, str]] = {
     "it lacks a package": ("raise ImportError('no module there')", "ImportError: no module there"),
     "it is killed": ("import os; os.kill(os.getpid(), 9)", "transformers was killed by signal 9"),
@@ -174,26 +156,26 @@ UNABLE: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("case", UNABLE)
 def test_a_worker_that_cannot_run_verifies_nothing(
-    case: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    case: str, hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """It says nothing of the files, which are kept under their name."""
     pytest.importorskip("transformers")
     source = Path(verification.__file__).with_name("verification_worker.py").read_text()
     line, message = UNABLE[case]
-    broken = source.replace("        import transformers  # noqa: F401", f"        {line}")
+    broken = source.replace("import transformers  # noqa: F401", line)
     assert broken != source
     (tmp_path / "verification_worker.py").write_text(broken)
     monkeypatch.setattr(verification, "__file__", str(tmp_path / "verification.py"))
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=2)
-    assert said["verdict"] == NOT_VERIFIED
-    assert message in said["unable"]
-    assert json.loads((tmp_path / "out/certificate.json").read_text())["unable"] == said["unable"]
+    words = ["export", str(hf_llama), "--format", "hf", "--out", str(tmp_path / "out")]
+    result = run_json(capsys, *words, code=2)
+    assert result["verdict"] == NOT_VERIFIED
+    assert message in result["unable"]
+    assert json.loads((tmp_path / "out/certificate.json").read_text())["unable"] == result["unable"]
     assert main([*words[:-1], str(tmp_path / "other"), "--unverified"]) == 0
 
 
 def test_numbers_that_are_not_finite_are_null_in_a_certificate(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """And a perplexity beyond all bounds is no line of 300 digits."""
     pytest.importorskip("transformers")
@@ -205,13 +187,13 @@ def test_numbers_that_are_not_finite_are_null_in_a_certificate(
         return answer, logits[:, :-1]
 
     monkeypatch.setattr(verification, "_run_worker", damaged)
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
-    said = asked(capsys, *words, code=1)
+    words = ["export", str(hf_llama), "--format", "hf", "--out", str(tmp_path / "out")]
+    result = run_json(capsys, *words, code=1)
     text = (tmp_path / "out.disagrees/certificate.json").read_text()
     content = json.loads(text, parse_constant=pytest.fail)
     assert content["checks"]["logits"]["largest_difference"] is None
     assert content["checks"]["perplexity"]["theirs"] is None
-    rows = verification.table(said)
+    rows = verification.table(result)
     assert "not finite there" in rows[3][1]
     content["checks"]["perplexity"]["theirs"] = 1e300
     assert "1.000e+300 there" in verification.table(content)[3][1]
@@ -246,22 +228,25 @@ def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_written(
 
 
 def test_out_may_be_a_link_and_not_where_we_stand(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "to-empty").symlink_to("empty")
     (tmp_path / "to-nothing").symlink_to("new")
     (tmp_path / "round").symlink_to("round")
     for name, at in {"to-empty": "empty", "to-nothing": "new"}.items():
-        assert main(["import", str(theirs), "--out", str(tmp_path / name)]) == 0
+        assert main(["import", str(hf_llama), "--out", str(tmp_path / name)]) == 0
         assert (tmp_path / name).is_symlink()
         assert (tmp_path / at / "config.yaml").is_file()
-    assert main(["import", str(theirs), "--out", str(tmp_path / "round")]) == 2
+    assert main(["import", str(hf_llama), "--out", str(tmp_path / "round")]) == 2
     assert "leads back to itself" in capsys.readouterr().err
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in (".", "", str(tmp_path / "here")):
-        for words in (["import", str(theirs)], ["export", str(theirs), "--format", "hf"]):
+        for words in (
+            ["import", str(hf_llama)],
+            ["export", str(hf_llama), "--format", "hf"],
+        ):
             assert main([*words, "--out", name]) == 2
             assert (
                 "is the current folder, which cannot be replaced; name a new folder"
@@ -269,12 +254,12 @@ def test_out_may_be_a_link_and_not_where_we_stand(
             )
     assert list(Path().iterdir()) == []
     # A name in the folder is as good as a path to it.
-    assert main(["import", str(theirs), "--out", "model"]) == 0
+    assert main(["import", str(hf_llama), "--out", "model"]) == 0
     assert [p.name for p in Path().iterdir()] == ["model"]
 
 
 def test_what_others_made_is_never_removed(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verification, "verify_export", lambda *_, **__: {"verdict": DISAGREES})
     monkeypatch.setattr(verification, "table", lambda _: [])
@@ -282,7 +267,7 @@ def test_what_others_made_is_never_removed(
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("x")
-    words = ["export", str(theirs), "--format", "hf", "--out", str(tmp_path / "out")]
+    words = ["export", str(hf_llama), "--format", "hf", "--out", str(tmp_path / "out")]
     assert main(words) == main(words) == 1
     assert all((tmp_path / name / "mine").is_file() for name in names)
     found = {p.name for p in tmp_path.iterdir()}

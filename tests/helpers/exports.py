@@ -7,29 +7,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pretrain.cli import main
 from pretrain.export.hf import write_hugging_face
 from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 
 def written(folder: Path, decoder: Decoder, tokenizer: Tokenizer, **options: Any) -> Path:
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
     folder.mkdir()
-    write_hugging_face(
-        folder, config=decoder.config, tokenizer=tokenizer, read=own.__getitem__, **options
-    )
+    write_hugging_face(folder, decoder=decoder, tokenizer=tokenizer, **options)
     return folder
 
 
-def theirs(folder: Path) -> Any:
+def load_hf(folder: Path) -> Any:
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32
     ).eval()
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
+    """Run a command with --json and return what it printed."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == code
+    content: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return content
 
 
 def same(one: Decoder, other: Decoder) -> bool:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from pretrain.data.batches import MicroBatch
 from pretrain.model.config import ModelConfig, model_defaults
 from pretrain.model.decoder import Decoder, build
+from pretrain.model.families import Family
 from pretrain.rng import normal
 
 V, T = 61, 12
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "transformer": {"family": "transformer", "dropout": 0.0},
-    "gpt": {"family": "gpt", "dropout": 0.0},
-    "gpt2": {"family": "gpt2"},
-    "llama": {"family": "llama"},
+    **{family: {"family": family, "dropout": 0.0} for family in get_args(Family)},
     "llama-grouped": {"family": "llama", "n_kv_heads": 2},
     "llama-stretched": {"family": "llama", "rope_factor": 4.0, "rope_original_context": 6},
     "llama-with-biases": {"family": "llama", "bias": "query_key_value", "tied_head": True},

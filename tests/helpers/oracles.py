@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.export.families import hf_layout, is_native
+from pretrain.export.families import FORMATS, hf_layout, is_native
 from pretrain.export.hf_config import to_hf_config
 from pretrain.export.layouts import Layout, stored_tensors, to_stored
 from pretrain.model.config import ModelConfig, model_defaults
@@ -20,11 +20,8 @@ V, T = 67, 24
 SIZES: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": T}
 
 CASES: dict[str, dict[str, Any]] = {
-    "transformer": {"family": "transformer"},
-    "gpt": {"family": "gpt"},
-    "gpt2": {"family": "gpt2"},
+    **{family: {"family": family} for family in ("transformer", *FORMATS)},
     "gpt2 of another width": {"family": "gpt2", "d_ff": 40},
-    "llama": {"family": "llama"},
     "llama 2 70b": {"family": "llama", "n_kv_heads": 2},
     "llama 3": {"family": "llama", "n_kv_heads": 2, "rope_theta": 5e5},
     "llama 3.1": {"family": "llama", "rope_factor": 4.0, "rope_original_context": 12},
@@ -86,8 +83,8 @@ class TorchEncoder(nn.Module):
 
 # Attention projections have biases in torch and not in the paper: they stay 0.
 TORCH = Layout(
-    {"embedding": "token_embedding"},
     {
+        "embedding": "token_embedding",
         "layers.{}.self_attn.in_proj_": "attention.query attention.key attention.value",
         "layers.{}.self_attn.out_proj": "attention.output",
         "layers.{}.linear1": "feed_forward.up",
@@ -126,7 +123,7 @@ class Oracle:
         self.stored = stored_tensors(config, layout, vocab_size=vocab_size)
         with torch.no_grad():
             for stored in self.stored:
-                self._parameter(stored.name).copy_(to_stored(stored, own.__getitem__))
+                self._parameter(stored.name).copy_(to_stored(stored, own))
 
     def _parameter(self, name: str) -> nn.Parameter:
         parameter: nn.Parameter = self.model.get_parameter(
@@ -139,6 +136,6 @@ class Oracle:
         logits: Tensor = getattr(output, "logits", output)
         return logits
 
-    def gradients(self, read: Callable[[str], Tensor]) -> list[tuple[str, Tensor | None, Tensor]]:
+    def gradients(self, own: Mapping[str, Tensor]) -> list[tuple[str, Tensor | None, Tensor]]:
         """Return name, the oracle's gradient, and our gradient in its layout."""
-        return [(s.name, self._parameter(s.name).grad, to_stored(s, read)) for s in self.stored]
+        return [(s.name, self._parameter(s.name).grad, to_stored(s, own)) for s in self.stored]

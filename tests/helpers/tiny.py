@@ -24,6 +24,5 @@ def write_llama(folder: Path, *, context_length: int, add_bos: bool = True) -> P
     tokenizer.add_bos = add_bos
     config = config_of("llama", context_length=context_length)
     decoder = random_decoder(config, vocab_size=tokenizer.vocab_size)
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    write_hugging_face(folder, config=config, tokenizer=tokenizer, read=own.__getitem__)
+    write_hugging_face(folder, decoder=decoder, tokenizer=tokenizer)
     return folder

@@ -230,9 +230,9 @@ def test_the_page_of_a_long_run_is_small(tmp_path: Path) -> None:
     lines = [train_line(step) + "" for step in range(1, 100_001)]
     lines += [evaluate_line(step, 3.5 + 1 / step) for step in range(100, 100_001, 100)]
     run = make_run(tmp_path / "run", metrics="".join(lines), is_finished=False)
-    start = time.perf_counter()
+    start = time.process_time()
     path = write_report(run)
-    assert time.perf_counter() - start < 20  # about 2 s; the limit is for a busy machine
+    assert time.process_time() - start < 20  # about 2 s
     assert path.stat().st_size < 300_000
 
 
@@ -251,17 +251,17 @@ def test_one_spike_does_not_flatten_the_curve() -> None:
     chart = line_chart(
         [Series("loss", points, "noisy")], title="Loss", unit="", levels=[("far", 9.0)]
     )
-    assert ">3.004<" in chart
-    assert "e+" not in "".join(re.findall('points="[^"]*"', chart))
-    assert "far" not in chart  # a level far from the curve would flatten it as well
+    assert "3.004" in [text for _, text in chart["y_ticks"]]
+    assert "e+" not in str(chart["curves"][0]["lines"])
+    assert chart["levels"] == []  # a level far from the curve would flatten it as well
 
 
 @pytest.mark.parametrize("points", [[(1.0, 0.0)], [(5.0, 2.0), (9.0, 2.0)], [(0.0, -1e-9)]])
 def test_constant_curves_and_single_points_are_drawn(points: list[tuple[float, float]]) -> None:
     for is_small in (False, True):
         chart = line_chart([Series("a", points)], title="A", unit="", is_small=is_small)
-        assert "nan" not in chart
-        assert ("<circle" in chart) == (len(points) == 1)
+        assert "nan" not in str(chart)
+        assert len(chart["curves"][0]["dots"]) == (len(points) == 1)
 
 
 def test_numbers_are_formatted_with_units() -> None:
@@ -289,7 +289,7 @@ def test_the_page_needs_no_torch(tmp_path: Path) -> None:
 def test_unknown_trackers_are_rejected() -> None:
     assert ReportConfig(to=("tensorboard", "wandb")).to == ("tensorboard", "wandb")
     with pytest.raises(ValueError, match=r"'mlflow'.*tensorboard, wandb"):
-        ReportConfig(to=("mlflow",))
+        ReportConfig(to=("mlflow",))  # type: ignore[arg-type]
 
 
 def test_error_of_a_missing_package_has_the_command_to_install_it(

@@ -88,8 +88,7 @@ def test_continuation_keeps_the_space_before_it(
     ours = load_tokenizer(llama) if kind == "sentencepiece" else None
     ours = ours or train_tokenizer(texts, name="gpt", vocab_size=34)
     decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    write_hugging_face(tmp_path, config=decoder.config, tokenizer=ours, read=own.__getitem__)
+    write_hugging_face(tmp_path, decoder=decoder, tokenizer=ours)
     before, expected = "of the", " house"
     added = ours.encode(before + expected)[len(ours.encode(before)) :].tolist()
     monkeypatch.setattr(sampling, "generate_ids", lambda *_, **__: [added])

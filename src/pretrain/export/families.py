@@ -8,27 +8,14 @@ must have the family's own value. To add a family that transformers has, add it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pretrain.export.layouts import Layout
+from pretrain.export.layouts import FormatError, Layout
 from pretrain.model.config import ModelConfig
 from pretrain.model.families import FAMILIES
-
-
-@dataclass(frozen=True, slots=True)
-class HfFormat:
-    """A family in transformers."""
-
-    model_type: str
-    architecture: str
-    keys: Mapping[str, str]
-    """Field of ModelConfig -> key of config.json."""
-    defaults: Mapping[str, Any]
-    """The values of transformers for missing keys."""
-    fixed: Mapping[str, Any]
-    """Keys for which any other value is another architecture."""
-    layout: Layout
+from pretrain.validation import ConfigError
+from pretrain.validation import build as build_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +28,29 @@ class GgufFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyFormats:
-    """A family in every format."""
+class FamilyFormat:
+    """A family in transformers, and in GGUF if llama.cpp has it."""
 
-    hf: HfFormat
+    model_type: str
+    architecture: str
+    keys: Mapping[str, str]
+    """Field of ModelConfig -> key of config.json."""
+    defaults: Mapping[str, Any]
+    """The values of transformers for missing keys."""
+    fixed: Mapping[str, Any]
+    """Keys for which any other value is another architecture."""
+    layout: Layout
     gguf: GgufFormat | None = None
 
 
+_GPT2_KEYS = {
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "d_model": "n_embd",
+    "context_length": "n_positions",
+    "norm_epsilon": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
+}
 _GPT2_BLOCK = {
     "transformer.h.{}.ln_1": "attention_norm",
     "transformer.h.{}.attn.c_attn": "attention.query attention.key attention.value",
@@ -56,12 +59,29 @@ _GPT2_BLOCK = {
     "transformer.h.{}.mlp.c_fc": "feed_forward.up",
     "transformer.h.{}.mlp.c_proj": "feed_forward.down",
 }
-_GGUF_BLOCK = {
-    "blk.{}.attn_norm": "attention_norm",
-    "blk.{}.attn_output": "attention.output",
-    "blk.{}.ffn_norm": "feed_forward_norm",
-    "blk.{}.ffn_up": "feed_forward.up",
-    "blk.{}.ffn_down": "feed_forward.down",
+_LLAMA_KEYS = {
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "tied_head": "tie_word_embeddings",
+}
+_LLAMA_MODULES = {
+    "model.embed_tokens": "token_embedding",
+    "model.norm": "final_norm",
+    "lm_head": "head",
+    "model.layers.{}.input_layernorm": "attention_norm",
+    "model.layers.{}.self_attn.q_proj": "attention.query",
+    "model.layers.{}.self_attn.k_proj": "attention.key",
+    "model.layers.{}.self_attn.v_proj": "attention.value",
+    "model.layers.{}.self_attn.o_proj": "attention.output",
+    "model.layers.{}.post_attention_layernorm": "feed_forward_norm",
+    "model.layers.{}.mlp.gate_proj": "feed_forward.gate",
+    "model.layers.{}.mlp.up_proj": "feed_forward.up",
+    "model.layers.{}.mlp.down_proj": "feed_forward.down",
 }
 _GGUF_KEYS = {
     "n_layers": "block_count",
@@ -70,136 +90,89 @@ _GGUF_KEYS = {
     "d_ff": "feed_forward_length",
     "context_length": "context_length",
 }
+_GGUF_MODULES = {
+    "token_embd": "token_embedding",
+    "position_embd": "position_embedding",
+    "output_norm": "final_norm",
+    "output": "head",
+    "blk.{}.attn_norm": "attention_norm",
+    "blk.{}.attn_output": "attention.output",
+    "blk.{}.ffn_norm": "feed_forward_norm",
+    "blk.{}.ffn_up": "feed_forward.up",
+    "blk.{}.ffn_down": "feed_forward.down",
+}
 
-FORMATS: dict[str, FamilyFormats] = {
-    "gpt": FamilyFormats(
-        HfFormat(
-            model_type="openai-gpt",
-            architecture="OpenAIGPTLMHeadModel",
-            keys={
-                "n_layers": "n_layer",
-                "n_heads": "n_head",
-                "d_model": "n_embd",
-                "context_length": "n_positions",
-                "norm_epsilon": "layer_norm_epsilon",
-                "dropout": "resid_pdrop",
+FORMATS: dict[str, FamilyFormat] = {
+    "gpt": FamilyFormat(
+        model_type="openai-gpt",
+        architecture="OpenAIGPTLMHeadModel",
+        keys=_GPT2_KEYS,
+        defaults={"n_positions": 512, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
+        fixed={"afn": "gelu", "tie_word_embeddings": True},
+        layout=Layout(
+            {
+                "transformer.tokens_embed": "token_embedding",
+                "transformer.positions_embed": "position_embedding",
+                "lm_head": "head",
+                **_GPT2_BLOCK,
             },
-            defaults={"n_positions": 512, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
-            fixed={"afn": "gelu", "tie_word_embeddings": True},
-            layout=Layout(
-                {
-                    "transformer.tokens_embed": "token_embedding",
-                    "transformer.positions_embed": "position_embedding",
-                },
-                _GPT2_BLOCK,
-                transposed=True,
-                prefixes=("transformer.",),
-                ignored=("transformer.h.{}.attn.bias", "transformer.position_ids"),
-                copies={"lm_head.weight": "transformer.tokens_embed.weight"},
-            ),
-        )
-    ),
-    "gpt2": FamilyFormats(
-        HfFormat(
-            model_type="gpt2",
-            architecture="GPT2LMHeadModel",
-            keys={
-                "n_layers": "n_layer",
-                "n_heads": "n_head",
-                "d_model": "n_embd",
-                "d_ff": "n_inner",
-                "context_length": "n_positions",
-                "norm_epsilon": "layer_norm_epsilon",
-                "dropout": "resid_pdrop",
-            },
-            defaults={
-                "n_positions": 1024,
-                "n_inner": None,
-                "layer_norm_epsilon": 1e-5,
-                "resid_pdrop": 0.1,
-            },
-            fixed={
-                "activation_function": "gelu_new",
-                "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False,
-                "add_cross_attention": False,
-                "tie_word_embeddings": True,
-            },
-            layout=Layout(
-                {
-                    "transformer.wte": "token_embedding",
-                    "transformer.wpe": "position_embedding",
-                    "transformer.ln_f": "final_norm",
-                },
-                _GPT2_BLOCK,
-                transposed=True,
-                prefixes=("transformer.",),
-                ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
-                copies={"lm_head.weight": "transformer.wte.weight"},
-            ),
+            transposed=True,
+            optional_prefix="transformer.",
+            ignored=("transformer.h.*.attn.bias", "transformer.position_ids"),
         ),
-        GgufFormat(
+    ),
+    "gpt2": FamilyFormat(
+        model_type="gpt2",
+        architecture="GPT2LMHeadModel",
+        keys={**_GPT2_KEYS, "d_ff": "n_inner"},
+        defaults={
+            "n_positions": 1024,
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "resid_pdrop": 0.1,
+        },
+        fixed={
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+            "tie_word_embeddings": True,
+        },
+        layout=Layout(
+            {
+                "transformer.wte": "token_embedding",
+                "transformer.wpe": "position_embedding",
+                "transformer.ln_f": "final_norm",
+                "lm_head": "head",
+                **_GPT2_BLOCK,
+            },
+            transposed=True,
+            optional_prefix="transformer.",
+            ignored=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
+        ),
+        gguf=GgufFormat(
             keys={**_GGUF_KEYS, "norm_epsilon": "attention.layer_norm_epsilon"},
             layout=Layout(
                 {
-                    "token_embd": "token_embedding",
-                    "position_embd": "position_embedding",
-                    "output_norm": "final_norm",
-                },
-                {
-                    **_GGUF_BLOCK,
+                    **_GGUF_MODULES,
                     "blk.{}.attn_qkv": "attention.query attention.key attention.value",
-                },
-                copies={"output.weight": "token_embd.weight"},
+                }
             ),
         ),
     ),
-    "llama": FamilyFormats(
-        HfFormat(
-            model_type="llama",
-            architecture="LlamaForCausalLM",
-            keys={
-                "n_layers": "num_hidden_layers",
-                "n_heads": "num_attention_heads",
-                "n_kv_heads": "num_key_value_heads",
-                "d_model": "hidden_size",
-                "d_ff": "intermediate_size",
-                "context_length": "max_position_embeddings",
-                "norm_epsilon": "rms_norm_eps",
-                "tied_head": "tie_word_embeddings",
-            },
-            defaults={
-                "num_key_value_heads": None,
-                "max_position_embeddings": 2048,
-                "rms_norm_eps": 1e-6,
-                "tie_word_embeddings": False,
-            },
-            fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-            layout=Layout(
-                {
-                    "model.embed_tokens": "token_embedding",
-                    "model.norm": "final_norm",
-                    "lm_head": "head",
-                },
-                {
-                    "model.layers.{}.input_layernorm": "attention_norm",
-                    "model.layers.{}.self_attn.q_proj": "attention.query",
-                    "model.layers.{}.self_attn.k_proj": "attention.key",
-                    "model.layers.{}.self_attn.v_proj": "attention.value",
-                    "model.layers.{}.self_attn.o_proj": "attention.output",
-                    "model.layers.{}.post_attention_layernorm": "feed_forward_norm",
-                    "model.layers.{}.mlp.gate_proj": "feed_forward.gate",
-                    "model.layers.{}.mlp.up_proj": "feed_forward.up",
-                    "model.layers.{}.mlp.down_proj": "feed_forward.down",
-                },
-                ignored=(
-                    "model.layers.{}.self_attn.rotary_emb.inv_freq",
-                    "model.rotary_emb.inv_freq",
-                ),
-                copies={"lm_head.weight": "model.embed_tokens.weight"},
-            ),
-        ),
-        GgufFormat(
+    "llama": FamilyFormat(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        keys=_LLAMA_KEYS,
+        defaults={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+        },
+        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        layout=Layout(_LLAMA_MODULES, ignored=("model.*rotary_emb.inv_freq",)),
+        gguf=GgufFormat(
             keys={
                 **_GGUF_KEYS,
                 "n_kv_heads": "attention.head_count_kv",
@@ -209,12 +182,7 @@ FORMATS: dict[str, FamilyFormats] = {
             },
             layout=Layout(
                 {
-                    "token_embd": "token_embedding",
-                    "output_norm": "final_norm",
-                    "output": "head",
-                },
-                {
-                    **_GGUF_BLOCK,
+                    **_GGUF_MODULES,
                     "blk.{}.attn_q": "attention.query",
                     "blk.{}.attn_k": "attention.key",
                     "blk.{}.attn_v": "attention.value",
@@ -226,29 +194,6 @@ FORMATS: dict[str, FamilyFormats] = {
         ),
     ),
 }
-
-# The layout of modeling_pretrain.py, which has our own names: every module of a decoder.
-OWN_LAYOUT = Layout(
-    {
-        f"model.{name}": name
-        for name in ["token_embedding", "position_embedding", "final_norm", "head"]
-        + [f"ngrams.{table}.{n}" for table in ("parts", "recalled") for n in range(1, 9)]
-    },
-    {
-        f"model.blocks.{{}}.{name}": name
-        for name in (
-            "attention_norm",
-            "attention.query",
-            "attention.key",
-            "attention.value",
-            "attention.output",
-            "feed_forward_norm",
-            "feed_forward.gate",
-            "feed_forward.up",
-            "feed_forward.down",
-        )
-    },
-)
 
 # Fields that may have any value: sizes, and what matters only in training.
 _FREE_FIELDS = frozenset(
@@ -264,7 +209,7 @@ def is_native(config: ModelConfig) -> bool:
     """Whether transformers has a class of its own for exactly this architecture."""
     if config.family not in FORMATS:
         return False
-    keys = FORMATS[config.family].hf.keys
+    keys = FORMATS[config.family].keys
     values, family_values = asdict(config), asdict(ModelConfig(**FAMILIES[config.family]()))
     fixed_fields = values.keys() - _FREE_FIELDS - keys.keys()
     return (
@@ -275,5 +220,22 @@ def is_native(config: ModelConfig) -> bool:
 
 
 def hf_layout(config: ModelConfig) -> Layout:
-    """The tensor names of a Hugging Face directory with this model."""
-    return FORMATS[config.family].hf.layout if is_native(config) else OWN_LAYOUT
+    """The tensor names of a Hugging Face directory with this model: for modeling_pretrain.py our
+    own names."""
+    return FORMATS[config.family].layout if is_native(config) else Layout(own_prefix="model.")
+
+
+def checked_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The config of a model from the values in a file. FormatError that lists all wrong ones."""
+    unknown = values.keys() - {each.name for each in fields(ModelConfig)}
+    if unknown:
+        raise FormatError(
+            f"fields of the model must be those of this version of pretrain (got "
+            f"{', '.join(sorted(unknown)):.200})"
+        )
+    config, errors = build_config(ModelConfig, values, "model")
+    if values.get("context_length") is None:
+        errors.append(("context_length", "model.context_length is empty; it must be a number"))
+    if errors:
+        raise FormatError(str(ConfigError(errors)))
+    return config  # type: ignore[no-any-return]

@@ -8,7 +8,9 @@ FormatError, and every name and shape is checked before a number is read.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+import mmap
+import struct
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain import missing_package
-from pretrain.export.families import FORMATS, GgufFormat, is_native
-from pretrain.export.gguf_header import check_header
+from pretrain.export.families import FORMATS, GgufFormat, checked_config, is_native
 from pretrain.export.gguf_vocabulary import read_vocabulary, write_vocabulary
-from pretrain.export.imported import (
-    ImportedModel,
-    checked_parameters,
-    checked_vocab_size,
-    padded_to,
-)
 from pretrain.export.layouts import (
     FormatError,
-    Read,
-    Rounded,
-    StoredTensor,
-    ignore_rounded,
-    match_tensors,
+    ImportedModel,
+    checked_vocab_size,
+    find_tensors,
+    padded_to,
     stored_tensors,
     to_parameters,
     to_stored,
 )
 from pretrain.model.config import ModelConfig
+from pretrain.model.decoder import Decoder
 from pretrain.model.families import FAMILIES
 from pretrain.model.rope import rope_frequencies
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -50,21 +45,27 @@ _READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _ROPE_FACTORS = "rope_freqs.weight"
 _BLOCK = 32  # numbers with one scale in Q8_0
 
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+# Bytes of a value, by the number of its type.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# The largest vocabularies have 256,000 tokens and 500,000 merges.
+_MAX_ELEMENTS, _MAX_KEYS, _MAX_TENSORS, _MAX_DIMS = 1 << 22, 1 << 16, 1 << 17, 4
+
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 # Values of llama.cpp for missing keys.
 _DEFAULTS = {"n_kv_heads": None, "rope_theta": 10_000.0, "rope_original_context": None}
 
 
-def gguf_format(family: Any) -> GgufFormat:
+def gguf_format(family: object) -> GgufFormat:
     """The names of a family. FormatError for one that llama.cpp does not have."""
-    formats = FORMATS.get(family) if isinstance(family, str) else None
-    if formats is None or formats.gguf is None:
-        raise FormatError(f"the architecture must be one of {gguf_families()} (got {family!r:.60})")
-    return formats.gguf
-
-
-def gguf_families() -> str:
-    return ", ".join(family for family, formats in FORMATS.items() if formats.gguf is not None)
+    known = {name: formats.gguf for name, formats in FORMATS.items() if formats.gguf is not None}
+    if family not in list(known):  # which may be unhashable
+        raise FormatError(
+            f"the family must be one of {', '.join(known)}, which llama.cpp has (got "
+            f"{family!r:.60}); --format hf takes any model"
+        )
+    return known[str(family)]
 
 
 def is_gguf(file: Path) -> bool:
@@ -73,101 +74,72 @@ def is_gguf(file: Path) -> bool:
         return opened.read(4) == b"GGUF"
 
 
-def require_gguf_model(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """ValueError for a model that llama.cpp cannot run, or if the package gguf is missing."""
-    _require_package()
-    formats = FORMATS.get(config.family)
-    if formats is None or formats.gguf is None or not is_native(config):
-        raise ValueError(
-            f"a model for gguf must be of a family {gguf_families()}, without changes to its "
-            f"architecture (got one of {config.family}); --format hf takes any model"
-        )
-    if tokenizer.kind != "bpe":
-        raise ValueError(f"the tokenizer for gguf must be of the kind bpe (got {tokenizer.kind})")
-
-
-def write_gguf(
-    file: Path,
-    *,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    read: Read,
-    numbers: str = "f32",
-    rounded: Rounded = ignore_rounded,
-) -> None:
-    """Write a model file, with one tensor at a time in memory. `rounded` is called with every
-    parameter that the file has in float16 or in blocks of 8 bits, as the file has it.
+def write_gguf(file: Path, *, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32") -> None:
+    """Write a model file, with a copy of one tensor at a time. The decoder's weights are rounded to
+    the numbers in the file: floats, or blocks of 8 bits. ValueError for a model that llama.cpp
+    cannot run, or if the package gguf is missing.
 
     Vectors and learned positions stay float32; rows that are not full blocks of 32 become float16.
     """
+    _require_package()
     import gguf
 
-    require_gguf_model(config, tokenizer)
+    config, names = decoder.config, gguf_format(decoder.config.family)
+    if not is_native(config):
+        raise ValueError(
+            f"a model for gguf must have the architecture of its family {config.family} without "
+            "changes; --format hf takes any model"
+        )
+    if tokenizer.kind != "bpe":
+        raise ValueError(f"the tokenizer for gguf must be of the kind bpe (got {tokenizer.kind})")
     writer = gguf.GGUFWriter(file, arch=config.family)
-    _add_description(writer, config, tokenizer, numbers)
-    tensors = stored_tensors(
-        config, gguf_format(config.family).layout, vocab_size=tokenizer.vocab_size
-    )
-    kinds = [getattr(gguf.GGMLQuantizationType, _kind_of(each, numbers)) for each in tensors]
-    factors = rope_factors(config)
-    if factors is not None:
-        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for stored, kind in zip(tensors, kinds, strict=True):
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        n_bytes = torch.Size(stored.shape).numel() // block * block_bytes
-        dtype = np.dtype(np.float32)
-        writer.add_tensor_info(stored.name, stored.shape, dtype, n_bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    for stored, kind in zip(tensors, kinds, strict=True):
-        data = gguf.quants.quantize(to_stored(stored, read).float().numpy(), kind)
-        writer.write_tensor_data(data)
-        if kind != gguf.GGMLQuantizationType.F32:
-            there = torch.from_numpy(gguf.quants.dequantize(data, kind)).view(stored.shape)
-            for name, values in to_parameters([stored], {stored.name: there}.__getitem__):
-                rounded(name, values)
-    writer.close()
-
-
-def _add_description(writer: Any, config: ModelConfig, tokenizer: Tokenizer, numbers: str) -> None:
-    """Add everything but the tensors."""
-    import gguf
-
     writer.add_name("pretrain")
-    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[numbers]))
-    values = {
-        **asdict(config),
-        "d_ff": config.feed_forward_width,
-        "n_kv_heads": config.kv_heads,
-    }
-    for field, key in gguf_format(config.family).keys.items():
-        value = values[field]
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{config.family}.{key}", value)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[numbers]])
+    settings = {**asdict(config), "d_ff": config.feed_forward_width, "n_kv_heads": config.kv_heads}
+    for field, key in names.keys.items():
+        add = writer.add_float32 if isinstance(settings[field], float) else writer.add_uint32
+        add(f"{config.family}.{key}", settings[field])
     writer.add_vocab_size(tokenizer.vocab_size)
     if config.position == "rotary":
         writer.add_rope_dimension_count(config.d_head)
     write_vocabulary(writer, tokenizer)
+    factors = rope_factors(config)
+    if config.rope_factor != 1.0:
+        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    tensors = []
+    for stored in stored_tensors(config, names.layout, vocab_size=tokenizer.vocab_size):
+        name = numbers.upper()
+        if len(stored.shape) == 1 or stored.parameters == ("position_embedding.weight",):
+            name = "F32"
+        elif numbers == "q8_0" and stored.shape[-1] % _BLOCK:
+            name = "F16"
+        kind = gguf.GGMLQuantizationType[name]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        n_bytes = torch.Size(stored.shape).numel() // block * block_bytes
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(stored.name, stored.shape, dtype, n_bytes, raw_dtype=kind)
+        tensors.append((stored, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if config.rope_factor != 1.0:
+        writer.write_tensor_data(factors)
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
+    for stored, kind in tensors:
+        data = gguf.quants.quantize(to_stored(stored, own).float().numpy(), kind)
+        writer.write_tensor_data(data)
+        if kind != gguf.GGMLQuantizationType.F32:
+            rounded = torch.from_numpy(gguf.quants.dequantize(data, kind)).view(stored.shape)
+            for name, values in to_parameters(stored, rounded):
+                own[name].copy_(values)
+    writer.close()
 
 
-def _kind_of(stored: StoredTensor, numbers: str) -> str:
-    if len(stored.shape) == 1 or stored.parameters == ("position_embedding.weight",):
-        return "F32"
-    if numbers == "q8_0" and stored.shape[-1] % _BLOCK:
-        return "F16"
-    return numbers.upper()
-
-
-def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
-    """The factor of each rotary wavelength (E/2), as llama.cpp stores the scaling of Llama 3.1;
-    None without scaling."""
-    if config.rope_factor == 1.0:
-        return None
-    plain = rope_frequencies(config, scaled=False)
-    factors: NDArray[np.float32] = (plain / rope_frequencies(config)).numpy()
+def rope_factors(config: ModelConfig) -> NDArray[np.float32]:
+    """The factor of each rotary wavelength (E/2), as llama.cpp stores the scaling of Llama 3.1."""
+    factors: NDArray[np.float32] = (
+        rope_frequencies(config, scaled=False) / rope_frequencies(config)
+    ).numpy()
     return factors
 
 
@@ -176,28 +148,27 @@ def open_gguf(file: Path) -> ImportedModel:
     _require_package()
     import gguf
 
-    check_header(file)
+    _check_header(file)
     try:
         reader = gguf.GGUFReader(file)
         values = {name: each.contents() for name, each in reader.fields.items()}
     except Exception as error:  # the package trusts the file, so any error is possible
         raise FormatError(
-            f"{file} is not a complete GGUF file: {type(error).__name__}: {error!s:.200}"
+            f"{file} must be a complete GGUF file: {type(error).__name__}: {error!s:.200}"
         ) from None
     file_tensors = {file_tensor.name: file_tensor for file_tensor in reader.tensors}
     try:
-        config = _config_of(values, file_tensors, n_tensors=len(file_tensors))
+        config = _config_of(values, file_tensors)
         tokenizer = read_vocabulary(values)
         vocab_size = tokenizer.vocab_size
         if "token_embd.weight" in file_tensors:
             vocab_size = checked_vocab_size(int(file_tensors["token_embd.weight"].shape[-1]))
-        layout = gguf_format(config.family).layout
-        tensors = stored_tensors(config, layout, vocab_size=vocab_size)
         tokenizer = padded_to(tokenizer, vocab_size)
-    except (FormatError, RuntimeError, OverflowError) as error:
+    except FormatError as error:
         raise FormatError(f"{file}: {error}") from None
     shapes = {name: tuple(int(n) for n in e.shape[::-1]) for name, e in file_tensors.items()}
-    names = match_tensors(tensors, shapes, layout=layout, what=str(file))
+    layout = gguf_format(config.family).layout
+    tensors = find_tensors(config, layout, vocab_size=vocab_size, shapes=shapes, where=file)
     for name, file_tensor in file_tensors.items():
         if file_tensor.tensor_type.name not in _READABLE:
             raise FormatError(
@@ -210,35 +181,75 @@ def open_gguf(file: Path) -> ImportedModel:
         numbers = gguf.quants.dequantize(file_tensor.data, file_tensor.tensor_type)
         return torch.from_numpy(np.array(numbers, np.float32)).view(shapes[name])
 
-    def parameters() -> Iterator[tuple[str, Tensor]]:
-        return checked_parameters(tensors, read, layout=layout, names=names)
-
-    return ImportedModel("GGUF", (file,), config, tokenizer, parameters)
+    return ImportedModel("GGUF", (file,), config, tokenizer, tensors, read)
 
 
-def _config_of(
-    values: Mapping[str, Any], file_tensors: Mapping[str, Any], *, n_tensors: int
-) -> ModelConfig:
+def _check_header(file: Path) -> None:
+    """FormatError with the byte if keys, values and the list of tensors do not end within the file.
+
+    The package gguf trusts the counts: an array of 10^12 elements in a file of 49 bytes keeps it
+    busy for days.
+    """
+    place = 4  # after the magic number
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+
+        def number(form: str, most: int = 1 << 64) -> int:
+            nonlocal place
+            (value,) = struct.unpack_from(form, data, place)
+            if value > most:
+                raise ValueError(f"a count must be at most {most:,} (got {value:,})")
+            place += struct.calcsize(form)
+            return int(value)
+
+        def skip(n_bytes: int) -> None:
+            nonlocal place
+            if n_bytes > len(data) - place:
+                raise ValueError(f"{n_bytes:,} more bytes must follow (got {len(data) - place:,})")
+            place += n_bytes
+
+        def skip_values(kind: int, n: int = 1) -> None:
+            if kind == _STRING:
+                for _ in range(n):
+                    skip(number("<Q"))
+            elif kind in _SIZES:
+                skip(n * _SIZES[kind])
+            else:
+                raise ValueError(f"values must be numbers, booleans or texts (got type {kind})")
+
+        try:
+            if (version := number("<I")) not in _VERSIONS:
+                raise ValueError(
+                    f"the version must be one of {_VERSIONS}, little-endian (got {version})"
+                )
+            n_tensors, n_keys = number("<Q", _MAX_TENSORS), number("<Q", _MAX_KEYS)
+            for _ in range(n_keys):
+                skip_values(_STRING)
+                kind = number("<I")
+                if kind == _ARRAY:
+                    skip_values(number("<I"), number("<Q", _MAX_ELEMENTS))
+                else:
+                    skip_values(kind)
+            for _ in range(n_tensors):
+                skip_values(_STRING)
+                skip(8 * number("<I", _MAX_DIMS) + 4 + 8)  # dims, type, offset
+        except (struct.error, ValueError) as error:
+            raise FormatError(
+                f"{file} must be a complete GGUF file: byte {place:,}: {error}"
+            ) from None
+
+
+def _config_of(values: Mapping[str, Any], file_tensors: Mapping[str, Any]) -> ModelConfig:
     family = values.get("general.architecture")
-    names = gguf_format(family)
+    keys = gguf_format(family).keys
     fields = FAMILIES[str(family)]()
-    for field, key in names.keys.items():
+    for field, key in keys.items():
         value = values.get(f"{family}.{key}", _DEFAULTS.get(field))
-        if value is None and field in _DEFAULTS:
-            continue
-        number_type = float if field in ("norm_epsilon", "rope_theta") else int
-        if type(value) is not number_type:
-            raise FormatError(f"{family}.{key} must be {number_type.__name__} (got {value!r:.60})")
-        # Floats are float32 in the file: 0.00001 is read as 0.00000999999975.
-        fields[field] = float(f"{value:.7g}") if number_type is float else value
-    if fields["n_layers"] > n_tensors:
-        raise FormatError(f"{fields['n_layers']:,} layers in {n_tensors:,} tensors")
-    if "head" in names.layout.outside.values():
+        if value is not None or field not in _DEFAULTS:
+            # Floats are float32 in the file: 0.00001 is read as 0.00000999999975.
+            fields[field] = float(f"{value:.7g}") if isinstance(value, float) else value
+    if not fields["tied_head"]:
         fields["tied_head"] = "output.weight" not in file_tensors
-    try:
-        config = ModelConfig(**fields)
-    except ValueError as error:
-        raise FormatError(str(error)) from None
+    config = checked_config(fields)
     _check_settings(values, config)
     return _with_rope_scaling(config, file_tensors)
 
@@ -264,10 +275,9 @@ def _check_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
         if name == key or name in (*gguf_format(family).keys.values(), "rope.scaling.finetuned"):
             continue
         changes = name.startswith(("rope.", "attention.")) or name.endswith("_scale")
-        if name in known and value not in known[name]:
-            raise FormatError(f"{key:.100} must be {known[name][-1]} (got {value!r:.60})")
-        if name not in known and changes:
-            raise FormatError(f"{key:.100} must be absent (got {value!r:.60})")
+        if value not in known[name] if name in known else changes:
+            expected = known[name][-1] if name in known else "absent"
+            raise FormatError(f"{key:.100} must be {expected} (got {value!r:.60})")
 
 
 def _with_rope_scaling(config: ModelConfig, file_tensors: Mapping[str, Any]) -> ModelConfig:
@@ -285,11 +295,11 @@ def _with_rope_scaling(config: ModelConfig, file_tensors: Mapping[str, Any]) -> 
         scaled = replace(config, rope_factor=largest)
     except ValueError as error:
         raise FormatError(f"{_ROPE_FACTORS}: {error}") from None
-    expected = rope_factors(scaled)
-    if expected is None:
-        expected = np.ones(config.d_head // 2, np.float32)
-    if not np.allclose(expected, factors, rtol=1e-4):
-        raise FormatError(f"{_ROPE_FACTORS} does not agree with the rule of Llama 3.1")
+    if not np.allclose(rope_factors(scaled), factors, rtol=1e-4):
+        raise FormatError(
+            f"{_ROPE_FACTORS} must have the numbers of Llama 3.1's rule for the factor {largest:g} "
+            f"(got others, the first {factors[0]:g}); this scaling of positions is not supported"
+        )
     return scaled
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.export.imported import valid_stop_ids
-from pretrain.export.layouts import FormatError
+from pretrain.export.layouts import FormatError, valid_stop_ids
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe
 from pretrain.tokenizer.sentencepiece import PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -46,8 +45,17 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_token_scores([-float(first.get(entry, 0)) for entry in entries])
         writer.add_add_space_prefix(bool(tokenizer.space_prefix))
     else:
+        names: dict[Any, str] = {known: name for name, known in reversed(_SPLITS.items())}
+        split, whole_words = tokenizer.split, bool(description["model"].get("ignore_merges"))
+        name = names.get((split, whole_words)) or names.get((split, not whole_words))
+        if name is None:
+            known_splits = ", ".join(dict.fromkeys(split for split, _ in _SPLITS.values()))
+            raise ValueError(
+                f"the pre-split for llama.cpp must be one of {known_splits} (got "
+                f"{split or 'another'}); --format hf takes any tokenizer"
+            )
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_name_of_split(tokenizer))
+        writer.add_tokenizer_pre(name)
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(entries)
     writer.add_token_types([kinds.get(entry, PieceType.NORMAL) for entry in entries])
@@ -57,70 +65,56 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_add_bos_token(tokenizer.add_bos)
 
 
-def _name_of_split(tokenizer: Tokenizer) -> str:
-    whole_words = bool(tokenizer.description["model"].get("ignore_merges"))
-    split = tokenizer.split
-    for candidate in ((split, whole_words), (split, not whole_words)):
-        for name, known in _SPLITS.items():
-            if known == candidate:
-                return name
-    known_splits = ", ".join(dict.fromkeys(split for split, _ in _SPLITS.values()))
-    raise ValueError(
-        f"the pre-split for llama.cpp must be one of {known_splits} (got {split or 'another'})"
-    )
-
-
 def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer in a file's key-value pairs. FormatError if it cannot be represented here."""
     tokens, kinds = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise FormatError("the file has no vocabulary")
+        raise FormatError("tokenizer.ggml.tokens must be a list of texts")
     kinds = kinds if isinstance(kinds, list) else [PieceType.NORMAL] * len(tokens)
     if len(kinds) != len(tokens) or len(set(tokens)) < len(tokens):
-        raise FormatError("the vocabulary has a duplicate token, or not a type for each token")
-    model = values.get("tokenizer.ggml.model")
+        raise FormatError(
+            "tokenizer.ggml.tokens must be different, and tokenizer.ggml.token_type as many (got "
+            f"{len(tokens):,}, of which {len(set(tokens)):,} are different, and {len(kinds):,})"
+        )
+    model, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    if model not in ("gpt2", "llama"):
+        raise FormatError(f"tokenizer.ggml.model must be gpt2 or llama (got {model!r:.60})")
+    split, whole_words = _SPLITS.get(str(pre), (None, False))
     try:
         if model == "llama":
             scores = values.get("tokenizer.ggml.scores")
             if not isinstance(scores, list) or len(scores) != len(tokens):
-                raise FormatError("the vocabulary has no scores")
+                raise FormatError("tokenizer.ggml.scores must have a number for each token")
             pieces = list(zip(tokens, map(float, scores), map(int, kinds), strict=True))
             has_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-            return _with_settings(Tokenizer(bpe_from_pieces(pieces, has_prefix=has_prefix)), values)
-        if model == "gpt2":
-            return _with_settings(Tokenizer(_byte_level(values, tokens, kinds)), values)
+            tokenizer = Tokenizer(bpe_from_pieces(pieces, has_prefix=has_prefix))
+        else:
+            if split is None:
+                raise FormatError(
+                    f"tokenizer.ggml.pre must be one of {', '.join(_SPLITS)} (got {pre!r:.60}): "
+                    "another pre-split would give text other ids"
+                )
+            merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
+            if any(len(merge) != 2 for merge in merges):
+                raise FormatError("each of tokenizer.ggml.merges must be two tokens and a space")
+            kind_of = dict(zip(tokens, kinds, strict=True))
+            ids = {token: id_ for id_, token in enumerate(tokens)}
+            library_tokenizer = byte_level_bpe(
+                {token: id_ for token, id_ in ids.items() if kind_of[token] == PieceType.NORMAL},
+                merges,
+                split=split,
+                added={t: id_ for t, id_ in ids.items() if kind_of[t] != PieceType.NORMAL},
+                non_special={t for t in tokens if kind_of[t] == PieceType.USER_DEFINED},
+                ignore_merges=whole_words,
+            )
+            tokenizer = Tokenizer(library_tokenizer)
     except BaseException as error:
         # The library raises bare Exceptions, and its PanicException is only a BaseException.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise FormatError(f"the tokenizer cannot be used: {error!s:.300}") from None
-    raise FormatError(f"the type of the tokenizer must be gpt2 or llama (got {model!r:.60})")
-
-
-def _with_settings(tokenizer: Tokenizer, values: Mapping[str, Any]) -> Tokenizer:
-    """Set the stop ids and add_bos from the file, else as llama.cpp does for this vocabulary."""
-    split = _SPLITS.get(values.get("tokenizer.ggml.pre", ""), ("",))[0]
-    default = values["tokenizer.ggml.model"] == "llama" or split == "llama3"
-    tokenizer.add_bos = values.get("tokenizer.ggml.add_bos_token", default) is True
+    # What the file does not have is as llama.cpp has it for this vocabulary.
+    add_bos = values.get("tokenizer.ggml.add_bos_token", model == "llama" or split == "llama3")
+    tokenizer.add_bos = add_bos is True
     tokenizer.stop_ids = valid_stop_ids(tokenizer, values.get("tokenizer.ggml.eos_token_id"))
     return tokenizer
-
-
-def _byte_level(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Any:
-    name = values.get("tokenizer.ggml.pre")
-    if name not in _SPLITS:
-        raise FormatError(f"the pre-split must be one of {', '.join(_SPLITS)} (got {name!r:.60})")
-    split, whole_words = _SPLITS[name]
-    merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
-    if any(len(merge) != 2 for merge in merges):
-        raise FormatError("a merge must be of two tokens")
-    added = {
-        token: id_
-        for id_, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind != PieceType.NORMAL
-    }
-    plain = {token: id_ for id_, token in enumerate(tokens) if token not in added}
-    non_special = {name for name, id_ in added.items() if kinds[id_] == PieceType.USER_DEFINED}
-    return byte_level_bpe(
-        plain, merges, split=split, added=added, non_special=non_special, ignore_merges=whole_words
-    )

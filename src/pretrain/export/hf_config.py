@@ -7,10 +7,10 @@ FormatError with key and value; nothing is guessed, and nothing is silently drop
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict
+from typing import Any
 
-from pretrain.export.families import FORMATS, is_native
+from pretrain.export.families import FORMATS, checked_config, is_native
 from pretrain.export.layouts import FormatError
 from pretrain.model.config import ModelConfig
 from pretrain.model.families import FAMILIES
@@ -24,7 +24,17 @@ _ROPE_KEYS = {
     "rope_high_factor": "high_freq_factor",
     "rope_original_context": "original_max_position_embeddings",
 }
-_MAX_INT = 1 << 31
+
+
+def _repeated_keys(config: ModelConfig) -> dict[str, Any]:
+    """What the section `pretrain` has too, under the keys that other programs read."""
+    return {
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "max_position_embeddings": config.window_tokens,
+        "tie_word_embeddings": config.tied_head,
+    }
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -39,16 +49,13 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
                 "AutoModelForCausalLM": "modeling_pretrain.PretrainForCausalLM",
             },
             "pretrain": own,
-            # Other programs read these keys.
-            "hidden_size": config.d_model,
-            "num_hidden_layers": config.n_layers,
-            "num_attention_heads": config.n_heads,
-            "max_position_embeddings": config.window_tokens,
-            "tie_word_embeddings": config.tied_head,
+            **_repeated_keys(config),
         }
-    hf = FORMATS[config.family].hf
+    hf = FORMATS[config.family]
     values = {**asdict(config), "n_kv_heads": config.kv_heads, "d_ff": config.feed_forward_width}
     content = {"model_type": hf.model_type, "architectures": [hf.architecture], **hf.fixed}
+    # We have no padding; a class whose default is an id would not train that row.
+    content["pad_token_id"] = None
     content |= {key: values[field] for field, key in hf.keys.items()}
     if config.position == "rotary":
         content["rope_theta"] = config.rope_theta
@@ -67,51 +74,53 @@ def from_hf_config(content: Mapping[str, Any]) -> ModelConfig:
     if model_type == OWN_TYPE:
         values = content.get("pretrain")
         if not isinstance(values, dict):
-            raise FormatError("the config has no section 'pretrain'")
-        return _checked_config(values)
-    by_type = {formats.hf.model_type: family for family, formats in FORMATS.items()}
+            raise FormatError(
+                f"config.json must have a section 'pretrain' (got {values!r:.60}); export the "
+                "model again"
+            )
+        config = checked_config(values)
+        _check_keys(content, _repeated_keys(config))
+        return config
+    by_type = {hf.model_type: family for family, hf in FORMATS.items()}
     if model_type not in by_type:
         known = ", ".join([*by_type, OWN_TYPE])
         raise FormatError(f"model_type must be one of {known} (got {model_type!r:.60})")
-    family = by_type[model_type]
-    hf = FORMATS[family].hf
-    wrong = [
-        f"{key} is {content[key]!r:.60}, not {value!r}"
-        for key, value in hf.fixed.items()
-        if key in content and content[key] != value
-    ]
-    if wrong:
-        raise FormatError(f"this is not the architecture of {family}: {'; '.join(wrong)}")
-    values = FAMILIES[family]()
+    hf = FORMATS[by_type[model_type]]
+    _check_keys({**hf.defaults, **content}, hf.fixed)
+    values = FAMILIES[by_type[model_type]]()
     for field, key in hf.keys.items():
         if key not in content and key not in hf.defaults:
-            raise FormatError(f"the config has no {key!r}")
+            raise FormatError(f"config.json must have the key {key!r}, for model.{field}")
         values[field] = content.get(key, hf.defaults.get(key))
     if values["position"] == "rotary":
         values |= _rotary_values(content)
     if "dropout" in hf.keys:
-        values |= _dropout_values(content, values["dropout"])
-    config = _checked_config(values)
-    head_width = content.get("head_dim")
-    if head_width is not None and head_width != config.d_head:
-        raise FormatError(
-            f"head_dim must be the width {config.d_model} over {config.n_heads} heads, "
-            f"{config.d_head}, in this decoder (got {head_width!r:.60})"
-        )
+        # GPT and GPT-2 have three dropout rates; we have one, and attention may have none.
+        dropout = values["dropout"]
+        attention = content.get("attn_pdrop", dropout)
+        embedding = content.get("embd_pdrop", dropout)
+        if embedding != dropout or attention not in (0, dropout):
+            raise FormatError(
+                "resid_pdrop, embd_pdrop and attn_pdrop must be equal, or attn_pdrop 0 (got "
+                f"{dropout!r:.60}, {embedding!r:.60} and {attention!r:.60}); they matter in "
+                "training only, so the file may be edited"
+            )
+        values["attention_dropout"] = bool(attention == dropout)
+    config = checked_config(values)
+    if content.get("head_dim") is not None:
+        _check_keys(content, {"head_dim": config.d_head})
     return config
 
 
-def _dropout_values(content: Mapping[str, Any], dropout: Any) -> dict[str, Any]:
-    """GPT and GPT-2 have three dropout rates; we have one, and attention may have none."""
-    attention = content.get("attn_pdrop", dropout)
-    embedding = content.get("embd_pdrop", dropout)
-    if embedding != dropout or attention not in (0, dropout):
-        raise FormatError(
-            "resid_pdrop, embd_pdrop and attn_pdrop must be equal, or attn_pdrop 0 (got "
-            f"{dropout!r:.60}, {embedding!r:.60} and {attention!r:.60}); they matter in training "
-            "only, so the file may be edited"
-        )
-    return {"attention_dropout": bool(attention == dropout)}
+def _check_keys(content: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """FormatError that lists all keys with another value than this architecture's."""
+    wrong = [
+        f"{key} must be {value!r} (got {content[key]!r:.60})"
+        for key, value in fixed.items()
+        if key in content and content[key] != value
+    ]
+    if wrong:
+        raise FormatError(f"this decoder cannot compute the model: {'; '.join(wrong)}")
 
 
 def _rotary_values(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,41 +157,3 @@ def _rotary_values(content: Mapping[str, Any]) -> dict[str, Any]:
                 f"{key} must be absent for rotary positions of type {kind} (got {value!r:.60})"
             )
     return values
-
-
-def _checked_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig from the values in a file, each checked for its type."""
-    hints = get_type_hints(ModelConfig)
-    names = {each.name for each in fields(ModelConfig)}
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in names:
-            raise FormatError(
-                f"fields of the config must be {', '.join(sorted(names))} (got {name:.60})"
-            )
-        hint = hints[name]
-        if not _has_type(value, hint):
-            type_name = (
-                hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
-            )
-            raise FormatError(f"{name} in the config must be {type_name} (got {value!r:.60})")
-        # A larger one overflows as a float or a length later.
-        if type(value) is int and abs(value) >= _MAX_INT:
-            raise FormatError(
-                f"{name} in the config must be below {_MAX_INT:,} (got {value!r:.60})"
-            )
-        checked[name] = float(value) if hint is float else value
-    if checked.get("context_length") is None:
-        raise FormatError("context_length in the config must be a whole number (got None)")
-    try:
-        return ModelConfig(**checked)
-    except ValueError as error:
-        raise FormatError(str(error)) from None
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    options = get_args(hint)
-    if get_origin(hint) is not None and type(None) not in options:
-        return value in options  # a Literal
-    types = options or (hint,)
-    return type(value) in types or (float in types and type(value) is int)

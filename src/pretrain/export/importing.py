@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.export.imported import ImportedModel
-from pretrain.export.layouts import FormatError
+from pretrain.export.layouts import FormatError, ImportedModel
+
+_MODELS = (
+    "a model must be a folder with config.json, model.safetensors and tokenizer.json, a GGUF file, "
+    "or a .bin of llama2.c"
+)
 
 
 def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
@@ -19,42 +23,28 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
 
     if tokenizer is not None and not (path.is_file() and is_llama2c(path)):
         raise FormatError(f"--tokenizer is only for a .bin of llama2.c, which {path} is not")
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "config.yaml").is_file() or (path / "manifest.json").is_file():
+            raise FormatError(
+                f"{path} is a run or a checkpoint of pretrain, which needs no import: use it as "
+                "MODEL"
+            )
+        files = sorted(p.name for pattern in ("*.gguf", "*.bin") for p in path.glob(pattern))
+        advice = f"name the file in it: {', '.join(files[:5])}" if files else _MODELS
+        raise FormatError(f"{path} is not a Hugging Face folder: it has no config.json; {advice}")
     if path.is_dir():
-        _require_hugging_face(path)
         return open_hugging_face(path)
     if not path.is_file():
-        raise FormatError(f"there is no model at {path}")
+        raise FormatError(f"there is no model at {path}; {_MODELS}")
     if is_gguf(path):
         return open_gguf(path)
     with open(path, "rb") as file:
-        start = file.read(8)
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        start = file.read(4)
+    if start == b"PK\x03\x04" or start[:1] == b"\x80":
         raise FormatError(
             f"{path} is a pickle of PyTorch, which can run any code when it is opened; save the "
             "model as safetensors with the program that wrote it"
         )
     if is_llama2c(path):
         return open_llama2c(path, tokenizer)
-    raise FormatError(
-        f"{path} is not a model: neither a run directory, nor a Hugging Face folder, nor a GGUF "
-        "file, nor one of llama2.c"
-    )
-
-
-def _require_hugging_face(path: Path) -> None:
-    """FormatError for a folder without config.json, with what it contains instead."""
-    if (path / "config.json").is_file():
-        return
-    if (path / "config.yaml").is_file() or (path / "manifest.json").is_file():
-        raise FormatError(
-            f"{path} is a run or a checkpoint of pretrain, which needs no import: use it as MODEL"
-        )
-    files = sorted(p.name for pattern in ("*.gguf", "*.bin") for p in path.glob(pattern))
-    if files:
-        advice = f"name the file in it: {', '.join(files[:5])}"
-    else:
-        advice = (
-            "a model must be a folder with config.json, model.safetensors and tokenizer.json, a "
-            "GGUF file, or a .bin of llama2.c"
-        )
-    raise FormatError(f"{path} is not a Hugging Face folder: it has no config.json; {advice}")
+    raise FormatError(f"{path} is not a model; {_MODELS}")

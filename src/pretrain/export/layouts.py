@@ -1,4 +1,4 @@
-"""Tensor names and shapes of other programs <-> our parameters.
+"""Tensors of other programs' files <-> our parameters, and the model that they are read into.
 
 A `Layout` maps their modules to ours; `families` has one for each family and format. From it come
 the tensors that a file must contain, with their shapes, and both conversions. Tensors that are
@@ -8,23 +8,25 @@ is read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.decoder import Decoder
+from pretrain.model.decoder import Decoder, build
+from pretrain.tokenizer.tokenizer import Tokenizer
 
 Read = Callable[[str], Tensor]
-"""Reads a tensor by its name."""
-Rounded = Callable[[str, Tensor], None]
-"""Called with the name of one of our parameters, and its values as a file contains them."""
+"""Reads a tensor of a file by its name."""
 Shape = tuple[int, ...]
 
 _MAX_LISTED = 20
+_MAX_VOCAB_SIZE = 1 << 24
 
 
 class FormatError(ValueError):
@@ -36,22 +38,20 @@ class Layout:
     """How a format stores a family. Modules are named without `.weight` and `.bias`. Several of our
     modules in one of theirs are concatenated along the outputs."""
 
-    outside: Mapping[str, str]
-    """Their module -> ours, outside of the blocks."""
-    inside: Mapping[str, str]
-    """Their module, with {} for the block's number -> ours in a block, several separated by
-    spaces."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Their module -> ours, several separated by spaces. A name with {}, for the block's number, is
+    in a block; then so is ours."""
+    own_prefix: str | None = None
+    """Instead of `modules`: all names are ours, after this text."""
     transposed: bool = False
     """Whether matrices in blocks are (inputs, outputs), as in the code of GPT and GPT-2."""
     interleaved: bool = False
     """Whether a rotary pair is elements 2i and 2i + 1 of a head; ours are i and i + E/2."""
-    prefixes: tuple[str, ...] = ()
-    """Prefixes that may be missing: GPT-2 was published without `transformer.`."""
+    optional_prefix: str = ""
+    """What names in a file may lack: GPT-2 was published without `transformer.`."""
     ignored: tuple[str, ...] = ()
-    """Names, with {} for the block's number, of tables that other code keeps in the file and that
-    are not parameters."""
-    copies: Mapping[str, str] = field(default_factory=dict)
-    """Name that a file with a tied head may also contain -> the tensor it must be equal to."""
+    """Patterns of the names of tables that other code keeps in the file and that are not
+    parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +68,69 @@ class StoredTensor:
     """Of each parameter, the number of heads whose rotary pairs are interleaved, or 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class ImportedModel:
+    """A model in another program's files, whose names and shapes are checked; no weight is read
+    yet."""
+
+    format: str
+    """The format, for messages."""
+    files: tuple[Path, ...]
+    config: ModelConfig
+    tokenizer: Tokenizer
+    """With exactly the model's vocabulary size."""
+    tensors: list[StoredTensor]
+    read: Read
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield our parameters by name, float32, one at a time. FormatError for a number that is
+        not finite, and for a head that is not equal to the embedding it is tied to."""
+        embedding = None
+        for tensor in self.tensors:
+            values = self.read(tensor.name).float()
+            if not bool(values.isfinite().all()):
+                raise FormatError(f"all numbers in {tensor.name} must be finite")
+            if tensor.parameters == ("token_embedding.weight",):
+                if embedding is not None and not torch.equal(values, embedding):
+                    raise FormatError(
+                        f"the head {tensor.name} must be equal to the token embedding, or absent: "
+                        "the config of this model ties them"
+                    )
+                embedding = values
+            yield from to_parameters(tensor, values)
+
+    def build(self, *, device: str = "cpu") -> Decoder:
+        """The decoder with these weights."""
+        decoder = build(self.config, vocab_size=self.tokenizer.vocab_size, seed=None, device=device)
+        parameters = dict(decoder.named_parameters())
+        for name, values in self.parameters():
+            parameters[name].data.copy_(values)
+        return decoder
+
+
 def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> list[StoredTensor]:
-    """The tensors of a file with this decoder, in its order. Only names and shapes are made."""
-    with torch.device("meta"):
-        decoder = Decoder(config, vocab_size=vocab_size)
+    """The tensors of a file with this decoder, in its order. Only names and shapes are made.
+    FormatError for a decoder with parameters that the format lacks, or too large to describe."""
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(config, vocab_size=vocab_size)
+    except (RuntimeError, OverflowError) as error:
+        raise FormatError(f"the model is too large: {error}") from None
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-    modules = dict(layout.outside)
-    for number in range(config.n_layers):
-        for theirs, ours in layout.inside.items():
-            full_names = [f"blocks.{number}.{name}" for name in ours.split()]
-            modules[theirs.format(number)] = " ".join(full_names)
+    if layout.own_prefix is not None:
+        modules = {layout.own_prefix + n: n for n in (name.rpartition(".")[0] for name in shapes)}
+    else:
+        modules = {name: ours for name, ours in layout.modules.items() if "{}" not in name}
+        inside = {name: ours for name, ours in layout.modules.items() if "{}" in name}
+        for number in range(config.n_layers):
+            for name, ours in inside.items():
+                full_names = [f"blocks.{number}.{each}" for each in ours.split()]
+                modules[name.format(number)] = " ".join(full_names)
     interleaved_heads = (
         {"query": config.n_heads, "key": config.kv_heads} if layout.interleaved else {}
     )
     tensors = []
-    for theirs, ours in modules.items():
+    for module, ours in modules.items():
         for kind in ("weight", "bias"):
             parameters = tuple(f"{name}.{kind}" for name in ours.split())
             if parameters[0] not in shapes:
@@ -91,82 +139,81 @@ def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> l
             shape = (sum(rows), *shapes[parameters[0]][1:])
             is_matrix_in_block = len(shape) == 2 and parameters[0].startswith("blocks.")
             transposed = layout.transposed and is_matrix_in_block
-            tensors.append(
-                StoredTensor(
-                    name=f"{theirs}.{kind}",
-                    shape=shape[::-1] if transposed else shape,
-                    parameters=parameters,
-                    rows=rows,
-                    transposed=transposed,
-                    n_heads=tuple(
-                        interleaved_heads.get(name.split(".")[-2], 0) for name in parameters
-                    ),
-                )
-            )
+            n_heads = tuple(interleaved_heads.get(name.split(".")[-2], 0) for name in parameters)
+            stored_shape = shape[::-1] if transposed else shape
+            name = f"{module}.{kind}"
+            tensors.append(StoredTensor(name, stored_shape, parameters, rows, transposed, n_heads))
     missing = shapes.keys() - {name for tensor in tensors for name in tensor.parameters}
     if missing:
-        raise FormatError(f"the format has no tensor for {', '.join(sorted(missing))}")
+        raise FormatError(
+            f"the format has no tensor for {', '.join(sorted(missing))}; a model for it must be "
+            "without them"
+        )
     return tensors
 
 
-def ignore_rounded(name: str, values: Tensor) -> None:
-    """The default `Rounded`: the caller does not need the rounded values."""
-
-
-def to_stored(tensor: StoredTensor, read: Read) -> Tensor:
-    """The tensor of a file from our parameters."""
+def to_stored(tensor: StoredTensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a file from our parameters by name."""
     parts = []
     for name, n_heads in zip(tensor.parameters, tensor.n_heads, strict=True):
-        values = read(name)
+        values = parameters[name]
         parts.append(interleave(values, n_heads) if n_heads else values)
     stored = parts[0] if len(parts) == 1 else torch.cat(parts)
     return stored.T.contiguous() if tensor.transposed else stored
 
 
-def to_parameters(tensors: list[StoredTensor], read: Read) -> Iterator[tuple[str, Tensor]]:
-    """Yield our parameters by name, in float32, from a reader of a file's tensors; each is read
-    once."""
-    for tensor in tensors:
-        stored = read(tensor.name).float()
-        if tensor.transposed:
-            stored = stored.T
-        parts = torch.split(stored, list(tensor.rows))
-        for name, values, n_heads in zip(tensor.parameters, parts, tensor.n_heads, strict=True):
-            yield name, (deinterleave(values, n_heads) if n_heads else values).contiguous()
+def to_parameters(tensor: StoredTensor, stored: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield our parameters by name, in float32, from the tensor of a file."""
+    stored = stored.float().T if tensor.transposed else stored.float()
+    parts = torch.split(stored, list(tensor.rows))
+    for name, values, n_heads in zip(tensor.parameters, parts, tensor.n_heads, strict=True):
+        yield name, (deinterleave(values, n_heads) if n_heads else values).contiguous()
 
 
-def match_tensors(
-    tensors: list[StoredTensor], shapes: Mapping[str, Shape], *, layout: Layout, what: str
-) -> dict[str, str]:
-    """The name in the file of each expected tensor, and of copies, from the shapes in the file.
-    FormatError that lists every tensor that is missing, unexpected, or of another shape."""
-    names: dict[str, str] = {}
-    differences = []
-    for tensor in tensors:
-        spellings = [tensor.name, *(tensor.name.removeprefix(p) for p in layout.prefixes)]
+def find_tensors(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    vocab_size: int,
+    shapes: Mapping[str, Shape],
+    where: Path,
+) -> list[StoredTensor]:
+    """The tensors of a model as a file names them, from the shapes in the file; at the end a copy
+    of a tied head, if there is one. FormatError that lists every tensor that is missing,
+    unexpected, or of another shape."""
+    if config.n_layers > len(shapes):
+        raise FormatError(
+            f"{where} describes {config.n_layers:,} layers; they must be at most as many as its "
+            f"tensors, {len(shapes):,}"
+        )
+    tensors, differences = [], []
+    expected = stored_tensors(config, layout, vocab_size=vocab_size)
+    for tensor in expected:
+        spellings = (tensor.name, tensor.name.removeprefix(layout.optional_prefix))
         name = next((name for name in spellings if name in shapes), None)
         if name is None:
             differences.append(f"{tensor.name} {list(tensor.shape)} is missing")
             continue
-        names[tensor.name] = name
-        if tuple(shapes[name]) != tensor.shape:
+        tensors.append(replace(tensor, name=name))
+        if shapes[name] != tensor.shape:
             differences.append(f"{name} is {list(shapes[name])}, not {list(tensor.shape)}")
-    for name in sorted(shapes.keys() - set(names.values())):
-        if name in layout.copies:
-            names[name] = name
-        elif not _is_ignored(name, layout):
+    heads = {f"{name}.weight" for name, ours in layout.modules.items() if ours == "head"}
+    for name in sorted(shapes.keys() - {tensor.name for tensor in tensors}):
+        if name in heads and config.tied_head:
+            embedding = next(t for t in expected if t.parameters == ("token_embedding.weight",))
+            tensors.append(replace(embedding, name=name))
+        elif not any(
+            fnmatchcase(start + name, pattern)
+            for start in ("", layout.optional_prefix)
+            for pattern in layout.ignored
+        ):
             differences.append(f"{name:.200} {list(shapes[name])} is not part of this model")
     if differences:
         listed = "; ".join(differences[:_MAX_LISTED])
         if len(differences) > _MAX_LISTED:
             listed += f"; and {len(differences) - _MAX_LISTED} more"
-        raise FormatError(f"{what} does not contain the model that it describes: {listed}")
-    return names
-
-
-def _is_ignored(name: str, layout: Layout) -> bool:
-    pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "{}", name)
-    return any(start + pattern in layout.ignored for start in ("", *layout.prefixes))
+        raise FormatError(f"{where} does not contain the model that it describes: {listed}")
+    return tensors
 
 
 def interleave(x: Tensor, n_heads: int) -> Tensor:
@@ -177,3 +224,31 @@ def interleave(x: Tensor, n_heads: int) -> Tensor:
 def deinterleave(x: Tensor, n_heads: int) -> Tensor:
     """The inverse of `interleave`."""
     return x.view(n_heads, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+
+
+def checked_vocab_size(value: Any) -> int:
+    """The vocabulary size in a file. FormatError if it is not a possible one."""
+    if type(value) is not int or not 1 <= value <= _MAX_VOCAB_SIZE:
+        raise FormatError(
+            f"vocab_size must be a whole number from 1 to {_MAX_VOCAB_SIZE:,} (got {value!r:.60})"
+        )
+    return value
+
+
+def valid_stop_ids(tokenizer: Tokenizer, value: Any) -> list[int]:
+    """The ids of a file's `eos_token_id`, one or a list, that are in the vocabulary; if there are
+    none, the tokenizer's own."""
+    ids = value if isinstance(value, list) else [value]
+    valid = [id_ for id_ in ids if type(id_) is int and 0 <= id_ < tokenizer.vocab_size]
+    return valid or tokenizer.stop_ids
+
+
+def padded_to(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer with the model's vocabulary size, whose last tokens may be unused. FormatError
+    if the model has fewer tokens than the tokenizer."""
+    if tokenizer.vocab_size > vocab_size:
+        raise FormatError(
+            f"the model must have at least the {tokenizer.vocab_size:,} tokens of its tokenizer "
+            f"(got {vocab_size:,})"
+        )
+    return tokenizer if tokenizer.vocab_size == vocab_size else tokenizer.padded(vocab_size)

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.export.imported import ImportedModel, finite
-from pretrain.export.layouts import FormatError, Shape, deinterleave
-from pretrain.model.config import ModelConfig
+from pretrain.export.families import checked_config
+from pretrain.export.layouts import FormatError, ImportedModel, Layout, stored_tensors
 from pretrain.model.families import llama
+from pretrain.model.sizes import n_parameters
 from pretrain.tokenizer.sentencepiece import SPACE, Piece, PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # "ak42", the magic number of later versions
+_LAYOUT = Layout(own_prefix="", interleaved=True)
+# Each is stored for all layers before the next one.
+_ORDER = (
+    "token_embedding attention_norm attention.query attention.key attention.value attention.output "
+    "feed_forward_norm feed_forward.gate feed_forward.down feed_forward.up final_norm head"
+).split()
 _N_SPECIAL = 3
 _MAX_PIECES = 1 << 20
 _MAX_PIECE_BYTES = 1 << 16
@@ -54,85 +59,48 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> ImportedModel:
         raise FormatError(
             f"{file} must have the first version of llama2.c's format (got a later one)"
         )
+    sizes = {"n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "d_model": d, "d_ff": f}
     try:
-        config = ModelConfig(
-            **llama(
-                n_layers=layers,
-                n_heads=heads,
-                n_kv_heads=kv_heads,
-                d_model=d,
-                d_ff=f,
-                context_length=context,
-                tied_head=vocab > 0,
-            )
-        )
-    except ValueError as error:
+        config = checked_config(llama(**sizes, context_length=context, tied_head=vocab > 0))
+    except FormatError as error:
         raise FormatError(f"{file}: {error}") from None
-    places, end = _places(config, abs(vocab))
-    n_bytes = file.stat().st_size
-    if n_bytes != end:
+    vocab_size = abs(vocab)
+    # Two tables of rotary angles (T, E/2) follow the final norm; we compute them ourselves.
+    n_angles = context * config.d_head
+    n_bytes = _HEADER.size + 4 * (n_parameters(config, vocab_size=vocab_size) + n_angles)
+    if file.stat().st_size != n_bytes:
         raise FormatError(
-            f"{file} must have {end:,} bytes for {config.n_layers} layers of {config.d_model} and "
-            f"a vocabulary of {abs(vocab)} (got {n_bytes:,})"
+            f"{file} must have {n_bytes:,} bytes for {layers} layers of {d} and a vocabulary of "
+            f"{vocab_size} (got {file.stat().st_size:,})"
         )
-    tokenizer_file = tokenizer or _tokenizer_file(file)
-
-    def parameters() -> Iterator[tuple[str, Tensor]]:
-        for name, (offset, shape) in places.items():
-            numbers = np.fromfile(file, "<f4", math.prod(shape), offset=offset)
-            values = torch.from_numpy(numbers).view(shape)
-            n_heads = {"query": config.n_heads, "key": config.kv_heads}.get(name.split(".")[-2], 0)
-            finite(name, values)
-            yield name, deinterleave(values, n_heads) if n_heads else values
-
-    read = read_pieces(tokenizer_file)
-    if read.vocab_size != abs(vocab):
+    tokenizer_files = [tokenizer] if tokenizer else sorted(file.parent.glob("tok*.bin"))
+    if len(tokenizer_files) != 1:
+        raise FormatError(
+            f"the folder of {file} must have one file tok*.bin (got {len(tokenizer_files)}); name "
+            "the model's tokenizer with --tokenizer"
+        )
+    vocabulary = read_pieces(tokenizer_files[0])
+    if vocabulary.vocab_size != vocab_size:
         # A file truncated between two pieces looks complete.
         raise FormatError(
-            f"{tokenizer_file} must have {abs(vocab):,} pieces, the vocabulary size of {file} (got "
-            f"{read.vocab_size:,})"
+            f"{tokenizer_files[0]} must have {vocab_size:,} pieces, the vocabulary size of {file} "
+            f"(got {vocabulary.vocab_size:,})"
         )
-    return ImportedModel("llama2.c", (file, tokenizer_file), config, read, parameters)
-
-
-def _places(config: ModelConfig, vocab_size: int) -> tuple[dict[str, tuple[int, Shape]], int]:
-    """Offset in bytes and shape of each parameter, and the length of the file."""
-    d, f, d_kv = config.d_model, config.feed_forward_width, config.kv_heads * config.d_head
-    blocks: list[tuple[str, Shape]] = [
-        ("attention_norm", (d,)),
-        ("attention.query", (d, d)),
-        ("attention.key", (d_kv, d)),
-        ("attention.value", (d_kv, d)),
-        ("attention.output", (d, d)),
-        ("feed_forward_norm", (d,)),
-        ("feed_forward.gate", (f, d)),
-        ("feed_forward.down", (d, f)),
-        ("feed_forward.up", (f, d)),
-    ]
-    order: list[tuple[str, Shape]] = [("token_embedding.weight", (vocab_size, d))]
-    for name, shape in blocks:
-        order += [(f"blocks.{i}.{name}.weight", shape) for i in range(config.n_layers)]
-    order.append(("final_norm.weight", (d,)))
-    # Two tables of rotary angles follow, which we compute ourselves.
-    order.append(("", (2, config.window_tokens, config.d_head // 2)))
-    if not config.tied_head:
-        order.append(("head.weight", (vocab_size, d)))
+    tensors = stored_tensors(config, _LAYOUT, vocab_size=vocab_size)
+    tensors.sort(key=lambda t: next(i for i, n in enumerate(_ORDER) if f"{n}.weight" in t.name))
     places, offset = {}, _HEADER.size
-    for name, shape in order:
-        if name:
-            places[name] = (offset, shape)
-        offset += 4 * math.prod(shape)
-    return places, offset
+    for tensor in tensors:
+        places[tensor.name] = offset, tensor.shape
+        n_after = n_angles if tensor.name == "final_norm.weight" else 0
+        offset += 4 * (math.prod(tensor.shape) + n_after)
 
+    def read(name: str) -> Tensor:
+        offset, shape = places[name]
+        numbers = np.fromfile(file, "<f4", math.prod(shape), offset=offset)
+        return torch.from_numpy(numbers).view(shape)
 
-def _tokenizer_file(file: Path) -> Path:
-    candidates = sorted(file.parent.glob("tok*.bin"))
-    if len(candidates) != 1:
-        raise FormatError(
-            f"the folder of {file} has {len(candidates)} files tok*.bin; name its tokenizer "
-            "(--tokenizer)"
-        )
-    return candidates[0]
+    files = (file, tokenizer_files[0])
+    return ImportedModel("llama2.c", files, config, vocabulary, tensors, read)
 
 
 def read_pieces(file: Path) -> Tokenizer:
@@ -145,10 +113,12 @@ def read_pieces(file: Path) -> Tokenizer:
             score, length = struct.unpack_from("<fi", data, place)
             raw = data[place + 8 : place + 8 + length]
             if not 0 < length <= _MAX_PIECE_BYTES or len(raw) < length:
-                raise ValueError("it is truncated")
+                raise ValueError(f"{length} bytes of text must follow (got {len(raw)})")
             text = raw.decode()
         except (struct.error, ValueError) as error:
-            raise FormatError(f"{file}, byte {place}: not a piece of llama2.c: {error}") from None
+            raise FormatError(
+                f"{file} must have a complete piece of llama2.c at byte {place}: {error}"
+            ) from None
         place += 8 + length
         pieces.append((text.replace(" ", SPACE), score, PieceType.NORMAL))
     if len(pieces) < _N_SPECIAL + 256:

@@ -18,6 +18,23 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+# The choices that this file computes; another one would be another model.
+AXES = {
+    "norm": ("layer", "rms"),
+    "norm_place": ("before", "after"),
+    "position": ("learned", "sinusoidal", "rotary"),
+    "feed_forward": ("gelu", "relu", "relu2", "swiglu"),
+    "bias": ("none", "all", "feed_forward", "query_key_value"),
+    "query_key_norm": (False, True),
+    "scaled_embedding": (False, True),
+    "embedding_norm": (False, True),
+}
+SIZES = """
+    family preset size n_layers n_heads n_kv_heads d_model d_ff context_length tied_head
+    norm_epsilon rope_theta rope_factor rope_original_context rope_low_factor rope_high_factor
+    ngram_rows longest_ngram induction dropout attention_dropout initialization
+""".split()
+
 
 class PretrainConfig(PretrainedConfig):
     model_type = "pretrain"
@@ -164,6 +181,14 @@ def followers(ids_BT, n):
 class Decoder(nn.Module):
     def __init__(self, c, vocab_size):
         super().__init__()
+        for name, value in c.items():
+            known = AXES.get(name, (False, None))
+            if name not in SIZES and value not in known:
+                raise ValueError(
+                    f"modeling_pretrain.py cannot compute a model with {name} {value!r}: it must "
+                    f"be one of {', '.join(map(str, known))}; export the model again with a newer "
+                    "version of pretrain"
+                )
         self.c = c
         self.token_embedding = nn.Embedding(vocab_size, c["d_model"])
         self.position_embedding = None
@@ -183,8 +208,8 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.ngrams(ids_BT)
         if ids_BT.shape[1] > self.c["context_length"]:
             raise ValueError(
-                f"a text of {ids_BT.shape[1]} ids, padding included; this model has a context of "
-                f"{self.c['context_length']}"
+                f"a text must have at most {self.c['context_length']} ids, the context length, "
+                f"padding included (got {ids_BT.shape[1]})"
             )
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         if self.position_embedding is not None:
@@ -263,10 +288,8 @@ class PretrainForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids = rotate_rows(input_ids, shift_B1)
         hidden_BTD = self.model(input_ids)
         if shift_B1 is not None:
-            hidden_BTD, input_ids = (
-                rotate_rows(hidden_BTD, -shift_B1),
-                rotate_rows(input_ids, -shift_B1),
-            )
+            hidden_BTD = rotate_rows(hidden_BTD, -shift_B1)
+            input_ids = rotate_rows(input_ids, -shift_B1)
         head = self.model.token_embedding if self.model.head is None else self.model.head
         logits_BTV = hidden_BTD @ head.weight.T
         loss = None

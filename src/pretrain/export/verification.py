@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 
 from pretrain import __version__
 from pretrain.evaluate.loss import Score
+from pretrain.export.families import is_native
 from pretrain.export.verification_worker import CANNOT_RUN
 from pretrain.model.decoder import Decoder
 from pretrain.rng import uniform
@@ -77,8 +79,6 @@ class Exported:
     """The folder, or the .gguf file."""
     format: str
     numbers: str
-    own_code: bool
-    """Whether the folder has its own modelling file."""
     decoder: Decoder
     tokenizer: Tokenizer
 
@@ -106,7 +106,7 @@ def verify_export(
     library = verification_library(exported.format)
     if library is None:
         return content
-    request = _request(exported, text, library, threads)
+    request = make_request(exported, text, library=library, threads=threads)
     answer, logits = _run_worker(request)
     if "unable" in answer:
         return {**content, "library": library, **answer}
@@ -116,13 +116,16 @@ def verify_export(
         raise RuntimeError("the verification worker must not import this package")
     checks = {
         "logits": _compare_logits(exported, request, logits),
-        "greedy": _compare_greedy(exported, request, answer["greedy"], library),
+        "greedy": _compare_greedy(exported, request, answer["greedy"]),
         "tokenizer": _compare_ids(exported.tokenizer, request["texts"], answer),
         "perplexity": _compare_scores(exported, score, answer),
     }
     agrees = all(check["verdict"] == AGREES for check in checks.values())
-    verdict = AGREES if agrees else DISAGREES
-    return {**content, "verdict": verdict, "library": answer["library"], "checks": checks}
+    return {**content, **_verdict(agrees), "library": answer["library"], "checks": checks}
+
+
+def _verdict(agrees: bool) -> dict[str, Any]:
+    return {"verdict": AGREES if agrees else DISAGREES}
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -163,92 +166,77 @@ def _shown(number: float | None, form: str = ".4f") -> str:
     return format(number, form if abs(number) < _MAX_FIXED_POINT else ".3e")
 
 
-def _request(exported: Exported, text: str, library: str, threads: int) -> dict[str, Any]:
-    decoder, tokenizer = exported.decoder, exported.tokenizer
-    context = decoder.config.window_tokens
+def make_request(exported: Exported, text: str, *, library: str, threads: int) -> dict[str, Any]:
+    """What the worker computes: the content of request.json."""
+    config, tokenizer = exported.decoder.config, exported.tokenizer
+    context = config.window_tokens
     length = max(1, min(_MAX_ROW_TOKENS, context, _MAX_LOGITS // tokenizer.vocab_size // _N_ROWS))
     start = tokenizer.encode_prompt(text)
     # The text itself, and ids from all over the vocabulary.
     index = torch.arange((_N_ROWS - 1) * length)
     scattered = (uniform(1, "certificate", index) * tokenizer.vocab_size).long()
-    rows = [(start * (length // len(start) + 1))[:length], *scattered.view(-1, length).tolist()]
     prompt = start[: max(1, min(_PROMPT_TOKENS, context // 2))]
-    new_tokens = max(1, min(_NEW_TOKENS, context - len(prompt)))
     added = [t["content"] for t in tokenizer.description["added_tokens"] if not t["special"]]
-    hard = [*TEXTS, *(f"a {name} b" for name in added)]
-    texts = [t for t in hard if _encodes(tokenizer, t)] or [text[:200]]
+    texts = []
+    for hard in (*TEXTS, *(f"a {name} b" for name in added)):
+        with suppress(ValueError):  # a vocabulary of characters cannot encode it
+            tokenizer.encode(hard)
+            texts.append(hard)
     return {
         "library": library,
         "path": str(exported.path.resolve()),
-        "format": exported.format,
-        "own_code": exported.own_code,
+        "own_code": exported.format == "hf" and not is_native(config),
         "threads": threads,
         "context": context,
-        "rows": rows,
-        "texts": texts,
+        "rows": [(start * length)[:length], *scattered.view(-1, length).tolist()],
+        "texts": texts or [text[:200]],
         "start": tokenizer.start_of_text,
         "scored_text": text,
         "prompt": prompt,
-        "new_tokens": new_tokens,
+        "new_tokens": max(1, min(_NEW_TOKENS, context - len(prompt))),
     }
 
 
-def _encodes(tokenizer: Tokenizer, text: str) -> bool:
-    try:
-        tokenizer.encode(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _run_worker(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    worker = Path(__file__).with_name("verification_worker.py")
     with tempfile.TemporaryDirectory(prefix="pretrain-certificate-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # -P: do not import modules from the script's folder, which belongs to this package.
-        command = [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("verification_worker.py")),
-            name,
-        ]
+        command = [sys.executable, "-P", str(worker), name]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]
-            if done.returncode < 0:
-                name = request["library"]
-                return {"unable": f"{name} was killed by signal {-done.returncode}: {last}"}, None
-            return {"unable" if done.returncode == CANNOT_RUN else "refusal": last}, None
-        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        return answer, np.load(folder / "logits.npy", allow_pickle=False)
+        if done.returncode == 0:
+            answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+            return answer, np.load(folder / "logits.npy", allow_pickle=False)
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]
+    if done.returncode < 0:
+        last = f"{request['library']} was killed by signal {-done.returncode}: {last}"
+        return {"unable": last}, None
+    return {"unable" if done.returncode == CANNOT_RUN else "refusal": last}, None
 
 
 @torch.no_grad()
+def _logits(decoder: Decoder, rows: list[list[int]]) -> torch.Tensor:
+    ids = torch.tensor(rows, device=decoder.device)
+    return decoder.logits(decoder.forward(ids)).float().cpu()
+
+
 def _compare_logits(
     exported: Exported, request: dict[str, Any], library_logits: Any
 ) -> dict[str, Any]:
-    decoder = exported.decoder
-    rows = torch.tensor(request["rows"], device=decoder.device)
-    logits = decoder.logits(decoder.forward(rows)).float().cpu()
+    logits = _logits(exported.decoder, request["rows"])
     other = torch.from_numpy(np.array(library_logits, np.float32))
-    if other.shape != logits.shape:
-        return {
-            "verdict": DISAGREES,
-            "largest_difference": math.inf,
-            "tolerance": 0.0,
-            "positions": 0,
-            "mean_divergence_nats": math.inf,
-        }
-    difference = float((logits - other).abs().max())
+    difference = divergence = math.inf
+    if other.shape == logits.shape:
+        difference = float((logits - other).abs().max())
+        log_p, log_q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+        divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     tolerance = _tolerance(exported, request["library"], logits)
-    log_p, log_q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
-    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    agrees = difference <= tolerance and divergence <= _MAX_DIVERGENCE
     return {
-        "verdict": AGREES if agrees else DISAGREES,
+        **_verdict(difference <= tolerance and divergence <= _MAX_DIVERGENCE),
         "largest_difference": difference,
         "tolerance": tolerance,
-        "positions": rows.numel(),
+        "positions": logits[..., 0].numel(),
         "mean_divergence_nats": divergence,
     }
 
@@ -260,21 +248,18 @@ def _tolerance(exported: Exported, library: str, logits: torch.Tensor) -> float:
     return least * max(1.0, float(logits.abs().max()) / 10)
 
 
-@torch.no_grad()
 def _compare_greedy(
-    exported: Exported, request: dict[str, Any], generated: list[int], library: str
+    exported: Exported, request: dict[str, Any], generated: list[int]
 ) -> dict[str, Any]:
     """Each token of the library's continuation must be our most probable one after those before it,
     or within the tolerance of it."""
-    decoder, prompt = exported.decoder, request["prompt"]
-    ids = torch.tensor([prompt + generated[:-1]], device=decoder.device)
-    logits = decoder.logits(decoder.forward(ids))[0, len(prompt) - 1 :].float().cpu()
+    prompt, n = request["prompt"], request["new_tokens"]
+    logits = _logits(exported.decoder, [prompt + generated[:-1]])[0, len(prompt) - 1 :]
     chosen = logits.gather(1, torch.tensor(generated)[:, None])[:, 0]
-    tolerance = 2 * _tolerance(exported, library, logits)
+    tolerance = 2 * _tolerance(exported, request["library"], logits)
     is_right = (logits.amax(-1) - chosen <= tolerance).tolist()
-    equal = is_right.index(False) if False in is_right else len(is_right)
-    verdict = AGREES if equal == len(generated) == request["new_tokens"] else DISAGREES
-    return {"verdict": verdict, "equal": equal, "tokens": request["new_tokens"]}
+    equal = [*is_right, False].index(False)
+    return {**_verdict(equal == len(generated) == n), "equal": equal, "tokens": n}
 
 
 def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any]) -> dict[str, Any]:
@@ -289,21 +274,10 @@ def _compare_ids(tokenizer: Tokenizer, texts: list[str], answer: dict[str, Any])
         accepted = {expected, f" {expected}"} if tokenizer.space_prefix else {expected}
         same_ids = library_ids == ids and prompt == tokenizer.encode_prompt(text)
         if not same_ids or decoded not in accepted:
-            wrong.append(
-                {
-                    "text": text,
-                    "ours": ids,
-                    "theirs": library_ids,
-                    "decoded": decoded,
-                    "their_prompt": prompt,
-                }
-            )
-    return {
-        "verdict": DISAGREES if wrong else AGREES,
-        "equal": len(texts) - len(wrong),
-        "texts": len(texts),
-        "wrong": wrong,
-    }
+            both = {"text": text, "ours": ids, "theirs": library_ids}
+            wrong.append({**both, "decoded": decoded, "their_prompt": prompt})
+    n_equal = len(texts) - len(wrong)
+    return {**_verdict(not wrong), "equal": n_equal, "texts": len(texts), "wrong": wrong}
 
 
 def _compare_scores(exported: Exported, score: Score, answer: dict[str, Any]) -> dict[str, Any]:
@@ -311,9 +285,8 @@ def _compare_scores(exported: Exported, score: Score, answer: dict[str, Any]) ->
     if answer["nats"] is not None:
         theirs = answer["nats"] / max(1, answer["tokens"])
     tolerance = 10 * _MAX_DIVERGENCE if exported.numbers == "q8_0" else 1e-4 * max(1.0, ours)
-    agrees = score.tokens == answer["tokens"] and abs(theirs - ours) <= tolerance
     return {
-        "verdict": AGREES if agrees else DISAGREES,
+        **_verdict(score.tokens == answer["tokens"] and abs(theirs - ours) <= tolerance),
         "ours": _perplexity(ours),
         "theirs": _perplexity(theirs),
         "nats_per_token": [ours, theirs],

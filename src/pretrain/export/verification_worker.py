@@ -129,6 +129,13 @@ def main(folder: Path) -> None:
 
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     request["folder"] = str(folder)
+    try:
+        if request["library"] == "llama_cpp":
+            import llama_cpp  # noqa: F401
+        else:
+            import transformers  # noqa: F401
+    except Exception as error:  # one of its packages, or a system library, is missing
+        raise ImportError(str(error)) from error
     kinds: dict[str, Any] = {"transformers": Transformers, "llama_cpp": LlamaCpp}
     library = kinds[request["library"]](Path(request["path"]), request)
     np.save(folder / "logits.npy", np.stack([library.logits(row) for row in request["rows"]]))
@@ -148,27 +155,10 @@ def main(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
-def load_library(name: str) -> None:
-    """Import the library, which raises any error if one of its packages or a system library is
-    missing."""
-    if name == "llama_cpp":
-        import llama_cpp  # noqa: F401
-    else:
-        import transformers  # noqa: F401
-
-
-def exit_with(error: BaseException) -> None:
-    """Exit with the reason in one line on standard error, which is reported."""
-    print(" ".join(f"{type(error).__name__}: {error}".split()), file=sys.stderr)
-    sys.exit(CANNOT_RUN)
-
-
 if __name__ == "__main__":
-    try:
-        load_library(json.loads((Path(sys.argv[1]) / "request.json").read_text())["library"])
-    except Exception as error:
-        exit_with(error)
     try:
         main(Path(sys.argv[1]))
     except (ImportError, MemoryError) as error:
-        exit_with(error)
+        # The reason in one line on standard error is reported.
+        print(" ".join(f"{type(error).__name__}: {error}".split()), file=sys.stderr)
+        sys.exit(CANNOT_RUN)

@@ -3,6 +3,6 @@
     run directory --read_run_files--> RunFiles --page, templates--> report.html
     metrics.jsonl --trackers (in their own process)--> TensorBoard | W&B offline
 
-`run` reads the files and tolerates missing ones; `page` computes what the templates show, `chart`
-draws SVG, `heat_map` colours text, `units` formats numbers. It does not need torch.
+`run` reads the files and tolerates missing ones; `page` computes the values of the templates,
+`chart` places lines, `html` fills in templates, `units` formats numbers. It does not need torch.
 """

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, without scripts.
+"""Line charts as inline SVG, without scripts: the numbers that the macro `chart` draws.
 
 Positions are in percent, so that a chart fills any width while its letters and dots keep their
 size; only the curves are in a stretched viewBox. The page's CSS has the colours. All values must be
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from markupsafe import Markup, escape
-
-from pretrain.report.html import printable
 from pretrain.report.run import Point
-from pretrain.report.units import axis_number, count
+from pretrain.report.units import axis_number
 
 MAX_POINTS = 600  # of a raw curve: more than one per pixel of a usual page is not visible
 MAX_MEDIANS = 80  # of a smoothed curve, and dots of a dotted one
@@ -65,6 +62,10 @@ class _Axes(NamedTuple):
         # Clamped, so that values far outside do not write huge coordinates.
         return min(max((self.high - value) / (self.high - self.low) * 100, -100), 200)
 
+    def line(self, points: Sequence[Point]) -> str:
+        """The points of a line in the viewBox."""
+        return " ".join(f"{self.x(x):.2f},{self.y(y):.2f}" for x, y in points)
+
 
 def downsample(points: Sequence[Point], limit: int) -> list[Bucket]:
     """At most `limit` buckets of equally many neighbours; medians ignore single spikes."""
@@ -78,31 +79,58 @@ def downsample(points: Sequence[Point], limit: int) -> list[Bucket]:
 
 def line_chart(
     series: Sequence[Series], title: str, unit: str, levels: Levels = (), is_small: bool = False
-) -> Markup:
-    """Draw curves over the step; a small chart starts at zero. Levels far from all curves are left
-    out, since they would flatten them."""
+) -> dict[str, Any]:
+    """The values of the macro `chart`: curves over the step; a small chart starts at zero. Levels
+    far from all curves are left out, since they would flatten them."""
     series = [one for one in series if one.points]
-    body = '<p class="none">No values yet.</p>'
-    if series:
-        axes = _axes_of(series, levels, with_zero=is_small)
-        drawn = _draw_axes(axes) + "".join(_draw_curve(one, axes) for one in series)
-        drawn += _draw_levels(levels, axes)
-        keys = "".join(f'<span class="key {one.kind}">{_text(one.name)}</span>' for one in series)
-        label = f"{title}, {unit}: " + "; ".join(
-            f"{name} {axis_number(points[0][1], 4)} to {axis_number(points[-1][1], 4)}"
-            for name, points, *_ in series
-        )
-        body = (
-            f'<div class="legend">{keys}</div><div class="plot">'
-            f'<svg role="img" aria-label="{_text(label)}">{drawn}</svg></div>'
-        )
-    caption = f'<figcaption>{_text(title)} <span class="unit">{_text(unit)}</span></figcaption>'
-    css = "small" if is_small else "large"
-    return Markup(f'<figure class="{css}">{caption}{body}</figure>')
+    chart: dict[str, Any] = {"title": title, "unit": unit, "is_small": is_small, "curves": []}
+    if not series:
+        return chart
+    axes = _axes_of(series, levels, with_zero=is_small)
+    ranges = [
+        f"{one.name} {axis_number(one.points[0][1], 4)} to {axis_number(one.points[-1][1], 4)}"
+        for one in series
+    ]
+    shown_levels, lowest = [], -math.inf
+    # Names are at the left, where a falling curve is far above, and do not overlap.
+    for name, value in sorted(levels, key=lambda level: -level[1]):
+        if axes.low <= value <= axes.high:
+            lowest = max(axes.y(value), lowest + 6.5)
+            shown_levels.append((f"{name} {axis_number(value, 4)}", axes.y(value), lowest))
+    return chart | {
+        "label": f"{title}, {unit}: {'; '.join(ranges)}",
+        "curves": [_curve(one, axes) for one in series],
+        "levels": shown_levels,
+        "x_ticks": [(axes.x(value), axis_number(value)) for value in _ticks(axes.left, axes.right)],
+        "y_ticks": [(axes.y(value), axis_number(value)) for value in _ticks(axes.low, axes.high)],
+    }
 
 
-def _text(value: str) -> str:
-    return str(escape(printable(value)))
+def _curve(one: Series, axes: _Axes) -> dict[str, Any]:
+    """One curve: its lines and band in the viewBox, and its dots."""
+    medians = [(x, median) for x, _, median, _ in downsample(one.points, MAX_MEDIANS)]
+    lines: list[tuple[str, str]] = [(one.kind, axes.line(medians))]
+    if one.kind == "noisy":
+        raw = downsample(one.points, MAX_POINTS)
+        lines.insert(
+            0, ("raw", axes.line([(x, y) for x, low, _, high in raw for y in (low, high)]))
+        )
+    borders = [downsample(border, MAX_MEDIANS) for border in one.band()]
+    outline = [(x, y) for x, _, y, _ in borders[0] + borders[1][::-1]] if borders else []
+    # A single point is not a line. A dot has its values as a tooltip, without a script.
+    has_dots = one.kind == "dots" or len(one.points) == 1
+    dots = [
+        (axes.x(x), axes.y(y), x, axis_number(y, 4))
+        for x, y in medians
+        if has_dots and axes.low <= y <= axes.high
+    ]
+    return {
+        "name": one.name,
+        "kind": one.kind,
+        "lines": lines,
+        "band": axes.line(outline),
+        "dots": dots,
+    }
 
 
 def _axes_of(series: Sequence[Series], levels: Levels, *, with_zero: bool) -> _Axes:
@@ -124,23 +152,6 @@ def _axes_of(series: Sequence[Series], levels: Levels, *, with_zero: bool) -> _A
     return _Axes(left if left < right else left - 1, right, low, high + padding)
 
 
-def _draw_axes(axes: _Axes) -> str:
-    """The numbers of both axes, and the horizontal lines of the grid."""
-    drawn = ""
-    for value in _ticks(axes.low, axes.high):
-        y = f"{axes.y(value):.2f}%"
-        drawn += (
-            f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/><text class="tick" x="0" '
-            f'dx="-8" y="{y}" dy=".34em" text-anchor="end">{axis_number(value)}</text>'
-        )
-    for value in _ticks(axes.left, axes.right):
-        drawn += (
-            f'<text class="tick" x="{axes.x(value):.2f}%" y="100%" dy="1.5em" '
-            f'text-anchor="middle">{axis_number(value)}</text>'
-        )
-    return drawn
-
-
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers between the borders."""
     rough = (high - low) / N_TICKS
@@ -148,46 +159,3 @@ def _ticks(low: float, high: float) -> list[float]:
     gap = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.75)
     first, last = math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9)
     return [float(f"{i * gap:.10g}") for i in range(first, last + 1)]
-
-
-def _draw_curve(one: Series, axes: _Axes) -> str:
-    lines: dict[str, list[Point]] = {}
-    if one.kind == "noisy":
-        raw = downsample(one.points, MAX_POINTS)
-        lines["raw"] = [(x, y) for x, low, _, high in raw for y in (low, high)]
-    lines[one.kind] = [(x, median) for x, _, median, _ in downsample(one.points, MAX_MEDIANS)]
-    drawn = ""
-    borders = [downsample(border, MAX_MEDIANS) for border in one.band()]
-    if borders:
-        outline = [(x, y) for x, _, y, _ in borders[0] + borders[1][::-1]]
-        drawn += f'<polygon class="band" points="{_coordinates(outline, axes)}"/>'
-    for css, points in lines.items():
-        drawn += f'<polyline class="{css}" points="{_coordinates(points, axes)}"/>'
-    drawn = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{drawn}</svg>'
-    for x, y in lines[one.kind]:
-        # A single point is not a line. A dot has its values as a tooltip, without a script.
-        if (one.kind == "dots" or len(one.points) == 1) and axes.low <= y <= axes.high:
-            drawn += (
-                f'<circle class="{one.kind}" cx="{axes.x(x):.2f}%" cy="{axes.y(y):.2f}%" r="3.5">'
-                f"<title>step {count(x)}: {axis_number(y, 4)}</title></circle>"
-            )
-    return drawn
-
-
-def _coordinates(points: Sequence[Point], axes: _Axes) -> str:
-    return " ".join(f"{axes.x(x):.2f},{axes.y(y):.2f}" for x, y in points)
-
-
-def _draw_levels(levels: Levels, axes: _Axes) -> str:
-    """Dashed lines with names at the left, where a falling curve is far above; without overlap."""
-    drawn, lowest = "", -math.inf
-    for name, value in sorted(levels, key=lambda level: -level[1]):
-        if axes.low <= value <= axes.high:
-            y = axes.y(value)
-            lowest = max(y, lowest + 6.5)
-            drawn += (
-                f'<line class="level" x1="0" x2="100%" y1="{y:.2f}%" y2="{y:.2f}%"/>'
-                f'<text class="level" x="0" dx=".4em" y="{lowest:.2f}%" dy="-.4em">'
-                f"{_text(name)} {axis_number(value, 4)}</text>"
-            )
-    return drawn

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Literal, get_args
 
-from pretrain.validation import Checked, Matching
+from pretrain.validation import Checked
 
-TRACKERS = ("tensorboard", "wandb")
-_TRACKER = Matching("|".join(TRACKERS), f"one of {', '.join(TRACKERS)}")
+Tracker = Literal["tensorboard", "wandb"]
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class ReportConfig(Checked):
 
     section = "report"
 
-    to: tuple[Annotated[str, _TRACKER], ...] = ()
+    to: tuple[Tracker, ...] = ()
     """trackers that get a copy of metrics.jsonl, each in a separate process: tensorboard, wandb;
     the run's own report.html is always written"""
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from pretrain.fileio import replace_file
 from pretrain.report.chart import Series, line_chart
-from pretrain.report.heat_map import heat_map_data
-from pretrain.report.html import render
+from pretrain.report.html import heat_map_data, render
 from pretrain.report.run import Record, RunFiles, curve, fields, read_run_files, records_in
 from pretrain.report.units import UNKNOWN, count, decimal, duration, number
 from pretrain.run.directory import REPORT
@@ -25,16 +24,9 @@ MAX_MOMENTS, MAX_SAMPLES = 12, 4
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into the run directory, atomically; return its path."""
+    """Write `report.html` into the run directory, atomically; return its path. The page is a
+    function of the run's files."""
     run = read_run_files(run_dir)
-    path = run.folder / REPORT
-    replace_file(path, render_report(run).encode())
-    return path
-
-
-def render_report(run: RunFiles) -> str:
-    """The page as HTML, a function of the run's files."""
-    started = str(run.environment.get("started", UNKNOWN))
     baselines = [
         (str(baseline.get("name")), nats)
         for baseline in run.baselines
@@ -51,13 +43,14 @@ def render_report(run: RunFiles) -> str:
     )
     facts = {k: v for k, v in run.environment.items() if isinstance(v, str | int | float)}
     facts.pop("command", None)
-    return render(
+    cards = records_in(run.predictions.get("cards"))
+    ranks = ranking(run)
+    page = render(
         "report.html",
         MODEL=MODEL,
         run=run,
-        state=state(run),
-        started=started.replace("T", " ").replace("Z", " UTC"),
-        verdict=verdict(run),
+        started=str(run.environment.get("started", UNKNOWN)).replace("T", " ").replace("Z", " UTC"),
+        verdict=verdict(run, ranks),
         warnings=warnings(run),
         loss_chart=line_chart(losses, "Loss", "nats per token, by step", baselines),
         small_charts=[
@@ -65,50 +58,18 @@ def render_report(run: RunFiles) -> str:
             for title, unit, key in small_charts
         ],
         tasks=tasks(run),
-        ranking=ranking(run),
+        ranking=ranks,
         sources={k: fields(v) for k, v in fields(run.summary.get("sources")).items()},
         moments=moments(run),
-        cards=[
-            card
-            | {
-                "answer": fields(card.get("answer")),
-                "tokens": records_in(card.get("most_probable")),
-            }
-            for card in records_in(run.predictions.get("cards"))
-        ],
+        cards=[card | {"tokens": records_in(card.get("most_probable"))} for card in cards],
         passage=heat_map_data(records_in(run.predictions.get("passage"))),
         overlap=overlap_tables(run),
         facts=facts,
         folder=shlex.quote(run.folder.as_posix()),
     )
-
-
-def state(run: RunFiles) -> str:
-    """`finished`, or how far the run has come."""
-    if run.is_finished:
-        return "finished"
-    planned = run.setting("train", "steps") or 0
-    goal = f" of {count(planned)}" if planned >= max(run.last_step, 1) else ""
-    return f"still running or stopped at step {count(run.last_step)}{goal}"
-
-
-def verdict(run: RunFiles) -> tuple[str, str]:
-    """One sentence in two parts, of which the first is emphasised."""
-    bits, loss = run.figure("val_bits_per_byte"), run.figure("loss")
-    seconds = run.figure("train_seconds")
-    after = f"after {count(run.scored_step)} steps"
-    if run.scored_step < run.last_step:
-        after += f", the best of {count(run.last_step)},"
-    if seconds is not None:
-        after += f" and {duration(seconds)}"
-    if bits is not None:
-        n_bytes = "" if run.val_bytes is None else f"{count(run.val_bytes)} bytes of "
-        rest = f" on {n_bytes}held-out text, {after}{compared_with_baselines(run)}."
-        return f"{decimal(bits)} bits per byte", rest
-    if loss is not None:
-        rest = f" {after}; there is no evaluation on held-out text yet."
-        return f"Training loss {decimal(loss)} nats per token", rest
-    return "No numbers yet", ": the run has not logged a step."
+    path = run.folder / REPORT
+    replace_file(path, page.encode())
+    return path
 
 
 def ranking(run: RunFiles) -> list[tuple[float, Record]]:
@@ -124,15 +85,29 @@ def ranking(run: RunFiles) -> list[tuple[float, Record]]:
     return sorted(ranks, key=lambda rank: rank[0])
 
 
-def compared_with_baselines(run: RunFiles) -> str:
-    """The end of the verdict: the baselines that are better and worse than the model."""
-    ranks = ranking(run)
+def verdict(run: RunFiles, ranks: list[tuple[float, Record]]) -> tuple[str, str]:
+    """One sentence in two parts, of which the first is emphasised."""
+    bits, loss = run.figure("val_bits_per_byte"), run.figure("loss")
+    seconds = run.figure("train_seconds")
+    after = f"after {count(run.scored_step)} steps"
+    if run.scored_step < run.last_step:
+        after += f", the best of {count(run.last_step)},"
+    if seconds is not None:
+        after += f" and {duration(seconds)}"
+    if bits is None and loss is None:
+        return "No numbers yet", ": the run has not logged a step."
+    if bits is None:
+        rest = f" {after}; there is no evaluation on held-out text yet."
+        return f"Training loss {decimal(loss)} nats per token", rest
     names = [f"{baseline.get('name')} ({decimal(bits)})" for bits, baseline in ranks]
     place = [baseline.get("name") for _, baseline in ranks].index(MODEL)
     better, worse = ", ".join(names[:place]), ", ".join(names[place + 1 :])
+    comparison = f": better than {worse}" if worse else ""
     if better:
-        return f": not yet as good as {better}" + (f", though better than {worse}" if worse else "")
-    return f": better than {worse}" if worse else ""
+        comparison = f": not yet as good as {better}"
+        comparison += f", though better than {worse}" if worse else ""
+    n_bytes = "" if run.val_bytes is None else f"{count(run.val_bytes)} bytes of "
+    return f"{decimal(bits)} bits per byte", f" on {n_bytes}held-out text, {after}{comparison}."
 
 
 def warnings(run: RunFiles) -> list[str]:
@@ -211,30 +186,25 @@ def overlap_tables(run: RunFiles) -> list[list[dict[str, Any]]]:
     for part in ("sets", "writing"):
         lines = []
         for name, value in fields(run.overlap.get(part)).items():
-            row = fields(value)
+            row, notes = fields(value), []
             shares = (number(row.get(key)) for key in ("percent", "median_percent"))
             percents = [UNKNOWN if share is None else f"{share:.2f} %" for share in shares]
+            if n_short := number(row.get("too_short")):
+                n_examples = count(row.get("examples"))
+                notes.append(f"{count(n_short)} of {n_examples} have fewer than 8 words")
+            if most := fields(row.get("most")):
+                share = decimal(most.get("percent"), 1)
+                notes.append(f"most, {share} %: {most.get('example')}, “{most.get('begins')} …”")
+            if score := fields(row.get("score")):
+                all_, without = (decimal(score.get(key), 4) for key in ("value", "value_without"))
+                others = count(score.get("examples_without"))
+                notes.append(f"{score.get('metric')} {all_}; of the {others} without any {without}")
+            if longest := fields(row.get("longest")):
+                document = fields(longest.get("document")).get("id")
+                n_words = count(longest.get("words"))
+                notes.append(f"longest, {n_words} words of {document}: “{longest.get('text')}”")
             cells = [count(row.get("ngrams")), *percents, count(row.get("without"))]
-            lines.append({"name": name, "cells": cells, "note": overlap_note(row)})
+            lines.append({"name": name, "cells": cells, "note": ". ".join(notes)})
         if lines:
             tables.append(lines)
     return tables
-
-
-def overlap_note(row: Record) -> str:
-    """What a row of overlap.json has besides its numbers."""
-    notes = []
-    if n_short := number(row.get("too_short")):
-        notes.append(f"{count(n_short)} of {count(row.get('examples'))} have fewer than 8 words")
-    if most := fields(row.get("most")):
-        share = decimal(most.get("percent"), 1)
-        notes.append(f"most, {share} %: {most.get('example')}, “{most.get('begins')} …”")
-    if score := fields(row.get("score")):
-        value, without = (decimal(score.get(key), 4) for key in ("value", "value_without"))
-        others = count(score.get("examples_without"))
-        notes.append(f"{score.get('metric')} {value}; of the {others} without any {without}")
-    if longest := fields(row.get("longest")):
-        document = fields(longest.get("document")).get("id")
-        n_words = count(longest.get("words"))
-        notes.append(f"longest, {n_words} words of {document}: “{longest.get('text')}”")
-    return ". ".join(notes)

@@ -116,7 +116,7 @@ def _write_answers(path: Path, evaluation: Evaluation) -> None:
 def _draw_heat_map(model: LoadedModel, args: argparse.Namespace, output: Output) -> None:
     from pretrain.corpus.reading import read_documents
     from pretrain.evaluate.token_stats import annotated_documents
-    from pretrain.report.heat_map import heat_map_page
+    from pretrain.report.html import heat_map_page
 
     documents = (
         (file if number == 1 else f"{file}, document {number:,}", document.text)

@@ -18,8 +18,6 @@ from pretrain.fileio import move_into_place, nan_to_null
 from pretrain.runner.open import LoadedModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pretrain.export.verification import Exported
 
 # Of each text that is scored on both sides.
@@ -102,29 +100,14 @@ def _text(file: str | None) -> str:
 
 def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Exported:
     """Write the files, and round the model's weights to the numbers in them."""
-    from pretrain.export.families import is_native
     from pretrain.export.gguf import write_gguf
     from pretrain.export.hf import write_hugging_face
     from pretrain.export.verification import Exported
 
-    decoder = model.decoder
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-
-    def rounded(name: str, values: Tensor) -> None:
-        own[name].copy_(values)
-
     path = folder / "model.gguf" if format == "gguf" else folder
     write = write_gguf if format == "gguf" else write_hugging_face
-    write(
-        path,
-        config=decoder.config,
-        tokenizer=model.tokenizer,
-        read=own.__getitem__,
-        numbers=numbers,
-        rounded=rounded,
-    )
-    own_code = format == "hf" and not is_native(decoder.config)
-    return Exported(path, format, numbers, own_code, decoder, model.tokenizer)
+    write(path, decoder=model.decoder, tokenizer=model.tokenizer, numbers=numbers)
+    return Exported(path, format, numbers, model.decoder, model.tokenizer)
 
 
 def _verify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
