@@ -18,6 +18,7 @@ from pretrain.data.batches import MicroBatch
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
+from pretrain.run.log import TIMES
 from pretrain.train.step import compute_gradients
 
 DROPOUT = ["--model.dropout", "0.1", "--model.family", "gpt2"]
@@ -35,8 +36,7 @@ def train(*args: str) -> int:
 def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of a run's log, without times."""
     lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    times = ("seconds", "tokens_per_second")
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def losses(run: Path) -> list[float]:

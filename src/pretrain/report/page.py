@@ -17,6 +17,7 @@ from pretrain.report.html import heat_map_data, render
 from pretrain.report.run import Record, RunFiles, curve, fields, read_run_files, records_in
 from pretrain.report.units import UNKNOWN, count, decimal, duration, number
 from pretrain.run.directory import REPORT
+from pretrain.run.log import CHARTS
 
 MODEL = "this model"
 # Steps whose samples are shown, and samples of a step.
@@ -36,11 +37,6 @@ def write_report(run_dir: str | Path) -> Path:
         Series("training", curve(run.train, "loss")),
         Series("held-out", curve(run.evaluations, "val_nats_per_token"), "dots"),
     )
-    small_charts = (
-        ("Learning rate", "by step", "learning_rate"),
-        ("Throughput", "tokens per second", "tokens_per_second"),
-        ("Gradient norm", "before clipping", "grad_norm"),
-    )
     facts = {k: v for k, v in run.environment.items() if isinstance(v, str | int | float)}
     facts.pop("command", None)
     cards = records_in(run.predictions.get("cards"))
@@ -55,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
         loss_chart=line_chart(losses, "Loss", "nats per token, by step", baselines),
         small_charts=[
             line_chart([Series(title, curve(run.train, key))], title, unit, is_small=True)
-            for title, unit, key in small_charts
+            for key, (title, unit) in CHARTS.items()
         ],
         tasks=tasks(run),
         ranking=ranks,

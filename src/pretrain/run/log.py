@@ -60,6 +60,14 @@ METRICS_KEYS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """The keys of a line of metrics.jsonl, by the value of its key `kind`."""
+TIMES = frozenset({"seconds", "tokens_per_second"})
+"""Keys that differ between equal runs: `pretrain verify` compares all others."""
+CHARTS: Mapping[str, tuple[str, str]] = {
+    "learning_rate": ("Learning rate", "by step"),
+    "tokens_per_second": ("Throughput", "tokens per second"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+}
+"""Metrics of a step that the report draws: title and unit."""
 
 SAMPLES_KEYS: Mapping[str, str] = {
     "step": "the last step before the sample",
@@ -187,9 +195,12 @@ class BestEvaluation:
     step: int | None = None
     nats_per_token: float = math.inf
     since: int = 0
+    last_step: int | None = None
+    """the step of the last evaluation, the best or not"""
 
     def update(self, step: int, nats_per_token: float) -> bool:
         """Take in an evaluation; True if it is a new best."""
+        self.last_step = step
         if nats_per_token < self.nats_per_token:
             self.step = step
             self.nats_per_token = nats_per_token

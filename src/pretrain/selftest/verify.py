@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from pretrain import __version__
 from pretrain.config import RunConfig, to_yaml
 from pretrain.machine import n_processes
 from pretrain.run.directory import ENVIRONMENT, METRICS, SAMPLES, read_environment, write_json
-from pretrain.run.log import RunLog
+from pretrain.run.log import METRICS_KEYS, TIMES, RunLog
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.previous import settings_of
 from pretrain.selftest import (
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 # A test replaces it by a worker with a planted fault.
 WORKER = [sys.executable, "-m", "pretrain.selftest.worker"]
-_TIMES = {"seconds", "tokens_per_second"}
 # Relative difference of losses with another micro-batch size in float32, where the same numbers are
 # summed in another order. In bfloat16 rounding errors grow from step to step.
 _MAX_DIFFERENCE = 1e-5
@@ -180,11 +180,11 @@ def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     first, second = (
         open_checkpoint(folder / "checkpoints" / checkpoint_name(step)) for folder in (one, other)
     )
-    losses = ("loss", "grad_norm", "learning_rate", "bits_per_byte")
+    metrics = METRICS_KEYS["train"].keys() - TIMES - {"ids"}
     return {
-        "order": _same_steps(one, other, ("ids",), "the batches of {} steps"),
+        "order": _same_steps(one, other, {"step", "ids"}, "the batches of {} steps"),
         "losses": _same_steps(
-            one, other, losses, "losses, gradient norms and learning rates of {} steps"
+            one, other, metrics, "losses, gradient norms and all other metrics of {} steps"
         ),
         "evaluations": _same_evaluations(one, other),
         "weights": _same_tensors(first, second, "model"),
@@ -192,19 +192,17 @@ def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     }
 
 
-def _same_steps(one: Path, other: Path, keys: tuple[str, ...], what: str) -> Check:
+def _same_steps(one: Path, other: Path, keys: Set[str], what: str) -> Check:
     """Compare these keys of the metrics of every step."""
-    rows = [
-        [[record["step"]] + [record[key] for key in keys] for record in _steps_of(folder)]
-        for folder in (one, other)
-    ]
-    if rows[0] == rows[1]:
-        return Check(EXACT, what.format(len(rows[0])))
+    rows = [_steps_of(folder) for folder in (one, other)]
     for first, second in zip(*rows, strict=False):
-        if first != second:
-            names = ", ".join(keys)
-            return Check(DIFFERS, f"step {first[0]}: {names} {first[1:]} and {second[1:]}")
-    return Check(DIFFERS, f"{len(rows[0])} steps against {len(rows[1])}")
+        pairs = {key: (first.get(key), second.get(key)) for key in sorted(keys)}
+        differences = [f"{key} {a} and {b}" for key, (a, b) in pairs.items() if a != b]
+        if differences:
+            return Check(DIFFERS, f"step {first['step']}: {', '.join(differences)}")
+    if len(rows[0]) != len(rows[1]):
+        return Check(DIFFERS, f"{len(rows[0])} steps against {len(rows[1])}")
+    return Check(EXACT, what.format(len(rows[0])))
 
 
 def _steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -216,7 +214,7 @@ def _same_evaluations(one: Path, other: Path) -> Check:
     contents = []
     for folder in (one, other):
         records = [record for record in RunLog(folder).metrics() if record["kind"] != "train"]
-        timeless = [{k: v for k, v in each.items() if k not in _TIMES} for each in records]
+        timeless = [{k: v for k, v in each.items() if k not in TIMES} for each in records]
         samples = (folder / SAMPLES).read_text(encoding="utf-8") if records else ""
         contents.append((timeless, samples))
     if contents[0] == contents[1]:
