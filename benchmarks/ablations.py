@@ -116,19 +116,22 @@ class Arm:
 
     def step(self, step: int) -> None:
         from pretrain.optim.schedule import lr_at
-        from pretrain.train.step import train_step
+        from pretrain.train.step import training_steps
 
         peak = self.config.optimizer.learning_rate
-        train_step(
+        batch = self._growing(step) if self.how == "batch_grows" else self.batches.at(step)
+        lr = lr_at(step, config=self.config.schedule, learning_rate=peak, steps=self.steps)
+        updates = training_steps(
             self.lm_loss,
             self.optimizer,
-            self._growing(step) if self.how == "batch_grows" else self.batches.at(step),
-            step=step,
-            lr=lr_at(step, config=self.config.schedule, learning_rate=peak, steps=self.steps),
+            lambda _: batch,
+            lr_at=lambda _: lr,
+            steps=1,
             clip=self.config.optimizer.clip,
             world=self.world,
             precision=self.precision,
         )
+        next(updates)
         if self.how == "average" and step >= 0.8 * self.steps:
             self._average(1 + step - 0.8 * self.steps)
 
@@ -141,11 +144,9 @@ class Arm:
         sizes = [rows // 2] * third + [rows] * (self.steps - 2 * third) + [rows * 3 // 2] * third
         yield micro_batch_at(
             self.batches.stream,
-            context_length=self.context,
-            seed=self.batches.seed,
+            self.batches.order,
             sample=sum(sizes[:step]),
             rows=sizes[step],
-            order=self.batches.order,
         )
 
     def _average(self, n: float) -> None:

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pretrain.model.config import ModelConfig, model_defaults
@@ -87,7 +88,7 @@ def pretrain(shape: Shape) -> Step:
     from pretrain.optim.config import OptimizerConfig
     from pretrain.optim.param_groups import build_optimizer
     from pretrain.train.resolve import fit_micro_batch
-    from pretrain.train.step import train_step
+    from pretrain.train.step import training_steps
 
     model, world = shape.model(), open_world(shape.device, threads=shape.threads)
     decoder = build(model, vocab_size=shape.vocab_size, seed=1, device=world.device)
@@ -98,16 +99,14 @@ def pretrain(shape: Shape) -> Step:
         decoder.named_parameters(), config=OptimizerConfig(), batch_tokens=shape.batch_tokens
     )
     rows, draw = fit_micro_batch(shape.rows, model, shape.device), batches_of(shape)
-    how = {"clip": 1.0, "world": world, "precision": shape.precision}
 
-    def step() -> object:
+    def batch(step: int) -> list[MicroBatch]:
         samples = torch.arange(shape.rows).split(rows)
-        parts = [
-            MicroBatch(*ids, numbers) for ids, numbers in zip(draw(rows), samples, strict=True)
-        ]
-        return train_step(lm_loss, optimizer, parts, step=0, lr=1e-3, **how)
+        return [MicroBatch(*ids, numbers) for ids, numbers in zip(draw(rows), samples, strict=True)]
 
-    return step
+    how = {"clip": 1.0, "world": world, "precision": shape.precision}
+    steps = training_steps(lm_loss, optimizer, batch, lr_at=lambda step: 1e-3, steps=10**9, **how)
+    return partial(next, steps)
 
 
 def plain_step(

@@ -34,7 +34,7 @@ from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
 from pretrain.train.monitor import SpikeDetector
 from pretrain.train.resolve import resolve
-from pretrain.train.step import train_step
+from pretrain.train.step import training_steps
 
 BLOCK_STEPS = 4
 
@@ -76,15 +76,16 @@ def main() -> None:
         }
 
         def step(number: int, watched: bool) -> None:
-            train_step(
+            updates = training_steps(
                 lm_loss,
                 optimizer,
-                batches.at(number) if watched else bare(number),
-                step=number,
-                lr=1e-3,
+                lambda _: batches.at(number) if watched else bare(number),
+                lr_at=lambda _: 1e-3,
+                steps=1,
                 clip=1.0,
                 world=world,
             )
+            next(updates)
             if watched:
                 watch.check(loss, norm)
                 watch.record(loss, None)
@@ -98,14 +99,7 @@ def main() -> None:
             rows, first = batches.micro_batch_rows, number * batches.batch_size
             found = []
             for sample in range(first, first + batches.batch_size, rows):
-                part = micro_batch_at(
-                    batches.stream,
-                    context_length=batches.context_length,
-                    seed=batches.seed,
-                    sample=sample,
-                    rows=rows,
-                    order=batches.order,
-                )
+                part = micro_batch_at(batches.stream, batches.order, sample=sample, rows=rows)
                 # Counted by every trainer that reports bits per byte.
                 int(batches.byte_lengths_V[part.targets].sum())
                 found.append(part)
@@ -129,7 +123,7 @@ def main() -> None:
             f"watched/bare  {statistics.median(ratios):8.4f} (median of {len(ratios)} pairs, "
             f"{low:.3f} to {high:.3f})"
         )
-        ids = torch.zeros(batches.batch_size, batches.context_length + 1, dtype=torch.int64)
+        ids = torch.zeros(batches.batch_size, batches.order.context_length + 1, dtype=torch.int64)
         parts = {
             "checksum of the ids": lambda: zlib.crc32(ids.numpy().data),
             "judging the loss": lambda: watch.check(loss, norm),

@@ -45,7 +45,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from pretrain.distributed import open_world
-    from pretrain.parallel import layout
+    from pretrain.parallel import replicated
     from pretrain.parallel.config import ParallelConfig
     from pretrain.train.build import trial_steps
     from pretrain.train.resolve import resolve
@@ -78,13 +78,14 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
             super().__init__(*given, bucket_cap_mb=1 << 20, **named)
 
     kinds = {ALONE: Watched, APART: Watched, TOGETHER: Watched, AFTERWARDS: AllInOne}
-    with mock.patch.object(layout, "DistributedDataParallel", kinds[kind]):
+    with mock.patch.object(replicated, "DistributedDataParallel", kinds[kind]):
         updates = trial_steps(config, data, world, steps=steps)
         seconds, shares = [], []
         last = time.perf_counter()
-        for report in updates:
+        for step, report in enumerate(updates):
             now = time.perf_counter()
-            if report.step >= WARM_STEPS:
+            n_targets = report.count
+            if step >= WARM_STEPS:
                 seconds.append(now - last)
                 shares.append((len(begun), begun[-1] - begun[0] if begun else 0.0))
             begun.clear()
@@ -92,7 +93,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     if answers:
         models = 2 if kind == APART else 1
         found = {
-            "tokens_per_second": models * report.count / statistics.median(seconds),
+            "tokens_per_second": models * n_targets / statistics.median(seconds),
             "buckets": statistics.median(n for n, _ in shares),
             "under_way_seconds": statistics.median(s for _, s in shares),
             "step_seconds": statistics.median(seconds),

@@ -140,17 +140,11 @@ def train(
         ids = Ids(np.random.default_rng(0).integers(0, VOCAB, 4000))
         batches = TrainingBatches(
             stream=ids,  # type: ignore[arg-type]
-            context_length=CONTEXT,
-            seed=SEED,
             order=Order(ids.n_tokens, CONTEXT, SEED),
             batch_size=rows,
             micro_batch_rows=2,
             byte_lengths_V=torch.ones(VOCAB, dtype=torch.int64),
-            own_rows=rows_of(
-                *trainee.layout.batch_shard(trainee.world.rank),
-                rows,
-                micro_batch_rows=2 if trainee.layout.elastic else None,
-            ),
+            own_rows=rows_of(trainee.world.rank, trainee.layout, rows, micro_batch_rows=2),
         )
         read: set[str] = set()  # dtypes of the weights in forward
         for block in trainee.model.lm_loss.decoder.blocks.values():
@@ -188,7 +182,7 @@ def train(
             reports.append(report)
             share = trainee.layout.batch_shard(0)[1] / trainee.world.size
             checksums.append(trainee.world.all_sum(batches.checksum)[0] * share)
-            if report.step % 2:
+            if len(reports) % 2 == 0:
                 evaluations.append(trainee.evaluate(ids))
         return {
             "losses": [r.nats_per_token for r in reports],
@@ -224,11 +218,11 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     tensors = {f"model/{name}": p.detach() for name, p in parameters}
     state = optimizer_state(run.optimizer, parameters)
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
-    places = run.shards_of(tensors)
-    return {
-        name: (places[name].bounds if name in places else None, tensor.cpu().numpy().copy())
-        for name, tensor in tensors.items()
-    }
+    slices = {}
+    for name, tensor in tensors.items():
+        shard = run.model.shard_of(name.split("/")[1], tensor.ndim)
+        slices[name] = (None if shard is None else shard[1], tensor.cpu().numpy().copy())
+    return slices
 
 
 def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
@@ -251,20 +245,20 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
         trainee.optimizer.step()
     world = trainee.world
     console = Console(sys.stderr)
-    return Run(
+    run = Run(
         folder=Path(folder),
         data=None,  # type: ignore[arg-type]
-        batches=_NoBatches(),  # type: ignore[arg-type]
-        model=trainee.model,
-        optimizer=trainee.optimizer,
-        config=RunConfig(train=TrainConfig(steps=1), parallel=trainee.layout),
+        config=RunConfig(train=TrainConfig(steps=1, save_every=1), parallel=trainee.layout),
         world=world,
         console=console,
-        log=RunLog(Path(folder), writes=world.is_main),
-        saver=Saver(BackgroundSaver(Path(folder) / "checkpoints", world), console),
         identity={},
         step=1,
     )
+    run.batches = _NoBatches()  # type: ignore[assignment]
+    run.model, run.optimizer = trainee.model, trainee.optimizer
+    run.log = RunLog(Path(folder), writes=world.is_main)
+    run.saver = Saver(BackgroundSaver(Path(folder) / "checkpoints", world), console)
+    return run
 
 
 class _NoBatches:

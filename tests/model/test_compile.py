@@ -90,7 +90,7 @@ def pace_of(monkeypatch: pytest.MonkeyPatch, compiled: Compile, seconds: list[fl
         nonlocal clock, n_steps
         for step in range(steps):
             clock, n_steps = clock + seconds[min(step, len(seconds) - 1)], n_steps + 1
-            yield SimpleNamespace(step=step)
+            yield None
 
     monkeypatch.setattr("pretrain.train.build.trial_steps", steps)
     monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: clock))

@@ -210,8 +210,8 @@ def test_resume_makes_the_listed_checks_in_their_order(
 
         return call
 
-    of_open_run = ("check_disk", "restore", "load_log")
-    listed = [name for name in checks.describe_resume_checks() if name not in of_open_run]
+    while_loading = ("check_disk", "restore", "load_log")
+    listed = [name for name in checks.describe_resume_checks() if name not in while_loading]
     for name in listed:
         monkeypatch.setattr(start, name, recorded(name, getattr(start, name)))
     assert resume(run) == 0

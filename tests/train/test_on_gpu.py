@@ -24,7 +24,7 @@ from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.runner.open import load_model
 from pretrain.selftest.tiny_run import losses
-from pretrain.train.step import train_step
+from pretrain.train.step import training_steps
 from reference import reference_cross_entropy
 from runs import assert_same_run
 from tiny import TINY
@@ -88,14 +88,17 @@ def test_bf16_steps_are_close_to_fp32_steps(name: str, optimizer: str) -> None:
         decoder = build(config_of(**FAMILIES[name]), vocab_size=V, seed=1, device=GPU)
         config = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
         updates = build_optimizer(decoder.named_parameters(), config=config, precision=precision)
-        how: dict[str, Any] = {"clip": 1.0, "world": world, "precision": precision}
-        lm_loss = LMLoss(decoder).train()
-        found.append(
-            [
-                train_step(lm_loss, updates, [batch()], step=i, lr=3e-3, **how).nats_per_token
-                for i in range(20)
-            ]
+        reports = training_steps(
+            LMLoss(decoder),
+            updates,
+            lambda step: [batch()],
+            lr_at=lambda step: 3e-3,
+            steps=20,
+            clip=1.0,
+            world=world,
+            precision=precision,
         )
+        found.append([report.nats_per_token for report in reports])
     fp32, bf16 = found
     assert fp32[-1] < fp32[0] - 0.5
     assert bf16 == pytest.approx(fp32, rel=0.02)

@@ -16,7 +16,7 @@ from pretrain.checkpoint.format import DamagedCheckpoint
 from pretrain.checkpoint.load import checkpoint_name, list_checkpoints, open_checkpoint
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
-from pretrain.data.batches import MicroBatch, training_micro_batch
+from pretrain.data.batches import MicroBatch, micro_batch_at
 from pretrain.data.order import Rollback, batch_of_step
 from pretrain.distributed import open_world
 from pretrain.run.log import METRICS_KEYS
@@ -28,7 +28,6 @@ from pretrain.train.monitor import (
     NOT_FINITE,
     SPIKE,
     SpikeDetector,
-    unclipped,
 )
 from runs import Killed, assert_same_run, kill_in_step, records, stop_after
 from tiny import TINY
@@ -91,15 +90,15 @@ def poison(
 ) -> None:
     """Spoil the targets of one batch of the data, or of `all_later` ones too."""
 
-    def spoilt(*args: Any, sample: int, **rest: Any) -> tuple[MicroBatch, int]:
-        batch, checksum = training_micro_batch(*args, sample=sample, **rest)
+    def spoilt(*args: Any, sample: int, **rest: Any) -> MicroBatch:
+        batch = micro_batch_at(*args, sample=sample, **rest)
         batch_number = sample // 8  # 8 windows a batch
         if batch_number < POISONED_BATCH or (batch_number > POISONED_BATCH and not all_later):
-            return batch, checksum
+            return batch
         noise = torch.full_like(batch.targets, 399)  # the last token of the vocabulary
-        return batch._replace(targets=noise), checksum
+        return batch._replace(targets=noise)
 
-    monkeypatch.setattr(build_module, "training_micro_batch", spoilt)
+    monkeypatch.setattr(build_module, "micro_batch_at", spoilt)
     if with_nan:
         from pretrain.model import loss
 
@@ -225,7 +224,11 @@ def test_log_without_its_rollback_is_rejected(
     assert main(["train", "--resume", "--run", str(run)]) == 2
     assert "(--accept metrics)" in capsys.readouterr().err
     assert main(["train", "--resume", "--run", str(run), "--accept", "metrics"]) == 2
-    assert "does not belong to the checkpoint" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"pretrain: {metrics} does not belong to the checkpoint of step 51: the next batch is "
+        "number 57 by the checkpoint, and 51 by the rollbacks in the log. Restore the original "
+        "metrics.jsonl, or delete that checkpoint to resume from an older one\n"
+    )
 
 
 def test_repeated_rollbacks_end_the_run(
@@ -281,7 +284,11 @@ def test_rollback_target_is_the_due_or_newest_checkpoint(tmp_path: Path) -> None
     run: Any = SimpleNamespace(
         config=config, step=45, world=open_world("cpu"), checkpoints=tmp_path, folder=tmp_path
     )
-    with pytest.raises(ValueError, match="has no checkpoint to roll back to"):
+    message = (
+        f"^{tmp_path} has no checkpoint to roll back to: that of step 40 could not be saved; free "
+        "disk space, then start the run again$"
+    )
+    with pytest.raises(ValueError, match=message):
         state.rollback_target(run)
     for step, target in ((30, 30), (43, 43), (40, 40)):
         save_checkpoint(tmp_path, step=step, tensors={"model/w": torch.ones(2)}, state={})
@@ -293,11 +300,3 @@ def test_rollback_target_is_the_due_or_newest_checkpoint(tmp_path: Path) -> None
     assert len(list_checkpoints(tmp_path)) == 3
     run.step = 19
     assert state.rollback_target(run) == 0
-
-
-def test_norms_are_reported_as_before_clipping() -> None:
-    norms = {"a": 2.0, "b": 0.0, "c": math.inf}
-    assert unclipped(norms, clip=1.0, grad_norm=math.inf) == norms
-    assert unclipped({"a": 0.5}, clip=1.0, grad_norm=4.0) == {"a": 2.0}
-    assert unclipped({"a": 0.5}, clip=1.0, grad_norm=0.5) == {"a": 0.5}
-    assert unclipped({"a": 0.5}, clip=0.0, grad_norm=4.0) == {"a": 0.5}

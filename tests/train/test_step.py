@@ -16,7 +16,7 @@ from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.param_groups import build_optimizer
-from pretrain.train.step import StepReport, train_step, training_steps
+from pretrain.train.step import StepReport, training_steps
 from runs import batches, small_lm_loss
 
 
@@ -50,15 +50,13 @@ def test_micro_batch_size_does_not_change_losses(
 def test_gradient_is_of_nats_per_target() -> None:
     """Divided once by all targets of the step; AdamW would hide another scale, not the norm."""
     lm_loss = small_lm_loss()
-    optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
     nats, count = lm_loss(batches(6, 6)[0])
     gradients = torch.autograd.grad(nats / count, list(lm_loss.parameters()))
     expected = float(torch.nn.utils.get_total_norm(gradients))
-    world = open_world("cpu", threads=1)
-    found = train_step(lm_loss, optimizer, batches(6, 2), step=0, lr=1e-3, clip=0.0, world=world)
-    assert found.count == 6 * 8
-    assert found.nats == pytest.approx(float(nats.detach()), rel=1e-6)
-    assert found.grad_norm == pytest.approx(expected, rel=1e-5)
+    report = one_step(lm_loss, batches(6, 2))
+    assert report.count == 6 * 8
+    assert report.nats == pytest.approx(float(nats.detach()), rel=1e-6)
+    assert report.grad_norm == pytest.approx(expected, rel=1e-5)
 
 
 def masked(parts: list[tuple[int, int]]) -> list[MicroBatch]:
@@ -70,10 +68,18 @@ def masked(parts: list[tuple[int, int]]) -> list[MicroBatch]:
     return [MicroBatch(*(part[a:b] for part in masked_batch)) for a, b in parts]
 
 
-def one_step(lm_loss: LMLoss, micro_batches: list[MicroBatch]) -> StepReport:
+def one_step(lm_loss: LMLoss, micro_batches: list[MicroBatch], *, clip: float = 0.0) -> StepReport:
     optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
-    world = open_world("cpu", threads=1)
-    return train_step(lm_loss, optimizer, micro_batches, step=0, lr=1e-2, clip=0.0, world=world)
+    reports = training_steps(
+        lm_loss,
+        optimizer,
+        lambda step: micro_batches,
+        lr_at=lambda step: 1e-2,
+        steps=1,
+        clip=clip,
+        world=open_world("cpu", threads=1),
+    )
+    return next(reports)
 
 
 def test_masks_and_unequal_rows_are_divided_once_by_number_of_valid_targets() -> None:
@@ -104,28 +110,19 @@ def test_batch_without_targets_makes_no_update() -> None:
     (batch,) = batches(4, 4)
     empty = batch._replace(targets=torch.full_like(batch.targets, IGNORE_INDEX))
     report = one_step(lm_loss, [empty])
-    assert (report.nats, report.count, report.updated) == (0.0, 0, False)
+    assert (report.nats, report.count, report.is_usable) == (0.0, 0, False)
     assert report.nats_per_token == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, lm_loss.parameters(), strict=True))
 
 
 def test_gradient_that_is_not_finite_makes_no_update() -> None:
     lm_loss = small_lm_loss()
-    optimizer = build_optimizer(lm_loss.named_parameters(), config=OptimizerConfig())
     with torch.no_grad():
         lm_loss.decoder.get_parameter("final_norm.weight")[0] = math.inf
     before = [p.clone() for p in lm_loss.parameters()]
-    report = train_step(
-        lm_loss,
-        optimizer,
-        batches(4, 2),
-        step=0,
-        lr=1e-3,
-        clip=1.0,
-        world=open_world("cpu", threads=1),
-    )
+    report = one_step(lm_loss, batches(4, 2), clip=1.0)
     assert not math.isfinite(report.grad_norm)
-    assert not report.updated
+    assert not report.is_usable
     assert all(torch.equal(a, b) for a, b in zip(before, lm_loss.parameters(), strict=True))
 
 

@@ -42,42 +42,39 @@ class MicroBatch(NamedTuple):
             self = MicroBatch(*(part.pin_memory() for part in self))
         return MicroBatch(*(part.to(device, non_blocking=True) for part in self))
 
+    def checksum(self) -> int:
+        """The sum of the CRC-32 of the T + 1 ids (int64) of each row whose targets are valid."""
+        rows = zip(self.inputs.numpy(), self.targets.numpy(), strict=True)
+        return sum(
+            zlib.crc32(targets[-1:], zlib.crc32(inputs))
+            for inputs, targets in rows
+            if targets[-1] != IGNORE_INDEX
+        )
+
 
 def micro_batch_at(
     stream: Stream,
+    order: Order | MixtureOrder,
     *,
-    context_length: int,
-    seed: int,
     sample: int,
     rows: int,
-    order: Order | MixtureOrder | None = None,
+    valid_rows: int | None = None,
 ) -> MicroBatch:
     """Read samples [sample, sample + rows) of a run: a pure function of its arguments.
 
-    `order` is by default that of the full stream. ValueError if no window fits the stream.
-    """
-    order = order if order is not None else Order(stream.n_tokens, context_length, seed)
-    return training_micro_batch(stream, order, sample=sample, rows=rows, valid_rows=rows)[0]
-
-
-def training_micro_batch(
-    stream: Stream, order: Order | MixtureOrder, *, sample: int, rows: int, valid_rows: int
-) -> tuple[MicroBatch, int]:
-    """Read samples [sample, sample + rows) of a run, of which the first `valid_rows` have a loss.
-
-    The targets of the other rows are IGNORE_INDEX: all micro-batches have one shape, as a compiler
-    needs it, whether or not they divide the batch. Returns the micro-batch, and the sum of the
-    CRC-32 of the T + 1 ids (int64) of each valid row: the checksum of what was read.
+    Only the first `valid_rows` have a loss (by default all). The targets of the others are
+    IGNORE_INDEX: all micro-batches have one shape, as a compiler needs it, whether or not they
+    divide the batch.
     """
     samples = np.arange(sample, sample + rows, dtype=np.int64)
     starts = order.window_starts(samples).tolist()
     length = order.context_length + 1
     windows = np.stack([stream.read(start, start + length) for start in starts])
-    checksum = sum(zlib.crc32(window) for window in windows[:valid_rows])
     ids = torch.from_numpy(windows)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    targets[valid_rows:] = IGNORE_INDEX
-    return MicroBatch(inputs, targets, torch.from_numpy(samples)), checksum
+    if valid_rows is not None:
+        targets[valid_rows:] = IGNORE_INDEX
+    return MicroBatch(inputs, targets, torch.from_numpy(samples))
 
 
 def resolve_stride(stride: int | None, context_length: int) -> int:

@@ -250,6 +250,8 @@ class ParallelModel:
         """Remove the gradients of the last step."""
         self.reshard()
         self.lm_loss.zero_grad(set_to_none=True)
+        for shard in self.shards.values():
+            shard.local.grad = None
         self.forward_seconds = 0.0
 
     def loss(self, micro_batch: Any, precision: str) -> tuple[Tensor, Tensor]:

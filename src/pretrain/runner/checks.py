@@ -1,7 +1,7 @@
 """What a resume checks before its first step, in order: RESUME_CHECKS is the list.
 
 `start.resume` calls these functions in this order; each raises a ValueError that names what differs
-and what to do. The last three checks are made by `train.state.open_run`, while it loads the
+and what to do. The last three checks are made by `Run.open` in `train.state`, while it loads the
 checkpoint.
 """
 
@@ -20,7 +20,14 @@ from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import file_lock
 from pretrain.machine import n_processes
 from pretrain.report.config import require_packages
-from pretrain.run.directory import CONFIG, ENVIRONMENT, LOCK, TOKENIZER, read_environment
+from pretrain.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    TOKENIZER,
+    read_environment,
+)
 from pretrain.run.identity import Change, check_accepted, differences
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.previous import (
@@ -117,9 +124,13 @@ def only_writer(folder: Path, log: Log) -> Iterator[None]:
 def newest_checkpoint(folder: Path, run: str, log: Log) -> Checkpoint | None:
     """The newest checkpoint is of this run and every byte is as it was saved; damaged ones are
     quarantined. None where none was saved yet."""
-    from pretrain.train.state import newest_of
+    from pretrain.checkpoint.load import newest_good
 
-    checkpoint, problems = newest_of(folder, run=run)
+    checkpoint, problems = newest_good(folder / CHECKPOINTS)
+    if checkpoint is not None and checkpoint.state.get("run") != run:
+        raise ValueError(
+            f"{checkpoint.path} is a checkpoint of another run; move it out of {folder}"
+        )
     for problem in problems:
         log(problem)
     if checkpoint is None and problems:
@@ -199,7 +210,7 @@ CHECKS_WHILE_LOADING: Mapping[str, str] = {
     "restore": "Every byte of weights and optimizer state is as it was saved.",
     "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts with.",
 }
-"""Those that `train.state.open_run` makes after them."""
+"""Those that `Run.open` makes after them."""
 
 
 def describe_resume_checks() -> dict[str, str]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from pretrain import __version__
 from pretrain.config import Layer, RunConfig, compose, read_file, to_yaml
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
@@ -95,7 +96,7 @@ from pretrain.runner.request import (
     with_absolute_paths,
 )
 from pretrain.runner.text import Log, log_to, open_text, prepared_text
-from pretrain.train.signals import NO_PLANNED_STOP, PlannedStop
+from pretrain.train.signals import PlannedStop
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -118,7 +119,7 @@ class Request:
     """changes that a resume accepts, by the names that its error gives them"""
     json: bool = False
     """whether processes that are launched print the result as JSON"""
-    planned_stop: PlannedStop = NO_PLANNED_STOP
+    planned_stop: PlannedStop = field(default_factory=PlannedStop)
     start_time: float = field(default_factory=time.perf_counter)
 
 
@@ -409,9 +410,24 @@ def _describe_resume(folder: Path, checkpoint: Checkpoint | None) -> str:
 
 
 def _fingerprint_of(config: RunConfig, data: PreparedData, world: World) -> dict[str, Any]:
-    from pretrain.train.state import fingerprint
+    """What the numbers of a run depend on besides its config: text, tokenizer, code, versions,
+    device and threads. A resume with another one would be another run."""
+    import torch
 
-    return fingerprint(data, world, initial_checkpoint(config))
+    from pretrain.run.identity import code_hash
+
+    first_weights = initial_checkpoint(config)
+    return {
+        **({} if first_weights is None else {"first weights": first_weights.sha256}),
+        "training text": data.split("train").sha256,
+        "held-out text": data.split("val").sha256,
+        "tokenizer": data.manifest.tokenizer_sha256,
+        "pretrain": __version__,
+        "code": code_hash(),
+        "torch": torch.__version__,
+        "device": world.device.type,
+        "threads": world.threads,
+    }
 
 
 def _train(
@@ -426,34 +442,31 @@ def _train(
     checkpoint: Checkpoint | None = None,
 ) -> RunResult:
     """Train a resolved config to its end or to a signal, and write the report."""
-    from pretrain.train.console import Console, show_plan, show_summary, show_tasks
+    from pretrain.train.console import Console, show_summary
     from pretrain.train.loop import train
-    from pretrain.train.resolve import ends_early
-    from pretrain.train.state import open_run
+    from pretrain.train.state import Run
 
     console = Console(stream)
-    show_plan(console, config, data, world, ends_early=ends_early(config, data))
-    show_tasks(console, config, tasks)
     if world.is_main and config.report.to:
         # Trackers read metrics.jsonl in a session of their own: Ctrl-C is for the training, and the
         # last lines must still be sent.
         args = [sys.executable, "-m", "pretrain.report.trackers", str(folder)]
         args += ["--to", *config.report.to, "--parent", str(os.getpid())]
         subprocess.Popen(args, stdin=subprocess.DEVNULL, start_new_session=True)
+    run = Run(
+        folder=folder,
+        config=config,
+        data=data,
+        world=world,
+        console=console,
+        identity=identity,
+        tasks=tasks,
+        first_weights=initial_checkpoint(config),
+        planned_stop=request.planned_stop,
+        start_time=request.start_time,
+    )
     with naming_lost_ranks(world, config.parallel.timeout_seconds):
-        run = open_run(
-            folder,
-            config,
-            data,
-            world,
-            console,
-            identity=identity,
-            tasks=tasks,
-            first_weights=initial_checkpoint(config),
-            resume_from=checkpoint,
-            start_time=request.start_time,
-            planned_stop=request.planned_stop,
-        )
+        run.open(checkpoint)
         exit_code = train(run)
     world.leave()
     if not world.is_main:

@@ -56,12 +56,7 @@ def losses(
     optimizer = build_optimizer(
         model.named_parameters(), config=OptimizerConfig(), orthogonalizer=model.orthogonalizer
     )
-    rows = rows_of(
-        world.rank,
-        world.size,
-        _BATCH_ROWS,
-        micro_batch_rows=micro_batch_rows if axes.elastic else None,
-    )
+    rows = rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows)
     reports = training_steps(
         model,
         optimizer,

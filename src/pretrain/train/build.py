@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig
-from pretrain.data.batches import MicroBatch, training_micro_batch
+from pretrain.data.batches import MicroBatch, micro_batch_at
 from pretrain.data.format import PreparedData, TokenStream
 from pretrain.data.order import MixtureOrder, Order, Rollback, batch_of_step, ceil_div
 from pretrain.distributed import World
@@ -24,30 +24,27 @@ from pretrain.evaluate.loss import byte_lengths
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import build_optimizer
+from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
 from pretrain.parallel.model import ParallelModel, parallelize
+from pretrain.train.config import filled
 from pretrain.train.step import StepReport, training_steps
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context in which nothing is compiled: its batches have other shapes than a step's, and
+    compiling for them takes longer than it saves."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
-def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorate a function in which nothing is compiled: its batches have other shapes than a
-    step's, and compiling for them takes longer than it saves."""
-
-    @wraps(function)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
-            return function(*args, **kwargs)
-        with torch.compiler.set_stance("force_eager"):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def build_model(config: RunConfig, data: PreparedData, world: World) -> ParallelModel:
-    """The loss module with its initial weights, distributed over the processes of `world`."""
+def build_model(
+    config: RunConfig, data: PreparedData, world: World
+) -> tuple[ParallelModel, torch.optim.Optimizer]:
+    """The loss module with its initial weights, distributed over the processes of `world`, and the
+    optimizer of the parameters that this process owns."""
     train = config.train
     is_sharded = config.parallel.shards_weights
     decoder = build(
@@ -66,20 +63,15 @@ def build_model(config: RunConfig, data: PreparedData, world: World) -> Parallel
     model = parallelize(lm_loss, axes, world, precision=train.precision)
     if is_sharded:
         model.initialize(train.seed)
-    return model
-
-
-def build_run_optimizer(config: RunConfig, model: ParallelModel) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that this process owns."""
-    assert config.train.batch_tokens is not None
-    return build_optimizer(
+    optimizer = build_optimizer(
         model.local_parameters(),
         config=config.optimizer,
-        width=model.lm_loss.decoder.config.d_model,
-        batch_tokens=config.train.batch_tokens,
-        precision=config.train.precision,
+        width=config.model.d_model,
+        batch_tokens=filled(train.batch_tokens),
+        precision=train.precision,
         orthogonalizer=model.orthogonalizer,
     )
+    return model, optimizer
 
 
 @dataclass(slots=True)
@@ -91,8 +83,6 @@ class TrainingBatches:
     """
 
     stream: TokenStream
-    context_length: int
-    seed: int
     order: Order | MixtureOrder
     batch_size: int
     micro_batch_rows: int
@@ -119,27 +109,23 @@ class TrainingBatches:
         rows = max(1, min(self.micro_batch_rows, stop - first))
         for sample in range(first, stop, rows):
             valid_rows = max(0, min(end - sample, rows))
-            batch, checksum = training_micro_batch(
+            batch = micro_batch_at(
                 self.stream, self.order, sample=sample, rows=rows, valid_rows=valid_rows
             )
-            self.checksum += checksum
+            self.checksum += batch.checksum()
             self.n_bytes += int(self.byte_lengths_V[batch.targets[:valid_rows]].sum())
             yield batch
 
-    def source_tokens(self, steps: int, *, epochs: bool = False) -> dict[str, Any]:
-        """Tokens of each source in the first `steps` steps, for the log; empty for one source."""
+    def sources(self, steps: int) -> dict[str, dict[str, float]]:
+        """Tokens, share and epochs of each source in the first `steps` steps; empty for one."""
         if isinstance(self.order, Order):
             return {}
         tokens = self.order.tokens(steps * self.batch_size)
-        if not epochs:
-            return {"sources": tokens}
-        n_epochs = self.order.epochs(steps * self.batch_size)
+        epochs = self.order.epochs(steps * self.batch_size)
         total = max(1, sum(tokens.values()))
         return {
-            "sources": {
-                name: {"tokens": count, "share": count / total, "epochs": n_epochs[name]}
-                for name, count in tokens.items()
-            }
+            name: {"tokens": count, "share": count / total, "epochs": epochs[name]}
+            for name, count in tokens.items()
         }
 
 
@@ -149,43 +135,34 @@ def training_batches(
     """The batches of a resolved config; with a `world` only the rows of this process."""
     train = config.train
     context = config.model.window_tokens
-    assert train.batch_tokens is not None
-    assert train.micro_batch_rows is not None
-    rows = train.batch_tokens // context
+    rows, micro_batch_rows = filled(train.batch_tokens) // context, filled(train.micro_batch_rows)
     # A timed trial does not know the number of steps yet; its order may be any.
     known = {} if train.steps is None else {"steps": train.steps}
-    order = data.order(context_length=context, seed=train.seed, batch_size=rows, **known)
-    rank, size = 0, 1
+    own_rows = range(rows)
     if world is not None:
-        rank, size = config.parallel.resolve(world.size).batch_shard(world.rank)
+        axes = config.parallel.resolve(world.size)
+        own_rows = rows_of(world.rank, axes, rows, micro_batch_rows=micro_batch_rows)
     return TrainingBatches(
         stream=data.split("train"),
-        order=order,
-        context_length=context,
-        seed=train.seed,
+        order=data.order(context_length=context, seed=train.seed, batch_size=rows, **known),
         batch_size=rows,
-        micro_batch_rows=train.micro_batch_rows,
+        micro_batch_rows=micro_batch_rows,
         byte_lengths_V=byte_lengths(data.tokenizer()),
-        own_rows=rows_of(
-            rank,
-            size,
-            rows,
-            micro_batch_rows=train.micro_batch_rows if config.parallel.elastic else None,
-        ),
+        own_rows=own_rows,
     )
 
 
-def rows_of(rank: int, size: int, batch_size: int, *, micro_batch_rows: int | None) -> range:
-    """The rows of a batch that reader `rank` of `size` reads.
+def rows_of(rank: int, axes: ParallelConfig, batch_size: int, *, micro_batch_rows: int) -> range:
+    """The rows of a batch that a process reads; `axes` must be resolved.
 
     All readers have the same number of micro-batches, since each waits for the others at each one.
-    With `micro_batch_rows`, as the deterministic reduction needs it, a reader instead has the
-    micro-batches of its branches of the reduction tree.
+    For the deterministic reduction a reader has the micro-batches of its branches of the tree.
     """
-    if micro_batch_rows is None:
-        each = ceil_div(batch_size, size)
-        return range(rank * each, (rank + 1) * each)
-    leaves = ReductionTree(size, ceil_div(batch_size, micro_batch_rows)).leaves(rank)
+    reader, n_readers = axes.batch_shard(rank)
+    if not axes.elastic:
+        each = ceil_div(batch_size, n_readers)
+        return range(reader * each, (reader + 1) * each)
+    leaves = ReductionTree(n_readers, ceil_div(batch_size, micro_batch_rows)).leaves(reader)
     return range(leaves.start * micro_batch_rows, leaves.stop * micro_batch_rows)
 
 
@@ -200,10 +177,10 @@ def trial_steps(
     """The first steps of a run at a tiny learning rate, with a model that is thrown away, for
     measurements. `read` wraps the micro-batches of each step."""
     batches = training_batches(config, data, world)
-    model = build_model(config, data, world)
+    model, optimizer = build_model(config, data, world)
     return training_steps(
         model,
-        build_run_optimizer(config, model),
+        optimizer,
         lambda step: read(batches.at(step)),
         lr_at=lambda step: config.optimizer.learning_rate * 1e-3,
         steps=steps,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pretrain.validation import Checked, FieldError, Range
 
+Value = TypeVar("Value")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -74,6 +75,12 @@ class TrainConfig(Checked):
     """MODEL from whose weights training starts; its architecture and tokenizer are used"""
     threads: Annotated[int | None, Range(1, 4096)] = None
     """CPU threads of each process; empty: one for each core"""
+
+
+def filled(value: Value | None) -> Value:
+    """The value of a field that `resolve` has filled."""
+    assert value is not None
+    return value
 
 
 def batch_errors(

@@ -14,31 +14,25 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich import console as rich_console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
-from pretrain.data.order import MixtureOrder, Order, ceil_div
+from pretrain.data.order import ceil_div
 from pretrain.distributed import World
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.model.sizes import n_parameters
+from pretrain.report.units import duration
+from pretrain.train.build import TrainingBatches
+from pretrain.train.config import filled
+from pretrain.train.resolve import max_steps
 
 # Seconds between two lines of steps where the output is not a terminal.
 LINE_SECONDS = 10.0
 # Beyond about four epochs repeated text teaches less and less: "Scaling Data-Constrained Language
 # Models" (Muennighoff et al., 2023).
 MANY_EPOCHS = 4
-
-
-def duration(seconds: float) -> str:
-    """`2 h 05 min`, `3 min 02 s`, `41 s`."""
-    rounded = round(seconds)
-    if rounded >= 3600:
-        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
-    if rounded >= 60:
-        return f"{rounded // 60} min {rounded % 60:02d} s"
-    return f"{rounded} s"
 
 
 def with_error(row: Mapping[str, Any]) -> str:
@@ -59,16 +53,16 @@ class Console:
     def __init__(self, file: TextIO) -> None:
         self._rich = _RichConsole(file=file, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._task = TaskID(0)
         self._last_line = 0.0
 
     def line(self, text: str = "", *, style: str = "") -> None:
+        """Show a line, which is never read as markup."""
         self._rich.print(Text(text, style=style))
 
-    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+    def facts(self, facts: Mapping[str, str]) -> None:
         """Print labels and values in two columns."""
-        width = max(len(label) for label, _ in rows)
-        for label, value in rows:
+        width = max(map(len, facts))
+        for label, value in facts.items():
             self._rich.print(Text.assemble((f"  {label:<{width}}  ", "dim"), value))
 
     @contextmanager
@@ -86,7 +80,7 @@ class Console:
             TextColumn("left"),
         )
         with Progress(*columns, console=self._rich, transient=True) as self._bar:
-            self._task = self._bar.add_task("", total=steps, completed=step, facts="")
+            self._bar.add_task("", total=steps, completed=step, facts="")
             yield
         self._bar = None
 
@@ -96,7 +90,7 @@ class Console:
         facts = f"loss {record['loss']:.3f} | {record['bits_per_byte']:.3f} bits/byte"
         if self._bar is not None:
             facts += f" | {record['tokens_per_second']:,.0f} tok/s"
-            self._bar.update(self._task, completed=step, facts=facts)
+            self._bar.update(self._bar.task_ids[0], completed=step, facts=facts)
             return
         now = time.monotonic()
         if step not in (1, steps) and now - self._last_line < LINE_SECONDS:
@@ -123,40 +117,34 @@ class Console:
         seconds = sum(row["seconds"] for row in rows)
         self.line(f"step {step:>6,} | {results} | evaluated in {seconds:.1f} s")
 
-    def sample(self, text: str) -> None:
-        """Show text of the model, which is never read as markup."""
-        self._rich.print(Text("  " + " ".join(text.split()), style="italic"))
-
 
 # --- before the first step ------------------------------------------------------------------------
 
 
 def show_plan(
-    console: Console, config: RunConfig, data: PreparedData, world: World, *, ends_early: bool
+    console: Console,
+    config: RunConfig,
+    data: PreparedData,
+    world: World,
+    batches: TrainingBatches,
+    tasks: Sequence[EvalTask],
 ) -> None:
-    """Show what is about to happen, and a warning where the text will be read many times.
-
-    `ends_early`: the steps are limited by the text rather than by train.minutes.
-    """
+    """Show what is about to happen, and a warning where the text will be read many times."""
     model, train = config.model, config.train
     text, held_out = data.split("train"), data.split("val")
     context, vocab_size = model.window_tokens, data.manifest.vocab_size
-    assert train.steps is not None
-    assert train.micro_batch_rows is not None
-    assert train.batch_tokens is not None
-    tokens = train.steps * train.batch_tokens
+    steps, batch_tokens = filled(train.steps), filled(train.batch_tokens)
+    tokens = steps * batch_tokens
     epochs = tokens / text.n_tokens
     facts = {
         "text": f"{text.n_documents:,} documents, {text.n_tokens:,} tokens to train on; "
         f"{held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens held out"
     }
-
-    n_rows = train.batch_tokens // context
-    order = data.order(
-        context_length=context, seed=train.seed, steps=train.steps, batch_size=n_rows
-    )
-    if not isinstance(order, Order):
-        facts["mixed"] = _mixture(order, train.steps * n_rows)
+    if sources := batches.sources(steps):
+        facts["mixed"] = "; ".join(
+            f"{Path(name).name} {100 * source['share']:.1f} %, {source['epochs']:.2f} epochs"
+            for name, source in sources.items()
+        )
 
     # Most parameters of the family `fast` are table rows: they take memory but no matmul.
     in_tables = model.table_rows(vocab_size) * model.d_model
@@ -169,19 +157,26 @@ def show_plan(
     if train.init_from is not None:
         facts["start"] = f"weights of {train.init_from}"
 
-    micro_batch = train.micro_batch_rows * context
-    accumulation = ceil_div(train.batch_tokens, micro_batch * world.size)
+    micro_batch = filled(train.micro_batch_rows) * context
+    accumulation = ceil_div(batch_tokens, micro_batch * world.size)
     facts["batch"] = (
-        f"{train.batch_tokens:,} tokens = micro-batch {micro_batch:,} x accumulation "
+        f"{batch_tokens:,} tokens = micro-batch {micro_batch:,} x accumulation "
         f"{accumulation} x processes {world.size}"
     )
-    facts["run"] = f"{train.steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs"
+    facts["run"] = f"{steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs"
+    # Whether the steps are limited by the text rather than by train.minutes.
+    ends_early = steps == max_steps(config, data)
     if train.minutes is not None:
         facts["run"] += f", {'at most' if ends_early else 'about'} {train.minutes:g} min"
     facts["on"] = (
         f"{world.device.type}, {world.threads} threads, {train.precision}, compile {train.compile}"
     )
-    console.facts(list(facts.items()))
+    if tasks:
+        names = ", ".join(f"{each.task.name} ({len(each.examples):,})" for each in tasks)
+        every = filled(config.evaluate.every)
+        often = "after the last step" if every >= steps else f"every {every:,} steps"
+        facts["tasks"] = f"{names}, {often}"
+    console.facts(facts)
 
     if ends_early:
         console.line(
@@ -198,28 +193,6 @@ def show_plan(
         )
 
 
-def show_tasks(console: Console, config: RunConfig, tasks: Sequence[EvalTask]) -> None:
-    """Show which in-loop tasks are evaluated, and how often."""
-    if not tasks:
-        return
-    every, steps = config.evaluate.every, config.train.steps
-    assert every is not None
-    assert steps is not None
-    names = ", ".join(f"{each.task.name} ({len(each.examples):,})" for each in tasks)
-    often = "after the last step" if every >= steps else f"every {every:,} steps"
-    console.facts([("tasks", f"{names}, {often}")])
-
-
-def _mixture(order: MixtureOrder, n_samples: int) -> str:
-    """What the run will read of each source."""
-    tokens, epochs = order.tokens(n_samples), order.epochs(n_samples)
-    total = max(1, sum(tokens.values()))
-    return "; ".join(
-        f"{Path(name).name} {100 * count / total:.1f} %, {epochs[name]:.2f} epochs"
-        for name, count in tokens.items()
-    )
-
-
 # --- after the last step --------------------------------------------------------------------------
 
 
@@ -228,31 +201,22 @@ def show_summary(
 ) -> None:
     """Show the results, the cost, and where the files are."""
     baselines = ", ".join(
-        f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary.get("baselines", [])
+        f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary["baselines"]
     )
-    tasks = [
-        (name, f"{row['metric']} {with_error(row)}")
-        for name, row in summary.get("tasks", {}).items()
-    ]
     console.line()
     console.line("done", style="bold green")
-    console.facts(
-        [
-            (
-                "held-out text",
-                f"{summary['val_bits_per_byte']:.3f} bits/byte, perplexity "
-                f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
-            ),
-            ("baselines", f"{baselines} bits/byte"),
-            *tasks,
-            (
-                "cost",
-                f"{duration(summary['total_seconds'])}, {summary['tokens_per_second']:,.0f} "
-                f"tokens/s in training, {summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at "
-                "most",
-            ),
-            ("checkpoint", str(folder / summary["checkpoint"])),
-            ("report", str(report)),
-            ("try it", f"pretrain generate {shlex.quote(str(folder))} --n 3"),
-        ]
-    )
+    facts = {
+        "held-out text": f"{summary['val_bits_per_byte']:.3f} bits/byte, perplexity "
+        f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
+        "baselines": f"{baselines} bits/byte",
+    }
+    for name, row in summary.get("tasks", {}).items():
+        facts[name] = f"{row['metric']} {with_error(row)}"
+    facts |= {
+        "cost": f"{duration(summary['total_seconds'])}, {summary['tokens_per_second']:,.0f} "
+        f"tokens/s in training, {summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at most",
+        "checkpoint": str(folder / summary["checkpoint"]),
+        "report": str(report),
+        "try it": f"pretrain generate {shlex.quote(str(folder))} --n 3",
+    }
+    console.facts(facts)

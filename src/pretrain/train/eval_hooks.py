@@ -7,6 +7,9 @@ signal interrupts them without a record, so the resume begins with what is missi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -28,27 +31,34 @@ SEARCHED_TOKENS = 20_000
 _IN_SUMMARY = ("metric", "value", "stderr", "examples", "chance", "step")
 
 
-# --- what is missing ------------------------------------------------------------------------------
+# --- what is due ----------------------------------------------------------------------------------
 
 
-def finish_interrupted_evaluation(run: Run, stop: StopSignals) -> None:
-    """Evaluate what a signal interrupted after the last step of a resumed run."""
-    if evaluation_is_missing(run):
-        evaluate(run, stop)
-    if run.step and run.tasks and run.due(run.config.evaluate.every):
-        evaluate_tasks(run, stop)
-
-
-def evaluation_is_missing(run: Run) -> bool:
-    """Whether the last step should have been evaluated, and was not."""
-    if not run.step or not run.due(run.config.train.evaluate_every):
+def evaluate_if_due(run: Run, stop: StopSignals) -> bool:
+    """Evaluate what is due after this step and has no result yet; True for a new best score."""
+    if is_evaluated(run):
         return False
-    records = run.log.metrics()
-    return not any(r["kind"] == "evaluate" and r["step"] == run.step for r in records)
+    with uncompiled():
+        is_best = held_out_is_due(run) and evaluate(run, stop)
+        if tasks := due_tasks(run):
+            evaluate_tasks(run, tasks, stop)
+    return is_best
 
 
-def missing_tasks(run: Run) -> list[EvalTask]:
-    """The in-loop tasks without a result at this step."""
+def is_evaluated(run: Run) -> bool:
+    """Whether all that is due after this step has a result; a signal may have interrupted it."""
+    return not held_out_is_due(run) and not due_tasks(run)
+
+
+def held_out_is_due(run: Run) -> bool:
+    is_due = run.step > 0 and run.due(run.config.train.evaluate_every)
+    return is_due and run.best.last_step != run.step
+
+
+def due_tasks(run: Run) -> list[EvalTask]:
+    """The in-loop tasks that are due after this step and have no result."""
+    if not run.tasks or not run.step or not run.due(run.config.evaluate.every):
+        return []
     rows = [r for r in run.log.metrics() if r["kind"] == "task" and r["step"] == run.step]
     evaluated = {row["task"] for row in rows}
     return [each for each in run.tasks if each.task.name not in evaluated]
@@ -59,8 +69,10 @@ def missing_tasks(run: Run) -> list[EvalTask]:
 
 def evaluate(run: Run, stop: StopSignals) -> bool:
     """Score the fixed part of the held-out split, and write a sample; True for a new best score."""
-    score = evaluate_split(run, full=False, stop=stop)
-    if score is None:
+    train = run.config.train
+    is_interrupted = partial(stop.interrupts_evaluation, run.world)
+    score = evaluate_split(run, limit_tokens=train.evaluate_tokens, is_interrupted=is_interrupted)
+    if is_interrupted():
         return False
     is_best = run.best.update(run.step, score.nats_per_token)
     record = {
@@ -76,33 +88,55 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
     run.log.append_metrics(record)
     left_seconds = (run.n_steps - run.step) * run.train_seconds / run.step
     run.console.evaluation(record, left_seconds=left_seconds, is_best=is_best)
-    _write_sample(run)
+
+    sampling = Sampling(temperature=0.8, seed=train.seed)
+    run.model.unshard()
+    with run.world.autocast(run.model.compute_dtype):
+        (text,) = generate(
+            run.model.lm_loss.decoder,
+            run.data.tokenizer(),
+            "",
+            max_tokens=SAMPLE_TOKENS,
+            sampling=sampling,
+        )
+    run.console.line("  " + " ".join(text.split()), style="italic")
+    run.log.append_sample(
+        {
+            "step": run.step,
+            "prompt": "",
+            "text": text,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+        }
+    )
     return is_best
 
 
-@uncompiled
-def evaluate_split(run: Run, *, full: bool, stop: StopSignals | None = None) -> Score | None:
-    """Score the held-out split, all of it or its fixed part; each process scores some batches, and
-    all return the sum. None if a signal interrupted it."""
+def evaluate_split(
+    run: Run,
+    *,
+    limit_tokens: int | None = None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Score:
+    """Score the held-out split, all of it or its fixed part of `limit_tokens`; each process scores
+    some batches, and all return the sum. It ends early once it `is_interrupted`."""
     rank, size = run.model.eval_shard
-    context = run.lm_loss.decoder.config.window_tokens
+    context = run.model.lm_loss.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
         context_length=context,
         rows=max(1, EVALUATION_TOKENS // context),
-        limit_tokens=None if full else run.config.train.evaluate_tokens,
+        limit_tokens=limit_tokens,
         rank=rank,
         size=size,
     )
     scores = score_batches(
-        run.lm_loss,
-        (b for b in batches if stop is None or not stop.interrupts_evaluation(run.world)),
+        run.model.lm_loss,
+        takewhile(lambda _: not is_interrupted(), batches),
         byte_lengths_V=byte_lengths(run.data.tokenizer()),
         world=run.world,
         precision=run.config.train.precision,
     )
-    if stop is not None and stop.interrupts_evaluation(run.world):
-        return None
     if not run.model.owns_loss:
         scores = []
     # fsum over all batches: the result does not depend on which process scored which.
@@ -113,44 +147,19 @@ def evaluate_split(run: Run, *, full: bool, stop: StopSignals | None = None) -> 
     return Score(nats, int(all_tokens), int(all_bytes))
 
 
-def _write_sample(run: Run) -> None:
-    sampling = Sampling(temperature=0.8, seed=run.config.train.seed)
-    run.model.unshard()
-    with run.world.autocast(run.model.compute_dtype):
-        text = uncompiled(generate)(
-            run.lm_loss.decoder,
-            run.data.tokenizer(),
-            "",
-            max_tokens=SAMPLE_TOKENS,
-            sampling=sampling,
-        )[0]
-    run.console.sample(text)
-    run.log.append_sample(
-        {
-            "step": run.step,
-            "prompt": "",
-            "text": text,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-        }
-    )
-
-
 # --- in-loop tasks --------------------------------------------------------------------------------
 
 
-@uncompiled
-def evaluate_tasks(run: Run, stop: StopSignals) -> None:
-    """Evaluate the in-loop tasks that have no result at this step, until a signal comes."""
-    tokenizer = run.data.tokenizer()
+def evaluate_tasks(run: Run, tasks: Sequence[EvalTask], stop: StopSignals) -> None:
+    """Evaluate in-loop tasks until a signal comes."""
     rows = []
     run.model.unshard()
-    for task in missing_tasks(run):
+    for task in tasks:
         if stop.interrupts_evaluation(run.world):
             break
         row = evaluate_in_loop(
-            run.lm_loss.decoder,
-            tokenizer,
+            run.model.lm_loss.decoder,
+            run.data.tokenizer(),
             task,
             world=run.world,
             precision=run.config.train.precision,
@@ -171,7 +180,6 @@ def last_task_results(run: Run) -> dict[str, dict[str, Any]]:
 # --- losses of single tokens ----------------------------------------------------------------------
 
 
-@uncompiled
 def token_losses(run: Run) -> dict[str, Any]:
     """The model's predictions, token by token, of the start of a held-out document."""
     tokenizer, stream = run.data.tokenizer(), run.data.split("val")
@@ -184,7 +192,7 @@ def token_losses(run: Run) -> dict[str, Any]:
         return {"passage": [], "cards": []}
     run.model.unshard()
     return sample_text_predictions(
-        run.lm_loss.decoder,
+        run.model.lm_loss.decoder,
         tokenizer,
         longest,
         world=run.world,

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
 from pretrain.data.trace import Tracer
 from pretrain.evaluate.baselines import measure_baselines
 from pretrain.model.sizes import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
-from pretrain.run.directory import BASELINES, PREDICTIONS, SUMMARY, write_json
+from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
+from pretrain.train.build import uncompiled
 from pretrain.train.eval_hooks import (
-    evaluate,
+    evaluate_if_due,
     evaluate_split,
-    evaluate_tasks,
-    evaluation_is_missing,
-    finish_interrupted_evaluation,
+    is_evaluated,
     last_task_results,
-    missing_tasks,
     token_losses,
 )
-from pretrain.train.monitor import (
-    MOST_IN_A_ROW,
-    NOT_FINITE,
-    SPIKE,
-    Anomaly,
-    unclipped,
-    write_post_mortem,
-)
+from pretrain.train.monitor import MOST_IN_A_ROW, NOT_FINITE, SPIKE, Anomaly
 from pretrain.train.signals import StopSignals
 from pretrain.train.state import Run, load_weights, roll_back
-from pretrain.train.step import Gradients, compute_gradients
+from pretrain.train.step import StepReport, compute_gradients
+
+MOST_POST_MORTEMS = 20
+# Steps before an anomaly that its post-mortem has the losses of.
+LAST_STEPS = 200
 
 Action = Literal["update", "skip", "roll back"]
 
@@ -42,43 +40,39 @@ def train(run: Run) -> int:
     config = run.config.train
     progress = run.console.progress(steps=run.n_steps, step=run.step)
     with StopSignals(immediate=True) as stop, progress:
-        finish_interrupted_evaluation(run, stop)
-        run.lm_loss.train()
+        evaluate_if_due(run, stop)  # what a signal interrupted before a resume
+        run.model.lm_loss.train()
         while run.step < run.n_steps and not run.patience_exhausted:
             start = time.perf_counter()
-            lr = run.lr_at(run.step)
-            set_learning_rate(run.optimizer, lr)
-            run.optimizer.zero_grad(set_to_none=True)
-            gradients = compute_gradients(
+            report = compute_gradients(
                 run.model,
                 run.batches.at(run.step),
                 clip=run.config.optimizer.clip,
-                world=run.world,
                 precision=config.precision,
             )
             stop.immediate = False  # from now on there is a step to save
 
-            anomaly = run.spike_detector.check(gradients.nats_per_token, gradients.grad_norm)
-            action = "update" if anomaly is None else on_anomaly(run, anomaly, gradients)
+            anomaly = run.spike_detector.check(report.nats_per_token, report.grad_norm)
+            action = "update" if anomaly is None else on_anomaly(run, anomaly, report)
             if action == "roll back":
                 roll_back(run)  # run.step is an earlier one now
                 continue
-            if action == "update" and gradients.are_usable:
+            if action == "update" and report.is_usable:
+                set_learning_rate(run.optimizer, run.lr_at(run.step))
                 run.optimizer.step()
             run.world.synchronize()
-            log_step(run, gradients, anomaly, lr=lr, seconds=time.perf_counter() - start)
+            log_step(run, report, anomaly, seconds=time.perf_counter() - start)
 
-            improved = run.due(config.evaluate_every) and evaluate(run, stop)
-            if run.tasks and run.due(run.config.evaluate.every):
-                evaluate_tasks(run, stop)
-
+            improved = evaluate_if_due(run, stop)
             stopping = stop.requested(run.world) or run.step == run.planned_stop.stop_after
-            if improved or stopping or run.due(config.save_every) or run.is_milestone:
+            is_kept = run.due(config.save_every) or run.due(config.keep_every)
+            if improved or stopping or is_kept:
                 run.save(wait=stopping or run.step == run.n_steps)
             run.saver.poll()
             if run.step == run.planned_stop.kill_after:
-                run.kill()
-            if stopping and (run.step < run.n_steps or final_evaluation_is_missing(run)):
+                run.saver.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if stopping and (run.step < run.n_steps or not is_evaluated(run)):
                 return stop.exit_code
             if run.patience_exhausted:
                 run.console.line(
@@ -90,7 +84,7 @@ def train(run: Run) -> int:
     return 0
 
 
-def on_anomaly(run: Run, anomaly: Anomaly, gradients: Gradients) -> Action:
+def on_anomaly(run: Run, anomaly: Anomaly, report: StepReport) -> Action:
     """Report the anomaly of the step at hand, and return what to do about it."""
     action: Action = "skip"
     if run.config.train.spike_action == "rollback":
@@ -98,80 +92,102 @@ def on_anomaly(run: Run, anomaly: Anomaly, gradients: Gradients) -> Action:
     elif run.config.train.spike_action == "warn" and anomaly.kind == SPIKE:
         action = "update"
 
-    step, clip = run.step + 1, run.config.optimizer.clip
-    norms = run.model.gradient_norms()
-    path = None
-    if run.world.is_main:
-        path = write_post_mortem(
-            run.folder,
-            step=step,
-            anomaly=anomaly,
-            loss=gradients.nats_per_token,
-            grad_norm=gradients.grad_norm,
-            gradient_norms=unclipped(norms, clip=clip, grad_norm=gradients.grad_norm),
-            documents=documents_of_batch(run),
-            log=run.log.metrics(),
-        )
     message = (
-        f"step {step:,}: the loss is {gradients.nats_per_token:.3f}, the gradient norm "
-        f"{gradients.grad_norm:.3g}"
+        f"step {run.step + 1:,}: the loss is {report.nats_per_token:.3f}, the gradient norm "
+        f"{report.grad_norm:.3g}"
     )
     if anomaly.kind == SPIKE:
         message += f", {anomaly.z_score:.1f} standard deviations above the steps before"
     message += "; the update is made" if action == "update" else "; no update is made"
+    path = write_post_mortem(run, anomaly, report)
     if path is not None:
         message += f"; see {path}"
     run.console.line(message, style="yellow")
     return action
 
 
-def documents_of_batch(run: Run) -> list[dict[str, Any]]:
-    """The documents of the batch at hand: id and file of each, and which of its tokens."""
-    stream = run.data.split("train")
-    batches = run.batches
+def write_post_mortem(run: Run, anomaly: Anomaly, report: StepReport) -> Path | None:
+    """Describe the step at hand in a file: its documents, each parameter's gradient norm before
+    clipping, and the steps before. None on other ranks, and if the run has enough such files."""
+    norms = run.model.gradient_norms()  # all processes must call this
+    if not run.world.is_main:
+        return None
+    path = run.folder / POST_MORTEMS / f"step-{run.step + 1:08d}.json"
+    path.parent.mkdir(exist_ok=True)
+    if path.exists() or len(list(path.parent.iterdir())) >= MOST_POST_MORTEMS:
+        return None
+
+    clip, scale = run.config.optimizer.clip, 1.0
+    if clip and math.isfinite(report.grad_norm):  # gradients that are not finite are not clipped
+        scale = max(1.0, report.grad_norm / clip)
+    stream, batches = run.data.split("train"), run.batches
     tracer = Tracer(batches.order, stream.document_offsets, batches.batch_size, batches.rollbacks)
     parts = tracer.occurrences_in(run.step + 1)
     numbers = {part.document for part in parts}
     origins = {n: origin for n, origin in enumerate(stream.origins()) if n in numbers}
-    return [
-        {
-            "sample": part.sample,
-            "id": origins[part.document].id,
-            "file": origins[part.document].file,
-            "first_token": part.first_token,
-            "stop_token": part.stop_token,
-        }
-        for part in parts
-    ]
+    steps = [record for record in run.log.metrics() if record["kind"] == "train"]
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    content = {
+        "step": run.step + 1,
+        "finding": anomaly.kind,
+        "z_score": anomaly.z_score,
+        "loss": report.nats_per_token,
+        "grad_norm": report.grad_norm,
+        "gradient_norms": {
+            name: norm * scale if math.isfinite(norm) else None for name, norm in norms.items()
+        },
+        "documents": [
+            {
+                "sample": part.sample,
+                "id": origins[part.document].id,
+                "file": origins[part.document].file,
+                "first_token": part.first_token,
+                "stop_token": part.stop_token,
+            }
+            for part in parts
+        ],
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "last_steps": [{key: step.get(key) for key in keys} for step in steps[-LAST_STEPS:]],
+    }
+    write_json(path, content)
+    return path
 
 
-def log_step(
-    run: Run, gradients: Gradients, anomaly: Anomaly | None, *, lr: float, seconds: float
-) -> None:
+def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: float) -> None:
     """Count a step that took `seconds`, and add its line to metrics.jsonl and to the console.
 
-    A new metric is one line here, and one in `run.log.METRICS_KEYS`. ValueError after too many
-    losses in a row that are not finite.
+    A new metric is one line here and one in `run.log.METRICS_KEYS`; what needs all weights is a
+    method of `ParallelModel`, as `gradient_norms`. ValueError after too many losses in a row that
+    are not finite.
     """
+    lr = run.lr_at(run.step)
     run.step += 1
     run.train_seconds += seconds
-    run.spike_detector.record(gradients.nats_per_token, anomaly)
-    n_bytes, checksum = run.sum_over_readers()
-    bits_per_byte = gradients.nats / math.log(2) / n_bytes if n_bytes else math.nan
+    run.spike_detector.record(report.nats_per_token, anomaly)
+
+    own = (run.batches.n_bytes, run.batches.checksum, run.model.forward_seconds)
+    all_bytes, checksums, all_seconds = zip(*run.world.all_gather(own), strict=True)
+    for message in run.stragglers.record(all_seconds):
+        run.console.line(message, style="yellow")
+    # Processes that read the same rows count once.
+    size = run.world.size
+    _, n_readers = run.config.parallel.resolve(size).batch_shard(run.world.rank)
+    n_bytes = int(sum(all_bytes)) * n_readers // size
     record = {
         "kind": "train",
         "step": run.step,
         "tokens": run.tokens,
-        "loss": gradients.nats_per_token,
-        "bits_per_byte": bits_per_byte,
+        "loss": report.nats_per_token,
+        "bits_per_byte": report.nats / math.log(2) / n_bytes if n_bytes else math.nan,
         "learning_rate": lr,
-        "grad_norm": gradients.grad_norm,
-        "ids": checksum,
-        "tokens_per_second": gradients.count / seconds,
+        "grad_norm": report.grad_norm,
+        "ids": int(sum(checksums)) * n_readers // size,
+        "tokens_per_second": report.count / seconds,
         "seconds": run.train_seconds,
         "epoch": run.epochs,
-        **run.batches.source_tokens(run.step),
     }
+    if sources := run.batches.sources(run.step):
+        record["sources"] = {name: each["tokens"] for name, each in sources.items()}
     if anomaly is not None:
         record |= {"finding": anomaly.kind, "z_score": anomaly.z_score}
     run.log.append_metrics(record)
@@ -179,20 +195,12 @@ def log_step(
     is_not_finite = anomaly is not None and anomaly.kind == NOT_FINITE
     if is_not_finite and run.spike_detector.in_a_row >= MOST_IN_A_ROW:
         raise ValueError(
-            f"step {run.step:,}: the loss is {gradients.nats_per_token}, the gradient norm "
-            f"{gradients.grad_norm}, for the {MOST_IN_A_ROW}th step in a row, none of which made "
+            f"step {run.step:,}: the loss is {report.nats_per_token}, the gradient norm "
+            f"{report.grad_norm}, for the {MOST_IN_A_ROW}th step in a row, none of which made "
             f"an update; a lower optimizer.learning_rate (now {lr:.1e}) or a longer "
             "schedule.warmup_steps may help. The last checkpoint is intact."
         )
     run.console.step(record, steps=run.n_steps)
-
-
-def final_evaluation_is_missing(run: Run) -> bool:
-    """Whether a signal interrupted the evaluations after the last step; several processes finish
-    them."""
-    if run.world.size > 1:
-        return False
-    return evaluation_is_missing(run) or bool(missing_tasks(run))
 
 
 def finish(run: Run) -> None:
@@ -203,9 +211,9 @@ def finish(run: Run) -> None:
     if best != checkpoint and best.exists():
         checkpoint = best
         load_weights(run.model, open_checkpoint(best))
-    score = evaluate_split(run, full=True)
-    assert score is not None
-    predictions = token_losses(run)
+    with uncompiled():
+        score = evaluate_split(run)
+        predictions = token_losses(run)
     peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
         return
@@ -216,7 +224,7 @@ def finish(run: Run) -> None:
     write_json(run.folder / BASELINES, baselines)
     write_json(run.folder / PREDICTIONS, predictions)
 
-    decoder = run.lm_loss.decoder
+    decoder = run.model.lm_loss.decoder
     summary = {
         "parameters": n_parameters(decoder.config, vocab_size=decoder.vocab_size),
         "steps": run.step,
@@ -237,5 +245,6 @@ def finish(run: Run) -> None:
     }
     if run.tasks:
         summary["tasks"] = last_task_results(run)
-    summary |= run.batches.source_tokens(run.step, epochs=True)
+    if sources := run.batches.sources(run.step):
+        summary["sources"] = sources
     write_json(run.folder / SUMMARY, summary)

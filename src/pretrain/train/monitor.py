@@ -1,23 +1,20 @@
 """Loss spikes, values that are not finite, and slow processes.
 
-`SpikeDetector` checks the loss of a step before its update is made; `write_post_mortem` describes
-such a step in a file; `StragglerDetector` names the process that the others wait for. The detector
-is a pure function of metrics.jsonl, as is the list of rollbacks, so a resumed run detects the same.
+`SpikeDetector` checks the loss of a step before its update is made; `StragglerDetector` names the
+process that the others wait for. The spike detector is a pure function of metrics.jsonl, as is the
+list of rollbacks, so a resumed run detects the same.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pretrain.data.order import Rollback
-from pretrain.run.directory import POST_MORTEMS, write_json
 
 # Steps that a loss is compared with, and the fewest for a comparison. "2 OLMo 2 Furious" (OLMo et
 # al., 2025) skips updates beyond 6 standard deviations of the last 128 losses. Early in a run
@@ -30,9 +27,6 @@ MOST_IN_A_ROW = 10
 MOST_ROLLBACKS = 3
 NOT_FINITE = "not finite"
 SPIKE = "spike"
-
-LAST_STEPS = 200
-MOST_POST_MORTEMS = 20
 
 # Steps over which the speed of processes is compared, and the share of the median speed below which
 # a process is slow.
@@ -62,10 +56,21 @@ class SpikeDetector:
         """The anomaly of a step with this loss (nats per target), if there is one."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return Anomaly(NOT_FINITE, math.nan)
-        z_score = self._z_score(loss)
-        if z_score > self.threshold and self.in_a_row < MOST_IN_A_ROW:
-            return Anomaly(SPIKE, z_score)
-        return None
+        n = len(self.losses)
+        if n < LEAST_STEPS or self.in_a_row >= MOST_IN_A_ROW:
+            return None
+        mean = math.fsum(self.losses) / n
+        middle = (n - 1) / 2
+        variance_of_i = n * (n * n - 1) / 12  # the sum of (i - middle)^2
+        trend = math.fsum((i - middle) * x for i, x in enumerate(self.losses)) / variance_of_i
+        residuals = (x - mean - trend * (i - middle) for i, x in enumerate(self.losses))
+        deviation = math.sqrt(math.fsum(x * x for x in residuals) / n)
+        # A curve that flattens is above its line, so the mean of the last 8 losses is a second
+        # expectation. And in a curve that hardly moves a thousandth of the loss is not a spike.
+        last = math.fsum(list(self.losses)[-8:]) / 8
+        expected = max(mean + trend * (n - middle), last)
+        z_score = (loss - expected) / max(deviation, 1e-3 * abs(mean), 1e-12)
+        return Anomaly(SPIKE, z_score) if z_score > self.threshold else None
 
     def record(self, loss: float, anomaly: Anomaly | None) -> None:
         """Take in a step that was checked."""
@@ -77,88 +82,21 @@ class SpikeDetector:
         self.in_a_row = 0
         self.losses.append(loss)
 
-    def _z_score(self, loss: float) -> float:
-        n = len(self.losses)
-        if n < LEAST_STEPS:
-            return 0.0
-        mean = math.fsum(self.losses) / n
-        middle = (n - 1) / 2
-        variance_of_i = n * (n * n - 1) / 12  # the sum of (i - middle)^2
-        trend = math.fsum((i - middle) * x for i, x in enumerate(self.losses)) / variance_of_i
-        residuals = (x - mean - trend * (i - middle) for i, x in enumerate(self.losses))
-        deviation = math.sqrt(math.fsum(x * x for x in residuals) / n)
-        # A curve that flattens is above its line, so the mean of the last 8 losses is a second
-        # expectation. And in a curve that hardly moves a thousandth of the loss is not a spike.
-        last = math.fsum(list(self.losses)[-8:]) / 8
-        expected = max(mean + trend * (n - middle), last)
-        return (loss - expected) / max(deviation, 1e-3 * abs(mean), 1e-12)
-
     @staticmethod
     def from_log(records: Iterable[Mapping[str, Any]], *, threshold: float) -> SpikeDetector:
         """The detector after the steps of metrics.jsonl."""
         detector = SpikeDetector(threshold)
         for record in records:
             if record["kind"] == "train":
-                loss = math.nan if record["loss"] is None else record["loss"]
                 kind = record.get("finding")
-                anomaly = None
-                if kind is not None:
-                    anomaly = Anomaly(kind, record.get("z_score") or math.nan)
-                detector.record(loss, anomaly)
+                anomaly = None if kind is None else Anomaly(kind, math.nan)
+                detector.record(record["loss"], anomaly)
         return detector
 
 
 def rollbacks_of(records: Iterable[Mapping[str, Any]]) -> list[Rollback]:
     """The rollbacks of metrics.jsonl, in order."""
     return [Rollback(r["step"], r["batches"]) for r in records if r["kind"] == "rollback"]
-
-
-# --- a file about an anomalous step ---------------------------------------------------------------
-
-
-def write_post_mortem(
-    run_folder: Path,
-    *,
-    step: int,
-    anomaly: Anomaly,
-    loss: float,
-    grad_norm: float,
-    gradient_norms: Mapping[str, float],
-    documents: Sequence[Mapping[str, Any]],
-    log: Iterable[Mapping[str, Any]],
-) -> Path | None:
-    """Describe step `step` (from 1): its documents, each parameter's gradient norm before clipping,
-    and the steps before; None if the run has enough of such files, or has this one."""
-    folder = run_folder / POST_MORTEMS
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.json"
-    if path.exists() or len(list(folder.iterdir())) >= MOST_POST_MORTEMS:
-        return None
-    last = [record for record in log if record["kind"] == "train"][-LAST_STEPS:]
-    keys = ("step", "loss", "grad_norm", "learning_rate")
-    content = {
-        "step": step,
-        "finding": anomaly.kind,
-        "z_score": anomaly.z_score,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "gradient_norms": {
-            name: norm if math.isfinite(norm) else None for name, norm in gradient_norms.items()
-        },
-        "documents": documents,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "last_steps": [{key: record.get(key) for key in keys} for record in last],
-    }
-    write_json(path, content)
-    return path
-
-
-def unclipped(norms: Mapping[str, float], *, clip: float, grad_norm: float) -> dict[str, float]:
-    """Each parameter's gradient norm before clipping to `clip` (0: not clipped), where the joint
-    norm was `grad_norm`; gradients of a norm that is not finite are never clipped."""
-    is_clipped = clip > 0 and math.isfinite(grad_norm)
-    factor = max(1.0, grad_norm / clip) if is_clipped else 1.0
-    return {name: norm * factor for name, norm in norms.items()}
 
 
 # --- slow processes -------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pretrain.model.fused import linear
 from pretrain.model.sizes import n_matmul_parameters, training_flops
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.build import trial_steps
-from pretrain.train.config import TrainConfig
+from pretrain.train.config import TrainConfig, filled
 from pretrain.train.resolve import resolve, resolve_precision
 
 WARM_UP_STEPS = 3
@@ -65,7 +65,6 @@ def profile_steps(config: RunConfig, data: PreparedData, world: World) -> Profil
     config = replace(config, train=train, parallel=ParallelConfig())
     config = resolve(config, data, world)
     model, train = config.model, config.train
-    assert train.batch_tokens is not None
 
     steps = trial_steps(config, data, world, steps=ALL_STEPS, read=_as_data)
     seconds = [_time_next(steps, world) for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
@@ -76,16 +75,27 @@ def profile_steps(config: RunConfig, data: PreparedData, world: World) -> Profil
     with profile(activities=activities) as recorded:
         profiled_seconds = sum(_time_next(steps, world) for _ in range(PROFILED_STEPS))
 
+    # Each event's own time counts for what it is part of; time outside of events is Python's, or on
+    # a GPU waiting.
+    is_cuda = world.device.type == "cuda"
+    spent = dict.fromkeys(("matrix products", "attention", "optimizer", "data", "the rest"), 0.0)
+    for event in recorded.events():
+        if event.device_type.name == "CPU":  # not a GPU kernel, whose time its event has too
+            own = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+            spent[_category(event)] += own * 1e-6
+    spent["waiting" if is_cuda else "Python"] = max(0.0, profiled_seconds - sum(spent.values()))
+    all_seconds = sum(spent.values())
+
     vocab_size = data.manifest.vocab_size
     per_token = training_flops(model, vocab_size=vocab_size)
     n_matrix = n_matmul_parameters(model, vocab_size=vocab_size)
-    speed = train.batch_tokens / step_seconds
+    speed = filled(train.batch_tokens) / step_seconds
     ceiling = ceiling_flops(model, train, world)
-    device_name = _device_name(world)
+    device_name = torch.cuda.get_device_name(world.device) if is_cuda else "cpu"
     peaks = [flops for name, flops in GPU_FLOPS.items() if name in device_name]
     mfu = speed * per_token / peaks[0] if peaks and train.precision == "bf16" else None
     return Profile(
-        shares=_shares(recorded.events(), profiled_seconds, on_device=world.device.type == "cuda"),
+        shares={name: each / all_seconds for name, each in spent.items()},
         step_seconds=step_seconds,
         tokens_per_second=speed,
         matrix_parameters=n_matrix,
@@ -118,20 +128,6 @@ def _time_next(steps: Iterator[Any], world: World) -> float:
     return time.perf_counter() - start
 
 
-def _shares(events: Iterable[Any], total: float, *, on_device: bool) -> dict[str, float]:
-    """Shares of `total` seconds by category. Each event's own time counts for what it is part of;
-    time outside of events is Python's, or on a GPU waiting."""
-    seconds = dict.fromkeys(("matrix products", "attention", "optimizer", "data", "the rest"), 0.0)
-    for event in events:
-        if event.device_type.name == "CPU":  # not a GPU kernel, whose time its event has too
-            own = event.self_device_time_total if on_device else event.self_cpu_time_total
-            seconds[_category(event)] += own * 1e-6
-    outside = "waiting" if on_device else "Python"
-    seconds[outside] = max(0.0, total - sum(seconds.values()))
-    all_seconds = sum(seconds.values())
-    return {name: each / all_seconds for name, each in seconds.items()}
-
-
 def _category(event: Any) -> str:
     ancestor = event
     while ancestor is not None:
@@ -148,8 +144,7 @@ def _category(event: Any) -> str:
 def ceiling_flops(model: ModelConfig, train: TrainConfig, world: World) -> float:
     """FLOP/s of the fastest of X W^T, Y W and Y^T X, by any library that the model may use, at the
     shapes of its attention and its feed-forward layer."""
-    assert train.micro_batch_rows is not None
-    rows = train.micro_batch_rows * model.window_tokens
+    rows = filled(train.micro_batch_rows) * model.window_tokens
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     best = 0.0
     for wide in {model.d_model, model.feed_forward_width}:
@@ -173,10 +168,6 @@ def ceiling_flops(model: ModelConfig, train: TrainConfig, world: World) -> float
                 seconds.append(time.perf_counter() - start)
             best = max(best, flops / min(seconds))
     return best
-
-
-def _device_name(world: World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
 
 
 def lines(result: Profile) -> list[str]:

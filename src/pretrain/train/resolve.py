@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
@@ -23,7 +23,8 @@ from pretrain.machine import memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import n_parameters
 from pretrain.parallel.config import ParallelConfig
-from pretrain.train.config import Device, Precision, TrainConfig, batch_errors
+from pretrain.train.config import Device, Precision, TrainConfig, batch_errors, filled
+from pretrain.validation import raise_errors
 
 if TYPE_CHECKING:
     from pretrain.evaluate.task_files import EvalTask
@@ -47,8 +48,7 @@ TRIAL_STEPS = 20
 TASK_TIME_SHARE = 0.03
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(NamedTuple):
     """What a timed trial measured."""
 
     step_seconds: float
@@ -63,13 +63,12 @@ def resolve(
     in-loop tasks have no interval; otherwise nothing is timed."""
     config = fit_batch(config, data, world)
     train = config.train
-    assert train.batch_tokens is not None
     if train.steps is None and train.minutes is None:
         # Sources of a mixture may have a number of epochs instead, which sets the length.
         tokens = data.tokens_for_epochs if isinstance(data, MixedData) else None
         if tokens is None:
             raise ValueError("train.steps or train.minutes must be given, to set the length")
-        train = replace(train, steps=max(1, round(tokens / train.batch_tokens)))
+        train = replace(train, steps=max(1, round(tokens / filled(train.batch_tokens))))
         config = replace(config, train=train)
 
     pace = None
@@ -95,28 +94,27 @@ def fit_batch(config: RunConfig, data: PreparedData, world: World) -> RunConfig:
     model, train = config.model, config.train
     context, batch_tokens = check_batch(model, train, n_tokens=data.min_source_tokens)
     model = replace(model, context_length=context)
+    vocab_size, device = data.manifest.vocab_size, world.device.type
     if model.ngram_rows and model.longest_ngram is None:
-        model = replace(model, longest_ngram=default_longest_ngram(data.manifest.vocab_size))
+        model = replace(model, longest_ngram=6 if vocab_size < SMALL_VOCABULARY else 3)
 
     parallel = replace(config.parallel, processes=world.size)
     axes = parallel.resolve(world.size)
-    check_model_fits(model, axes, vocab_size=data.manifest.vocab_size)
+    check_model_fits(model, axes, vocab_size=vocab_size)
     _, n_readers = axes.batch_shard(0)
     rows = batch_tokens // context
     # The deterministic reduction needs the same micro-batches for any number of processes.
     own_rows = rows if parallel.elastic else ceil_div(rows, n_readers)
-
     compile_choice = train.compile
     if compile_choice == "auto":
-        compile_choice = "on" if world.device.type == "cuda" else "off"
-    if train.steps is not None:
-        train = replace(train, minutes=None)  # of a recipe; the number of steps replaces it
+        compile_choice = "on" if device == "cuda" else "off"
     train = replace(
         train,
+        # The number of steps replaces the minutes of a recipe.
+        minutes=train.minutes if train.steps is None else None,
         batch_tokens=batch_tokens,
-        micro_batch_rows=train.micro_batch_rows
-        or fit_micro_batch(own_rows, model, world.device.type),
-        device=cast(Device, world.device.type),
+        micro_batch_rows=train.micro_batch_rows or fit_micro_batch(own_rows, model, device),
+        device=cast(Device, device),
         threads=world.threads,
         precision=resolve_precision(train, world),
         compile=compile_choice,
@@ -143,29 +141,19 @@ def check_batch(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> tup
         raise ValueError(f"model.context_length is too long: {error}") from None
 
     batch_tokens = train.batch_tokens or max(1, DEFAULT_BATCH_TOKENS // context) * context
-    for _, message in batch_errors(
-        batch_tokens, context_length=context, micro_batch_rows=train.micro_batch_rows
-    ):
-        raise ValueError(message)
+    rows = train.micro_batch_rows
+    raise_errors(batch_errors(batch_tokens, context_length=context, micro_batch_rows=rows))
     return context, batch_tokens
-
-
-def default_longest_ngram(vocab_size: int) -> int:
-    """Tokens of the longest n-gram that has an embedding."""
-    return 6 if vocab_size < SMALL_VOCABULARY else 3
 
 
 def check_model_fits(model: ModelConfig, axes: ParallelConfig, *, vocab_size: int) -> None:
     """ValueError for a model whose sizes the axes do not divide, or whose weights and gradients
     alone do not fit into this machine's memory."""
-    errors = [message for _, message in axes.model_errors(model)]
-    if errors:
-        raise ValueError(errors[0])
-    n = n_parameters(model, vocab_size=vocab_size)
-    available = memory_bytes()
-    assert axes.data is not None
+    raise_errors(axes.model_errors(model))
     # Each replica is sharded over several processes, some of which are on this machine.
+    assert axes.data is not None
     replicas_here = n_local_processes() * axes.data / axes.processes
+    n, available = n_parameters(model, vocab_size=vocab_size), memory_bytes()
     needed = 8 * n * replicas_here  # float32 weights and gradients
     if available is not None and needed > available:
         raise ValueError(
@@ -204,18 +192,16 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
     train, schedule = config.train, config.schedule
     if train.steps is None:
         assert pace is not None
-        assert train.minutes is not None
         step_and_tasks = pace.step_seconds
         if config.evaluate.every is not None:
             step_and_tasks += pace.task_seconds / config.evaluate.every
         elif pace.task_seconds:
             step_and_tasks += TASK_TIME_SHARE * pace.step_seconds
         evaluating = _evaluating_steps(data, train) * pace.step_seconds
-        fitting = max(1, int((60 * train.minutes - evaluating) / step_and_tasks))
+        fitting = max(1, int((60 * filled(train.minutes) - evaluating) / step_and_tasks))
         train = replace(train, steps=min(fitting, max_steps(config, data) or fitting))
 
-    steps = train.steps
-    assert steps is not None
+    steps = filled(train.steps)
     every = train.evaluate_every or max(1, ceil_div(steps, EVALUATIONS))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
     if schedule.warmup_steps is None:
@@ -225,16 +211,10 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
 
 def max_steps(config: RunConfig, data: PreparedData) -> int | None:
     """Upper bound on the steps of a time budget, or None: n-gram tables overfit after one epoch."""
-    assert config.train.batch_tokens is not None
     has_tables = bool(config.model.ngram_rows)
     if not has_tables or config.train.minutes is None or isinstance(data, MixedData):
         return None
-    return max(SHORT_RUN, ceil_div(data.split("train").n_tokens, config.train.batch_tokens))
-
-
-def ends_early(config: RunConfig, data: PreparedData) -> bool:
-    """Whether the steps are limited by the text rather than by train.minutes."""
-    return config.train.steps == max_steps(config, data)
+    return max(SHORT_RUN, ceil_div(data.split("train").n_tokens, filled(config.train.batch_tokens)))
 
 
 def task_interval(train: TrainConfig, pace: Pace) -> int:
@@ -243,21 +223,16 @@ def task_interval(train: TrainConfig, pace: Pace) -> int:
     The smallest multiple of evaluate_every (whose steps are saved too) at which tasks take no more
     than TASK_TIME_SHARE of the training time; the last step alone if one evaluation takes more.
     """
-    steps, every = train.steps, train.evaluate_every
-    assert steps is not None
-    assert every is not None
+    steps, every = filled(train.steps), filled(train.evaluate_every)
     times = int(TASK_TIME_SHARE * steps * pace.step_seconds / max(pace.task_seconds, 1e-9))
-    if times <= 1:
-        return steps
-    return min(steps, ceil_div(steps, times * every) * every)
+    return steps if times <= 1 else min(steps, ceil_div(steps, times * every) * every)
 
 
 def _evaluating_steps(data: PreparedData, train: TrainConfig) -> float:
     """Training steps that take as long as all evaluations, which have no backward pass: two thirds
     of a step."""
-    assert train.batch_tokens is not None
     val_tokens = min(train.evaluate_tokens, data.split("val").n_tokens)
-    return EVALUATIONS * val_tokens / train.batch_tokens / 3
+    return EVALUATIONS * val_tokens / filled(train.batch_tokens) / 3
 
 
 # --- a timed trial --------------------------------------------------------------------------------
@@ -284,10 +259,10 @@ def measure_pace(
     seconds = []
     start = time.perf_counter()
     last = start
-    for report in trial_steps(config, data, world, steps=n_steps + 2):
+    for step, _ in enumerate(trial_steps(config, data, world, steps=n_steps + 2)):
         world.synchronize()
         now = time.perf_counter()
-        is_warm_up = report.step < 2  # of caches and memory
+        is_warm_up = step < 2  # of caches and memory
         if is_warm_up and train.compile == "on":
             start = now  # compiling is not part of a step's time
         elif not is_warm_up or now - start > TRIAL_SECONDS:
@@ -303,12 +278,14 @@ def measure_pace(
 
     task_seconds = 0.0
     if tasks:
-        task_seconds = uncompiled(evaluation_seconds)(
-            build_model(config, data, world).lm_loss.decoder,
-            data.tokenizer(),
-            tasks,
-            world=world,
-            precision=train.precision,
-        )
+        model, _ = build_model(config, data, world)
+        with uncompiled():
+            task_seconds = evaluation_seconds(
+                model.lm_loss.decoder,
+                data.tokenizer(),
+                tasks,
+                world=world,
+                precision=train.precision,
+            )
     step_seconds, task_seconds = world.all_gather([step_seconds, task_seconds])[0]
     return Pace(step_seconds, task_seconds)

@@ -6,9 +6,8 @@ a compiler may work for minutes, and after the last checkpoint.
 
 from __future__ import annotations
 
-import os
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple
 
 from pretrain.distributed import World
@@ -21,13 +20,6 @@ class PlannedStop(NamedTuple):
     """save and stop after this step, as after a signal"""
     kill_after: int | None = None
     """send SIGKILL to this process after this step"""
-
-
-NO_PLANNED_STOP = PlannedStop()
-
-
-def kill_this_process() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Stopped(KeyboardInterrupt):
@@ -56,12 +48,7 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
