@@ -474,7 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="as for pretrain evaluate")
     parser.add_argument("samples", metavar="SAMPLES", type=Path, help="samples_*.jsonl of the task")
-    scoring.add_arguments(parser)
+    for option in scoring.OPTIONS:
+        option.add_to(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
     output = Output(json=args.json)

@@ -205,8 +205,11 @@ def default_of(entry: Field[Any]) -> Any:
 # --- The command line -----------------------------------------------------------------------------
 
 
-def parse_overrides(args: Sequence[str]) -> Layer:
-    """Return `--train.steps 20 --model.dropout=0.1` as a layer; values are read as YAML."""
+def parse_overrides(args: Sequence[str], *, others: list[str] | None = None) -> Layer:
+    """Return `--train.steps 20 --model.dropout=0.1` as a layer; values are read as YAML.
+
+    Arguments that are no settings are appended to `others`; without it they are errors.
+    """
     layer: dict[str, dict[str, Any]] = {}
     errors: list[FieldError] = []
     remaining = list(args)
@@ -214,6 +217,9 @@ def parse_overrides(args: Sequence[str]) -> Layer:
         arg = remaining.pop(0)
         name, has_value, value = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or "." not in name:
+            if others is not None:
+                others.append(arg)
+                continue
             errors.append(("", f"{arg!r} is not a setting; settings look like --train.steps 100"))
             continue
         if not has_value:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.cli.options import split_settings
 from pretrain.config import (
     RENAMED_KEYS,
     SECTIONS,
@@ -107,10 +106,11 @@ def test_every_learning_rate_is_read_back_equal(value: float) -> None:
 
 
 def test_settings_are_separated_from_other_args() -> None:
-    words = "my.txt --train.steps 20 --run out --model.d_model=64 --resume --train.minutes"
-    settings, rest = split_settings(words.split())
-    assert settings == ["--train.steps", "20", "--model.d_model=64", "--train.minutes"]
-    assert rest == ["my.txt", "--run", "out", "--resume"]
+    words = "my.txt --train.steps 20 --run out --model.d_model=64 --resume"
+    others: list[str] = []
+    layer = parse_overrides(words.split(), others=others)
+    assert layer == {"train": {"steps": 20}, "model": {"d_model": 64}}
+    assert others == ["my.txt", "--run", "out", "--resume"]
 
 
 def test_a_renamed_key_names_its_new_name() -> None:

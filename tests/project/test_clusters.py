@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.cli.options import split_settings
 from pretrain.config import compose, parse_overrides
 from pretrain.runner.request import read_target
 
@@ -42,10 +41,11 @@ def test_its_commands_are_legal(name: str) -> None:
     """What a first start says, and what a job says that was begun before."""
     text = scripts()[name].replace('"$run"', "runs/on-slurm")
     first, again = re.findall(r"words=[(\"](train [^\")]*)[\")]", text)
-    settings, rest = split_settings(shlex.split(first))
+    rest: list[str] = []
+    settings = parse_overrides(shlex.split(first), others=rest)
     verb, recipe, flag, folder = rest
     assert (verb, flag) == ("train", "--run")
-    config = compose([*read_target(recipe)[1], parse_overrides(settings)])
+    config = compose([*read_target(recipe)[1], settings])
     assert config.train.steps == 10_000
     # Two machines of eight: a copy of the model on each.
     assert config.parallel.resolve(16).data == 2

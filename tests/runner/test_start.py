@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
-from pretrain.cli.options import split_settings
 from pretrain.config import parse_overrides
 from pretrain.runner import start
 from pretrain.runner.request import is_started, new_run_folder, requested_file
@@ -23,8 +22,9 @@ from tiny import TINY
 def test_overrides_survive_the_command_line(value: object) -> None:
     overrides: dict[str, dict[str, Any]] = {"train": {"steps": value}, "model": {"d_model": 64}}
     request = start.Request(target="my text.txt", overrides=overrides, accepted=("code",))
-    settings, args = split_settings(start._command_line(request, Path("runs/a")))
-    assert parse_overrides(settings) == overrides
+    args: list[str] = []
+    words = start._command_line(request, Path("runs/a"))
+    assert parse_overrides(words, others=args) == overrides
     assert args == ["train", "--run", "runs/a", "my text.txt", "--accept", "code"]
 
 

@@ -1,4 +1,4 @@
-"""The command line: one command a file in `commands`, each with `add_arguments` and `run`.
+"""The command line: one command a file in `commands`, each with a table of `OPTIONS` and `run`.
 
 `main` imports the file of the command, runs it, and turns errors into exit codes: 0 done; 2 an
 error that the user can correct, in one message; 1 a bug, with a traceback; 130 and 143 stopped by a
@@ -13,11 +13,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pretrain import __version__
 from pretrain.cli.output import Output
@@ -110,24 +110,30 @@ def _run_command(command: str, args: list[str], output: Output) -> int:
     module = import_module(f"pretrain.cli.commands.{name}")
     parser = _Parser(
         prog=f"pretrain {command}",
+        usage=getattr(module, "USAGE", None),
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    module.add_arguments(parser)
+    for option in module.OPTIONS:
+        option.add_to(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; other text goes to stderr"
     )
-    settings: list[str] = []
-    if hasattr(module, "TAKES_SETTINGS"):
-        from pretrain.cli.options import split_settings
+    overrides: Mapping[str, Mapping[str, Any]] = {}
+    if parser.usage:  # the command takes settings
+        from pretrain.config import parse_overrides
 
-        settings, args = split_settings(args)
-    if hasattr(module, "epilog") and ("-h" in args or "--help" in args):
-        parser.epilog = module.epilog()
+        others: list[str] = []
+        overrides = parse_overrides(args, others=others)
+        args = others
+        if "-h" in args or "--help" in args:
+            parser.epilog = module.epilog()
     parsed = parser.parse_args(args)
-    parsed.settings = settings
-    _reject_urls(parsed)
+    for option in module.OPTIONS:
+        option.check(parsed)
+    _reject_urls(parsed, overrides)
+    parsed.overrides = overrides
     return int(module.run(parsed, output))
 
 
@@ -138,15 +144,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def _reject_urls(args: argparse.Namespace) -> None:
+def _reject_urls(args: argparse.Namespace, overrides: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError for a URL where a path is expected: it would become a strange folder."""
-    for name, value in vars(args).items():
-        if name in _TEXT_ARGS:
-            continue
-        for arg in value if isinstance(value, list) else [value]:
-            arg = str(arg)
-            path = arg.partition("=")[2] if arg.startswith("--") else arg
-            if _URL.match(path):
+    values = [value for name, value in vars(args).items() if name not in _TEXT_ARGS]
+    values += [value for section in overrides.values() for value in section.values()]
+    for value in values:
+        for path in value if isinstance(value, list) else [value]:
+            if _URL.match(str(path)):
                 raise ValueError(
                     f"{path} is a URL; files are read from and written to disks only: copy it "
                     "first (aws s3 sync, gcloud storage rsync), or mount it (mountpoint-s3)"

@@ -7,8 +7,8 @@ import ast
 import inspect
 import shutil
 import textwrap
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pretrain.config import SECTIONS, default_of
@@ -17,71 +17,79 @@ from pretrain.runner.open import MODEL_HELP
 _HELP_COLUMN = 34
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option or an argument of a command, as a row of a table."""
+
+    name: str
+    """`--flag METAVAR`; `--flag`, which is a switch without `choices`; or `METAVAR`, an argument"""
+    help: str | None
+    """without the default, which is added in brackets"""
+    default: Any = None
+    type: Callable[[str], Any] | None = None
+    """needed if there is no default of that type"""
+    choices: Sequence[str] | None = None
+    nargs: str | None = None
+    """argparse's, or "append": the option may be repeated"""
+    required: bool = False
+    least: float | None = None
+    """the smallest number that is accepted"""
+
+    @property
+    def key(self) -> str:
+        """The name of the value in the parsed arguments."""
+        return self.name.split()[0].lstrip("-").replace("-", "_").lower()
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Declare it to argparse."""
+        flag, _, metavar = self.name.partition(" ")
+        help = self.help
+        if help and self.default not in (None, "", ()) and not help.endswith("]"):
+            help += f" [{self.default}]"
+        if flag.startswith("-") and not metavar and not self.choices:
+            parser.add_argument(flag, action="store_true", help=help)
+            return
+        options: dict[str, Any] = {"help": help, "default": self.default, "choices": self.choices}
+        if flag.startswith("-"):
+            options |= {"metavar": metavar or None, "required": self.required}
+        else:
+            flag, options["metavar"] = self.key, None if self.choices else flag
+        if self.nargs == "append":
+            options |= {"action": "append", "default": []}
+        else:
+            options["nargs"] = self.nargs
+        kind = self.type or (type(self.default) if self.default is not None else str)
+        parser.add_argument(flag, type=kind, **options)
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Raise ValueError for a number below the least."""
+        value = getattr(args, self.key)
+        if self.least is not None and value is not None and value < self.least:
+            raise ValueError(
+                f"--{self.key.replace('_', '-')} is {value}; it must be at least {self.least}"
+            )
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run directory")
-
-
-def add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
-
-
-def add_text_field(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--text-field", metavar="F", help="field of a jsonl record that contains the text"
-    )
-
-
-def add_prompt(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--prompt", default="", metavar="TEXT", help=help)
-    add_special(parser, "prompt")
-
-
-def add_special(parser: argparse.ArgumentParser, where: str) -> None:
-    parser.add_argument(
-        "--special",
-        action="store_true",
-        help=f"names of special tokens in the {where}, such as <|endoftext|>, become those tokens",
-    )
-
-
-def add_accept(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--accept",
-        action="append",
-        default=[],
-        metavar="CHANGE",
-        help="continue although CHANGE differs, and record it in changes.jsonl; the error message "
-        "names the changes; may be repeated",
-    )
+MODEL = Option("MODEL", MODEL_HELP)
+RUN = Option("RUN", "a run directory")
+OUT = Option("--out DIR", "a new or empty folder", required=True)
+DEVICE = Option("--device DEVICE", "auto, cpu, cuda or mps", "auto")
+TEXT_FIELD = Option("--text-field F", "field of a jsonl record that contains the text")
+SPECIAL = Option(
+    "--special",
+    "names of special tokens in the text, such as <|endoftext|>, become those tokens",
+)
+ACCEPT = Option(
+    "--accept CHANGE",
+    "continue although CHANGE differs, and record it in changes.jsonl; the error message names the "
+    "changes; may be repeated",
+    nargs="append",
+)
 
 
 def names(text: str | None) -> tuple[str, ...]:
     """Return the names in a text such as `a, b`."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
-
-
-def split_settings(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate `--section.key value` and `--section.key=value` from a command's own arguments."""
-    settings: list[str] = []
-    others: list[str] = []
-    remaining = list(args)
-    while remaining:
-        arg = remaining.pop(0)
-        if not arg.startswith("--") or "." not in arg.partition("=")[0]:
-            others.append(arg)
-            continue
-        settings.append(arg)
-        if "=" not in arg and remaining:
-            settings.append(remaining.pop(0))
-    return settings, others
 
 
 def settings_help() -> str:

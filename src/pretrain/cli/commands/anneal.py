@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.commands.extend import add_run_arguments
+from pretrain.cli.commands import extend
 from pretrain.cli.commands.train import run_request
 from pretrain.cli.output import Output
 
-TAKES_SETTINGS = True
+USAGE = extend.USAGE.replace("extend", "anneal")
+OPTIONS = extend.OPTIONS
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, command="anneal", settings="schedule.final_fraction")
+def epilog() -> str:
+    return extend.epilog("schedule.final_fraction")
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import add_device, add_model
+from pretrain.cli.options import DEVICE, MODEL, Option
 from pretrain.cli.output import Output
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument(
-        "--task", required=True, metavar="NAME", help="translate-en-fr, answer, summarize, ..."
-    )
-    parser.add_argument("--input", required=True, metavar="TEXT", help="the input of the task")
-    add_device(parser)
+OPTIONS = (
+    MODEL,
+    Option("--task NAME", "translate-en-fr, answer, summarize, ...", required=True),
+    Option("--input TEXT", "the input of the task", required=True),
+    DEVICE,
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

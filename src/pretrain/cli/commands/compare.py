@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
+from pretrain.cli.options import Option
 from pretrain.cli.output import Output
 from pretrain.runner.open import MODEL_HELP
 
@@ -20,21 +21,16 @@ if TYPE_CHECKING:
     from pretrain.evaluate.task_files import EvalTask
     from pretrain.runner.open import LoadedModel
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help=f"two or more; the others minus the first; {MODEL_HELP}",
-    )
-    scoring.add_arguments(parser)
+OPTIONS = (
+    Option("MODEL", f"two or more; the others minus the first; {MODEL_HELP}", nargs="+"),
+    *scoring.OPTIONS,
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    names: list[str] = list(dict.fromkeys(args.models))
+    names: list[str] = list(dict.fromkeys(args.model))
     if len(names) < 2:
-        raise ValueError(f"{' '.join(args.models)} is one model; compare needs two or more")
+        raise ValueError(f"{' '.join(args.model)} is one model; compare needs two or more")
     if not (args.text or args.tasks or args.task_file):
         raise ValueError(
             "compare needs a text or a task: --text FILE, --tasks NAME or --task-file FILE"

@@ -16,29 +16,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from pretrain.cli.options import Option
 from pretrain.cli.output import Output
 from pretrain.evaluate.task_files import read_task_file
 
-DEFAULT = "demonstrations"
 TEST_FRACTION = 0.04
 # Translations in one document, under one heading.
 _TRANSLATIONS_PER_DOCUMENT = 4
 _ALIGNED = re.compile(r"(?P<name>.*(?P<split>train|test).*)\.(?P<language>en|fr|de)(\.\w+)?")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "articles",
+OPTIONS = (
+    Option(
+        "ARTICLES",
+        "records with a title and a text, such as an encyclopedia as JSON lines",
         nargs="+",
-        metavar="ARTICLES",
-        help="records with a title and a text, such as an encyclopedia as JSON lines",
-    )
-    parser.add_argument(
-        "--translations",
-        metavar="DIR",
-        help="folder of files NAME.train.en, .fr, .de and NAME.test.en, ...: one sentence a line",
-    )
-    parser.add_argument("--out", default=DEFAULT, metavar="DIR", help=f"new folder [{DEFAULT}]")
+    ),
+    Option(
+        "--translations DIR",
+        "folder of files NAME.train.en, .fr, .de and NAME.test.en, ...: one sentence a line",
+    ),
+    Option("--out DIR", "new folder", "demonstrations"),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

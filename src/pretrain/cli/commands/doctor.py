@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import add_device
+from pretrain.cli.options import DEVICE, Option
 from pretrain.cli.output import Output
 from pretrain.machine import n_processes
 from pretrain.runner.launch import launch_once
 from pretrain.selftest.doctor import check_machine
 from pretrain.selftest.rendezvous import check_processes
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_device(parser)
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="number of processes to start [1]"
-    )
+OPTIONS = (DEVICE, Option("--processes N", "number of processes to start", 1, least=1))
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    if args.processes < 1:
-        raise ValueError(f"--processes is {args.processes}; it must be at least 1")
     if n_processes() > 1:
         result = check_processes(args.device, output.log)
     elif args.processes > 1:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
+from pretrain.cli.options import MODEL, Option
 from pretrain.cli.output import Output
 from pretrain.fileio import nan_to_null
 from pretrain.run.directory import OVERLAP, write_json
-from pretrain.runner.open import MODEL_HELP
 from pretrain.runner.text import cache_folder, text_of_run
 
 if TYPE_CHECKING:
@@ -32,22 +32,17 @@ if TYPE_CHECKING:
 # A page of more tokens is too slow to look at.
 MAX_HEAT_MAP_TOKENS = 20_000
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    scoring.add_arguments(parser)
-    parser.add_argument(
-        "--answers", metavar="FILE", help="write the answers, one JSON line for each example"
-    )
-    parser.add_argument(
-        "--heat-map", metavar="FILE", help="write the texts as HTML, tokens coloured by their nats"
-    )
-    parser.add_argument(
+OPTIONS = (
+    MODEL,
+    *scoring.OPTIONS,
+    Option("--answers FILE", "write the answers, one JSON line for each example"),
+    Option("--heat-map FILE", "write the texts as HTML, tokens coloured by their nats"),
+    Option(
         "--overlap",
-        action="store_true",
-        help="also measure the share of these texts, and of generated text, that the training text "
+        "also measure the share of these texts, and of generated text, that the training text "
         "contains",
-    )
+    ),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.options import add_model, add_out
+from pretrain.cli.options import MODEL, OUT, Option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.fileio import move_into_place, nan_to_null
@@ -28,25 +28,19 @@ _PACKAGES = {
     "gguf": "python -m pip install 'pretrain[llamacpp]'",
 }
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("--format", required=True, choices=("hf", "gguf"), help="hf or gguf")
-    add_out(parser)
-    parser.add_argument(
+OPTIONS = (
+    MODEL,
+    Option("--format", "hf or gguf", choices=tuple(_NUMBERS), required=True),
+    OUT,
+    Option(
         "--type",
-        default="f32",
+        "number format; bf16 for hf only, q8_0 for gguf only",
+        "f32",
         choices=("f32", "f16", "bf16", "q8_0"),
-        help="number format; bf16 for hf only, q8_0 for gguf only [f32]",
-    )
-    parser.add_argument(
-        "--text", metavar="FILE", help="text to compare perplexity on [bundled corpus]"
-    )
-    parser.add_argument(
-        "--unverified",
-        action="store_true",
-        help="exit with 0 if the library that verifies is missing",
-    )
+    ),
+    Option("--text FILE", "text to compare perplexity on [bundled corpus]"),
+    Option("--unverified", "exit with 0 if the library that verifies is missing"),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

@@ -12,28 +12,22 @@ from __future__ import annotations
 import argparse
 
 from pretrain.cli.commands.train import run_request
-from pretrain.cli.options import add_accept
+from pretrain.cli.options import ACCEPT, Option
 from pretrain.cli.output import Output
 
-TAKES_SETTINGS = True
+USAGE = "pretrain extend RUN --train.steps N [--SECTION.KEY VALUE ...] [options]"
+OPTIONS = (Option("RUN", "a finished run; new steps are added to it"), ACCEPT)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    settings = "schedule.name, warmup_steps, decay_fraction, final_fraction; learning_rate"
-    add_run_arguments(parser, command="extend", settings=settings)
+def epilog(
+    settings: str = "schedule.name, warmup_steps, decay_fraction, final_fraction; learning_rate",
+) -> str:
+    """Return the settings that the command accepts."""
+    return (
+        f"settings: --train.steps N, the new total; {settings}; train.evaluate_every, save_every, "
+        "keep_checkpoints and patience. They apply to the added steps; the others do not change."
+    )
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
     return run_request("extend", args, output)
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, *, command: str, settings: str) -> None:
-    """Add the arguments of extend and of anneal."""
-    parser.usage = f"pretrain {command} RUN --train.steps N [--SECTION.KEY VALUE ...] [options]"
-    parser.add_argument("run", metavar="RUN", help="a finished run; new steps are added to it")
-    parser.set_defaults(target=None)
-    add_accept(parser)
-    parser.epilog = (
-        f"settings: --train.steps N, the new total; {settings}; train.evaluate_every, save_every, "
-        "keep_checkpoints and patience. They apply to the added steps; the others do not change."
-    )

@@ -12,21 +12,17 @@ import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.cli.options import add_out
+from pretrain.cli.options import OUT, Option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
 from pretrain.fileio import move_into_place
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a folder, a .gguf or a llama2.c .bin")
-    add_out(parser)
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="for llama2.c: the model's tokenizer, if it is in another folder",
-    )
+OPTIONS = (
+    Option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
+    OUT,
+    Option("--tokenizer FILE", "for llama2.c: the model's tokenizer, if it is in another folder"),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

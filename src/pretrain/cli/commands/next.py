@@ -10,28 +10,23 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.options import add_device, add_model, add_prompt
+from pretrain.cli.options import DEVICE, MODEL, SPECIAL, Option
 from pretrain.cli.output import Output
 
 if TYPE_CHECKING:
     from pretrain.runner.open import LoadedModel
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    add_prompt(parser, "text before the token [none]")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="number of tokens [10]")
-    parser.add_argument(
-        "--answer",
-        metavar="TEXT",
-        help="the true continuation: probability and rank of each of its tokens",
-    )
-    add_device(parser)
+OPTIONS = (
+    MODEL,
+    Option("--prompt TEXT", "text before the token [none]", ""),
+    SPECIAL,
+    Option("--top K", "number of tokens", 10, least=1),
+    Option("--answer TEXT", "the true continuation: probability and rank of each of its tokens"),
+    DEVICE,
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    if args.top < 1:
-        raise ValueError(f"--top is {args.top}; it must be at least 1")
     if args.answer is not None and args.special:
         raise ValueError("--answer needs a prompt in plain text; leave out --special")
     from pretrain.runner.open import load_model

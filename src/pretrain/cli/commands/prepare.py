@@ -12,61 +12,44 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.options import add_text_field, names
+from pretrain.cli.options import TEXT_FIELD, Option, names
 from pretrain.cli.output import Output
 
 if TYPE_CHECKING:
     from pretrain.data.format import PreparedData
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        nargs="+",
-        metavar="SOURCE",
-        help="files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
-    parser.add_argument(
-        "--tokenizer",
-        default="bpe",
-        metavar="NAME|DIR",
-        help="bpe, gpt, characters, bytes, gpt2, or a folder or file of a tokenizer [bpe]",
-    )
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="size of a new BPE vocabulary")
-    add_text_field(parser)
-    parser.add_argument(
-        "--val-fraction", type=float, metavar="F", help="fraction of the documents to hold out"
-    )
-    parser.add_argument(
+OPTIONS = (
+    Option("SOURCE", "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC", nargs="+"),
+    Option("--out DIR", "new folder", required=True),
+    Option(
+        "--tokenizer NAME|DIR",
+        "bpe, gpt, characters, bytes, gpt2, or a folder or file of a tokenizer",
+        "bpe",
+    ),
+    Option("--vocab-size N", "size of a new BPE vocabulary", type=int),
+    TEXT_FIELD,
+    Option("--val-fraction F", "fraction of the documents to hold out", type=float),
+    Option(
         "--deduplicate",
+        "of equal documents, or of nearly equal ones too, keep only the first",
+        "exact",
         choices=("none", "exact", "near"),
-        default="exact",
-        help="of equal documents, or of nearly equal ones too, keep only the first [exact]",
-    )
-    parser.add_argument(
-        "--filters", metavar="NAME,...", help="rules that documents must pass: gopher,c4,fineweb"
-    )
-    parser.add_argument(
-        "--languages", metavar="CODE,...", help="remove documents in other languages, as in en,de"
-    )
-    parser.add_argument(
-        "--evaluation-text",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a text that the model will be evaluated on: its overlap with the corpus is reported; "
-        "may be given several times",
-    )
-    parser.add_argument(
+    ),
+    Option("--filters NAME,...", "rules that documents must pass: gopher,c4,fineweb"),
+    Option("--languages CODE,...", "remove documents in other languages, as in en,de"),
+    Option(
+        "--evaluation-text FILE",
+        "a text that the model will be evaluated on: its overlap with the corpus is reported; may "
+        "be given several times",
+        nargs="append",
+    ),
+    Option(
         "--remove-overlap",
-        action="store_true",
-        help="remove documents that share 13 consecutive words with an --evaluation-text",
-    )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes [1]")
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first bad record instead of skipping it"
-    )
+        "remove documents that share 13 consecutive words with an --evaluation-text",
+    ),
+    Option("--workers N", "processes", 1),
+    Option("--strict", "stop at the first bad record instead of skipping it"),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import add_run
+from pretrain.cli.options import RUN
 from pretrain.cli.output import Output
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
+OPTIONS = (RUN,)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

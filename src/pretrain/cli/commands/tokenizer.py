@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.options import add_special, add_text_field
+from pretrain.cli.options import SPECIAL, TEXT_FIELD, Option
 from pretrain.cli.output import Output
 from pretrain.tokenizer.config import TRAINED_NAMES
 
@@ -26,34 +26,27 @@ if TYPE_CHECKING:
 # Longer ids belong to no vocabulary, and Python refuses to read numbers of thousands of digits.
 _ID = re.compile(r"\d{1,10}")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("train", "encode", "decode", "inspect"))
-    parser.add_argument(
-        "source",
+OPTIONS = (
+    Option("ACTION", None, choices=("train", "encode", "decode", "inspect")),
+    Option(
+        "SOURCE",
+        "text: files or folders to train on; one file, or - for stdin, for the rest",
         nargs="*",
-        metavar="SOURCE",
-        help="text: files or folders to train on; one file, or - for stdin, for the rest",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME|DIR", help="a folder with tokenizer.json, or a run's"
-    )
-    parser.add_argument("--kind", default="bpe", choices=TRAINED_NAMES, help="what to train [bpe]")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary size, bpe only")
-    parser.add_argument(
+    ),
+    Option("--tokenizer NAME|DIR", "a folder with tokenizer.json, or a run's"),
+    Option("--kind", "what to train", "bpe", choices=TRAINED_NAMES),
+    Option("--vocab-size N", "vocabulary size, bpe only", type=int),
+    Option(
         "--split",
-        default="gpt2",
+        "how text is split into words before BPE merges",
+        "gpt2",
         choices=("gpt2", "cl100k", "o200k", "llama3", "smollm"),
-        help="how text is split into words before BPE merges [gpt2]",
-    )
-    parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="train by gigatoken (extra fast): six times as fast, split gpt2 only",
-    )
-    add_text_field(parser)
-    add_special(parser, "text")
-    parser.add_argument("--out", metavar="DIR", help="folder for the new tokenizer.json")
+    ),
+    Option("--fast", "train by gigatoken (extra fast): six times as fast, split gpt2 only"),
+    TEXT_FIELD,
+    SPECIAL,
+    Option("--out DIR", "folder for the new tokenizer.json"),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

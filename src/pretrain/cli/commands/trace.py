@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.options import add_run
+from pretrain.cli.options import RUN, Option
 from pretrain.cli.output import Output
 from pretrain.run.directory import read_environment
 from pretrain.run.identity import read_records, word_of
@@ -25,14 +25,11 @@ if TYPE_CHECKING:
     from pretrain.data.format import PreparedData
     from pretrain.data.trace import Occurrence, Tracer
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
-    question = parser.add_mutually_exclusive_group(required=True)
-    question.add_argument("--step", type=int, metavar="N", help="a step, past or future")
-    question.add_argument(
-        "--document", metavar="ID", help="the id of a document, or the file that it came from"
-    )
+OPTIONS = (
+    RUN,
+    Option("--step N", "a step, past or future", type=int),
+    Option("--document ID", "the id of a document, or the file that it came from"),
+)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
@@ -40,6 +37,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
     from pretrain.data.trace import Tracer
     from pretrain.runner.text import prepared_text
 
+    if (args.step is None) == (args.document is None):
+        raise ValueError("trace needs either --step N or --document ID")
     folder = Path(args.run)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run directory: it has no config.yaml")

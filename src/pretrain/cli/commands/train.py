@@ -17,31 +17,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from pretrain.cli.options import add_accept, settings_help
+from pretrain.cli.options import ACCEPT, Option, settings_help
 from pretrain.cli.output import Output
-from pretrain.config import Layer, parse_overrides
 
-TAKES_SETTINGS = True
+USAGE = (
+    "pretrain train [RECIPE | FILE.yaml | TEXT FILE or FOLDER] [--SECTION.KEY VALUE ...] [options]"
+)
+OPTIONS = (
+    Option("TARGET", "recipe, .yaml file, or text", nargs="?"),
+    Option("--run DIR", "run directory; default runs/<recipe>-<n>"),
+    Option("--resume", "continue --run, or the newest run"),
+    Option("--profile", "show where a step's time goes"),
+    ACCEPT,
+)
 epilog = settings_help
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = (
-        "pretrain train [RECIPE | FILE.yaml | TEXT FILE or FOLDER] [--SECTION.KEY VALUE ...] "
-        "[options]"
-    )
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="recipe, .yaml file, or text")
-    parser.add_argument("--run", metavar="DIR", help="run directory; default runs/<recipe>-<n>")
-    parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run")
-    parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
-    add_accept(parser)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
     if args.profile:
         if args.resume or args.run:
             raise ValueError("--profile must come without --resume and --run: it starts no run")
-        return _profile(args.target, parse_overrides(args.settings), output)
+        return _profile(args, output)
     return run_request("resume" if args.resume else "new", args, output)
 
 
@@ -50,13 +46,12 @@ def run_request(
 ) -> int:
     """Start, resume, extend or anneal a run, and return the exit code."""
     start_time = time.perf_counter()
-    overrides = parse_overrides(args.settings)
     from pretrain.runner.start import Request, start
 
     request = Request(
         kind=kind,
-        target=args.target,
-        overrides=overrides,
+        target=getattr(args, "target", None),
+        overrides=args.overrides,
         folder=Path(args.run) if args.run else None,
         accepted=tuple(args.accept),
         json=args.json,
@@ -68,14 +63,14 @@ def run_request(
     return result.exit_code
 
 
-def _profile(target: str | None, overrides: Layer, output: Output) -> int:
+def _profile(args: argparse.Namespace, output: Output) -> int:
     """Measure the parts of a training step."""
     from pretrain.runner.launch import open_world_of
     from pretrain.runner.request import compose_target, errors_of_machine, read_target
     from pretrain.runner.text import open_text
 
-    _, layers = read_target(target)
-    config = compose_target(target, layers, overrides, rules=errors_of_machine)
+    _, layers = read_target(args.target)
+    config = compose_target(args.target, layers, args.overrides, rules=errors_of_machine)
     data = open_text(config, output.log)
     # Torch's profiler prints to standard error when it starts and ends.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

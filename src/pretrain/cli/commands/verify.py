@@ -13,17 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.options import add_run
+from pretrain.cli.options import RUN, Option
 from pretrain.cli.output import Output
 from pretrain.selftest import DIFFERS
 from pretrain.selftest.verify import verify
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
-    parser.add_argument(
-        "--steps", type=int, default=10, metavar="K", help="steps of each half [10]"
-    )
+OPTIONS = (RUN, Option("--steps K", "steps of each half", 10))
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
