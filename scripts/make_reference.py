@@ -21,7 +21,7 @@ from typing import Any
 import pretrain
 from pretrain.cli import COMMANDS
 from pretrain.cli.options import field_docstrings
-from pretrain.config import SECTIONS, default_of
+from pretrain.config import SECTIONS
 from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
 from pretrain.runner import library
 from pretrain.runner.checks import describe_resume_checks
@@ -75,8 +75,7 @@ def settings() -> str:
         meanings = field_docstrings(kind)
         hints = typing.get_type_hints(kind, include_extras=True)
         for field in fields(kind):
-            default = default_of(field)
-            shown = "" if default in (None, ()) else f"`{default}`"
+            shown = "" if field.default in (None, ()) else f"`{field.default}`"
             meaning = meanings.get(field.name, "").replace("|", "\\|")
             lines.append(
                 f"| `{field.name}` | {type_text(hints[field.name])} | {shown} | {meaning} |"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +32,17 @@ from pretrain.validation import (
     FieldError,
     build,
     invalid_fields,
-    nearest,
     raise_errors,
     shown,
     suggestion,
+    type_hints,
 )
 
 Layer = Mapping[str, Mapping[str, Any]]
 """Values by section and key, as YAML gave them."""
 
-RENAMED_KEYS = {
-    "model.recall": "model.induction",
-    "optimizer.embedding_rate": "optimizer.embedding_lr_mult",
-    "optimizer.head_rate": "optimizer.head_lr_mult",
-    "optimizer.tuned_batch_tokens": "optimizer.base_batch_tokens",
-    "optimizer.tuned_width": "optimizer.base_width",
-    "parallel.recompute": "parallel.activation_checkpointing",
-    "schedule.past": "schedule.history",
-}
-"""Old names of keys: a config that has one was written before they were renamed."""
-
 _MAX_FILE_BYTES = 1 << 18
 _MAX_DEPTH = 50
-_MAX_SUGGESTIONS = 100  # each takes half a millisecond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,32 +86,36 @@ def compose(layers: Iterable[Layer], *, rules: Rules | None = None) -> RunConfig
         ConfigError: It lists everything that is wrong. What depends on an invalid field is not
             checked.
     """
-    merged, errors = _merge(layers)
-    unknown: dict[str, set[str]] = {section: set() for section in SECTIONS}
-    for name in invalid_fields(errors):
-        section, _, key = name.partition(".")
-        unknown[section].add(key)
-
+    merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    unknown: dict[str, set[str]] = {name: set() for name in SECTIONS}
+    errors: list[FieldError] = []
+    for layer in layers:
+        for name, values in layer.items():
+            if name not in SECTIONS:
+                hint = suggestion(name, SECTIONS)
+                errors.append(("", f"there is no section {shown(name)}; {hint}"))
+            elif not isinstance(values, Mapping):
+                message = f"{name} is {shown(values)}; it must be a section of keys with values"
+                errors.append(("", message))
+                unknown[name] |= type_hints(SECTIONS[name]).keys()
+            else:
+                _merge(merged[name], values, name)
     model = merged["model"]
     try:
-        model = model_defaults(model) | model
+        merged["model"] = model_defaults(model) | model
     except ConfigError as error:
         errors += error.errors
-        model = {key: value for key, value in model.items() if key not in ("preset", "family")}
-        unknown["model"] |= {f.name for f in fields(ModelConfig)} - model.keys()
-    merged["model"] = model
+        merged["model"] = {k: v for k, v in model.items() if k not in ("preset", "family")}
+        unknown["model"] |= type_hints(ModelConfig).keys() - merged["model"].keys()
 
     sections = {}
     invalid = set()
-    for section, kind in SECTIONS.items():
-        config, wrong = build(kind, merged[section], section, unknown=unknown[section])
+    for name, kind in SECTIONS.items():
+        config, wrong = build(kind, merged[name], name, unknown=unknown[name])
         errors += wrong
-        names = invalid_fields(wrong) | unknown[section]
-        if config is None:
-            config = kind()
-            names = {f.name for f in fields(kind)}
-        sections[section] = config
-        invalid |= {f"{section}.{name}" for name in names}
+        names = invalid_fields(wrong) | unknown[name] if config else type_hints(kind).keys()
+        invalid |= {f"{name}.{key}" for key in names}
+        sections[name] = config or kind()
 
     composed = RunConfig(**sections)
     conflicts = list(composed.conflicts())
@@ -133,47 +125,18 @@ def compose(layers: Iterable[Layer], *, rules: Rules | None = None) -> RunConfig
     return composed
 
 
-def _merge(layers: Iterable[Layer]) -> tuple[dict[str, dict[str, Any]], list[FieldError]]:
-    """Return the known keys of all layers, and an error for each unknown section or key."""
-    merged: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    errors: list[FieldError] = []
-    for layer in layers:
-        for name, section in layer.items():
-            if name not in SECTIONS:
-                hint = suggestion(name, SECTIONS)
-                errors.append(("", f"there is no section {shown(name)}; {hint}"))
-                continue
-            known = {f"{name}.{f.name}": f.name for f in fields(SECTIONS[name])}
-            if not isinstance(section, Mapping):
-                message = f"{name} is {shown(section)}; it must be a section of keys with values"
-                errors.append((" ".join(known), message))
-                continue
-            values = {key: each for key, each in section.items() if f"{name}.{key}" in known}
-            unknown = [f"{name}.{key}" for key in section if key not in values]
-            errors += [_unknown_key(key, known) for key in unknown[:_MAX_SUGGESTIONS]]
-            errors += [("", f"there is no {key}") for key in unknown[_MAX_SUGGESTIONS:]]
-            if name == "train" and "minutes" in values and "steps" not in values:
-                # Both keys say how long to train: a later layer's answer replaces an earlier one's.
-                merged[name].pop("steps", None)
-            if name == "model":
-                # A preset or size is as strong as the layer that names it: it replaces the sizes
-                # of earlier layers.
-                with suppress(ValueError):  # reported when all layers are known
-                    for key in replaced_fields(values):
-                        merged[name].pop(key, None)
-            merged[name].update(values)
-    return merged, errors
-
-
-def _unknown_key(name: str, known: Iterable[str]) -> FieldError:
-    """Report a key that does not exist; the key that was probably meant counts as invalid."""
-    if name in RENAMED_KEYS:
-        new = RENAMED_KEYS[name]
-        return new, (
-            f"{name} is now {new}: this config was written by an older pretrain; rename the key"
-        )
-    in_one_line = repr(name)[1:-1][:80]
-    return nearest(name, known) or "", f"there is no {in_one_line}; {suggestion(name, known)}"
+def _merge(merged: dict[str, Any], values: Mapping[str, Any], section: str) -> None:
+    """Add a layer's values of a section to those of earlier layers."""
+    if section == "train" and "minutes" in values and "steps" not in values:
+        # Both keys say how long to train: a later layer's answer replaces an earlier one's.
+        merged.pop("steps", None)
+    if section == "model":
+        # A preset or size is as strong as the layer that names it: it replaces the sizes of earlier
+        # layers.
+        with suppress(ValueError):  # reported when all layers are known
+            for key in replaced_fields(values):
+                merged.pop(key, None)
+    merged.update(values)
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -195,11 +158,6 @@ def _plain(value: Any) -> Any:
 def to_yaml(config: RunConfig) -> str:
     """Return the text of config.yaml."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
-
-
-def default_of(entry: Field[Any]) -> Any:
-    """Return a field's default for help texts; None where it has none."""
-    return None if entry.default is MISSING else entry.default
 
 
 # --- The command line -----------------------------------------------------------------------------

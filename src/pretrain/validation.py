@@ -21,6 +21,7 @@ FieldError = tuple[str, str]
 
 MAX_DIGITS = 100
 """A longer number is not a setting; converting it would take quadratic time."""
+_MAX_SUGGESTIONS = 100  # each takes half a millisecond
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
@@ -106,12 +107,8 @@ class Checked:
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
-        errors: list[FieldError] = []
-        for name, hint in type_hints(kind).items():
-            try:
-                convert(getattr(self, name), hint, f"{self.section}.{name}")
-            except ConfigError as error:
-                errors += [(name, message) for _, message in error.errors]
+        values = {name: getattr(self, name) for name in type_hints(kind)}
+        _, errors = _convert_fields(kind, values, self.section)
         raise_errors(errors or self.conflicts())
 
     def conflicts(self) -> Iterable[FieldError]:
@@ -136,21 +133,25 @@ def build(
 
     Args:
         kind: The config's class.
-        values: Only fields of `kind`.
+        values: A key that is not a field of `kind` is an error; the nearest field counts as
+            invalid.
         name: What messages put before the names of fields.
         unknown: Fields whose default is not known, because what it depends on is wrong.
     """
+    known = {f"{name}.{key}": key for key in type_hints(kind)}
     errors: list[FieldError] = []
-    valid = {}
-    for key, value in values.items():
-        try:
-            valid[key] = convert(value, type_hints(kind)[key], f"{name}.{key}")
-        except ConfigError as error:
-            errors += [(key, message) for _, message in error.errors]
+    for key in [f"{name}.{key}" for key in values if f"{name}.{key}" not in known]:
+        close = hint = ""
+        if len(errors) < _MAX_SUGGESTIONS:
+            close, hint = nearest(key, known) or "", f"; {suggestion(key, known)}"
+        # Its repr, because it may have line feeds.
+        errors.append((known.get(close, ""), f"there is no {repr(key)[1:-1][:80]}{hint}"))
+    fields_given = {key: value for key, value in values.items() if f"{name}.{key}" in known}
+    valid, wrong = _convert_fields(kind, fields_given, name)
+    errors += wrong
     required = [f.name for f in fields(kind) if f.default is MISSING]
-    for key in required:
-        if key not in values:
-            errors.append((key, f"{name} needs a value for {key!r}"))
+    missing = [key for key in required if key not in values]
+    errors += [(key, f"{name} needs a value for {key!r}") for key in missing]
     if not valid.keys() >= set(required):
         return None, errors
     invalid = invalid_fields(errors) | set(unknown)
@@ -158,6 +159,19 @@ def build(
         return kind(**valid), errors
     except ConfigError as error:
         return None, errors + [each for each in error.errors if invalid.isdisjoint(each[0].split())]
+
+
+def _convert_fields(
+    kind: Any, values: Mapping[str, Any], name: str
+) -> tuple[dict[str, Any], list[FieldError]]:
+    """Return the valid values as the types of their fields, and an error for each other one."""
+    valid, errors = {}, []
+    for key, value in values.items():
+        try:
+            valid[key] = convert(value, type_hints(kind)[key], f"{name}.{key}")
+        except ConfigError as error:
+            errors += [(key, message) for _, message in error.errors]
+    return valid, errors
 
 
 def invalid_fields(errors: Iterable[FieldError]) -> set[str]:
@@ -191,7 +205,14 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         message = f"{name} has more than {MAX_DIGITS} digits; it must be a smaller number"
         raise ConfigError([(name, message)])
     if is_dataclass(hint):
-        return value if type(value) is hint else _convert_entry(value, hint, name)
+        if type(value) is hint:
+            return value
+        if not isinstance(value, Mapping):
+            expected = f"a mapping with keys of {', '.join(type_hints(hint))}"
+            raise _invalid(value, name, expected)
+        entry, errors = build(hint, value, name)
+        raise_errors(errors)
+        return entry
     if origin is Literal:
         if value in options:
             return value
@@ -225,22 +246,6 @@ def _convert_list(value: Any, hint: Any, name: str) -> tuple[Any, ...]:
             errors += error.errors
     raise_errors(errors)
     return tuple(converted)
-
-
-def _convert_entry(value: Any, kind: Any, name: str) -> Any:
-    """Build an item of a list, such as {path: a, weight: 1}."""
-    known = list(type_hints(kind))
-    if not isinstance(value, Mapping):
-        raise _invalid(value, name, f"a mapping with keys of {', '.join(known)}")
-    errors = []
-    meant = []
-    for key in value.keys() - set(known):
-        errors.append((name, f"{name} has no key {shown(key)}; {suggestion(key, known)}"))
-        meant.append(nearest(key, known) or "")
-    values = {key: each for key, each in value.items() if key in known}
-    entry, wrong = build(kind, values, name, unknown=meant)
-    raise_errors(errors + wrong)
-    return entry
 
 
 def _invalid(value: Any, name: str, expected: str) -> ConfigError:

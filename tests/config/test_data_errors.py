@@ -103,7 +103,7 @@ def test_an_unknown_task_is_rejected() -> None:
             [
                 "data.source[0].weight is -1.0; it must be above 0",
                 "data.source[0].stage is 2.0; it must be in [0, 1)",
-                "data.source[1] has no key 'weigh'; did you mean 'weight'?",
+                "there is no data.source[1].weigh; did you mean 'data.source[1].weight'?",
                 "data.source[2].path is ['c']; it must be a text",
                 "data.source[3].path is ''; it must be a path of a file or folder",
                 "data.source[3].epochs is 0.0; it must be above 0",

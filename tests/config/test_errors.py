@@ -46,11 +46,11 @@ ALL_SECTIONS = ", ".join(SECTIONS)
             ": 1}",
             "--train.stpes 5 --modelx.d_model 3 --train.steps.more 5",
             [
-                "there is no report.aim; did you mean 'report.to'?",
-                f"there is no report.{'k' * 66}; there are report.to",
+                "there is no section 'modelx'; did you mean 'model'?",
                 "there is no train.stpes; did you mean 'train.steps'?",
                 "there is no train.steps.more; did you mean 'train.steps'?",
-                "there is no section 'modelx'; did you mean 'model'?",
+                "there is no report.aim; did you mean 'report.to'?",
+                f"there is no report.{'k' * 66}; there are report.to",
             ],
         ),
         # What depends on the key that was meant is not checked.

@@ -337,7 +337,8 @@ def test_an_option_without_effect_is_refused(
     words = ["evaluate", str(finished_run), "--text", str(text)]
     for more in (["--limit", "2"], ["--start-of-text", "never"], ["--answers", str(said)]):
         assert main([*words, *more]) == 2
-        assert f"{more[0]} is for tasks" in capsys.readouterr().err
+        message = f"pretrain: only tasks use {more[0]}; add --tasks or --task-file\n"
+        assert capsys.readouterr().err == message
     assert said.read_text() == "kept"
 
 

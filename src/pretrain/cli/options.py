@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pretrain.config import SECTIONS, default_of
+from pretrain.config import SECTIONS
 from pretrain.runner.open import MODEL_HELP
 
 _HELP_COLUMN = 34
@@ -101,9 +101,8 @@ def settings_help() -> str:
         docstrings = field_docstrings(kind)
         for field in fields(kind):
             text = docstrings.get(field.name, "")
-            default = default_of(field)
-            if default not in (None, ()):
-                text += f" [{default}]"
+            if field.default not in (None, ()):
+                text += f" [{field.default}]"
             setting = f"    --{name}.{field.name}"
             wrapped = textwrap.wrap(text, width)
             if len(setting) >= _HELP_COLUMN:

@@ -51,7 +51,7 @@ def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
     idle = [name for name in _OF_TASKS if getattr(args, name, None) not in unused]
     if idle and not (args.tasks or args.task_file):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ValueError(f"{options}: only tasks have this; add --tasks or --task-file")
+        raise ValueError(f"only tasks use {options}; add --tasks or --task-file")
     task_names = names(args.tasks)
     if args.tasks is not None and not task_names:
         raise ValueError("--tasks is empty; it must be names of tasks, such as piqa,lambada")
