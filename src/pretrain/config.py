@@ -71,7 +71,7 @@ class RunConfig:
             )
 
 
-SECTIONS: dict[str, type[Any]] = {f.name: f.default_factory for f in fields(RunConfig)}  # type: ignore[misc]
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(RunConfig)}
 Rules = Callable[[RunConfig], Iterable[FieldError]]
 
 
