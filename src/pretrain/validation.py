@@ -208,8 +208,8 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if type(value) is hint:
             return value
         if not isinstance(value, Mapping):
-            expected = f"a mapping with keys of {', '.join(type_hints(hint))}"
-            raise _invalid(value, name, expected)
+            keys = ", ".join(field.name for field in fields(hint))
+            raise _invalid(value, name, f"a mapping with keys of {keys}")
         entry, errors = build(hint, value, name)
         raise_errors(errors)
         return entry
