@@ -102,7 +102,10 @@ def test_unknown_names_are_reported_with_the_nearest(
         ("optimizer: {name: ~}", "optimizer.name is empty; it must be one of adamw, muon"),
         ("data: {source: ~}", "data.source is empty; it must be a text"),
         ("data: {source: {path: a}}", "data.source is {'path': 'a'}; it must be a text"),
-        ("report: {to: [[wandb]]}", "report.to[0] is ['wandb']; it must be a text"),
+        (
+            "report: {to: [[wandb]]}",
+            "report.to[0] is ['wandb']; it must be one of tensorboard, wandb",
+        ),
         (
             "train: {steps: 1e300}",
             "train.steps has more than 100 digits; it must be a smaller number",
@@ -123,14 +126,14 @@ def test_errors_of_all_sections_are_reported_at_once() -> None:
         "model: {n_heads: 0, d_modelx: 3}\nschedule: {name: 3}\ntrain: {seed: a}\n"
     )
     assert errors_of(text, "--optimizer.clip -1 --train.stepz 4 --report.to mlflow") == [
-        "there is no model.d_modelx; did you mean 'model.d_model'?",
-        "there is no train.stepz; did you mean 'train.steps'?",
         "data.val_fraction is 'half'; it must be a number",
         "corpus.remove_overlap is 2; it must be true or false",
         "tokenizer.vocab_size is 'big'; it must be a whole number",
+        "there is no model.d_modelx; did you mean 'model.d_model'?",
         "model.n_heads is 0; it must be in [1, 2^20]",
         "optimizer.clip is -1.0; it must be at least 0",
         "schedule.name is 3; it must be one of cosine, linear, wsd, constant, inverse_sqrt",
+        "there is no train.stepz; did you mean 'train.steps'?",
         "train.seed is 'a'; it must be a whole number",
         "report.to is 'mlflow'; it must be one of tensorboard, wandb",
     ]
