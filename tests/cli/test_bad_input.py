@@ -124,7 +124,7 @@ def test_paths_that_are_not_models_are_rejected(
     run = str(finished_run)
     assert "no model at" in rejection(capsys, "generate", "missing")
     assert "neither a run directory" in rejection(capsys, "generate", "empty")
-    assert "neither a run directory" in rejection(capsys, "next", "binary.txt")
+    assert "binary.txt is not a model; a model must be" in rejection(capsys, "next", "binary.txt")
     assert "missing.txt" in rejection(capsys, "evaluate", run, "--text", "missing.txt")
     assert "top-p is 3.0" in rejection(capsys, "generate", run, "--top-p", "3")
     assert "at least 1" in rejection(capsys, "generate", run, "--max-tokens", "0")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pretrain.distributed import World
+if TYPE_CHECKING:
+    from pretrain.distributed import World
 
 
 class PlannedStop(NamedTuple):
