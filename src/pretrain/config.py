@@ -166,7 +166,7 @@ def to_yaml(config: RunConfig) -> str:
 def parse_overrides(args: Sequence[str], *, others: list[str] | None = None) -> Layer:
     """Return `--train.steps 20 --model.dropout=0.1` as a layer; values are read as YAML.
 
-    Arguments that are no settings are appended to `others`; without it they are errors.
+    Other arguments are appended to `others`; without it they are errors.
     """
     layer: dict[str, dict[str, Any]] = {}
     errors: list[FieldError] = []
