@@ -54,7 +54,7 @@ def written(file: Path, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "
     write_gguf(file, decoder=decoder, tokenizer=tokenizer, numbers=numbers)
 
 
-def some(case: str, tokenizer: Tokenizer) -> Decoder:
+def decoder_of(case: str, tokenizer: Tokenizer) -> Decoder:
     config = config_of(**{**WIDE, **CASES[case]})
     return random_decoder(config, vocab_size=tokenizer.vocab_size)
 
@@ -64,7 +64,7 @@ def some(case: str, tokenizer: Tokenizer) -> Decoder:
 def test_it_is_read_back_as_it_was_written(
     case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    decoder, original = some(case, tokenizer), some(case, tokenizer)
+    decoder, original = decoder_of(case, tokenizer), decoder_of(case, tokenizer)
     file = tmp_path / "model.gguf"
     written(file, decoder, tokenizer, numbers)
     back = import_model(file)
@@ -74,22 +74,22 @@ def test_it_is_read_back_as_it_was_written(
     assert back.config.norm_epsilon == decoder.config.norm_epsilon
     assert back.tokenizer.sha256 == tokenizer.sha256
     assert same(back.build(), decoder)
-    off = 0.0
+    error = 0.0
     for name, p in back.build().named_parameters():
         exact = original.get_parameter(name).detach()
-        off = max(off, float((p.detach() - exact).abs().max() / exact.abs().max()))
+        error = max(error, float((p.detach() - exact).abs().max() / exact.abs().max()))
     # Half of a step of 127 steps, of a float16, of nothing.
-    assert off <= {"f32": 0.0, "f16": 2**-11, "q8_0": 0.5 / 127 * 1.05}[numbers]
-    assert off > 0 or numbers == "f32"
+    assert error <= {"f32": 0.0, "f16": 2**-11, "q8_0": 0.5 / 127 * 1.05}[numbers]
+    assert error > 0 or numbers == "f32"
 
 
 @pytest.mark.parametrize("case", ["llama", "llama 3.2"])
 def test_transformers_reads_the_same_model(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Of GPT-2 it does not read the context, and of Llama 3.1 not the stretched positions;
+    """Of GPT-2 it does not read the context, and of Llama 3.1 not the scaled positions;
     llama.cpp reads both, see below."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    decoder = some(case, tokenizer)
+    decoder = decoder_of(case, tokenizer)
     written(tmp_path / "model.gguf", decoder, tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
@@ -107,7 +107,8 @@ def test_llama_cpp_reads_the_same_model(
     """Greedy text, logits, divergence of distributions, ids and perplexity, as a certificate has
     them."""
     pytest.importorskip("llama_cpp")
-    assert _certificate(some(case, tokenizer), tokenizer, tmp_path, numbers)["verdict"] == AGREES
+    decoder = decoder_of(case, tokenizer)
+    assert certificate_of(decoder, tokenizer, tmp_path, numbers)["verdict"] == AGREES
 
 
 @pytest.mark.parametrize("kind", ["llama3", "smollm", "sentencepiece", "gpt2 itself"])
@@ -121,10 +122,10 @@ def test_llama_cpp_reads_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
         texts = [d.text for d in list(read_documents("bundled"))[:20]]
         ours = train_tokenizer(texts, vocab_size=600, split=kind)  # type: ignore[arg-type]
     decoder = random_decoder(config_of("llama", **WIDE), vocab_size=ours.vocab_size)
-    assert _certificate(decoder, ours, tmp_path, "f32")["verdict"] == AGREES
+    assert certificate_of(decoder, ours, tmp_path, "f32")["verdict"] == AGREES
 
 
-def _certificate(
+def certificate_of(
     decoder: Decoder, tokenizer: Tokenizer, folder: Path, numbers: str
 ) -> dict[str, Any]:
     file = folder / "out" / "model.gguf"
@@ -137,7 +138,7 @@ def _certificate(
 
 def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
     """SentencePiece's scores and kinds, the pre-split of Llama 3, and what was added without being
-    special: it is found in a text, here and there, and a certificate asks for it."""
+    special: it is found in a text, here and there, and the verification compares it."""
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
     plain = train_tokenizer(texts, vocab_size=500, split="llama3")
     library = Library.from_str(json.dumps(plain.description))
@@ -195,7 +196,7 @@ def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> 
         ("llama", {}, "cl100k", "must be one of gpt2, llama3, o200k, smollm .got cl100k"),
     ],
 )
-def test_what_llama_cpp_cannot_run_is_refused(
+def test_what_llama_cpp_cannot_run_is_rejected(
     family: str, changes: dict[str, Any], kind: str, message: str, tmp_path: Path
 ) -> None:
     texts = ["some words and some more words " * 20]
@@ -208,19 +209,19 @@ def test_what_llama_cpp_cannot_run_is_refused(
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_damaged_files_are_refused_or_hold_the_same_names(
+def test_damaged_files_are_rejected_or_hold_the_same_names(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Cut at 60 places, and bits flipped in 300 files: a typed error, or a model of this shape."""
     file, damaged = tmp_path / "model.gguf", tmp_path / "damaged.gguf"
-    written(file, some("llama 3.1", tokenizer), tokenizer)
+    written(file, decoder_of("llama 3.1", tokenizer), tokenizer)
     data = file.read_bytes()
     draw = random.Random(0)
     for _ in range(60):
         damaged.write_bytes(data[: draw.randrange(len(data) - 64)])
         with pytest.raises(FormatError):
             import_model(damaged)
-    refused = 0
+    rejected = 0
     # The weights themselves carry no checksum in this format: what lies before them is flipped.
     header = data.index(b"blk.1.ffn_down") + 100
     for number in range(300):
@@ -231,8 +232,8 @@ def test_damaged_files_are_refused_or_hold_the_same_names(
         try:
             import_model(damaged).build()
         except FormatError:
-            refused += 1
-    assert refused > 100
+            rejected += 1
+    assert rejected > 100
 
 
 def test_unknown_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -296,11 +297,11 @@ OTHER_KEYS: list[tuple[str, Any, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "kind", "message"), OTHER_KEYS)
-def test_keys_that_llama_cpp_would_compute_with_are_refused(
+def test_keys_that_llama_cpp_would_compute_with_are_rejected(
     key: str, value: Any, kind: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     file = tmp_path / "model.gguf"
-    written(file, some("llama", tokenizer), tokenizer)
+    written(file, decoder_of("llama", tokenizer), tokenizer)
     rewritten(file)
     import_model(file)
     rewritten(file, keys={f"llama.{key}": (value, kind)})
@@ -310,7 +311,7 @@ def test_keys_that_llama_cpp_would_compute_with_are_refused(
 
 def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    written(file, some("llama", tokenizer), tokenizer)
+    written(file, decoder_of("llama", tokenizer), tokenizer)
     one = {"llama.rope.scaling.factor": (1.0, _KIND.FLOAT32), "general.x": (1, _KIND.UINT32)}
     rewritten(file, keys={**one, "llama.attention.causal": (True, _KIND.BOOL)})
     import_model(file)
@@ -319,7 +320,7 @@ def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) 
 def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    file, decoder = tmp_path / "model.gguf", some("gpt2", tokenizer)
+    file, decoder = tmp_path / "model.gguf", decoder_of("gpt2", tokenizer)
     written(file, decoder, tokenizer)
     head = decoder.token_embedding.weight.detach().numpy().copy()
     rewritten(file, tensors={"output.weight": head})
@@ -329,25 +330,39 @@ def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
         import_model(file).build()
 
 
-def test_numbers_that_are_not_finite_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    written(file, some("llama", tokenizer), tokenizer)
+    written(file, decoder_of("llama", tokenizer), tokenizer)
     rewritten(file, tensors={"output_norm.weight": np.full(64, np.nan, np.float32)})
     with pytest.raises(FormatError, match=r"all numbers in output_norm.weight must be finite"):
         import_model(file).build()
 
 
-def test_stretched_positions_are_measured_before_they_are_made(
+def test_factors_of_positions_are_counted_before_they_are_computed(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "model.gguf"
-    written(file, some("llama 3.1", tokenizer), tokenizer)
+    written(file, decoder_of("llama 3.1", tokenizer), tokenizer)
     rewritten(file, keys={
         "llama.embedding_length": (2**20, _KIND.UINT32),
         "llama.rope.dimension_count": (2**18, _KIND.UINT32),
     })  # fmt: skip
     monkeypatch.setattr("pretrain.export.gguf.rope_factors", None)
     with pytest.raises(FormatError, match=r"rope_freqs.weight must have 131072 numbers .got 8"):
+        import_model(file)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [(7.0, "must have the numbers of Llama 3.1's rule"), (np.inf, "model.rope_factor is inf")],
+)
+def test_positions_that_are_scaled_in_another_way_are_rejected(
+    factor: float, message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, decoder_of("llama 3.1", tokenizer), tokenizer)
+    rewritten(file, tensors={"rope_freqs.weight": np.full(8, factor, np.float32)})
+    with pytest.raises(FormatError, match=f"rope_freqs.weight:? {message}"):
         import_model(file)
 
 

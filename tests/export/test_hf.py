@@ -173,8 +173,8 @@ def test_their_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
             assert tokenizer.decode(ids) == text
     # Ours is text unless it is asked for; theirs can be told so.
     if kind == "gpt2":
-        asked = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
-        assert asked("<|endoftext|>")["input_ids"] == [ours.end_of_text] * 2
+        special = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
+        assert special("<|endoftext|>")["input_ids"] == [ours.end_of_text] * 2
 
 
 def test_a_start_of_its_own_stands_before_their_texts_and_is_dropped_here(tmp_path: Path) -> None:

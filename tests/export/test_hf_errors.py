@@ -15,7 +15,7 @@ from exports import Change, in_config, in_weights, same, written
 from oracles import config_of, random_decoder
 from pretrain.export.families import FORMATS
 from pretrain.export.importing import import_model
-from pretrain.export.layouts import FormatError
+from pretrain.export.layouts import FormatError, stored_tensors
 from pretrain.export.verification import TEXTS
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def with_file(name: str, text: str) -> Change:
     return change
 
 
-def with_index(places: dict[str, str]) -> Change:
+def with_index(places: dict[str, object]) -> Change:
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "weights.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
@@ -54,7 +54,7 @@ def two_faults(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
 
 
-STRETCHED = {
+SCALED = {
     "rope_type": "llama3",
     "factor": 4.0,
     "low_freq_factor": 1.0,
@@ -120,10 +120,10 @@ HOSTILE: list[tuple[Change, str]] = [
         "rope_type must have one value .got 'default' and 'linear'",
     ),
     (
-        in_config(rope_scaling=STRETCHED, original_max_position_embeddings=16),
+        in_config(rope_scaling=SCALED, original_max_position_embeddings=16),
         "embeddings must have one value .got 12 and 16",
     ),
-    (in_config(rope_scaling={**STRETCHED, "mscale": 2.0}), "mscale must be absent .* .got 2.0"),
+    (in_config(rope_scaling={**SCALED, "mscale": 2.0}), "mscale must be absent .* .got 2.0"),
     (in_config(rope_scaling={"factor": 8.0}), "factor must be absent .* type default .got 8.0"),
     (
         in_config(rope_parameters={"partial_rotary_factor": 0.5}),
@@ -155,6 +155,7 @@ HOSTILE: list[tuple[Change, str]] = [
         with_index({"a": "../weights.safetensors"}),
         "must be in its folder .got '../weights.safetensors'",
     ),
+    (with_index({"a": 1}), "index.json must have a weight_map of texts"),
     (with_index({"a": "missing.safetensors"}), "must be in its folder .got 'missing.safetensors'"),
     (with_file("config.json", "[1]"), "config.json is damaged: it is not a JSON object"),
     (with_file("config.json", "{"), "config.json is damaged: it is not JSON: Expecting"),
@@ -180,9 +181,9 @@ def test_malformed_folder_is_rejected(
 @pytest.mark.parametrize(
     "places",
     [
-        {"rope_theta": "gone", "rope_parameters": {**STRETCHED, "rope_theta": 7.0}},
-        {"rope_theta": 7.0, "rope_scaling": STRETCHED, "rope_parameters": STRETCHED},
-        {"rope_theta": 7, "rope_parameters": {**STRETCHED, "partial_rotary_factor": 1.0}},
+        {"rope_theta": "gone", "rope_parameters": {**SCALED, "rope_theta": 7.0}},
+        {"rope_theta": 7.0, "rope_scaling": SCALED, "rope_parameters": SCALED},
+        {"rope_theta": 7, "rope_parameters": {**SCALED, "partial_rotary_factor": 1.0}},
     ],
 )
 def test_settings_that_stand_twice_and_agree_are_read(
@@ -216,7 +217,7 @@ def test_a_tied_head_may_be_a_copy_and_nothing_else(
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(
+def test_weights_that_are_not_finite_are_rejected(
     number: float, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
@@ -226,7 +227,7 @@ def test_weights_that_are_not_finite_are_refused(
         import_model(folder).build()
 
 
-def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
+def test_dropout_of_attention_goes_both_ways_and_others_are_rejected(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = config_of("gpt2", dropout=0.25, attention_dropout=False)
@@ -241,7 +242,7 @@ def test_dropout_of_attention_goes_both_ways_and_others_are_refused(
 
 @pytest.mark.parametrize("case", ["same", "other vocabulary", "other fault"])
 def test_sentencepieces_file_stands_in_for_metaspace_only(case: str, tmp_path: Path) -> None:
-    """A tokenizer.json that is refused for another reason is not passed over."""
+    """A tokenizer.json that is rejected for another reason is not passed over."""
     ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
     folder = written(tmp_path / "out", decoder, ours)
@@ -328,3 +329,19 @@ def test_a_tensor_in_two_files_is_rejected(tokenizer: Tokenizer, tmp_path: Path)
     with_index({"a": "weights.safetensors", "b": "b.safetensors"})(folder)
     with pytest.raises(FormatError, match=r"each tensor must be in one file of .* .got .* in wei"):
         import_model(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = random_decoder(config_of("llama"), vocab_size=390)
+    folder = written(tmp_path / "out", decoder, tokenizer)
+    in_config(vocab_size=390)(folder)
+    with pytest.raises(FormatError, match=r"at least the 400 tokens of its tokenizer .got 390"):
+        import_model(folder)
+
+
+def test_parameters_that_a_format_lacks_are_named() -> None:
+    config = config_of("gpt2", feed_forward="swiglu", n_layers=1)
+    with pytest.raises(FormatError, match=r"no tensor for blocks.0.feed_forward.gate.bias, .*gate"):
+        stored_tensors(config, FORMATS["gpt2"].layout, vocab_size=400)

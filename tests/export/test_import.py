@@ -179,7 +179,7 @@ def written_llama(folder: Path, seed: int) -> Path:
         ),
     ],
 )
-def test_settings_that_do_not_fit_the_weights_are_refused(
+def test_settings_that_do_not_fit_the_weights_are_rejected(
     words: list[str],
     message: str,
     hf_llama: Path,
@@ -212,7 +212,7 @@ def test_a_foreign_folder_must_be_imported_before_it_trains_on(
         (b"something else " * 30, "model.bin is not a model; a model must be a folder with"),
     ],
 )
-def test_files_that_are_no_model_are_refused(
+def test_files_that_are_no_model_are_rejected(
     data: bytes, message: str, tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("gguf")
@@ -272,7 +272,7 @@ def test_a_llama2c_file_is_read(tied: bool, tmp_path: Path) -> None:
     assert (back.tokenizer.start_of_text, back.tokenizer.end_of_text) == (1, 2)
 
 
-def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_refused(tmp_path: Path) -> None:
+def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_rejected(tmp_path: Path) -> None:
     file, _ = llama2c(tmp_path / "c", tied=True)
     data = file.read_bytes()
     file.write_bytes(data[:-4])

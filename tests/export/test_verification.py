@@ -1,4 +1,4 @@
-"""`pretrain export`, and the verification by another library, which a planted fault makes fail."""
+"""`pretrain export`, and the verification by another library, which fails for changed files."""
 
 from __future__ import annotations
 
@@ -70,6 +70,20 @@ def test_without_another_library_nothing_is_verified(
     assert "pretrain[hf]" not in capsys.readouterr().out
 
 
+def change_before_verification(
+    monkeypatch: pytest.MonkeyPatch, change: Change, *, n_rows: int | None = None
+) -> None:
+    """Change the written files before another library reads them; keep some rows of its logits."""
+    run_worker = verification._run_worker
+
+    def run_on_changed_files(request: dict[str, Any]) -> Any:
+        change(Path(request["path"]))
+        answer, logits = run_worker(request)
+        return answer, logits if n_rows is None else logits[:n_rows]
+
+    monkeypatch.setattr(verification, "_run_worker", run_on_changed_files)
+
+
 def _swap_heads(tensors: dict[str, torch.Tensor]) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name].roll(8, 0)
@@ -100,7 +114,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
-# One of the model and one of the tokenizer: each is asked about by a process of its own.
+# One of the model and one of the tokenizer: each is verified in a process of its own.
 IN_SHORT = ("one number", "nothing before a prompt")
 
 
@@ -111,17 +125,11 @@ IN_SHORT = ("one number", "nothing before a prompt")
 def test_a_planted_fault_fails_the_export(
     fault: str, hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The fault happens after the files were written and before they are asked about."""
+    """The fault happens after the files were written and before they are verified."""
     pytest.importorskip("transformers")
     assert main(["import", str(hf_llama), "--out", str(tmp_path / "model")]) == 0
     change, check = FAULTS[fault]
-    asking = verification._run_worker
-
-    def damaged(request: dict[str, Any]) -> Any:
-        change(Path(request["path"]))
-        return asking(request)
-
-    monkeypatch.setattr(verification, "_run_worker", damaged)
+    change_before_verification(monkeypatch, change)
     words = ["export", str(tmp_path / "model"), "--format", "hf", "--out", str(tmp_path / "out")]
     result = run_json(capsys, *words, code=1)
     assert result["verdict"] == result["checks"][check]["verdict"] == DISAGREES
@@ -133,13 +141,7 @@ def test_files_that_they_cannot_open_fail_the_export(
     hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     pytest.importorskip("transformers")
-    asking = verification._run_worker
-
-    def damaged(request: dict[str, Any]) -> Any:
-        in_weights(lambda t: t.pop("model.norm.weight"))(Path(request["path"]))
-        return asking(request)
-
-    monkeypatch.setattr(verification, "_run_worker", damaged)
+    change_before_verification(monkeypatch, in_weights(lambda t: t.pop("model.norm.weight")))
     words = ["export", str(hf_llama), "--format", "hf", "--out", str(tmp_path / "out")]
     result = run_json(capsys, *words, code=1)
     assert result["verdict"] == DISAGREES
@@ -179,14 +181,8 @@ def test_numbers_that_are_not_finite_are_null_in_a_certificate(
 ) -> None:
     """And a perplexity beyond all bounds is no line of 300 digits."""
     pytest.importorskip("transformers")
-    asking = verification._run_worker
-
-    def damaged(request: dict[str, Any]) -> Any:
-        in_weights(lambda t: t["model.norm.weight"].mul_(1e30))(Path(request["path"]))
-        answer, logits = asking(request)
-        return answer, logits[:, :-1]
-
-    monkeypatch.setattr(verification, "_run_worker", damaged)
+    change = in_weights(lambda t: t["model.norm.weight"].mul_(1e30))
+    change_before_verification(monkeypatch, change, n_rows=3)
     words = ["export", str(hf_llama), "--format", "hf", "--out", str(tmp_path / "out")]
     result = run_json(capsys, *words, code=1)
     text = (tmp_path / "out.disagrees/certificate.json").read_text()
@@ -211,7 +207,7 @@ def test_numbers_that_are_not_finite_are_null_in_a_certificate(
         ),
     ],
 )
-def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_written(
+def test_a_text_that_cannot_be_scored_is_rejected_before_anything_is_written(
     text: str | None, message: str, tmp_path: Path, capsys: Capture
 ) -> None:
     tokenizer = train_tokenizer(["some words and more"], name="characters", vocab_size=None)

@@ -39,8 +39,6 @@ from pretrain.model.families import FAMILIES
 from pretrain.model.rope import rope_frequencies
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-NUMBERS = ("f32", "f16", "q8_0")
-"""The number types that can be written."""
 _READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _ROPE_FACTORS = "rope_freqs.weight"
 _BLOCK = 32  # numbers with one scale in Q8_0
@@ -66,12 +64,6 @@ def gguf_format(family: object) -> GgufFormat:
             f"{family!r:.60}); --format hf takes any model"
         )
     return known[str(family)]
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether a file starts with the magic number of GGUF."""
-    with open(file, "rb") as opened:
-        return opened.read(4) == b"GGUF"
 
 
 def write_gguf(file: Path, *, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32") -> None:

@@ -36,8 +36,7 @@ from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.tokenizer_json import template_adds_bos
 
-NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-"""The number types that can be written."""
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_FILE_BYTES = 5 << 30
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MODELING = "modeling_pretrain.py"
@@ -54,7 +53,7 @@ def write_hugging_face(
 ) -> None:
     """Write a model directory into an existing folder, with a copy of one file's weights at a time.
     The decoder's weights are rounded to the numbers in the files."""
-    config, dtype, stops = decoder.config, NUMBERS[numbers], tokenizer.stop_ids
+    config, dtype, stops = decoder.config, _DTYPES[numbers], tokenizer.stop_ids
     special = {
         "bos_token_id": tokenizer.start_of_text,
         "eos_token_id": stops if len(stops) > 1 else stops[0],

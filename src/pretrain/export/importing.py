@@ -17,7 +17,7 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
 
     FormatError for another kind of file, a damaged file, or another architecture.
     """
-    from pretrain.export.gguf import is_gguf, open_gguf
+    from pretrain.export.gguf import open_gguf
     from pretrain.export.hf import open_hugging_face
     from pretrain.export.llama2c import is_llama2c, open_llama2c
 
@@ -36,10 +36,10 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
         return open_hugging_face(path)
     if not path.is_file():
         raise FormatError(f"there is no model at {path}; {_MODELS}")
-    if is_gguf(path):
-        return open_gguf(path)
     with open(path, "rb") as file:
         start = file.read(4)
+    if start == b"GGUF":
+        return open_gguf(path)
     if start == b"PK\x03\x04" or start[:1] == b"\x80":
         raise FormatError(
             f"{path} is a pickle of PyTorch, which can run any code when it is opened; save the "

@@ -110,12 +110,9 @@ class ImportedModel:
 
 def stored_tensors(config: ModelConfig, layout: Layout, *, vocab_size: int) -> list[StoredTensor]:
     """The tensors of a file with this decoder, in its order. Only names and shapes are made.
-    FormatError for a decoder with parameters that the format lacks, or too large to describe."""
-    try:
-        with torch.device("meta"):
-            decoder = Decoder(config, vocab_size=vocab_size)
-    except (RuntimeError, OverflowError) as error:
-        raise FormatError(f"the model is too large: {error}") from None
+    FormatError for a decoder with parameters that the format lacks."""
+    with torch.device("meta"):
+        decoder = Decoder(config, vocab_size=vocab_size)
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
     if layout.own_prefix is not None:
         modules = {layout.own_prefix + n: n for n in (name.rpartition(".")[0] for name in shapes)}

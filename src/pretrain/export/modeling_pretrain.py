@@ -45,18 +45,10 @@ class PretrainConfig(PretrainedConfig):
         super().__init__(**rest)
 
 
-class Norm(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.epsilon, self.rms = c["norm_epsilon"], c["norm"] == "rms"
-        self.weight = nn.Parameter(torch.ones(c["d_model"]))
-        has_bias = not self.rms and c["bias"] != "none"
-        self.bias = nn.Parameter(torch.zeros(c["d_model"])) if has_bias else None
-
-    def forward(self, x):
-        if self.rms:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+def norm(c):
+    if c["norm"] == "rms":
+        return nn.RMSNorm(c["d_model"], c["norm_epsilon"])
+    return nn.LayerNorm(c["d_model"], c["norm_epsilon"], bias=c["bias"] != "none")
 
 
 class Attention(nn.Module):
@@ -114,8 +106,8 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.after = c["norm_place"] == "after"
-        self.attention_norm, self.attention = Norm(c), Attention(c)
-        self.feed_forward_norm, self.feed_forward = Norm(c), FeedForward(c)
+        self.attention_norm, self.attention = norm(c), Attention(c)
+        self.feed_forward_norm, self.feed_forward = norm(c), FeedForward(c)
 
     def forward(self, x, rotation):
         if self.after:
@@ -196,7 +188,7 @@ class Decoder(nn.Module):
             self.position_embedding = nn.Embedding(c["context_length"], c["d_model"])
         self.ngrams = Ngrams(c, vocab_size) if c["ngram_rows"] or c["induction"] else None
         self.blocks = nn.ModuleList([Block(c) for _ in range(c["n_layers"])])
-        self.final_norm = Norm(c) if c["norm_place"] == "before" else None
+        self.final_norm = norm(c) if c["norm_place"] == "before" else None
         self.head = None if c["tied_head"] else nn.Linear(c["d_model"], vocab_size, bias=False)
 
     def forward(self, ids_BT):

@@ -37,14 +37,8 @@ AGREES, DISAGREES, NOT_VERIFIED = "agrees", "disagrees", "not verified"
 
 # Largest difference of a logit, times a tenth of the largest logit if that is above 1: the order of
 # rounding differs. llama.cpp also rounds the activations for f16 and q8_0 weights.
-TOLERANCES = {
-    ("transformers", "f32"): 1e-4,
-    ("transformers", "f16"): 1e-4,
-    ("transformers", "bf16"): 1e-4,
-    ("llama_cpp", "f32"): 2e-3,
-    ("llama_cpp", "f16"): 2e-2,
-    ("llama_cpp", "q8_0"): 1.0,
-}
+_TRANSFORMERS_TOLERANCE = 1e-4
+_LLAMA_CPP_TOLERANCES = {"f32": 2e-3, "f16": 2e-2, "q8_0": 1.0}
 # llama.cpp reads GELU from a float16 table.
 _GELU_TOLERANCE = 1e-2
 # Largest mean KL divergence in nats. For q8_0 in llama.cpp, whose activations have 8 bits too, this
@@ -242,9 +236,11 @@ def _compare_logits(
 
 
 def _tolerance(exported: Exported, library: str, logits: torch.Tensor) -> float:
-    least = TOLERANCES[library, exported.numbers]
-    if library == "llama_cpp" and exported.decoder.config.feed_forward == "gelu":
-        least = max(least, _GELU_TOLERANCE)
+    least = _TRANSFORMERS_TOLERANCE
+    if library == "llama_cpp":
+        least = _LLAMA_CPP_TOLERANCES[exported.numbers]
+        if exported.decoder.config.feed_forward == "gelu":
+            least = max(least, _GELU_TOLERANCE)
     return least * max(1.0, float(logits.abs().max()) / 10)
 
 

@@ -139,9 +139,8 @@ def tasks(run: RunFiles) -> list[dict[str, Any]]:
     for name, records in by_name.items():
         last = records[-1]
         metric, chance = str(last.get("metric")).replace("_", " "), number(last.get("chance"))
-        errors = [number(record.get("stderr")) for record in records]
-        known = [error for error in errors if error is not None]
-        band = known if len(known) == len(errors) else []
+        errors = [e for record in records if (e := number(record.get("stderr"))) is not None]
+        band = errors if len(errors) == len(records) else []
         chart = line_chart(
             [Series(name, curve(records, "value"), "dots", band)],
             name,
