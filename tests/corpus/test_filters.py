@@ -60,17 +60,17 @@ def oracle(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["gopher", "c4", "fineweb"])
 def test_rules_equal_those_of_datatrove(name: str) -> None:
-    theirs = oracle(name)
+    reference = oracle(name)
     from datatrove.data import Document
 
     kept = 0
     for number, text in enumerate(odd_texts(4, 1500)):
         document = Document(text=text, id=str(number))
-        passes = all(each.filter(document) is True for each in theirs)
-        judged = apply_filters(text, [name])
-        assert (not judged.broken) == passes, (judged.broken, text)
+        passes = all(each.filter(document) is True for each in reference)
+        result = apply_filters(text, [name])
+        assert (not result.broken) == passes, (result.broken, text)
         if passes:
-            assert judged.text == document.text
+            assert result.text == document.text
             kept += 1
     assert 50 < kept < 1450
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from pretrain.export.hf import write_hugging_face
 from pretrain.generate import sampling
 from pretrain.tokenizer.encode import SentencePieceEncoder
 from pretrain.tokenizer.load import load_tokenizer
-from pretrain.tokenizer.sentencepiece import SPACE
+from pretrain.tokenizer.sentencepiece import SPACE, Piece, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
 from texts import prose, random_unicode_text, train_sentencepiece
@@ -31,12 +32,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(tmp_path_factory.mktemp("sp") / "tokenizer.model")
 
 
-def theirs(path: Path) -> Any:
+def reference(path: Path) -> Any:
     return pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(path))
 
 
 def test_ids_equal_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None:
-    ours, oracle = load_tokenizer(llama), theirs(llama)
+    ours, oracle = load_tokenizer(llama), reference(llama)
     assert (ours.vocab_size, ours.end_of_text) == (600, oracle.eos_id())
     ours.save(tmp_path)
     again = load_tokenizer(tmp_path)
@@ -61,7 +62,7 @@ def test_both_libraries_and_all_chunk_sizes_agree(
     assert isinstance(encoder, SentencePieceEncoder)
     assert encoder.fast is not None
     whole = ours.encode(text).tolist()
-    assert whole == theirs(llama).encode(text)
+    assert whole == reference(llama).encode(text)
     monkeypatch.setattr(encoder, "chunk_characters", 300)
     assert len(list(ours.encode_chunks(text))) > 10
     assert ours.encode(text).tolist() == whole
@@ -73,7 +74,7 @@ def test_special_token_names_in_a_text_are_text(llama: Path) -> None:
     ours = load_tokenizer(llama)
     for text in ("<s>a</s>", "</s>", "x<unk>y <0x41>", SPACE):
         ids = ours.encode(text).tolist()
-        assert ids == theirs(llama).encode(text)
+        assert ids == reference(llama).encode(text)
         assert not {0, 1, 2} & set(ids)
         # The character for a space is a space to SentencePiece.
         assert ours.decode(ids) == text.replace(SPACE, " ")
@@ -146,10 +147,33 @@ def test_models_that_lose_text_are_rejected(
 
 def test_model_without_space_prefix(tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "plain.model", add_dummy_prefix=False)
-    ours, oracle = load_tokenizer(path), theirs(path)
+    ours, oracle = load_tokenizer(path), reference(path)
     for text in ("a house", " a house", "", "  "):
         assert ours.encode(text).tolist() == oracle.encode(text)
         assert ours.decode(ours.encode(text)) == text
+
+
+def test_missing_package_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(
+        ValueError,
+        match=r"': a SentencePiece model needs the package sentencepiece: python -m pip install "
+        r"'pretrain\[sentencepiece\]'$",
+    ):
+        load_tokenizer(llama)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([], "must have different tokens; of its 0 tokens 0 are different"),
+        ([("a", 0.0, 2)] * 3, "must have different tokens; of its 3 tokens 1 are different"),
+        ([("a", 0.0, 1)], "must have 1 unknown token, not 0"),
+    ],
+)
+def test_contradictory_pieces_are_rejected(pieces: list[Piece], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^the vocabulary {message}$"):
+        bpe_from_pieces(pieces, has_prefix=True)
 
 
 def test_damaged_files_are_rejected(llama: Path, tmp_path: Path) -> None:

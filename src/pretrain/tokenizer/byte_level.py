@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, AnyStr, Literal, cast, get_args
+from itertools import count
+from typing import Any, AnyStr, Literal, cast, get_args
 
-if TYPE_CHECKING:
-    import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as LibraryTokenizer
 
 Split = Literal["gpt2", "cl100k", "o200k", "llama3", "smollm"]
 """Name of a pre-tokenizer."""
@@ -55,15 +56,8 @@ def byte_symbols() -> tuple[str, ...]:
     in order. Example: "A" is "A", and the space (0x20) is "Ġ" (U+0120).
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    symbols = []
-    n_moved = 0
-    for value in range(256):
-        if value in printable:
-            symbols.append(chr(value))
-        else:
-            symbols.append(chr(0x100 + n_moved))
-            n_moved += 1
-    return tuple(symbols)
+    others = count(0x100)
+    return tuple(chr(value if value in printable else next(others)) for value in range(256))
 
 
 @cache
@@ -74,8 +68,6 @@ def symbol_bytes() -> dict[str, int]:
 
 def pre_tokenizer(split: Split) -> Any:
     """The library's pre-tokenizer, which also writes words in GPT-2's byte alphabet."""
-    from tokenizers import Regex, pre_tokenizers
-
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if split == "gpt2":
         return gpt2
@@ -91,15 +83,15 @@ def pre_tokenizer(split: Split) -> Any:
 
 def split_of(description: Mapping[str, Any]) -> Split | None:
     """The name of a tokenizer.json's pre-tokenizer; None for one that is not known here."""
-    from tokenizers import Tokenizer as LibraryTokenizer
-    from tokenizers import models
-
     for split in get_args(Split):
-        library = LibraryTokenizer(models.BPE())
-        library.pre_tokenizer = pre_tokenizer(split)
-        if json.loads(library.to_str())["pre_tokenizer"] == description["pre_tokenizer"]:
+        if json.loads(pre_tokenizer(split).__getstate__()) == description["pre_tokenizer"]:
             return cast(Split, split)
     return None
+
+
+def special_token(name: str) -> AddedToken:
+    """A token to which no text is encoded."""
+    return AddedToken(name, special=True, normalized=False)
 
 
 def merges_of(tokens: Iterable[AnyStr], ids: Mapping[AnyStr, int]) -> list[tuple[AnyStr, AnyStr]]:
@@ -125,7 +117,7 @@ def byte_level_bpe(
     added: dict[str, int],
     non_special: Collection[str] = (),
     ignore_merges: bool = False,
-) -> tokenizers.Tokenizer:
+) -> LibraryTokenizer:
     """Create a library tokenizer from tokens in the byte alphabet and their merges in order.
 
     BPE applies the first possible merge of the list again and again: with the merges (a, b) and
@@ -133,9 +125,6 @@ def byte_level_bpe(
     used as it is, even if no merges lead to it. `added` tokens are special, except those in
     `non_special`, which are recognised where a text contains them.
     """
-    from tokenizers import AddedToken, decoders, models
-    from tokenizers import Tokenizer as LibraryTokenizer
-
     model = models.BPE(vocab=vocabulary | added, merges=merges, ignore_merges=ignore_merges)
     library = LibraryTokenizer(model)
     library.pre_tokenizer = pre_tokenizer(split)

