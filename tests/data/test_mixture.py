@@ -178,7 +178,7 @@ def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path
     n_first, n_second = (span.n_tokens for span in epochs.spans)
     assert epochs.tokens_for_epochs == n_first + 4 * n_second
     staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
-    with pytest.raises(ValueError, match=r"and stages when: with both give train\.steps"):
+    with pytest.raises(ValueError, match=r"has epochs and stages, so train\.steps must be set"):
         _ = MixedData(staged, [data]).tokens_for_epochs
     refusing = MixedData(DataConfig(source=sources(texts), exhausted="error"), [data])
     with pytest.raises(ValueError, match=r"letters\.jsonl' [\d.]+ times, and data\.exhausted"):
@@ -202,7 +202,7 @@ def test_a_source_with_nothing_left_is_an_error(texts: list[Path], tmp_path: Pat
     again = tmp_path / "again.jsonl"
     again.write_bytes(texts[0].read_bytes())
     data = prepare([texts[0], again], tmp_path / "out", tokenizer="bytes")
-    with pytest.raises(ValueError, match=r"nothing of '.*again\.jsonl' is left to train on"):
+    with pytest.raises(ValueError, match=r"'.*again\.jsonl' has no text left to train on"):
         MixedData(DataConfig(source=sources([texts[0], again])), [data])
 
 

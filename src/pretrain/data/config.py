@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pretrain.validation import NON_EMPTY, Checked, FieldError, Matching, Range, convert
+from pretrain.validation import NON_EMPTY, Checked, FieldError, Matching, Range
 
-_VAL_FRACTION = Range(gt=0, le=0.5)
+ValFraction = Annotated[float | None, Range(gt=0, le=0.5)]
 _PATH = Matching(NON_EMPTY, "a path of a file or folder, 'bundled', or a list of {path, weight}")
 
 
@@ -52,7 +52,7 @@ class DataConfig(Checked):
     text_field: Annotated[str | None, Matching(NON_EMPTY, "the name of a field")] = None
     """field of JSON, CSV and Parquet records that contains the text; empty: detected from the first
     records"""
-    val_fraction: Annotated[float | None, _VAL_FRACTION] = None
+    val_fraction: ValFraction = None
     """fraction of the documents kept for validation; empty: 400 kB to 2 MB of text"""
 
     def conflicts(self) -> Iterator[FieldError]:
@@ -82,8 +82,3 @@ class DataConfig(Checked):
         if isinstance(self.source, str):
             return (self.source,)
         return tuple(dict.fromkeys(entry.path for entry in self.source))
-
-
-def check_val_fraction(value: float | None) -> None:
-    """Raise ConfigError for a fraction that is not in (0, 0.5]."""
-    convert(value, Annotated[float | None, _VAL_FRACTION], "val_fraction")

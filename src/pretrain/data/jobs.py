@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.config import CorpusConfig
-from pretrain.fileio import read_json, sync_tree, write_json
+from pretrain.data.config import ValFraction
+from pretrain.fileio import read_json, sync_tree
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
-from pretrain.validation import convert
+from pretrain.validation import Checked, convert
 
-# Of the files inside a job's folder; a job of another version is started from scratch.
-_JOB_VERSION = 3
+JOB_VERSION = 3
+"""Of the files inside a job's folder; a job of another version is started from scratch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Checked):
     """The arguments of a preparation."""
+
+    section = "prepare"
 
     sources: tuple[str, ...]
     tokenizer: str = "bpe"
     vocab_size: int | None = None
     text_field: str | None = None
-    val_fraction: float | None = None
+    val_fraction: ValFraction = None
     strict: bool = False
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
@@ -74,32 +77,13 @@ class Job:
     """The folder of a preparation in progress."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a job that `begin` has created."""
+        """Open a job that `preparation.begin` has created."""
         self.folder = folder
         content = read_json(folder / "job.json")["settings"]
         self.settings: Settings = convert(content, Settings, "settings")
         self.deduplicates = self.settings.corpus.deduplicate != "none"
         self.on_fraction: Callable[[float], object] = lambda fraction: None
         """Called by a long task with the fraction of it that is done, 0 to 1."""
-
-    @staticmethod
-    def begin(folder: Path, settings: Settings, *, key: str) -> Job:
-        """Open the job in `folder` if it has this key, else start it from scratch."""
-        if not Job.is_begun(folder, key=key):
-            discard(folder)
-            os.makedirs(folder)
-            content = {"version": _JOB_VERSION, "key": key, "settings": asdict(settings)}
-            write_json(folder / "job.json", content, ascii_only=True, replace=True)
-        return Job(folder)
-
-    @staticmethod
-    def is_begun(folder: Path, *, key: str) -> bool:
-        """Whether `folder` has the job of this key."""
-        try:
-            content = read_json(folder / "job.json")
-        except (OSError, ValueError):
-            return False
-        return content.get("version") == _JOB_VERSION and content.get("key") == key
 
     def remove(self) -> None:
         """Delete the folder."""

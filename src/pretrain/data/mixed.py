@@ -50,10 +50,7 @@ class ConcatenatedStream:
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Ids [start, stop)."""
-        if not 0 <= start <= stop <= self.n_tokens:
-            raise ValueError(
-                f"ids to read must be in 0 to {self.n_tokens} (requested {start} to {stop})"
-            )
+        assert 0 <= start <= stop <= self.n_tokens, (start, stop)
         pieces = [np.empty(0, np.int64)]
         for stream, end in zip(self._streams, self._ends.tolist(), strict=True):
             begin = end - stream.n_tokens
@@ -90,14 +87,11 @@ class MixedData(PreparedData):
             for name in SPLITS
         }
         self._config = config
-        self.spans = self._source_spans(prepared)
-
-    def _source_spans(self, prepared: Sequence[PreparedData]) -> list[SourceSpan]:
-        """Where the ids of each path of the config are in the training stream."""
+        # Where the ids of each path of the config are in the training stream.
         spans: dict[str, SourceSpan] = {}
         end = 0
         if len(prepared) > 1:
-            for path, data in zip(self._config.paths, prepared, strict=True):
+            for path, data in zip(config.paths, prepared, strict=True):
                 n_tokens = data.split("train").n_tokens
                 spans[path] = SourceSpan(path, end, n_tokens)
                 end += n_tokens
@@ -107,10 +101,13 @@ class MixedData(PreparedData):
                     # A source's first input is the end-of-text token before its first document.
                     spans[share.source] = SourceSpan(share.source, end, share.n_tokens + 1)
                 end += share.n_tokens
-        for path in self._config.paths:
+        for path in config.paths:
             if path not in spans:
-                raise ValueError(f"data.source: nothing of {path!r} is left to train on")
-        return [spans[path] for path in self._config.paths]
+                raise ValueError(
+                    f"data.source: {path!r} has no text left to train on; remove this source, or "
+                    "use fewer filters"
+                )
+        self.spans = [spans[path] for path in config.paths]
 
     @property
     def tokens_for_epochs(self) -> int | None:
@@ -122,8 +119,8 @@ class MixedData(PreparedData):
             return None
         if len({entry.stage for entry in self._config.source}) > 1:
             raise ValueError(
-                "data.source: epochs set how much is read of each source, and stages when: with "
-                "both give train.steps, of which a stage is a share"
+                "data.source has epochs and stages, so train.steps must be set: a stage begins "
+                "after a fraction of the steps"
             )
         return round(sum((e.epochs or 0) * sizes[e.path] for e in self._config.source))
 
@@ -149,7 +146,9 @@ class MixedData(PreparedData):
         beginnings = sorted(stages)
         first_samples = [round(beginning * steps) * batch_size for beginning in beginnings]
         if len({*first_samples, steps * batch_size}) <= len(first_samples):
-            raise ValueError(f"data.source: {steps} steps are too few for {len(stages)} stages")
+            raise ValueError(
+                f"data.source: {steps} steps are too few for {len(stages)} stages; use more steps"
+            )
         weights = [[stages[start].get(path, 0.0) for path in sizes] for start in beginnings]
         mixture = MixtureOrder(
             self.spans,

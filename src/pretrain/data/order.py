@@ -152,8 +152,20 @@ class MixtureOrder:
         end_samples.append(_NEVER)
         n_before = [0] * len(self.spans)
         for (first, weights), end in zip(stages, end_samples, strict=True):
-            counts = _block_counts(weights, self.spans)
-            self.stages.append(MixtureStage(first, end, counts, tuple(n_before)))
+            # Divide a block among the sources in whole samples, by largest remainder.
+            total = sum(weights)
+            exact = [BLOCK_SAMPLES * weight / total for weight in weights]
+            counts = [int(share) for share in exact]
+            by_remainder = sorted(range(len(exact)), key=lambda n: (counts[n] - exact[n], n))
+            for number in by_remainder[: BLOCK_SAMPLES - sum(counts)]:
+                counts[number] += 1
+            for weight, count, span in zip(weights, counts, self.spans, strict=True):
+                if weight > 0 and count == 0:
+                    raise ValueError(
+                        f"data.source: {span.source!r} would be {100 * weight / total:.3g} % of "
+                        f"its stage; it must be at least 1 sample in {BLOCK_SAMPLES}"
+                    )
+            self.stages.append(MixtureStage(first, end, tuple(counts), tuple(n_before)))
             # The rest of a stage's last block is dropped, so that the next stage can begin.
             n_blocks = ceil_div(end - first, BLOCK_SAMPLES)
             n_before = [n + n_blocks * count for n, count in zip(n_before, counts, strict=True)]
@@ -256,23 +268,6 @@ class MixtureOrder:
             span.source: count / order.n_windows
             for span, order, count in zip(self.spans, self.orders, counts, strict=True)
         }
-
-
-def _block_counts(weights: Sequence[float], spans: Sequence[SourceSpan]) -> tuple[int, ...]:
-    """Divide a block among the sources in whole samples, by largest remainder."""
-    total = sum(weights)
-    exact = [BLOCK_SAMPLES * weight / total for weight in weights]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda n: (counts[n] - exact[n], n))
-    for number in by_remainder[: BLOCK_SAMPLES - sum(counts)]:
-        counts[number] += 1
-    for weight, count, span in zip(weights, counts, spans, strict=True):
-        if weight > 0 and count == 0:
-            raise ValueError(
-                f"data.source: {span.source!r} would be {100 * weight / total:.3g} % of its stage; "
-                f"it must be at least 1 sample in {BLOCK_SAMPLES}"
-            )
-    return tuple(counts)
 
 
 @dataclass(frozen=True, slots=True)

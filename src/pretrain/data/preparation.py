@@ -17,9 +17,9 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
@@ -33,7 +33,6 @@ from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.files import Source, list_files
 from pretrain.corpus.filters import language_of
 from pretrain.corpus.overlap import EvaluationNgrams
-from pretrain.data.config import check_val_fraction
 from pretrain.data.format import (
     FORMAT,
     FORMAT_VERSION,
@@ -47,7 +46,7 @@ from pretrain.data.format import (
     is_prepared,
     open_prepared,
 )
-from pretrain.data.jobs import Job, Settings, Stage, discard
+from pretrain.data.jobs import JOB_VERSION, Job, Settings, Stage, discard
 from pretrain.data.stages import (
     STAGES,
     UNENCODABLE,
@@ -56,7 +55,7 @@ from pretrain.data.stages import (
     removed_documents,
 )
 from pretrain.data.writer import Compression, compression_outliers, extremes, join_stream
-from pretrain.fileio import file_lock, move_into_place, require_empty, write_json
+from pretrain.fileio import file_lock, move_into_place, read_json, require_empty, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
 from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
 
@@ -101,7 +100,6 @@ def prepare(
         strict=strict,
         corpus=corpus or CorpusConfig(),
     )
-    _check(settings)
     work = work_folder(out)
     # Others that prepare the same folder wait, and then find it complete.
     with file_lock(work.with_name(f"{work.name}.lock"), wait=True):
@@ -121,9 +119,7 @@ def prepare(
 def begin(source: Source, out: str | Path, **options: Any) -> Job:
     """Create or find the job of `prepare` with the same options. Run its `cluster_tasks` where its
     folder can be seen, then call `finish`."""
-    settings = _settings(source, **options)
-    _check(settings)
-    return _begin(settings, Path(out))
+    return _begin(_settings(source, **options), Path(out))
 
 
 def _run_stages(job: Job, *, workers: int, progress: Progress) -> None:
@@ -144,8 +140,25 @@ def _run_stages(job: Job, *, workers: int, progress: Progress) -> None:
                 spawn = get_context("spawn")
                 pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
                 opened.callback(pool.shutdown, cancel_futures=True)
+            progress(stage.title, 0.0)
+            futures: dict[Future[None], int] = {}
             try:
-                _run_in_pool(pool, job, number, tasks, progress)
+                for task in tasks:
+                    try:
+                        futures[pool.submit(_run_in_worker, job.folder, number, task)] = task
+                    except (ValueError, OSError) as cause:
+                        # Python starts workers in submit; if one dies in the meantime, submit finds
+                        # a closed pipe.
+                        raise BrokenProcessPool from cause
+                for n_done, future in enumerate(as_completed(futures), 1):
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise error
+                    if error is not None:
+                        # Repeat it here: it fails in the same way, with a traceback of this
+                        # process.
+                        job.run_task(stage, futures[future])
+                    progress(stage.title, n_done / len(tasks))
             except BrokenProcessPool:
                 raise OSError(
                     errno.ENOMEM,
@@ -165,27 +178,6 @@ def _run_here(job: Job, stage: Stage, tasks: list[int], progress: Progress) -> N
         show(0.0)
         job.run_task(stage, task)
         show(1.0)
-
-
-def _run_in_pool(
-    pool: ProcessPoolExecutor, job: Job, number: int, tasks: list[int], progress: Progress
-) -> None:
-    """Run tasks of a stage in workers. BrokenProcessPool if one of them dies."""
-    stage = STAGES[number]
-    progress(stage.title, 0.0)
-    try:
-        futures = {pool.submit(_run_in_worker, job.folder, number, task): task for task in tasks}
-    except (ValueError, OSError) as cause:
-        # Python starts workers in submit; if one dies in the meantime, submit finds a closed pipe.
-        raise BrokenProcessPool from cause
-    for n_done, future in enumerate(as_completed(futures), 1):
-        error = future.exception()
-        if isinstance(error, BrokenProcessPool):
-            raise error
-        if error is not None:
-            # Repeat it here: it fails in the same way, with a traceback of this process.
-            job.run_task(stage, futures[future])
-        progress(stage.title, n_done / len(tasks))
 
 
 def _start_worker() -> None:
@@ -361,13 +353,9 @@ def prepared_key(source: Source, **options: Any) -> str:
 
 
 def _settings(source: Source, *, tokenizer: str | Path = "bpe", **options: Any) -> Settings:
+    """The arguments of a preparation. ValueError for those that are wrong for any text."""
     sources = [source] if isinstance(source, str | Path) else source
-    return Settings(sources=tuple(map(str, sources)), tokenizer=str(tokenizer), **options)
-
-
-def _check(settings: Settings) -> None:
-    """ValueError for settings that are wrong for any text."""
-    check_val_fraction(settings.val_fraction)
+    settings = Settings(sources=tuple(map(str, sources)), tokenizer=str(tokenizer), **options)
     if settings.corpus.languages:
         language_of("A missing package is found here, before anything is read.")
     for path in settings.sources:
@@ -381,18 +369,29 @@ def _check(settings: Settings) -> None:
         n_tokens = load_tokenizer(name).vocab_size
         if size is not None and size != n_tokens:
             raise ValueError(
-                f"tokenizer.vocab_size is {size}, but {name!r} has {n_tokens} tokens; leave it out"
+                f"tokenizer.vocab_size is {size}, but must be {n_tokens}, the tokens of {name!r}; "
+                "leave it out"
             )
+    return settings
 
 
 def _begin(settings: Settings, out: Path) -> Job:
+    """Open the job of these settings, or start it from scratch."""
     folder = work_folder(out)
     key = _key(settings)
-    if not folder.exists():
+    content: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        content = read_json(folder / "job.json")
+    is_begun = (content.get("version"), content.get("key")) == (JOB_VERSION, key)
+    if not is_begun:
         discard(folder)
-    if not (Job.is_begun(folder, key=key) and is_prepared(out)):
+    if not (is_begun and is_prepared(out)):
         require_empty(out)
-    return Job.begin(folder, settings, key=key)
+    if not is_begun:
+        os.makedirs(folder)
+        content = {"version": JOB_VERSION, "key": key, "settings": asdict(settings)}
+        write_json(folder / "job.json", content, ascii_only=True, replace=True)
+    return Job(folder)
 
 
 def _key(settings: Settings) -> str:
@@ -401,19 +400,13 @@ def _key(settings: Settings) -> str:
         parts = [file.read_bytes() for file in tokenizer_files(settings.tokenizer)]
         content["tokenizer"] = hashlib.sha256(b"".join(parts)).hexdigest()
     content["format"] = [FORMAT, FORMAT_VERSION, __version__]
-    content["files"] = _file_states(settings.sources)
-    content["evaluation"] = _file_states(settings.corpus.evaluation_texts)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_states(sources: tuple[str, ...]) -> list[list[Any]]:
-    """Name, real path, size and modification time of each file."""
-    return [
-        [
-            file.source_argument,
-            os.path.realpath(file.path),
-            file.n_bytes,
-            os.stat(file.path).st_mtime_ns,
+    for name, sources in (
+        ("files", settings.sources),
+        ("evaluation", settings.corpus.evaluation_texts),
+    ):
+        files = list_files(sources) if sources else ()
+        content[name] = [
+            (f.source_argument, os.path.realpath(f.path), f.n_bytes, os.stat(f.path).st_mtime_ns)
+            for f in files
         ]
-        for file in (list_files(sources) if sources else ())
-    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

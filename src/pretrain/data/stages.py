@@ -40,7 +40,7 @@ from pretrain.corpus.overlap import EvaluationNgrams
 from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.records import EVERY_FIELD
 from pretrain.data.format import SPLITS, SplitName
-from pretrain.data.jobs import DocumentShard, Job, Stage
+from pretrain.data.jobs import DocumentShard, Job, Settings, Stage
 from pretrain.data.writer import Compression, TaskWriter, compression_of, extremes
 from pretrain.fileio import read_json, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
@@ -82,24 +82,23 @@ def _list_files(job: Job, task: int, out: Path) -> None:
     for number, group in enumerate(groups):
         files = [asdict(file) | {"path": str(file.path)} for file in group]
         write_json(out / f"{number}.json", {"files": files}, ascii_only=True)
-    names = settings.corpus.evaluation_texts
-    if names:
-        texts = ((name, t) for name in names for t in _evaluation_strings(name, settings.strict))
-        EvaluationNgrams.from_texts(texts).save(out / "overlaps.npz")
+    if settings.corpus.evaluation_texts:
+        EvaluationNgrams.from_texts(_evaluation_strings(settings)).save(out / "overlaps.npz")
     write_json(out / "report.json", {"n_groups": len(groups), "reading": report.as_dict()})
 
 
-def _evaluation_strings(name: str, strict: bool) -> Iterator[str]:
-    """Yield all strings of an evaluation text. ValueError if some of it cannot be read: its overlap
-    would be missed."""
-    report = ReadingReport(strict=strict)
-    for document in read_documents(name, text_field=EVERY_FIELD, report=report):
-        yield from document.text.split(EVERY_FIELD)
-    if report.n_problems > report.n_repaired:
-        raise ValueError(
-            f"corpus.evaluation_texts: {name!r} must be readable without skipping anything: "
-            f"{report.summary()}"
-        )
+def _evaluation_strings(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield name and strings of each evaluation text. ValueError if some of it cannot be read: its
+    overlap would be missed."""
+    for name in settings.corpus.evaluation_texts:
+        report = ReadingReport(strict=settings.strict)
+        for document in read_documents(name, text_field=EVERY_FIELD, report=report):
+            yield from ((name, text) for text in document.text.split(EVERY_FIELD))
+        if report.n_problems > report.n_repaired:
+            raise ValueError(
+                f"corpus.evaluation_texts: {name!r} must be readable without skipping anything: "
+                f"{report.summary()}"
+            )
 
 
 @contextmanager

@@ -46,19 +46,17 @@ class Tracer:
 
     def occurrences_in(self, step: int) -> list[Occurrence]:
         """What a step (from 1) reads, in the order of its samples and of the text."""
-        first = batch_of_step(step - 1, self.rollbacks) * self.batch_size
-        samples = np.arange(first, first + self.batch_size, dtype=np.int64)
+        batch = batch_of_step(step - 1, self.rollbacks)
+        samples = batch * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         starts = self.order.window_starts(samples)
         occurrences = []
         for sample, start in zip(samples.tolist(), starts.tolist(), strict=True):
             stop = start + self.order.context_length + 1
             # Before the first document there is an end-of-text token that belongs to none.
-            document = int(np.searchsorted(self.document_offsets, start, side="right")) - 1
-            document = max(0, document)
-            n_documents = len(self.document_offsets) - 1
-            while document < n_documents and self.document_offsets[document] < stop:
+            first = max(0, int(np.searchsorted(self.document_offsets, start, side="right")) - 1)
+            end = int(np.searchsorted(self.document_offsets[:-1], stop))
+            for document in range(first, end):
                 occurrences.append(self._occurrence(step, sample, document, start, stop))
-                document += 1
         return occurrences
 
     def occurrences_of(self, document: int, *, n_steps: int) -> Iterator[Occurrence]:
