@@ -145,7 +145,7 @@ def test_a_flipped_bit_in_the_weights_is_reported_before_they_are_used(
         data = bytearray(file.read_bytes())
         data[-100] ^= 16
         file.write_bytes(data)
-    assert "were changed after they were written" in rejection(capsys, "generate", "run")
+    assert "was changed after it was written" in rejection(capsys, "generate", "run")
     Path("run/summary.json").unlink()
     assert "nothing can be resumed" in rejection(capsys, "train", "--resume", "--run", "run")
 

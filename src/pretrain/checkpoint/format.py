@@ -55,15 +55,6 @@ class TensorShard:
     bounds: ShardSlice
 
 
-@dataclass(frozen=True, slots=True)
-class StoredSlice:
-    """A part of a tensor, row-major and without gaps, from byte `offset` of `file`."""
-
-    file: str
-    offset: int
-    bounds: ShardSlice
-
-
 def full_slice(shape: tuple[int, ...]) -> ShardSlice:
     """The slice that is the full tensor."""
     return tuple((0, n) for n in shape)
@@ -104,10 +95,10 @@ class HashingFile(NewFile):
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], bounds: Mapping[str, ShardSlice] | None = None
-) -> tuple[dict[str, Any], list[StoredSlice]]:
-    """Write one safetensors file; returns the manifest's record of it and each tensor's slice, in
-    order. Tensors named in `bounds` are parts of a larger one."""
+    path: Path, tensors: Mapping[str, Tensor], shards: Mapping[str, TensorShard] | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Write one safetensors file; returns the manifest's records of it and of each tensor, with its
+    slice: row-major and without gaps. Tensors named in `shards` are parts of larger ones."""
     header: dict[str, dict[str, Any]] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -125,13 +116,17 @@ def write_tensors(
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
-    entry = {"bytes": file.n_bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}
-    slices = []
+    records = {}
     for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        shard = (shards or {}).get(name) or TensorShard(shape, full_slice(shape))
         start = 8 + len(text) + header[name]["data_offsets"][0]
-        covered = (bounds or {}).get(name) or full_slice(tuple(tensor.shape))
-        slices.append(StoredSlice(path.name, start, covered))
-    return entry, slices
+        records[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(shard.shape),
+            "slices": [{"file": path.name, "offset": start, "box": shard.bounds}],
+        }
+    return {"bytes": file.n_bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}, records
 
 
 def manifest_hash(content: Mapping[str, Any]) -> str:
@@ -151,14 +146,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from None
     if content.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{file} is not the manifest of a {FORMAT}")
+        message = f"{file} has the format {content.get('format')!r}; it must be {FORMAT!r}"
+        raise DamagedCheckpoint(message)
     if content.get("sha256") != manifest_hash(content):
-        raise DamagedCheckpoint(f"{file} was changed after it was written")
+        raise DamagedCheckpoint(f"{file} was changed after it was written: its SHA-256 differs")
     version = content.get("version")
     if type(version) is int and version > VERSION:
         raise ValueError(
-            f"{path} is in version {version} of the format and this program reads up to "
-            f"{VERSION}; a newer pretrain can open it"
+            f"{path} has format version {version}; this program reads versions up to {VERSION}: "
+            "use a newer pretrain"
         )
     try:
         for is_met, requirement in _manifest_requirements(content):
@@ -181,12 +177,10 @@ def _manifest_requirements(content: dict[str, Any]) -> Iterator[tuple[bool, str]
     yield type(content["step"]) is int, "step must be an integer"
     yield isinstance(content["state"], dict), "state must be an object"
     for name, entry in content["files"].items():
-        n_bytes, block_bytes = entry["bytes"], entry["block_bytes"]
-        n_hashes = len(entry["sha256"])
-        yield is_count(n_bytes), f"{name}: bytes must be a count (got {n_bytes})"
+        n_bytes, block_bytes, n_hashes = entry["bytes"], entry["block_bytes"], len(entry["sha256"])
         yield (
-            is_count(block_bytes) and block_bytes > 0,
-            f"{name}: block_bytes must be a positive integer (got {block_bytes})",
+            is_count(n_bytes) and is_count(block_bytes) and block_bytes > 0,
+            f"{name}: bytes and block_bytes must be counts (got {n_bytes} and {block_bytes})",
         )
         yield (
             Path(name).name == name and name != MANIFEST,
@@ -198,7 +192,8 @@ def _manifest_requirements(content: dict[str, Any]) -> Iterator[tuple[bool, str]
         )
     for name, entry in content["tensors"].items():
         shape = entry["shape"]
-        yield entry["dtype"] in DTYPES, f"{name} has the unknown dtype {entry['dtype']}"
+        dtype = entry["dtype"]
+        yield dtype in DTYPES, f"{name}: dtype must be one of {', '.join(DTYPES)} (got {dtype})"
         yield all(map(is_count, shape)), f"{name}: shape must be a list of counts (got {shape})"
         for piece in entry["slices"]:
             bounds = piece["box"]

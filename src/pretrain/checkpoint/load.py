@@ -10,7 +10,8 @@ import os
 import re
 import secrets
 import weakref
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,6 @@ from pretrain.checkpoint.format import (
     DTYPES,
     DamagedCheckpoint,
     ShardSlice,
-    StoredSlice,
     full_slice,
     read_manifest,
 )
@@ -44,19 +44,30 @@ class Checkpoint:
         self.path = path
         content = read_manifest(path)
         self.step: int = content["step"]
-        name = _NAME.fullmatch(path.name)
-        if name and int(name[1]) != self.step:
-            raise DamagedCheckpoint(f"{path} has the state of step {self.step}: it was renamed")
+        match = _NAME.fullmatch(path.name)
+        if match and int(match[1]) != self.step:
+            raise DamagedCheckpoint(
+                f"{path} has the state of step {self.step}; its name must be "
+                f"{checkpoint_name(self.step)}: rename it"
+            )
         self.state: dict[str, Any] = content["state"]
         self.sha256: str = content["sha256"]
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
         self._verified: set[tuple[str, int]] = set()
+        self._opened: dict[str, BinaryIO] = {}
         with ExitStack() as opened:
-            self._opened = {
-                file: opened.enter_context(_open_of_size(path / file, n_bytes=entry["bytes"]))
-                for file, entry in self._files.items()
-            }
+            for name, entry in self._files.items():
+                try:
+                    file = self._opened[name] = opened.enter_context(open(path / name, "rb"))
+                except (FileNotFoundError, IsADirectoryError):
+                    message = f"{path / name} is missing; it must have {entry['bytes']:,} bytes"
+                    raise DamagedCheckpoint(message) from None
+                n_bytes = os.fstat(file.fileno()).st_size
+                if n_bytes != entry["bytes"]:
+                    raise DamagedCheckpoint(
+                        f"{path / name} has {n_bytes:,} bytes; it must have {entry['bytes']:,}"
+                    )
             self.close = weakref.finalize(self, opened.pop_all().close)
 
     def names(self, group: str) -> list[str]:
@@ -74,15 +85,16 @@ class Checkpoint:
         Raises DamagedCheckpoint if a byte that was read is not the byte that was written.
         """
         if name not in self._tensors:
-            raise DamagedCheckpoint(f"{self.path} has no tensor {name}")
+            raise DamagedCheckpoint(
+                f"{self.path} has no tensor {name!r}; it must have all tensors of the model"
+            )
         entry = self._tensors[name]
         bounds = full_slice(self.shape(name)) if bounds is None else bounds
         result = torch.empty([stop - start for start, stop in bounds], dtype=DTYPES[entry["dtype"]])
         n_filled = 0
-        for raw in entry["slices"]:
-            stored = StoredSlice(raw["file"], raw["offset"], tuple((a, b) for a, b in raw["box"]))
+        for stored in entry["slices"]:
             common = tuple(
-                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, stored.bounds, strict=True)
+                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, stored["box"], strict=True)
             )
             if any(start >= stop for start, stop in common):
                 continue
@@ -93,27 +105,29 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.path}: the slices of {name} do not cover it")
         return result
 
-    def _read_slice(self, stored: StoredSlice, part: ShardSlice, dtype: torch.dtype) -> Tensor:
+    def _read_slice(self, stored: dict[str, Any], part: ShardSlice, dtype: torch.dtype) -> Tensor:
         """Read a part of a slice; of the file, only the rows (first dim) of that part."""
-        shape = [stop - start for start, stop in stored.bounds]
+        file, offset, bounds = stored["file"], stored["offset"], stored["box"]
+        shape = [stop - start for start, stop in bounds]
         if not shape:
-            data = self._verified_bytes(stored.file, stored.offset, dtype.itemsize)
+            data = self._verified_bytes(file, offset, dtype.itemsize)
             return torch.frombuffer(data, dtype=dtype).reshape(())
-        first_row, last_row = (row - stored.bounds[0][0] for row in part[0])
+        first_row, last_row = (row - bounds[0][0] for row in part[0])
         n_rows = last_row - first_row
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        data = self._verified_bytes(
-            stored.file, stored.offset + first_row * row_bytes, n_rows * row_bytes
-        )
+        data = self._verified_bytes(file, offset + first_row * row_bytes, n_rows * row_bytes)
         rows = torch.frombuffer(data, dtype=dtype).reshape([n_rows, *shape[1:]])
-        return rows[(slice(None), *_relative(part[1:], stored.bounds[1:]))]
+        return rows[(slice(None), *_relative(part[1:], bounds[1:]))]
 
     def _verified_bytes(self, name: str, start: int, n_bytes: int) -> bytearray:
         """Read bytes of a file, after the hashes of all blocks that they are in."""
         entry = self._files[name]
         block_bytes = entry["block_bytes"]
         if not 0 <= start <= start + n_bytes <= entry["bytes"]:
-            raise DamagedCheckpoint(f"{self.path / name}: a tensor is outside of the file")
+            raise DamagedCheckpoint(
+                f"{self.path / name} has {entry['bytes']:,} bytes, but a tensor is at bytes "
+                f"{start:,} to {start + n_bytes:,}: the manifest is damaged"
+            )
         first_block = start // block_bytes
         end_block = (start + n_bytes + block_bytes - 1) // block_bytes
         file = self._opened[name]
@@ -131,8 +145,8 @@ class Checkpoint:
             digest = hashlib.sha256(memoryview(data)[begin : begin + block_bytes]).hexdigest()
             if digest != entry["sha256"][block]:
                 raise DamagedCheckpoint(
-                    f"{self.path / name}: bytes were changed after they were written, from byte "
-                    f"{block * block_bytes:,} on"
+                    f"{self.path / name} was changed after it was written: the SHA-256 of the "
+                    f"block at byte {block * block_bytes:,} differs"
                 )
             self._verified.add((name, block))
         offset = start - first_block * block_bytes
@@ -149,27 +163,12 @@ class Checkpoint:
                 self._verified_bytes(name, start, length)
 
 
-def _relative(part: ShardSlice, outer: ShardSlice) -> tuple[slice, ...]:
+def _relative(part: ShardSlice, outer: Sequence[Sequence[int]]) -> tuple[slice, ...]:
     """The index of a part inside an outer slice that contains it."""
     return tuple(
         slice(start - origin, stop - origin)
         for (start, stop), (origin, _) in zip(part, outer, strict=True)
     )
-
-
-def _open_of_size(file: Path, *, n_bytes: int) -> BinaryIO:
-    """Open a file; DamagedCheckpoint unless it is there and has the size that was written."""
-    opened = None
-    with suppress(FileNotFoundError):  # it may be deleted between the two calls
-        if file.is_file():
-            opened = open(file, "rb")  # noqa: SIM115 - stays open
-    if opened is None:
-        raise DamagedCheckpoint(f"{file} is missing; {n_bytes:,} bytes were written")
-    size = os.fstat(opened.fileno()).st_size
-    if size != n_bytes:
-        opened.close()
-        raise DamagedCheckpoint(f"{file} has {size:,} bytes; {n_bytes:,} were written")
-    return opened
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pretrain import fileio
 from pretrain.checkpoint.format import (
-    DTYPE_NAMES,
     FORMAT,
     MANIFEST,
     VERSION,
@@ -31,8 +30,12 @@ from pretrain.checkpoint.format import (
     manifest_hash,
     write_tensors,
 )
-from pretrain.checkpoint.load import checkpoint_name, open_checkpoint, quarantine
-from pretrain.checkpoint.retention import remove_leftovers
+from pretrain.checkpoint.load import (
+    checkpoint_name,
+    list_checkpoints,
+    open_checkpoint,
+    quarantine,
+)
 from pretrain.distributed import World
 
 # Space that must be left besides the checkpoint itself, for metrics and samples.
@@ -50,15 +53,9 @@ class SaveGroup:
         self._world = world
         self.rank, self.size = (0, 1) if world is None else (world.rank, world.size)
 
-    def all_gather(self, text: str) -> list[str]:
-        """The text of each process, by rank."""
-        if self._world is None or self.size == 1:
-            return [text]
-        return self._world.all_gather_str(text, group=self._world.save_group)
-
     def on_each(self, work: Callable[[], str | None]) -> list[str]:
         """Run `work` in each process; returns the results of all, by rank."""
-        if self.size == 1:
+        if self._world is None or self.size == 1:
             return [work() or ""]
         own_error: OSError | None = None
         try:
@@ -66,9 +63,10 @@ class SaveGroup:
         except OSError as error:
             own_error = error
             answer = json.dumps({"errno": error.errno, "error": str(error)})
-        answers = [json.loads(text) for text in self.all_gather(answer)]
+        texts = self._world.all_gather_str(answer, group=self._world.save_group)
         if own_error is not None:
             raise own_error
+        answers = [json.loads(text) for text in texts]
         for rank, other in enumerate(answers):
             if "error" in other:
                 raise OSError(other["errno"], f"rank {rank}: {other['error']}")
@@ -100,13 +98,15 @@ def save_checkpoint(
     group = SaveGroup(world)
     final = folder / checkpoint_name(step)
     own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    n_bytes = sum(int(text) for text in group.all_gather(str(own_bytes)))
+    n_bytes = sum(map(int, group.on_each(lambda: str(own_bytes))))
 
     def create_temporary() -> str:
         fileio.make_folder(folder)
         remove_leftovers(folder)
         if final.exists():
-            raise FileExistsError(errno.EEXIST, "this step was saved before", str(final))
+            raise FileExistsError(
+                errno.EEXIST, "this step is already saved; delete it first", str(final)
+            )
         n_files = 2 + group.size * len({name.partition("/")[0] for name in tensors})
         needed = int(1.05 * n_bytes) + _RESERVE_BYTES
         fileio.check_free_space(folder, n_bytes=needed, n_files=n_files)
@@ -136,20 +136,13 @@ def _write_part(
     entries: dict[str, Any] = {}
     for group in sorted({name.partition("/")[0] for name in tensors}):
         prefix = f"{group}/"
-        members = {name: t for name, t in tensors.items() if name.startswith(prefix)}
         path = folder / f"{group}-{rank:05d}.safetensors"
-        files[path.name], slices = write_tensors(
+        files[path.name], records = write_tensors(
             path,
-            {name.removeprefix(prefix): tensor for name, tensor in members.items()},
-            {n.removeprefix(prefix): shards[n].bounds for n in members if n in shards},
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+            {n.removeprefix(prefix): s for n, s in shards.items() if n.startswith(prefix)},
         )
-        for (name, tensor), stored in zip(members.items(), slices, strict=True):
-            shape = shards[name].shape if name in shards else tuple(tensor.shape)
-            entries[name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(shape),
-                "slices": [{"file": stored.file, "offset": stored.offset, "box": stored.bounds}],
-            }
+        entries |= {prefix + name: record for name, record in records.items()}
     return {"files": files, "tensors": entries}
 
 
@@ -232,7 +225,13 @@ class BackgroundSaver:
         """Begin to save. `before` runs ahead of the first byte, `after` once the new checkpoint is
         verified, when older ones may be deleted; both in rank 0 alone."""
         self.wait()
-        copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                # A GPU copies to pinned memory without interrupting its work.
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
+        copies = {name: self._copies[name] for name in tensors}
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
 
@@ -252,14 +251,6 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=work, name="saver", daemon=True)
         self._thread.start()
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            # A GPU copies to pinned memory without interrupting its work.
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._copies[name] = copy
-        return copy.copy_(tensor.detach(), non_blocking=True)
-
     def poll(self) -> bool:
         """Whether a save has ended by now; raises its error."""
         return self._thread is not None and not self._thread.is_alive() and self.wait()
@@ -273,3 +264,45 @@ class BackgroundSaver:
         if error is not None:
             raise error
         return thread is not None
+
+
+# Old checkpoints: renamed before they are deleted, so that no half-deleted one is ever found ------
+
+
+def prune(
+    folder: Path, *, keep: int, protect: Collection[Path] = (), every: int | None = None
+) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints, those in `protect`, and those whose step is a
+    multiple of `every`; returns the deleted paths."""
+    old = [path for path in list_checkpoints(folder)[:-keep] if path not in protect]
+    if every is not None:
+        old = [path for path in old if _step_of(path) % every]
+    _delete(folder, old)
+    return old
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run was rolled back, and they are not part of
+    it."""
+    _delete(folder, [path for path in list_checkpoints(folder) if _step_of(path) > step])
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _delete(folder: Path, paths: Iterable[Path]) -> None:
+    for path in paths:
+        os.rename(path, folder / f".{path.name}.old-{secrets.token_hex(4)}")
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed save or a killed deletion left behind; such names are never read."""
+    leftovers = list(folder.glob(".step-*"))
+    if leftovers:
+        # Otherwise a power loss might undo the renaming and not the deletion: half a checkpoint
+        # would be there under its final name.
+        fileio.sync_folder(folder)
+    for path in leftovers:
+        fileio.remove_flat_folder(path)

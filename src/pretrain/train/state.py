@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.format import TensorShard
 from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoints, open_checkpoint
-from pretrain.checkpoint.retention import delete_after, prune
-from pretrain.checkpoint.save import BackgroundSaver
+from pretrain.checkpoint.save import BackgroundSaver, delete_after, prune
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
 from pretrain.distributed import World

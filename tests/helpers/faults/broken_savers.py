@@ -22,7 +22,6 @@ from faults.history import KEEP, History, check_folder
 from faults.injected import changed_bytes, fail_every_call, short_writes
 from faults.table import Row, Unrecovered
 from pretrain import fileio
-from pretrain.checkpoint import retention
 from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.format import BLOCK_BYTES, MANIFEST, HashingFile
 from pretrain.checkpoint.load import list_checkpoints
@@ -132,7 +131,7 @@ def order_by_time() -> Edit:
     def by_time(folder: Path) -> list[Path]:
         return sorted(list_checkpoints(folder), key=lambda path: path.stat().st_mtime)
 
-    return mock.patch.object(retention, "list_checkpoints", by_time)
+    return mock.patch.object(save_module, "list_checkpoints", by_time)
 
 
 def deletes_the_old_one_first() -> Edit:
@@ -140,7 +139,7 @@ def deletes_the_old_one_first() -> Edit:
     real = save_module.save_checkpoint
 
     def save(folder: Path, **content: Any) -> Path:
-        retention.prune(folder, keep=1)
+        save_module.prune(folder, keep=1)
         return real(folder, **content)
 
     return mock.patch.object(save_module, "save_checkpoint", save)

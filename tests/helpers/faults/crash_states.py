@@ -20,7 +20,6 @@ from pathlib import Path
 from faults.history import KEEP, History, check_folder
 from faults.recording import Disk, Recorder, Tree, recorded, write_tree
 from faults.table import Row, Unrecovered
-from pretrain.checkpoint import retention
 from pretrain.checkpoint import save as save_module
 
 OLD, NEW = (1, 2), 3
@@ -42,7 +41,7 @@ def save_and_prune(
     if verify:
         save_module.verify_saved(path)
     saved()
-    retention.prune(folder, keep=KEEP)
+    save_module.prune(folder, keep=KEEP)
 
 
 def record_a_save(root: Path, history: History) -> tuple[Disk, Recorder, int]:

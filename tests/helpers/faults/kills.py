@@ -25,8 +25,7 @@ from faults.history import KEEP, History, check_folder
 from faults.table import Row, Unrecovered
 from faults.zygote import Phase, exit_code, fork, kill, side_by_side, wait_for
 from pretrain.checkpoint import save as save_module
-from pretrain.checkpoint.retention import prune
-from pretrain.checkpoint.save import BackgroundSaver
+from pretrain.checkpoint.save import BackgroundSaver, prune
 
 WRITING, VERIFYING, PRUNING, DONE = range(1, 5)
 NAMES = {WRITING: "writing", VERIFYING: "verifying", PRUNING: "pruning"}

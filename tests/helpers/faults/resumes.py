@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import pretrain.checkpoint.retention as retention
 import pretrain.checkpoint.save as save_module
 import pretrain.train.eval_hooks as eval_hooks_page
 import pretrain.train.loop as loop_page
@@ -54,7 +53,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "save": (save_module, "save_checkpoint", STEPS // SAVE_EVERY + 2),
     "rename": (save_module, "_rename", STEPS // SAVE_EVERY + 2),
     "verification": (save_module, "verify_saved", STEPS // SAVE_EVERY + 2),
-    "deletion": (retention, "prune", STEPS // SAVE_EVERY + 2),
+    "deletion": (save_module, "prune", STEPS // SAVE_EVERY + 2),
     "summary": (loop_page, "write_json", 2),
 }
 KILL_POINTS = [(place, n) for place, (_, _, times) in PLACES.items() for n in range(1, times + 1)]
