@@ -12,10 +12,10 @@ from pretrain.data.batches import MicroBatch
 from pretrain.distributed import open_world
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
-from pretrain.optim.adagrad import adagrad_update
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.param_groups import (
     LOOKUP_LR_MULT,
+    adagrad_update,
     build_optimizer,
     clip_gradients,
     role_of,

@@ -130,7 +130,7 @@ def test_base_width_scales_the_lrs_of_hidden_matrices_and_head(name: Any, scale:
         is_scaled = role_of(parameter, weight) in ("hidden", "head")
         expected = unscaled[parameter] * (scale if is_scaled else 1.0)
         assert scaled[parameter] == pytest.approx(expected), parameter
-    with pytest.raises(ValueError, match="not the width"):
+    with pytest.raises(ValueError, match="width must be given with base_width 64"):
         lrs(64, width=None)
 
 

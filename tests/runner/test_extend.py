@@ -177,7 +177,7 @@ def test_errors_of_extend_and_anneal(
     assert "train.steps must be at least 11" in error
     args = ["anneal", str(constant_lr), "--train.steps", "9", "--schedule.final_fraction", "1"]
     error = error_of(capsys, *args)
-    assert "schedule.final_fraction 1 must be below the fraction of the peak" in error
+    assert "schedule.final_fraction is 1; it must be below the fraction of the peak" in error
     checkpoint = list_checkpoints(finished / "checkpoints")[-1]
     error = error_of(capsys, "anneal", str(checkpoint), "--train.steps", "16")
     assert "--train.init_from" in error

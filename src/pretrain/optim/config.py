@@ -61,7 +61,7 @@ class OptimizerConfig(Checked):
         if self.base_width is None:
             return 1.0
         if width is None:
-            raise ValueError("optimizer.base_width is given, but not the width of the model")
+            raise ValueError(f"the model's width must be given with base_width {self.base_width}")
         ratio = self.base_width / width
         return math.sqrt(ratio) if self.name == "muon" else ratio
 

@@ -1,8 +1,8 @@
 """One optimizer with a rule for each group of parameters, and a state addressed by parameter name.
 
 The rules: AdamW, "Decoupled Weight Decay Regularization" (Loshchilov and Hutter, 2019), in torch's
-fused implementation; Muon (`muon`) for hidden matrices; row-wise Adagrad (`adagrad`) for lookup
-tables. Also here: the norm and the clipping of gradients, dense and sparse.
+fused implementation; Muon (`muon`) for hidden matrices; row-wise Adagrad for lookup tables. Also
+here: the norm and the clipping of gradients, dense and sparse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.compat import without_compiler_guard
-from pretrain.optim.adagrad import adagrad_update
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.muon import Orthogonalizer, muon_update
 
@@ -25,6 +24,7 @@ LOOKUP_LR_MULT = 4.0
 # Without this prior, Adagrad's first update of a row has full size regardless of its gradient. It
 # is the initial mean square of the gradient of a loss that is summed over targets.
 INITIAL_SQUARE = 2.0
+ADAGRAD_EPSILON = 1e-10
 
 
 class MixedOptimizer(torch.optim.AdamW):
@@ -40,17 +40,28 @@ class MixedOptimizer(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """Update all parameters; gradients of other rules than AdamW's are None afterwards."""
         for group in self.param_groups:
-            if group["rule"] == "adamw":
-                continue
             parameters = [p for p in group["params"] if p.grad is not None]
-            if group["rule"] == "muon":
-                self._muon_step(parameters, group)
-            else:
-                for parameter in parameters:
-                    squares = self._state_of(
-                        parameter, "squares", parameter.shape[:1], group["initial_square"]
-                    )
-                    adagrad_update(parameter, squares, parameter.grad, lr=group["lr"])
+            match group["rule"]:
+                case "adamw":
+                    continue
+                case "muon":
+                    by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+                    for parameter in parameters:
+                        by_shape[self._orthogonalizer.full_shape(parameter)].append(parameter)
+                    options = {k: group[k] for k in ("lr", "momentum", "weight_decay", "dtype")}
+                    for same_shape in by_shape.values():
+                        muon_update(
+                            same_shape,
+                            [self._state_of(p, "momentum", p.shape) for p in same_shape],
+                            [p.grad for p in same_shape if p.grad is not None],
+                            orthogonalizer=self._orthogonalizer,
+                            **options,
+                        )
+                case "adagrad":
+                    initial = group["initial_square"]
+                    for parameter in parameters:
+                        squares = self._state_of(parameter, "squares", parameter.shape[:1], initial)
+                        adagrad_update(parameter, squares, parameter.grad, lr=group["lr"])
             for parameter in parameters:
                 parameter.grad = None
         # AdamW skips parameters without a gradient.
@@ -62,22 +73,6 @@ class MixedOptimizer(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         without_compiler_guard(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
-    def _muon_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-        for parameter in parameters:
-            by_shape[self._orthogonalizer.full_shape(parameter)].append(parameter)
-        for same_shape in by_shape.values():
-            muon_update(
-                same_shape,
-                [self._state_of(p, "momentum", p.shape) for p in same_shape],
-                [p.grad for p in same_shape if p.grad is not None],
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                dtype=group["dtype"],
-                orthogonalizer=self._orthogonalizer,
-            )
-
     def _state_of(
         self, parameter: nn.Parameter, kind: str, shape: torch.Size, initial: float = 0.0
     ) -> Tensor:
@@ -86,6 +81,26 @@ class MixedOptimizer(torch.optim.AdamW):
             state[kind] = parameter.new_full(shape, initial)
         tensor: Tensor = state[kind]
         return tensor
+
+
+@torch.no_grad()
+def adagrad_update(table_RD: Tensor, squares_R: Tensor, gradient: Tensor, *, lr: float) -> None:
+    """Update a lookup table, of which a step reads few rows, and its state, in place.
+
+    For row r with gradient g: s_r <- s_r + mean(g^2), row <- row - lr g / (sqrt(s_r) + epsilon).
+    "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization" (Duchi et al.,
+    2011) with one sum for a row, as in "Deep Learning Recommendation Model" (Naumov et al., 2019).
+    The gradient is dense (R, D), or sparse and coalesced, which is exact: a row with gradient 0
+    keeps its values and its state.
+    """
+    if gradient.is_sparse:
+        rows_N, grad_ND = gradient.indices()[0], gradient.values()
+    else:
+        rows_N, grad_ND = torch.arange(len(table_RD), device=table_RD.device), gradient
+    squares_N = squares_R[rows_N] + grad_ND.square().mean(1)
+    squares_R.index_copy_(0, rows_N, squares_N)
+    scale_N1 = (squares_N.sqrt() + ADAGRAD_EPSILON)[:, None]
+    table_RD.index_add_(0, rows_N, grad_ND / scale_N1, alpha=-lr)
 
 
 def role_of(name: str, parameter: nn.Parameter) -> str:
@@ -123,28 +138,24 @@ def build_optimizer(
     # The learning rate is Muon's; what AdamW updates in the same run takes multiples of it.
     embedding_lr_mult = config.embedding_lr_mult if uses_muon else 1.0
     head_lr_mult = config.head_lr_mult if uses_muon else 1.0
-    width_scale = config.width_scale(width)
+    width_scale, batch_scale = config.width_scale(width), config.batch_scale(batch_tokens)
     groups: dict[str, dict[str, Any]] = {
         "hidden": {
-            "lr_mult": width_scale,
+            "lr_mult": batch_scale * width_scale,
             "rule": "muon" if uses_muon else "adamw",
             "momentum": config.momentum,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },
-        "embedding": {"lr_mult": embedding_lr_mult},
-        "head": {"lr_mult": head_lr_mult * width_scale},
-        "vector": {"lr_mult": 1.0, "weight_decay": 0.0},
+        "embedding": {"lr_mult": batch_scale * embedding_lr_mult},
+        "head": {"lr_mult": batch_scale * (head_lr_mult * width_scale)},
+        "vector": {"lr_mult": batch_scale, "weight_decay": 0.0},
         "lookup": {
             "rule": "adagrad",
-            "lr_mult": LOOKUP_LR_MULT * embedding_lr_mult,
+            "lr_mult": batch_scale * (LOOKUP_LR_MULT * embedding_lr_mult),
             "initial_square": INITIAL_SQUARE / batch_tokens**2,
             "weight_decay": 0.0,
         },
     }
-    batch_scale = config.batch_scale(batch_tokens)
-    for group in groups.values():
-        group["lr_mult"] = batch_scale * group["lr_mult"]
-
     members: dict[str, list[nn.Parameter]] = {role: [] for role in groups}
     for name, parameter in parameters:
         role = role_of(name, parameter)
@@ -185,13 +196,17 @@ def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return values
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], *, max_norm: float, norm: float | None = None
+) -> float:
     """Scale all gradients so that their joint norm is at most `max_norm` (0: no clipping).
 
-    Returns the norm before. If it is not finite the gradients stay as they are.
+    Returns the norm before; `norm` is given where other processes have some of the gradients. If it
+    is not finite the gradients stay as they are.
     """
     gradients = gradient_values(parameters)
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if norm is None:
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
     if max_norm and math.isfinite(norm) and norm > max_norm:
         # Not max_norm / (norm + eps) as in torch: afterwards the norm is exactly max_norm.
         torch._foreach_mul_(gradients, max_norm / norm)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, assert_never
 
 from pretrain.optim.config import ScheduleConfig, ScheduleSegment
@@ -74,34 +74,37 @@ class LRSchedule:
         """Return the learning rate of update `step` (from 0)."""
         return lr_at(step, config=self.schedule, learning_rate=self.learning_rate, steps=self.steps)
 
+    @property
+    def segments(self) -> tuple[ScheduleSegment, ...]:
+        """The schedules of all steps, oldest first."""
+        names = {f.name for f in fields(ScheduleSegment)} & {f.name for f in fields(ScheduleConfig)}
+        last = ScheduleSegment(
+            until_step=self.steps,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            **{name: getattr(self.schedule, name) for name in names},
+        )
+        return (*self.schedule.history, last)
+
     def history_until(self, step: int) -> tuple[ScheduleSegment, ...]:
         """Return the schedules of the steps before `step`, for a schedule that changes there."""
         if step == 0:
             return ()
-        segments = (*self.schedule.history, self._as_segment())
+        segments = self.segments
         ended = [segment for segment in segments[:-1] if segment.until_step < step]
         return (*ended, replace(segments[len(ended)], until_step=step))
 
-    def base_segment(self) -> ScheduleSegment:
-        """Return the newest schedule that is not an annealing: the run's own shape."""
-        segments = (*self.schedule.history, self._as_segment())
-        return next(segment for segment in reversed(segments) if not segment.anneal)
-
-    def _as_segment(self) -> ScheduleSegment:
-        schedule, warmup = self.schedule, self.schedule.warmup_steps
-        assert warmup is not None, "warmup_steps is resolved before the first step"
-        return ScheduleSegment(
-            until_step=self.steps,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            name=schedule.name,
-            warmup_steps=warmup,
-            decay_fraction=schedule.decay_fraction,
-            final_fraction=schedule.final_fraction,
-            origin_step=schedule.origin_step,
-            start_fraction=schedule.start_fraction,
-            anneal=schedule.anneal,
+    def changed(self, start_step: int, steps: int, *, peak: float, **shape: Any) -> LRSchedule:
+        """Return this schedule with another shape and peak from `start_step` on. The new shape
+        begins at the learning rate of the step before."""
+        schedule = replace(
+            self.schedule,
+            **shape,
+            origin_step=start_step,
+            start_fraction=self.at(start_step - 1) / peak,
+            history=self.history_until(start_step),
         )
+        return LRSchedule(schedule, peak, steps)
 
 
 def extend(
@@ -113,31 +116,21 @@ def extend(
     own shape over the added steps. `overrides` may have a learning_rate and fields of the schedule
     for the added steps. Raises ValueError if the warm-up does not end within the added steps.
     """
-    base = old.base_segment()
-    fields = {
-        name: overrides.get(name, getattr(base, name))
-        for name in ("name", "warmup_steps", "decay_fraction", "final_fraction")
-    }
-    peak = overrides.get("learning_rate", base.learning_rate)
-    start_fraction = old.at(start_step - 1) / peak
+    own_shape = next(segment for segment in reversed(old.segments) if not segment.anneal)
+    names = ("name", "warmup_steps", "decay_fraction", "final_fraction")
+    shape = {name: overrides.get(name, getattr(own_shape, name)) for name in names}
+    peak = overrides.get("learning_rate", own_shape.learning_rate)
+    new = old.changed(start_step, steps, peak=peak, anneal=False, **shape)
 
-    added, warmup = steps - start_step, fields["warmup_steps"]
-    stays_at_peak = start_fraction == 1.0 and fields["name"] == "constant"
+    added, warmup = steps - start_step, shape["warmup_steps"]
+    stays_at_peak = new.schedule.start_fraction == 1.0 and shape["name"] == "constant"
     if warmup >= added and not stays_at_peak:
         raise ValueError(
             f"{added} added steps are too few for schedule.warmup_steps {warmup}: the learning "
             f"rate would not reach its peak; train.steps must be at least "
             f"{start_step + warmup + 1}, or --schedule.warmup_steps smaller"
         )
-    schedule = replace(
-        old.schedule,
-        **fields,
-        origin_step=start_step,
-        start_fraction=start_fraction,
-        anneal=False,
-        history=old.history_until(start_step),
-    )
-    return LRSchedule(schedule, peak, steps)
+    return new
 
 
 def anneal(
@@ -148,7 +141,6 @@ def anneal(
 
     Raises ValueError if the rate has reached 0 already, or is not above `final_fraction`.
     """
-    start_fraction = old.at(start_step - 1) / old.learning_rate
     if old.at(start_step) == 0.0:
         shape = "annealing" if old.schedule.anneal else old.schedule.name
         raise ValueError(
@@ -157,20 +149,14 @@ def anneal(
             "inverse_sqrt, or a final_fraction above 0): first run pretrain extend, for example "
             "with --schedule.name constant"
         )
-    if final_fraction >= start_fraction:
+    peak = old.learning_rate
+    new = old.changed(start_step, steps, peak=peak, anneal=True, final_fraction=final_fraction)
+    if final_fraction >= new.schedule.start_fraction:
         raise ValueError(
-            f"schedule.final_fraction {final_fraction:g} must be below the fraction of the peak "
-            f"learning rate at which the run ended, {start_fraction:g}"
+            f"schedule.final_fraction is {final_fraction:g}; it must be below the fraction of the "
+            f"peak learning rate at which the run ended, {new.schedule.start_fraction:g}"
         )
-    schedule = replace(
-        old.schedule,
-        final_fraction=final_fraction,
-        origin_step=start_step,
-        start_fraction=start_fraction,
-        anneal=True,
-        history=old.history_until(start_step),
-    )
-    return LRSchedule(schedule, old.learning_rate, steps)
+    return new
 
 
 def compare_schedules(
