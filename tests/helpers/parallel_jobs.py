@@ -90,7 +90,7 @@ class Trainee:
         from pretrain.data.batches import evaluation_batches
         from pretrain.evaluate.loss import score_batches
 
-        number, n = self.model.eval_shard
+        number, n = self.model.axes.evaluation_part(self.world.rank)
         each = {"rank": number, "size": n}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
@@ -101,7 +101,7 @@ class Trainee:
             world=self.world,
             precision=self.precision,
         )
-        own = own if self.model.owns_loss else []
+        own = own if self.model.axes.reports_loss(self.world.rank) else []
         return math.fsum(self.world.all_gather_uneven([each.nats for each in own]))
 
     def sample(self) -> list[int]:
@@ -180,7 +180,7 @@ def train(
             if report is None:
                 break
             reports.append(report)
-            share = trainee.layout.batch_shard(0)[1] / trainee.world.size
+            share = trainee.layout.batch_part(0)[1] / trainee.world.size
             checksums.append(trainee.world.all_sum(batches.checksum)[0] * share)
             if len(reports) % 2 == 0:
                 evaluations.append(trainee.evaluate(ids))

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import RowwiseParallel
 
 from model_variants import VARIANTS, T, V, batch_of, random_variant, small_config
 from oracles import config_of, random_decoder
 from pretrain.model import fused
-from pretrain.model.decoder import Decoder, build, initial_value
+from pretrain.model.decoder import Decoder, build, initial_rows
 from pretrain.model.families import FAMILIES
-from pretrain.model.layers import KeyValueCache, tensor_splits
+from pretrain.model.layers import KeyValueCache
 from pretrain.model.loss import LMLoss
+from pretrain.parallel.tensor import block_plan
 
 
 @pytest.fixture(params=VARIANTS)
@@ -105,22 +107,20 @@ def test_initial_weights_are_a_function_of_seed_and_name(family: str) -> None:
         assert float(a.detach().std()) == pytest.approx(expected, rel=0.15)
         if family == "transformer" and "embedding" not in name:
             assert float(a.detach().abs().max()) <= math.sqrt(6 / sum(a.shape))
-        part = initial_value(config, name, a.shape, 7, 19, seed=1, device=torch.device("cpu"))
-        assert torch.equal(part, a.detach().flatten()[7:19])
+        part = initial_rows(config, name, a.shape, rows=(1, 3), seed=1, device=a.device)
+        assert torch.equal(part, a.detach()[1:3])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_module_of_a_block_has_a_tensor_split(variant: str) -> None:
     block = random_variant(variant).blocks["0"]
-    splits = tensor_splits(block)
-    assert {name for name, split in splits.items() if split == "input"} == {
-        "attention.output",
-        "feed_forward.down",
-    }
+    plan = block_plan(block)
+    by_input = {name for name, style in plan.items() if isinstance(style, RowwiseParallel)}
+    assert by_input == {"attention.output", "feed_forward.down"}
 
 
 def test_a_module_that_cannot_be_split_is_rejected_by_name() -> None:
     block = random_variant("llama").blocks["0"]
     block.attention.query_norm = nn.RMSNorm(8)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"parallel\.tensor must be 1: .* attention\.query_norm"):
-        tensor_splits(block)
+        block_plan(block)

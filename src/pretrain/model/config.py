@@ -126,21 +126,16 @@ class ModelConfig(Checked):
                 f"model.rope_low_factor is {self.rope_low_factor}; it must be below "
                 f"model.rope_high_factor, {self.rope_high_factor}",
             )
-        if d % heads:
-            yield (
-                "d_model n_heads",
-                f"model.d_model {d} is not a multiple of model.n_heads {heads}",
-            )
-        elif self.position == "rotary" and self.d_head % 2:
+        multiples = (("d_model", d, "n_heads", heads), ("n_heads", heads, "n_kv_heads", kv_heads))
+        for name, size, part, n in multiples:
+            if size % n:
+                message = f"model.{name} {size} is not a multiple of model.{part} {n}"
+                yield f"{name} {part}", message
+        if d % heads == 0 and self.position == "rotary" and self.d_head % 2:
             yield (
                 "d_model n_heads position",
                 f"rotary positions need an even head width, but model.d_model {d} / "
                 f"model.n_heads {heads} is {self.d_head}",
-            )
-        if heads % kv_heads:
-            yield (
-                "n_heads n_kv_heads",
-                f"model.n_heads {heads} is not a multiple of model.n_kv_heads {kv_heads}",
             )
         if self.position == "sinusoidal" and d % 2:
             yield "d_model position", f"sinusoidal positions need an even model.d_model, not {d}"

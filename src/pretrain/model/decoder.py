@@ -121,29 +121,31 @@ class Decoder(nn.Module):
         return hidden @ self.head_weight.T
 
 
-def initial_value(
+def initial_rows(
     config: ModelConfig,
     name: str,
     shape: Sequence[int],
-    start: int,
-    stop: int,
     *,
     seed: int,
     device: torch.device,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Return elements [start, stop) of a flattened parameter before training.
+    """Return a parameter before training, or its rows [start, stop).
 
-    They are a pure function of seed and name, so that any shard can be initialised alone. Biases
-    and n-gram tables are 0, norm weights 1. Matrices are N(0, 0.02), but those that write to the
-    residual stream are divided by sqrt(2 n_layers) for `scaled`, as in the GPT-2 paper, and 0 for
-    `zero`. For `xavier` matrices are uniform in +-sqrt(6 / (fan in + fan out)) ("Understanding the
-    difficulty of training deep feedforward neural networks", Glorot and Bengio, 2010), and
-    embeddings N(0, 1 / d_model).
+    Each element is a pure function of seed, name and place, so that any shard can be initialised
+    alone. Biases and n-gram tables are 0, norm weights 1. Matrices are N(0, 0.02), but those that
+    write to the residual stream are divided by sqrt(2 n_layers) for `scaled`, as in the GPT-2
+    paper, and 0 for `zero`. For `xavier` matrices are uniform in +-sqrt(6 / (fan in + fan out))
+    ("Understanding the difficulty of training deep feedforward neural networks", Glorot and Bengio,
+    2010), and embeddings N(0, 1 / d_model).
     """
+    first, last = rows or (0, shape[0])
+    own_shape = (last - first, *shape[1:])
+    start, stop = first * math.prod(shape[1:]), last * math.prod(shape[1:])
     if name.endswith("bias") or name.startswith("ngrams."):
-        return torch.zeros(stop - start, device=device)
+        return torch.zeros(own_shape, device=device)
     if "norm" in name:
-        return torch.ones(stop - start, device=device)
+        return torch.ones(own_shape, device=device)
 
     std = INITIAL_STD
     writes_to_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
@@ -155,16 +157,16 @@ def initial_value(
                 std /= math.sqrt(2 * config.n_layers)
         case "zero":
             if writes_to_residual:
-                return torch.zeros(stop - start, device=device)
+                return torch.zeros(own_shape, device=device)
         case "xavier":
             if "embedding" not in name:
                 index = torch.arange(start, stop, device=device)
                 u = uniform(seed, name, index).float().to(device)
-                return (2 * u - 1) * math.sqrt(6 / sum(shape))
+                return ((2 * u - 1) * math.sqrt(6 / sum(shape))).view(own_shape)
             std = config.d_model**-0.5
         case _:
             assert_never(config.initialization)
-    return normal(seed, name, start, stop, device=device) * std
+    return (normal(seed, name, start, stop, device=device) * std).view(own_shape)
 
 
 def build(
@@ -181,7 +183,6 @@ def build(
     if seed is not None:
         with torch.no_grad():
             for name, parameter in decoder.named_parameters():
-                shape, size = parameter.shape, parameter.numel()
-                values = initial_value(config, name, shape, 0, size, seed=seed, device=device)
-                parameter.copy_(values.view_as(parameter))
+                shape = parameter.shape
+                parameter.copy_(initial_rows(config, name, shape, seed=seed, device=device))
     return decoder

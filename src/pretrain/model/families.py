@@ -167,9 +167,8 @@ def _sized(family: str, n_layers: int, n_heads: int, d_model: int, **rest: Any) 
 
 
 def _llama3(n_layers: int, n_heads: int, d_model: int, d_ff: int, **rest: Any) -> Values:
-    sizes = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "d_ff": d_ff}
     grouped = {"n_kv_heads": 8, "context_length": 8192, "rope_theta": 500_000.0}
-    return {"family": "llama", **sizes, **grouped, **rest}
+    return _sized("llama", n_layers, n_heads, d_model, **{"d_ff": d_ff, **grouped, **rest})
 
 
 # Llama 3.1 scaled the context from 8,192 to 131,072 positions, 3.2 with a larger factor.

@@ -128,9 +128,8 @@ def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """
     has_many_rows = x_XD.numel() >= MIN_ROWS * x_XD.shape[-1]
     is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
-    if not (has_many_rows and is_float32 and _is_eager_cpu(x_XD) and _prefers_onednn()):
-        return F.linear(x_XD, weight_FD, bias_F)
-    if torch.is_autocast_enabled("cpu"):
+    uses_onednn = has_many_rows and is_float32 and _is_eager_cpu(x_XD) and _prefers_onednn()
+    if not uses_onednn or torch.is_autocast_enabled("cpu"):
         return F.linear(x_XD, weight_FD, bias_F)
     y_XF: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
     return y_XF

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -119,14 +119,13 @@ class KeyValueCache:
         stop = start + key.shape[2]
         self._lengths[layer] = stop
 
-        if layer not in self._buffers or self._buffers[layer][0].shape[2] < stop:
+        old = self._buffers.get(layer, ())
+        if not old or old[0].shape[2] < stop:
             B, K, _, E = key.shape
-            keys, values = key.new_empty(B, K, 2 * stop, E), value.new_empty(B, K, 2 * stop, E)
-            if layer in self._buffers:
-                old_keys, old_values = self._buffers[layer]
-                keys[:, :, :start] = old_keys[:, :, :start]
-                values[:, :, :start] = old_values[:, :, :start]
-            self._buffers[layer] = keys, values
+            buffers = key.new_empty(B, K, 2 * stop, E), value.new_empty(B, K, 2 * stop, E)
+            for buffer, old_buffer in zip(buffers, old, strict=False):
+                buffer[:, :, :start] = old_buffer[:, :, :start]
+            self._buffers[layer] = buffers
 
         keys, values = self._buffers[layer]
         keys[:, :, start:stop] = key
@@ -310,33 +309,3 @@ class Block(nn.Module):
                 return x_BTD
             case _:
                 assert_never(self.config.norm_place)
-
-
-# How tensor parallelism splits the modules of a block that have weights: by their output features,
-# by their input features, or not at all.
-TENSOR_SPLITS: dict[str, Literal["output", "input", "none"]] = {
-    "attention_norm": "none",
-    "attention.query": "output",
-    "attention.key": "output",
-    "attention.value": "output",
-    "attention.output": "input",
-    "feed_forward_norm": "none",
-    "feed_forward.gate": "output",
-    "feed_forward.up": "output",
-    "feed_forward.down": "input",
-}
-
-
-def tensor_splits(block: nn.Module) -> dict[str, Literal["output", "input", "none"]]:
-    """Return how each module of a block that has weights is split over the tensor axis.
-
-    Raises ValueError for a module that TENSOR_SPLITS lacks.
-    """
-    modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in block.named_parameters())
-    unknown = [name for name in modules if name not in TENSOR_SPLITS]
-    if unknown:
-        raise ValueError(
-            f"parallel.tensor must be 1: this architecture has {', '.join(unknown)}, which cannot "
-            "be split over processes"
-        )
-    return {name: TENSOR_SPLITS[name] for name in modules}

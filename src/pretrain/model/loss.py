@@ -74,19 +74,21 @@ class LMLoss(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of -log p(target | context) in nats, and the number of valid targets."""
-        has_dropout = self.training and self.decoder.config.dropout > 0
-        dropout_rng = DropoutRng(self.seed, batch.samples) if has_dropout else None
-        hidden_BTD = self.decoder(batch.inputs, dropout_rng=dropout_rng)
-
+        hidden_BTD = self.decoder(batch.inputs, dropout_rng=self.dropout_rng(batch))
         targets_N = batch.targets.flatten()
-        loss = self.cross_entropy(
+        nats = self.cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.decoder.head_weight,
             targets_N,
             smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
         )
-        return loss, (targets_N != IGNORE_INDEX).sum()
+        return nats, (targets_N != IGNORE_INDEX).sum()
+
+    def dropout_rng(self, batch: Batch) -> DropoutRng | None:
+        """Return the source of a micro-batch's dropout masks; None if nothing is dropped."""
+        has_dropout = self.training and self.decoder.config.dropout > 0
+        return DropoutRng(self.seed, batch.samples) if has_dropout else None
 
     def compile_parts(self, *, by_block: bool = False) -> None:
         """Compile the decoder, or each of its blocks, and the loss, for batches of one shape."""
@@ -124,7 +126,7 @@ def chunked_cross_entropy(
     options = (V, smoothing, z_loss, sum_dtype)
 
     with torch.no_grad():
-        loss = torch.zeros((), dtype=sum_dtype, device=device)
+        nats = torch.zeros((), dtype=sum_dtype, device=device)
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_grad else None
         d_weight_VD = torch.zeros_like(weight_VD) if needs_grad else None
         weight = weight_VD.to(hidden_ND.dtype)
@@ -141,20 +143,20 @@ def chunked_cross_entropy(
             chunk = slice(start, start + rows)
             hidden, targets = hidden_ND[chunk], targets_N[chunk]
             if in_blocks:
-                chunk_loss = torch.zeros((), dtype=sum_dtype, device=device)
+                chunk_nats = torch.zeros((), dtype=sum_dtype, device=device)
                 logits_NV = torch.mm(hidden, weight.T, out=logits_buffer[: len(hidden)])
                 for first in range(0, len(hidden), block_rows):
                     block = slice(first, first + block_rows)
-                    block_loss, block_grad = loss_and_grad(
+                    block_nats, block_grad = nats_and_grad(
                         logits_NV[block], targets[block], *options, workspace_2BV
                     )
-                    chunk_loss += block_loss
+                    chunk_nats += block_nats
                     logits_NV[block] = block_grad
                 grad_NV = logits_NV
             else:
-                function = _compiled_loss_and_grad() if compiled else loss_and_grad
-                chunk_loss, grad_NV = function(hidden @ weight.T, targets, *options)
-            loss += chunk_loss
+                function = _compiled_nats_and_grad() if compiled else nats_and_grad
+                chunk_nats, grad_NV = function(hidden @ weight.T, targets, *options)
+            nats += chunk_nats
 
             if d_hidden_ND is not None and d_weight_VD is not None:
                 # Ignored rows are set to 0 in the matrices of width D, which is less than V.
@@ -169,11 +171,11 @@ def chunked_cross_entropy(
             del grad_NV  # before the next chunk allocates its own
 
     if d_hidden_ND is None or d_weight_VD is None:
-        return loss
-    return attach_grad(loss, hidden_ND, d_hidden_ND, weight_VD, d_weight_VD)
+        return nats
+    return attach_grad(nats, hidden_ND, d_hidden_ND, weight_VD, d_weight_VD)
 
 
-def loss_and_grad(
+def nats_and_grad(
     logits_NP: Tensor,
     targets_N: Tensor,
     V: int,
@@ -209,12 +211,9 @@ def loss_and_grad(
         log_p_N1 = logits_NP.gather(1, target_N1).to(logits.dtype) - log_sum_N1
         p = (logits - log_sum_N1).exp()
 
-    # loss
-    loss = -torch.where(is_valid_N1, log_p_N1, 0).sum(dtype=sum_dtype)
-
-    # grad
+    nats = -torch.where(is_valid_N1, log_p_N1, 0).sum(dtype=sum_dtype)
     grad = softmax_grad_(p, target_N1, log_sum_N1, vocab_size=V, smoothing=smoothing, z_loss=z_loss)
-    return loss, grad.to(logits_NP.dtype) if workspace_2BV is None else grad
+    return nats, grad.to(logits_NP.dtype) if workspace_2BV is None else grad
 
 
 def softmax_grad_(
@@ -227,7 +226,7 @@ def softmax_grad_(
     z_loss: float,
     has_target_N1: Tensor | None = None,
 ) -> Tensor:
-    """Turn the softmax into the gradient of the loss by the logits, in place; returns it.
+    """Turn the softmax into the gradient of the nats by the logits, in place; returns it.
 
         grad = (1 + 2 z_loss log_sum) softmax - (1 - smoothing) one_hot - smoothing / vocab_size
 
@@ -253,28 +252,28 @@ def softmax_grad_(
 
 
 @cache
-def _compiled_loss_and_grad() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(loss_and_grad, dynamic=False)
+def _compiled_nats_and_grad() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(nats_and_grad, dynamic=False)
 
 
 class _AttachGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, loss: Tensor, d_x: Tensor, d_w: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, nats: Tensor, d_x: Tensor, d_w: Tensor) -> Tensor:
         ctx.save_for_backward(d_x, d_w)
-        return loss.clone()
+        return nats.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (d_x, d_w), d_loss = ctx.saved_tensors, grads[0]
-        return d_x * d_loss.to(d_x.dtype), d_w * d_loss.to(d_w.dtype), None, None, None
+        (d_x, d_w), d_nats = ctx.saved_tensors, grads[0]
+        return d_x * d_nats.to(d_x.dtype), d_w * d_nats.to(d_w.dtype), None, None, None
 
 
 def attach_grad(
-    loss: Tensor, hidden_ND: Tensor, d_hidden_ND: Tensor, weight_VD: Tensor, d_weight_VD: Tensor
+    nats: Tensor, hidden_ND: Tensor, d_hidden_ND: Tensor, weight_VD: Tensor, d_weight_VD: Tensor
 ) -> Tensor:
-    """Return the loss with its gradients by hidden states and head weight, computed already."""
+    """Return the nats with their gradients by hidden states and head weight, computed already."""
     attached: Tensor = _AttachGrad.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, loss, d_hidden_ND, d_weight_VD
+        hidden_ND, weight_VD, nats, d_hidden_ND, d_weight_VD
     )
     return attached
 

@@ -50,10 +50,8 @@ class ParallelConfig(Checked):
         for name in _AXES[1:]:
             size = getattr(self, name)
             if self.elastic and size > 1:
-                yield (
-                    f"elastic {name}",
-                    f"parallel.{name} is {size}; it must be 1 with parallel.elastic",
-                )
+                message = f"parallel.{name} is {size}; it must be 1 with parallel.elastic"
+                yield f"elastic {name}", message
         if self.context > 1 and self.pipeline > 1:
             yield (
                 "context pipeline",
@@ -72,7 +70,13 @@ class ParallelConfig(Checked):
     def _processes_of_a_copy(self) -> int:
         return self.shard * self.context * self.tensor * self.pipeline
 
-    def batch_shard(self, rank: int) -> tuple[int, int]:
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP gathers weights. The axes must be resolved."""
+        assert self.data is not None
+        return self.shards_weights and self.data * self.shard * self.context > 1
+
+    def batch_part(self, rank: int) -> tuple[int, int]:
         """Return which part of a batch a process reads, and the number of parts.
 
         Processes of one context, tensor and pipeline axis read the same. The axes must be resolved.
@@ -80,6 +84,18 @@ class ParallelConfig(Checked):
         assert self.data is not None
         n_parts = self.data * self.shard
         return rank // (self.context * self.tensor) % n_parts, n_parts
+
+    def evaluation_part(self, rank: int) -> tuple[int, int]:
+        """Return the same for an evaluation, in which no window is split over a context axis."""
+        assert self.data is not None
+        n_parts = self.data * self.shard * self.context
+        return rank // self.tensor % n_parts, n_parts
+
+    def reports_loss(self, rank: int) -> bool:
+        """Whether the losses of a process are added up, of those that evaluate the same part: the
+        first of a tensor axis, and the last of a pipeline."""
+        n_stage = self.processes // self.pipeline
+        return rank % self.tensor == 0 and rank >= self.processes - n_stage
 
     def _axes_errors(self, n_processes: int) -> Iterator[FieldError]:
         axes = {name: getattr(self, name) for name in _AXES}

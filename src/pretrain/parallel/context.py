@@ -54,14 +54,12 @@ class InputSharding:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: the cache that gathers the other chunks, and the dropout masks of this
         chunk and these heads."""
-        is_split = self._chunk_tokens > 0
-        if is_split:
+        chunk = (0, 1)
+        if self._chunk_tokens:
+            chunk = self._chunk
             kwargs["cache"] = ContextParallelCache(self._group, self._chunk_tokens)
         if (rng := kwargs.get("dropout_rng")) is not None:
-            chunk = self._chunk if is_split else (0, 1)
-            kwargs["dropout_rng"] = ShardedDropoutRng(
-                rng.seed, rng.samples_B, chunk=chunk, heads=self._heads
-            )
+            kwargs["dropout_rng"] = ShardedDropoutRng(rng.seed, rng.samples_B, chunk, self._heads)
         return args, kwargs
 
 

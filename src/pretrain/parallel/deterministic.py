@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,15 +50,13 @@ class ReductionTree:
         """The rank that computes a branch."""
         return branch * self.size // self.n_branches
 
-    def branches(self, rank: int) -> range:
-        """The branches that a rank computes."""
-        owned = [branch for branch in range(self.n_branches) if self.owner(branch) == rank]
-        return range(owned[0], owned[-1] + 1)
+    def first_branch(self, rank: int) -> int:
+        """The first branch that a rank computes."""
+        return math.ceil(rank * self.n_branches / self.size)
 
     def leaves(self, rank: int) -> range:
         """The micro-batches that a rank computes; there may be none."""
-        branches, each = self.branches(rank), self.leaves_per_branch
-        start, stop = branches.start * each, branches.stop * each
+        start, stop = (self.first_branch(r) * self.leaves_per_branch for r in (rank, rank + 1))
         return range(min(start, self.n_leaves), min(stop, self.n_leaves))
 
 
@@ -73,10 +72,6 @@ class TreeSum:
             branch = _add(self._branches.pop()[1], branch)
             height += 1
         self._branches.append((height, branch))
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._branches
 
     def total(self) -> Gradients:
         """The sum of all leaves; leaves that a full tree has in addition count as zero."""
@@ -109,12 +104,10 @@ def forward_backward(
     """
     own = list(micro_batches)
     tree = ReductionTree(world.size, int(world.all_sum(len(own))[0]))
-    branches = tree.branches(world.rank)
-    sums = {branch: TreeSum() for branch in branches}
+    first_branch = tree.first_branch(world.rank)
+    sums: defaultdict[int, TreeSum] = defaultdict(TreeSum)
     parameters = list(lm_loss.decoder.parameters())
-    # All processes gather equally many numbers for a branch, also where a leaf is empty.
-    nats = [0.0] * (tree.leaves_per_branch * len(branches))
-    n_targets, forward_seconds = 0, 0.0
+    nats, n_targets, forward_seconds = [], 0, 0.0
     for leaf, micro_batch in enumerate(own):
         lm_loss.zero_grad(set_to_none=True)
         start = time.perf_counter()
@@ -122,37 +115,27 @@ def forward_backward(
             leaf_nats, leaf_targets = lm_loss(micro_batch.to(world.device))
         forward_seconds += time.perf_counter() - start
         leaf_nats.backward()
-        branch = branches.start + leaf // tree.leaves_per_branch
         grads = [parameter.grad for parameter in parameters]
-        sums[branch].add([g.coalesce() if g is not None and g.is_sparse else g for g in grads])
-        nats[leaf] = float(leaf_nats.detach())
+        grads = [g.coalesce() if g is not None and g.is_sparse else g for g in grads]
+        sums[first_branch + leaf // tree.leaves_per_branch].add(grads)
+        nats.append(float(leaf_nats.detach()))
         n_targets += int(leaf_targets)
 
-    branch_sums = {branch: sums[branch].total() for branch in branches if not sums[branch].is_empty}
-    totals = reduce_branches(branch_sums, parameters, tree)
-    for parameter, grad in zip(parameters, totals, strict=True):
+    total = TreeSum()
+    for branch in range(math.ceil(tree.n_leaves / tree.leaves_per_branch)):  # others are empty
+        grads = sums[branch].total() if branch in sums else [None] * len(parameters)
+        if world.size > 1:
+            owner = tree.owner(branch)
+            pairs = zip(grads, parameters, strict=True)
+            grads = [broadcast_grad(grad, parameter, owner) for grad, parameter in pairs]
+        total.add(grads)
+    for parameter, grad in zip(parameters, total.total(), strict=True):
         parameter.grad = grad
     # Exact sums, so that they do not depend on the order either.
     all_nats = torch.tensor(math.fsum(world.all_gather_uneven(nats)), dtype=torch.float64)
     all_targets = torch.tensor(int(world.all_sum(n_targets)[0]))
     # Per micro-batch: a process that has more of them than another is not slower.
     return all_nats, all_targets, forward_seconds / max(1, len(own))
-
-
-def reduce_branches(
-    own: dict[int, Gradients], parameters: Sequence[nn.Parameter], tree: ReductionTree
-) -> Gradients:
-    """Sum all branches, on every rank; `own` has the sums of this rank's branches."""
-    total = TreeSum()
-    for branch in range(math.ceil(tree.n_leaves / tree.leaves_per_branch)):  # others are empty
-        grads = own.get(branch) or [None] * len(parameters)
-        if tree.size > 1:
-            grads = [
-                broadcast_grad(grad, parameter, tree.owner(branch))
-                for grad, parameter in zip(grads, parameters, strict=True)
-            ]
-        total.add(grads)
-    return total.total()
 
 
 def broadcast_grad(grad: Tensor | None, parameter: nn.Parameter, owner: int) -> Tensor:

@@ -8,7 +8,7 @@ that parameter, and sum its gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -109,12 +109,11 @@ class PipelineLoss(LMLoss):
         self._autocast: Any = None
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Nats and number of valid targets, without a backward pass; zeros but on the last rank."""
-        hidden_BTD = self.decoder(batch.inputs)
-        if not self.decoder.is_last:
-            return hidden_BTD.new_zeros((), dtype=torch.float64), torch.tensor(0)
-        nats = self._nats(hidden_BTD, batch.targets)
-        return nats, (batch.targets != IGNORE_INDEX).sum()
+        """Nats and number of valid targets; zeros but on the last rank."""
+        if self.decoder.is_last:
+            return super().forward(batch)
+        hidden_BTD = self.decoder(batch.inputs, dropout_rng=self.dropout_rng(batch))
+        return hidden_BTD.new_zeros((), dtype=torch.float64), torch.tensor(0)
 
     def forward_backward(
         self, micro_batches: list[Any], world: World, precision: str
@@ -159,54 +158,43 @@ class PipelineLoss(LMLoss):
         hidden = torch.empty(
             *inputs_BT.shape, decoder.config.d_model, device=device, dtype=dtype
         ).requires_grad_()
+        nats = torch.empty(1, device=device, dtype=torch.float64).requires_grad_()
         stage = PipelineStage(
-            _ScheduledModule(decoder, self._forward_next),
+            _ScheduledModule(self),
             decoder.rank,
             decoder.size,
             device,
             input_args=inputs_BT if decoder.is_first else hidden,
-            output_args=torch.empty_like(hidden).requires_grad_(),
+            output_args=nats if decoder.is_last else torch.empty_like(hidden).requires_grad_(),
             group=decoder.group,
         )
         # With fewer micro-batches than ranks no backward pass can start early.
         kind = Schedule1F1B if n >= decoder.size else ScheduleGPipe
-        schedule = kind(stage, n, loss_fn=self._scheduled_nats, scale_grads=False)
+        schedule = kind(stage, n, loss_fn=lambda nats, targets: nats.sum(), scale_grads=False)
         self._schedules[key] = schedule
         return schedule
 
-    def _forward_next(self, received: Tensor) -> Tensor:
-        """Run this rank's blocks on the next micro-batch; the schedule starts them in order."""
+    def run_next(self, received: Tensor) -> Tensor:
+        """Run this rank's blocks on the next micro-batch, and on the last rank the loss too (1);
+        the schedule starts micro-batches in order."""
         batch = next(self._waiting)
         self.decoder.received = received
-        has_dropout = self.training and self.decoder.config.dropout > 0
-        dropout_rng = DropoutRng(self.seed, batch.samples) if has_dropout else None
         with self._autocast():
-            hidden: Tensor = self.decoder(batch.inputs, dropout_rng=dropout_rng)
-        return hidden
-
-    def _scheduled_nats(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        with self._autocast():
-            return self._nats(hidden_BTD, targets_BT)
-
-    def _nats(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.cross_entropy(
-            hidden_BTD.flatten(0, 1),
-            self.decoder.head_weight,
-            targets_BT.flatten(),
-            smoothing=self.label_smoothing if self.training else 0.0,
-            z_loss=self.z_loss if self.training else 0.0,
-        )
+            if self.decoder.is_last:
+                return super().forward(batch)[0][None]
+            hidden: Tensor = self.decoder(batch.inputs, dropout_rng=self.dropout_rng(batch))
+            return hidden
 
 
 class _ScheduledModule(nn.Module):
     """The module that torch's schedule calls with received hidden states, or with ids."""
 
-    def __init__(self, decoder: StageDecoder, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, lm_loss: PipelineLoss) -> None:
         super().__init__()
-        self.decoder, self._run = decoder, run
+        self.lm_loss = lm_loss
 
     def forward(self, received: Tensor) -> Tensor:
-        return self._run(received)
+        return self.lm_loss.run_next(received)
 
 
 def _end_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -40,35 +40,33 @@ def replicate(lm_loss: LMLoss, world: World) -> DistributedDataParallel:
 
 
 def average_sparse_grads_(tables: Sequence[nn.Parameter], size: int) -> None:
-    """Replace the sparse gradients of `tables` by their mean over `size` processes.
+    """Replace the sparse gradients of `tables` (R, D) by their mean over `size` processes.
 
-    The result has the same bits on all ranks. Only the rows that a process has read are sent.
+    The result has the same bits on all ranks. Only the rows that a process has read are sent, those
+    of all tables of one width D together.
     """
     for width in sorted({table.shape[1] for table in tables}):
-        _average_sparse_grads_([table for table in tables if table.shape[1] == width], size)
+        same_width = [table for table in tables if table.shape[1] == width]
+        grads = [table.grad.coalesce() for table in same_width if table.grad is not None]
+        n_rows = torch.tensor([len(grad.values()) for grad in grads])
+        n_rows_of_rank = n_rows.new_empty(size, len(grads))
+        dist.all_gather(list(n_rows_of_rank.unbind()), n_rows)
 
+        # all_gather needs equal sizes: pad to the longest.
+        longest = int(n_rows_of_rank.sum(1).max())
+        values_ND = torch.cat([grad.values() for grad in grads]) / size
+        all_values = _all_gather_padded(values_ND, longest, size)
+        rows_N = torch.cat([grad.indices()[0] for grad in grads])
+        all_rows = _all_gather_padded(rows_N, longest, size)
 
-def _average_sparse_grads_(tables: Sequence[nn.Parameter], size: int) -> None:
-    """The same for tables (R, D) of one width D, in one exchange."""
-    grads = [table.grad.coalesce() for table in tables if table.grad is not None]
-    n_rows = torch.tensor([len(grad.values()) for grad in grads])
-    n_rows_of_rank = n_rows.new_empty(size, len(grads))
-    dist.all_gather(list(n_rows_of_rank.unbind()), n_rows)
-
-    # all_gather needs equal sizes: pad to the longest.
-    longest = int(n_rows_of_rank.sum(1).max())
-    values_ND = torch.cat([grad.values() for grad in grads]) / size
-    all_values = _all_gather_padded(values_ND, longest, size)
-    all_rows = _all_gather_padded(torch.cat([grad.indices()[0] for grad in grads]), longest, size)
-
-    stops = n_rows_of_rank.cumsum(1)
-    starts = stops - n_rows_of_rank
-    for i, table in enumerate(tables):
-        spans = [slice(int(a), int(b)) for a, b in zip(starts[:, i], stops[:, i], strict=True)]
-        rows = torch.cat([all_rows[rank, span] for rank, span in enumerate(spans)])
-        values = torch.cat([all_values[rank, span] for rank, span in enumerate(spans)])
-        mean = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)
-        table.grad = mean.coalesce()
+        stops = n_rows_of_rank.cumsum(1)
+        starts = stops - n_rows_of_rank
+        for i, table in enumerate(same_width):
+            spans = [slice(int(a), int(b)) for a, b in zip(starts[:, i], stops[:, i], strict=True)]
+            rows = torch.cat([all_rows[rank, span] for rank, span in enumerate(spans)])
+            values = torch.cat([all_values[rank, span] for rank, span in enumerate(spans)])
+            mean = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)
+            table.grad = mean.coalesce()
 
 
 def _all_gather_padded(tensor: Tensor, length: int, size: int) -> Tensor:

@@ -69,33 +69,24 @@ class LocalShard:
         self.local.grad = grad
 
 
-def full_shard(parameter: nn.Parameter) -> LocalShard:
-    """A shard that is the full parameter."""
-    bounds = tuple((0, n) for n in parameter.shape)
-    return LocalShard(parameter, parameter, parameter.shape, bounds)
-
-
 def local_shard(parameter: nn.Parameter) -> LocalShard:
-    """This rank's shard of a parameter, which may be a DTensor."""
-    from torch.distributed.tensor import DTensor
-
-    data = parameter.detach()
-    if not isinstance(data, DTensor):
-        return full_shard(parameter)
+    """This rank's shard of a parameter, which is a DTensor if it is sharded."""
+    data: Any = parameter.detach()
+    bounds = [(0, n) for n in data.shape]
+    if not hasattr(data, "placements"):  # importing DTensor takes half a second
+        return LocalShard(parameter, parameter, parameter.shape, tuple(bounds))
     mesh = data.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    bounds = [(0, n) for n in data.shape]
     # The innermost axis of the mesh was split first: tp before FSDP.
     axes = list(zip(data.placements, mesh.shape, coordinate, strict=True))
     for placement, n, index in reversed(axes):
         if placement.is_replicate():
             continue
-        dim = cast(Any, placement).dim
-        start, stop = bounds[dim]
+        start, stop = bounds[placement.dim]
         n_rows = math.ceil((stop - start) / n)
         first = min(start + index * n_rows, stop)
-        bounds[dim] = first, min(first + n_rows, stop)
+        bounds[placement.dim] = first, min(first + n_rows, stop)
     local = data.to_local()
     shape = [stop - start for start, stop in bounds]
     assert list(local.shape) == shape, f"DTensor has {list(local.shape)}, expected {shape}"
@@ -107,34 +98,13 @@ def take_slice(full: Tensor, bounds: ShardSlice) -> Tensor:
     return full[tuple(slice(start, stop) for start, stop in bounds)]
 
 
-class ShardLayout:
-    """Which rank stores which slice of each parameter."""
-
-    def __init__(self, shards: Mapping[str, LocalShard], world: World) -> None:
-        own = json.dumps({name: shard.bounds for name, shard in shards.items()})
-        self._slices: list[dict[str, ShardSlice]] = [
-            {name: tuple((start, stop) for start, stop in bounds) for name, bounds in rank.items()}
-            for rank in map(json.loads, world.all_gather_str(own))
-        ]
-        self._rank = world.rank
-        self.names = sorted({name for slices in self._slices for name in slices})
-
-    def bounds(self, name: str, rank: int) -> ShardSlice:
-        """The slice of a parameter that a rank stores."""
-        return self._slices[rank][name]
-
-    def owners(self, name: str) -> list[int]:
-        """The ranks that store the same slice as this one, itself too."""
-        own = self._slices[self._rank][name]
-        return [rank for rank, slices in enumerate(self._slices) if slices.get(name) == own]
-
-    def is_first_owner(self, name: str, *, of_any_slice: bool = False) -> bool:
-        """Whether this rank is the first that stores its slice, or any slice, of a parameter."""
-        if of_any_slice:
-            owners = [rank for rank, slices in enumerate(self._slices) if name in slices]
-        else:
-            owners = self.owners(name)
-        return owners[0] == self._rank
+def gather_slices(shards: Mapping[str, LocalShard], world: World) -> list[dict[str, ShardSlice]]:
+    """Exchange which slice of each parameter a rank stores, by rank."""
+    own = json.dumps({name: shard.bounds for name, shard in shards.items()})
+    return [
+        {name: tuple((start, stop) for start, stop in bounds) for name, bounds in rank.items()}
+        for rank in map(json.loads, world.all_gather_str(own))
+    ]
 
 
 class ShardedOrthogonalizer(Orthogonalizer):
@@ -146,11 +116,14 @@ class ShardedOrthogonalizer(Orthogonalizer):
     """
 
     def __init__(
-        self, shards: Mapping[str, LocalShard], layout: ShardLayout, group: dist.ProcessGroup
+        self,
+        shards: Mapping[str, LocalShard],
+        slices: Sequence[Mapping[str, ShardSlice]],
+        group: dist.ProcessGroup,
     ) -> None:
         self._shapes = {shard.local: shard.shape for shard in shards.values()}
         self._names = {shard.local: name for name, shard in shards.items()}
-        self._layout, self._group = layout, group
+        self._slices, self._group = slices, group
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         return self._shapes[parameter]
@@ -170,7 +143,7 @@ class ShardedOrthogonalizer(Orthogonalizer):
         full = sent.new_empty(len(owned), *self.full_shape(parameters[0]))
         views = [
             [
-                take_slice(matrix, self._layout.bounds(self._names[parameters[i]], rank))
+                take_slice(matrix, self._slices[rank][self._names[parameters[i]]])
                 for matrix, i in zip(full, owned, strict=True)
             ]
             for rank in ranks

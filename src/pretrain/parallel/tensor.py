@@ -27,11 +27,39 @@ from torch.distributed.tensor.parallel import (
 )
 
 from pretrain.model.decoder import Decoder
-from pretrain.model.layers import tensor_splits
 from pretrain.model.loss import IGNORE_INDEX, LMLoss, attach_grad, softmax_grad_
 
 # Logits of a rank that exist at once.
 _CHUNK_LOGITS = 1 << 22
+
+
+# How the modules of a block that have weights are split: by their output features, by their input
+# features, or not at all.
+_STYLES: dict[str, type[ColwiseParallel | RowwiseParallel] | None] = {
+    "attention_norm": None,
+    "attention.query": ColwiseParallel,
+    "attention.key": ColwiseParallel,
+    "attention.value": ColwiseParallel,
+    "attention.output": RowwiseParallel,
+    "feed_forward_norm": None,
+    "feed_forward.gate": ColwiseParallel,
+    "feed_forward.up": ColwiseParallel,
+    "feed_forward.down": RowwiseParallel,
+}
+
+
+def block_plan(block: nn.Module) -> dict[str, ParallelStyle]:
+    """Return how the layers of a block are split; ValueError for a module that _STYLES lacks."""
+    plan: dict[str, ParallelStyle] = {}
+    for name in dict.fromkeys(name.rpartition(".")[0] for name, _ in block.named_parameters()):
+        if name not in _STYLES:
+            raise ValueError(
+                f"parallel.tensor must be 1: this architecture has {name}, which cannot be split "
+                "over processes"
+            )
+        if (style := _STYLES[name]) is not None:
+            plan[name] = style()
+    return plan
 
 
 def apply_tensor_parallel(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
@@ -39,12 +67,7 @@ def apply_tensor_parallel(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
     computed from each rank's part of the vocabulary."""
     decoder = lm_loss.decoder
     for block in decoder.blocks.values():
-        plan: dict[str, ParallelStyle] = {}
-        for name, split in tensor_splits(block).items():
-            if split == "output":
-                plan[name] = ColwiseParallel()
-            elif split == "input":
-                plan[name] = RowwiseParallel()
+        plan = block_plan(block)
         for name in plan:
             # The model's own faster linear layer takes plain tensors only.
             layer = block.get_submodule(name)
@@ -102,65 +125,47 @@ def vocab_parallel_cross_entropy(
     chunk_rows = max(1, _CHUNK_LOGITS // rows_per_rank)
 
     with torch.no_grad():
-        loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        nats = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         d_hidden_ND = torch.empty_like(hidden_ND)
         d_weight_WD = torch.zeros_like(local_weight)
         weight_WD = local_weight.to(hidden_ND.dtype)
+        W = len(weight_WD)
         for start in range(0, len(hidden_ND), chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            hidden, targets = hidden_ND[chunk], targets_N[chunk]
-            chunk_loss, grad_NW = _loss_and_grad(
-                hidden @ weight_WD.T, targets, first, V, smoothing, z_loss, group
-            )
-            loss += chunk_loss
-            grad_NW = grad_NW.to(hidden.dtype)
+            hidden, targets_N1 = hidden_ND[chunk], targets_N[chunk, None]
+            logits_NW = hidden @ weight_WD.T
+            logits_NW = logits_NW.to(torch.promote_types(logits_NW.dtype, torch.float32))
+            is_valid_N1, column_N1 = targets_N1 != IGNORE_INDEX, targets_N1 - first
+            # A mask, not an index: a GPU would have to synchronise to count the targets here.
+            has_target_N1 = is_valid_N1 & (column_N1 >= 0) & (column_N1 < W)
+            column_N1 = column_N1.clamp(0, max(0, W - 1))
+
+            if W:
+                max_N1 = logits_NW.amax(1, keepdim=True)
+                target_logit_N1 = torch.where(has_target_N1, logits_NW.gather(1, column_N1), 0)
+            else:
+                max_N1 = logits_NW.new_full(column_N1.shape, torch.finfo(logits_NW.dtype).min)
+                target_logit_N1 = torch.zeros_like(max_N1)
+            dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=group)
+            p_NW = (logits_NW - max_N1).exp_()
+            sums = torch.stack([p_NW.sum(1, keepdim=True), target_logit_N1])
+            dist.all_reduce(sums, group=group)
+            sum_N1, target_logit_N1 = sums
+            p_NW /= sum_N1
+            log_sum_N1 = sum_N1.log() + max_N1
+            nats += torch.where(is_valid_N1, log_sum_N1 - target_logit_N1, 0).sum(dtype=nats.dtype)
+            if W:
+                softmax_grad_(
+                    p_NW,
+                    column_N1,
+                    log_sum_N1,
+                    vocab_size=V,
+                    smoothing=smoothing,
+                    z_loss=z_loss,
+                    has_target_N1=has_target_N1,
+                )
+            grad_NW = (p_NW * is_valid_N1).to(hidden.dtype)
             d_hidden_ND[chunk] = grad_NW @ weight_WD
             d_weight_WD += (grad_NW.T @ hidden).to(d_weight_WD.dtype)
         dist.all_reduce(d_hidden_ND, group=group)
-    return attach_grad(loss, hidden_ND, d_hidden_ND, local_weight, d_weight_WD)
-
-
-def _loss_and_grad(
-    logits: Tensor,
-    targets_N: Tensor,
-    first: int,
-    V: int,
-    smoothing: float,
-    z_loss: float,
-    group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """The summed loss of some rows, and its gradient by this rank's logits (N, W), which are those
-    of the vocabulary from `first` on."""
-    logits_NW = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    W = logits_NW.shape[1]
-    is_valid_N1 = (targets_N != IGNORE_INDEX)[:, None]
-    column_N1 = (targets_N - first)[:, None]
-    # A mask, not an index: to count the rows whose target is here, a GPU would have to synchronise.
-    has_target_N1 = is_valid_N1 & (column_N1 >= 0) & (column_N1 < W)
-    column_N1 = column_N1.clamp(0, max(0, W - 1))
-
-    if W:
-        max_N1 = logits_NW.amax(1, keepdim=True)
-        target_logit_N1 = torch.where(has_target_N1, logits_NW.gather(1, column_N1), 0)
-    else:
-        max_N1 = logits_NW.new_full((len(targets_N), 1), torch.finfo(logits_NW.dtype).min)
-        target_logit_N1 = torch.zeros_like(max_N1)
-    dist.all_reduce(max_N1, op=dist.ReduceOp.MAX, group=group)
-    p_NW = (logits_NW - max_N1).exp_()
-    sums = torch.stack([p_NW.sum(1, keepdim=True), target_logit_N1])
-    dist.all_reduce(sums, group=group)
-    sum_N1, target_logit_N1 = sums
-    p_NW /= sum_N1
-    log_sum_N1 = sum_N1.log() + max_N1
-    loss = torch.where(is_valid_N1, log_sum_N1 - target_logit_N1, 0).sum(dtype=torch.float64)
-    if W:
-        softmax_grad_(
-            p_NW,
-            column_N1,
-            log_sum_N1,
-            vocab_size=V,
-            smoothing=smoothing,
-            z_loss=z_loss,
-            has_target_N1=has_target_N1,
-        )
-    return loss, p_NW * is_valid_N1
+    return attach_grad(nats, hidden_ND, d_hidden_ND, local_weight, d_weight_WD)

@@ -251,7 +251,7 @@ def _other_micro_batch(config: RunConfig) -> int | None:
     current = config.train.micro_batch_rows
     assert config.train.batch_tokens is not None
     assert current is not None
-    _, n_parts = config.parallel.resolve(config.parallel.processes).batch_shard(0)
+    _, n_parts = config.parallel.resolve(config.parallel.processes).batch_part(0)
     rows = math.ceil(config.train.batch_tokens // config.model.window_tokens / n_parts)
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     smaller = [n for n in divisors if n < current]

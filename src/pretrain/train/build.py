@@ -158,7 +158,7 @@ def rows_of(rank: int, axes: ParallelConfig, batch_size: int, *, micro_batch_row
     All readers have the same number of micro-batches, since each waits for the others at each one.
     For the deterministic reduction a reader has the micro-batches of its branches of the tree.
     """
-    reader, n_readers = axes.batch_shard(rank)
+    reader, n_readers = axes.batch_part(rank)
     if not axes.elastic:
         each = ceil_div(batch_size, n_readers)
         return range(reader * each, (reader + 1) * each)

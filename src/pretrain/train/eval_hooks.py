@@ -120,7 +120,7 @@ def evaluate_split(
 ) -> Score:
     """Score the held-out split, all of it or its fixed part of `limit_tokens`; each process scores
     some batches, and all return the sum. It ends early once it `is_interrupted`."""
-    rank, size = run.model.eval_shard
+    rank, size = run.model.axes.evaluation_part(run.world.rank)
     context = run.model.lm_loss.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
@@ -137,7 +137,7 @@ def evaluate_split(
         world=run.world,
         precision=run.config.train.precision,
     )
-    if not run.model.owns_loss:
+    if not run.model.axes.reports_loss(run.world.rank):
         scores = []
     # fsum over all batches: the result does not depend on which process scored which.
     nats = math.fsum(run.world.all_gather_uneven([score.nats for score in scores]))

@@ -171,7 +171,7 @@ def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: 
         run.console.line(message, style="yellow")
     # Processes that read the same rows count once.
     size = run.world.size
-    _, n_readers = run.config.parallel.resolve(size).batch_shard(run.world.rank)
+    _, n_readers = run.config.parallel.resolve(size).batch_part(run.world.rank)
     n_bytes = int(sum(all_bytes)) * n_readers // size
     record = {
         "kind": "train",

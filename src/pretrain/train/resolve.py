@@ -101,7 +101,7 @@ def fit_batch(config: RunConfig, data: PreparedData, world: World) -> RunConfig:
     parallel = replace(config.parallel, processes=world.size)
     axes = parallel.resolve(world.size)
     check_model_fits(model, axes, vocab_size=vocab_size)
-    _, n_readers = axes.batch_shard(0)
+    _, n_readers = axes.batch_part(0)
     rows = batch_tokens // context
     # The deterministic reduction needs the same micro-batches for any number of processes.
     own_rows = rows if parallel.elastic else ceil_div(rows, n_readers)

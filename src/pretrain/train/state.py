@@ -234,7 +234,7 @@ class Run:
         for name, tensor in own.items():
             parameter = name.split("/")[1]
             shard = self.model.shard_of(parameter, tensor.ndim)
-            if self.model.is_saver(parameter, is_full=shard is None):
+            if self.model.is_saved_here(parameter, is_full=shard is None):
                 tensors[name] = tensor
                 if shard is not None:
                     shards[name] = TensorShard(*shard)

@@ -56,20 +56,20 @@ def compute_gradients(
     if model.has_schedule:  # of pipeline stages, or of a deterministic reduction
         nats, count = model.run_schedule(micro_batches, precision)
     else:
-        losses, counts = [], []
+        sums, counts = [], []
         batches = iter(micro_batches)
         following = next(batches, None)
         while (micro_batch := following) is not None:
             following = next(batches, None)
             with model.reduce_gradients(now=following is None):
-                loss, n_targets = model.loss(micro_batch, precision)  # loss is a sum of nats
-                loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+                nats, n_targets = model.nats(micro_batch, precision)
+                nats.backward()  # type: ignore[no-untyped-call]
+            sums.append(nats.detach())
             counts.append(n_targets)
-        nats, count = torch.stack(losses).sum(), torch.stack(counts).sum()
+        nats, count = torch.stack(sums).sum(), torch.stack(counts).sum()
     all_nats, n_valid = model.reduce_step(nats, count)
     gradients = gradient_values(parameter for _, parameter in model.named_parameters())
-    torch._foreach_div_(gradients, max(1, n_valid) / model.grad_divisor)
+    torch._foreach_div_(gradients, max(1, n_valid) / model.n_averaged)
     return StepReport(all_nats, n_valid, grad_norm=model.clip(clip))
 
 
