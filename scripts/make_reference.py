@@ -140,7 +140,9 @@ def resume_checks() -> str:
         "",
         "`pretrain train --resume` makes these checks, in this order, before its first step. They"
         " are the functions of `runner/checks.py`; a failed one is an error that says what differs"
-        " and what to do ([resume after a crash](../how-to/resume.md)).",
+        " and what to do ([resume after a crash](../how-to/resume.md)). After the last one, what"
+        " changes is recorded, and a tokenizer folder that is damaged or of another text is written"
+        " again.",
         "",
     ]
     for number, (name, description) in enumerate(describe_resume_checks().items(), start=1):

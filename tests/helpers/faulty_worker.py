@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain import rng
 from pretrain.model import dropout as random
-from pretrain.selftest import worker
+from pretrain.selftest import verify
 from pretrain.train import state
 from pretrain.train.build import TrainingBatches
 
@@ -52,4 +52,4 @@ if __name__ == "__main__":
         {"order": order, "randomness": randomness, "optimizer": optimizer, "schedule": schedule}[
             fault
         ]()
-    sys.exit(worker.main([folder, *rest]))
+    sys.exit(verify.main([folder, *rest]))

@@ -26,7 +26,8 @@ from pretrain.parallel.deterministic import ReductionTree
 from pretrain.runner import launch as launch_module
 from pretrain.runner.checks import check_axes, read_run_config, requested_config
 from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
-from pretrain.selftest import worker
+from pretrain.runner.start import n_processes_of_run
+from pretrain.selftest import verify
 from pretrain.train import resolve as resolve_page
 from pretrain.train.monitor import STRAGGLER_STEPS, StragglerDetector
 from processes import Pool
@@ -158,10 +159,10 @@ def test_resume_combines_stored_and_requested_axes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = written(tmp_path, processes=3, tensor=3)
-    assert launch_module.n_processes_of_run(run, {}) == 3
-    assert launch_module.n_processes_of_run(run, {"parallel": {"tensor": 1}}) == 3
-    assert launch_module.n_processes_of_run(run, {"parallel": {"processes": 6}}) == 6
     stored = read_run_config(run)
+    assert n_processes_of_run(stored, {}) == 3
+    assert n_processes_of_run(stored, {"parallel": {"tensor": 1}}) == 3
+    assert n_processes_of_run(stored, {"parallel": {"processes": 6}}) == 6
     monkeypatch.setenv("WORLD_SIZE", "6")
     wanted = requested_config(stored, None, {"parallel": {"processes": 6, "data": 2}})
     assert (wanted.parallel.processes, wanted.parallel.data) == (6, 2)
@@ -192,9 +193,9 @@ def test_a_leg_that_fails_is_no_leg_that_was_killed(
     def fails(*given: Any, **named: Any) -> int:
         raise ProcessFailed("the disk is full", 75)
 
-    monkeypatch.setattr(worker, "launch_once", fails)
+    monkeypatch.setattr(verify, "launch_once", fails)
     run = written(tmp_path, processes=2)
-    assert worker.main([str(run), "--kill-after", "3"]) == 75
+    assert verify.main([str(run), "--kill-after", "3"]) == 75
     assert "the disk is full" in capsys.readouterr().err
 
 

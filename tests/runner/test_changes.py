@@ -18,6 +18,7 @@ from pretrain.run.identity import differences, read_records
 from pretrain.runner import checks, start
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.previous import load_previous, settings_of
+from pretrain.train import state
 from runs import assert_same_run, stop_after
 
 Capture = pytest.CaptureFixture[str]
@@ -126,7 +127,9 @@ def test_accepted_changes_are_recorded_and_not_reported_again(
     assert read_records(run) == recorded
 
 
-@pytest.mark.parametrize("killed_before", ["write_records", "replace_file"])
+@pytest.mark.parametrize(
+    "killed_before", ["run.identity.write_records", "runner.previous.replace_file"]
+)
 def test_kill_while_a_change_is_written_loses_nothing(
     stopped: Path, copy_run: CopyRun, monkeypatch: Patch, killed_before: str
 ) -> None:
@@ -134,7 +137,7 @@ def test_kill_while_a_change_is_written_loses_nothing(
     uninterrupted, killed = copy_run(stopped, "uninterrupted"), copy_run(stopped, "killed")
     assert resume(uninterrupted, *args) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(f"pretrain.runner.previous.{killed_before}", kill)
+        patch.setattr(f"pretrain.{killed_before}", kill)
         with pytest.raises(Killed):
             resume(killed, *args)
     assert resume(killed, *args) == 0
@@ -212,11 +215,15 @@ def test_resume_makes_the_listed_checks_in_their_order(
 
     while_loading = ("check_disk", "restore", "load_log")
     listed = [name for name in checks.describe_resume_checks() if name not in while_loading]
-    for name in listed:
-        monkeypatch.setattr(start, name, recorded(name, getattr(start, name)))
+    for name in [*listed, "write_changes"]:
+        place = start if hasattr(start, name) else checks
+        monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
+    for name in while_loading:
+        monkeypatch.setattr(state.Run, name, recorded(name, getattr(state.Run, name)))
     assert resume(run) == 0
     only_if_finished = "check_finished_run"
-    assert called == [name for name in listed if name != only_if_finished]
+    expected = [name for name in listed if name != only_if_finished]
+    assert list(dict.fromkeys(called)) == [*expected, *while_loading, "write_changes"]
     called.clear()
     assert resume(run) == 0
     assert called == listed[: listed.index(only_if_finished) + 1]

@@ -114,7 +114,13 @@ def test_anneal_falls_in_a_straight_line_to_zero(
 
 
 @pytest.mark.parametrize(
-    "killed_before", ["write_records", "replace_file", "archive_results", "rename"]
+    "killed_before",
+    [
+        "run.identity.write_records",
+        "runner.previous.replace_file",
+        "run.directory.archive_results",
+        "rename",
+    ],
 )
 @pytest.mark.parametrize("continued_by", ["extend", "resume"])
 def test_kill_while_an_extension_is_written_loses_nothing(
@@ -126,13 +132,11 @@ def test_kill_while_an_extension_is_written_loses_nothing(
         if killed_before == "rename":
             # Between the baselines and the summary.
             patch.setattr(Path, "rename", lambda path, to: next(renames)(path, to))
-        elif killed_before == "archive_results":
-            patch.setattr("pretrain.runner.start.archive_results", kill)
         else:
-            patch.setattr(f"pretrain.runner.previous.{killed_before}", kill)
+            patch.setattr(f"pretrain.{killed_before}", kill)
         with pytest.raises(Killed):
             main(["extend", str(run), *settings])
-    was_written = killed_before in ("archive_results", "rename")
+    was_written = killed_before in ("run.directory.archive_results", "rename")
     if continued_by == "resume":
         assert resume(run) == 0
         if not was_written:  # it was not extended, and is reported as finished
@@ -166,7 +170,9 @@ def test_errors_of_extend_and_anneal(
     finished: Path, stopped: Path, constant_lr: Path, copy_run: CopyRun, capsys: Capture
 ) -> None:
     error = error_of(capsys, "extend", str(stopped), "--train.steps", "16")
-    assert "is not finished; finish it first: pretrain train --resume --run" in error
+    assert (
+        f"{stopped} must be a finished run, to extend it; finish it first: pretrain train" in error
+    )
     error = error_of(capsys, "extend", str(finished), "--train.steps", "8")
     assert "train.steps must be more than the 8 steps" in error
     assert "extend needs --train.steps N" in error_of(capsys, "extend", str(finished))
@@ -209,7 +215,7 @@ def test_run_that_patience_stopped_needs_more_patience(
     steps = json.loads((run / "summary.json").read_text())["steps"]
     assert steps < 8
     args = ["extend", str(run), "--train.steps", str(steps + 4)]
-    assert "give --train.patience 2, or --train.patience null" in error_of(capsys, *args)
+    assert "add --train.patience 2, or --train.patience null" in error_of(capsys, *args)
     assert main([*args, "--train.patience", "null", "--optimizer.learning_rate", "1e-3"]) == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == steps + 4
 
@@ -226,4 +232,4 @@ def test_mixture_is_extended_only_if_its_seen_samples_stay(
         assert main(args) == 0
         capsys.readouterr()
         assert main(["extend", str(run), "--train.steps", "12"]) == exit_code
-    assert "at the samples 0, 32 of 8 steps and 0, 48 of 12" in capsys.readouterr().err
+    assert "at the samples 0, 32 of 8 steps, but at 0, 48 of 12 steps" in capsys.readouterr().err

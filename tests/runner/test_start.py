@@ -11,7 +11,7 @@ import pytest
 from pretrain.cli import main
 from pretrain.config import parse_overrides
 from pretrain.runner import start
-from pretrain.runner.request import is_started, new_run_folder, requested_file
+from pretrain.runner.request import is_started, is_unresolved, new_run_folder
 from tiny import TINY
 
 
@@ -28,20 +28,18 @@ def test_overrides_survive_the_command_line(value: object) -> None:
     assert args == ["train", "--run", "runs/a", "my text.txt", "--accept", "code"]
 
 
-@pytest.mark.parametrize("name", ["requested.yaml", "asked.yaml"])
 def test_run_without_resolved_settings_starts_from_scratch(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """asked.yaml is the name of the file in earlier versions."""
     run, done = tmp_path / "run", tmp_path / "done"
     assert main(["train", str(corpus), *TINY, "--train.steps", "2", "--run", str(done)]) == 0
     run.mkdir()
-    (run / name).write_bytes((done / "config.yaml").read_bytes())
+    (run / "requested.yaml").write_bytes((done / "config.yaml").read_bytes())
     assert is_started(run)
     assert new_run_folder("name", run) == run  # such a folder may also be used for a new run
     capsys.readouterr()
     assert main(["train", "--resume", "--run", str(run)]) == 0
     assert "was stopped before its settings were resolved" in capsys.readouterr().out
     assert (run / "summary.json").is_file()
-    assert not (run / name).exists()
-    assert requested_file(run) is None
+    assert not (run / "requested.yaml").exists()
+    assert not is_unresolved(run)

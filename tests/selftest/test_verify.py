@@ -104,7 +104,7 @@ def test_what_cannot_be_verified_is_rejected(
 ) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert main(["verify", str(run), "--steps", "0"]) == 2
-    assert "there must be at least one in each half" in capsys.readouterr().err
+    assert "--steps must be at least 1 (got 0): the steps of each half" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
     assert main(["verify", str(run)]) == 2
     assert "run it without torchrun" in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_compiled_steps_equal_eager_ones() -> None:
     from pretrain.selftest import doctor
 
     check = doctor.check_compile(open_world("cpu"))
-    assert check.verdict == AGREES, check.detail
+    assert check.verdict == AGREES, check.found
 
 
 @pytest.mark.slow

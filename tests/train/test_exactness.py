@@ -126,7 +126,7 @@ def test_run_killed_before_its_config_was_resolved_is_resumed(
     if before == 0:
         from pretrain.runner import start
 
-        name = {"preparing": "open_text", "deciding": "_resolve"}[stage]
+        name = {"preparing": "open_text", "deciding": "open_world_of"}[stage]
         setattr(start, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         main(["train", *args])
         os._exit(9)

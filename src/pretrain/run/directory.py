@@ -30,6 +30,7 @@ LOCK = "run.lock"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
+CHECKPOINT_MANIFEST = "manifest.json"
 POST_MORTEMS = "post-mortem"
 CHANGES = "changes.jsonl"
 # Written after the last step; a run with SUMMARY is finished.
@@ -39,6 +40,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 # Written by other commands.
 OVERLAP = "overlap.json"
+VERIFICATION = "verification.json"
 
 
 class CannotSave(Exception):
@@ -65,48 +67,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         fileio.write_json(path, plain, replace=True, indent=2, ascii_only=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run; ValueError if it is damaged."""
-    return fileio.read_json(path)
-
-
 # --- environment.json -----------------------------------------------------------------------------
 
 
 def write_environment(
-    folder: Path,
-    config_yaml: str,
-    fingerprint: Mapping[str, Any],
-    *,
-    machine: Mapping[str, Any],
-    device: str,
-    threads: int,
+    folder: Path, config_yaml: str, fingerprint: Mapping[str, Any], machine: Mapping[str, Any]
 ) -> None:
     """Write environment.json: the run's name, its fingerprint, and the machine it started on."""
     # Runs with the same name are the same run: equal settings and surroundings give equal numbers.
     named = config_yaml + json.dumps(fingerprint, sort_keys=True)
-    write_json(
-        folder / ENVIRONMENT,
-        {
-            "run": hashlib.sha256(named.encode()).hexdigest()[:16],
-            "pretrain": __version__,
-            **machine,
-            "device": device,
-            "threads": threads,
-            "git": _git_revision(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "command": shlex.join(["pretrain", *sys.argv[1:]]),
-            "fingerprint": fingerprint,
-        },
-    )
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """The content of environment.json; ValueError if it is damaged."""
-    content = read_json(folder / ENVIRONMENT)
-    if not isinstance(content.get("fingerprint"), dict) or "run" not in content:
-        raise ValueError(f"{folder / ENVIRONMENT} is damaged: it has no run or no fingerprint")
-    return content
+    content = {
+        "run": hashlib.sha256(named.encode()).hexdigest()[:16],
+        "pretrain": __version__,
+        **machine,
+        "device": fingerprint["device"],
+        "threads": fingerprint["threads"],
+        "git": _git_revision(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(["pretrain", *sys.argv[1:]]),
+        "fingerprint": fingerprint,
+    }
+    write_json(folder / ENVIRONMENT, content)
 
 
 def _git_revision() -> str | None:
@@ -117,6 +98,14 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The content of environment.json; ValueError if it is damaged."""
+    content = fileio.read_json(folder / ENVIRONMENT)
+    if not isinstance(content.get("fingerprint"), dict) or "run" not in content:
+        raise ValueError(f"{folder / ENVIRONMENT} is damaged: it has no run or no fingerprint")
+    return content
 
 
 # --- a finished run that continues ----------------------------------------------------------------

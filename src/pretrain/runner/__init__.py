@@ -2,5 +2,5 @@
 
 `start` starts, resumes and extends runs: from a target and settings (`request`), on prepared text
 (`text`), in one process or several (`launch`). `checks` lists what a resume checks, `previous` has
-the run as it was, `extend` more steps for a finished one. `open` loads a model for use.
+the run as it was, and more steps for a finished one. `open` loads a model for use.
 """

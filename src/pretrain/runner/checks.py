@@ -2,7 +2,8 @@
 
 `start.resume` calls these functions in this order; each raises a ValueError that names what differs
 and what to do. The last three checks are made by `Run.open` in `train.state`, while it loads the
-checkpoint.
+checkpoint. No file of the run is changed before all checks have passed, except that a damaged
+checkpoint is renamed.
 """
 
 from __future__ import annotations
@@ -17,27 +18,22 @@ from typing import TYPE_CHECKING, Any
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
-from pretrain.fileio import file_lock
+from pretrain.fileio import file_lock, read_json
 from pretrain.machine import n_processes
 from pretrain.report.config import require_packages
-from pretrain.run.directory import (
-    CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
-    LOCK,
-    TOKENIZER,
-    read_environment,
-)
+from pretrain.run import directory
+from pretrain.run.directory import CONFIG, SUMMARY, read_environment
 from pretrain.run.identity import Change, check_accepted, differences
+from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.launch import check_same_on_all_ranks
-from pretrain.runner.previous import (
-    Previous,
-    log_hashes,
-    repair_tokenizer,
-    settings_of,
+from pretrain.runner.previous import Extension, Previous, is_finished, settings_of
+from pretrain.runner.request import (
+    by_name,
+    compose_target,
+    read_target,
+    with_absolute_paths,
     with_settings,
 )
-from pretrain.runner.request import compose_target, read_target, with_absolute_paths
 from pretrain.runner.text import Log, open_text
 
 if TYPE_CHECKING:
@@ -48,8 +44,8 @@ if TYPE_CHECKING:
 def read_run_config(folder: Path) -> RunConfig:
     """The folder is a run that was trained here (not imported), and its config.yaml is valid."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
-    if not (folder / ENVIRONMENT).is_file():
+        raise ValueError(f"{folder} is not a run directory: it has no {CONFIG}")
+    if not (folder / directory.ENVIRONMENT).is_file():
         raise ValueError(
             f"{folder} was imported, not trained; train from its weights with "
             f"--train.init_from {folder}"
@@ -63,35 +59,32 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def requested_config(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
     """The settings of the command are valid, and the weights of train.init_from fit them."""
-    layers = [] if target is None else read_target(target)[1]
+    layers = [*([] if target is None else read_target(target)[1]), overrides]
     # The axes of `parallel` depend on the processes started here and on the run's own model.
     other_layers: list[Layer] = [
         {section: keys for section, keys in layer.items() if section != "parallel"}
-        for layer in [*layers, overrides]
+        for layer in layers
     ]
     *below, above = other_layers
     composed = with_absolute_paths(compose_target(target, below, above))
-
-    plain, explicit = to_dict(composed), {}
+    values, explicit = by_name(composed), {}
     for layer in other_layers:
-        for section in layer:
-            for key in layer[section]:
-                name, value = f"{section}.{key}", plain[section][key]
-                # Elsewhere an empty value means "resolve it", and it was resolved at the start.
-                if value not in (None, "auto") or name == "train.patience":
-                    explicit[name] = value
+        for name in (f"{section}.{key}" for section in layer for key in layer[section]):
+            # Elsewhere an empty value means "resolve it", and it was resolved at the start.
+            if values[name] not in (None, "auto") or name == "train.patience":
+                explicit[name] = values[name]
     if composed.train.steps is not None:
         explicit.pop("train.minutes", None)  # of a recipe; steps replace it
-    requested = with_settings(stored, explicit)
 
     own = to_dict(stored)
-    parallel_layers: list[Layer] = [
-        {"model": own["model"], "parallel": own["parallel"]},
-        *({"parallel": layer.get("parallel", {})} for layer in [*layers, overrides]),
-        {"parallel": {"processes": n_processes()}},
-    ]
-    parallel = compose(parallel_layers).parallel
-    return replace(requested, parallel=parallel)
+    parallel = compose(
+        [
+            {"model": own["model"], "parallel": own["parallel"]},
+            *({"parallel": layer.get("parallel", {})} for layer in layers),
+            {"parallel": {"processes": n_processes()}},
+        ]
+    ).parallel
+    return replace(with_settings(stored, explicit), parallel=parallel)
 
 
 def check_axes(config: RunConfig) -> None:
@@ -115,7 +108,7 @@ def check_finished_run(stored: RunConfig, requested: RunConfig, accepted: Sequen
 @contextmanager
 def only_writer(folder: Path, log: Log) -> Iterator[None]:
     """No other process trains in this folder (run.lock)."""
-    with file_lock(folder / LOCK, action="trained") as warning:
+    with file_lock(folder / directory.LOCK, action="trained") as warning:
         if warning is not None:
             log(f"note: {warning}")
         yield
@@ -126,7 +119,7 @@ def newest_checkpoint(folder: Path, run: str, log: Log) -> Checkpoint | None:
     quarantined. None where none was saved yet."""
     from pretrain.checkpoint.load import newest_good
 
-    checkpoint, problems = newest_good(folder / CHECKPOINTS)
+    checkpoint, problems = newest_good(folder / directory.CHECKPOINTS)
     if checkpoint is not None and checkpoint.state.get("run") != run:
         raise ValueError(
             f"{checkpoint.path} is a checkpoint of another run; move it out of {folder}"
@@ -157,17 +150,19 @@ def check_changes(
     and the log up to the checkpoint) is the same, or accepted by name. Returns the changes."""
     from pretrain.tokenizer.load import load_tokenizer
 
-    now = {**fingerprint, **settings_of(requested), **log_hashes(previous)}
+    now = {**fingerprint, **settings_of(requested)}
+    if previous.checkpoint is not None:
+        log = RunLog(previous.folder)
+        for name, (size, _) in previous.checkpoint.state["records"].items():
+            now[Path(name).stem] = log.hash_of_start(name, size)
     changes = _changes(previous, now)
-    if any(change.name == "tokenizer" for change in changes):
-        old_size = load_tokenizer(previous.folder / TOKENIZER).vocab_size
-        new_size = data.manifest.vocab_size
-        if old_size != new_size:
-            reason = f"the model has a row for each of {old_size:,} tokens (got {new_size:,})"
-            changes = [
-                replace(change, impossible=reason) if change.name == "tokenizer" else change
-                for change in changes
-            ]
+    for i, change in enumerate(changes):
+        if change.name == "tokenizer":
+            old_size = load_tokenizer(previous.folder / directory.TOKENIZER).vocab_size
+            new_size = data.manifest.vocab_size
+            if old_size != new_size:
+                reason = f"the model has a row for each of {old_size:,} tokens (got {new_size:,})"
+                changes[i] = replace(change, impossible=reason)
     check_accepted(changes, accepted, now=now, records=previous.records)
     return changes
 
@@ -200,7 +195,6 @@ RESUME_CHECKS: tuple[Callable[..., Any], ...] = (
     open_text,
     check_changes,
     check_fits_text,
-    repair_tokenizer,
     check_same_on_all_ranks,
 )
 """The checks of a resume in the order in which they are made."""
@@ -220,3 +214,78 @@ def describe_resume_checks() -> dict[str, str]:
         first_paragraph = (inspect.getdoc(check) or "").partition("\n\n")[0]
         described[check.__name__] = " ".join(first_paragraph.split())
     return {**described, **CHECKS_WHILE_LOADING}
+
+
+# --- extend and anneal -------------------------------------------------------------------------
+
+
+def is_under_way(folder: Path, stored: RunConfig, extension: Extension) -> bool:
+    """Return whether this very command was given before, and its steps are not finished: it may be
+    repeated, and then resumes."""
+    schedule, values = stored.schedule, settings_of(stored)
+    return (
+        not is_finished(folder, stored)
+        and schedule.origin_step > 0  # the run was extended or annealed before
+        and schedule.anneal == (extension.command == "anneal")
+        and all(values[name] == value for name, value in extension.settings.items())
+    )
+
+
+def check_extension(folder: Path, config: RunConfig, extension: Extension) -> None:
+    """The run is finished, and the extension adds steps that train.patience would not stop."""
+    command, steps = extension.command, extension.steps
+    if not is_finished(folder, config):
+        raise ValueError(
+            f"{folder} must be a finished run, to {command} it; finish it first: pretrain train "
+            f"--resume --run {folder}"
+        )
+    done = read_json(folder / SUMMARY)["steps"]
+    if steps <= done:
+        raise ValueError(
+            f"train.steps must be more than the {done} steps of {folder} (got {steps}); it is the "
+            "new total"
+        )
+    patience = extension.settings.get("train.patience", config.train.patience)
+    best = BestEvaluation.from_log(RunLog(folder).metrics())
+    if patience is not None and best.since >= patience:
+        raise ValueError(
+            f"train.patience must be more than {best.since} (got {patience}): {folder} had no "
+            f"better evaluation in the last {best.since}, so it would stop at once; add "
+            f"--train.patience {best.since + patience}, or --train.patience null"
+        )
+
+
+def last_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint after the last step is as it was saved; an older one would repeat steps."""
+    from pretrain.checkpoint.format import DamagedCheckpoint
+    from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
+
+    steps = read_json(folder / SUMMARY)["steps"]
+    try:
+        checkpoint = open_checkpoint(folder / directory.CHECKPOINTS / checkpoint_name(steps))
+        checkpoint.verify()
+    except DamagedCheckpoint as error:
+        raise ValueError(
+            f"{folder} cannot continue, because the checkpoint of its last step is damaged: {error}"
+        ) from None
+    return checkpoint
+
+
+def check_seen_samples(data: PreparedData, old: RunConfig, new: RunConfig) -> None:
+    """The samples that a mixture has read are the same ones in the longer run."""
+    from pretrain.data.order import MixtureOrder
+    from pretrain.train.build import training_batches
+
+    starts = []
+    for config in (old, new):
+        order = training_batches(config, data).order
+        if not isinstance(order, MixtureOrder):
+            return
+        starts.append(", ".join(f"{stage.first_sample:,}" for stage in order.stages))
+    if starts[0] != starts[1]:
+        raise ValueError(
+            "data.source must have one stage, to add steps to a run: its stages start at the "
+            f"samples {starts[0]} of {old.train.steps} steps, but at {starts[1]} of "
+            f"{new.train.steps} steps, so earlier steps would have read other samples. Start a new "
+            "run from these weights: --train.init_from RUN"
+        )

@@ -23,10 +23,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.config import RunConfig
 from pretrain.machine import RENDEZVOUS_FILE, memory_bytes, n_processes
-from pretrain.run.directory import CONFIG
-from pretrain.runner.request import requested_file
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
@@ -57,21 +55,6 @@ class ProcessFailed(Exception):
         self.exit_code = exit_code
         self.signal = signal
         """the signal that killed the process, if any"""
-
-
-def n_processes_of_run(folder: Path, overrides: Layer) -> int:
-    """Return the number of processes to start for a run that continues; 1 in one of them."""
-    if n_processes() > 1:
-        return 1
-    path = requested_file(folder) or folder / CONFIG
-    stored = read_file(path) if path.is_file() else {}
-    # Nothing but this number is read here: whether the rest fits the model is checked later.
-    layers: list[Layer] = []
-    for layer in (stored, overrides):
-        section = layer.get("parallel")
-        if isinstance(section, Mapping) and "processes" in section:
-            layers.append({"parallel": {"processes": section["processes"]}})
-    return compose(layers).parallel.processes
 
 
 def launch(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.config import RunConfig, compose, read_file
-from pretrain.run.directory import read_json
+from pretrain.fileio import read_json
+from pretrain.run.directory import CHECKPOINT_MANIFEST, CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -148,8 +149,8 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
 
     world = open_world(device)
     run, checkpoint = open_checkpoint_of(path)
-    config = compose([read_file(run / "config.yaml")])
-    tokenizer = load_tokenizer(run / "tokenizer")
+    config = compose([read_file(run / CONFIG)])
+    tokenizer = load_tokenizer(run / TOKENIZER)
     tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
     tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
     trained_with = checkpoint.state.get("fingerprint", {}).get("tokenizer", tokenizer.sha256)
@@ -198,20 +199,19 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     is neither a run nor a checkpoint."""
     if not path.exists():
         raise ValueError(f"there is no model at {path}: neither a run directory nor a checkpoint")
-    if (path / "manifest.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+    if (path / CHECKPOINT_MANIFEST).is_file() and (path.parent.parent / CONFIG).is_file():
         return path.parent.parent, path
-    if not (path / "config.yaml").is_file():
+    if not (path / CONFIG).is_file():
         raise ValueError(
-            f"{path} is neither a run directory (it has no config.yaml), nor a checkpoint in one, "
+            f"{path} is neither a run directory (it has no {CONFIG}), nor a checkpoint in one, "
             "nor a Hugging Face folder (it has no config.json); name a GGUF file or a .bin file of "
             "llama2.c itself"
         )
-    summary = path / "summary.json"
-    if summary.is_file():
-        return path, path / str(read_json(summary).get("checkpoint"))
+    if (path / SUMMARY).is_file():
+        return path, path / str(read_json(path / SUMMARY).get("checkpoint"))
     from pretrain.checkpoint.load import list_checkpoints
 
-    checkpoints = list_checkpoints(path / "checkpoints")
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
     if not checkpoints:
         raise ValueError(f"the run {path} has no checkpoint yet")
     return path, checkpoints[-1]

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import glob
 import importlib.resources
+import itertools
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pretrain.config import Layer, Rules, RunConfig, compose, read_file
+from pretrain.config import Layer, Rules, RunConfig, compose, read_file, to_dict
 from pretrain.corpus.files import list_files
 from pretrain.data.format import is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report.config import require_packages
-from pretrain.run.directory import CONFIG, REQUESTED, TOKENIZER
+from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint
 from pretrain.validation import nearest
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 DEFAULT_RECIPE = "english"
-# The requested settings, in a run's folder until they are resolved; asked.yaml is the name that
-# earlier versions gave the file.
-REQUESTED_NAMES = (REQUESTED, "asked.yaml")
 # Settings in which a run may differ from the model that train.init_from names: no shape depends on
 # them.
 _SHAPELESS = frozenset({"preset", "dropout", "attention_dropout", "initialization"})
@@ -85,7 +83,7 @@ def compose_target(
     if config.train.init_from is None:
         return config
     source = Path(config.train.init_from)
-    if not (source / CONFIG).is_file() and not (source / "manifest.json").is_file():
+    if not (source / CONFIG).is_file() and not (source / CHECKPOINT_MANIFEST).is_file():
         raise ValueError(
             f"train.init_from must be a run or a checkpoint (got {source}); import a model of "
             f"another library first: pretrain import {source} --out DIR"
@@ -101,6 +99,7 @@ def compose_target(
         for layer in recipe
     ]
     absolute: Layer = {"train": {"init_from": str(checkpoint.resolve())}}
+    may_differ = _SHAPELESS | ({"context_length"} if old_model.position != "learned" else set())
 
     def misfits(config: RunConfig) -> Iterator[tuple[str, str]]:
         if any("tokenizer" in layer for layer in user):
@@ -108,9 +107,6 @@ def compose_target(
                 "train.init_from",
                 "tokenizer settings must not be given with train.init_from: its tokenizer is used",
             )
-        may_differ = _SHAPELESS
-        if old_model.position != "learned":
-            may_differ |= {"context_length"}
         before, after = asdict(old_model), asdict(config.model)
         names = [key for key in before if before[key] != after[key] and key not in may_differ]
         if names:
@@ -130,6 +126,29 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
     from pretrain.checkpoint.load import open_checkpoint
 
     return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
+
+
+# --- settings by name --------------------------------------------------------------------------
+
+
+def by_name(config: RunConfig) -> dict[str, Any]:
+    """Return every setting by its full name, as JSON values."""
+    return {
+        f"{section}.{key}": value
+        for section, values in to_dict(config).items()
+        for key, value in values.items()
+    }
+
+
+def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the config with some settings, by full name; names that it does not have are
+    ignored."""
+    merged = to_dict(config)
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        if key in merged.get(section, ()):
+            merged[section][key] = value
+    return compose([merged])
 
 
 # --- this machine ------------------------------------------------------------------------------
@@ -165,27 +184,18 @@ def errors_of_machine(config: RunConfig) -> Iterator[tuple[str, str]]:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the config with absolute paths of texts and tasks, for a resume that starts in another
     folder."""
-    source, evaluate = config.data.source, config.evaluate
+    values = by_name(config)
+    lists = ("corpus.evaluation_texts", "evaluate.task_files", "evaluate.texts")
+    absolute: dict[str, Any] = {name: [_absolute(path) for path in values[name]] for name in lists}
+    source = values["data.source"]
     if isinstance(source, str):
-        source = _absolute(source)
+        absolute["data.source"] = _absolute(source)
     else:
-        source = tuple(replace(entry, path=_absolute(entry.path)) for entry in source)
-    task_data = evaluate.task_data
+        absolute["data.source"] = [{**each, "path": _absolute(each["path"])} for each in source]
     # With tasks, the folder may come from the environment of this process.
-    if evaluate.tasks and (folder := task_folder(task_data)) is not None:
-        task_data = _absolute(str(folder))
-    evaluation_texts = tuple(map(_absolute, config.corpus.evaluation_texts))
-    return replace(
-        config,
-        data=replace(config.data, source=source),
-        corpus=replace(config.corpus, evaluation_texts=evaluation_texts),
-        evaluate=replace(
-            evaluate,
-            task_data=task_data,
-            task_files=tuple(map(_absolute, evaluate.task_files)),
-            texts=tuple(map(_absolute, evaluate.texts)),
-        ),
-    )
+    if config.evaluate.tasks and (folder := task_folder(config.evaluate.task_data)) is not None:
+        absolute["evaluate.task_data"] = _absolute(str(folder))
+    return with_settings(config, absolute)
 
 
 def _absolute(path: str) -> str:
@@ -196,23 +206,19 @@ def _absolute(path: str) -> str:
 
 
 def new_run_folder(name: str, requested: Path | None) -> Path:
-    """Return the folder of a new run: `requested`, which must be empty, or the next free
-    runs/NAME-N. It must be writable, and is made when the run starts."""
-    if requested is not None:
-        folder = requested
-        if folder.exists() and not _is_vacant(folder):
-            raise ValueError(
-                f"{folder} must be an empty folder; choose another --run, or continue the run in "
-                "it with --resume"
-            )
-    else:
-        number = 1
-        while (RUNS / f"{name}-{number}").exists():
-            number += 1
-        folder = RUNS / f"{name}-{number}"
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    """Return the folder of a new run: `requested`, which must be empty or have only a run that was
+    killed before its settings were resolved, or the next free runs/NAME-N. It must be writable, and
+    is made when the run starts."""
+    folder = requested or next(
+        path for n in itertools.count(1) if not (path := RUNS / f"{name}-{n}").exists()
+    )
+    is_vacant = folder.is_dir() and (is_unresolved(folder) or not any(folder.iterdir()))
+    if folder.exists() and not is_vacant:
+        raise ValueError(
+            f"{folder} must be an empty folder; choose another --run, or continue the run in it "
+            "with --resume"
+        )
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -221,31 +227,20 @@ def new_run_folder(name: str, requested: Path | None) -> Path:
     return folder
 
 
-def _is_vacant(folder: Path) -> bool:
-    """Return whether a folder is empty, or has only a run that was killed before its settings were
-    resolved."""
-    if not folder.is_dir():
-        return False
-    return not any(folder.iterdir()) or requested_file(folder) is not None
-
-
-def requested_file(folder: Path) -> Path | None:
-    """Return the file of requested settings of a run that was killed before they were resolved, or
-    None."""
-    if (folder / CONFIG).is_file():
-        return None
-    return next((folder / name for name in REQUESTED_NAMES if (folder / name).is_file()), None)
+def is_unresolved(folder: Path) -> bool:
+    """Return whether a folder has only the requested settings of a run that was killed before they
+    were resolved."""
+    return (folder / REQUESTED).is_file() and not (folder / CONFIG).is_file()
 
 
 def is_started(folder: Path) -> bool:
     """Return whether a folder has a run that can be resumed, resolved or not."""
-    return (folder / CONFIG).is_file() or requested_file(folder) is not None
+    return (folder / CONFIG).is_file() or (folder / REQUESTED).is_file()
 
 
 def newest_run() -> Path:
     """Return the run under runs/ that was started last."""
-    names = (CONFIG, *REQUESTED_NAMES)
-    started = [path for name in names for path in RUNS.glob(f"*/{name}")]
+    started = [path for name in (CONFIG, REQUESTED) for path in RUNS.glob(f"*/{name}")]
     if not started:
         raise ValueError(f"there is no run in {RUNS}/ to resume; name one with --run DIR")
     return max(started, key=lambda path: path.stat().st_mtime_ns).parent

@@ -1,13 +1,14 @@
 """Self-tests on the user's machine: `verify` compares a resumed run with an uninterrupted one,
-`doctor` checks one process, `rendezvous` several.
+`doctor` checks one process, or that several can train together.
 
-Each check returns a `Check`; `check_line` formats it for the console, `to_json` for --json.
+Each check returns a `Check`; a `Report` prints them and has the result for --json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 EXACT = "exact"
 AGREES = "agrees"
@@ -22,19 +23,24 @@ class Check:
     """The result of a check: one of the verdicts above, and the numbers behind it."""
 
     verdict: str
-    detail: str
+    found: str
 
 
-def check_line(name: str, check: Check) -> str:
-    """Return a line of the console's table."""
-    return f"  {name:<12} {check.verdict:<10}  {check.detail}"
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Checks by name, each printed as soon as it is added."""
 
+    log: Log
+    checks: dict[str, Check] = field(default_factory=dict)
 
-def to_json(checks: Mapping[str, Check]) -> dict[str, dict[str, str]]:
-    """Return the checks as --json has them."""
-    return {name: {"verdict": c.verdict, "found": c.detail} for name, c in checks.items()}
+    def add(self, name: str, check: Check) -> None:
+        self.checks[name] = check
+        self.log(f"  {name:<12} {check.verdict:<10}  {check.found}")
 
+    def failed(self) -> list[str]:
+        """Return the names of checks that failed."""
+        return [name for name, check in self.checks.items() if check.verdict == DIFFERS]
 
-def failed(checks: Mapping[str, Check]) -> list[str]:
-    """Return the names of checks that failed."""
-    return [name for name, check in checks.items() if check.verdict == DIFFERS]
+    def to_json(self) -> dict[str, Any]:
+        """Return the checks as --json has them."""
+        return {name: asdict(check) for name, check in self.checks.items()}

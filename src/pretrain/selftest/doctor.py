@@ -1,29 +1,37 @@
-"""Check this machine with one process: disk, repeated training, micro-batches, compiler, resume."""
+"""Check this machine with one process: disk, repeated training, micro-batches, compiler, resume;
+or several processes: that they connect, agree, and compute what one process does."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import platform
+import secrets
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import __version__
+from pretrain.parallel.config import ParallelConfig
+from pretrain.run.identity import code_hash
 from pretrain.runner.checks import read_run_config
-from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Log, check_line, failed, to_json
-from pretrain.selftest.tiny_run import STEPS, losses, max_difference
-from pretrain.selftest.verify import compare_runs
+from pretrain.runner.launch import check_same_on_all_ranks
+from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Log, Report
+from pretrain.selftest.tiny_run import SIZES, STEPS, losses, max_difference
+from pretrain.selftest.verify import compare_runs, run_process
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
 
-_SETTINGS = (
-    "--model.family gpt2 --model.n_layers 2 --model.n_heads 2 --model.d_model 64 "
-    "--model.context_length 32 --model.dropout 0.1 "
-    "--train.batch_tokens 512 --train.micro_batch_rows 8 --train.steps 40"
-).split()
 _SAVED_BYTES = 64 << 20
+_REDUCED_BYTES = 16 << 20
+_N_REDUCTIONS = 5
+# Clocks are read when all processes leave a barrier, which takes milliseconds.
+_CLOCK_TOLERANCE_SECONDS = 1.0
+
+
+# --- one process -------------------------------------------------------------------------------
 
 
 def check_machine(device: str, log: Log) -> dict[str, Any]:
@@ -35,21 +43,16 @@ def check_machine(device: str, log: Log) -> dict[str, Any]:
     for name, value in machine.items():
         log(f"  {name:<12} {value}")
 
-    checks = {
-        "disk": _check_disk(),
-        "repeat": _check_repeat(world),
-        "micro-batch": _check_micro_batch(world),
-        "compile": check_compile(world),
-    }
-    for name, check in checks.items():
-        log(check_line(name, check))
+    report = Report(log)
+    report.add("disk", _check_disk())
+    report.add("repeat", _check_repeat(world))
+    report.add("micro-batch", _check_micro_batch(world))
+    report.add("compile", check_compile(world))
     resume = _check_resume(device, log)
 
-    wrong = failed(checks)
-    if resume["verdict"] == DIFFERS:
-        wrong.append("resume")
+    wrong = report.failed() + (["resume"] if resume["verdict"] == DIFFERS else [])
     log(f"wrong: {', '.join(wrong)}" if wrong else "this machine is fine")
-    return {"machine": machine, "checks": to_json(checks), "resume": resume, "wrong": wrong}
+    return {"machine": machine, "checks": report.to_json(), "resume": resume, "wrong": wrong}
 
 
 def _check_disk() -> Check:
@@ -75,10 +78,7 @@ def _check_disk() -> Check:
 
 def _check_repeat(world: World) -> Check:
     """Train twice."""
-    import torch
-
-    first = losses(world, torch.float32, 16)
-    second = losses(world, torch.float32, 16)
+    first, second = losses(world, "float32", 16), losses(world, "float32", 16)
     if first == second:
         return Check(AGREES, f"{STEPS} steps twice, with dropout: the same losses bit for bit")
     difference = max_difference(first, second)
@@ -87,34 +87,32 @@ def _check_repeat(world: World) -> Check:
 
 def _check_micro_batch(world: World) -> Check:
     """Train with one micro-batch and with four."""
-    import torch
-
-    tolerances = {torch.float32: 1e-5}
-    if world.device.type == "cpu":  # other devices may have no float64
-        tolerances[torch.float64] = 1e-9
-    details = []
-    verdict = AGREES
-    for dtype, tolerance in tolerances.items():
+    details, verdict = [], AGREES
+    for dtype, tolerance in _tolerances(world).items():
         difference = max_difference(losses(world, dtype, 16), losses(world, dtype, 4))
         if difference > tolerance:
             verdict = DIFFERS
-        name = str(dtype).removeprefix("torch.")
-        details.append(f"{difference:.1e} in {name} (tolerance {tolerance:.0e})")
+        details.append(f"{difference:.1e} in {dtype} (tolerance {tolerance:.0e})")
     return Check(verdict, "16 rows against 4 x 4: " + ", ".join(details))
+
+
+def _tolerances(world: World) -> dict[str, float]:
+    """Return the types of numbers that the device has, with the difference of losses that rounding
+    may cause."""
+    only_on_cpu = {"float64": 1e-9} if world.device.type == "cpu" else {}
+    return {"float32": 1e-5, **only_on_cpu}
 
 
 def check_compile(world: World) -> Check:
     """Train with torch.compile and without."""
-    import torch
-
     start_time = time.perf_counter()
     try:
-        compiled = losses(world, torch.float32, 16, compiled=True)
+        compiled = losses(world, "float32", 16, compiled=True)
     except Exception as error:  # a machine without a compiler can train all the same
         message = " ".join(str(error).split())[:60]
         return Check(NOT_JUDGED, f"torch.compile fails here: {message}")
     seconds = time.perf_counter() - start_time
-    difference = max_difference(losses(world, torch.float32, 16), compiled)
+    difference = max_difference(losses(world, "float32", 16), compiled)
     return Check(
         AGREES if difference <= 1e-5 else DIFFERS,
         f"losses differ by {difference:.1e} from eager ones (tolerance 1e-05), {seconds:.0f} s to "
@@ -134,11 +132,126 @@ def _check_resume(device: str, log: Log) -> dict[str, Any]:
         (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
         # Prepared here, so that the user's cache does not get it.
         prepare(folder / "text.jsonl", folder / "prepared", vocab_size=400)
-        command = [sys.executable, "-m", "pretrain", "train", str(folder / "prepared"), *_SETTINGS]
-        command += ["--run", str(folder / "run"), "--train.device", device]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode != 0:
-            return {"verdict": DIFFERS, "error": done.stderr.strip()[-500:]}
+        settings = {f"model.{key}": value for key, value in SIZES.items()} | {
+            "train.batch_tokens": 512,
+            "train.micro_batch_rows": 8,
+            "train.steps": 40,
+            "train.device": device,
+        }
+        command = [sys.executable, "-m", "pretrain", "train", str(folder / "prepared")]
+        command += ["--run", str(folder / "run")]
+        try:
+            run_process([*command, *(f"--{name}={value}" for name, value in settings.items())])
+        except ValueError as error:
+            return {"verdict": DIFFERS, "error": str(error)}
         return compare_runs(folder / "run", read_run_config(folder / "run"), 10, log)
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+def check_processes(device: str, log: Log) -> dict[str, Any] | None:
+    """Check in each process that they can train together, and return what --json prints; None on
+    ranks other than 0, which print nothing."""
+    from pretrain.distributed import open_world
+
+    start_time = time.perf_counter()
+    world = open_world(device, timeout_seconds=60)
+    hosts = sorted(set(world.all_gather_str(platform.node())))
+    seconds = time.perf_counter() - start_time
+    report = Report(log if world.is_main else lambda line: None)
+    size_and_hosts = f"{world.size} processes on {', '.join(hosts)}"
+    report.add("meeting", Check(AGREES, f"{size_and_hosts}, in {seconds:.1f} s"))
+    report.add("versions", _check_versions(world))
+    report.add("clocks", _check_clocks(world))
+    report.add("folder", _check_folder(world))
+    report.add("sums", _check_sums(world))
+    report.add("copies", _check_axes(world, ParallelConfig()))
+    report.add("shards", _check_axes(world, ParallelConfig(shard=world.size)))
+    if world.size % 2 == 0 and world.size > 2:
+        report.add("both", _check_axes(world, ParallelConfig(shard=2)))
+    report.add("elastic", _check_axes(world, ParallelConfig(elastic=True)))
+    world.leave()
+
+    if not world.is_main:
+        return None
+    wrong = report.failed()
+    log(f"wrong: {', '.join(wrong)}" if wrong else "these processes are fine")
+    return {"processes": world.size, "hosts": hosts, "checks": report.to_json(), "wrong": wrong}
+
+
+def _check_versions(world: World) -> Check:
+    import torch
+
+    own = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
+    try:
+        check_same_on_all_ranks(world, own)
+    except ValueError as error:
+        return Check(DIFFERS, str(error))
+    return Check(AGREES, ", ".join(f"{name} {value}" for name, value in own.items()))
+
+
+def _check_clocks(world: World) -> Check:
+    world.all_gather([0.0])  # a barrier: all ranks leave it at about the same time
+    times = [now for (now,) in world.all_gather([time.time()])]
+    difference = max(times) - min(times)
+    return Check(
+        AGREES if difference < _CLOCK_TOLERANCE_SECONDS else DIFFERS,
+        f"at most {difference:.3f} s apart (tolerance {_CLOCK_TOLERANCE_SECONDS:g} s)",
+    )
+
+
+def _check_folder(world: World) -> Check:
+    """Check that all ranks see what rank 0 writes into the current folder, where runs go."""
+    token = world.broadcast_str(secrets.token_hex(8))
+    with tempfile.TemporaryDirectory(dir=".", prefix=".doctor-") as own:
+        path = Path(world.broadcast_str(own)) / "token"
+        if world.is_main:
+            path.write_text(token)
+        world.all_gather([0.0])  # a barrier
+        is_visible = path.is_file() and path.read_text() == token
+        blind = [rank for rank, (seen,) in enumerate(world.all_gather([is_visible])) if not seen]
+    if blind:
+        return Check(DIFFERS, f"ranks {blind} do not see what rank 0 writes into {Path.cwd()}")
+    return Check(AGREES, "all ranks see what rank 0 writes into this folder")
+
+
+def _check_sums(world: World) -> Check:
+    """Compare an all-reduce with its known result, and measure its bandwidth."""
+    import torch
+
+    n = _REDUCED_BYTES // 4
+    numbers = torch.arange(n, dtype=torch.float32, device=world.device) % 1000
+    best_seconds = float("inf")
+    for _ in range(_N_REDUCTIONS):
+        own = numbers * (world.rank + 1)
+        world.all_gather([0.0])  # a barrier
+        start_time = time.perf_counter()
+        world.all_reduce_(own)
+        world.synchronize()
+        best_seconds = min(best_seconds, time.perf_counter() - start_time)
+        if not torch.equal(own, numbers * (world.size * (world.size + 1) // 2)):
+            return Check(DIFFERS, f"a sum over processes is wrong on rank {world.rank}")
+    # What a ring sends: "Bandwidth optimal all-reduce algorithms" (Patarasuk and Yuan, 2009).
+    bandwidth = 2 * (world.size - 1) / world.size * _REDUCED_BYTES / best_seconds
+    return Check(
+        AGREES,
+        f"{_REDUCED_BYTES >> 20} MiB in {1e3 * best_seconds:.1f} ms, {bandwidth / 1e9:.2f} GB/s",
+    )
+
+
+def _check_axes(world: World, parallel: ParallelConfig) -> Check:
+    """Compare the losses of all processes together with those of one."""
+    *_, (dtype, tolerance) = _tolerances(world).items()
+    if parallel.elastic:  # the deterministic reduction must be exact
+        tolerance = 0.0
+    elastic = ParallelConfig(elastic=True) if parallel.elastic else None
+    alone = losses(world.single_process(), dtype, 2, parallel=elastic)
+    together = losses(world, dtype, 2, parallel=parallel)
+    own_difference = max_difference(alone, together)
+    difference = max(each for (each,) in world.all_gather([own_difference]))
+    return Check(
+        AGREES if difference <= tolerance else DIFFERS,
+        f"losses of {STEPS} steps: {difference:.1e} from those of one process (tolerance "
+        f"{tolerance:.0e})",
+    )

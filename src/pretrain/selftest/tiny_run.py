@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 from pretrain.parallel.config import ParallelConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from pretrain.data.batches import MicroBatch
     from pretrain.distributed import World
-    from pretrain.model.config import ModelConfig
 
 STEPS = 8
+_CONTEXT = 32
+SIZES = {
+    "family": "gpt2",
+    "n_layers": 2,
+    "n_heads": 2,
+    "d_model": 64,
+    "context_length": _CONTEXT,
+    "dropout": 0.1,
+}
 _BATCH_ROWS = 16
 _VOCAB_SIZE = 211
 _SEED = 1
@@ -21,7 +27,7 @@ _SEED = 1
 
 def losses(
     world: World,
-    dtype: torch.dtype,
+    dtype: str,
     micro_batch_rows: int,
     *,
     compiled: bool = False,
@@ -30,7 +36,7 @@ def losses(
     """Train on all processes of `world`, and return the loss of each step in nats per token."""
     import torch
 
-    from pretrain.model.config import ModelConfig, model_defaults
+    from pretrain.config import compose
     from pretrain.model.decoder import build
     from pretrain.model.loss import LMLoss
     from pretrain.optim.config import OptimizerConfig
@@ -39,28 +45,24 @@ def losses(
     from pretrain.train.build import rows_of
     from pretrain.train.step import training_steps
 
-    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 64, "context_length": 32, "dropout": 0.1}
-    config = ModelConfig(**{**model_defaults({"family": "gpt2"}), **sizes})
     axes = (parallel or ParallelConfig()).resolve(world.size)
-    is_sharded = axes.shard > 1
-    if is_sharded:  # weights are initialised when each process has its shard
-        decoder = build(config, vocab_size=_VOCAB_SIZE, seed=None, device=torch.device("meta"))
-    else:
-        decoder = build(config, vocab_size=_VOCAB_SIZE, seed=_SEED, device=world.device)
-    lm_loss = LMLoss(decoder.to(dtype), seed=_SEED)
+    # Weights of shards are initialised when each process has its own.
+    device = torch.device("meta") if axes.shard > 1 else world.device
+    config = compose([{"model": SIZES}]).model
+    decoder = build(config, vocab_size=_VOCAB_SIZE, seed=None, device=device)
+    lm_loss = LMLoss(decoder.to(getattr(torch, dtype)), seed=_SEED)
     if compiled:
         lm_loss.compile_parts()
     model = parallelize(lm_loss, axes, world)
-    if is_sharded:
-        model.initialize(_SEED)
+    model.initialize(_SEED)
     optimizer = build_optimizer(
         model.named_parameters(), config=OptimizerConfig(), orthogonalizer=model.orthogonalizer
     )
-    rows = rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows)
+    own_rows = rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows)
     reports = training_steps(
         model,
         optimizer,
-        lambda step: _batches(config, step, micro_batch_rows, rows),
+        lambda step: _batches(step, micro_batch_rows, own_rows),
         lr_at=lambda step: 3e-3,
         steps=STEPS,
         world=world,
@@ -68,25 +70,19 @@ def losses(
     return [report.nats_per_token for report in reports]
 
 
-def _batches(
-    config: ModelConfig, step: int, micro_batch_rows: int, rows: range
-) -> list[MicroBatch]:
+def _batches(step: int, micro_batch_rows: int, rows: range) -> list[MicroBatch]:
     """Return this process's rows of the batch of a step, in micro-batches."""
     import torch
 
     from pretrain.data.batches import IGNORE_INDEX, MicroBatch
 
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(
-        0, _VOCAB_SIZE, (_BATCH_ROWS, config.window_tokens + 1), generator=generator
-    )
     # Padding rows, where the processes do not divide the batch, have no valid targets.
-    n_padding = max(0, rows.stop - _BATCH_ROWS)
-    ids = torch.cat([ids, torch.zeros(n_padding, ids.shape[1], dtype=ids.dtype)])
+    n_rows = max(_BATCH_ROWS, rows.stop)
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, _VOCAB_SIZE, (n_rows, _CONTEXT + 1), generator=generator)
     targets = ids[:, 1:].clone()
     targets[_BATCH_ROWS:] = IGNORE_INDEX
-    samples = _BATCH_ROWS * step + torch.arange(len(ids))
-
+    samples = _BATCH_ROWS * step + torch.arange(n_rows)
     batches = []
     for first in range(rows.start, rows.stop, micro_batch_rows):
         part = slice(first, min(first + micro_batch_rows, rows.stop))

@@ -3,19 +3,23 @@
 The run's own settings are trained for 2 K steps without interruption; and again, killed by SIGKILL
 between K and 2 K, and resumed from the checkpoint. Both must have the same batches, losses,
 weights, optimizer state, evaluations and samples. A third run, in float32, has another micro-batch
-size. RUN/verification.json gets the verdict. Each run is a process of its own, see `worker`.
+size. RUN/verification.json gets the verdict. Each run is a process of its own:
+python -m pretrain.selftest.verify FOLDER --stop-after N | --kill-after N.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Set
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,27 +28,32 @@ from typing import TYPE_CHECKING, Any
 from pretrain import __version__
 from pretrain.config import RunConfig, to_yaml
 from pretrain.machine import n_processes
-from pretrain.run.directory import ENVIRONMENT, METRICS, SAMPLES, read_environment, write_json
+from pretrain.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SAMPLES,
+    TOKENIZER,
+    VERIFICATION,
+    read_environment,
+    write_json,
+)
 from pretrain.run.log import METRICS_KEYS, TIMES, RunLog
 from pretrain.runner.checks import read_run_config
+from pretrain.runner.launch import ProcessFailed, launch_once
 from pretrain.runner.previous import settings_of
-from pretrain.selftest import (
-    AGREES,
-    DIFFERS,
-    EXACT,
-    NOT_JUDGED,
-    Check,
-    Log,
-    check_line,
-    failed,
-    to_json,
-)
+from pretrain.runner.start import Request, start
+from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Log, Report
+from pretrain.selftest.tiny_run import max_difference
+from pretrain.train.signals import PlannedStop
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
 
+_MODULE = "pretrain.selftest.verify"
 # A test replaces it by a worker with a planted fault.
-WORKER = [sys.executable, "-m", "pretrain.selftest.worker"]
+WORKER = [sys.executable, "-m", _MODULE]
 # Relative difference of losses with another micro-batch size in float32, where the same numbers are
 # summed in another order. In bfloat16 rounding errors grow from step to step.
 _MAX_DIFFERENCE = 1e-5
@@ -59,21 +68,22 @@ def verify(folder: Path, n_steps: int, log: Log) -> dict[str, Any]:
     if n_processes() > 1:
         raise ValueError("verify starts processes itself: run it without torchrun")
     config = read_run_config(folder)
-    run_steps = config.train.steps or 0
-    k = min(n_steps, (run_steps - 1) // 2)
-    if k < 1:
+    most = ((config.train.steps or 0) - 1) // 2
+    if most < 1:
         raise ValueError(
-            f"--steps is {n_steps} and {folder} has {run_steps} steps; there must be at least one "
-            "in each half, and one more"
+            f"{folder} must have at least 3 steps to be verified (it has {config.train.steps}); "
+            "train a longer run"
         )
-    result = compare_runs(folder, config, k, log)
+    if n_steps < 1:
+        raise ValueError(f"--steps must be at least 1 (got {n_steps}): the steps of each half")
+    result = compare_runs(folder, config, min(n_steps, most), log)
     print_, machine = result["fingerprint"], result["machine"]
     log(
         f"verdict: {result['verdict']}, with pretrain {print_['pretrain']} (code {print_['code']}),"
         f" torch {print_['torch']}, {print_['device']}, {print_['threads']} threads, "
         f"{machine['gpu'] or machine['cpu']}"
     )
-    write_json(folder / "verification.json", result)
+    write_json(folder / VERIFICATION, result)
     return result
 
 
@@ -81,6 +91,7 @@ def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str,
     """Train the runs and compare them. Their folders are kept if any check fails."""
     log(f"{folder}: {k} + {k} steps, killed between, against {2 * k} steps, with its own settings")
     work = Path(tempfile.mkdtemp(prefix="pretrain-verify-"))
+    report = Report(log)
     with ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, work)
         train = replace(config.train, save_every=k, evaluate_every=k)
@@ -114,20 +125,23 @@ def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str,
             checks["micro-batch"] = _check_close(reference, other, config, rows)
 
         for name, check in checks.items():
-            log(check_line(name, check))
+            report.add(name, check)
         environment = read_environment(straight)
         environment["fingerprint"].pop("settings")
-        if failed(checks):
+        if report.failed():
             log(f"the runs are kept in {work}")
             cleanup.pop_all()
     return {
-        "verdict": DIFFERS if failed(checks) else EXACT,
+        "verdict": DIFFERS if report.failed() else EXACT,
         "steps": [k, 2 * k],
-        "checks": to_json(checks),
+        "checks": report.to_json(),
         "run": environment["run"],
         "fingerprint": environment["fingerprint"],
         "machine": {key: environment.get(key) for key in ("platform", "cpu", "gpu", "python")},
     }
+
+
+# --- the runs ----------------------------------------------------------------------------------
 
 
 def _copy_run(run: Path, folder: Path, config: RunConfig) -> Path:
@@ -137,38 +151,70 @@ def _copy_run(run: Path, folder: Path, config: RunConfig) -> Path:
     from pretrain.run.identity import code_hash
 
     folder.mkdir()
-    shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    shutil.copytree(run / TOKENIZER, folder / TOKENIZER)
     environment = read_environment(run)
     # The verdict is about today's code on the run's text.
     today = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
     environment["fingerprint"] |= today | {"settings": settings_of(config)}
     write_json(folder / ENVIRONMENT, environment)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     return folder
 
 
 def _train(folder: Path, option: str, step: int) -> None:
-    """Start a worker and wait for it. ValueError if it does not end as expected."""
+    """Train a run until a step, in a process that stops there or is killed."""
+    exit_code = -signal.SIGKILL if option == "--kill-after" else 0
+    run_process([*WORKER, str(folder), option, str(step)], exit_code=exit_code)
+
+
+def run_process(command: Sequence[str], *, exit_code: int = 0) -> None:
+    """Run a command. ValueError with its last lines if it does not end with `exit_code`."""
     done = subprocess.run(
-        [*WORKER, str(folder), option, str(step)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
-    expected = -signal.SIGKILL if option == "--kill-after" else 0
-    if done.returncode != expected:
+    if done.returncode != exit_code:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise ValueError(f"a worker ended with exit code {done.returncode}:\n{last_lines}")
 
 
+def main(args: Sequence[str]) -> int:
+    """Train a run until a step, and stop there or be killed; in the processes that its config
+    requests."""
+    start_time = time.perf_counter()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stop-after", type=int)
+    parser.add_argument("--kill-after", type=int)
+    options = parser.parse_args(args)
+
+    n = read_run_config(options.folder).parallel.processes
+    if n > 1 and n_processes() == 1:
+        try:
+            return launch_once(args, n, module=_MODULE)
+        except ProcessFailed as error:
+            if options.kill_after is None or error.signal != signal.SIGKILL:
+                print(error, file=sys.stderr)
+                return error.exit_code
+            os.kill(os.getpid(), signal.SIGKILL)  # like the processes that it launched
+    request = Request(
+        kind="resume",
+        folder=options.folder,
+        planned_stop=PlannedStop(options.stop_after, options.kill_after),
+        start_time=start_time,
+    )
+    return start(request, sys.stdout).exit_code
+
+
+# --- comparisons -------------------------------------------------------------------------------
+
+
 def _check_kill(folder: Path, k: int) -> Check:
     """Check that the process was killed after the checkpoint of step k, not at it."""
-    from pretrain.checkpoint.load import list_checkpoints
+    from pretrain.checkpoint.load import checkpoint_name, list_checkpoints
 
     last_step = max((record["step"] for record in RunLog(folder).metrics()), default=0)
-    saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
-    if saved[-1:] != [f"step-{k:08d}"] or last_step <= k:
+    saved = [path.name for path in list_checkpoints(folder / CHECKPOINTS)]
+    if saved[-1:] != [checkpoint_name(k)] or last_step <= k:
         return Check(DIFFERS, f"{last_step} steps; checkpoints: {', '.join(saved) or 'none'}")
     return Check(EXACT, f"by SIGKILL after step {last_step}, resumed from step {k}")
 
@@ -177,49 +223,44 @@ def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     """Compare two runs up to a step, bit by bit."""
     from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
 
-    first, second = (
-        open_checkpoint(folder / "checkpoints" / checkpoint_name(step)) for folder in (one, other)
-    )
-    metrics = METRICS_KEYS["train"].keys() - TIMES - {"ids"}
+    folders = (one, other)
+    first, second = (open_checkpoint(f / CHECKPOINTS / checkpoint_name(step)) for f in folders)
+    numbers = METRICS_KEYS["train"].keys() - {"ids", *TIMES}
+    evaluated = [_records(folder, is_train=False) for folder in folders]
+    samples = [(folder / SAMPLES).read_bytes() if evaluated[0] else b"" for folder in folders]
     return {
-        "order": _same_steps(one, other, {"step", "ids"}, "the batches of {} steps"),
+        "order": _same_steps(one, other, ["step", "ids"], "the batches of {} steps"),
         "losses": _same_steps(
-            one, other, metrics, "losses, gradient norms and all other metrics of {} steps"
+            one, other, sorted(numbers), "losses, gradient norms and all other metrics of {} steps"
         ),
-        "evaluations": _same_evaluations(one, other),
+        "evaluations": Check(EXACT, f"{len(evaluated[0])} evaluations and their samples")
+        if evaluated[0] == evaluated[1] and samples[0] == samples[1]
+        else Check(DIFFERS, f"{METRICS} or {SAMPLES} of the two"),
         "weights": _same_tensors(first, second, "model"),
         "optimizer": _same_tensors(first, second, "optimizer"),
     }
 
 
-def _same_steps(one: Path, other: Path, keys: Set[str], what: str) -> Check:
+def _records(folder: Path, *, is_train: bool) -> list[dict[str, Any]]:
+    """Return the metrics of training steps, or the other ones, without times."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in RunLog(folder).metrics()
+        if (record["kind"] == "train") == is_train
+    ]
+
+
+def _same_steps(one: Path, other: Path, keys: Iterable[str], what: str) -> Check:
     """Compare these keys of the metrics of every step."""
-    rows = [_steps_of(folder) for folder in (one, other)]
+    rows = [_records(folder, is_train=True) for folder in (one, other)]
     for first, second in zip(*rows, strict=False):
-        pairs = {key: (first.get(key), second.get(key)) for key in sorted(keys)}
-        differences = [f"{key} {a} and {b}" for key, (a, b) in pairs.items() if a != b]
-        if differences:
-            return Check(DIFFERS, f"step {first['step']}: {', '.join(differences)}")
+        different = [key for key in keys if first.get(key) != second.get(key)]
+        if different:
+            found = ", ".join(f"{k} {first.get(k)} and {second.get(k)}" for k in different)
+            return Check(DIFFERS, f"step {first['step']}: {found}")
     if len(rows[0]) != len(rows[1]):
         return Check(DIFFERS, f"{len(rows[0])} steps against {len(rows[1])}")
     return Check(EXACT, what.format(len(rows[0])))
-
-
-def _steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in RunLog(folder).metrics() if record["kind"] == "train"]
-
-
-def _same_evaluations(one: Path, other: Path) -> Check:
-    """Compare evaluations without their times, and the file of samples."""
-    contents = []
-    for folder in (one, other):
-        records = [record for record in RunLog(folder).metrics() if record["kind"] != "train"]
-        timeless = [{k: v for k, v in each.items() if k not in TIMES} for each in records]
-        samples = (folder / SAMPLES).read_text(encoding="utf-8") if records else ""
-        contents.append((timeless, samples))
-    if contents[0] == contents[1]:
-        return Check(EXACT, f"{len(contents[0][0])} evaluations and their samples")
-    return Check(DIFFERS, f"{METRICS} or {SAMPLES} of the two")
 
 
 def _same_tensors(one: Checkpoint, other: Checkpoint, group: str) -> Check:
@@ -254,19 +295,20 @@ def _other_micro_batch(config: RunConfig) -> int | None:
     _, n_parts = config.parallel.resolve(config.parallel.processes).batch_part(0)
     rows = math.ceil(config.train.batch_tokens // config.model.window_tokens / n_parts)
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    smaller = [n for n in divisors if n < current]
-    larger = [n for n in divisors if n > current]
-    if smaller:
-        return max(smaller)
-    return min(larger, default=None)
+    larger = min((n for n in divisors if n > current), default=None)
+    return max((n for n in divisors if n < current), default=larger)
 
 
 def _check_close(one: Path, other: Path, config: RunConfig, rows: int) -> Check:
     """Compare the losses of two micro-batch sizes."""
-    losses = [[record["loss"] for record in _steps_of(folder)] for folder in (one, other)]
-    difference = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+    losses = [[r["loss"] for r in _records(folder, is_train=True)] for folder in (one, other)]
+    difference = max_difference(*losses)
     return Check(
         AGREES if difference <= _MAX_DIFFERENCE else DIFFERS,
         f"micro-batches of {rows} rows instead of {config.train.micro_batch_rows}, in float32: "
         f"losses differ by at most {difference:.1e}, relative (tolerance {_MAX_DIFFERENCE:.0e})",
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,8 +14,7 @@ from pretrain.cli.options import DEVICE, Option
 from pretrain.cli.output import Output
 from pretrain.machine import n_processes
 from pretrain.runner.launch import launch_once
-from pretrain.selftest.doctor import check_machine
-from pretrain.selftest.rendezvous import check_processes
+from pretrain.selftest.doctor import check_machine, check_processes
 
 OPTIONS = (DEVICE, Option("--processes N", "number of processes to start", 1, least=1))
 
