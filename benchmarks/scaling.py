@@ -105,15 +105,13 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
 
 def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
     """What the members of one kind come to."""
-    from pretrain.runner.launch import run_processes
+    from pretrain.runner.launch import launch_once
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        os.environ[RENDEZVOUS_FILE] = f"{folder}/meeting"
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ["OMP_NUM_THREADS"] = "1"
-        words = [sys.executable, __file__, "--member", kind, "--answer", f"{folder}/answer"]
-        words += ["--recipe", recipe, "--steps", str(steps)]
-        run_processes(words, 1 if kind == ALONE else 2, Path(folder))
+        args = ["--member", kind, "--answer", f"{folder}/answer"]
+        args += ["--recipe", recipe, "--steps", str(steps)]
+        launch_once(args, 1 if kind == ALONE else 2, program=[__file__])
         found: dict[str, float] = json.loads(Path(f"{folder}/answer").read_text())
         return found
 

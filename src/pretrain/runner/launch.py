@@ -82,27 +82,15 @@ def launch(
             args = restart_args()
 
 
-def launch_once(args: Sequence[str], n: int, *, module: str = "pretrain") -> int:
-    """Run `python -m MODULE ARGS` in `n` processes of this machine; returns an exit code.
-    ProcessFailed when one fails."""
+def launch_once(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pretrain")) -> int:
+    """Run `python PROGRAM ARGS` in `n` processes of this machine; only rank 0 prints. A signal is
+    passed on to all, and 128 plus its number is returned. ProcessFailed when one fails."""
     n_bytes = memory_bytes()
     if n_bytes is not None and n * BYTES_PER_PROCESS > n_bytes:
         raise ValueError(
             f"parallel.processes must be at most {n_bytes // BYTES_PER_PROCESS} on this machine "
             f"(got {n:,}): it has {n_bytes / 1e9:,.0f} GB of memory"
         )
-    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
-        # No socket of this run is open to the network: agent and processes meet through files.
-        os.environ[RENDEZVOUS_FILE] = f"{folder}/meeting"
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        return run_processes([sys.executable, "-m", module, *args], n, Path(folder))
-
-
-def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
-    """Run `command` in `n` processes, with logs in `folder`; only rank 0 prints. A signal is passed
-    on to all, and 128 plus its number is returned. ProcessFailed when one fails."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -113,44 +101,51 @@ def run_processes(command: Sequence[str], n: int, folder: Path) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     known = {field.name for field in fields(LaunchConfig)}
     new_settings = {name: v for name, v in NEW_LAUNCH_SETTINGS.items() if name in known}
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n,
-        run_id=secrets.token_hex(4),
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{folder}/agents",
-        rdzv_configs={"store_type": "file"},
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(folder), redirects=dict.fromkeys(range(1, n), Std.ALL)
-        ),
-        **new_settings,
-    )
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    except ChildFailedError as error:
-        exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        first_rank, _ = error.get_first_failure()
-
-        def report_order(rank: int) -> tuple[bool, ...]:
-            # First a rank that names another one which does not answer (the agent kills that one
-            # afterwards), then a rank that a signal has killed (those that lost it fail a moment
-            # later, and may be seen first); last those that the agent itself ended with SIGTERM.
-            code = exit_codes[rank]
-            names_other = _NO_ANSWER in _message_of(rank, folder)
-            return not names_other, code == -signal.SIGTERM, code >= 0, rank != first_rank
-
-        rank = min(exit_codes, key=report_order)
-        raise _failure_of(rank, exit_codes[rank], folder) from None
+    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
+        # No socket of this run is open to the network: agent and processes meet through files.
+        os.environ[RENDEZVOUS_FILE] = f"{folder}/meeting"
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=n,
+            run_id=secrets.token_hex(4),
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{folder}/agents",
+            rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(
+                log_dir=folder, redirects=dict.fromkeys(range(1, n), Std.ALL)
+            ),
+            **new_settings,
+        )
+        try:
+            elastic_launch(config, sys.executable)(*program, *args)
+        except SignalException as stopped:
+            return 128 + stopped.sigval
+        except ChildFailedError as error:
+            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            raise _failure_of(exit_codes, error.get_first_failure()[0], Path(folder)) from None
     return 0
 
 
-def _failure_of(rank: int, exit_code: int, folder: Path) -> ProcessFailed:
-    """Return the error of a rank: its signal, the message that it left, or its last lines."""
+def _failure_of(exit_codes: Mapping[int, int], first_rank: int, folder: Path) -> ProcessFailed:
+    """Return the error of the rank that failed by itself: its signal, the message that it left, or
+    its last lines; `first_rank` was seen to fail first."""
+
+    def report_order(rank: int) -> tuple[bool, ...]:
+        # First a rank that names another one which does not answer (the agent kills that one
+        # afterwards), then a rank that a signal has killed (those that lost it fail a moment later,
+        # and may be seen first); last those that the agent itself ended with SIGTERM.
+        code = exit_codes[rank]
+        names_other = _NO_ANSWER in _message_of(rank, folder)
+        return not names_other, code == -signal.SIGTERM, code >= 0, rank != first_rank
+
+    rank = min(exit_codes, key=report_order)
+    exit_code = exit_codes[rank]
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         return ProcessFailed(f"rank {rank} was killed by {name}", 1, signal=-exit_code)

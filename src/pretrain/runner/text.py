@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -65,18 +66,11 @@ def prepared_text(
         )
     if prepared:
         parts = [open_prepared(path) for path in prepared]
-    else:
-        parts = [_prepare_in_cache(config, progress)]
-    return parts[0] if isinstance(data.source, str) else MixedData(data, parts)
+        return parts[0] if isinstance(data.source, str) else MixedData(data, parts)
 
-
-def _prepare_in_cache(
-    config: RunConfig, progress: Callable[[str, float], None] | None
-) -> PreparedData:
-    data, tokenizer = config.data, config.tokenizer
     settings: dict[str, Any] = {
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": config.tokenizer.name,
+        "vocab_size": config.tokenizer.vocab_size,
         "text_field": data.text_field,
         "val_fraction": data.val_fraction,
         "corpus": config.corpus,
@@ -84,11 +78,10 @@ def _prepare_in_cache(
     folder = cache_folder() / "prepared" / prepared_key(data.paths, **settings)
     if not is_prepared(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return prepare(data.paths, folder, progress=progress, **settings)
-        except FileExistsError:
-            pass  # another run has prepared the same text meanwhile
-    return open_prepared(folder)
+        with suppress(FileExistsError):  # another run has prepared the same text meanwhile
+            prepare(data.paths, folder, progress=progress, **settings)
+    text = open_prepared(folder)
+    return text if isinstance(data.source, str) else MixedData(data, [text])
 
 
 def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedData:

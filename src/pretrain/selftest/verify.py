@@ -51,9 +51,9 @@ from pretrain.train.signals import PlannedStop
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
 
-_MODULE = "pretrain.selftest.verify"
+_PROGRAM = ("-m", "pretrain.selftest.verify")
 # A test replaces it by a worker with a planted fault.
-WORKER = [sys.executable, "-m", _MODULE]
+WORKER = [sys.executable, *_PROGRAM]
 # Relative difference of losses with another micro-batch size in float32, where the same numbers are
 # summed in another order. In bfloat16 rounding errors grow from step to step.
 _MAX_DIFFERENCE = 1e-5
@@ -190,7 +190,7 @@ def main(args: Sequence[str]) -> int:
     n = read_run_config(options.folder).parallel.processes
     if n > 1 and n_processes() == 1:
         try:
-            return launch_once(args, n, module=_MODULE)
+            return launch_once(args, n, program=_PROGRAM)
         except ProcessFailed as error:
             if options.kill_after is None or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
