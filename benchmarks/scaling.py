@@ -29,7 +29,6 @@ from unittest import mock
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
-from pretrain.machine import RENDEZVOUS_FILE
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 

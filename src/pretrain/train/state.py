@@ -202,13 +202,11 @@ class Run:
             "records": self.log.hashes() if self.world.is_main else {},
             **self.identity,
         }
-        delete_old = partial(
-            prune,
-            self.checkpoints,
-            keep=train.keep_checkpoints,
-            protect=protected,
-            every=train.keep_every,
-        )
+
+        def delete_old() -> None:  # prune returns paths, which cannot be sent to other ranks
+            keep, every = train.keep_checkpoints, train.keep_every
+            prune(self.checkpoints, keep=keep, protect=protected, every=every)
+
         self.saver.wait()  # for the previous save, whose failure is not this one's
         if not (self.checkpoints / checkpoint_name(self.step)).exists():
             tensors, shards = self.snapshot()

@@ -33,16 +33,14 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    from pretrain.config import compose, read_file
     from pretrain.data.trace import Tracer
+    from pretrain.runner.checks import read_run_config
     from pretrain.runner.text import prepared_text
 
     if (args.step is None) == (args.document is None):
         raise ValueError("trace needs either --step N or --document ID")
     folder = Path(args.run)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is not a run directory: it has no config.yaml")
-    config = compose([read_file(folder / "config.yaml")])
+    config = read_run_config(folder)
     data = prepared_text(config)
     first, before = _first_step_of_text(folder, config, data)
     train, model, stream = config.train, config.model, data.split("train")
