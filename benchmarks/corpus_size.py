@@ -35,6 +35,7 @@ from pretrain.distributed import open_world
 from pretrain.machine import usable_cores
 from pretrain.runner.request import read_target
 from pretrain.train.build import training_batches, trial_steps
+from pretrain.train.config import filled
 from pretrain.train.resolve import resolve, resolve_precision
 
 MEGABYTES = (25, 250, 2500)
@@ -87,14 +88,14 @@ def serve(folder: str, threads: int) -> None:
             yield batch
             began = time.perf_counter()
 
+    tokens = filled(config.train.batch_tokens)
     updates = trial_steps(config, data, world, steps=ENDLESS, read=read)
     for _ in sys.stdin:
         began = time.perf_counter()
         next(training_batches(config, open_prepared(folder)).at(0))
         opened, reading = time.perf_counter(), 0.0
-        report = next(updates)
-        seconds = time.perf_counter() - opened
-        found = [report.count / seconds, reading / seconds, opened - began]
+        seconds = next(updates)
+        found = [tokens / seconds, reading / seconds, opened - began]
         print(json.dumps([*found, world.peak_memory_bytes()]), flush=True)
 
 

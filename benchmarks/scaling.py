@@ -78,21 +78,16 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
 
     kinds = {ALONE: Watched, APART: Watched, TOGETHER: Watched, AFTERWARDS: AllInOne}
     with mock.patch.object(replicated, "DistributedDataParallel", kinds[kind]):
-        updates = trial_steps(config, data, world, steps=steps)
         seconds, shares = [], []
-        last = time.perf_counter()
-        for step, report in enumerate(updates):
-            now = time.perf_counter()
-            n_targets = report.count
+        for step, took in enumerate(trial_steps(config, data, world, steps=steps)):
             if step >= WARM_STEPS:
-                seconds.append(now - last)
+                seconds.append(took)
                 shares.append((len(begun), begun[-1] - begun[0] if begun else 0.0))
             begun.clear()
-            last = time.perf_counter()
     if answers:
         models = 2 if kind == APART else 1
         found = {
-            "tokens_per_second": models * n_targets / statistics.median(seconds),
+            "tokens_per_second": models * tokens / statistics.median(seconds),
             "buckets": statistics.median(n for n, _ in shares),
             "under_way_seconds": statistics.median(s for _, s in shares),
             "step_seconds": statistics.median(seconds),

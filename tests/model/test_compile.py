@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,16 +83,15 @@ def test_an_uncompiled_run_does_not_import_the_compiler(corpus: Path, tmp_path: 
 def pace_of(monkeypatch: pytest.MonkeyPatch, compiled: Compile, seconds: list[float]) -> Any:
     """Return the measured seconds per step, and the number of trial steps, for steps that take
     `seconds`."""
-    clock, n_steps = 0.0, 0
+    n_steps = 0
 
-    def steps(*_: Any, steps: int, **__: Any) -> Iterator[Any]:
-        nonlocal clock, n_steps
+    def steps(*_: Any, steps: int, **__: Any) -> Iterator[float]:
+        nonlocal n_steps
         for step in range(steps):
-            clock, n_steps = clock + seconds[min(step, len(seconds) - 1)], n_steps + 1
-            yield None
+            n_steps += 1
+            yield seconds[min(step, len(seconds) - 1)]
 
     monkeypatch.setattr("pretrain.train.build.trial_steps", steps)
-    monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: clock))
     train = TrainConfig(minutes=1.0, batch_tokens=256, compile=compiled)
     config = RunConfig(model=ModelConfig(**model_defaults({"family": "gpt2"})), train=train)
     data: Any = None

@@ -41,12 +41,13 @@ POISONED_BATCH = 45
 def check_all(
     losses: list[float], threshold: float = 6.0
 ) -> tuple[SpikeDetector, list[str | None]]:
-    watch, found = SpikeDetector(threshold), []
+    """The detector after these losses, and the kind of each one's anomaly."""
+    detector, kinds = SpikeDetector(threshold), []
     for loss in losses:
-        finding = watch.check(loss, 1.0)
-        watch.record(loss, finding)
-        found.append(None if finding is None else finding.kind)
-    return watch, found
+        anomaly = detector.check(loss, 1.0)
+        detector.record(loss, anomaly)
+        kinds.append(None if anomaly is None else anomaly.kind)
+    return detector, kinds
 
 
 def test_spike_is_detected_and_noise_is_not() -> None:

@@ -7,6 +7,7 @@ A timed trial (`resolve`, `profile`) and a run build the same.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
 from pretrain.parallel.model import ParallelModel, parallelize
 from pretrain.train.config import filled
-from pretrain.train.step import StepReport, training_steps
+from pretrain.train.step import training_steps
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -173,12 +174,12 @@ def trial_steps(
     *,
     steps: int,
     read: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
-) -> Iterator[StepReport]:
-    """The first steps of a run at a tiny learning rate, with a model that is thrown away, for
-    measurements. `read` wraps the micro-batches of each step."""
+) -> Iterator[float]:
+    """Yield the seconds of each of the first steps of a run, with a tiny learning rate and a model
+    that is thrown away. `read` wraps the micro-batches of each step."""
     batches = training_batches(config, data, world)
     model, optimizer = build_model(config, data, world)
-    return training_steps(
+    reports = training_steps(
         model,
         optimizer,
         lambda step: read(batches.at(step)),
@@ -188,3 +189,8 @@ def trial_steps(
         world=world,
         precision=config.train.precision,
     )
+    start = time.perf_counter()
+    for _ in reports:
+        world.synchronize()
+        yield time.perf_counter() - start
+        start = time.perf_counter()

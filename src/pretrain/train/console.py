@@ -87,19 +87,18 @@ class Console:
     def step(self, record: Mapping[str, Any], *, steps: int) -> None:
         """Show a step's line of metrics.jsonl, of `steps` in all."""
         step = record["step"]
-        facts = f"loss {record['loss']:.3f} | {record['bits_per_byte']:.3f} bits/byte"
+        facts = (
+            f"loss {record['loss']:.3f} | {record['bits_per_byte']:.3f} bits/byte | "
+            f"{record['tokens_per_second']:>7,.0f} tok/s"
+        )
         if self._bar is not None:
-            facts += f" | {record['tokens_per_second']:,.0f} tok/s"
             self._bar.update(self._bar.task_ids[0], completed=step, facts=facts)
             return
         now = time.monotonic()
         if step not in (1, steps) and now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
-        self.line(
-            f"step {step:>6,}/{steps:,} | {facts} | {record['tokens_per_second']:>7,.0f} tok/s | "
-            f"lr {record['learning_rate']:.1e}"
-        )
+        self.line(f"step {step:>6,}/{steps:,} | {facts} | lr {record['learning_rate']:.1e}")
 
     def evaluation(self, record: Mapping[str, Any], *, left_seconds: float, is_best: bool) -> None:
         """Show an evaluation's line of metrics.jsonl."""

@@ -110,21 +110,19 @@ class StragglerDetector:
     gathered during it, and on a GPU, whose host runs ahead, the measurement is less precise.
     """
 
-    _seconds: list[float] = field(default_factory=list)
-    _steps: int = 0
+    _steps: list[Sequence[float]] = field(default_factory=list)
     _slow: set[int] = field(default_factory=set)
 
     def record(self, seconds: Sequence[float]) -> list[str]:
         """Take in a step's forward seconds, by rank; returns a message for each process that has
         become slow, or has recovered."""
-        previous = self._seconds or [0.0] * len(seconds)
-        self._seconds = [a + b for a, b in zip(previous, seconds, strict=True)]
-        self._steps += 1
-        if self._steps < STRAGGLER_STEPS or len(seconds) == 1:
+        self._steps.append(seconds)
+        if len(self._steps) < STRAGGLER_STEPS:
             return []
-        median = statistics.median_low(self._seconds)
+        totals = [sum(column) for column in zip(*self._steps, strict=True)]
+        median = statistics.median_low(totals)
         # The stages of a pipeline do different work, and report no time.
-        speeds = [median / each if each else 1.0 for each in self._seconds]
+        speeds = [median / each if each else 1.0 for each in totals]
         slow = {rank for rank, speed in enumerate(speeds) if speed < SLOW}
         messages = [
             f"process {rank} is slow: in {STRAGGLER_STEPS} steps its forward passes ran at "
@@ -134,7 +132,6 @@ class StragglerDetector:
         messages += [
             f"process {rank} is as fast as the others again" for rank in sorted(self._slow - slow)
         ]
-        self._seconds = []
-        self._steps = 0
+        self._steps = []
         self._slow = slow
         return messages

@@ -67,13 +67,13 @@ def profile_steps(config: RunConfig, data: PreparedData, world: World) -> Profil
     model, train = config.model, config.train
 
     steps = trial_steps(config, data, world, steps=ALL_STEPS, read=_as_data)
-    seconds = [_time_next(steps, world) for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
+    seconds = [next(steps) for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
     step_seconds = statistics.median(seconds[WARM_UP_STEPS:])
     activities = [ProfilerActivity.CPU]
     if world.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as recorded:
-        profiled_seconds = sum(_time_next(steps, world) for _ in range(PROFILED_STEPS))
+        profiled_seconds = sum(next(steps) for _ in range(PROFILED_STEPS))
 
     # Each event's own time counts for what it is part of; time outside of events is Python's, or on
     # a GPU waiting.
@@ -119,13 +119,6 @@ def _as_data(batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         if batch is None:
             return
         yield batch
-
-
-def _time_next(steps: Iterator[Any], world: World) -> float:
-    start = time.perf_counter()
-    next(steps)
-    world.synchronize()
-    return time.perf_counter() - start
 
 
 def _category(event: Any) -> str:

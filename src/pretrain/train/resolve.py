@@ -9,7 +9,6 @@ model that does not fit into memory. Only `measure_pace` needs torch.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -256,20 +255,15 @@ def measure_pace(
         fast_enough = 60 * train.minutes / (most + _evaluating_steps(data, train))
 
     n_steps = min(TRIAL_STEPS, max(1, (train.steps or 10**9) // 200))
-    seconds = []
-    start = time.perf_counter()
-    last = start
-    for step, _ in enumerate(trial_steps(config, data, world, steps=n_steps + 2)):
-        world.synchronize()
-        now = time.perf_counter()
+    seconds, total = [], 0.0
+    for step, latest in enumerate(trial_steps(config, data, world, steps=n_steps + 2)):
         is_warm_up = step < 2  # of caches and memory
-        if is_warm_up and train.compile == "on":
-            start = now  # compiling is not part of a step's time
-        elif not is_warm_up or now - start > TRIAL_SECONDS:
-            seconds.append(now - last)
-        last = now
+        if not (is_warm_up and train.compile == "on"):  # compiling is not part of a step's time
+            total += latest
+        is_long = total > TRIAL_SECONDS
+        if is_long or not is_warm_up:
+            seconds.append(latest)
         # Rank 0 decides for all ranks, so that they stop at the same step.
-        is_long = now - start > TRIAL_SECONDS
         if world.all_gather([bool(seconds) and (is_long or seconds[-1] <= fast_enough)])[0][0]:
             break
     # The first quartile: other work on the machine only ever makes a step slower. Ranks other than
