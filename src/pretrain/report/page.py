@@ -33,10 +33,14 @@ def write_report(run_dir: str | Path) -> Path:
         for baseline in run.baselines
         if (nats := number(baseline.get("nats_per_token"))) is not None
     ]
+    held_out = curve(run.evaluations, "val_nats_per_token")
+    best = min(held_out, key=lambda point: point[1], default=(0.0, 0.0))
+    diverged = list(takewhile(lambda record: number(record.get("loss")) is None, run.train[::-1]))
     losses = (
         Series("training", curve(run.train, "loss")),
-        Series("held-out", curve(run.evaluations, "val_nats_per_token"), "dots"),
+        Series("held-out", held_out, "dots"),
     )
+    overlap = [fields(run.overlap.get(part)) for part in ("sets", "writing")]
     facts = {k: v for k, v in run.environment.items() if isinstance(v, str | int | float)}
     facts.pop("command", None)
     cards = records_in(run.predictions.get("cards"))
@@ -47,7 +51,9 @@ def write_report(run_dir: str | Path) -> Path:
         run=run,
         started=str(run.environment.get("started", UNKNOWN)).replace("T", " ").replace("Z", " UTC"),
         verdict=verdict(run, ranks),
-        warnings=warnings(run),
+        diverged=diverged[-1:],
+        is_rising=bool(held_out) and held_out[-1][1] > best[1] * 1.01,
+        best=best,
         loss_chart=line_chart(losses, "Loss", "nats per token, by step", baselines),
         small_charts=[
             line_chart([Series(title, curve(run.train, key))], title, unit, is_small=True)
@@ -59,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
         moments=moments(run),
         cards=[card | {"tokens": records_in(card.get("most_probable"))} for card in cards],
         passage=heat_map_data(records_in(run.predictions.get("passage"))),
-        overlap=overlap_tables(run),
+        overlap=[{k: fields(v) for k, v in part.items()} for part in overlap if part],
         facts=facts,
         folder=shlex.quote(run.folder.as_posix()),
     )
@@ -106,29 +112,6 @@ def verdict(run: RunFiles, ranks: list[tuple[float, Record]]) -> tuple[str, str]
     return f"{decimal(bits)} bits per byte", f" on {n_bytes}held-out text, {after}{comparison}."
 
 
-def warnings(run: RunFiles) -> list[str]:
-    """What a reader must know before believing the curves."""
-    result = []
-    broken = list(takewhile(lambda record: number(record.get("loss")) is None, run.train[::-1]))
-    if broken:
-        result.append(
-            "The training loss is not a finite number from step "
-            f"{count(broken[-1].get('step'))} on: the run diverged. A lower learning rate, a "
-            "longer warm-up or gradient clipping usually helps."
-        )
-    points = curve(run.evaluations, "val_nats_per_token")
-    step, best = min(points, key=lambda point: point[1], default=(0.0, 0.0))
-    if points and points[-1][1] > best * 1.01:
-        result.append(
-            f"The held-out loss was lowest at step {count(step)} ({decimal(best)}) and has risen "
-            "since: the model overfits its training text, or became unstable."
-        )
-    if run.unreadable:
-        files = "; ".join(f"{name} ({reason})" for name, reason in run.unreadable.items())
-        result.append(f"Not everything could be read: {files}.")
-    return result
-
-
 def tasks(run: RunFiles) -> list[dict[str, Any]]:
     """The in-loop tasks: name, metric, a small chart and the last record of each."""
     by_name: dict[str, list[Record]] = {}
@@ -173,33 +156,3 @@ def moments(run: RunFiles) -> list[dict[str, Any]]:
         bits = [bits for at, bits in evaluations if at <= step]
         result.append({"step": step, "bits": bits[-1:], "samples": samples})
     return result
-
-
-def overlap_tables(run: RunFiles) -> list[list[dict[str, Any]]]:
-    """The tables of `pretrain evaluate --overlap`, of texts and of samples; empty ones left out."""
-    tables = []
-    for part in ("sets", "writing"):
-        lines = []
-        for name, value in fields(run.overlap.get(part)).items():
-            row, notes = fields(value), []
-            shares = (number(row.get(key)) for key in ("percent", "median_percent"))
-            percents = [UNKNOWN if share is None else f"{share:.2f} %" for share in shares]
-            if n_short := number(row.get("too_short")):
-                n_examples = count(row.get("examples"))
-                notes.append(f"{count(n_short)} of {n_examples} have fewer than 8 words")
-            if most := fields(row.get("most")):
-                share = decimal(most.get("percent"), 1)
-                notes.append(f"most, {share} %: {most.get('example')}, “{most.get('begins')} …”")
-            if score := fields(row.get("score")):
-                all_, without = (decimal(score.get(key), 4) for key in ("value", "value_without"))
-                others = count(score.get("examples_without"))
-                notes.append(f"{score.get('metric')} {all_}; of the {others} without any {without}")
-            if longest := fields(row.get("longest")):
-                document = fields(longest.get("document")).get("id")
-                n_words = count(longest.get("words"))
-                notes.append(f"longest, {n_words} words of {document}: “{longest.get('text')}”")
-            cells = [count(row.get("ngrams")), *percents, count(row.get("without"))]
-            lines.append({"name": name, "cells": cells, "note": ". ".join(notes)})
-        if lines:
-            tables.append(lines)
-    return tables
