@@ -17,7 +17,7 @@ from pretrain.model.decoder import Decoder, build, initial_rows
 from pretrain.model.families import FAMILIES
 from pretrain.model.layers import KeyValueCache
 from pretrain.model.loss import LMLoss
-from pretrain.parallel.tensor import block_plan
+from pretrain.parallel.tensor import _STYLES, block_plan
 
 
 @pytest.fixture(params=VARIANTS)
@@ -113,7 +113,13 @@ def test_initial_weights_are_a_function_of_seed_and_name(family: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_module_of_a_block_has_a_tensor_split(variant: str) -> None:
+    """Or a clear error, where a family has a module that cannot be split."""
     block = random_variant(variant).blocks["0"]
+    modules = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
+    if not modules <= _STYLES.keys():
+        with pytest.raises(ValueError, match=r"parallel\.tensor must be 1"):
+            block_plan(block)
+        return
     plan = block_plan(block)
     by_input = {name for name, style in plan.items() if isinstance(style, RowwiseParallel)}
     assert by_input == {"attention.output", "feed_forward.down"}
