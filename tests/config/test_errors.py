@@ -145,7 +145,7 @@ def test_a_command_line_corrects_a_part_of_a_file() -> None:
         "train.seed is -1; it must be in [0, 2^63)"
     ]
     assert errors_of("model: {d_model: 128}", "--model.n_heads 3") == [
-        "model.d_model 128 is not a multiple of model.n_heads 3"
+        "model.d_model is 128; it must be a multiple of model.n_heads, 3"
     ]
 
 

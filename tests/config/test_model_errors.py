@@ -63,31 +63,28 @@ def test_values_out_of_range_are_rejected(setting: str, expected: str) -> None:
         (
             "{family: llama, size: 2}",
             [
-                "model.size is only for the family fast, and model.family is llama; give n_layers, "
-                "n_heads and d_model, or a preset"
+                "model.size is 2; it must be empty, because model.family is llama and not fast; "
+                "give n_layers, n_heads and d_model, or a preset"
             ],
         ),
         (
             "{n_heads: 3, d_model: 128}",
-            ["model.d_model 128 is not a multiple of model.n_heads 3"],
+            ["model.d_model is 128; it must be a multiple of model.n_heads, 3"],
         ),
         (
             "{preset: gpt2-124m, n_heads: 7}",
-            ["model.d_model 768 is not a multiple of model.n_heads 7"],
+            ["model.d_model is 768; it must be a multiple of model.n_heads, 7"],
         ),
         (
             "{n_heads: 2, d_model: 6}",
-            [
-                "rotary positions need an even head width, but model.d_model 6 / model.n_heads 2 "
-                "is 3"
-            ],
+            ["model.d_model 6 / model.n_heads 2 is 3; it must be even for rotary positions"],
         ),
         (
             "{family: transformer, n_heads: 1, d_model: 33}",
-            ["sinusoidal positions need an even model.d_model, not 33"],
+            ["model.d_model is 33; it must be even for sinusoidal positions"],
         ),
-        ("{n_kv_heads: 3}", ["model.n_heads 4 is not a multiple of model.n_kv_heads 3"]),
-        ("{n_kv_heads: 8}", ["model.n_heads 4 is not a multiple of model.n_kv_heads 8"]),
+        ("{n_kv_heads: 3}", ["model.n_heads is 4; it must be a multiple of model.n_kv_heads, 3"]),
+        ("{n_kv_heads: 8}", ["model.n_heads is 4; it must be a multiple of model.n_kv_heads, 8"]),
         (
             "{n_layers: 9999, d_model: 1000000, n_heads: 1000}",
             [
@@ -161,7 +158,7 @@ def test_contradicting_values_are_rejected(section: str, messages: list[str]) ->
                 "there is no model.preset 'gpt2-12m'; did you mean 'gpt2-124m'?",
                 f"model.family is 'bert'; it must be one of {CHOICES['family']}",
                 "model.dropout is -1.0; it must be in [0, 1)",
-                "model.n_heads 3 is not a multiple of model.n_kv_heads 2",
+                "model.n_heads is 3; it must be a multiple of model.n_kv_heads, 2",
             ],
         ),
         (

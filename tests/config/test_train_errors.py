@@ -131,8 +131,8 @@ def test_values_out_of_range_are_rejected(section: str, row: str) -> None:
             "model: {n_kv_heads: 2, d_ff: 128, context_length: 66}\n"
             "parallel: {processes: 16, tensor: 4, context: 4}",
             [
-                "model.n_kv_heads 2 is not a multiple of parallel.tensor 4",
-                "model.context_length 66 is not a multiple of parallel.context 4",
+                "model.n_kv_heads is 2; it must be a multiple of parallel.tensor, 4",
+                "model.context_length is 66; it must be a multiple of parallel.context, 4",
             ],
         ),
     ],

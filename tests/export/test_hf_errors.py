@@ -93,7 +93,7 @@ HOSTILE: list[tuple[Change, str]] = [
     ),
     (in_config(num_hidden_layers=3), "model.layers.2.input_layernorm.weight .* is missing"),
     (in_config(num_hidden_layers=True), "model.n_layers is True; it must be a whole number"),
-    (in_config(num_attention_heads=5), "not a multiple of model.n_heads 5"),
+    (in_config(num_attention_heads=5), "must be a multiple of model.n_heads, 5"),
     (in_config(head_dim=16), "head_dim must be 8 .got 16"),
     (in_config(head_dim="8"), "head_dim must be 8 .got '8'"),
     (in_config(head_dim=[1]), r"head_dim must be 8 .got .1"),

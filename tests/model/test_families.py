@@ -77,14 +77,14 @@ def test_a_preset_of_another_family_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_heads": 5}, "d_model 32 is not a multiple of model.n_heads 5"),
-        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of model.n_kv_heads 3"),
+        ({"n_heads": 5}, "d_model is 32; it must be a multiple of model.n_heads, 5"),
+        ({"n_kv_heads": 3}, "n_heads is 4; it must be a multiple of model.n_kv_heads, 3"),
         ({"n_layers": 0}, r"n_layers is 0; it must be in \[1, 10000\]"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
-        ({"d_model": 36}, "even head width"),
+        ({"d_model": 36}, "must be even for rotary"),
         ({"rope_low_factor": 4.0}, "rope_low_factor is 4.0; it must be below"),
         ({"rope_factor": 0.0}, "rope_factor is 0.0; it must be above 0"),
-        ({"position": "sinusoidal", "d_model": 33, "n_heads": 3}, "even model.d_model, not 33"),
+        ({"position": "sinusoidal", "d_model": 33, "n_heads": 3}, "must be even for sinusoidal"),
     ],
 )
 def test_impossible_architectures_are_rejected(changes: dict[str, Any], message: str) -> None:

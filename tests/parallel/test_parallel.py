@@ -132,7 +132,9 @@ def test_resolved_sizes_must_be_divisible_by_the_axes(monkeypatch: pytest.Monkey
     model = ModelConfig(**model_defaults({"family": "llama"}))
     model = replace(model, context_length=128)
     axes = ParallelConfig(context=3, processes=3).resolve(3)
-    with pytest.raises(ValueError, match=r"context_length 128 is not a multiple of .*context 3"):
+    with pytest.raises(
+        ValueError, match=r"context_length is 128; it must be a multiple of .*context, 3"
+    ):
         resolve_page.check_model_fits(model, axes, vocab_size=100)
 
 

@@ -117,8 +117,8 @@ class ModelConfig(Checked):
         if self.size is not None and self.family != "fast":
             yield (
                 "size family",
-                f"model.size is only for the family fast, and model.family is {self.family}; "
-                "give n_layers, n_heads and d_model, or a preset",
+                f"model.size is {self.size}; it must be empty, because model.family is "
+                f"{self.family} and not fast; give n_layers, n_heads and d_model, or a preset",
             )
         if not self.rope_low_factor < self.rope_high_factor:
             yield (
@@ -129,16 +129,17 @@ class ModelConfig(Checked):
         multiples = (("d_model", d, "n_heads", heads), ("n_heads", heads, "n_kv_heads", kv_heads))
         for name, size, part, n in multiples:
             if size % n:
-                message = f"model.{name} {size} is not a multiple of model.{part} {n}"
+                message = f"model.{name} is {size}; it must be a multiple of model.{part}, {n}"
                 yield f"{name} {part}", message
         if d % heads == 0 and self.position == "rotary" and self.d_head % 2:
             yield (
                 "d_model n_heads position",
-                f"rotary positions need an even head width, but model.d_model {d} / "
-                f"model.n_heads {heads} is {self.d_head}",
+                f"model.d_model {d} / model.n_heads {heads} is {self.d_head}; it must be even for "
+                "rotary positions",
             )
         if self.position == "sinusoidal" and d % 2:
-            yield "d_model position", f"sinusoidal positions need an even model.d_model, not {d}"
+            message = f"model.d_model is {d}; it must be even for sinusoidal positions"
+            yield "d_model position", message
 
         # A lower bound: positions, the vocabulary and a third matrix are added to it.
         n_least = 2 * self.n_layers * d * (d + self.feed_forward_width)

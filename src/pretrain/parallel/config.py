@@ -129,7 +129,7 @@ class ParallelConfig(Checked):
             if size % n:
                 yield (
                     f"parallel.{axis} model.{name}",
-                    f"model.{name} {size:,} is not a multiple of parallel.{axis} {n}",
+                    f"model.{name} is {size:,}; it must be a multiple of parallel.{axis}, {n}",
                 )
 
     def resolve(self, n_processes: int) -> ParallelConfig:
