@@ -203,7 +203,7 @@ def test_numbers_that_are_not_finite_are_null_in_a_certificate(
         ("\n \n", "has no text to score"),
         (
             "中文字符",
-            "this model's vocabulary has no token of the text; give another text with --text",
+            "the vocabulary of this model has no token of the text; name another text with --text",
         ),
     ],
 )

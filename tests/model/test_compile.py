@@ -66,8 +66,8 @@ def test_without_a_cpp_compiler_the_message_says_what_to_do(corpus: Path, tmp_pa
     assert result.returncode == 2
     (message,) = result.stderr.strip().splitlines()
     assert message == (
-        "pretrain: torch.compile needs a C++ compiler, in a folder without spaces; or use "
-        "--train.compile off"
+        "pretrain: torch.compile needs a C++ compiler, in a folder without spaces; install one, or "
+        "use --train.compile off"
     )
 
 

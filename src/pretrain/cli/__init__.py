@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from io import TextIOWrapper
-from types import TracebackType
 from typing import Any, NoReturn
 
 from pretrain import __version__
@@ -92,12 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        code = exit_code(error)
+        code, message = _explain(error)
         if code == 1 and not hasattr(error, "exit_code"):
             traceback.print_exc()
         from pretrain.runner.launch import report_to_launcher
 
-        message = explain(error)
         if not report_to_launcher(message):
             output.fail(message, code)
         return code
@@ -166,43 +164,27 @@ def _overview() -> str:
     )
 
 
-def exit_code(error: BaseException) -> int:
-    """Return 2 for what the user can correct, 75 for a full disk or memory, 1 for a bug.
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code for an error, and the message.
 
-    A ValueError that our own code raised is a message for the user; one from inside a library is a
+    The code is 2 for what the user can correct, 75 for a full disk or memory, 1 for a bug. A
+    ValueError that our own code raised is a message for the user; one from inside a library is a
     bug of ours. A missing compiler is the user's to install.
     """
-    if hasattr(error, "exit_code"):
-        return int(error.exit_code)
-    if _lacks_compiler(error):
-        return 2
-    if isinstance(error, OSError):
-        if error.errno in _NO_SPACE:
-            return 75
-        return 2 if error.errno in _USER_ERRNOS else 1
-    return 2 if isinstance(error, ValueError) and _is_ours(error.__traceback__) else 1
-
-
-def explain(error: BaseException) -> str:
-    """Return the message for an error."""
+    message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if _lacks_compiler(error):
-        return (
-            "torch.compile needs a C++ compiler, in a folder without spaces; or use "
+        message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if hasattr(error, "exit_code"):
+        return int(error.exit_code), message
+    if type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER:
+        return 2, (
+            "torch.compile needs a C++ compiler, in a folder without spaces; install one, or use "
             "--train.compile off"
         )
-    return str(error) or type(error).__name__
-
-
-def _lacks_compiler(error: BaseException) -> bool:
-    return type(getattr(error, "inner_exception", None)).__name__ in _NO_COMPILER
-
-
-def _is_ours(trace: TracebackType | None) -> bool:
-    """Return whether the innermost frame is code of this package."""
-    name = ""
-    while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__", "")
-        trace = trace.tb_next
-    return name == "pretrain" or name.startswith("pretrain.")
+    if isinstance(error, OSError):
+        return (
+            75 if error.errno in _NO_SPACE else 2 if error.errno in _USER_ERRNOS else 1
+        ), message
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    is_ours = innermost.f_globals.get("__name__", "").partition(".")[0] == "pretrain"
+    return (2 if isinstance(error, ValueError) and is_ours else 1), message

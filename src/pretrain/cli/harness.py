@@ -35,16 +35,7 @@ class HarnessModel(LmEvalModel):
                 f"start_of_text must be one of {', '.join(STARTS)} (got {start_of_text!r})"
             )
         device = (device or "auto").removesuffix(":0")
-        self._opened = open_scored(str(pretrained), device=device, start_of_text=start_of_text)
-        super().__init__(self._opened)
-
-    def get_model_info(self) -> dict[str, object]:
-        """What the harness' results report of the model."""
-        return {
-            "checkpoint": str(self._opened.path),
-            "precision": self._opened.precision,
-            "begins_texts": self._opened.tokenizer.add_bos,
-        }
+        super().__init__(open_scored(str(pretrained), device=device, start_of_text=start_of_text))
 
 
 @cache

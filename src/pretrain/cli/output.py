@@ -37,6 +37,12 @@ class Output:
             is_utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
             print(json.dumps(nan_to_null(content), ensure_ascii=not is_utf8), flush=True)
 
+    def log_result(self, text: str, content: Mapping[str, Any]) -> None:
+        """Print the result: as text, or with --json as JSON alone."""
+        if not self.json:
+            self.log(text)
+        self.result(content)
+
     def fail(self, message: str, exit_code: int) -> None:
         print(f"pretrain: {message}", file=sys.stderr, flush=True)
         self.result({"error": message, "exit_code": exit_code})

@@ -56,7 +56,7 @@ from pretrain.data.stages import (
 )
 from pretrain.data.writer import Compression, compression_outliers, extremes, join_stream
 from pretrain.fileio import file_lock, move_into_place, read_json, require_empty, write_json
-from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
+from pretrain.tokenizer.config import TRAINED_NAMES, TokenizerConfig
 from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
 
 Progress = Callable[[str, float], object]
@@ -364,7 +364,7 @@ def _settings(source: Source, *, tokenizer: str | Path = "bpe", **options: Any) 
             raise ValueError(f"{path!r} is already prepared: train on it, or name its texts")
     size, name = settings.vocab_size, settings.tokenizer
     if name in TRAINED_NAMES:
-        check_vocab_size(size, name=name)
+        TokenizerConfig(name=name, vocab_size=size)  # raises an error for a wrong size
     else:
         n_tokens = load_tokenizer(name).vocab_size
         if size is not None and size != n_tokens:

@@ -15,7 +15,7 @@ N_BYTES_VOCABULARY = 257
 """256 bytes and the end-of-text token: the vocabulary of `bytes`, and the smallest of `bpe`."""
 
 MAX_VOCAB_SIZE = 1 << 24
-"""Far above any vocabulary that was ever trained; more is a typing error."""
+"""Far above any vocabulary that was ever trained; a larger number is a mistake."""
 _NAME = Matching(NON_EMPTY, f"{', '.join(TRAINED_NAMES)}, gpt2, or a path")
 
 
@@ -33,25 +33,16 @@ class TokenizerConfig(Checked):
     chosen from the amount of text"""
 
     def conflicts(self) -> Iterator[FieldError]:
-        try:
-            check_vocab_size(self.vocab_size, name=self.name)
-        except ValueError as error:
-            yield "vocab_size name", str(error)
-
-
-def check_vocab_size(vocab_size: int | None, *, name: str) -> None:
-    """Raise ValueError for a size that the tokenizer `name` cannot have, whatever the text."""
-    if vocab_size is None:
-        return
-    message = f"tokenizer.vocab_size is {vocab_size!r}; it must be "
-    if not 2 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"{message}in [2, {MAX_VOCAB_SIZE}]")
-    if name == "bpe" and vocab_size < N_BYTES_VOCABULARY:
-        raise ValueError(
-            f"{message}at least {N_BYTES_VOCABULARY} for bpe: every byte and the end-of-text token"
-        )
-    if name == "bytes" and vocab_size != N_BYTES_VOCABULARY:
-        raise ValueError(
-            f"{message}{N_BYTES_VOCABULARY} for the tokenizer 'bytes'; leave it out, or use "
-            "--tokenizer.name bpe"
-        )
+        size, least = self.vocab_size, N_BYTES_VOCABULARY
+        if self.name == "bpe" and size is not None and size < least:
+            yield (
+                "vocab_size name",
+                f"tokenizer.vocab_size is {size}; it must be at least {least} for bpe: every byte "
+                "and the end-of-text token",
+            )
+        if self.name == "bytes" and size not in (None, least):
+            yield (
+                "vocab_size name",
+                f"tokenizer.vocab_size is {size}; it must be {least} for the tokenizer 'bytes'; "
+                "leave it out, or use --tokenizer.name bpe",
+            )

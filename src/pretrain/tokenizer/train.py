@@ -26,7 +26,7 @@ from pretrain.tokenizer.byte_level import (
     pre_tokenizer,
     special_token,
 )
-from pretrain.tokenizer.config import TRAINED_NAMES, check_vocab_size
+from pretrain.tokenizer.config import TRAINED_NAMES, TokenizerConfig
 from pretrain.tokenizer.encode import END_OF_WORD, split_text
 from pretrain.tokenizer.tokenizer import Tokenizer, without_surrogates
 from pretrain.tokenizer.tokenizer_json import END_OF_TEXT
@@ -57,7 +57,7 @@ def train_tokenizer(
     one, and the vocabulary is smaller if fewer pairs occur twice. `fast` uses another trainer, see
     `_train_gigatoken`. ValueError for an impossible vocab_size, or if there is no text.
     """
-    check_vocab_size(vocab_size, name=name)
+    TokenizerConfig(name=name, vocab_size=vocab_size)  # raises an error for a wrong size
     if name not in TRAINED_NAMES:
         raise ValueError(f"tokenizer.name must be one of {', '.join(TRAINED_NAMES)}, not {name!r}")
     if name != "bpe" and (fast or split != "gpt2"):

@@ -10,15 +10,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.cli.options import Option
+from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
+from pretrain.corpus.demonstrations import (
+    Demonstration,
+    article_demonstrations,
+    is_held_out,
+    translation_demonstrations,
+)
+from pretrain.evaluate.examples import demonstration
 from pretrain.evaluate.task_files import read_task_file
+from pretrain.evaluate.tasks import task_named
+from pretrain.fileio import move_into_place
 
 TEST_FRACTION = 0.04
 # Translations in one document, under one heading.
@@ -40,17 +49,14 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    out = Path(args.out)
-    if out.exists():
-        raise ValueError(f"{out} already exists; choose another --out")
+    out = resolve_out(args.out)
     aligned = list(_aligned(Path(args.translations))) if args.translations else []
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    files = Files(partial)
-    _write_articles(args.articles, files)
-    _write_translations(aligned, files)
-    files.close()
-    partial.rename(out)
+    with work_folder(out) as work:
+        files = Files(work)
+        _write_articles(args.articles, files)
+        _write_translations(aligned, files)
+        files.close()
+        move_into_place(work, out)
     for name, count in files.counts.items():
         output.log(f"{count:>9,}  {out / name}")
     output.result({"out": str(out), "documents": dict(files.counts)})
@@ -72,13 +78,18 @@ class Files:
         self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
         self.counts[name] += 1
 
+    def add_demonstrations(self, name: str, id: str, shown: Sequence[Demonstration]) -> None:
+        """Add a document of demonstrations of one task, in the format of the task's own shots."""
+        task = task_named(shown[0].task)
+        text = demonstration(task, [_question(each) for each in shown])
+        self.add(f"train/{name}.jsonl", {"id": id, "text": text})
+
     def close(self) -> None:
         for file in self._open.values():
             file.close()
 
 
 def _write_articles(sources: list[str], files: Files) -> None:
-    from pretrain.corpus.demonstrations import article_demonstrations, is_held_out
     from pretrain.corpus.reading import read_documents
 
     n_titles = 0
@@ -87,18 +98,13 @@ def _write_articles(sources: list[str], files: Files) -> None:
         is_test = is_held_out(document.title or document.id, TEST_FRACTION)
         record = {"id": document.id, "title": document.title, "text": document.text}
         files.add(f"{'test' if is_test else 'train'}/articles.jsonl", record)
-        for shown in (
-            article_demonstrations(document.title, document.text) if document.title else ()
-        ):
+        if not document.title:
+            continue
+        for shown in article_demonstrations(document.title, document.text):
             if is_test:
                 files.add(f"test/{shown.task}.jsonl", _question(shown))
             else:
-                record = {
-                    "id": f"{shown.task}:{document.id}",
-                    "text": _document(shown.task, [shown]),
-                }
-                files.add(f"train/{shown.task}.jsonl", record)
-
+                files.add_demonstrations(shown.task, f"{shown.task}:{document.id}", [shown])
     if not n_titles:
         raise ValueError(
             f"{', '.join(sources)}: there is no record with a title; records must have titles and "
@@ -106,16 +112,8 @@ def _write_articles(sources: list[str], files: Files) -> None:
         )
 
 
-def _question(shown: Any) -> dict[str, str]:
+def _question(shown: Demonstration) -> dict[str, str]:
     return {"input": shown.input, "answer": shown.answer}
-
-
-def _document(task: str, shown: list[Any]) -> str:
-    """Return demonstrations of one task as a document, in the format of the task's own shots."""
-    from pretrain.evaluate.examples import demonstration
-    from pretrain.evaluate.tasks import task_named
-
-    return demonstration(task_named(task), [_question(each) for each in shown])
 
 
 def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -139,8 +137,6 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files) -> None:
-    from pretrain.corpus.demonstrations import Demonstration, translation_demonstrations
-
     test_texts = {text for split, each in aligned if split == "test" for text in each.values()}
     tasks: dict[str, list[Demonstration]] = defaultdict(list)
     for split, texts in aligned:
@@ -155,5 +151,5 @@ def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files)
                 tasks[shown.task].append(shown)
     for task, every in tasks.items():
         for first in range(0, len(every), _TRANSLATIONS_PER_DOCUMENT):
-            text = _document(task, every[first : first + _TRANSLATIONS_PER_DOCUMENT])
-            files.add("train/translate.jsonl", {"id": f"{task}:{first}", "text": text})
+            shown_together = every[first : first + _TRANSLATIONS_PER_DOCUMENT]
+            files.add_demonstrations("translate", f"{task}:{first}", shown_together)

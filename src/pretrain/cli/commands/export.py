@@ -124,6 +124,6 @@ def _encodable(model: LoadedModel, text: str) -> str:
         text = "".join(character for character in text if character in known)
     if not len(tokenizer.encode(text)):
         raise ValueError(
-            "this model's vocabulary has no token of the text; give another text with --text"
+            "the vocabulary of this model has no token of the text; name another text with --text"
         )
     return text

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.options import SPECIAL, TEXT_FIELD, Option
 from pretrain.cli.output import Output
+from pretrain.fileio import require_empty
 from pretrain.tokenizer.config import TRAINED_NAMES
 
 if TYPE_CHECKING:
@@ -50,8 +51,27 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
-    actions = {"train": _train, "encode": _encode, "decode": _decode, "inspect": _inspect}
-    return actions[args.action](args, output)
+    if args.action == "train":
+        return _train(args, output)
+    if args.tokenizer is None:
+        raise ValueError(f"tokenizer {args.action} needs --tokenizer DIR")
+    from pretrain.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    if args.action == "inspect":
+        return _inspect(tokenizer, args, output)
+    given = _read(args)
+    if args.action == "encode":
+        ids = tokenizer.encode(given, special=args.special).tolist()
+        output.log_result(" ".join(map(str, ids)), {"ids": ids})
+        return 0
+    numbers = [number for number in re.split(r"[\s,\[\]]+", given) if number]
+    wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong[:40]!r} is not a token id; an id must be 1 to 10 digits")
+    text = tokenizer.decode([int(number) for number in numbers])
+    output.log_result(text, {"text": text})
+    return 0
 
 
 def _train(args: argparse.Namespace, output: Output) -> int:
@@ -61,8 +81,7 @@ def _train(args: argparse.Namespace, output: Output) -> int:
     if not args.source or args.out is None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; choose another --out")
+    require_empty(out)
     documents = read_documents(args.source, text_field=args.text_field)
     texts = (document.text for document in documents)
     tokenizer = train_tokenizer(
@@ -79,14 +98,6 @@ def _train(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace) -> Tokenizer:
-    from pretrain.tokenizer.load import load_tokenizer
-
-    if args.tokenizer is None:
-        raise ValueError(f"tokenizer {args.action} needs --tokenizer DIR")
-    return load_tokenizer(args.tokenizer)
-
-
 def _read(args: argparse.Namespace) -> str:
     if len(args.source) != 1:
         raise ValueError(f"tokenizer {args.action} needs one FILE, or - for standard input")
@@ -94,43 +105,18 @@ def _read(args: argparse.Namespace) -> str:
     if source == "-":
         data = sys.stdin.buffer.read()
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-        data = path.read_bytes()
+        data = Path(source).read_bytes()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: byte {error.start}") from None
+        where = f"byte {error.start:,} is {data[error.start]:#04x}"
+        raise ValueError(f"{source} must be UTF-8 text, but {where}") from None
 
 
-def _encode(args: argparse.Namespace, output: Output) -> int:
-    tokenizer = _open(args)
-    ids = tokenizer.encode(_read(args), special=args.special).tolist()
-    if not output.json:
-        print(" ".join(map(str, ids)))
-    output.result({"ids": ids})
-    return 0
-
-
-def _decode(args: argparse.Namespace, output: Output) -> int:
-    tokenizer = _open(args)
-    numbers = [number for number in re.split(r"[\s,\[\]]+", _read(args)) if number]
-    wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
-    if wrong is not None:
-        raise ValueError(f"{wrong[:40]!r} is not a token id")
-    text = tokenizer.decode([int(number) for number in numbers])
-    if not output.json:
-        print(text)
-    output.result({"text": text})
-    return 0
-
-
-def _inspect(args: argparse.Namespace, output: Output) -> int:
+def _inspect(tokenizer: Tokenizer, args: argparse.Namespace, output: Output) -> int:
     from pretrain.corpus.reading import read_documents
     from pretrain.tokenizer.inspection import RARE, inspect
 
-    tokenizer = _open(args)
     texts = (
         (source, document.text)
         for source in args.source

@@ -70,8 +70,8 @@ def _first_step_of_text(folder: Path, config: RunConfig, data: PreparedData) -> 
             seen, since = each["new"], each["step"]
     if data.split("train").sha256 != seen:
         raise ValueError(
-            f"the text at {', '.join(config.data.paths)} has changed since the run, so its order "
-            "tells nothing about what the run saw"
+            f"{', '.join(config.data.paths)} has changed since the run; trace needs the text that "
+            "the run read: restore it"
         )
     old = [r["old"] for r in records if (r["step"], r["what"]) == (since, "data.source")]
     return since + 1, old[0] if old else "the same files as they were then"
