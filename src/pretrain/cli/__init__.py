@@ -1,4 +1,5 @@
-"""The command line: one command a file in `commands`, each with a table of `OPTIONS` and `run`.
+"""The command line: one command a file in `commands`, each with a table of `OPTIONS` and `run`,
+which returns an exit code, or None for 0.
 
 `main` imports the file of the command, runs it, and turns errors into exit codes: 0 done; 2 an
 error that the user can correct, in one message; 1 a bug, with a traceback; 130 and 143 stopped by a
@@ -132,7 +133,7 @@ def _run_command(command: str, args: list[str], output: Output) -> int:
         option.check(parsed)
     _reject_urls(parsed, overrides)
     parsed.overrides = overrides
-    return int(module.run(parsed, output))
+    return int(module.run(parsed, output) or 0)
 
 
 class _Parser(argparse.ArgumentParser):

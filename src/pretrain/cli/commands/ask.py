@@ -18,7 +18,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     from pretrain.evaluate.examples import prompt
     from pretrain.evaluate.tasks import task_named
 
@@ -37,4 +37,3 @@ def run(args: argparse.Namespace, output: Output) -> int:
         output.log("the model reads only the end of this, which is longer than its context:")
     output.log(f"{context}{task.delimiter}{answer}")
     output.result({"task": task.name, "prompt": context, "answer": answer})
-    return 0

@@ -27,7 +27,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     names: list[str] = list(dict.fromkeys(args.model))
     if len(names) < 2:
         raise ValueError(f"{' '.join(args.model)} is one model; compare needs two or more")
@@ -57,7 +57,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     for row in rows:
         output.log(_line(row))
     output.result({"models": names, "comparisons": rows, "protocol": protocol})
-    return 0
 
 
 def _open(name: str, args: argparse.Namespace) -> LoadedModel:

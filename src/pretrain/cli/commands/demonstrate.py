@@ -48,7 +48,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     out = resolve_out(args.out)
     aligned = list(_aligned(Path(args.translations))) if args.translations else []
     with work_folder(out) as work:
@@ -60,7 +60,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     for name, count in files.counts.items():
         output.log(f"{count:>9,}  {out / name}")
     output.result({"out": str(out), "documents": dict(files.counts)})
-    return 0
 
 
 class Files:

@@ -45,7 +45,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     eval_tasks = scoring.read_eval_tasks(args)
     _check_files(args)
     model = scoring.open_scored(args.model, device=args.device, start_of_text=args.start_of_text)
@@ -76,7 +76,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     if training_text is not None:
         content["overlap"] = _overlap(model, training_text, evaluation, args, output)
     output.result(content)
-    return 0
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     from pretrain.runner.open import load_model
 
     completions = load_model(args.model, device=args.device).generate(
@@ -43,4 +43,3 @@ def run(args: argparse.Namespace, output: Output) -> int:
     )
     output.log("\n\n".join(args.prompt + completion for completion in completions))
     output.result({"completions": completions})
-    return 0

@@ -25,7 +25,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     out = resolve_out(args.out)
 
     from pretrain.export.importing import import_model
@@ -56,7 +56,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
         f"{model.tokenizer.vocab_size:,}, from {model.format}"
     )
     output.result({"model": args.out, "parameters": n, **origin})
-    return 0
 
 
 def _sha256(file: Path) -> str:

@@ -26,19 +26,19 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     if args.answer is not None and args.special:
         raise ValueError("--answer needs a prompt in plain text; leave out --special")
     from pretrain.runner.open import load_model
 
     model = load_model(args.model, device=args.device)
     if args.answer is not None:
-        return _show_answer(model, args, output)
+        _show_answer(model, args, output)
+        return
     tokens = model.next_tokens(args.prompt, top=args.top, special=args.special)
     rows = [token._asdict() for token in tokens]
     _show_tokens(rows, output)
     output.result({"tokens": rows})
-    return 0
 
 
 def _show_tokens(rows: list[dict[str, Any]], output: Output) -> None:
@@ -47,7 +47,7 @@ def _show_tokens(rows: list[dict[str, Any]], output: Output) -> None:
         output.log(f"{row['probability']:8.4f}  {row['text']!r:<16} {bar}")
 
 
-def _show_answer(model: LoadedModel, args: argparse.Namespace, output: Output) -> int:
+def _show_answer(model: LoadedModel, args: argparse.Namespace, output: Output) -> None:
     """Show the most probable tokens, and then those of the answer."""
     from pretrain.evaluate.loglikelihood import encode_pair
     from pretrain.evaluate.token_stats import token_losses
@@ -82,4 +82,3 @@ def _show_answer(model: LoadedModel, args: argparse.Namespace, output: Output) -
     if len(answer) > 1:
         output.log(f"{math.exp(-nats):8.4f}  all of it, {nats:.2f} nats")
     output.result({"tokens": rows, "answer": {"nats": nats, "tokens": answer}})
-    return 0

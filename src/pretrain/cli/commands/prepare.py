@@ -52,7 +52,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     from pretrain.corpus.config import CorpusConfig
     from pretrain.data.preparation import prepare
 
@@ -83,7 +83,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     _show(data, report, output)
     output.log(f"vocabulary {data.manifest.vocab_size:,}; the report is {args.out}/report.json")
     output.result({"out": str(args.out), "vocab_size": data.manifest.vocab_size, **report})
-    return 0
 
 
 def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:

@@ -13,10 +13,9 @@ from pretrain.cli.output import Output
 OPTIONS = (RUN,)
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     from pretrain.report.page import write_report
 
     path = write_report(args.run)
     output.log(str(path))
     output.result({"report": str(path)})
-    return 0

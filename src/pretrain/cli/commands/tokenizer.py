@@ -50,31 +50,30 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     if args.action == "train":
-        return _train(args, output)
+        _train(args, output)
+        return
     if args.tokenizer is None:
         raise ValueError(f"tokenizer {args.action} needs --tokenizer DIR")
     from pretrain.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
     if args.action == "inspect":
-        return _inspect(tokenizer, args, output)
-    given = _read(args)
-    if args.action == "encode":
-        ids = tokenizer.encode(given, special=args.special).tolist()
+        _inspect(tokenizer, args, output)
+    elif args.action == "encode":
+        ids = tokenizer.encode(_read(args), special=args.special).tolist()
         output.log_result(" ".join(map(str, ids)), {"ids": ids})
-        return 0
-    numbers = [number for number in re.split(r"[\s,\[\]]+", given) if number]
-    wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
-    if wrong is not None:
-        raise ValueError(f"{wrong[:40]!r} is not a token id; an id must be 1 to 10 digits")
-    text = tokenizer.decode([int(number) for number in numbers])
-    output.log_result(text, {"text": text})
-    return 0
+    else:
+        numbers = [number for number in re.split(r"[\s,\[\]]+", _read(args)) if number]
+        wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong[:40]!r} is not a token id; an id must be 1 to 10 digits")
+        text = tokenizer.decode([int(number) for number in numbers])
+        output.log_result(text, {"text": text})
 
 
-def _train(args: argparse.Namespace, output: Output) -> int:
+def _train(args: argparse.Namespace, output: Output) -> None:
     from pretrain.corpus.reading import read_documents
     from pretrain.tokenizer.train import MAX_SAMPLE_BYTES, train_tokenizer
 
@@ -95,7 +94,6 @@ def _train(args: argparse.Namespace, output: Output) -> int:
     tokenizer.save(out)
     output.log(f"{tokenizer.vocab_size:,} tokens, written to {out}/tokenizer.json")
     output.result({"out": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256})
-    return 0
 
 
 def _read(args: argparse.Namespace) -> str:
@@ -113,7 +111,7 @@ def _read(args: argparse.Namespace) -> str:
         raise ValueError(f"{source} must be UTF-8 text, but {where}") from None
 
 
-def _inspect(tokenizer: Tokenizer, args: argparse.Namespace, output: Output) -> int:
+def _inspect(tokenizer: Tokenizer, args: argparse.Namespace, output: Output) -> None:
     from pretrain.corpus.reading import read_documents
     from pretrain.tokenizer.inspection import RARE, inspect
 
@@ -137,7 +135,6 @@ def _inspect(tokenizer: Tokenizer, args: argparse.Namespace, output: Output) -> 
         output.log(f"never used: {report['n_unused']:,}; {_shown(report['unused'])}")
         output.log(f"used fewer than {RARE} times: {report['n_rare']:,}; {_shown(report['rare'])}")
     output.result(report)
-    return 0
 
 
 def _shown(tokens: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from pretrain.cli.output import Output
 from pretrain.run.directory import read_environment
 from pretrain.run.identity import read_records, word_of
 from pretrain.run.log import RunLog
+from pretrain.train.config import filled
 from pretrain.train.monitor import rollbacks_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
+def run(args: argparse.Namespace, output: Output) -> None:
     from pretrain.data.trace import Tracer
     from pretrain.runner.checks import read_run_config
     from pretrain.runner.text import prepared_text
@@ -43,22 +44,21 @@ def run(args: argparse.Namespace, output: Output) -> int:
     config = read_run_config(folder)
     data = prepared_text(config)
     first, before = _first_step_of_text(folder, config, data)
-    train, model, stream = config.train, config.model, data.split("train")
-    assert train.batch_tokens is not None
-    rows = train.batch_tokens // model.window_tokens
-    assert train.steps is not None
+    context, n_steps = config.model.window_tokens, filled(config.train.steps)
+    rows = filled(config.train.batch_tokens) // context
     order = data.order(
-        context_length=model.window_tokens, seed=train.seed, steps=train.steps, batch_size=rows
+        context_length=context, seed=config.train.seed, steps=n_steps, batch_size=rows
     )
     records = RunLog(folder).metrics()
-    tracer = Tracer(order, stream.document_offsets, rows, rollbacks_of(records))
+    tracer = Tracer(order, data.split("train").document_offsets, rows, rollbacks_of(records))
     if args.step is not None:
-        if not first <= args.step <= train.steps:
+        if not first <= args.step <= n_steps:
             was = f"; before step {first} the run read {before}" if first > 1 else ""
-            raise ValueError(f"--step must be {first} to {train.steps} (got {args.step}){was}")
-        return _show_step(tracer, data, args.step, output)
-    n_steps = max((record["step"] for record in records), default=0)
-    return _show_document(tracer, data, args.document, output, first=first, n_steps=n_steps)
+            raise ValueError(f"--step must be {first} to {n_steps} (got {args.step}){was}")
+        _show_step(tracer, data, args.step, output)
+    else:
+        done = max((record["step"] for record in records), default=0)
+        _show_document(tracer, data, args.document, output, first=first, n_steps=done)
 
 
 def _first_step_of_text(folder: Path, config: RunConfig, data: PreparedData) -> tuple[int, str]:
@@ -77,7 +77,7 @@ def _first_step_of_text(folder: Path, config: RunConfig, data: PreparedData) -> 
     return since + 1, old[0] if old else "the same files as they were then"
 
 
-def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> int:
+def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> None:
     occurrences = tracer.occurrences_in(step)
     numbers = {occurrence.document for occurrence in occurrences}
     stream = data.split("train")
@@ -91,12 +91,11 @@ def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) ->
             f"{row['first_token']} to {row['stop_token']}\n    {_shortened(row['text'])}"
         )
     output.result({"step": step, "seen": rows})
-    return 0
 
 
 def _show_document(
     tracer: Tracer, data: PreparedData, name: str, output: Output, *, first: int, n_steps: int
-) -> int:
+) -> None:
     """Show which of the steps `first` to `n_steps` read the document."""
     stream = data.split("train")
     matches = [(n, each) for n, each in enumerate(stream.origins()) if name in (each.id, each.file)]
@@ -121,7 +120,6 @@ def _show_document(
                 f"{_shortened(row['text'])}"
             )
     output.result({"steps": n_steps, "documents": documents})
-    return 0
 
 
 def _row(occurrence: Occurrence, tracer: Tracer, data: PreparedData) -> dict[str, Any]:
