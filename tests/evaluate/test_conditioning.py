@@ -152,13 +152,14 @@ def test_the_folder_appears_whole_and_is_never_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = sources(tmp_path, test=[1], train=[0], articles=3)
-    (tmp_path / "out.partial/train").mkdir(parents=True)
-    (tmp_path / "out.partial/train/old.jsonl").write_text("{}")
     assert main(words) == 0
-    assert not (tmp_path / "out/train/old.jsonl").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train", "test"}
+    assert not list(tmp_path.glob(".pretrain-work-*"))
     assert main(words) == 2
-    assert "out already exists" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert capsys.readouterr().err == (
+        f"pretrain: exists and has 2 files; name another folder, or empty this one: {out}\n"
+    )
 
 
 @pytest.mark.parametrize(
