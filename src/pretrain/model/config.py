@@ -27,7 +27,7 @@ from pretrain.model.families import (
 from pretrain.validation import Checked, FieldError, Range, raise_errors, suggestion
 
 MAX_PARAMETERS = 10**13
-"""No machine can train more; a larger number is a mistake."""
+"""No machine can train more; a larger number is an error in the config."""
 LONGEST_NGRAM = 8
 _SIZE = Range(1, 1000)
 _WIDTH = Range(1, 1 << 20)

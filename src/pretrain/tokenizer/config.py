@@ -15,7 +15,7 @@ N_BYTES_VOCABULARY = 257
 """256 bytes and the end-of-text token: the vocabulary of `bytes`, and the smallest of `bpe`."""
 
 MAX_VOCAB_SIZE = 1 << 24
-"""Far above any vocabulary that was ever trained; a larger number is a mistake."""
+"""Far above any vocabulary that was ever trained; more is an error in the config."""
 _NAME = Matching(NON_EMPTY, f"{', '.join(TRAINED_NAMES)}, gpt2, or a path")
 
 
