@@ -189,7 +189,7 @@ def test_extend_with_impossible_axes_changes_no_file(
     assert before == after
 
 
-def test_a_leg_that_fails_is_no_leg_that_was_killed(
+def test_a_failed_worker_of_verify_is_not_taken_for_a_killed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*given: Any, **named: Any) -> int:

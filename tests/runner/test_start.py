@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pretrain.cli import main
-from pretrain.config import parse_overrides
+from pretrain.config import RunConfig, parse_overrides
 from pretrain.runner import start
 from pretrain.runner.request import is_started, is_unresolved, new_run_folder
 from tiny import TINY
@@ -43,3 +44,13 @@ def test_run_without_resolved_settings_starts_from_scratch(
     assert (run / "summary.json").is_file()
     assert not (run / "requested.yaml").exists()
     assert not is_unresolved(run)
+
+
+def test_several_processes_cannot_measure_the_interval_of_their_first_tasks() -> None:
+    session: Any = SimpleNamespace(tasks=["piqa"], world=SimpleNamespace(size=2))
+    with pytest.raises(ValueError, match=r"^evaluate\.every must be given") as raised:
+        start._with_task_interval(RunConfig(), session)
+    assert str(raised.value) == (
+        "evaluate.every must be given where several processes resume with their first in-loop "
+        "tasks: the interval is measured only at the start of a run; add --evaluate.every N"
+    )

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from pretrain.cli import main
+from pretrain.config import RunConfig
 from pretrain.runner.checks import read_run_config
 from pretrain.selftest import AGREES, EXACT, NOT_JUDGED, Check, verify
+from pretrain.train.config import TrainConfig
 from tiny import TINY
 
 FAULTY_WORKER = Path(__file__).parents[1] / "helpers/faulty_worker.py"
@@ -105,6 +107,11 @@ def test_what_cannot_be_verified_is_rejected(
     assert main(["verify", str(tmp_path)]) == 2
     assert main(["verify", str(run), "--steps", "0"]) == 2
     assert "--steps must be at least 1 (got 0): the steps of each half" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        short = RunConfig(train=TrainConfig(steps=2))
+        patch.setattr(verify, "read_run_config", lambda folder: short)
+        assert main(["verify", str(run)]) == 2
+    assert f"{run} must have at least 3 steps to be verified (it has 2)" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
     assert main(["verify", str(run)]) == 2
     assert "run it without torchrun" in capsys.readouterr().err

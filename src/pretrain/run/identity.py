@@ -82,13 +82,10 @@ class Change:
         return word_of(self.name)
 
     @property
-    def is_setting(self) -> bool:
-        return "." in self.name
-
-    @property
     def is_text(self) -> bool:
         """Whether it is a setting of the text or of its tokens."""
-        return self.name.partition(".")[0] in TEXT_SECTIONS and self.is_setting
+        section, dot, _ = self.name.partition(".")
+        return bool(dot) and section in TEXT_SECTIONS
 
     @property
     def changes_lr(self) -> bool:

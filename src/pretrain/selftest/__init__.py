@@ -6,16 +6,15 @@ Each check returns a `Check`; a `Report` prints them and has the result for --js
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pretrain.runner.text import Log
 
 EXACT = "exact"
 AGREES = "agrees"
 DIFFERS = "differs"
 NOT_JUDGED = "not judged"
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from pretrain.parallel.config import ParallelConfig
 from pretrain.run.identity import code_hash
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.launch import check_same_on_all_ranks
-from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Log, Report
+from pretrain.runner.text import Log
+from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Report
 from pretrain.selftest.tiny_run import SIZES, STEPS, losses, max_difference
 from pretrain.selftest.verify import compare_runs, run_process
 

@@ -44,7 +44,8 @@ from pretrain.runner.checks import read_run_config
 from pretrain.runner.launch import ProcessFailed, launch_once
 from pretrain.runner.previous import settings_of
 from pretrain.runner.start import Request, start
-from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Log, Report
+from pretrain.runner.text import Log
+from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Report
 from pretrain.selftest.tiny_run import max_difference
 from pretrain.train.signals import PlannedStop
 
