@@ -162,23 +162,15 @@ class Arm:
         """Make all steps from `first` on, and score the whole held-out text."""
         import torch
 
-        from pretrain.data.batches import evaluation_batches
-        from pretrain.evaluate.loss import byte_lengths, score
+        from pretrain.evaluate.loss import ScoredModel, score_stream
 
         for step in range(first, self.steps):
             self.step(step)
         with torch.no_grad():
             for parameter, kept in zip(self.lm_loss.parameters(), self.averages, strict=False):
                 parameter.copy_(kept)
-        result = score(
-            self.lm_loss,
-            evaluation_batches(
-                self.data.split("val"), context_length=self.context, rows=4096 // self.context
-            ),
-            byte_lengths_V=byte_lengths(self.data.tokenizer()),
-            world=self.world,
-            precision=self.precision,
-        )
+        model = ScoredModel(self.lm_loss.decoder, self.data.tokenizer(), self.world, self.precision)
+        result = score_stream(model, self.data.split("val"), context_length=self.context)
         return {"bits_per_byte": result.bits_per_byte, "precision": self.precision}
 
 

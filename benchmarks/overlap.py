@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from pretrain.corpus.overlap import corpus_ngram_filter, longest_matches
 from pretrain.data.format import open_prepared
-from pretrain.evaluate.documents import document_texts
+from pretrain.evaluate.overlap import document_texts
 
 N_TEXTS, TEXT_CHARACTERS = 96, 600  # about what `evaluate --overlap` looks for
 

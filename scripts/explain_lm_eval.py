@@ -22,13 +22,12 @@ from typing import Any
 
 from pretrain.cli import scoring
 from pretrain.cli.output import Output
-from pretrain.distributed import World
 from pretrain.evaluate.examples import Example
 from pretrain.evaluate.loglikelihood import Pair, encode_pair, rolling_pairs, score_pairs
+from pretrain.evaluate.loss import Model
 from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import Task
-from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Two programs in float32 differ by less, and options nearer than this are a tie; a log p of many
@@ -215,15 +214,11 @@ class _Way:
 
 
 def compare_with_harness(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
+    model: Model,
     task: Task,
     examples: Sequence[Example],
     results: TaskResults,
     samples: Mapping[int, Sample],
-    *,
-    world: World,
-    precision: str = "fp32",
 ) -> HarnessComparison:
     """Compare results with samples, example by example, and find the causes of differences.
     ValueError for open answers, and if no example is in both."""
@@ -246,10 +241,11 @@ def compare_with_harness(
         elif not _agree(case.log_p, case.harness_log_p):
             unexplained.append(case)
 
-    for way in _ways(task, tokenizer, decoder.config.window_tokens):
+    tokenizer = model.tokenizer
+    for way in _ways(task, tokenizer, model.decoder.config.window_tokens):
         pairs_of_cases = [(case, _pairs_of(way, case)) for case in unexplained]
         pairs = [p for _, options in pairs_of_cases for option in options for p in option]
-        scores = iter(score_pairs(decoder, pairs, world=world, precision=precision))
+        scores = iter(score_pairs(model, pairs))
         for case, options in pairs_of_cases:
             log_p = [-sum(next(scores).nats for _ in option) for option in options]
             if log_p and _agree(log_p, case.harness_log_p):
@@ -492,11 +488,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.fail(str(error), 2)
         return 2
     ((task, examples),) = ((each.task, each.examples) for each in eval_tasks)
-    how: dict[str, Any] = {"world": model.world, "precision": model.precision}
-    results = evaluate_task(model.decoder, model.tokenizer, task, examples, **how)
-    comparison = compare_with_harness(
-        model.decoder, model.tokenizer, task, examples, results, samples, **how
-    )
+    results = evaluate_task(model, task, examples)
+    comparison = compare_with_harness(model, task, examples, results, samples)
     for line in comparison.lines():
         output.log(line)
     output.result(comparison.to_json())

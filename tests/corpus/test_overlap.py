@@ -26,8 +26,8 @@ from pretrain.corpus.overlap import (
 from pretrain.corpus.reading import read_documents
 from pretrain.corpus.words import ngram_hashes, split_words, word_hash_windows, word_hashes
 from pretrain.data.preparation import prepare
-from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.overlap import (
+    document_texts,
     overlap_row,
 )
 from pretrain.rng import splitmix64

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from pretrain.corpus.demonstrations import (
     split_sentences,
     translation_demonstrations,
 )
-from pretrain.evaluate.conditioning import baseline_statistics, reference_nats
 from pretrain.evaluate.examples import Example, prompt, promptable_tasks, with_shots
+from pretrain.evaluate.run_tasks import condition_metrics, reference_nats
+from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.tasks import task_named, tasks
 from pretrain.runner.open import load_model
 from tasks import log_p, written
@@ -226,7 +228,7 @@ def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -
         for text, references in zip(inputs, answers, strict=True)
     ]
     examples = with_shots(task, examples, shots=1, seed=1)  # which none of the conditions has
-    found = reference_nats(model.decoder, model.tokenizer, task, examples, world=model.world)
+    found = reference_nats(model, task, examples)
     words = {
         "task": "English = French\n{} =",
         "wrong": "English = German\n{} =",
@@ -240,12 +242,13 @@ def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -
             assert row[1] == len(first.encode())
 
 
-def test_baselines_are_the_input_and_its_first_sentence() -> None:
+def test_baselines_are_the_input_and_its_first_sentence(finished_run: Path) -> None:
+    model, task = load_model(finished_run, device="cpu"), task_named("summarize")
     example = Example(("x",), ("Red birds sing.",), input="Red birds fly. They eat seeds.")
-    found = baseline_statistics("f1", [example])
+    found = condition_metrics(model, EvalTask(replace(task, metric="f1"), (example,)))
     # Two of three and six words are in the reference; two of three and three.
-    assert found["copy"].tolist() == [[pytest.approx(2 * 2 / (6 + 3)), 1.0]]
-    assert found["lead"].tolist() == [[pytest.approx(2 * 2 / (3 + 3)), 1.0]]
+    expected = {"copy": 2 * 2 / (6 + 3), "lead": 2 * 2 / (3 + 3)}
+    assert found["baselines"] == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +301,7 @@ def test_ask_says_when_the_input_is_cut(
 
 @pytest.mark.parametrize(
     ("task", "said"),
-    [("piqa", "piqa does not take one text"), ("translate-en-xx", "did you mean translate-en")],
+    [("piqa", "piqa does not take one text"), ("translate-en-xx", "did you mean 'translate-en-")],
 )
 def test_ask_refuses_what_it_cannot_ask(
     capsys: pytest.CaptureFixture[str], task: str, said: str

@@ -163,7 +163,7 @@ def test_wrong_names_and_files_are_refused_before_anything_is_made(
         assert not run.exists()
         return capsys.readouterr().err
 
-    assert "unknown task 'lambad'; did you mean lambada" in refusal("--evaluate.tasks", "lambad")
+    assert "unknown task 'lambad'; did you mean 'lambada'?" in refusal("--evaluate.tasks", "lambad")
     assert "task piqa needs the file piqa.jsonl" in refusal("--evaluate.tasks", "piqa")
     here = ["--evaluate.task_data", str(tmp_path)]
     assert "is not the file of task piqa" in refusal("--evaluate.tasks", "piqa", *here)

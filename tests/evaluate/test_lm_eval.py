@@ -16,7 +16,7 @@ import explain_lm_eval
 from pretrain.cli import harness
 from pretrain.cli.harness import HarnessModel
 from pretrain.corpus.reading import read_documents
-from pretrain.evaluate.loglikelihood import rolling_pairs
+from pretrain.evaluate.loglikelihood import rolling_pairs, score_pairs
 from tiny import write_llama
 
 CONTEXT = 64
@@ -94,7 +94,7 @@ def test_rolling_likelihoods_are_theirs_but_for_the_start_that_they_count(
         start = tokenizer.start_of_text
         ids = [[start, *tokenizer.encode(text).tolist()] for text in ROLLED]
         pairs = [rolling_pairs(each, start=start, context_length=CONTEXT) for each in ids]
-        found = [-sum(answer.nats for answer in ours._score(each)) for each in pairs]
+        found = [-sum(answer.nats for answer in score_pairs(ours._model, each)) for each in pairs]
     assert found == pytest.approx(expected, abs=1e-3)
 
 

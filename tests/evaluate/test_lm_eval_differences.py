@@ -63,12 +63,10 @@ def line(
 
 def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> HarnessComparison:
     """What is said of samples of an example and, in the first place, of one that is the same."""
-    examples, world = [example] * len(lines), model.world
-    results = evaluate_task(model.decoder, model.tokenizer, task, examples, world=world)
+    examples = [example] * len(lines)
+    results = evaluate_task(model, task, examples)
     samples = read_samples("\n".join(lines))
-    return compare_with_harness(
-        model.decoder, model.tokenizer, task, examples, results, samples, world=world
-    )
+    return compare_with_harness(model, task, examples, results, samples)
 
 
 def cause(model: LoadedModel, example: Example, sample: str, **task: Any) -> tuple[str, str]:

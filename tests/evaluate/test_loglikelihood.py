@@ -15,7 +15,6 @@ from pretrain.cli import main
 from pretrain.data.batches import evaluation_batches
 from pretrain.evaluate.loglikelihood import Pair, encode_pair, score_pairs, windows_of
 from pretrain.evaluate.loss import Ids, Score, score_each, score_texts
-from pretrain.model.loss import LMLoss
 from pretrain.runner.open import LoadedModel, load_model
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -79,24 +78,22 @@ def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: LoadedModel) ->
         i if i <= CONTEXT else CONTEXT - stride + 1 + (i - 1 - CONTEXT) % stride
         for i in range(1, n + 1)
     ]
-    found = score_texts(
-        LMLoss(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
-    )
+    found = score_texts(model, [text], stride=stride)
     assert found.tokens == n
     assert found.nats == pytest.approx(by_hand(model, ids, 1, contexts), rel=1e-9)
-    pair = score_pairs(model.decoder, [Pair(tuple(ids), 1)], world=model.world, stride=stride)[0]
+    pair = score_pairs(model, [Pair(tuple(ids), 1)], stride=stride)[0]
     assert pair.nats == pytest.approx(found.nats, rel=1e-12)
     assert pair.tokens == found.tokens
-    default = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
+    default = score_texts(model, [text])
     assert default.nats != pytest.approx(found.nats, rel=1e-3)
     # The primitive and the sum that the training loop takes are one number.
-    whole = score_pairs(model.decoder, [Pair(tuple(ids), 1)], world=model.world)[0]
+    whole = score_pairs(model, [Pair(tuple(ids), 1)])[0]
     assert whole.nats == pytest.approx(default.nats, rel=1e-12)
 
 
 def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: LoadedModel) -> None:
     pairs = random_pairs(40, longest=60)
-    answers = score_pairs(model.decoder, pairs, world=model.world)
+    answers = score_pairs(model, pairs)
     assert any(a.is_truncated for a in answers)
     assert not all(a.is_truncated for a in answers)
     for pair, answer in zip(pairs, answers, strict=True):
@@ -114,11 +111,11 @@ def test_what_stands_beside_a_pair_changes_nothing(
     model = load_model(str(finished_run), device="cpu")
     model.decoder.to(dtype)
     pairs = random_pairs(50, longest=80)
-    alone = [score_pairs(model.decoder, [pair], world=model.world)[0] for pair in pairs]
+    alone = [score_pairs(model, [pair])[0] for pair in pairs]
     order = random.Random(2).sample(range(len(pairs)), len(pairs))
     for batch_tokens in (1, 100, 4096):
         shuffled = [pairs[i] for i in order]
-        found = score_pairs(model.decoder, shuffled, world=model.world, batch_tokens=batch_tokens)
+        found = score_pairs(model, shuffled, batch_tokens=batch_tokens)
         for i, answer in zip(order, found, strict=True):
             assert answer.nats == pytest.approx(alone[i].nats, abs=tolerance, rel=0)
             assert answer.is_greedy == alone[i].is_greedy
@@ -133,13 +130,13 @@ def test_greedy_is_what_greedy_decoding_writes(model: LoadedModel) -> None:
     ]
     wrong = [*written[:4], (written[4] + 1) % 400]
     pairs = [Pair((*prompt, *ids), len(prompt)) for ids in (written, wrong, written[:1])]
-    answers = score_pairs(model.decoder, pairs, world=model.world)
+    answers = score_pairs(model, pairs)
     assert [a.is_greedy for a in answers] == [True, False, True]
 
 
 def test_a_continuation_longer_than_the_context_is_counted_whole(model: LoadedModel) -> None:
     ids = tuple(int(i) for i in np.random.default_rng(0).integers(0, 400, 90))
-    answer = score_pairs(model.decoder, [Pair(ids, 10)], world=model.world)[0]
+    answer = score_pairs(model, [Pair(ids, 10)])[0]
     # From the context's last id on, in windows that do not overlap.
     contexts = [(i - 10) % CONTEXT + 1 for i in range(10, 90)]
     assert answer.tokens == 80
@@ -152,7 +149,7 @@ def test_greedy_is_asked_of_every_window(model: LoadedModel) -> None:
         likeliest = model.decoder.logits(model.decoder(torch.tensor([ids[-1:]])))[0, -1].argmax()
     pair = Pair((*ids, int(likeliest)), 1)
     assert list(windows_of(pair, context_length=CONTEXT, stride=CONTEXT))[1][2] == 1
-    alone, whole = score_pairs(model.decoder, [Pair(pair.ids[-2:], 1), pair], world=model.world)
+    alone, whole = score_pairs(model, [Pair(pair.ids[-2:], 1), pair])
     assert (alone.is_greedy, whole.is_greedy) == (True, False)
 
 
@@ -190,18 +187,15 @@ def test_what_cannot_be_scored_is_refused(model: LoadedModel) -> None:
         encode_pair(model.tokenizer, "of the", "")
     for stride in (0, CONTEXT + 1):
         with pytest.raises(ValueError, match=f"stride must be 1 to {CONTEXT}, the context length"):
-            score_pairs(model.decoder, [], world=model.world, stride=stride)
+            score_pairs(model, [], stride=stride)
         with pytest.raises(ValueError, match=f"stride must be 1 to {CONTEXT}, the context length"):
-            score_texts(
-                LMLoss(model.decoder), model.tokenizer, ["a"], world=model.world, stride=stride
-            )
+            score_texts(model, ["a"], stride=stride)
 
 
 def test_each_document_has_its_own_score(model: LoadedModel) -> None:
     texts = ["Yes.", TEXT * 2, "No, no."]
-    lm_loss = LMLoss(model.decoder)
-    each = score_each(lm_loss, model.tokenizer, texts, world=model.world)
-    together = score_texts(lm_loss, model.tokenizer, texts, world=model.world)
+    each = score_each(model, texts)
+    together = score_texts(model, texts)
     assert len(each) == 3
     assert together == Score(
         *(sum(getattr(s, n) for s in each) for n in ("nats", "tokens", "bytes"))

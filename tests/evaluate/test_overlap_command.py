@@ -17,12 +17,12 @@ from pretrain.corpus.words import split_words
 from pretrain.data.format import PreparedData, open_prepared
 from pretrain.data.preparation import prepare
 from pretrain.evaluate import overlap as memorisation
-from pretrain.evaluate.documents import document_texts
 from pretrain.evaluate.overlap import (
     CONTINUATIONS,
     GENERATED_TOKENS,
     PROMPT_TOKENS,
     _held_out_spans,
+    document_texts,
     score_without_overlap,
 )
 from pretrain.report.page import write_report

@@ -20,7 +20,7 @@ from pretrain.evaluate.metrics import (
     exact_match,
     value,
 )
-from pretrain.evaluate.run_tasks import evaluate_task, example_statistics
+from pretrain.evaluate.run_tasks import example_statistics
 from pretrain.evaluate.tasks import METRICS, task_of_kind
 from pretrain.runner.open import LoadedModel, load_model
 from tasks import RECORDS, asked, examples_of, log_p, written
@@ -126,18 +126,15 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
     broken = copy.deepcopy(model.decoder)
     with torch.no_grad():
         broken.token_embedding.weight.fill_(math.nan)
-    said = evaluate_task(broken, model.tokenizer, task, alike, world=model.world).statistics[
-        "accuracy"
-    ]
-    assert said.tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
+    statistics = asked(replace(model, decoder=broken), task, alike).statistics
+    assert statistics["accuracy"].tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
 
     from pretrain.evaluate.loss import score_texts
-    from pretrain.model.loss import LMLoss
 
     task = task_of_kind("text", str(written(tmp_path, RECORDS["text"])))
     results = asked(model, task, examples_of(task, Path(task.file)))
     texts = [record["text"] for record in RECORDS["text"]]
-    score = score_texts(LMLoss(model.decoder), model.tokenizer, texts, world=model.world)
+    score = score_texts(model, texts)
     sums = {metric: rows.sum(0) for metric, rows in results.statistics.items()}
     assert value("bits_per_byte", sums["bits_per_byte"]) == pytest.approx(score.bits_per_byte)
     assert value("perplexity", sums["perplexity"]) == pytest.approx(score.perplexity)

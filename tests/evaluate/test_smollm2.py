@@ -90,8 +90,7 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
 ) -> None:
     """The beginning of WikiText-2, each token once, with all that a window gives before it."""
     from pretrain.distributed import open_world
-    from pretrain.evaluate.loss import score_texts
-    from pretrain.model.loss import LMLoss
+    from pretrain.evaluate.loss import ScoredModel, score_texts
 
     transformers = pytest.importorskip("transformers")
     file = DATA / "wikitext2-raw.valid.txt"
@@ -99,9 +98,8 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
         pytest.skip("needs wikitext2-raw.valid.txt")
     text = file.read_text(encoding="utf-8")[:40_000]
     decoder = foreign.build()
-    score = score_texts(
-        LMLoss(decoder), foreign.tokenizer, [text], world=open_world("cpu"), stride=stride
-    )
+    model = ScoredModel(decoder, foreign.tokenizer, open_world("cpu"))
+    score = score_texts(model, [text], stride=stride)
     write_hugging_face(tmp_path, decoder=decoder, tokenizer=foreign.tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -134,6 +132,7 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
     """Log-probabilities and answers of 500 examples; skipped without the extra `harness`."""
     from pretrain.distributed import open_world
     from pretrain.evaluate.examples import read_examples
+    from pretrain.evaluate.loss import ScoredModel
     from pretrain.evaluate.run_tasks import evaluate_task
     from pretrain.evaluate.task_files import find_task_file, read_task_file
     from pretrain.evaluate.tasks import task_named
@@ -152,9 +151,8 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
         for pair in pairs
     ]
     theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))
-    lines = evaluate_task(
-        decoder, foreign.tokenizer, task, examples, world=open_world("cpu")
-    ).records
+    model = ScoredModel(decoder, foreign.tokenizer, open_world("cpu"))
+    lines = evaluate_task(model, task, examples).records
     furthest, ties = 0.0, 0
     for line in lines:
         found = [next(theirs) for _ in line["options"]]

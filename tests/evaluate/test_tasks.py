@@ -26,6 +26,7 @@ from pretrain.evaluate.task_files import find_task_file, read_task_file
 from pretrain.evaluate.tasks import METRICS, task_named, task_of_kind, tasks
 from tasks import RECORDS, examples_of, written
 
+TWO_TEXTS = "must be a list of two texts or more, none of them empty"
 DATA = Path(__file__).parents[3] / "shared/data/eval"
 
 
@@ -47,11 +48,11 @@ def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
         ("choice", {"gold": 3}, "gold must be one of 0 to 2 \\(got 3\\)"),
         ("choice", {"gold": -1}, "gold must be one of 0 to 2 \\(got -1"),
         ("choice", {"gold": True}, "gold must be one of 0 to 2 \\(got True"),
-        ("choice", {"choices": ["a"]}, "two texts or more"),
-        ("choice", {"choices": ["a", ""]}, "empty text"),
+        ("choice", {"choices": ["a"]}, TWO_TEXTS),
+        ("choice", {"choices": ["a", ""]}, TWO_TEXTS),
         ("choice", {"query": 3}, "query must be a text"),
         ("cloze", {"continuation": ""}, "not empty"),
-        ("schema", {"context_options": "a"}, "two texts or more"),
+        ("schema", {"context_options": "a"}, TWO_TEXTS),
         ("answer", {"answers": [3]}, "the answers must be a text or a list of texts"),
         ("answer", {"answers": []}, "the answers must be a text or a list of texts"),
         ("pair", {"bad": None}, "bad must be a text"),
@@ -286,7 +287,7 @@ def test_a_task_of_the_table_needs_its_very_file(
         assert main([*words, *rest]) == 2
         return capsys.readouterr().err
 
-    assert "did you mean lambada" in refusal("lambad")
+    assert "did you mean 'lambada'" in refusal("lambad")
     assert "needs the file piqa.jsonl" in refusal("piqa")
     assert f"which is not in {tmp_path}" in refusal("piqa", "--task-data", str(tmp_path))
     written(tmp_path, RECORDS["choice"], "piqa.jsonl")

@@ -9,6 +9,7 @@ import lzma
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ import torch
 from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
 from pretrain.data.batches import evaluation_batches
-from pretrain.evaluate.baselines import _xz_bits_per_byte, count_model_nats
+from pretrain.evaluate.baselines import count_model_nats, measure_baselines
 from pretrain.evaluate.loss import Ids, Score, score_each, score_texts
-from pretrain.model.loss import LMLoss
 from pretrain.runner.open import load_model
+from pretrain.tokenizer.train import train_tokenizer
 from tiny import TINY
 
 
@@ -61,7 +62,7 @@ def test_the_scorer_equals_a_brute_force_sum(finished_run: Path) -> None:
     model = load_model(str(finished_run), device="cpu")
     model.decoder.double()
     text = "The people of the United States, in order to form a more perfect Union, é ordain: " * 3
-    result = score_texts(LMLoss(model.decoder), model.tokenizer, [text, "Yes."], world=model.world)
+    result = score_texts(model, [text, "Yes."])
     nats, tokens = 0.0, 0
     for one in (text, "Yes."):
         ids = [model.tokenizer.end_of_text, *model.tokenizer.encode(one).tolist()]
@@ -107,11 +108,10 @@ def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
     """A tokenizer may put a space before a text, and fold what it reads."""
     model = load_model(str(finished_run), device="cpu")
     texts = ["Ein Übermaß", ""]
-    lm_loss = LMLoss(model.decoder)
-    plain = score_each(lm_loss, model.tokenizer, texts, world=model.world)
+    plain = score_each(model, texts)
     lengths = model.tokenizer.byte_lengths() + 1
     monkeypatch.setattr(type(model.tokenizer), "byte_lengths", lambda _: lengths)
-    assert score_each(lm_loss, model.tokenizer, texts, world=model.world) == plain
+    assert score_each(model, texts) == plain
     assert [each.bytes for each in plain] == [13, 0]
 
 
@@ -200,8 +200,17 @@ def test_xz_is_given_the_training_text() -> None:
     val = next(iter(read_documents("bundled"))).text[:3000].encode()
     other = bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8))
     alone = 8 * len(lzma.compress(val)) / len(val)
-    assert _xz_bits_per_byte(val, val) < 0.3  # it has seen it before
-    assert _xz_bits_per_byte(other, val) == pytest.approx(alone, rel=0.1)
+    tokenizer = train_tokenizer([], name="bytes")
+    ids = {id_: tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)}
+    id_of = {value: id_ for id_, value in ids.items()}
+
+    def xz_bits_per_byte(train: bytes) -> float:
+        train_ids, val_ids = (Ids(np.array([id_of[bytes([b])] for b in t])) for t in (train, val))
+        baselines: Any = measure_baselines(train_ids, val_ids, tokenizer=tokenizer)["baselines"]
+        return float(baselines[-1]["bits_per_byte"])
+
+    assert xz_bits_per_byte(val) < 0.3  # it has seen it before
+    assert xz_bits_per_byte(other) == pytest.approx(alone, rel=0.1)
 
 
 def test_a_changed_text_is_not_scored_as_the_run_s_own(

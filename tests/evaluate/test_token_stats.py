@@ -19,7 +19,6 @@ from pretrain.evaluate.loglikelihood import Pair
 from pretrain.evaluate.loss import score_texts
 from pretrain.evaluate.token_stats import TokenLoss, annotated_text, token_losses
 from pretrain.generate.sampling import next_distribution
-from pretrain.model.loss import LMLoss
 from pretrain.report.html import heat_map_page
 from pretrain.report.page import write_report
 from pretrain.runner.open import LoadedModel, load_model
@@ -44,9 +43,7 @@ def tokenizer(finished_run: Path) -> Tokenizer:
 
 def looked_at(model: LoadedModel, text: str, **more: Any) -> list[TokenLoss]:
     ids = model.tokenizer.encode(text).tolist()
-    return token_losses(
-        model.decoder, Pair((model.tokenizer.start_of_text, *ids), 1), world=model.world, **more
-    )
+    return token_losses(model, Pair((model.tokenizer.start_of_text, *ids), 1), **more)
 
 
 @pytest.mark.parametrize("stride", [None, 5])
@@ -55,9 +52,7 @@ def test_nats_of_all_tokens_are_the_score_of_the_text(
 ) -> None:
     text = HOSTILE * 12  # many windows of 32 ids
     found = looked_at(model, text, stride=stride)
-    whole = score_texts(
-        LMLoss(model.decoder), model.tokenizer, [text], world=model.world, stride=stride
-    )
+    whole = score_texts(model, [text], stride=stride)
     assert len(found) == whole.tokens
     assert math.fsum(each.nats for each in found) == pytest.approx(whole.nats, rel=1e-12)
     assert [each.id for each in found] == model.tokenizer.encode(text).tolist()
@@ -80,7 +75,7 @@ def test_a_pair_without_context_is_refused(model: LoadedModel) -> None:
     with pytest.raises(
         ValueError, match=r"at least 1 id of context and 1 of continuation \(got 0 of 2 ids"
     ):
-        token_losses(model.decoder, Pair((1, 2), 0), world=model.world)
+        token_losses(model, Pair((1, 2), 0))
 
 
 @given(st.text(max_size=60))

@@ -19,13 +19,12 @@ from exports import same
 from oracles import config_of, random_decoder
 from pretrain.corpus.reading import read_documents
 from pretrain.distributed import open_world
-from pretrain.evaluate.loss import score_texts
+from pretrain.evaluate.loss import ScoredModel, score_texts
 from pretrain.export.gguf import write_gguf
 from pretrain.export.importing import import_model
 from pretrain.export.layouts import FormatError
 from pretrain.export.verification import AGREES, TEXTS, Exported, make_request, verify_export
 from pretrain.model.decoder import Decoder
-from pretrain.model.loss import LMLoss
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
@@ -132,7 +131,7 @@ def certificate_of(
     file.parent.mkdir()
     written(file, decoder, tokenizer, numbers)
     text = "The capital of France is Paris. " * 10
-    score = score_texts(LMLoss(decoder), tokenizer, [text], world=open_world("cpu", threads=1))
+    score = score_texts(ScoredModel(decoder, tokenizer, open_world("cpu", threads=1)), [text])
     return verify_export(Exported(file, "gguf", numbers, decoder, tokenizer), text, score)
 
 

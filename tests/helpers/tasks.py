@@ -48,7 +48,7 @@ def examples_of(task: Task, path: Path, limit: int | None = None) -> list[Exampl
 
 
 def asked(model: LoadedModel, task: Task, examples: list[Example]) -> TaskResults:
-    return evaluate_task(model.decoder, model.tokenizer, task, examples, world=model.world)
+    return evaluate_task(model, task, examples)
 
 
 @torch.no_grad()

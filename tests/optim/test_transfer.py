@@ -11,7 +11,7 @@ from numpy.polynomial import Polynomial
 from pretrain.config import compose, parse_overrides
 from pretrain.data.batches import evaluation_batches
 from pretrain.distributed import open_world
-from pretrain.evaluate.loss import byte_lengths, score
+from pretrain.evaluate.loss import ScoredModel, score
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import build_optimizer
@@ -67,8 +67,8 @@ def held_out_loss(settings: dict[str, float]) -> float:
     batches = evaluation_batches(
         data.split("val"), context_length=128, rows=32, limit_tokens=32_768
     )
-    lengths = byte_lengths(data.tokenizer())
-    return score(lm_loss, batches, byte_lengths_V=lengths, world=world).nats_per_token
+    model = ScoredModel(lm_loss.decoder, data.tokenizer(), world)
+    return score(model, batches).nats_per_token
 
 
 def best_lr(setting: str, value: int) -> float:

@@ -16,7 +16,6 @@ from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.cli.harness import HarnessModel
 from pretrain.data.preparation import prepare
-from pretrain.evaluate.token_stats import TokenLoss, flash_card
 from pretrain.export.hf import write_hugging_face
 from pretrain.generate import sampling
 from pretrain.tokenizer.encode import SentencePieceEncoder
@@ -84,7 +83,7 @@ def test_special_token_names_in_a_text_are_text(llama: Path) -> None:
 def test_continuation_keeps_the_space_before_it(
     kind: str, llama: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In `generate`, the harness, `next`, a flash card; nothing is before what has no prompt."""
+    """In `generate`, the harness, `next`; nothing is before what has no prompt."""
     texts = ["the people of the house and the sea " * 9]
     ours = load_tokenizer(llama) if kind == "sentencepiece" else None
     ours = ours or train_tokenizer(texts, name="gpt", vocab_size=34)
@@ -93,7 +92,7 @@ def test_continuation_keeps_the_space_before_it(
     before, expected = "of the", " house"
     added = ours.encode(before + expected)[len(ours.encode(before)) :].tolist()
     monkeypatch.setattr(sampling, "generate_ids", lambda *_, **__: [added])
-    monkeypatch.setattr("pretrain.evaluate.lm_eval.generate_ids", lambda *_, **__: [added])
+    monkeypatch.setattr("pretrain.evaluate.run_tasks.generate_ids", lambda *_, **__: [added])
     assert sampling.generate(decoder, ours, before) == [expected]
     assert sampling.generate(decoder, ours, "") == ["house"]
     request = SimpleNamespace(args=(before, {}))
@@ -108,9 +107,6 @@ def test_continuation_keeps_the_space_before_it(
         found = json.loads(capsys.readouterr().out)
         assert spaced in {token["text"] for token in found["tokens"]}
         assert not more or found["answer"]["tokens"][0]["text"] == spaced
-    seen = TokenLoss(added[0], 1.0, 1, ((added[0], 0.5),))
-    shown = flash_card(ours, [], seen)
-    assert shown["answer"]["text"] == shown["most_probable"][0]["text"] == spaced
 
 
 def test_text_is_prepared_with_sentencepiece(llama: Path, tmp_path: Path) -> None:

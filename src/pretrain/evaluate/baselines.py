@@ -12,12 +12,11 @@ from __future__ import annotations
 import lzma
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.format import TokenStream
+from pretrain.data.batches import Stream
 from pretrain.evaluate.loss import Score
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -29,22 +28,8 @@ MAX_COUNTED_TOKENS = 10_000_000
 XZ_BYTES = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """The loss of one simple model on the validation split."""
-
-    name: str
-    nats_per_token: float | None
-    perplexity: float | None
-    bits_per_byte: float
-    note: str
-
-
-def measure_baselines(
-    train: TokenStream, val: TokenStream, *, tokenizer: Tokenizer
-) -> dict[str, object]:
-    """The content of a run's baselines.json: bits per byte of each baseline on the validation
-    stream."""
+def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> dict[str, object]:
+    """The content of a run's baselines.json: the loss of each baseline on the validation stream."""
     train_ids = train.read(0, min(train.n_tokens, MAX_COUNTED_TOKENS))
     val_ids = val.read(0, val.n_tokens)
     lengths = tokenizer.byte_lengths()
@@ -55,16 +40,22 @@ def measure_baselines(
     if len(train_ids) < train.n_tokens:
         limit = f", from the first {len(train_ids):,} training tokens"
     notes = {
-        "unigram": "how often each token occurs" + limit,
-        "bigram": "given the token before" + limit,
-        "trigram": "given the two tokens before" + limit,
+        "unigram": "how often each token occurs",
+        "bigram": "given the token before",
+        "trigram": "given the two tokens before",
     }
     all_nats = count_model_nats(train_ids, val_ids, vocab_size=tokenizer.vocab_size)
-    rows = []
+    rows: list[dict[str, object]] = []
     for (name, note), nats in zip(notes.items(), all_nats, strict=True):
         score = Score(nats, n_targets, n_bytes)
         rows.append(
-            Baseline(name, score.nats_per_token, score.perplexity, score.bits_per_byte, note)
+            {
+                "name": name,
+                "nats_per_token": score.nats_per_token,
+                "perplexity": score.perplexity,
+                "bits_per_byte": score.bits_per_byte,
+                "note": note + limit,
+            }
         )
 
     token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
@@ -74,13 +65,22 @@ def measure_baselines(
     last_ids = train_ids[-math.ceil(1.2 * XZ_BYTES / mean_length) :]
     train_text = b"".join(token_bytes[id_] for id_ in last_ids)[-XZ_BYTES:]
     val_text = b"".join(token_bytes[id_] for id_ in val_ids)
-    note = f"the compressor, after {len(train_text):,} bytes of training text"
-    rows.append(Baseline("xz", None, None, _xz_bits_per_byte(train_text, val_text), note))
+    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
+        alone, both = pool.map(lambda t: len(lzma.compress(t)), (train_text, train_text + val_text))
+    rows.append(
+        {
+            "name": "xz",
+            "nats_per_token": None,
+            "perplexity": None,
+            "bits_per_byte": 8 * (both - alone) / len(val_text),
+            "note": f"the compressor, after {len(train_text):,} bytes of training text",
+        }
+    )
     return {
         "val_tokens": n_targets,
         "val_bytes": n_bytes,
         "train_tokens": len(train_ids),
-        "baselines": [asdict(row) for row in rows],
+        "baselines": rows,
     }
 
 
@@ -110,11 +110,9 @@ def count_model_nats(train: Array, val: Array, *, vocab_size: int) -> list[float
     lower_unigram_p = _interpolated(
         lower_unigrams, lower_unigram_counts[lower_unigrams], targets, vocab_size=v, lower=uniform_p
     )
-    bigram_p = _interpolated(
-        bigrams, bigram_counts, val_bigrams, vocab_size=v, lower=lower_unigram_p
-    )
-    lower_bigram_p = _interpolated(
-        lower_bigrams, lower_bigram_counts, val_bigrams, vocab_size=v, lower=lower_unigram_p
+    bigram_p, lower_bigram_p = (
+        _interpolated(grams, counts, val_bigrams, vocab_size=v, lower=lower_unigram_p)
+        for grams, counts in ((bigrams, bigram_counts), (lower_bigrams, lower_bigram_counts))
     )
     trigram_p = _interpolated(
         trigrams, trigram_counts, val_trigrams, vocab_size=v, lower=lower_bigram_p
@@ -147,10 +145,3 @@ def _interpolated(
     discounted = np.maximum(query_counts - discount, 0) / context_totals[context_places]
     freed = discount * n_distinct[context_places] / context_totals[context_places]
     return np.where(is_known, discounted + freed * lower, lower)
-
-
-def _xz_bits_per_byte(train: bytes, val: bytes) -> float:
-    """Bits that xz needs for `val` after `train`, per byte of `val`."""
-    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
-        sizes = list(pool.map(lambda text: len(lzma.compress(text)), (train, train + val)))
-    return 8 * (sizes[1] - sizes[0]) / len(val)

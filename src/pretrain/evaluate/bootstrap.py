@@ -31,8 +31,8 @@ class Estimate:
     """A metric of one model."""
 
     value: float
-    stderr: float | None
-    detectable: float | None
+    stderr: float | None = None
+    detectable: float | None = None
     """The smallest difference between two models with this error that an unpaired test detects with
     80 % power at the 5 % level; a paired one detects smaller ones."""
 
@@ -42,13 +42,13 @@ class Difference:
     """A metric of one model minus that of another, on the same examples."""
 
     difference: float
-    stderr: float | None
-    low: float | None
-    high: float | None
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
     """The 95 % interval."""
-    p: float | None
+    p: float | None = None
     """The share of random exchanges of answers that give a difference at least as large."""
-    detectable: float | None
+    detectable: float | None = None
     """The smallest true difference that these pairs detect with 80 % power at the 5 % level."""
 
 
@@ -56,7 +56,7 @@ def estimate(metric: str, statistics: Array, *, seed: int) -> Estimate:
     """The metric of statistics (examples, k), and its standard error."""
     total = float(value(metric, statistics.sum(0)))
     if len(statistics) < 2:
-        return Estimate(total, None, None)
+        return Estimate(total)
     stderr = _finite_std(value(metric, _resampled_sums(statistics, seed)))
     # If all examples gave the same, nothing is known of how examples differ.
     detectable = _detectable(math.sqrt(2) * stderr) if stderr else None
@@ -69,27 +69,27 @@ def compare(metric: str, first: Array, second: Array, *, seed: int) -> Differenc
         raise ValueError(
             f"both models must have the same examples (got {len(first)} and {len(second)})"
         )
-    difference = float(_difference(metric, first.sum(0), second.sum(0)))
+    difference = float(value(metric, first.sum(0)) - value(metric, second.sum(0)))
     if len(first) < 2:
-        return Difference(difference, None, None, None, None, None)
-    k = first.shape[1]
-    sums = _resampled_sums(np.concatenate([first, second], axis=1), seed)
-    resampled = _difference(metric, sums[:, :k], sums[:, k:])
+        return Difference(difference)
+    sums = np.split(_resampled_sums(np.concatenate([first, second], axis=1), seed), 2, axis=1)
+    resampled = value(metric, sums[0]) - value(metric, sums[1])
     stderr = _finite_std(resampled)
     if stderr is None:
-        return Difference(difference, None, None, None, None, None)
+        return Difference(difference)
     low, high = np.quantile(resampled, [LEVEL / 2, 1 - LEVEL / 2])
-    exchanged = np.concatenate(list(_exchanged(metric, first, second, seed)))
     # Rounding must not make an equal difference a smaller one.
-    is_as_large = np.abs(exchanged) >= abs(difference) * (1 - 1e-9) - 1e-15
-    p = (1 + int(is_as_large.sum())) / (1 + len(exchanged))
+    as_large = abs(difference) * (1 - 1e-9) - 1e-15
+    rng = np.random.default_rng(seed)
+    n_as_large = 0
+    for rows in _chunks(len(first)):
+        # The models' answers to about half of the examples are exchanged.
+        moved = rng.integers(0, 2, size=(rows, len(first)), dtype=np.int8) @ (second - first)
+        exchanged = value(metric, first.sum(0) + moved) - value(metric, second.sum(0) - moved)
+        n_as_large += int((np.abs(exchanged) >= as_large).sum())
+    p = (1 + n_as_large) / (1 + RESAMPLES)
     detectable = _detectable(stderr) if stderr else None
     return Difference(difference, stderr, float(low), float(high), p, detectable)
-
-
-def _difference(metric: str, first_sums: Array, second_sums: Array) -> Array:
-    difference: Array = value(metric, first_sums) - value(metric, second_sums)
-    return difference
 
 
 def _detectable(stderr: float) -> float:
@@ -114,20 +114,7 @@ def _resampled_sums(statistics: Array, seed: int) -> Array:
     return np.concatenate(chunks)
 
 
-def _exchanged(metric: str, first: Array, second: Array, seed: int) -> Iterator[Array]:
-    """Yield differences after the models' answers to about half of the examples are exchanged."""
-    rng = np.random.default_rng(seed)
-    first_sums, second_sums = first.sum(0), second.sum(0)
-    gap = second - first
-    for rows in _chunks(len(first)):
-        moved = rng.integers(0, 2, size=(rows, len(first)), dtype=np.int8) @ gap
-        yield _difference(metric, first_sums + moved, second_sums - moved)
-
-
 def _chunks(n_examples: int) -> Iterator[int]:
-    """Yield numbers of resamples, RESAMPLES in total, whose weights fit the memory together."""
-    n_left = RESAMPLES
-    while n_left:
-        rows = min(n_left, max(1, _CHUNK_WEIGHTS // n_examples))
-        yield rows
-        n_left -= rows
+    """Numbers of resamples, RESAMPLES in total, whose weights fit the memory together."""
+    n_rows = max(1, _CHUNK_WEIGHTS // n_examples)
+    return (min(n_rows, RESAMPLES - first) for first in range(0, RESAMPLES, n_rows))

@@ -8,40 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from pretrain.data.batches import evaluation_batches, resolve_stride
+from pretrain.data.batches import resolve_stride
 from pretrain.data.format import TokenStream
-from pretrain.distributed import World
 from pretrain.evaluate.bootstrap import estimate
-from pretrain.evaluate.conditioning import condition_metrics
-from pretrain.evaluate.documents import document_texts
-from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, byte_lengths, score, score_each
-from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
+from pretrain.evaluate.loss import Model, Score, score_stream, score_texts
+from pretrain.evaluate.overlap import document_texts
+from pretrain.evaluate.run_tasks import TaskResults, condition_metrics, evaluate_task
 from pretrain.evaluate.task_files import EvalTask, load_tasks, read_texts
-from pretrain.model.decoder import Decoder
-from pretrain.model.loss import LMLoss
-from pretrain.tokenizer.tokenizer import Tokenizer
-
-HELD_OUT = "held-out split"
-# Answers that are shown of a task that is evaluated under several conditions.
-N_SHOWN_EXAMPLES = 3
-
-
-class Model(Protocol):
-    """A model that can be evaluated; `pretrain.load_model` returns one."""
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def world(self) -> World: ...
-
-    @property
-    def precision(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -90,56 +65,29 @@ def evaluate(
         evaluation.protocol["text"] = text_protocol(model, stride, of=of)
         log(evaluation.protocol["text"])
     if held_out is not None:
-        evaluation.text[HELD_OUT] = _stream_row(model, held_out, stride)
+        documents = document_texts(held_out, model.tokenizer, chunk_tokens=held_out.n_tokens)
+        evaluation.text["held-out split"] = _text_row(
+            score_stream(model, held_out, stride=stride), (text for _, text in documents)
+        )
     for file in files:
-        texts, scores, note = score_file(model, file, text_field=text_field, stride=stride)
-        n_words = sum(len(text.split()) for text in texts)
-        evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), n_words)
+        texts, note = read_texts(file, text_field)
+        evaluation.text[file] = _text_row(score_texts(model, texts, stride=stride), texts)
         if note:
             evaluation.text[file]["passed_over"] = note
     for name, row in evaluation.text.items():
-        log(_text_line(name, row))
+        note = f"; {row['passed_over']}" if "passed_over" in row else ""
+        log(
+            f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
+            f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
+            f"{row['bytes']:,} bytes{note}"
+        )
     for eval_task in eval_tasks:
         _add_task(evaluation, model, eval_task, stride=stride, log=log)
     return evaluation
 
 
-def score_file(
-    model: Model, file: str, *, text_field: str | None = None, stride: int | None = None
-) -> tuple[list[str], list[Score], str]:
-    """The texts of a file, their scores, and a note on skipped documents ("" for none)."""
-    texts, note = read_texts(file, text_field)
-    scores = score_each(
-        LMLoss(model.decoder),
-        model.tokenizer,
-        texts,
-        world=model.world,
-        precision=model.precision,
-        stride=stride,
-    )
-    return texts, scores, note
-
-
-def _stream_row(model: Model, stream: TokenStream, stride: int | None) -> dict[str, Any]:
-    context = model.decoder.config.window_tokens
-    batches = evaluation_batches(
-        stream,
-        context_length=context,
-        rows=max(1, EVALUATION_TOKENS // context),
-        stride=stride,
-    )
-    stream_score = score(
-        LMLoss(model.decoder),
-        batches,
-        byte_lengths_V=byte_lengths(model.tokenizer),
-        world=model.world,
-        precision=model.precision,
-    )
-    documents = document_texts(stream, model.tokenizer, chunk_tokens=stream.n_tokens)
-    return _text_row(stream_score, sum(len(text.split()) for _, text in documents))
-
-
-def _text_row(text_score: Score, n_words: int) -> dict[str, Any]:
+def _text_row(text_score: Score, texts: Iterable[str]) -> dict[str, Any]:
+    n_words = sum(len(text.split()) for text in texts)
     return {
         **asdict(text_score),
         "words": n_words,
@@ -147,15 +95,6 @@ def _text_row(text_score: Score, n_words: int) -> dict[str, Any]:
         "word_perplexity": text_score.word_perplexity(n_words),
         "bits_per_byte": text_score.bits_per_byte,
     }
-
-
-def _text_line(name: str, row: dict[str, Any]) -> str:
-    line = (
-        f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
-        f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
-        f"{row['bytes']:,} bytes"
-    )
-    return f"{line}; {row['passed_over']}" if "passed_over" in row else line
 
 
 def _add_task(
@@ -167,7 +106,7 @@ def _add_task(
     log: Callable[[str], None],
 ) -> None:
     task = eval_task.task
-    results = run_eval_task(model, eval_task, stride=stride)
+    results = evaluate_task(model, task, eval_task.examples, stride=stride)
     metrics = {
         metric: asdict(estimate(metric, statistics, seed=eval_task.seed))
         for metric, statistics in results.statistics.items()
@@ -181,63 +120,27 @@ def _add_task(
     evaluation.protocol[task.name] = task_protocol(model, eval_task, results)
     log(f"{task.name}: {evaluation.protocol[task.name]}")
     for metric, values in metrics.items():
-        log(_metric_line(metric, values, is_main=metric == task.metric))
+        is_main = metric == task.metric
+        line = f"  {'*' if is_main else ' '} {metric:<24}{values['value']:.4f}"
+        if values["stderr"] is not None:
+            line += f" +- {values['stderr']:.4f}"
+        if is_main and values["detectable"] is not None:
+            line += f"   smallest detectable difference {values['detectable']:.4f}"
+        log(line)
     if task.wrong:
-        row |= condition_metrics(
-            model.decoder,
-            model.tokenizer,
-            eval_task,
-            world=model.world,
-            precision=model.precision,
-            stride=stride,
+        row |= condition_metrics(model, eval_task, stride=stride)
+        nats, p, baselines = row["nats_per_byte"], row["p"], row["baselines"]
+        log(
+            f"    nats/byte of the reference: {nats['task']:.4f} with the task; "
+            f"{nats['wrong']:.4f} with {task.wrong} instead (p = {p['wrong']:.4f}); "
+            f"{nats['none']:.4f} with none (p = {p['none']:.4f})\n"
+            f"    {task.metric} of the input itself {baselines['copy']:.4f}, of its first sentence "
+            f"{baselines['lead']:.4f}"
         )
-        for line in _condition_lines(eval_task, results, row):
-            log(line)
+        for example, record in list(zip(eval_task.examples, results.records, strict=True))[:3]:
+            log(f"    {example.input}\n    -> {record['answer']}\n    ({record['references'][0]})")
     evaluation.tasks[task.name] = row
     evaluation.results.append((eval_task, results))
-
-
-def run_eval_task(model: Model, eval_task: EvalTask, *, stride: int | None = None) -> TaskResults:
-    """`evaluate_task` for a loaded model."""
-    return evaluate_task(
-        model.decoder,
-        model.tokenizer,
-        eval_task.task,
-        eval_task.examples,
-        world=model.world,
-        precision=model.precision,
-        stride=stride,
-    )
-
-
-def _metric_line(metric: str, values: dict[str, Any], *, is_main: bool) -> str:
-    marker = "*" if is_main else " "
-    line = f"  {marker} {metric:<24}{values['value']:.4f}"
-    if values["stderr"] is not None:
-        line += f" +- {values['stderr']:.4f}"
-    if is_main and values["detectable"] is not None:
-        line += f"   smallest detectable difference {values['detectable']:.4f}"
-    return line
-
-
-def _condition_lines(
-    eval_task: EvalTask, results: TaskResults, row: dict[str, Any]
-) -> Iterable[str]:
-    nats, p, baselines = row["nats_per_byte"], row["p"], row["baselines"]
-    task = eval_task.task
-    yield (
-        f"    nats/byte of the reference: {nats['task']:.4f} with the task; {nats['wrong']:.4f} "
-        f"with {task.wrong} instead (p = {p['wrong']:.4f}); {nats['none']:.4f} with none "
-        f"(p = {p['none']:.4f})"
-    )
-    yield (
-        f"    {task.metric} of the input itself {baselines['copy']:.4f}, of its first sentence "
-        f"{baselines['lead']:.4f}"
-    )
-    for record in results.records[:N_SHOWN_EXAMPLES]:
-        yield f"    {eval_task.examples[record['example']].input}"
-        yield f"    -> {record['answer']}"
-        yield f"    ({record['references'][0]})"
 
 
 def text_protocol(model: Model, stride: int | None, *, of: str = "each text") -> str:

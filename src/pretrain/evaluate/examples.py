@@ -29,7 +29,6 @@ _KIND_BY_FIELD: dict[str, Kind] = {
     "text": "text",
 }
 _CONTEXT_FIELDS = ("context", "query", "question")
-_LINES_OF_AN_EXAMPLE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def read_examples(
             break
         try:
             examples.append(_example(task, record))
-        except _RecordError as error:
+        except ValueError as error:
             raise ValueError(f"{file}, {location}: {error}") from None
     if not examples:
         raise ValueError(f"{file} contains no example")
@@ -155,27 +154,36 @@ def compared_part(task: Task, text: str) -> str:
     if not task.answer_after:
         return text
     part = text.rpartition(task.answer_after)[2] if task.answer_after in text else ""
-    for stop in task.stops:
-        part = part.partition(stop)[0]
-    return part.strip().partition("\n")[0]
+    return cut_at_stop(part, task.stops).strip().partition("\n")[0]
 
 
-class _RecordError(Exception):
-    """A record is not of the documented form; the message says what it must be."""
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
 
 
 def _records(form: str, text: str, file: str) -> Iterator[tuple[str, Record]]:
     """Yield each record with its location. ValueError for a text of another form."""
     if form == "text":
         yield "all of it", {"text": text}
-    elif form == "squad":
-        yield from _squad(text, file)
+    elif form == "squad":  # "SQuAD" (Rajpurkar et al., 2016)
+        content = _object(text, file, "all of it")
+        try:
+            for article in content["data"]:
+                for paragraph in article["paragraphs"]:
+                    for question in paragraph["qas"]:
+                        answers = [answer["text"] for answer in question["answers"]]
+                        fields = {"question": question["question"], "answers": answers}
+                        record = {"context": paragraph["context"], **fields}
+                        yield f"question {question['id']}", record
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not SQuAD's JSON: {error!r}") from None
     elif form == "six lines":
         lines = text.removesuffix("\n").split("\n") if text else []
-        if len(lines) % _LINES_OF_AN_EXAMPLE:
+        if len(lines) % 6:
             raise ValueError(f"{file} must have six lines for each example (got {len(lines)})")
-        for first in range(0, len(lines), _LINES_OF_AN_EXAMPLE):
-            context, gold, *choices = lines[first : first + _LINES_OF_AN_EXAMPLE]
+        for first in range(0, len(lines), 6):
+            context, gold, *choices = lines[first : first + 6]
             yield f"line {first + 1}", {"context": context, "gold": gold, "choices": choices}
     else:
         for number, line in enumerate(text.split("\n"), start=1):
@@ -195,25 +203,6 @@ def _object(line: str, file: str, location: str) -> Record:
     return record
 
 
-def _squad(text: str, file: str) -> Iterator[tuple[str, Record]]:
-    """Yield a record for each question of SQuAD's JSON ("SQuAD", Rajpurkar et al., 2016)."""
-    content = _object(text, file, "all of it")
-    try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield (
-                        f"question {question['id']}",
-                        {
-                            "context": paragraph["context"],
-                            "question": question["question"],
-                            "answers": [answer["text"] for answer in question["answers"]],
-                        },
-                    )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not SQuAD's JSON: {error!r}") from None
-
-
 def _example(task: Task, record: Record) -> Example:
     if task.kind == "text":
         return Example(("",), (_string(record, "text"),))
@@ -222,33 +211,38 @@ def _example(task: Task, record: Record) -> Example:
     if task.kind == "schema":
         contexts = _strings(record, "context_options")
         return Example(contexts, (_string(record, "continuation"),), _gold(task, record, contexts))
-    context = _filled(task.context, record) if task.context else _context(record)
+    if task.context:
+        context = _filled(task.context, record)
+    else:
+        names = [name for name in _CONTEXT_FIELDS if name in record] or [_CONTEXT_FIELDS[0]]
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} mean the same; the full prompt must be in one of them"
+            )
+        # An empty one is valid: a start-of-text is the context.
+        context = _string(record, names[0], may_be_empty=True)
     if task.kind == "cloze":
         return Example((context,), (_string(record, "continuation"),))
     if task.kind == "answer":
-        references = _references(record)
+        references: list[Any] = []  # all right answers, each once
+        for name in ("answers", "answer", "aliases"):
+            value = record.get(name, [])
+            references += value if isinstance(value, list) else [value]
+        if not references or not all(isinstance(text, str) for text in references):
+            raise ValueError(
+                f"the answers must be a text or a list of texts (got {references!r:.60})"
+            )
         if task.answer_after and not all(compared_part(task, text) for text in references):
-            raise _RecordError(
+            raise ValueError(
                 f"an answer must have text after {task.answer_after!r}, which is compared"
             )
-        return Example((context,), references, input=str(record.get("input", "")))
+        return Example(
+            (context,), tuple(dict.fromkeys(references)), input=str(record.get("input", ""))
+        )
     choices = tuple(_filled(c, record) for c in task.choices) or _strings(record, "choices")
     if "" in choices:
-        raise _RecordError("a choice must not be empty")
+        raise ValueError("a choice must not be empty")
     return Example((context,), choices, _gold(task, record, choices))
-
-
-def _context(record: Record) -> str:
-    names = [name for name in _CONTEXT_FIELDS if name in record]
-    if len(names) > 1:
-        raise _RecordError(
-            f"{' and '.join(names)} mean the same; the full prompt must be in one of them"
-        )
-    name = names[0] if names else _CONTEXT_FIELDS[0]
-    context = record.get(name)
-    if not isinstance(context, str):  # an empty one is valid: a start-of-text is the context
-        raise _RecordError(f"{name} must be a text (got {context!r:.60})")
-    return context
 
 
 class _RecordFormatter(Formatter):
@@ -258,9 +252,9 @@ class _RecordFormatter(Formatter):
         first = kwargs[name.partition("[")[0]]
         value, key = super().get_field(name, args, kwargs)
         if isinstance(first, str) and "[" in name:  # a character of a text
-            raise _RecordError(f"{name} must be an element of a list of texts (got {first!r:.60})")
+            raise ValueError(f"{name} must be an element of a list of texts (got {first!r:.60})")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise _RecordError(f"{name} must be a text or a number (got {value!r:.60})")
+            raise ValueError(f"{name} must be a text or a number (got {value!r:.60})")
         return value, key
 
 
@@ -268,37 +262,24 @@ def _filled(template: str, record: Record) -> str:
     try:
         return _RecordFormatter().vformat(template, (), record)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise _RecordError(f"the record has no field {error}, which the prompt needs") from None
+        raise ValueError(f"the record has no field {error}, which the prompt needs") from None
 
 
-def _string(record: Record, name: str) -> str:
+def _string(record: Record, name: str, *, may_be_empty: bool = False) -> str:
     value = record.get(name)
-    if not isinstance(value, str) or not value:
-        raise _RecordError(f"{name} must be a text that is not empty (got {value!r:.60})")
+    if not isinstance(value, str) or not (value or may_be_empty):
+        expected = "a text" if may_be_empty else "a text that is not empty"
+        raise ValueError(f"{name} must be {expected} (got {value!r:.60})")
     return value
 
 
 def _strings(record: Record, name: str) -> tuple[str, ...]:
     values = record.get(name)
-    is_list = isinstance(values, list) and all(isinstance(value, str) for value in values)
-    if values is None or not is_list or len(values) < 2:
-        raise _RecordError(f"{name} must be a list of two texts or more (got {values!r:.60})")
-    if "" in values:
-        raise _RecordError(f"{name} must not contain an empty text")
-    return tuple(values)
-
-
-def _references(record: Record) -> tuple[str, ...]:
-    """All right answers, each once: `answers` or `answer`, one or a list, and `aliases`."""
-    references: list[Any] = []
-    for name in ("answers", "answer", "aliases"):
-        value = record.get(name, [])
-        references += value if isinstance(value, list) else [value]
-    if not references or not all(isinstance(text, str) for text in references):
-        raise _RecordError(
-            f"the answers must be a text or a list of texts (got {references!r:.60})"
-        )
-    return tuple(dict.fromkeys(references))
+    texts = [v for v in values if isinstance(v, str) and v] if isinstance(values, list) else []
+    if len(texts) < 2 or texts != values:
+        expected = "a list of two texts or more, none of them empty"
+        raise ValueError(f"{name} must be {expected} (got {values!r:.60})")
+    return tuple(texts)
 
 
 def _gold(task: Task, record: Record, options: Sequence[str]) -> int:
@@ -313,5 +294,5 @@ def _gold(task: Task, record: Record, options: Sequence[str]) -> int:
         number = int(label)
     if number is None or number >= len(options):
         valid = ", ".join(task.labels) or f"0 to {len(options) - 1}"
-        raise _RecordError(f"{task.gold} must be one of {valid} (got {value!r:.60})")
+        raise ValueError(f"{task.gold} must be one of {valid} (got {value!r:.60})")
     return number

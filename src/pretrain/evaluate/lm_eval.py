@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from pretrain.evaluate.evaluation import Model
-from pretrain.evaluate.loglikelihood import Pair, PairScore, encode_pair, rolling_pairs, score_pairs
-from pretrain.evaluate.run_tasks import cut_at_stop, stop_ids_of
-from pretrain.generate.sampling import Sampling, generate_ids
+from pretrain.evaluate.examples import cut_at_stop
+from pretrain.evaluate.loglikelihood import encode_pair, rolling_pairs, score_pairs
+from pretrain.evaluate.loss import Model
+from pretrain.evaluate.run_tasks import continue_ids
+from pretrain.generate.sampling import Sampling
 
 # The harness' limit where a task gives none.
 _DEFAULT_MAX_TOKENS = 256
@@ -27,12 +29,11 @@ class LmEvalModel:
     def __init__(self, model: Model) -> None:
         super().__init__()
         self._model = model
-        self._stop_ids: dict[tuple[str, ...], set[int]] = {}
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """log p(continuation | context) in nats, and whether greedy decoding generates it."""
         pairs = [encode_pair(self._model.tokenizer, *request.args) for request in requests]
-        return [(-score.nats, score.is_greedy) for score in self._score(pairs)]
+        return [(-score.nats, score.is_greedy) for score in score_pairs(self._model, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """log p of full texts after a start-of-text, in nats."""
@@ -45,42 +46,27 @@ class LmEvalModel:
             )
             for request in requests
         ]
-        scores = iter(self._score([pair for pairs in pairs_of_texts for pair in pairs]))
+        scores = iter(score_pairs(self._model, list(chain.from_iterable(pairs_of_texts))))
         return [-sum(next(scores).nats for _ in pairs) for pairs in pairs_of_texts]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What the model generates after each prompt, cut at the first of its `until`."""
         # A repeated request asks for another sample, so it gets the next seed.
         n_seen: Counter[str] = Counter()
+        tokenizer, context = self._model.tokenizer, self._model.decoder.config.window_tokens
         texts = []
         for request in requests:
             prompt, settings = request.args
             n_seen[prompt] += 1
-            texts.append(self._generate(prompt, settings, seed=n_seen[prompt]))
-        return texts
-
-    def _score(self, pairs: Sequence[Pair]) -> list[PairScore]:
-        model = self._model
-        return score_pairs(model.decoder, pairs, world=model.world, precision=model.precision)
-
-    def _generate(self, prompt: str, settings: Mapping[str, Any], *, seed: int) -> str:
-        model, tokenizer = self._model, self._model.tokenizer
-        stops, max_tokens, sampling = _read_settings(settings, seed=seed)
-        if stops not in self._stop_ids:
-            self._stop_ids[stops] = stop_ids_of(tokenizer, stops)
-        # Leave max_tokens of the context for the completion, as the harness does.
-        context = model.decoder.config.window_tokens
-        n_prompt = context - max_tokens if max_tokens < context else max(1, context // 2)
-        prompt_ids = tokenizer.encode_prompt(prompt)[-n_prompt:]
-        with model.world.autocast(model.precision):
-            (ids,) = generate_ids(
-                model.decoder,
-                prompt_ids,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                stop_ids=self._stop_ids[stops],
+            stops, max_tokens, sampling = _read_settings(settings, seed=n_seen[prompt])
+            # Leave max_tokens of the context for the completion, as the harness does.
+            n_prompt = context - max_tokens if max_tokens < context else max(1, context // 2)
+            before = tokenizer.encode_prompt(prompt)[-n_prompt:]
+            ids = continue_ids(
+                self._model, before, max_tokens=max_tokens, sampling=sampling, stops=stops
             )
-        return cut_at_stop(tokenizer.decode_after(prompt_ids, ids), stops)
+            texts.append(cut_at_stop(tokenizer.decode_after(before, ids), stops))
+        return texts
 
 
 def _read_settings(

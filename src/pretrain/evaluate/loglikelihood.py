@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batches import resolve_stride
-from pretrain.distributed import World
-from pretrain.evaluate.loss import EVALUATION_TOKENS
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Model
 from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Rows of logits that exist at once: 256 x 50,257 float32 are 51 MB.
 LOGIT_ROWS = 256
+_Targets = tuple[int, tuple[int, ...]]
+"""The number of a pair, and those of its ids that are the targets of one window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,6 @@ class PairScore:
     """Whether each token is the most probable one after those before it."""
     is_truncated: bool
     """Whether the context did not fit the window and lost its left part."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Ids of a pair that go through the model at once; the targets are those after the last
-    inputs."""
-
-    pair: int
-    inputs: tuple[int, ...]
-    targets: tuple[int, ...]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
@@ -115,94 +106,88 @@ def rolling_pairs(ids: Sequence[int], *, start: int, context_length: int) -> lis
 
 @torch.no_grad()
 def score_pairs(
-    decoder: Decoder,
+    model: Model,
     pairs: Sequence[Pair],
     *,
-    world: World,
-    precision: str = "fp32",
     stride: int | None = None,
     batch_tokens: int = EVALUATION_TOKENS,
 ) -> list[PairScore]:
     """Score each pair, in the order of the pairs. ValueError for a stride larger than the
     context."""
-    context = decoder.config.window_tokens
+    context = model.decoder.config.window_tokens
     stride = resolve_stride(stride, context)
-    windows: list[_Window] = []
+    # Windows with equal inputs share a row, such as the one-token choices of a question.
+    targets_by_inputs: dict[tuple[int, ...], list[_Targets]] = {}
     truncated: set[int] = set()
     for number, pair in enumerate(pairs):
         for start, stop, n in windows_of(pair, context_length=context, stride=stride):
-            first_target = stop + 1 - n
-            windows.append(_Window(number, pair.ids[start:stop], pair.ids[first_target : stop + 1]))
-            if first_target == pair.n_context and start > 0:  # the pair's first window
+            first = stop + 1 - n
+            targets = number, pair.ids[first : stop + 1]
+            targets_by_inputs.setdefault(pair.ids[start:stop], []).append(targets)
+            if first == pair.n_context and start > 0:  # the pair's first window
                 truncated.add(number)
 
     nats = [0.0] * len(pairs)
     is_greedy = [True] * len(pairs)
-    for batch in _batches(windows, batch_tokens):
-        with world.autocast(precision):
-            scored = _score_batch(decoder, batch)
-        for window, window_nats, window_is_greedy in scored:
-            nats[window.pair] += window_nats
-            is_greedy[window.pair] &= window_is_greedy
+    # The longest rows first, in batches of at most `batch_tokens` with padding.
+    rows = sorted(targets_by_inputs.items(), key=lambda row: -len(row[0]))
+    while rows:
+        n_rows = max(1, batch_tokens // len(rows[0][0]))
+        with model.world.autocast(model.precision):
+            scored = _score_rows(model.decoder, rows[:n_rows])
+        for number, target_nats, target_is_greedy in scored:
+            nats[number] += target_nats
+            is_greedy[number] &= target_is_greedy
+        del rows[:n_rows]
     return [
         PairScore(nats[i], len(pair.ids) - pair.n_context, is_greedy[i], i in truncated)
         for i, pair in enumerate(pairs)
     ]
 
 
-def _batches(windows: list[_Window], batch_tokens: int) -> Iterator[list[list[_Window]]]:
-    """Yield batches of rows, the longest rows first, of at most `batch_tokens` with padding.
-    Windows with equal inputs share a row, such as the one-token choices of a question."""
-    windows_by_inputs: dict[tuple[int, ...], list[_Window]] = {}
-    for window in windows:
-        windows_by_inputs.setdefault(window.inputs, []).append(window)
-    rows = sorted(windows_by_inputs.values(), key=lambda row: -len(row[0].inputs))
-    while rows:
-        n_rows = max(1, batch_tokens // len(rows[0][0].inputs))
-        yield rows[:n_rows]
-        del rows[:n_rows]
-
-
-def _score_batch(decoder: Decoder, rows: list[list[_Window]]) -> list[tuple[_Window, float, bool]]:
-    """Each window with the nats of its targets, and whether all are the most probable ones."""
-    device = decoder.device
+def _score_rows(
+    decoder: Decoder, rows: list[tuple[tuple[int, ...], list[_Targets]]]
+) -> list[tuple[int, float, bool]]:
+    """For each window the number of its pair, the nats of its targets, which are those after the
+    last inputs of its row, and whether all of them are the most probable ids."""
     # Padding goes to the right: causal attention never sees it.
-    inputs_BT = torch.zeros(len(rows), len(rows[0][0].inputs), dtype=torch.int64)
-    for b, row in enumerate(rows):
-        inputs_BT[b, : len(row[0].inputs)] = torch.tensor(row[0].inputs)
-    hidden_BTD = decoder.forward(inputs_BT.to(device))
+    inputs_BT = torch.zeros(len(rows), len(rows[0][0]), dtype=torch.int64)
+    for b, (inputs, _) in enumerate(rows):
+        inputs_BT[b, : len(inputs)] = torch.tensor(inputs)
+    hidden_BTD = decoder.forward(inputs_BT.to(decoder.device))
 
-    windows = [window for row in rows for window in row]
-    row_numbers = [b for b, row in enumerate(rows) for _ in row]
+    windows = [(b, targets) for b, (_, of_row) in enumerate(rows) for targets in of_row]
     hidden_ND = torch.cat(
         [
-            hidden_BTD[b, len(window.inputs) - len(window.targets) : len(window.inputs)]
-            for b, window in zip(row_numbers, windows, strict=True)
+            hidden_BTD[b, len(rows[b][0]) - len(targets) : len(rows[b][0])]
+            for b, (_, targets) in windows
         ]
     )
-    targets_N = torch.tensor([t for window in windows for t in window.targets], device=device)
-    nats_N, is_greedy_N = _target_nats(decoder, hidden_ND, targets_N)
+    targets_N = torch.tensor([id_ for _, (_, targets) in windows for id_ in targets])
+    nats, is_greedy = [], []
+    for logits_NV, chunk_N in logit_chunks(decoder, hidden_ND, targets_N):
+        nats.append(-logits_NV.log_softmax(-1).gather(1, chunk_N[:, None])[:, 0].cpu().double())
+        is_greedy.append((logits_NV.argmax(-1) == chunk_N).cpu())
 
-    lengths = [len(window.targets) for window in windows]
+    lengths = [len(targets) for _, (_, targets) in windows]
     return [
-        (window, float(nats.sum()), bool(is_greedy.all()))
-        for window, nats, is_greedy in zip(
+        (pair, float(nats_N.sum()), bool(is_greedy_N.all()))
+        for (_, (pair, _)), nats_N, is_greedy_N in zip(
             windows,
-            nats_N.split_with_sizes(lengths),
-            is_greedy_N.split_with_sizes(lengths),
+            torch.cat(nats).split_with_sizes(lengths),
+            torch.cat(is_greedy).split_with_sizes(lengths),
             strict=True,
         )
     ]
 
 
-def _target_nats(decoder: Decoder, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p of each target (N), float64 on the CPU, and whether it is the most probable id (N)."""
-    nats, is_greedy = [], []
-    for first in range(0, len(targets_N), LOGIT_ROWS):
-        targets = targets_N[first : first + LOGIT_ROWS]
-        logits_NV = decoder.logits(hidden_ND[first : first + LOGIT_ROWS])
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        log_p_N1 = logits_NV.log_softmax(-1).gather(1, targets[:, None])
-        nats.append(-log_p_N1[:, 0].cpu().double())
-        is_greedy.append((logits_NV.argmax(-1) == targets).cpu())
-    return torch.cat(nats), torch.cat(is_greedy)
+def logit_chunks(
+    decoder: Decoder, hidden_ND: Tensor, targets_N: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (n, V), in float32 or more, and their targets (n), LOGIT_ROWS at a time."""
+    targets_N = targets_N.to(hidden_ND.device)
+    for hidden_nD, targets_n in zip(
+        torch.split(hidden_ND, LOGIT_ROWS), torch.split(targets_N, LOGIT_ROWS), strict=True
+    ):
+        logits_nV = decoder.logits(hidden_nD)
+        yield logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)), targets_n

@@ -10,21 +10,48 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.batches import MicroBatch, evaluation_batches, resolve_stride
+from pretrain.data.batches import MicroBatch, Stream, evaluation_batches, resolve_stride
 from pretrain.distributed import World
+from pretrain.evaluate.metrics import MAX_EXPONENT
+from pretrain.model.decoder import Decoder
 from pretrain.model.loss import LMLoss
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Targets in one forward pass. No gradients are kept, so this may be more than in training.
 EVALUATION_TOKENS = 4096
-# exp() of more is infinite.
-MAX_EXPONENT = 700.0
+
+
+class Model(Protocol):
+    """A model that can be evaluated; `pretrain.load_model` returns one."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def precision(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredModel:
+    """A `Model` that was not loaded, such as that of a run in training."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    world: World
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +118,14 @@ def score_batches(
     return scores
 
 
-def score(
-    lm_loss: LMLoss,
-    batches: Iterable[MicroBatch],
-    *,
-    byte_lengths_V: Tensor,
-    world: World,
-    precision: str = "fp32",
-) -> Score:
-    """The exactly rounded sum of `score_batches`, whatever the order of the batches."""
+def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
+    """The exactly rounded sum of the losses of all batches, whatever their order."""
     scores = score_batches(
-        lm_loss, batches, byte_lengths_V=byte_lengths_V, world=world, precision=precision
+        LMLoss(model.decoder),
+        batches,
+        byte_lengths_V=byte_lengths(model.tokenizer),
+        world=model.world,
+        precision=model.precision,
     )
     return Score(
         nats=math.fsum(each.nats for each in scores),
@@ -115,46 +139,36 @@ def byte_lengths(tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(tokenizer.byte_lengths())
 
 
-def score_texts(
-    lm_loss: LMLoss,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    world: World,
-    precision: str = "fp32",
-    stride: int | None = None,
+def score_stream(
+    model: Model, stream: Stream, *, context_length: int | None = None, stride: int | None = None
 ) -> Score:
-    """The sum of `score_each`."""
-    scores = score_each(lm_loss, tokenizer, texts, world=world, precision=precision, stride=stride)
-    return sum(scores, Score(0.0, 0, 0))
+    """Score a token stream, in which every id but the first is a target. Windows have
+    `context_length` ids (default: the model's) and start every `stride` ids (default: they do not
+    overlap). ValueError for a stride that would leave targets out."""
+    context_length = context_length or model.decoder.config.window_tokens
+    rows = max(1, EVALUATION_TOKENS // context_length)
+    batches = evaluation_batches(stream, context_length=context_length, rows=rows, stride=stride)
+    return score(model, batches)
 
 
-def score_each(
-    lm_loss: LMLoss,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    world: World,
-    precision: str = "fp32",
-    stride: int | None = None,
-) -> list[Score]:
+def score_each(model: Model, texts: Sequence[str], *, stride: int | None = None) -> list[Score]:
     """Score documents, each after a start-of-text token of its own; ends of documents are not
     targets. Bytes are those of the text, even where the tokenizer changes it. Windows start every
     `stride` tokens (default: the context length); ValueError for a larger stride."""
-    lengths_V = byte_lengths(tokenizer)
-    context = lm_loss.decoder.config.window_tokens
+    tokenizer, context = model.tokenizer, model.decoder.config.window_tokens
     stride = resolve_stride(stride, context)
-    rows = max(1, EVALUATION_TOKENS // context)
     scores = []
     for text in texts:
         ids = np.concatenate([[tokenizer.start_of_text], tokenizer.encode(text)]).astype(np.int64)
         # A text shorter than the context is one shorter window, so no padding is computed.
         window = min(context, max(1, len(ids) - 1))
-        batches = evaluation_batches(
-            Ids(ids), context_length=window, rows=rows, stride=min(stride, window)
-        )
-        text_score = score(
-            lm_loss, batches, byte_lengths_V=lengths_V, world=world, precision=precision
+        text_score = score_stream(
+            model, Ids(ids), context_length=window, stride=min(stride, window)
         )
         scores.append(replace(text_score, bytes=len(text.encode("utf-8", "replace"))))
     return scores
+
+
+def score_texts(model: Model, texts: Sequence[str], *, stride: int | None = None) -> Score:
+    """The sum of `score_each`."""
+    return sum(score_each(model, texts, stride=stride), Score(0.0, 0, 0))

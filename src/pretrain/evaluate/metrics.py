@@ -26,7 +26,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _IGNORED_IN_NUMBERS = re.compile(r"[\s$]|(?<=\d),(?=\d{3}(?!\d))")
 _WORD = re.compile(r"[^\W_]+")
 _PUNCTUATION = frozenset(string.punctuation)
-_MAX_EXPONENT = 700.0
+MAX_EXPONENT = 700.0  # exp() of more is infinite
 
 
 def value(metric: str, sums: Array) -> Array:
@@ -36,7 +36,7 @@ def value(metric: str, sums: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         mean: Array = sums[..., 0] / sums[..., 1]
     if metric.endswith("perplexity"):
-        return np.exp(np.minimum(mean, _MAX_EXPONENT))
+        return np.exp(np.minimum(mean, MAX_EXPONENT))
     return mean
 
 
@@ -69,37 +69,36 @@ def f1(answer: str, references: Iterable[str]) -> float:
     """The harmonic mean of precision and recall of normalised words, for the best reference."""
     if not answer.strip():
         return exact_match(answer, references)
-    return max(_word_f1(normalized(answer).split(), normalized(r).split()) for r in references)
-
-
-def _word_f1(words: list[str], reference_words: list[str]) -> float:
-    if not words or not reference_words:
-        return float(words == reference_words)
-    n_shared = sum((Counter(words) & Counter(reference_words)).values())
-    return 2 * n_shared / (len(words) + len(reference_words))
+    words = normalized(answer).split()
+    scores = []
+    for reference_words in (normalized(reference).split() for reference in references):
+        n_shared = sum((Counter(words) & Counter(reference_words)).values())
+        n_both = len(words) + len(reference_words)
+        scores.append(2 * n_shared / n_both if n_both else 1.0)
+    return max(scores)
 
 
 def statistics_of_answer(metric: str, answer: str, references: Sequence[str]) -> tuple[float, ...]:
-    """The statistics of one open answer."""
+    """The statistics of one open answer. Of BLEU these are the sums of the corpus: matching
+    n-grams, all n-grams, lengths. Other metrics are those of the best reference.
+
+    Sources: "BLEU" (Papineni et al., 2002), as in sacrebleu: "A Call for Clarity in Reporting BLEU
+    Scores" (Post, 2018); "chrF" (Popovic, 2015), 0 to 100; "ROUGE" (Lin, 2004), 0 to 1.
+    """
     match metric:
         case "bleu":
-            return _bleu_statistics(answer, references)
+            bleu = _sacrebleu().corpus_bleu([answer], [[reference] for reference in references])
+            return (*map(float, bleu.counts), *map(float, bleu.totals), bleu.sys_len, bleu.ref_len)
         case "chrf":
-            return _chrf(answer, references), 1.0
+            return float(_sacrebleu().sentence_chrf(answer, list(references)).score), 1.0
         case "exact_match":
             return exact_match(answer, references), 1.0
         case "final_answer":
             return final_answer(answer, references), 1.0
         case "f1":
             return f1(answer, references), 1.0
-    return _rouge(metric, answer, references), 1.0
-
-
-def _bleu_statistics(answer: str, references: Sequence[str]) -> tuple[float, ...]:
-    """The sums of corpus BLEU: matching n-grams, all n-grams, lengths ("BLEU", Papineni et al.,
-    2002, as in sacrebleu: "A Call for Clarity in Reporting BLEU Scores", Post, 2018)."""
-    bleu = _sacrebleu().corpus_bleu([answer], [[reference] for reference in references])
-    return (*map(float, bleu.counts), *map(float, bleu.totals), bleu.sys_len, bleu.ref_len)
+    scorer = _rouge_scorer(metric)
+    return max(float(scorer.score(r, answer)[metric].fmeasure) for r in references), 1.0
 
 
 def _bleu_of_sums(sums: Array) -> float:
@@ -109,18 +108,6 @@ def _bleu_of_sums(sums: Array) -> float:
         counts[:orders], counts[orders:], length, reference_length, smooth_method="exp"
     )
     return float(bleu.score)
-
-
-def _chrf(answer: str, references: Sequence[str]) -> float:
-    """Sentence-level chrF, 0 to 100 ("chrF", Popovic, 2015)."""
-    return float(_sacrebleu().sentence_chrf(answer, list(references)).score)
-
-
-def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
-    """ROUGE's F of the best reference, 0 to 1 ("ROUGE", Lin, 2004). Words are those of rouge_score
-    where the text is ASCII."""
-    scorer = _rouge_scorer(kind)
-    return max(float(scorer.score(r, answer)[kind].fmeasure) for r in references)
 
 
 def _rouge_scorer(kind: str) -> Any:

@@ -7,8 +7,9 @@ held-out text compared with the text that really follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from pretrain.corpus.overlap import (
     BloomFilter,
+    Match,
     TextOverlap,
     corpus_ngram_filter,
     longest_matches,
@@ -25,14 +27,12 @@ from pretrain.corpus.overlap import (
 from pretrain.corpus.reading import read_documents
 from pretrain.corpus.words import split_words
 from pretrain.data.format import PreparedData, TokenStream
-from pretrain.distributed import World
-from pretrain.evaluate.documents import document_texts
+from pretrain.evaluate.loss import Model
 from pretrain.evaluate.metrics import Array, value
-from pretrain.evaluate.run_tasks import TaskResults
+from pretrain.evaluate.run_tasks import TaskResults, continue_ids
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.generate.packing import pack_weights
-from pretrain.generate.sampling import Sampling, generate_ids
-from pretrain.model.decoder import Decoder
+from pretrain.generate.sampling import Sampling
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 CONTINUATIONS = 32
@@ -86,37 +86,53 @@ def evaluation_set_rows(
 
 
 def generated_text_rows(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    data: PreparedData,
-    corpus: BloomFilter,
-    *,
-    samples: Sequence[str],
-    world: World,
-    precision: str,
-    seed: int,
+    model: Model, data: PreparedData, corpus: BloomFilter, *, samples: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """A row for the `samples` that a run generated while it trained, for continuations of held-out
-    text, and for the held-out text that follows there."""
-    pack_weights(decoder)
-    continuations = continue_held_out(
-        decoder, tokenizer, data.split("val"), world=world, precision=precision, seed=seed
-    )
-    sets: Mapping[str, Sequence[str]] = {
+    text, and for the held-out text that follows there, each with the longest run of words that one
+    of its texts shares with a document of the training text."""
+    pack_weights(model.decoder)
+    tokenizer, held_out = model.tokenizer, data.split("val")
+    generated, following = [], []
+    for number, (start, middle, stop) in enumerate(_held_out_spans(held_out)):
+        ids = held_out.read(start, stop).tolist()
+        new_ids = continue_ids(
+            model,
+            [tokenizer.start_of_text, *ids[: middle - start]],
+            max_tokens=stop - middle,
+            sampling=Sampling(temperature=1.0, top_k=TOP_K, seed=seed + number),
+        )
+        generated.append(tokenizer.decode(new_ids))
+        following.append(tokenizer.decode(ids[middle - start :]))
+    sets = {
         "samples.jsonl": samples,
-        "continuations of held-out text": [each.generated for each in continuations],
-        "the held-out text there": [each.held_out for each in continuations],
+        "continuations of held-out text": generated,
+        "the held-out text there": following,
     }
-    rows: dict[str, Any] = {
-        name: overlap_row(measure_overlap(_numbered(texts), corpus))
-        for name, texts in sets.items()
-        if texts
-    }
-    longest = longest_in_training_text(
-        [sets[name] for name in rows], data.split("train"), data.tokenizer()
-    )
-    for row, match in zip(rows.values(), longest, strict=True):
-        row["longest"] = match
+    sets = {name: texts for name, texts in sets.items() if texts}
+    rows = {name: overlap_row(measure_overlap(_numbered(t), corpus)) for name, t in sets.items()}
+
+    train = data.split("train")
+    all_texts = [text for texts in sets.values() for text in texts]
+    # One pass over the training text serves all sets.
+    matches = iter(longest_matches(all_texts, document_texts(train, data.tokenizer())))
+    longest: dict[str, tuple[str, Match]] = {}
+    for name, texts in sets.items():
+        found = [(text, match) for text in texts if (match := next(matches)) is not None]
+        if found:
+            longest[name] = max(found, key=lambda pair: pair[1].n_words)
+    documents = {match.document for _, match in longest.values()}
+    origins = {n: origin for n, origin in enumerate(train.origins()) if n in documents}
+    for name, row in rows.items():
+        row["longest"] = None
+        if name in longest:
+            text, match = longest[name]
+            words = split_words(text)[match.first_word : match.first_word + match.n_words]
+            row["longest"] = {
+                "words": match.n_words,
+                "text": " ".join(words),
+                "document": asdict(origins[match.document]),
+            }
     return rows
 
 
@@ -134,20 +150,19 @@ def overlap_row(overlaps: Sequence[TextOverlap]) -> dict[str, Any]:
     in_corpus = np.concatenate([np.empty(0, bool), *(each.in_corpus for each in overlaps)])
     n_in_corpus = int(in_corpus[first_places].sum())
     long_enough = [each for each in overlaps if len(each.grams)]
+    percents = [each.percent for each in long_enough]
     row: dict[str, Any] = {
         "examples": len(overlaps),
         "too_short": len(overlaps) - len(long_enough),
         "without": sum(not each.in_corpus.any() for each in long_enough),
         **ngram_share(len(grams), n_in_corpus),
-        "median_percent": None,
+        "median_percent": round(float(np.median(percents)), 3) if long_enough else None,
         "most": None,
     }
     if not long_enough:
         row["percent"] = None
-        return row
-    row["median_percent"] = round(float(np.median([each.percent for each in long_enough])), 3)
-    most = max(long_enough, key=lambda each: (each.percent, len(each.grams)))
-    if most.in_corpus.any():
+    elif any(percents):
+        most = max(long_enough, key=lambda each: (each.percent, len(each.grams)))
         row["most"] = {
             "example": most.name,
             **ngram_share(len(most.grams), int(most.in_corpus.sum())),
@@ -191,42 +206,6 @@ def score_without_overlap(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    """What a model generated after some held-out text, and the text that really follows."""
-
-    generated: str
-    held_out: str
-
-
-def continue_held_out(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    stream: TokenStream,
-    *,
-    world: World,
-    precision: str,
-    seed: int,
-) -> list[Continuation]:
-    """Up to CONTINUATIONS continuations at positions spread evenly over a held-out stream, each of
-    at most GENERATED_TOKENS after at most PROMPT_TOKENS; fewer in short documents."""
-    continuations = []
-    for number, (start, middle, stop) in enumerate(_held_out_spans(stream)):
-        ids = stream.read(start, stop).tolist()
-        n_prompt = middle - start
-        with world.autocast(precision):
-            (generated,) = generate_ids(
-                decoder,
-                [tokenizer.start_of_text, *ids[:n_prompt]],
-                max_tokens=stop - middle,
-                sampling=Sampling(temperature=1.0, top_k=TOP_K, seed=seed + number),
-                stop_ids={tokenizer.start_of_text, *tokenizer.stop_ids},
-            )
-        held_out = tokenizer.decode(ids[n_prompt:])
-        continuations.append(Continuation(tokenizer.decode(generated), held_out))
-    return continuations
-
-
 def _held_out_spans(stream: TokenStream) -> list[tuple[int, int, int]]:
     """(start of prompt, end of prompt, end of continuation), each within one document."""
     offsets = stream.document_offsets
@@ -243,31 +222,25 @@ def _held_out_spans(stream: TokenStream) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys(spans))
 
 
-def longest_in_training_text(
-    sets: Sequence[Sequence[str]], stream: TokenStream, tokenizer: Tokenizer
-) -> list[dict[str, Any] | None]:
-    """For each set of texts, the longest run of words that one of them shares with a document of
-    the training text, and that document. One pass over the training text serves all sets."""
-    texts = [text for each in sets for text in each]
-    matches = iter(longest_matches(texts, document_texts(stream, tokenizer)))
-    longest = []
-    for each in sets:
-        with_match = [(text, m) for text in each if (m := next(matches)) is not None]
-        longest.append(max(with_match, key=lambda pair: pair[1].n_words, default=None))
-    numbers = {best[1].document for best in longest if best is not None}
-    origins = {n: origin for n, origin in enumerate(stream.origins()) if n in numbers}
-    rows: list[dict[str, Any] | None] = []
-    for best in longest:
-        if best is None:
-            rows.append(None)
-            continue
-        text, match = best
-        words = split_words(text)[match.first_word : match.first_word + match.n_words]
-        rows.append(
-            {
-                "words": match.n_words,
-                "text": " ".join(words),
-                "document": asdict(origins[match.document]),
-            }
-        )
-    return rows
+def document_texts(
+    stream: TokenStream, tokenizer: Tokenizer, *, chunk_tokens: int = 1 << 19
+) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each document of a token stream, in order, also where the source
+    files are no longer there. The text is that of the document byte for byte, except for changes by
+    the tokenizer itself (`gpt` lower-cases). A document of more than `chunk_tokens` comes in
+    several chunks, cut after white space where possible, else after a complete character."""
+    token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
+    for number, (first, end) in enumerate(pairwise(stream.document_offsets.tolist())):
+        rest = b""
+        for start in range(first, end, chunk_tokens):
+            stop = min(start + chunk_tokens, end)
+            text = rest + b"".join(token_bytes[id_] for id_ in stream.read(start, stop).tolist())
+            cut = len(text)
+            if stop < end:
+                cut = max(text.rfind(b" "), text.rfind(b"\n"))
+                if cut <= 0:
+                    cut = max(len(text) - 1, 0)
+                    while cut and text[cut] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+                        cut -= 1
+            yield number, text[:cut].decode("utf-8", "replace")
+            rest = text[cut:]

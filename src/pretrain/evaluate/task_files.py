@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pretrain.corpus.streams import DamagedStreamError, FileStream
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots
 from pretrain.evaluate.metrics import statistics_of_answer
-from pretrain.evaluate.tasks import Task, task_named, task_of_kind, with_metric
+from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind
 
 TASKS_VARIABLE = "PRETRAIN_TASKS"
 # A text that is evaluated while a run trains is cut into chunks, one example each.
@@ -52,19 +52,6 @@ class EvalTask:
         return math.fsum(1 / n for n in n_options) / len(n_options)
 
 
-def load_task(
-    task: Task, path: Path, *, limit: int | None = None, n_shots: int = 0, seed: int = 1
-) -> EvalTask:
-    """Read a task's file: its first `limit` examples, with `n_shots` solved ones before each.
-    ValueError for a damaged file, too few examples, or a metric whose library is missing."""
-    if task.kind == "answer":
-        statistics_of_answer(task.metric, "a", ["a"])  # raises where the library is not installed
-    examples = read_examples(task, read_task_file(path), file=str(path), limit=limit)
-    solved_texts = tuple(solved_text(task, example) for example in examples)
-    examples = with_shots(task, examples, shots=n_shots, seed=seed)
-    return EvalTask(task, tuple(examples), solved_texts, n_shots, seed)
-
-
 def load_tasks(
     names: Iterable[str],
     files: Iterable[str],
@@ -75,36 +62,53 @@ def load_tasks(
     n_shots: int = 0,
     seed: int = 1,
 ) -> list[EvalTask]:
-    """Read tasks of the table (their files are in `folder`) and tasks in the user's own files.
-    With a `metric`, all are judged by it. ValueError for what is missing, or does not fit."""
+    """Read the first `limit` examples of tasks of the table, whose files are in `folder`, and of
+    tasks in the user's own files, with `n_shots` solved ones before each. With a `metric`, all are
+    judged by it. ValueError for files that are missing or damaged, for too few examples, and for a
+    metric that does not fit the task, or whose library is missing."""
     with_files = [(task, find_task_file(task, folder)) for task in map(task_named, names)]
-    with_files += [(task_of_file(file, name=file), Path(file)) for file in files]
-    return [
-        load_task(
-            task if metric is None else with_metric(task, metric),
-            path,
-            limit=limit,
-            n_shots=n_shots,
-            seed=seed,
-        )
-        for task, path in with_files
-    ]
+    for file in files:
+        kind = kind_of(read_task_file(Path(file)), file=file)
+        with_files.append((task_of_kind(kind, file), Path(file)))
+    eval_tasks = []
+    for task, path in with_files:
+        if metric is not None:
+            if metric not in METRICS[task.kind]:
+                raise ValueError(
+                    f"the metric of {task.name}, a task of the kind {task.kind}, must be one of "
+                    f"{', '.join(METRICS[task.kind])} (got {metric})"
+                )
+            task = replace(task, metric=metric)
+        if task.kind == "answer":
+            statistics_of_answer(task.metric, "a", ["a"])  # raises where its library is missing
+        examples = read_examples(task, read_task_file(path), file=str(path), limit=limit)
+        solved_texts = tuple(solved_text(task, example) for example in examples)
+        examples = with_shots(task, examples, shots=n_shots, seed=seed)
+        eval_tasks.append(EvalTask(task, tuple(examples), solved_texts, n_shots, seed))
+    return eval_tasks
 
 
 def read_in_loop_tasks(config: EvaluateConfig) -> list[EvalTask]:
-    """The tasks that a run evaluates while it trains: the first examples of each. ValueError for
-    what `pretrain evaluate` rejects, and for two files with the same name."""
-    limit = config.examples
-    eval_tasks = load_tasks(dict.fromkeys(config.tasks), (), folder=config.task_data, limit=limit)
-    for file in config.task_files:
-        task = task_of_file(file, name=Path(file).name)
-        eval_tasks.append(load_task(task, Path(file), limit=limit))
+    """The tasks that a run evaluates while it trains: the first examples of each; of a text its
+    first chunks, so that it has a standard error too. ValueError for what `pretrain evaluate`
+    rejects, and for two files with the same name."""
+    tasks = load_tasks(
+        dict.fromkeys(config.tasks),
+        config.task_files,
+        folder=config.task_data,
+        limit=config.examples,
+    )
+    # Named after their files, without folders.
+    eval_tasks = [replace(t, task=replace(t.task, name=Path(t.task.name).name)) for t in tasks]
     for file in config.texts:
-        list_files(file)
         report = ReadingReport()
         texts = (document.text for document in read_documents(file, report=report))
-        eval_tasks.append(text_eval_task(Path(file).name, texts, limit=limit))
+        chunks = islice((chunk for text in texts for chunk in chunks_of(text)), config.examples)
+        examples = tuple(Example(("",), (chunk,)) for chunk in chunks)
         reject_partial_files(report)
+        if not examples:
+            raise ValueError(f"{file} contains no text")
+        eval_tasks.append(EvalTask(task_of_kind("text", Path(file).name), examples))
     names = [each.task.name for each in eval_tasks]
     duplicates = [name for name in names if names.count(name) > 1]
     if duplicates:
@@ -113,16 +117,6 @@ def read_in_loop_tasks(config: EvaluateConfig) -> list[EvalTask]:
             "apart; rename one of the files"
         )
     return eval_tasks
-
-
-def text_eval_task(name: str, texts: Iterable[str], *, limit: int) -> EvalTask:
-    """The first chunks of some documents, `limit` at most, as a task of the kind `text`, so that a
-    text has a standard error too. Reads no more than it needs. ValueError for no text at all."""
-    chunks = islice((chunk for text in texts for chunk in chunks_of(text)), limit)
-    examples = tuple(Example(("",), (chunk,)) for chunk in chunks)
-    if not examples:
-        raise ValueError(f"{name} contains no text")
-    return EvalTask(task_of_kind("text", name), examples)
 
 
 def chunks_of(text: str) -> Iterator[str]:
@@ -141,11 +135,6 @@ def task_folder(folder: str | Path | None) -> Path | None:
     """The folder of task files: `folder`, else the one in the environment variable."""
     name = folder or os.environ.get(TASKS_VARIABLE)
     return Path(name) if name else None
-
-
-def task_of_file(file: str, *, name: str) -> Task:
-    """The task of a file in the documented form, its kind found by its first record."""
-    return task_of_kind(kind_of(read_task_file(Path(file)), file=file), name)
 
 
 def find_task_file(task: Task, folder: str | Path | None) -> Path:

@@ -1,19 +1,18 @@
 """The table of tasks: kind, file, prompt and metric of each.
 
 The table is tasks.toml, one section a task. A file in the documented form (docs/how-to/tasks.md) is
-a task too, whose kind follows from the fields of its records. An unknown name is a ValueError with
-the nearest ones.
+a task too, whose kind follows from the fields of its records.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
+
+from pretrain.validation import suggestion
 
 Kind = Literal["choice", "cloze", "schema", "answer", "pair", "text"]
 # All metrics of each kind, the default first.
@@ -31,8 +30,6 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "pair": ("accuracy",),
     "text": ("bits_per_byte", "word_perplexity", "perplexity"),
 }
-# Kinds whose continuation follows directly on the start of a text.
-_WITHOUT_DELIMITER: tuple[Kind, ...] = ("pair", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +52,7 @@ class Task:
     gold: str = "gold"
     """The field with the right choice: its number, or one of `labels`."""
     labels: tuple[str, ...] = ()
-    delimiter: str = " "
+    delimiter: str
     """Between a context and its continuation."""
     unconditional: str = ""
     """Context of the p(choice) that divides p(choice | context); empty: a start-of-text."""
@@ -78,41 +75,20 @@ class Task:
 def tasks() -> dict[str, Task]:
     """The table, by name."""
     text = importlib.resources.files("pretrain.evaluate").joinpath("tasks.toml").read_text("utf-8")
-    return {name: _task(name, fields) for name, fields in tomllib.loads(text).items()}
+    return {name: task_of_kind(name=name, **fields) for name, fields in tomllib.loads(text).items()}
 
 
-def _task(name: str, fields: Mapping[str, Any]) -> Task:
-    kind: Kind = fields["kind"]
-    values: dict[str, Any] = {"metric": METRICS[kind][0]}
-    if kind in _WITHOUT_DELIMITER:
-        values["delimiter"] = ""
-    for key, value in fields.items():
-        values[key] = tuple(value) if isinstance(value, list) else value
-    task = Task(name=name, **values)
-    assert task.metric in METRICS[kind], name
-    return task
-
-
-def task_of_kind(kind: Kind, file: str) -> Task:
-    """The task of a file in the documented form, named after the file."""
-    return _task(file, {"kind": kind, "file": file})
-
-
-def with_metric(task: Task, metric: str) -> Task:
-    """The task with another main metric. ValueError for a metric of another kind."""
-    if metric not in METRICS[task.kind]:
-        raise ValueError(
-            f"the metric of {task.name}, a task of the kind {task.kind}, must be one of "
-            f"{', '.join(METRICS[task.kind])} (got {metric})"
-        )
-    return replace(task, metric=metric)
+def task_of_kind(kind: Kind, file: str, **fields: Any) -> Task:
+    """A task with the first metric and the delimiter of its kind, and the name of its file, where
+    `fields` have no other."""
+    delimiter = "" if kind in ("pair", "text") else " "  # these follow on the start of a text
+    values: dict[str, Any] = {"name": file, "metric": METRICS[kind][0], "delimiter": delimiter}
+    values |= {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return Task(kind=kind, file=file, **values)
 
 
 def task_named(name: str) -> Task:
-    """The task of this name in the table. ValueError with the nearest names for an unknown one."""
-    table = tasks()
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=3)
-    suggestion = f"; did you mean {' or '.join(near)}?" if near else ";"
-    raise ValueError(f"unknown task {name!r}{suggestion} The tasks are: {', '.join(sorted(table))}")
+    """The task of this name in the table. ValueError with the nearest name for an unknown one."""
+    if name not in tasks():
+        raise ValueError(f"unknown task {name!r}; {suggestion(name, sorted(tasks()))}")
+    return tasks()[name]

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pretrain.data.batches import resolve_stride
-from pretrain.distributed import World
-from pretrain.evaluate.loglikelihood import LOGIT_ROWS, Pair, windows_of
-from pretrain.model.decoder import Decoder
+from pretrain.evaluate.loglikelihood import Pair, logit_chunks, windows_of
+from pretrain.evaluate.loss import Model
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 N_CARDS = 6
@@ -44,50 +42,36 @@ class TokenLoss:
 
 @torch.no_grad()
 def token_losses(
-    decoder: Decoder,
-    pair: Pair,
-    *,
-    world: World,
-    precision: str = "fp32",
-    stride: int | None = None,
-    top: int = 5,
+    model: Model, pair: Pair, *, stride: int | None = None, top: int = 5
 ) -> list[TokenLoss]:
     """The loss of each id of the continuation, with the `top` most probable ids in its place.
     ValueError for a stride larger than the context."""
+    decoder = model.decoder
     context = decoder.config.window_tokens
     stride = resolve_stride(stride, context)
     losses: list[TokenLoss] = []
     for start, stop, n in windows_of(pair, context_length=context, stride=stride):
-        inputs_BT = torch.tensor([pair.ids[start:stop]], device=decoder.device)
-        first_target = stop + 1 - n
-        with world.autocast(precision):
-            hidden_TD = decoder.forward(inputs_BT)[0, -n:]
-            for row in range(0, n, LOGIT_ROWS):
-                targets = pair.ids[first_target + row : stop + 1][:LOGIT_ROWS]
-                logits_TV = decoder.logits(hidden_TD[row : row + LOGIT_ROWS])
-                losses += _losses_of(logits_TV, targets, top=top)
+        with model.world.autocast(model.precision):
+            inputs_BT = torch.tensor([pair.ids[start:stop]], device=decoder.device)
+            hidden_ND = decoder.forward(inputs_BT)[0, -n:]
+            targets_N = torch.tensor(pair.ids[stop + 1 - n : stop + 1])
+            for logits_NV, chunk_N in logit_chunks(decoder, hidden_ND, targets_N):
+                log_p_NV = logits_NV.log_softmax(-1)
+                target_log_p_N1 = log_p_NV.gather(1, chunk_N[:, None])
+                best = log_p_NV.topk(min(top, log_p_NV.shape[-1]))
+                rows = zip(
+                    chunk_N.tolist(),
+                    (-target_log_p_N1[:, 0]).tolist(),
+                    (1 + (log_p_NV > target_log_p_N1).sum(-1)).tolist(),
+                    best.indices.tolist(),
+                    best.values.cpu().double().exp().tolist(),
+                    strict=True,
+                )
+                losses += [
+                    TokenLoss(id_, nats, rank, tuple(zip(ids, probabilities, strict=True)))
+                    for id_, nats, rank, ids, probabilities in rows
+                ]
     return losses
-
-
-def _losses_of(logits_TV: Tensor, targets: Sequence[int], *, top: int) -> list[TokenLoss]:
-    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    log_p_TV = logits_TV.log_softmax(-1)
-    targets_T1 = torch.tensor(targets, device=logits_TV.device)[:, None]
-    target_log_p_T1 = log_p_TV.gather(1, targets_T1)
-    ranks_T = 1 + (log_p_TV > target_log_p_T1).sum(-1)
-    best = log_p_TV.topk(min(top, log_p_TV.shape[-1]))
-    rows = zip(
-        targets,
-        (-target_log_p_T1[:, 0]).tolist(),
-        ranks_T.tolist(),
-        best.indices.tolist(),
-        best.values.cpu().double().exp().tolist(),
-        strict=True,
-    )
-    return [
-        TokenLoss(id_, nats, rank, tuple(zip(ids, probabilities, strict=True)))
-        for id_, nats, rank, ids, probabilities in rows
-    ]
 
 
 def annotated_text(tokenizer: Tokenizer, losses: Sequence[TokenLoss]) -> list[dict[str, Any]]:
@@ -108,13 +92,10 @@ def annotated_text(tokenizer: Tokenizer, losses: Sequence[TokenLoss]) -> list[di
 
 
 def annotated_documents(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
+    model: Model,
     documents: Iterable[tuple[str, str]],
     *,
     max_tokens: int,
-    world: World,
-    precision: str = "fp32",
     stride: int | None = None,
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """The first `max_tokens` tokens of named documents as `annotated_text`, by name, and the number
@@ -124,46 +105,36 @@ def annotated_documents(
     for name, text in documents:
         if n_tokens == max_tokens:
             break
-        ids = tokenizer.encode(text).tolist()[: max_tokens - n_tokens]
+        ids = model.tokenizer.encode(text).tolist()[: max_tokens - n_tokens]
         if not ids:
             continue
         n_tokens += len(ids)
-        pair = Pair((tokenizer.start_of_text, *ids), 1)
-        losses = token_losses(decoder, pair, world=world, precision=precision, stride=stride, top=1)
-        annotated[name] = annotated_text(tokenizer, losses)
+        pair = Pair((model.tokenizer.start_of_text, *ids), 1)
+        losses = token_losses(model, pair, stride=stride, top=1)
+        annotated[name] = annotated_text(model.tokenizer, losses)
     return annotated, n_tokens
 
 
-def flash_card(tokenizer: Tokenizer, before: Sequence[int], loss: TokenLoss) -> dict[str, Any]:
-    """The end of the context, the most probable next tokens, and the token that came."""
-    return {
-        "context": tokenizer.decode(before[-CARD_CONTEXT_TOKENS:]),
-        "most_probable": [
-            {"text": tokenizer.token_text(id_), "probability": p} for id_, p in loss.most_probable
-        ],
-        "answer": {
-            "text": tokenizer.token_text(loss.id),
-            "probability": loss.probability,
-            "rank": loss.rank,
-            "nats": loss.nats,
-        },
-    }
-
-
-def sample_text_predictions(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    ids: Sequence[int],
-    *,
-    world: World,
-    precision: str = "fp32",
-) -> dict[str, Any]:
+def sample_text_predictions(model: Model, ids: Sequence[int]) -> dict[str, Any]:
     """The content of a run's predictions.json: a sample text with the loss of each token, and flash
     cards spread evenly over it."""
-    pair = Pair((tokenizer.start_of_text, *ids), 1)
-    losses = token_losses(decoder, pair, world=world, precision=precision)
+    tokenizer = model.tokenizer
+    losses = token_losses(model, Pair((tokenizer.start_of_text, *ids), 1))
     positions = sorted({(n + 1) * len(ids) // (N_CARDS + 1) for n in range(N_CARDS)} - {0})
-    return {
-        "passage": annotated_text(tokenizer, losses),
-        "cards": [flash_card(tokenizer, ids[:i], losses[i]) for i in positions],
-    }
+    cards = [
+        {
+            "context": tokenizer.decode(ids[max(0, position - CARD_CONTEXT_TOKENS) : position]),
+            "most_probable": [
+                {"text": tokenizer.token_text(id_), "probability": p}
+                for id_, p in losses[position].most_probable
+            ],
+            "answer": {
+                "text": tokenizer.token_text(losses[position].id),
+                "probability": losses[position].probability,
+                "rank": losses[position].rank,
+                "nats": losses[position].nats,
+            },
+        }
+        for position in positions
+    ]
+    return {"passage": annotated_text(tokenizer, losses), "cards": cards}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -110,14 +111,7 @@ def generate_ids(
         if stop_ids and bool(has_ended_B.all()):
             break
     completions: list[list[int]] = torch.cat(chunks[1:], dim=1).tolist()
-    return [_cut_at_stop(ids, stop_ids) for ids in completions]
-
-
-def _cut_at_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    for i, id_ in enumerate(ids):
-        if id_ in stop_ids:
-            return ids[:i]
-    return ids
+    return [list(takewhile(lambda id_: id_ not in stop_ids, ids)) for ids in completions]
 
 
 @torch.no_grad()
@@ -148,15 +142,14 @@ def sample(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
 
 
 def sampling_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the distribution (B, V) that is sampled from, in float64; each row sums to 1.
+    """Return the distribution (B, V) that is sampled from at a temperature above 0, in float64;
+    each row sums to 1.
 
     top-k keeps the k most probable ids, of ties at the end some ("Hierarchical Neural Story
     Generation", Fan et al., 2018); top-p the smallest set whose probabilities reach p ("The Curious
     Case of Neural Text Degeneration", Holtzman et al., 2020).
     """
     logits = logits_BV.double()
-    if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     # With the maximum at 0 it stays finite for any temperature.
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:

@@ -122,14 +122,7 @@ class LoadedModel:
         do not overlap); every token is counted once."""
         from pretrain.evaluate.loss import score_texts
 
-        return score_texts(
-            self.lm_loss,
-            self.tokenizer,
-            texts,
-            world=self.world,
-            precision=self.precision,
-            stride=stride,
-        )
+        return score_texts(self, texts, stride=stride)
 
 
 def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:

@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.batches import evaluation_batches
-from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, byte_lengths, score_batches
+from pretrain.evaluate.loss import (
+    EVALUATION_TOKENS,
+    Score,
+    ScoredModel,
+    byte_lengths,
+    score_batches,
+)
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.token_stats import sample_text_predictions
@@ -153,17 +159,11 @@ def evaluate_split(
 def evaluate_tasks(run: Run, tasks: Sequence[EvalTask], stop: StopSignals) -> None:
     """Evaluate in-loop tasks until a signal comes."""
     rows = []
-    run.model.unshard()
+    model = _scored_model(run)
     for task in tasks:
         if stop.interrupts_evaluation(run.world):
             break
-        row = evaluate_in_loop(
-            run.model.lm_loss.decoder,
-            run.data.tokenizer(),
-            task,
-            world=run.world,
-            precision=run.config.train.precision,
-        )
+        row = evaluate_in_loop(model, task)
         run.log.append_metrics({"kind": "task", "step": run.step, **row})
         rows.append(row)
     if rows:
@@ -190,11 +190,11 @@ def token_losses(run: Run) -> dict[str, Any]:
     longest = max(documents, key=len)[:TOKEN_LOSS_TOKENS].tolist()
     if not longest:
         return {"passage": [], "cards": []}
+    return sample_text_predictions(_scored_model(run), longest)
+
+
+def _scored_model(run: Run) -> ScoredModel:
+    """Gather the weights, and return the model with which single texts are scored."""
     run.model.unshard()
-    return sample_text_predictions(
-        run.model.lm_loss.decoder,
-        tokenizer,
-        longest,
-        world=run.world,
-        precision=run.config.train.precision,
-    )
+    decoder, precision = run.model.lm_loss.decoder, run.config.train.precision
+    return ScoredModel(decoder, run.data.tokenizer(), run.world, precision)

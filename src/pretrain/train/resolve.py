@@ -245,6 +245,7 @@ def measure_pace(
     With a known number of steps at most about a hundredth of them is made. Without tasks the trial
     ends early at a pace at which train.minutes suffice for `max_steps`.
     """
+    from pretrain.evaluate.loss import ScoredModel
     from pretrain.evaluate.run_tasks import evaluation_seconds
     from pretrain.train.build import build_model, trial_steps, uncompiled
 
@@ -272,14 +273,9 @@ def measure_pace(
 
     task_seconds = 0.0
     if tasks:
-        model, _ = build_model(config, data, world)
+        decoder = build_model(config, data, world)[0].lm_loss.decoder
+        model = ScoredModel(decoder, data.tokenizer(), world, train.precision)
         with uncompiled():
-            task_seconds = evaluation_seconds(
-                model.lm_loss.decoder,
-                data.tokenizer(),
-                tasks,
-                world=world,
-                precision=train.precision,
-            )
+            task_seconds = evaluation_seconds(model, tasks)
     step_seconds, task_seconds = world.all_gather([step_seconds, task_seconds])[0]
     return Pace(step_seconds, task_seconds)

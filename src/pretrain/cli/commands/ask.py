@@ -25,14 +25,11 @@ def run(args: argparse.Namespace, output: Output) -> None:
     task = task_named(args.task)
     context = prompt(task, args.input)
 
-    from pretrain.evaluate.run_tasks import AnswerGenerator
+    from pretrain.evaluate.run_tasks import generate_answer
     from pretrain.runner.open import load_model
 
     model = load_model(args.model, device=args.device)
-    generator = AnswerGenerator(
-        model.decoder, model.tokenizer, task, world=model.world, precision=model.precision
-    )
-    answer, is_truncated = generator.answer(context)
+    answer, is_truncated = generate_answer(model, task, context)
     if is_truncated:
         output.log("the model reads only the end of this, which is longer than its context:")
     output.log(f"{context}{task.delimiter}{answer}")

@@ -69,24 +69,26 @@ def _statistics(
     """The statistics of one model, by text or task and metric, and how it was evaluated."""
     import numpy as np
 
-    from pretrain.evaluate import evaluation
+    from pretrain.evaluate.evaluation import task_protocol, text_protocol
+    from pretrain.evaluate.loss import score_each
+    from pretrain.evaluate.run_tasks import evaluate_task
+    from pretrain.evaluate.task_files import read_texts
 
     model = _open(name, args)
     statistics: dict[tuple[str, str], Array] = {}
     protocol: dict[str, str] = {}
     for file in args.text or []:
-        protocol["text"] = evaluation.text_protocol(model, args.stride)
-        _, scores, note = evaluation.score_file(
-            model, file, text_field=args.text_field, stride=args.stride
-        )
+        protocol["text"] = text_protocol(model, args.stride)
+        texts, note = read_texts(file, args.text_field)
+        scores = score_each(model, texts, stride=args.stride)
         if note:
             protocol[file] = f"{file}: {note}"
         bits = [(score.nats / math.log(2), score.bytes) for score in scores]
         statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
     for eval_task in eval_tasks:
         task = eval_task.task
-        results = evaluation.run_eval_task(model, eval_task, stride=args.stride)
-        line = evaluation.task_protocol(model, eval_task, results)
+        results = evaluate_task(model, task, eval_task.examples, stride=args.stride)
+        line = task_protocol(model, eval_task, results)
         protocol[task.name] = f"{task.name}: {line}"
         statistics[task.name, task.metric] = results.statistics[task.metric]
     return statistics, protocol

@@ -118,13 +118,7 @@ def _draw_heat_map(model: LoadedModel, args: argparse.Namespace, output: Output)
         for number, document in enumerate(read_documents(file, text_field=args.text_field), start=1)
     )
     annotated, n_tokens = annotated_documents(
-        model.decoder,
-        model.tokenizer,
-        documents,
-        max_tokens=MAX_HEAT_MAP_TOKENS,
-        world=model.world,
-        precision=model.precision,
-        stride=args.stride,
+        model, documents, max_tokens=MAX_HEAT_MAP_TOKENS, stride=args.stride
     )
     note = "The redder a token, the less the model expected it after the text before it."
     if n_tokens == MAX_HEAT_MAP_TOKENS:
@@ -157,16 +151,13 @@ def _overlap(
     )
     output.log("continuing held-out text ...")
     generated = overlap.generated_text_rows(
-        model.decoder,
-        model.tokenizer,
+        model,
         data,
         corpus,
         samples=[
             str(sample.get("text")).removeprefix(str(sample.get("prompt") or ""))
             for sample in read_run_files(run_folder).samples
         ],
-        world=model.world,
-        precision=model.precision,
         seed=args.seed,
     )
     train = data.split("train")

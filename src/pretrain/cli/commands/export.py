@@ -105,14 +105,13 @@ def _write(model: LoadedModel, folder: Path, format: str, numbers: str) -> Expor
 
 
 def _verify(model: LoadedModel, exported: Exported, text: str, output: Output) -> dict[str, Any]:
-    from pretrain.evaluate.loss import score_texts
+    from pretrain.evaluate.loss import ScoredModel, score_texts
     from pretrain.export.verification import verification_library, verify_export
-    from pretrain.model.loss import LMLoss
 
     output.log(
         f"written; comparing with {verification_library(exported.format) or 'no library'} ..."
     )
-    score = score_texts(LMLoss(model.decoder), model.tokenizer, [text], world=model.world)
+    score = score_texts(ScoredModel(model.decoder, model.tokenizer, model.world), [text])
     return verify_export(exported, text, score, threads=model.world.threads)
 
 

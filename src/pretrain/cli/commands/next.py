@@ -54,9 +54,7 @@ def _show_answer(model: LoadedModel, args: argparse.Namespace, output: Output) -
 
     tokenizer = model.tokenizer
     pair = encode_pair(tokenizer, args.prompt, args.answer)
-    losses = token_losses(
-        model.decoder, pair, world=model.world, precision=model.precision, top=args.top
-    )
+    losses = token_losses(model, pair, top=args.top)
     rows = [
         {"id": id_, "text": tokenizer.token_text(id_), "probability": probability}
         for id_, probability in losses[0].most_probable
