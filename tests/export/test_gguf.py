@@ -308,6 +308,27 @@ def test_keys_that_llama_cpp_would_compute_with_are_rejected(
         import_model(file)
 
 
+VOCABULARIES: list[tuple[str, Any, str]] = [
+    ("model", "bert", "tokenizer.ggml.model must be gpt2 or llama .got 'bert'"),
+    ("pre", "other", "tokenizer.ggml.pre must be one of gpt-2, .* .got 'other'"),
+    ("tokens", [1, 2], "tokenizer.ggml.tokens must be a list of texts"),
+    ("tokens", ["a", "a"], "must be different, .* .got 2, of which 1 are different, and 400"),
+    ("merges", ["a b c"], "each of tokenizer.ggml.merges must be two tokens and a space"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), VOCABULARIES)
+def test_vocabularies_that_cannot_be_read_are_rejected(
+    key: str, value: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    written(file, decoder_of("llama", tokenizer), tokenizer)
+    kind = _KIND.ARRAY if isinstance(value, list) else _KIND.STRING
+    rewritten(file, keys={f"tokenizer.ggml.{key}": (value, kind)})
+    with pytest.raises(FormatError, match=message):
+        import_model(file)
+
+
 def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     written(file, decoder_of("llama", tokenizer), tokenizer)

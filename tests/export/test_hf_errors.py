@@ -314,6 +314,14 @@ def test_the_names_that_gpt2_was_published_under_are_read(
 def test_settings_that_own_code_has_twice_must_agree(tokenizer: Tokenizer, tmp_path: Path) -> None:
     decoder = random_decoder(config_of("fast", ngram_rows=97), vocab_size=400)
     folder = written(tmp_path / "out", decoder, tokenizer)
+    for section, message in {
+        None: r"config.json must have a section 'pretrain' .got None.; export the model again",
+        "new_axis": r"fields of the model must be those of this version .* .got new_axis",
+    }.items():
+        other = written(tmp_path / f"{section}", decoder, tokenizer)
+        in_config(pretrain=section and {section: 1})(other)
+        with pytest.raises(FormatError, match=message):
+            import_model(other)
     in_config(hidden_size=64, tie_word_embeddings=True)(folder)
     with pytest.raises(
         FormatError,
