@@ -14,9 +14,12 @@ from pretrain.config import compose, parse_overrides
 from pretrain.corpus.reading import read_documents
 from pretrain.data.preparation import prepare
 from pretrain.distributed import World, open_world
+from pretrain.model.config import ModelConfig
+from pretrain.parallel import tensor
+from pretrain.parallel.config import ParallelConfig
 from pretrain.runner.request import read_target
 from pretrain.train.config import TrainConfig
-from pretrain.train.resolve import check_batch, resolve, resolve_precision
+from pretrain.train.resolve import check_batch, check_model_fits, resolve, resolve_precision
 from runs import train
 from tiny import TINY
 
@@ -95,3 +98,14 @@ def test_cpu_uses_bf16_only_for_runs_limited_by_minutes(
     monkeypatch.setattr(World, "has_native_bf16", lambda world: has_units)
     world = open_world("cpu", threads=1)
     assert resolve_precision(TrainConfig(**settings), world) == precision
+
+
+def test_a_part_that_tensor_parallelism_cannot_split_is_rejected_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    axes = ParallelConfig(tensor=2).resolve(2)
+    model = ModelConfig(context_length=16)
+    check_model_fits(model, axes, vocab_size=300)
+    monkeypatch.delitem(tensor._STYLES, "feed_forward.gate")
+    with pytest.raises(ValueError, match=r"parallel\.tensor must be 1: .* feed_forward\.gate"):
+        check_model_fits(model, axes, vocab_size=300)

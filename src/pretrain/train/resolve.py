@@ -146,9 +146,17 @@ def check_batch(model: ModelConfig, train: TrainConfig, *, n_tokens: int) -> tup
 
 
 def check_model_fits(model: ModelConfig, axes: ParallelConfig, *, vocab_size: int) -> None:
-    """ValueError for a model whose sizes the axes do not divide, or whose weights and gradients
-    alone do not fit into this machine's memory."""
+    """ValueError for a model whose sizes the axes do not divide, that has a part which cannot be
+    split, or whose weights and gradients alone do not fit into this machine's memory."""
     raise_errors(axes.model_errors(model))
+    if axes.tensor > 1:
+        import torch
+
+        from pretrain.model.layers import Block
+        from pretrain.parallel.tensor import block_plan
+
+        with torch.device("meta"):
+            block_plan(Block(model, layer=0))
     # Each replica is sharded over several processes, some of which are on this machine.
     assert axes.data is not None
     replicas_here = n_local_processes() * axes.data / axes.processes
