@@ -48,19 +48,20 @@ def test_bloom_filter_contains_all_added_hashes(first: list[int], second: list[i
     assert corpus.contains(np.array(first + second, np.uint64)).all()
 
 
-def test_bloom_filter_has_the_requested_false_positive_rate() -> None:
+def test_bloom_filter_has_the_false_positive_rate_of_its_capacity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     n, n_others, rate = 100_000, 1_000_000, 1e-3
-    corpus = BloomFilter.with_capacity(n, false_positives=rate)
+    # The bits of a hash at the paper's rate: 16 / -ln(1 - 10^(-8/16)).
+    assert BloomFilter.with_capacity(n).n_bytes * 8 / n == pytest.approx(42.09, abs=0.01)
+    monkeypatch.setattr(overlap_module, "FALSE_POSITIVES", rate)
+    corpus = BloomFilter.with_capacity(n)
     hashes = splitmix64(np.arange(n + n_others, dtype=np.uint64))
     corpus.add(hashes[:n])
     assert corpus.contains(hashes[:n]).all()
     found = int(corpus.contains(hashes[n:]).sum())
     assert abs(found - rate * n_others) < 5 * math.sqrt(rate * n_others)
     assert corpus.false_positives == pytest.approx(rate, rel=0.02)
-    # The bits of a hash at the paper's rate: 16 / -ln(1 - 10^(-8/16)).
-    assert BloomFilter.with_capacity(n).n_bytes * 8 / n == pytest.approx(42.09, abs=0.01)
-    with pytest.raises(ValueError, match="false_positives must be between 0 and 1, not 0"):
-        BloomFilter.with_capacity(n, false_positives=0)
 
 
 def test_bloom_filter_bits_are_the_same_after_saving(tmp_path: Path) -> None:

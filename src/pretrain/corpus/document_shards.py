@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,33 +31,23 @@ def write_document_shards(documents: Iterable[Document], folder: Path) -> list[i
     """
     counts: list[int] = []
     iterator = iter(documents)
-    first = next(iterator, None)
-    while first is not None:
+    for first in iterator:
         number = len(counts)
         keys: list[tuple[int, int, int]] = []
         n_bytes = 0
         with open(folder / f"{number}.part", "xb") as file:
-            document: Document | None = first
-            while document is not None:
+            for document in chain([first], iterator):
                 data = document.text.encode()
-                header = [
-                    document.id,
-                    document.title,
-                    document.source,
-                    document.offset,
-                    document.source_argument,
-                    len(data),
-                ]
+                place = (document.source, document.offset, document.source_argument)
+                header = [document.id, document.title, *place, len(data)]
                 file.write(json.dumps(header, ensure_ascii=False).encode() + b"\n")
                 file.write(data)
                 keys.append((*text_hash(data), len(data)))
                 n_bytes += len(data)
                 if n_bytes >= SHARD_TEXT_BYTES or len(keys) >= SHARD_DOCUMENTS:
                     break
-                document = next(iterator, None)
         np.save(folder / f"{number}.keys.npy", np.array(keys, KEY))
         counts.append(len(keys))
-        first = next(iterator, None)
     return counts
 
 

@@ -54,24 +54,20 @@ def band_hashes(text: str) -> Hashes:
     shingles = ngram_hashes(words, min(SHINGLE_WORDS, len(words)) or 1)
     if not shingles.size:
         return shingles
-    signature = _min_hashes((shingles >> np.uint64(32)).astype(np.uint32))
-    bands = signature.reshape(N_BANDS, BAND_HASHES)
+    high_bits = (shingles >> np.uint64(32)).astype(np.uint32)
+    # The minimum of each of N_BANDS x BAND_HASHES permutations, a x + b modulo 2^32.
+    factors, addends = _permutations()
+    minimum = np.full(len(factors), 0xFFFFFFFF, np.uint32)
+    for start in range(0, len(high_bits), 4096):
+        values = np.multiply.outer(factors, high_bits[start : start + 4096])
+        values += addends[:, None]
+        np.minimum(minimum, values.min(axis=1), out=minimum)
+    bands = minimum.reshape(N_BANDS, BAND_HASHES)
     digests = b"".join(
         hashlib.blake2b(band.tobytes(), digest_size=8, salt=bytes([number])).digest()
         for number, band in enumerate(bands)
     )
     return np.frombuffer(digests, dtype="<u8")
-
-
-def _min_hashes(shingles: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The minimum of each of N_BANDS x BAND_HASHES permutations, a x + b modulo 2^32."""
-    factors, addends = _permutations()
-    minimum = np.full(len(factors), 0xFFFFFFFF, np.uint32)
-    for start in range(0, len(shingles), 4096):
-        values = np.multiply.outer(factors, shingles[start : start + 4096])
-        values += addends[:, None]
-        np.minimum(minimum, values.min(axis=1), out=minimum)
-    return minimum
 
 
 @cache

@@ -76,9 +76,16 @@ def list_files(source: Source, *, report: ReadingReport | None = None) -> list[S
     """
     report = report if report is not None else ReadingReport()
     arguments = [source] if isinstance(source, str | Path) else source
-    sources = [(str(argument), path) for argument in arguments for path in _expand(argument)]
-    if not sources or "" in arguments:  # Path("") would be the current folder
+    if not arguments or "" in arguments:  # Path("") would be the current folder
         raise ValueError("no source of text; name files, folders or glob patterns")
+    sources: list[tuple[str, str | Path]] = []
+    for argument in arguments:
+        paths: list[str | Path] = [argument]
+        if argument != BUNDLED and glob.has_magic(str(argument)) and not os.path.lexists(argument):
+            paths = [*sorted(glob.glob(str(argument), recursive=True))]
+            if not paths:
+                raise ValueError(f"no file matches the pattern {str(argument)!r}")
+        sources += [(str(argument), path) for path in paths]
 
     files: list[SourceFile] = []
     source_of: dict[str, str | Path] = {}
@@ -104,27 +111,25 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _expand(source: str | Path) -> list[str | Path]:
-    """The paths that match a glob pattern, sorted; any other source is returned as it is."""
-    if source == BUNDLED or not glob.has_magic(str(source)) or os.path.lexists(source):
-        return [source]
-    paths = sorted(glob.glob(str(source), recursive=True))
-    if not paths:
-        raise ValueError(f"no file matches the pattern {str(source)!r}")
-    return list(paths)
-
-
 def _list_one(source: str | Path, report: ReadingReport) -> list[SourceFile]:
     path = bundled_corpus() if source == BUNDLED else Path(source)
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        message = f"source {str(path)!r} does not exist"
+        with suppress(OSError):
+            similar = difflib.get_close_matches(path.name, os.listdir(path.parent), n=3)
+            if similar:
+                message += "; the same folder contains " + " or ".join(map(repr, similar))
+        raise ValueError(message) from error
     except OSError as error:
-        raise ValueError(_cannot_find(path, error)) from error
+        raise ValueError(f"source {str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"source {str(source)!r} is not a path: {error}") from error
+        raise ValueError(f"source {str(source)!r} must be a path: {error}") from error
 
+    mode = status.st_mode
     if stat.S_ISREG(mode):
-        return [SourceFile(path, path.name, os.stat(path).st_size, is_named=True)]
+        return [SourceFile(path, path.name, status.st_size, is_named=True)]
     if not stat.S_ISDIR(mode):
         raise ValueError(
             f"source {str(path)!r} is a {_file_type(mode)}, not a regular file; copy it to a file "
@@ -172,17 +177,6 @@ def _file_type(mode: int) -> str:
     names = {stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
     names |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
     return names.get(stat.S_IFMT(mode), "special file")
-
-
-def _cannot_find(path: Path, error: OSError) -> str:
-    if not isinstance(error, FileNotFoundError):
-        return f"source {str(path)!r} cannot be read: {error.strerror}"
-    message = f"source {str(path)!r} does not exist"
-    with suppress(OSError):
-        similar = difflib.get_close_matches(path.name, os.listdir(path.parent), n=3)
-        if similar:
-            message += "; the same folder contains " + " or ".join(map(repr, similar))
-    return message
 
 
 # Formats

@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain import missing_package
 from pretrain.corpus.config import CorpusConfig
@@ -47,28 +46,25 @@ class DocumentFilter:
     def filter(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Yield the documents to keep, some of them without some of their lines."""
         for document in documents:
-            text, reason = self._check(document.text)
+            text, reason = apply_filters(document.text, self._config.filters)
+            reason = reason or self._reason_to_remove(text)
             if reason:
                 self.reasons[reason] += 1
                 write_removed_document(self._removed, document, reason)
             else:
                 yield replace(document, text=text) if text is not document.text else document
 
-    def _check(self, text: str) -> FilterResult:
-        text, reason = apply_filters(text, self._config.filters)
-        if reason:
-            return FilterResult(text, reason)
-        if self._config.languages:
-            language = language_of(text)
-            if language not in self._config.languages:
-                return FilterResult(text, f"language: {language or 'none'}")
+    def _reason_to_remove(self, text: str) -> str:
+        """The language of a text, or its overlap with an evaluation text; "" if it is kept."""
+        languages = self._config.languages
+        if languages and (language := language_of(text)) not in languages:
+            return f"language: {language or 'none'}"
         if self._evaluation is not None:
             words = word_hashes(text)
             if self._config.remove_overlap and self._evaluation.shares_long_phrase(words):
-                reason = "overlap: 13 words in a row of an evaluation text"
-                return FilterResult(text, reason)
+                return "overlap: 13 words in a row of an evaluation text"
             self._shared.append(self._evaluation.shared(words))
-        return FilterResult(text, "")
+        return ""
 
     def shared_ngrams(self) -> Hashes:
         """The n-grams that the kept documents share with evaluation texts, sorted."""
@@ -177,7 +173,30 @@ def _gopher_repetition(text: str, words: list[str]) -> str:
             n_characters = count * (int(lengths[first : first + n].sum()) + n - 1)
             if n_characters > {2: 0.2, 3: 0.18, 4: 0.16}[n] * len(text):
                 return f"one phrase of {n} words is much of the text"
-        elif _repeats_exceed((0.2 - n / 100) * len(text), phrases, firsts, lengths, n):
+            continue
+
+        # Non-overlapping repeats. The union of all repeats is an upper bound of their characters;
+        # it is usually small, which ends the check here.
+        limit = (0.2 - n / 100) * len(text)
+        is_repeat = np.ones(len(phrases), bool)
+        is_repeat[firsts] = False
+        repeats = np.flatnonzero(is_repeat)
+        depth = np.zeros(len(lengths) + 1, np.int64)
+        np.add.at(depth, repeats, 1)
+        np.add.at(depth, repeats + n, -1)
+        if lengths[np.cumsum(depth[:-1]) > 0].sum() <= limit:
+            continue
+        numbers = phrases.tolist()
+        seen: set[int] = set()
+        n_characters = position = 0
+        while position < len(numbers):
+            if numbers[position] in seen:
+                n_characters += int(lengths[position : position + n].sum())
+                position += n
+            else:
+                seen.add(numbers[position])
+                position += 1
+        if n_characters > limit:
             return f"repeated phrases of {n} words"
     return ""
 
@@ -187,37 +206,6 @@ def _repeated(items: Sequence[str]) -> tuple[int, int]:
     repeats = [(item, count - 1) for item, count in Counter(items).items()]
     n_repeated = sum(n for _, n in repeats)
     return n_repeated, sum(n * len(item) for item, n in repeats)
-
-
-def _repeats_exceed(
-    limit: float,
-    phrases: NDArray[np.int64],
-    firsts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    n: int,
-) -> bool:
-    """Whether non-overlapping repeats of phrases of n words have more than `limit` characters."""
-    # The union of all repeats is an upper bound. It is usually small, which ends the check here.
-    is_repeat = np.ones(len(phrases), bool)
-    is_repeat[firsts] = False
-    repeats = np.flatnonzero(is_repeat)
-    depth = np.zeros(len(lengths) + 1, np.int64)
-    np.add.at(depth, repeats, 1)
-    np.add.at(depth, repeats + n, -1)
-    if lengths[np.cumsum(depth[:-1]) > 0].sum() <= limit:
-        return False
-
-    numbers = phrases.tolist()
-    seen: set[int] = set()
-    n_characters = position = 0
-    while position < len(numbers):
-        if numbers[position] in seen:
-            n_characters += int(lengths[position : position + n].sum())
-            position += n
-        else:
-            seen.add(numbers[position])
-            position += 1
-    return n_characters > limit
 
 
 _C4_LINE_ENDS = (".", "?", "!", '"', "'")

@@ -148,11 +148,9 @@ class BloomFilter:
         self._words = words
 
     @staticmethod
-    def with_capacity(n_hashes: int, *, false_positives: float = FALSE_POSITIVES) -> BloomFilter:
-        """An empty filter whose false positive rate is at most this with `n_hashes` hashes."""
-        if not 0 < false_positives < 1:
-            raise ValueError(f"false_positives must be between 0 and 1, not {false_positives}")
-        fill = false_positives ** (1 / N_PROBES)
+    def with_capacity(n_hashes: int) -> BloomFilter:
+        """An empty filter whose rate is at most FALSE_POSITIVES with `n_hashes` hashes."""
+        fill = FALSE_POSITIVES ** (1 / N_PROBES)
         n_bits = -N_PROBES * max(n_hashes, 1) / math.log1p(-fill)
         return BloomFilter(np.zeros(math.ceil(n_bits / 64), np.uint64))
 
@@ -274,17 +272,24 @@ def longest_matches(texts: Sequence[str], chunks: Iterable[tuple[int, str]]) -> 
     numbers = [
         first + np.arange(len(each)) for first, each in zip(first_numbers, ngrams, strict=False)
     ]
-    index = _NgramIndex(
-        np.concatenate([np.empty(0, np.uint64), *ngrams]),
-        np.concatenate([np.empty(0, np.int64), *numbers]),
-    )
+    all_ngrams = np.concatenate([np.empty(0, np.uint64), *ngrams])
+    all_numbers = np.concatenate([np.empty(0, np.int64), *numbers])
+    order = np.argsort(all_ngrams, kind="stable")
+    all_ngrams, all_numbers = all_ngrams[order], all_numbers[order]
+    table = HashTable([all_ngrams])
     longest: list[Match | None] = [None] * len(texts)
     # A match is at most as long as its text, so it is inside one of windows with this overlap.
     overlap = max(map(len, ngrams), default=1) + REPORT_WORDS - 1
     for document, words in word_hash_windows(chunks, overlap + 1):
         for start in range(0, max(1, len(words) - overlap), _WINDOW_WORDS):
             window = ngram_hashes(words[start : start + _WINDOW_WORDS + overlap], REPORT_WORDS)
-            firsts, lengths = _runs(*index.find_all(window))
+            # Every pair of an n-gram of the window and an occurrence of it in the texts.
+            queries, slots = table.find(window)
+            starts = np.searchsorted(all_ngrams, table.hashes[slots], side="left")
+            counts = np.searchsorted(all_ngrams, table.hashes[slots], side="right") - starts
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            occurrences = all_numbers[np.repeat(starts, counts) + within]
+            firsts, lengths = _runs(np.repeat(queries, counts), occurrences)
             text_numbers = np.searchsorted(first_numbers, firsts, side="right") - 1
             # By text, then longest first, then first in the text: the first row of each text.
             order = np.lexsort((firsts, -lengths, text_numbers))
@@ -297,25 +302,6 @@ def longest_matches(texts: Sequence[str], chunks: Iterable[tuple[int, str]]) -> 
                     first_word = int(firsts[row] - first_numbers[text])
                     longest[text] = Match(n_words, first_word, document)
     return longest
-
-
-class _NgramIndex:
-    """All occurrences of each n-gram."""
-
-    def __init__(self, ngrams: Hashes, numbers: NDArray[np.int64]) -> None:
-        self._table = HashTable([ngrams])
-        order = np.argsort(ngrams, kind="stable")
-        self._numbers = numbers[order]
-        starts = np.searchsorted(ngrams[order], self._table.hashes, side="left")
-        self._bounds = np.append(starts, len(ngrams))
-
-    def find_all(self, ngrams: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Every pair of an index in `ngrams` and the number of an occurrence of that n-gram."""
-        queries, slots = self._table.find(ngrams)
-        starts = self._bounds[slots]
-        counts = self._bounds[slots + 1] - starts
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(queries, counts), self._numbers[np.repeat(starts, counts) + within]
 
 
 def _runs(

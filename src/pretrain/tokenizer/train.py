@@ -77,8 +77,19 @@ def train_tokenizer(
     elif fast:
         library = _train_gigatoken(sample, size, split)
     else:
-        # A pair that occurs once teaches nothing, but a requested size should be reached.
-        library = _train_bpe(sample, size, split, min_frequency=2 if vocab_size is None else 1)
+        library = LibraryTokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizer(split)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            # A pair that occurs once teaches nothing, but a requested size should be reached.
+            min_frequency=2 if vocab_size is None else 1,
+            special_tokens=[special_token(END_OF_TEXT)],
+            initial_alphabet=list(byte_symbols()),
+            show_progress=False,
+        )
+        chunks = (chunk.decode() for chunk in sample)
+        library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
     tokenizer = Tokenizer(library)
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
         raise ValueError(
@@ -151,25 +162,6 @@ def _characters_tokenizer(texts: Iterable[str], vocab_size: int | None) -> Token
     return Tokenizer(library)
 
 
-def _train_bpe(
-    sample: list[bytes], vocab_size: int, split: Split, *, min_frequency: int
-) -> LibraryTokenizer:
-    """Train byte-level BPE with the library `tokenizers`."""
-    library = LibraryTokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizer(split)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[special_token(END_OF_TEXT)],
-        initial_alphabet=list(byte_symbols()),
-        show_progress=False,
-    )
-    chunks = (chunk.decode() for chunk in sample)
-    library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
-    return library
-
-
 def train_gpt(sample: list[bytes], vocab_size: int) -> LibraryTokenizer:
     """Train the BPE of GPT (2018): words in lower case, each with END_OF_WORD at its end.
 
@@ -218,8 +210,8 @@ def train_gpt(sample: list[bytes], vocab_size: int) -> LibraryTokenizer:
 def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> LibraryTokenizer:
     """Train byte-level BPE with gigatoken (extra `fast`): about six times as fast.
 
-    On ordinary text its merges are those of `_train_bpe`. On text with very few different words
-    they are not, therefore the user has to request it.
+    On ordinary text its merges are those of the library. On text with very few different words they
+    are not, therefore the user has to request it.
     """
     if split != "gpt2":
         raise ValueError(f"the fast trainer supports only the split gpt2, not {split}")
