@@ -154,7 +154,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path, many: list[str]) -> None:
     second = prepare(source, tmp_path / "two", tokenizer=tmp_path / "one")
     assert second.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
     assert second.split("train").sha256 == first.split("train").sha256
-    with pytest.raises(ValueError, match="has 400 tokens"):
+    with pytest.raises(ValueError, match="vocab_size is 500, but must be 400, the tokens of"):
         prepare(source, tmp_path / "three", tokenizer=tmp_path / "one", vocab_size=500)
 
 

@@ -17,7 +17,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -141,15 +141,13 @@ def _run_stages(job: Job, *, workers: int, progress: Progress) -> None:
                 pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
                 opened.callback(pool.shutdown, cancel_futures=True)
             progress(stage.title, 0.0)
-            futures: dict[Future[None], int] = {}
             try:
-                for task in tasks:
-                    try:
-                        futures[pool.submit(_run_in_worker, job.folder, number, task)] = task
-                    except (ValueError, OSError) as cause:
-                        # Python starts workers in submit; if one dies in the meantime, submit finds
-                        # a closed pipe.
-                        raise BrokenProcessPool from cause
+                try:
+                    # Python starts workers in submit; if one dies in the meantime, submit finds a
+                    # closed pipe.
+                    futures = {pool.submit(_run_in_worker, job.folder, number, n): n for n in tasks}
+                except (ValueError, OSError) as cause:
+                    raise BrokenProcessPool from cause
                 for n_done, future in enumerate(as_completed(futures), 1):
                     error = future.exception()
                     if isinstance(error, BrokenProcessPool):
