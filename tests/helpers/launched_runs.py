@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.load import open_checkpoint
+from pretrain.checkpoint.load import Checkpoint
 from tiny import TINY
 
 N_STEPS = 24
@@ -89,6 +89,6 @@ def losses(run: Path) -> list[float]:
 
 def saved_tensors(run: Path, step: int = N_STEPS) -> dict[str, Any]:
     """Return the weights and the optimizer state of a checkpoint, as nested lists."""
-    checkpoint = open_checkpoint(run / f"checkpoints/step-{step:08d}")
+    checkpoint = Checkpoint(run / f"checkpoints/step-{step:08d}")
     names = [f"{group}/{n}" for group in ("model", "optimizer") for n in checkpoint.names(group)]
     return {name: checkpoint.read(name).tolist() for name in names}

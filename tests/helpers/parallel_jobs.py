@@ -209,11 +209,11 @@ def save(folder: str, axes: dict[str, int]) -> None:
 
 def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
     """This process's slices of the tensors of that checkpoint: bounds and values."""
-    from pretrain.checkpoint.load import open_checkpoint
+    from pretrain.checkpoint.load import Checkpoint
     from pretrain.optim.param_groups import optimizer_state
 
     run = _run_of(folder, axes, fresh=False)
-    run.restore(open_checkpoint(Path(folder) / "checkpoints" / "step-00000001"))
+    run.restore(Checkpoint(Path(folder) / "checkpoints" / "step-00000001"))
     parameters = run.model.named_parameters()
     tensors = {f"model/{name}": p.detach() for name, p in parameters}
     state = optimizer_state(run.optimizer, parameters)

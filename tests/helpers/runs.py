@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint.load import list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, list_checkpoints
 from pretrain.cli import main
 from pretrain.data.batches import MicroBatch
 from pretrain.model.config import ModelConfig
@@ -46,7 +46,7 @@ def losses(run: Path) -> list[float]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's newest checkpoint."""
-    checkpoint = open_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    checkpoint = Checkpoint(list_checkpoints(run / "checkpoints")[-1])
     names = [
         f"{group}/{name}" for group in ("model", "optimizer") for name in checkpoint.names(group)
     ]

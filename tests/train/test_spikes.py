@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.format import DamagedCheckpoint
-from pretrain.checkpoint.load import checkpoint_name, list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoints
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
 from pretrain.data.batches import MicroBatch, micro_batch_at
@@ -127,7 +127,7 @@ def anomalies_in(lines: list[dict[str, Any]]) -> list[tuple[int, str]]:
 
 def weights_after(run: Path, step: int) -> dict[str, torch.Tensor]:
 
-    checkpoint = open_checkpoint(run / "checkpoints" / checkpoint_name(step))
+    checkpoint = Checkpoint(run / "checkpoints" / checkpoint_name(step))
     return {n: checkpoint.read(f"model/{n}") for n in checkpoint.names("model")}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.load import list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, list_checkpoints
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.train.signals import StopSignals
 from runs import DROPOUT, Killed, assert_same_run, kill_in_step, records, stop_after, train
@@ -240,7 +240,7 @@ def test_ctrl_c_saves_and_prints_the_resume_command(corpus: Path, tmp_path: Path
     assert child.returncode == 130
     assert f"pretrain train --resume --run {run}" in output
     saved = list_checkpoints(run / "checkpoints")[-1]
-    assert open_checkpoint(saved).step == records(run)[-1]["step"]
+    assert Checkpoint(saved).step == records(run)[-1]["step"]
 
 
 def test_diverged_run_suggests_a_lower_lr(corpus: Path, tmp_path: Path, capsys: Any) -> None:

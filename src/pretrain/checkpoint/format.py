@@ -161,8 +161,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             if not is_met:
                 raise ValueError(requirement)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        message = f"{type(error).__name__}: {error}"
-        raise DamagedCheckpoint(f"{file} is not a valid manifest: {message}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise DamagedCheckpoint(f"{file} is damaged: {reason}") from None
     return content
 
 

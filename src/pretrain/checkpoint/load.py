@@ -38,6 +38,7 @@ class Checkpoint:
     """An open checkpoint: `step`, `state`, `sha256` of its manifest, `shape`, `read`.
 
     Its files stay open, so a reader can continue when a run deletes the checkpoint meanwhile.
+    DamagedCheckpoint for a wrong manifest, and for a missing or truncated file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +103,10 @@ class Checkpoint:
             result[_relative(common, bounds)] = values
             n_filled += values.numel()
         if n_filled != result.numel():
-            raise DamagedCheckpoint(f"{self.path}: the slices of {name} do not cover it")
+            raise DamagedCheckpoint(
+                f"{self.path} is damaged: the slices of {name!r} must cover its {result.numel():,} "
+                f"numbers (got {n_filled:,})"
+            )
         return result
 
     def _read_slice(self, stored: dict[str, Any], part: ShardSlice, dtype: torch.dtype) -> Tensor:
@@ -171,12 +175,6 @@ def _relative(part: ShardSlice, outer: Sequence[Sequence[int]]) -> tuple[slice, 
     )
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open one checkpoint; raises DamagedCheckpoint for a wrong manifest, and for a missing or
-    truncated file."""
-    return Checkpoint(path)
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints of a run by rising step. The order is that of the names; time stamps do
     not matter."""
@@ -196,14 +194,13 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(list_checkpoints(folder)):
         checkpoint = None
         try:
-            checkpoint = open_checkpoint(path)
+            checkpoint = Checkpoint(path)
             checkpoint.verify()
+            return checkpoint, errors
         except DamagedCheckpoint as error:
             if checkpoint is not None:
                 checkpoint.close()  # on other systems than Linux an open file locks its folder
             errors.append(f"{error} (renamed to {quarantine(path).name})")
-            continue
-        return checkpoint, errors
     return None, errors
 
 

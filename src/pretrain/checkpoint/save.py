@@ -31,9 +31,9 @@ from pretrain.checkpoint.format import (
     write_tensors,
 )
 from pretrain.checkpoint.load import (
+    Checkpoint,
     checkpoint_name,
     list_checkpoints,
-    open_checkpoint,
     quarantine,
 )
 from pretrain.distributed import World
@@ -187,7 +187,7 @@ def verify_saved(path: Path, world: World | None = None) -> None:
 
     def read_back() -> str:
         try:
-            open_checkpoint(path).verify(rank=group.rank)
+            Checkpoint(path).verify(rank=group.rank)
         except DamagedCheckpoint as error:
             return str(error)
         return ""

@@ -258,11 +258,11 @@ def check_extension(folder: Path, config: RunConfig, extension: Extension) -> No
 def last_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint after the last step is as it was saved; an older one would repeat steps."""
     from pretrain.checkpoint.format import DamagedCheckpoint
-    from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
+    from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 
     steps = read_json(folder / SUMMARY)["steps"]
     try:
-        checkpoint = open_checkpoint(folder / directory.CHECKPOINTS / checkpoint_name(steps))
+        checkpoint = Checkpoint(folder / directory.CHECKPOINTS / checkpoint_name(steps))
         checkpoint.verify()
     except DamagedCheckpoint as error:
         raise ValueError(

@@ -173,13 +173,13 @@ def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
     """Return the run directory and the opened checkpoint that MODEL means. The run may be in
     training: it saves new checkpoints and deletes old ones meanwhile."""
     from pretrain.checkpoint.format import DamagedCheckpoint
-    from pretrain.checkpoint.load import open_checkpoint
+    from pretrain.checkpoint.load import Checkpoint
 
     last_tried = None
     while True:
         run, checkpoint = find_checkpoint(path)
         try:
-            return run, open_checkpoint(checkpoint)
+            return run, Checkpoint(checkpoint)
         except DamagedCheckpoint:
             # One that is gone was deleted for a newer one; the same one twice is damaged.
             if checkpoint.exists() or checkpoint == last_tried:

@@ -123,9 +123,9 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
     """Open the checkpoint that train.init_from names, or return None where it is not set."""
     if config.train.init_from is None:
         return None
-    from pretrain.checkpoint.load import open_checkpoint
+    from pretrain.checkpoint.load import Checkpoint
 
-    return open_checkpoint(find_checkpoint(Path(config.train.init_from))[1])
+    return Checkpoint(find_checkpoint(Path(config.train.init_from))[1])
 
 
 # --- settings by name --------------------------------------------------------------------------

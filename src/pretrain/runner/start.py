@@ -384,12 +384,12 @@ def _continue_on_other_rank(
     request: Request, folder: Path, tasks: list[EvalTask], stream: TextIO, world: World
 ) -> RunResult:
     """Continue on a rank other than 0, with the settings and the checkpoint of rank 0."""
-    from pretrain.checkpoint.load import open_checkpoint
+    from pretrain.checkpoint.load import Checkpoint
 
     world.wait_for_main()
     main = json.loads(world.broadcast_str(""))
     config, name = compose([main["config"]]), main["checkpoint"]
-    checkpoint = open_checkpoint(folder / CHECKPOINTS / name) if name else None
+    checkpoint = Checkpoint(folder / CHECKPOINTS / name) if name else None
     data = prepared_text(config)
     session = _Session(request, stream, folder, config, data, tasks, world, checkpoint)
     return session.train(session.agreed_fingerprint())

@@ -222,10 +222,10 @@ def _check_kill(folder: Path, k: int) -> Check:
 
 def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     """Compare two runs up to a step, bit by bit."""
-    from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
+    from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 
     folders = (one, other)
-    first, second = (open_checkpoint(f / CHECKPOINTS / checkpoint_name(step)) for f in folders)
+    first, second = (Checkpoint(f / CHECKPOINTS / checkpoint_name(step)) for f in folders)
     numbers = METRICS_KEYS["train"].keys() - {"ids", *TIMES}
     evaluated = [_records(folder, is_train=False) for folder in folders]
     samples = [(folder / SAMPLES).read_bytes() if evaluated[0] else b"" for folder in folders]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from pretrain.checkpoint.load import checkpoint_name, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 from pretrain.data.trace import Tracer
 from pretrain.evaluate.baselines import measure_baselines
 from pretrain.model.sizes import n_parameters
@@ -210,7 +210,7 @@ def finish(run: Run) -> None:
     best = run.checkpoints / checkpoint_name(run.best.step or run.step)
     if best != checkpoint and best.exists():
         checkpoint = best
-        load_weights(run.model, open_checkpoint(best))
+        load_weights(run.model, Checkpoint(best))
     with uncompiled():
         score = evaluate_split(run)
         predictions = token_losses(run)

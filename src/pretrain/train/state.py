@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.format import TensorShard
-from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoints
 from pretrain.checkpoint.save import BackgroundSaver, delete_after, prune
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
@@ -317,7 +317,7 @@ def roll_back(run: Run) -> None:
     if run.world.is_main:
         delete_after(run.checkpoints, target)
     run.world.wait_for_main()
-    checkpoint = open_checkpoint(run.checkpoints / checkpoint_name(target)) if target else None
+    checkpoint = Checkpoint(run.checkpoints / checkpoint_name(target)) if target else None
     run.restore(checkpoint)
     run.log.truncate(target)
     run.log.append_metrics({"kind": "rollback", "step": target, "batches": skipped})
@@ -344,6 +344,6 @@ def rollback_target(run: Run) -> int:
                 f"{run.checkpoints} has no checkpoint to roll back to: that of step {due_step:,} "
                 "could not be saved; free disk space, then start the run again"
             )
-        open_checkpoint(run.checkpoints / checkpoint_name(target)).verify()
+        Checkpoint(run.checkpoints / checkpoint_name(target)).verify()
         answer = str(target)
     return int(run.world.broadcast_str(answer))

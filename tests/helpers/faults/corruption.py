@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from faults.history import History
 from faults.table import Row, Unrecovered
 from pretrain.checkpoint.format import MANIFEST, DamagedCheckpoint, manifest_hash
-from pretrain.checkpoint.load import newest_good, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, newest_good
 from pretrain.checkpoint.save import save_checkpoint as save
 
 N_BYTES = 1 << 10
@@ -36,7 +36,7 @@ def _checkpoint(folder: Path, step: int, history: History) -> Path:
 
 def _is_rejected(path: Path) -> bool:
     try:
-        open_checkpoint(path).verify()
+        Checkpoint(path).verify()
     except DamagedCheckpoint:
         return True
     return False

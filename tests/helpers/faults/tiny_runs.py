@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.zygote import exit_code, fork, side_by_side
-from pretrain.checkpoint.load import list_checkpoints, open_checkpoint
+from pretrain.checkpoint.load import Checkpoint, list_checkpoints
 from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
 from pretrain.train import eval_hooks
@@ -91,7 +91,7 @@ def run_hashes(run: Path) -> dict[str, str]:
     """A checksum of each thing that must be equal in a run that was interrupted: every weight and
     number of the optimizer in the last checkpoint, where it stands in the data, every line of the
     records, and the summary."""
-    newest = open_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    newest = Checkpoint(list_checkpoints(run / "checkpoints")[-1])
     newest.verify()
     tensors = hashlib.sha256()
     for group in ("model", "optimizer"):
