@@ -19,7 +19,7 @@ from pretrain.corpus.demonstrations import (
     translation_demonstrations,
 )
 from pretrain.evaluate.examples import Example, prompt, promptable_tasks, with_shots
-from pretrain.evaluate.run_tasks import condition_metrics, reference_nats
+from pretrain.evaluate.run_tasks import condition_metrics
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.tasks import task_named, tasks
 from pretrain.runner.open import load_model
@@ -228,18 +228,21 @@ def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -
         for text, references in zip(inputs, answers, strict=True)
     ]
     examples = with_shots(task, examples, shots=1, seed=1)  # which none of the conditions has
-    found = reference_nats(model, task, examples)
+    found = condition_metrics(model, EvalTask(task, tuple(examples)))["nats_per_byte"]
     words = {
         "task": "English = French\n{} =",
         "wrong": "English = German\n{} =",
         "none": "{}",
     }
     assert found.keys() == words.keys()
+    references = [first for first, *_ in answers]
+    n_bytes = sum(len(text.encode()) for text in references)
     for name, template in words.items():
-        for row, text, (first, *_) in zip(found[name], inputs, answers, strict=True):
-            expected = -sum(log_p(model, template.format(text), " " + first))
-            assert row[0] == pytest.approx(expected, abs=1e-9)
-            assert row[1] == len(first.encode())
+        nats = [
+            -sum(log_p(model, template.format(text), " " + reference))
+            for text, reference in zip(inputs, references, strict=True)
+        ]
+        assert found[name] == pytest.approx(sum(nats) / n_bytes, abs=1e-9)
 
 
 def test_baselines_are_the_input_and_its_first_sentence(finished_run: Path) -> None:

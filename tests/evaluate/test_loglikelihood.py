@@ -183,7 +183,8 @@ def test_what_cannot_be_scored_is_refused(model: LoadedModel) -> None:
     for n_context in (0, 2):
         with pytest.raises(ValueError, match=rf"\(got {n_context} of 2 ids as context\)"):
             Pair((1, 2), n_context)
-    with pytest.raises(ValueError, match="must be at least one token of its own"):
+    expected = r"a continuation must add at least 1 token to its context \(got '' after 'of the'\)"
+    with pytest.raises(ValueError, match=expected):
         encode_pair(model.tokenizer, "of the", "")
     for stride in (0, CONTEXT + 1):
         with pytest.raises(ValueError, match=f"stride must be 1 to {CONTEXT}, the context length"):

@@ -90,7 +90,9 @@ def with_shots(task: Task, examples: Sequence[Example], *, shots: int, seed: int
     the kind of task has no context.
     """
     if shots and task.kind in ("pair", "text"):
-        raise ValueError(f"{task.name} is of the kind {task.kind}, which takes no shots")
+        raise ValueError(
+            f"--shots must be 0 for {task.name}, a task of the kind {task.kind} (got {shots})"
+        )
     if shots >= len(examples):
         raise ValueError(f"--shots must be less than the {len(examples)} examples (got {shots})")
     rng = random.Random(seed)
@@ -181,7 +183,7 @@ def _records(form: str, text: str, file: str) -> Iterator[tuple[str, Record]]:
     elif form == "six lines":
         lines = text.removesuffix("\n").split("\n") if text else []
         if len(lines) % 6:
-            raise ValueError(f"{file} must have six lines for each example (got {len(lines)})")
+            raise ValueError(f"{file} must have 6 lines for each example (got {len(lines)} lines)")
         for first in range(0, len(lines), 6):
             context, gold, *choices = lines[first : first + 6]
             yield f"line {first + 1}", {"context": context, "gold": gold, "choices": choices}

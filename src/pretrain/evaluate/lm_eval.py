@@ -1,13 +1,13 @@
 """A model as lm-evaluation-harness calls it: its tasks, with our log-likelihoods and our generator.
 
 Texts are cut into tokens as `pretrain evaluate` cuts them. `pretrain.cli.harness` opens the model
-and registers it with the harness. A generation setting that we do not have is a ValueError.
+and registers it with the harness.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -50,7 +50,8 @@ class LmEvalModel:
         return [-sum(next(scores).nats for _ in pairs) for pairs in pairs_of_texts]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What the model generates after each prompt, cut at the first of its `until`."""
+        """What the model generates after each prompt, cut at the first of its `until`. ValueError
+        for a setting that we do not have."""
         # A repeated request asks for another sample, so it gets the next seed.
         n_seen: Counter[str] = Counter()
         tokenizer, context = self._model.tokenizer, self._model.decoder.config.window_tokens
@@ -58,7 +59,24 @@ class LmEvalModel:
         for request in requests:
             prompt, settings = request.args
             n_seen[prompt] += 1
-            stops, max_tokens, sampling = _read_settings(settings, seed=n_seen[prompt])
+            options = {name: value for name, value in settings.items() if value is not None}
+            until = options.pop("until", ())
+            stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+            limits = [options.pop(name) for name in _MAX_TOKENS_KEYS if name in options]
+            max_tokens = int(limits[0]) if limits else _DEFAULT_MAX_TOKENS
+            temperature = float(options.pop("temperature", 0.0))
+            is_random = options.pop("do_sample", temperature > 0)
+            sampling = Sampling(
+                temperature=temperature if is_random else 0.0,
+                top_k=options.pop("top_k", None),
+                top_p=options.pop("top_p", None),
+                seed=n_seen[prompt],
+            )
+            if options:
+                raise ValueError(
+                    "settings of a generation must be until, do_sample, temperature, top_k, top_p "
+                    f"or one of {', '.join(_MAX_TOKENS_KEYS)} (got {', '.join(options)})"
+                )
             # Leave max_tokens of the context for the completion, as the harness does.
             n_prompt = context - max_tokens if max_tokens < context else max(1, context // 2)
             before = tokenizer.encode_prompt(prompt)[-n_prompt:]
@@ -67,26 +85,3 @@ class LmEvalModel:
             )
             texts.append(cut_at_stop(tokenizer.decode_after(before, ids), stops))
         return texts
-
-
-def _read_settings(
-    settings: Mapping[str, Any], *, seed: int
-) -> tuple[tuple[str, ...], int, Sampling]:
-    """Stop strings, the maximum number of tokens, and the sampling. ValueError for another
-    setting."""
-    options = {name: value for name, value in settings.items() if value is not None}
-    until = options.pop("until", ())
-    stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-    limits = [options.pop(name) for name in _MAX_TOKENS_KEYS if name in options]
-    temperature = float(options.pop("temperature", 0.0))
-    is_random = options.pop("do_sample", temperature > 0)
-    top_k, top_p = options.pop("top_k", None), options.pop("top_p", None)
-    if options:
-        raise ValueError(
-            f"settings of a generation must be until, do_sample, temperature, top_k, top_p or one "
-            f"of {', '.join(_MAX_TOKENS_KEYS)} (got {', '.join(options)})"
-        )
-    sampling = Sampling(
-        temperature=temperature if is_random else 0.0, top_k=top_k, top_p=top_p, seed=seed
-    )
-    return stops, int(limits[0]) if limits else _DEFAULT_MAX_TOKENS, sampling

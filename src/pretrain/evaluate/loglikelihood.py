@@ -71,7 +71,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
         continuation_ids = tokenizer.encode(continuation).tolist()
     if not continuation_ids:
         raise ValueError(
-            f"{continuation!r:.80} must be at least one token of its own after {stripped[-40:]!r}"
+            "a continuation must add at least 1 token to its context (got "
+            f"{continuation!r:.80} after {stripped[-40:]!r})"
         )
     return Pair((*context_ids, *continuation_ids), len(context_ids))
 

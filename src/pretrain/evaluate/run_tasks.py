@@ -35,8 +35,6 @@ _Evaluated = tuple[dict[str, Any], dict[str, Statistics], bool]
 _BOOTSTRAP_SEED = 1  # the default of `pretrain evaluate --seed`
 # Examples of each task that are timed before a run starts.
 _N_TIMED_EXAMPLES = 10
-CONDITIONS = ("task", "wrong", "none")
-"""The task itself, another task with the same input, and the input alone."""
 _CONDITION_METRIC = "nats_per_byte"
 
 
@@ -255,15 +253,33 @@ def stop_ids_of(tokenizer: Tokenizer, stops: tuple[str, ...]) -> set[int]:
 def condition_metrics(
     model: Model, eval_task: EvalTask, *, stride: int | None = None
 ) -> dict[str, Any]:
-    """Nats per byte of the references under each of CONDITIONS, the p-values of the differences to
-    the task itself, and the task's metric for two answers without a model: the input itself, and
-    its first sentence.
+    """Nats per byte of each example's first reference after the task itself, another task with the
+    same input, and the input alone; the p-values of the differences to the task itself; and the
+    task's metric for two answers without a model: the input itself, and its first sentence.
 
     "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) conditions on the
     task in the same way, by words before the answer.
     """
     task, examples = eval_task.task, eval_task.examples
-    nats = reference_nats(model, task, examples, stride=stride)
+    # Without shots, which would name the task in another way.
+    wrong = task_named(task.wrong)
+    contexts = {
+        "task": [(prompt(task, e.input), task.delimiter) for e in examples],
+        "wrong": [(prompt(wrong, e.input), wrong.delimiter) for e in examples],
+        "none": [(e.input, task.delimiter) for e in examples],
+    }
+    references = [example.continuations[0] for example in examples]
+    pairs = [
+        encode_pair(model.tokenizer, context, delimiter + reference)
+        for of_condition in contexts.values()
+        for (context, delimiter), reference in zip(of_condition, references, strict=True)
+    ]
+    scores = score_pairs(model, pairs, stride=stride)
+    all_nats = np.array([score.nats for score in scores]).reshape(len(contexts), -1)
+    n_bytes = np.array([len(t.encode("utf-8", "replace")) for t in references], np.float64)
+    nats = {
+        name: np.stack([row, n_bytes], axis=1) for name, row in zip(contexts, all_nats, strict=True)
+    }
     baselines = {}
     for name, answers in {
         "copy": [example.input for example in examples],
@@ -280,33 +296,7 @@ def condition_metrics(
         },
         "p": {
             name: compare(_CONDITION_METRIC, nats["task"], nats[name], seed=eval_task.seed).p
-            for name in CONDITIONS[1:]
+            for name in ("wrong", "none")
         },
         "baselines": baselines,
-    }
-
-
-def reference_nats(
-    model: Model, task: Task, examples: Sequence[Example], *, stride: int | None = None
-) -> dict[str, Array]:
-    """By condition, the nats and the bytes of each example's first reference (examples, 2). Without
-    shots, which would name the task in another way."""
-    wrong = task_named(task.wrong)
-    contexts = {
-        "task": [(prompt(task, e.input), task.delimiter) for e in examples],
-        "wrong": [(prompt(wrong, e.input), wrong.delimiter) for e in examples],
-        "none": [(e.input, task.delimiter) for e in examples],
-    }
-    references = [example.continuations[0] for example in examples]
-    pairs = [
-        encode_pair(model.tokenizer, context, delimiter + reference)
-        for condition in CONDITIONS
-        for (context, delimiter), reference in zip(contexts[condition], references, strict=True)
-    ]
-    scores = score_pairs(model, pairs, stride=stride)
-    nats = np.array([score.nats for score in scores]).reshape(len(CONDITIONS), -1)
-    n_bytes = np.array([len(text.encode("utf-8", "replace")) for text in references], np.float64)
-    return {
-        condition: np.stack([row, n_bytes], axis=1)
-        for condition, row in zip(CONDITIONS, nats, strict=True)
     }
