@@ -142,14 +142,15 @@ def sample(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> Tensor:
 
 
 def sampling_probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the distribution (B, V) that is sampled from at a temperature above 0, in float64;
-    each row sums to 1.
+    """Return the distribution (B, V) that is sampled from, in float64; each row sums to 1.
 
     top-k keeps the k most probable ids, of ties at the end some ("Hierarchical Neural Story
     Generation", Fan et al., 2018); top-p the smallest set whose probabilities reach p ("The Curious
     Case of Neural Text Degeneration", Holtzman et al., 2020).
     """
     logits = logits_BV.double()
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     # With the maximum at 0 it stays finite for any temperature.
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
