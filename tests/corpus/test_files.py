@@ -94,6 +94,15 @@ def test_missing_path_suggests_near_names(tmp_path: Path) -> None:
         list_files(tmp_path / "shakespear.txt")
 
 
+def test_source_that_cannot_be_a_path_is_rejected(tmp_path: Path) -> None:
+    message = r"^source 'a\\x00b' must be a path: (stat: )?embedded null (byte|character in path)$"
+    with pytest.raises(ValueError, match=message):
+        list_files("a\0b")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"a\.txt/b' cannot be read: Not a directory$"):
+        list_files(tmp_path / "a.txt" / "b")
+
+
 def test_several_sources_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "b.txt").write_text("second", encoding="utf-8")

@@ -137,6 +137,13 @@ def test_invalid_csv_rows_are_reported_with_their_place(tmp_path: Path) -> None:
     assert "is empty" in reasons[2]
 
 
+def test_last_line_of_spaces_is_not_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\none\n \n ")
+    report = ReadingReport()
+    assert read_texts(tmp_path / "a.csv", report=report) == ["one"]
+    assert [problem.line for problem in report.problems] == [3]
+
+
 def test_duplicate_column_names_keep_the_first(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text,label,label\n7,good,a,the longest cell of all\n")
     (found,) = read_documents(tmp_path / "a.csv")
