@@ -1,4 +1,4 @@
-"""Errors and comparisons: against what theory gives, and a model compared with itself."""
+"""Standard errors and comparisons: equal to theory, and a model compared with itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def right_or_wrong(p: float, n: int, seed: int) -> Array:
     return np.stack([right, np.ones(n)], axis=1).astype(np.float64)
 
 
-def test_the_standard_error_is_that_of_a_mean() -> None:
+def test_the_standard_error_equals_that_of_a_mean() -> None:
     rows = right_or_wrong(0.3, 800, seed=7)  # another stream than the resampling's
     found = estimate("accuracy", rows, seed=1)
     share = rows[:, 0].mean()
@@ -36,7 +36,7 @@ def test_the_standard_error_is_that_of_a_mean() -> None:
     assert found.detectable == pytest.approx(2.8016 * math.sqrt(2) * found.stderr, rel=1e-4)
 
 
-def test_the_error_of_a_ratio_is_that_of_the_delta_method() -> None:
+def test_the_standard_error_of_a_ratio_equals_the_delta_method() -> None:
     rng = np.random.default_rng(3)
     n_bytes = rng.integers(50, 500, 600).astype(np.float64)
     bits = n_bytes * (1.2 + 0.2 * rng.standard_normal(600))
@@ -62,7 +62,7 @@ def test_one_example_has_no_error() -> None:
     assert (found.difference, found.stderr, found.p) == (1.0, None, None)
 
 
-def test_equal_answers_show_nothing_of_what_could_be_seen() -> None:
+def test_equal_answers_have_no_detectable_difference() -> None:
     rows = np.ones((5, 2))
     found = estimate("accuracy", rows, seed=1)
     assert (found.value, found.stderr, found.detectable) == (1.0, 0.0, None)
@@ -87,7 +87,7 @@ def test_a_difference_is_found_where_there_is_one() -> None:
     assert other.p == found.p
 
 
-def test_pairs_show_what_unpaired_errors_hide() -> None:
+def test_pairing_detects_what_unpaired_errors_do_not() -> None:
     nats = np.random.default_rng(5).normal(3.0, 1.0, 200)  # examples differ much, models little
     better = np.stack([nats - 0.05, np.ones(200)], axis=1)
     worse = np.stack([nats + np.random.default_rng(6).normal(0, 0.1, 200), np.ones(200)], axis=1)
@@ -100,7 +100,7 @@ def test_pairs_show_what_unpaired_errors_hide() -> None:
     assert found.detectable < abs(found.difference) < alone.detectable
 
 
-def test_p_values_of_equal_models_are_spread_evenly() -> None:
+def test_p_values_of_equal_models_are_uniform() -> None:
     """Of 200 comparisons without a difference about one in twenty is below 0.05."""
     found = []
     for seed in range(200):
@@ -112,7 +112,7 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
     assert values.mean() == pytest.approx(0.5, abs=0.08)
 
 
-def test_other_examples_are_not_compared() -> None:
+def test_different_numbers_of_examples_are_rejected() -> None:
     with pytest.raises(ValueError, match="got 3 and 4"):
         compare("accuracy", np.ones((3, 2)), np.ones((4, 2)), seed=1)
 
@@ -126,21 +126,21 @@ def other_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+def compare_json(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert main(["compare", *words, "--device", "cpu", "--json"]) == 0
     rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["comparisons"]
     return rows
 
 
-def test_a_second_model_that_cannot_be_asked_is_said_before_the_first_is(
+def test_a_missing_second_model_is_reported_before_the_first_is_evaluated(
     finished_run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["compare", str(finished_run), str(tmp_path / "none"), "--text", str(corpus)]
     assert main(words) == 2
-    said = capsys.readouterr()
-    assert "none" in said.err
-    assert f"{finished_run} ..." not in said.out + said.err
+    output = capsys.readouterr()
+    assert "none" in output.err
+    assert f"{finished_run} ..." not in output.out + output.err
 
 
 def test_compare_pairs_the_documents_of_texts(
@@ -151,7 +151,7 @@ def test_compare_pairs_the_documents_of_texts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = str(other_run), str(finished_run)
-    (row,) = ask(capsys, *names, "--text", str(corpus))
+    (row,) = compare_json(capsys, *names, "--text", str(corpus))
     assert (row["metric"], row["examples"]) == (
         "bits_per_byte",
         len(corpus.read_text().split("\n")) - 1,
@@ -169,7 +169,7 @@ def test_compare_pairs_the_documents_of_texts(
     assert main(["compare", *names, "--text", str(file)]) == 2
     assert "one.txt contains no text" in capsys.readouterr().err
     file.write_text("The people of the United States.")
-    (row,) = ask(capsys, *names, "--text", str(file))
+    (row,) = compare_json(capsys, *names, "--text", str(file))
     assert (row["examples"], row["p"], row["low"]) == (1, None, None)
 
 
@@ -185,22 +185,22 @@ def test_compare_pairs_the_examples_of_tasks(
     summary = json.loads((finished_run / "summary.json").read_text())
     checkpoint = finished_run / "checkpoints" / Path(summary["checkpoint"]).name
     words = ["--task-file", str(file), "--metric", "perplexity"]
-    same, other = ask(capsys, str(finished_run), str(checkpoint), str(other_run), *words)
+    same, other = compare_json(capsys, str(finished_run), str(checkpoint), str(other_run), *words)
     assert (same["difference"], same["p"], same["stderr"]) == (0.0, 1.0, 0.0)
     assert other["second"] == str(other_run)
     assert other["difference"] != 0
     assert other["low"] <= other["difference"] <= other["high"]
 
 
-def test_compare_says_what_it_lacks(
+def test_compare_reports_missing_arguments(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = str(finished_run)
-    for words, said in (
+    for words, message in (
         ([name, "--text", "x"], "is one model"),
         ([name, name, "--text", "x"], "is one model"),
         ([name, str(tmp_path)], "compare needs a text or a task"),
         ([name, str(tmp_path), "--text", str(tmp_path / "missing")], "missing"),
     ):
         assert main(["compare", *words]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Demonstrations of tasks: made from articles and aligned sentences, asked again with the right
+"""Demonstrations of tasks: made from articles and aligned sentences, evaluated with the right
 task, a wrong one and none."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain.evaluate.run_tasks import condition_metrics
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.tasks import task_named, tasks
 from pretrain.runner.open import load_model
-from tasks import log_p, written
+from tasks import log_p, write_task
 from tiny import TINY
 
 DEFINITION = "A kestrel is a small falcon that hovers over open fields while it looks for voles."
@@ -42,18 +42,18 @@ TRIPLES = [
 ]
 
 
-def test_an_article_shows_a_question_a_title_and_a_summary() -> None:
-    shown = {
+def test_an_article_makes_a_question_a_title_and_a_summary() -> None:
+    demonstrations = {
         each.task: (each.input, each.answer) for each in article_demonstrations("Kestrel", ARTICLE)
     }
-    assert shown == {
+    assert demonstrations == {
         "answer": ("What is Kestrel?", DEFINITION),
         "title": (PASSAGE, "Kestrel"),
         "summarize": (PASSAGE, DEFINITION),
     }
 
 
-def test_a_title_is_taken_off_only_where_it_stands_above() -> None:
+def test_a_title_is_removed_only_from_the_first_line() -> None:
     below = ARTICLE.removeprefix("Kestrel\n\n")
     for title, text in (("Kestrel", ARTICLE), ("Kestrel", below), ("A kestrel", below)):
         assert next(article_demonstrations(title, text)).answer == DEFINITION
@@ -64,11 +64,11 @@ def test_a_title_is_taken_off_only_where_it_stands_above() -> None:
     ["", "Kestrel", DEFINITION, f"Kestrels everywhere! {PASSAGE} End.", "is " * 400],
     ids=["empty", "title alone", "no passage", "no definition", "no sentence"],
 )
-def test_an_article_that_does_not_define_its_title_shows_nothing(text: str) -> None:
+def test_an_article_that_does_not_define_its_title_makes_no_demonstration(text: str) -> None:
     assert list(article_demonstrations("Kestrel", text)) == []
 
 
-def test_a_passage_is_of_whole_sentences_and_bounded() -> None:
+def test_a_passage_has_complete_sentences_and_a_maximum_length() -> None:
     long = " ".join(f"Sentence number {n} tells one more thing about it." for n in range(100))
     (passage, _), *_ = [
         (e.input, e.answer)
@@ -89,11 +89,11 @@ def test_abbreviations_do_not_end_a_sentence() -> None:
 
 
 def test_a_sentence_is_translated_from_every_language_into_every_other() -> None:
-    shown = [
+    demonstrations = [
         (e.task, e.input, e.answer)
         for e in translation_demonstrations({"en": "a", "fr": "b", "de": "c"})
     ]
-    assert sorted(shown) == [
+    assert sorted(demonstrations) == [
         ("translate-de-en", "c", "a"),
         ("translate-de-fr", "c", "b"),
         ("translate-en-de", "a", "c"),
@@ -115,7 +115,7 @@ def sources(folder: Path, *, test: list[int], train: list[int], articles: int = 
         for place, language in enumerate(("en", "fr", "de")):
             lines = [TRIPLES[n][place] for n in numbers]
             (aligned / f"small.{split}.{language}").write_text("\n".join(lines) + "\n")
-    path = written(folder, pages, "birds.jsonl")
+    path = write_task(folder, pages, "birds.jsonl")
     return ["demonstrate", str(path), "--translations", str(aligned), "--out", str(folder / "out")]
 
 
@@ -123,24 +123,24 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_what_is_asked_in_test_is_nowhere_in_train(tmp_path: Path) -> None:
+def test_questions_of_test_are_not_in_train(tmp_path: Path) -> None:
     assert main(sources(tmp_path, test=[1], train=[0, 1, 2, 3, 4, 5, 5])) == 0
     train, test = tmp_path / "out/train", tmp_path / "out/test"
-    told = [r["text"] for path in sorted(train.iterdir()) for r in records(path)]
-    held = [n for n in range(300) if is_held_out(f"Bird {n}", 0.04)]
-    assert [r["title"] for r in records(test / "articles.jsonl")] == [f"Bird {n}" for n in held]
-    assert 0 < len(held) < 30
-    assert len(records(train / "articles.jsonl")) == 300 - len(held)
+    training_texts = [r["text"] for path in sorted(train.iterdir()) for r in records(path)]
+    held_out = [n for n in range(300) if is_held_out(f"Bird {n}", 0.04)]
+    assert [r["title"] for r in records(test / "articles.jsonl")] == [f"Bird {n}" for n in held_out]
+    assert 0 < len(held_out) < 30
+    assert len(records(train / "articles.jsonl")) == 300 - len(held_out)
     for name in ("answer", "title", "summarize"):
         questions = records(test / f"{name}.jsonl")
-        assert len(questions) == len(held)
-        for question, n in zip(questions, held, strict=True):
-            named = re.compile(rf"bird {n}\b", re.IGNORECASE)
-            assert named.search(json.dumps(question))
-            assert not any(named.search(text) for text in told)
+        assert len(questions) == len(held_out)
+        for question, n in zip(questions, held_out, strict=True):
+            title = re.compile(rf"bird {n}\b", re.IGNORECASE)
+            assert title.search(json.dumps(question))
+            assert not any(title.search(text) for text in training_texts)
     assert [r["input"] for r in records(test / "translate-en-fr.jsonl")] == ["Two men sit."]
-    assert not any(sentence in text for text in told for sentence in TRIPLES[1])
-    # Four in a document, under the words that `ask` begins with; the second holds what is left.
+    assert not any(sentence in text for text in training_texts for sentence in TRIPLES[1])
+    # Four in a document, under the first line of the prompt of `ask`; the second has the rest.
     french = [r["text"] for r in records(train / "translate.jsonl") if "English = F" in r["text"]]
     assert french == [
         "English = French\nA dog runs. = Un chien court.\nA cat sleeps. = Un chat dort.\n"
@@ -150,7 +150,7 @@ def test_what_is_asked_in_test_is_nowhere_in_train(tmp_path: Path) -> None:
     assert prompt(task_named("translate-en-fr"), "A dog runs.") == french[0].split(" Un chien")[0]
 
 
-def test_the_folder_appears_whole_and_is_never_written_over(
+def test_the_folder_is_complete_and_never_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = sources(tmp_path, test=[1], train=[0], articles=3)
@@ -165,20 +165,20 @@ def test_the_folder_appears_whole_and_is_never_written_over(
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "said"),
+    ("name", "lines", "message"),
     [
         ("small.train.fr", "one\ntwo\nthree\n", "'fr': 3"),
         ("other.train.de", "one\n", "other.train has lines"),
         ("other.test.en", "one\n", "other.test has lines"),
     ],
 )
-def test_sentences_that_are_not_aligned_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, lines: str, said: str
+def test_sentences_that_are_not_aligned_are_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, lines: str, message: str
 ) -> None:
     words = sources(tmp_path, test=[1], train=[0, 2], articles=3)
     (tmp_path / "aligned" / name).write_text(lines)
     assert main(words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -189,20 +189,20 @@ def test_only_line_ends_end_a_sentence_s_line(tmp_path: Path) -> None:
     for path in (tmp_path / "aligned").glob("*.train.de"):
         path.unlink()
     assert main(words) == 0
-    shown = (tmp_path / "out/train/translate.jsonl").read_text()
-    assert "A cat. = Un\\u0085chat." in shown or "A cat. = Un\x85chat." in shown
+    demonstrations = (tmp_path / "out/train/translate.jsonl").read_text()
+    assert "A cat. = Un\\u0085chat." in demonstrations or "A cat. = Un\x85chat." in demonstrations
 
 
-def test_texts_without_titles_are_refused(
+def test_texts_without_titles_are_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = written(tmp_path, [{"text": ARTICLE}, {"title": "", "text": ARTICLE}])
+    path = write_task(tmp_path, [{"text": ARTICLE}, {"title": "", "text": ARTICLE}])
     assert main(["demonstrate", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "there is no record with a title" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_sentences_is_refused(
+def test_a_folder_without_sentences_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = sources(tmp_path, test=[1], train=[0], articles=3)
@@ -210,15 +210,15 @@ def test_a_folder_without_sentences_is_refused(
     assert "has no files such as NAME.train.en" in capsys.readouterr().err
 
 
-def test_wrong_tasks_are_asked_of_the_same_input_and_are_other_words() -> None:
-    asked = [task for task in tasks().values() if task.wrong]
-    assert len(asked) == 9
-    for task in asked:
+def test_prompts_of_the_wrong_task_are_different() -> None:
+    with_wrong = [task for task in tasks().values() if task.wrong]
+    assert len(with_wrong) == 9
+    for task in with_wrong:
         assert {task.name, task.wrong} <= set(promptable_tasks())
         assert prompt(task, "x") != prompt(task_named(task.wrong), "x")
 
 
-def test_nats_of_each_condition_are_those_of_its_own_words(finished_run: Path) -> None:
+def test_nats_of_each_condition_are_those_of_its_prompt(finished_run: Path) -> None:
     model = load_model(str(finished_run), device="cpu")
     model.decoder.double()
     task = task_named("translate-en-fr")
@@ -256,7 +256,7 @@ def test_baselines_are_the_input_and_its_first_sentence(finished_run: Path) -> N
 
 @pytest.fixture(scope="module")
 def multitask(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the recipe, small, on demonstrations where it looks for them."""
+    """A small run of the recipe multitask, on demonstrations in its default folder."""
     folder = tmp_path_factory.mktemp("multitask")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -267,25 +267,25 @@ def multitask(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_evaluate_shows_the_task_a_wrong_one_and_none(
+def test_evaluate_reports_all_three_conditions(
     multitask: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = str(multitask / "run"), str(multitask / "demonstrations/test")
     words = ["evaluate", model, "--tasks", "translate-fr-en,title", "--task-data", data, "--json"]
-    assert main([*words, "--answers", str(multitask / "said.jsonl")]) == 0
-    said, people = capsys.readouterr()
-    rows = json.loads(said)["tasks"]
+    assert main([*words, "--answers", str(multitask / "answers.jsonl")]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["tasks"]
     for name in ("translate-fr-en", "title"):
         assert rows[name]["nats_per_byte"].keys() == {"task", "wrong", "none"}
         assert rows[name]["p"].keys() == {"wrong", "none"}
         assert all(0 < p <= 1 for p in rows[name]["p"].values())
         assert rows[name]["baselines"].keys() == {"copy", "lead"}
-        assert f"{rows[name]['nats_per_byte']['wrong']:.4f} with {task_named(name).wrong}" in people
-    # What `ask` says of an input is what was judged.
-    answers = [r for r in records(multitask / "said.jsonl") if r["task"] == "translate-fr-en"]
+        assert f"{rows[name]['nats_per_byte']['wrong']:.4f} with {task_named(name).wrong}" in err
+    # The answer of `ask` equals the evaluated one.
+    answers = [r for r in records(multitask / "answers.jsonl") if r["task"] == "translate-fr-en"]
     question = "Deux hommes sont assis."
-    asked = ["ask", model, "--task", "translate-fr-en", "--input", question, "--json"]
-    assert main(asked) == 0
+    words = ["ask", model, "--task", "translate-fr-en", "--input", question, "--json"]
+    assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {
         "task": "translate-fr-en",
@@ -294,7 +294,7 @@ def test_evaluate_shows_the_task_a_wrong_one_and_none(
     }
 
 
-def test_ask_says_when_the_input_is_cut(
+def test_ask_reports_a_truncated_input(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["ask", str(finished_run), "--task", "summarize", "--input", "the sea was wide " * 20]
@@ -303,11 +303,11 @@ def test_ask_says_when_the_input_is_cut(
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [("piqa", "piqa does not take one text"), ("translate-en-xx", "did you mean 'translate-en-")],
 )
-def test_ask_refuses_what_it_cannot_ask(
-    capsys: pytest.CaptureFixture[str], task: str, said: str
+def test_ask_rejects_other_tasks(
+    capsys: pytest.CaptureFixture[str], task: str, message: str
 ) -> None:
     assert main(["ask", "no-model", "--task", task, "--input", "x"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

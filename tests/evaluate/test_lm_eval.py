@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asks our model and its own class of the same weights: the same answers,
+"""lm-evaluation-harness scores our model and its own class with the same weights: equal results,
 example by example. Its half is skipped where it is not installed (extra `harness`)."""
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tiny import write_llama
 
 CONTEXT = 64
 TEXTS = [document.text for document in list(read_documents("bundled"))[:20]]
-# What texts are made of: nothing, blanks at both sides, line breaks, letters of several bytes, and
-# more than the model's context.
+# Empty texts, blanks at both sides, line breaks, letters of several bytes, and texts longer than
+# the model's context.
 PAIRS = [
     ("The people of the", " United States"),
     ("The people of the ", "United States"),
@@ -32,8 +32,8 @@ PAIRS = [
     (TEXTS[0][:900], " people"),
     (TEXTS[1][:900], TEXTS[2][:60]),
 ]
-ROLLED = ["", "Yes.", TEXTS[3][:100], TEXTS[4][:1000]]
-WRITE = [
+ROLLING_TEXTS = ["", "Yes.", TEXTS[3][:100], TEXTS[4][:1000]]
+GENERATION_REQUESTS = [
     ("The people of the", {"until": ["\n\n", "e"], "max_gen_toks": 20}),
     ("The people of the", {"until": "\n", "max_gen_toks": 30, "do_sample": False}),
     (TEXTS[0][:900], {"until": [], "max_new_tokens": 20, "temperature": 0.0}),
@@ -52,58 +52,63 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path) -> HarnessModel:
+def harness_model(folder: Path) -> HarnessModel:
     return HarnessModel(str(folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
+def reference(folder: Path) -> Any:
     pytest.importorskip("transformers")
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     return huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
 
 
-def asked(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+def harness_instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
     instances = pytest.importorskip("lm_eval.api.instance")
     return [
         instances.Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments
     ]
 
 
-def test_likelihoods_are_theirs(ours: HarnessModel, theirs: Any) -> None:
-    found = ours.loglikelihood(requests(PAIRS))
-    expected = theirs.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
+def test_log_likelihoods_equal_the_reference(harness_model: HarnessModel, reference: Any) -> None:
+    found = harness_model.loglikelihood(requests(PAIRS))
+    expected = reference.loglikelihood(harness_instances("loglikelihood", PAIRS), disable_tqdm=True)
     for (log_p, is_greedy), (other, other_greedy) in zip(found, expected, strict=True):
         assert log_p == pytest.approx(other, abs=1e-3)
         assert is_greedy == other_greedy
 
 
-def test_rolling_likelihoods_are_theirs_but_for_the_start_that_they_count(
-    ours: HarnessModel, theirs: Any
+def test_rolling_log_likelihoods_equal_the_reference_without_its_second_start(
+    harness_model: HarnessModel, reference: Any
 ) -> None:
-    """Where the tokenizer begins a text, their class puts another start-of-text before that, and
+    """Where the tokenizer adds a start-of-text token, the reference puts another one before it and
     counts the first as a token of the text."""
-    tokenizer = ours._model.tokenizer
-    texts = [(text,) for text in ROLLED]
-    found = ours.loglikelihood_rolling(requests(texts))
-    expected = theirs.loglikelihood_rolling(
-        asked("loglikelihood_rolling", texts), disable_tqdm=True
+    tokenizer = harness_model._model.tokenizer
+    texts = [(text,) for text in ROLLING_TEXTS]
+    found = harness_model.loglikelihood_rolling(requests(texts))
+    expected = reference.loglikelihood_rolling(
+        harness_instances("loglikelihood_rolling", texts), disable_tqdm=True
     )
     if tokenizer.add_bos:
         assert abs(found[1] - expected[1]) > 1
         start = tokenizer.start_of_text
-        ids = [[start, *tokenizer.encode(text).tolist()] for text in ROLLED]
+        ids = [[start, *tokenizer.encode(text).tolist()] for text in ROLLING_TEXTS]
         pairs = [rolling_pairs(each, start=start, context_length=CONTEXT) for each in ids]
-        found = [-sum(answer.nats for answer in score_pairs(ours._model, each)) for each in pairs]
+        found = [
+            -sum(answer.nats for answer in score_pairs(harness_model._model, each))
+            for each in pairs
+        ]
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_is_written_is_theirs(ours: HarnessModel, theirs: Any) -> None:
-    found = ours.generate_until(requests(WRITE))
-    assert found == theirs.generate_until(asked("generate_until", WRITE), disable_tqdm=True)
+def test_generated_texts_equal_the_reference(harness_model: HarnessModel, reference: Any) -> None:
+    found = harness_model.generate_until(requests(GENERATION_REQUESTS))
+    assert found == reference.generate_until(
+        harness_instances("generate_until", GENERATION_REQUESTS), disable_tqdm=True
+    )
 
 
-def test_windows_roll_as_their_interface_says() -> None:
+def test_rolling_windows_equal_the_documented_example() -> None:
     """The example of LM.loglikelihood_rolling: ten tokens, a context of four."""
     pairs = rolling_pairs(range(10), start=-1, context_length=4)
     assert [(p.ids[:-1], p.ids[p.n_context :]) for p in pairs] == [
@@ -113,8 +118,8 @@ def test_windows_roll_as_their_interface_says() -> None:
     ]
 
 
-def test_what_is_written_ends_before_the_first_stop(ours: HarnessModel) -> None:
-    plain, cut, short = ours.generate_until(
+def test_generation_ends_before_the_first_stop(harness_model: HarnessModel) -> None:
+    plain, cut, short = harness_model.generate_until(
         requests(
             [
                 ("The people", {"max_gen_toks": 30}),
@@ -128,32 +133,32 @@ def test_what_is_written_ends_before_the_first_stop(ours: HarnessModel) -> None:
     assert short
     assert plain.startswith(short)
     with pytest.raises(ValueError, match="settings of a generation must be until"):
-        ours.generate_until(requests([("The people", {"num_beams": 4})]))
+        harness_model.generate_until(requests([("The people", {"num_beams": 4})]))
 
 
-def test_a_request_that_is_repeated_asks_for_another_sample(ours: HarnessModel) -> None:
-    again = requests(
+def test_a_repeated_request_gets_another_sample(harness_model: HarnessModel) -> None:
+    repeated = requests(
         [("The people", {"max_gen_toks": 20, "do_sample": True, "temperature": 1})] * 3
     )
-    found = ours.generate_until(again)
+    found = harness_model.generate_until(repeated)
     assert len(set(found)) == 3
-    assert ours.generate_until(again) == found
+    assert harness_model.generate_until(repeated) == found
 
 
-def test_a_start_of_text_is_as_asked(folder: Path) -> None:
-    said = {
+def test_the_start_of_text_argument_is_used(folder: Path) -> None:
+    log_p_of = {
         start: HarnessModel(str(folder), device="cpu", start_of_text=start).loglikelihood(
             requests([("The people", " of")])
         )[0][0]
         for start in ("model", "always", "never")
     }
-    assert abs(said["always"] - said["never"]) > 0.01
-    assert said["model"] in (said["always"], said["never"])
+    assert abs(log_p_of["always"] - log_p_of["never"]) > 0.01
+    assert log_p_of["model"] in (log_p_of["always"], log_p_of["never"])
     with pytest.raises(ValueError, match="start_of_text must be one of model, always, never"):
         HarnessModel(str(folder), start_of_text="no")
 
 
-def test_its_absence_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_missing_lm_eval_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models", None)
     harness.register.cache_clear()
@@ -163,11 +168,11 @@ def test_its_absence_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
     )
 
 
-def test_its_own_command_runs_a_local_task_and_the_two_agree(
+def test_the_lm_eval_command_agrees_with_evaluate_on_a_local_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """The task is a file and a definition in its own form; each model is asked by the command, and
-    what was logged of each is held against `pretrain evaluate` of the file."""
+    """The task is a file and a definition in the format of lm_eval; the command evaluates each
+    model, and the logged samples are compared with `pretrain evaluate` of the file."""
     for package in ("lm_eval", "datasets", "transformers"):
         pytest.importorskip(package)
     (tmp_path / "llama").mkdir()
@@ -194,7 +199,7 @@ def test_its_own_command_runs_a_local_task_and_the_two_agree(
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(definition), encoding="utf-8")
-    # Its own index is of 14,000 files, a quarter of a minute to read.
+    # The index of lm_eval has 14,000 files, which take 15 seconds to read.
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

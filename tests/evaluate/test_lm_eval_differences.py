@@ -1,5 +1,5 @@
-"""Why another program says otherwise: samples as lm-evaluation-harness logs them, each of them
-asked in a way that is written out here by hand, and the cause that has to be found."""
+"""Why another program has different results: samples as lm-evaluation-harness logs them, each
+scored in a way that is written out here, and the cause that must be reported."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def model(folder: Path) -> LoadedModel:
 
 
 @torch.no_grad()
-def log_p(model: LoadedModel, given: Sequence[int], asked: Sequence[int]) -> float:
-    """Of ids after ids that fit the context together, from one row of logits."""
-    ids = torch.tensor([*given, *asked])
+def log_p(model: LoadedModel, context_ids: Sequence[int], continuation: Sequence[int]) -> float:
+    """Return log p(continuation | context) from one forward pass; both fit the window together."""
+    ids = torch.tensor([*context_ids, *continuation])
     rows = model.decoder.logits(model.decoder(ids[None, :-1]))[0].log_softmax(-1)
-    return float(rows[len(given) - 1 :].gather(1, ids[len(given) :, None]).sum())
+    return float(rows[len(context_ids) - 1 :].gather(1, ids[len(context_ids) :, None]).sum())
 
 
 def ids_of(model: LoadedModel, text: str) -> list[int]:
@@ -57,12 +57,12 @@ def line(
         f"gen_args_{n}": {f"arg_{m}": text for m, text in enumerate(texts)}
         for n, texts in enumerate(options)
     }
-    said = [[[str(a), "False"]] if len(options[0]) > 1 else [str(a)] for a in answers]
-    return json.dumps({"doc_id": number, "arguments": arguments, "resps": said, **more})
+    responses = [[[str(a), "False"]] if len(options[0]) > 1 else [str(a)] for a in answers]
+    return json.dumps({"doc_id": number, "arguments": arguments, "resps": responses, **more})
 
 
-def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> HarnessComparison:
-    """What is said of samples of an example and, in the first place, of one that is the same."""
+def comparison(model: LoadedModel, task: Task, example: Example, *lines: str) -> HarnessComparison:
+    """Compare samples of one example with our results."""
     examples = [example] * len(lines)
     results = evaluate_task(model, task, examples)
     samples = read_samples("\n".join(lines))
@@ -70,174 +70,182 @@ def explained(model: LoadedModel, task: Task, example: Example, *lines: str) -> 
 
 
 def cause(model: LoadedModel, example: Example, sample: str, **task: Any) -> tuple[str, str]:
-    """The only difference, and where the two are."""
+    """Return the cause and the detail of the only difference."""
     kind = task.pop("kind", "choice")
-    found = explained(model, replace(task_of_kind(kind, "mine"), **task), example, sample)
+    found = comparison(model, replace(task_of_kind(kind, "mine"), **task), example, sample)
     (difference,) = found.differences
     return difference.cause, difference.detail
 
 
-def plainly(model: LoadedModel, context: str, continuations: Sequence[str]) -> list[float]:
-    given = [model.tokenizer.start_of_text, *ids_of(model, context)]
-    return [log_p(model, given, ids_of(model, text)) for text in continuations]
+def log_probabilities(
+    model: LoadedModel, context: str, continuations: Sequence[str]
+) -> list[float]:
+    context_ids = [model.tokenizer.start_of_text, *ids_of(model, context)]
+    return [log_p(model, context_ids, ids_of(model, text)) for text in continuations]
 
 
 EXAMPLE = Example((CONTEXT,), CHOICES, 1)
-ASKED = [(CONTEXT, " " + choice) for choice in CHOICES]
+OPTIONS = [(CONTEXT, " " + choice) for choice in CHOICES]
 
 
-def test_what_is_the_same_is_counted_and_not_explained(model: LoadedModel) -> None:
-    said = plainly(model, CONTEXT, [text for _, text in ASKED])
-    acc: dict[str, Any] = {"acc": float(max(said) == said[1]), "target": "1"}
-    near = [said[0] + 5e-4, *said[1:]]
-    found = explained(
-        model, task_of_kind("choice", "mine"), EXAMPLE, line(ASKED, near, **acc),
-        line(ASKED, said, number=1, **acc), line(ASKED, said, number=7),
+def test_equal_samples_are_counted_and_not_explained(model: LoadedModel) -> None:
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in OPTIONS])
+    acc: dict[str, Any] = {"acc": float(max(log_ps) == log_ps[1]), "target": "1"}
+    near = [log_ps[0] + 5e-4, *log_ps[1:]]
+    found = comparison(
+        model, task_of_kind("choice", "mine"), EXAMPLE, line(OPTIONS, near, **acc),
+        line(OPTIONS, log_ps, number=1, **acc), line(OPTIONS, log_ps, number=7),
     )  # fmt: skip
     assert (found.n_examples, found.differences, found.n_ties) == (2, (), 0)
     assert found.largest_difference == pytest.approx(5e-4, abs=1e-9)
 
 
-def test_other_texts_are_shown_where_they_differ(model: LoadedModel) -> None:
+def test_different_texts_are_shown_where_they_differ(model: LoadedModel) -> None:
     other = "The people of the old"
     texts = [(other, " " + choice) for choice in CHOICES]
-    said = plainly(model, other, [text for _, text in texts])
-    name, detail = cause(model, EXAMPLE, line(texts, said))
+    log_ps = log_probabilities(model, other, [text for _, text in texts])
+    name, detail = cause(model, EXAMPLE, line(texts, log_ps))
     assert name == "text"
     assert detail == (
         "context differs from character 17 on: 'e people of the old' there, 'e people of the' here"
     )
-    two = [*ASKED[:2], (CONTEXT, " but")]
-    said = plainly(model, CONTEXT, [text for _, text in two])
-    detail = cause(model, EXAMPLE, line(two, said))[1]
+    two = [*OPTIONS[:2], (CONTEXT, " but")]
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in two])
+    detail = cause(model, EXAMPLE, line(two, log_ps))[1]
     assert detail == "continuation differs from character 1 on: ' but' there, ' x' here"
-    assert cause(model, EXAMPLE, line(ASKED[:2], said[:2])) == (
+    assert cause(model, EXAMPLE, line(OPTIONS[:2], log_ps[:2])) == (
         "text", "2 options there, 3 here",
     )  # fmt: skip
 
 
-def test_texts_that_explain_only_half_are_named_with_the_other_half(model: LoadedModel) -> None:
+def test_two_causes_of_one_difference_are_both_named(model: LoadedModel) -> None:
     texts = [("The people", " " + choice) for choice in CHOICES]
-    given = ids_of(model, "The people")
-    said = [log_p(model, given, ids_of(model, text)) for _, text in texts]
-    assert cause(model, EXAMPLE, line(texts, said))[0] == "text, start-of-text"
+    context_ids = ids_of(model, "The people")
+    log_ps = [log_p(model, context_ids, ids_of(model, text)) for _, text in texts]
+    assert cause(model, EXAMPLE, line(texts, log_ps))[0] == "text, start-of-text"
 
 
 def test_white_space_before_a_continuation(model: LoadedModel) -> None:
     texts = [(CONTEXT + "\n", choice) for choice in CHOICES]
-    said = plainly(model, CONTEXT, ["\n" + choice for choice in CHOICES])
-    found = cause(model, EXAMPLE, line(texts, said))
+    log_ps = log_probabilities(model, CONTEXT, ["\n" + choice for choice in CHOICES])
+    found = cause(model, EXAMPLE, line(texts, log_ps))
     assert found == ("white space", "'\\n' before the continuation there, ' ' here")
 
 
-def test_a_start_of_text_that_is_not_there(model: LoadedModel) -> None:
-    given = ids_of(model, CONTEXT)
-    said = [log_p(model, given, ids_of(model, text)) for _, text in ASKED]
-    assert cause(model, EXAMPLE, line(ASKED, said)) == ("start-of-text", "no <|endoftext|> there")
+def test_a_missing_start_of_text_is_named(model: LoadedModel) -> None:
+    context_ids = ids_of(model, CONTEXT)
+    log_ps = [log_p(model, context_ids, ids_of(model, text)) for _, text in OPTIONS]
+    assert cause(model, EXAMPLE, line(OPTIONS, log_ps)) == (
+        "start-of-text",
+        "no <|endoftext|> there",
+    )
 
 
-def test_tokens_made_apart_are_shown(model: LoadedModel) -> None:
-    """A context that ends in a space: ours counts the space, which is the continuation's."""
+def test_separately_encoded_tokens_are_shown(model: LoadedModel) -> None:
+    """A context that ends in a space, which we encode as a part of the continuation."""
     example = Example((CONTEXT + " ",), CHOICES, 1)
     texts = [(CONTEXT + " ", " " + choice) for choice in CHOICES]
     space = ids_of(model, CONTEXT + " ")
-    given = [model.tokenizer.start_of_text, *space]
-    said = [log_p(model, given, ids_of(model, text)) for _, text in texts]
-    name, detail = cause(model, example, line(texts, said))
-    theirs, ours = (
+    context_ids = [model.tokenizer.start_of_text, *space]
+    log_ps = [log_p(model, context_ids, ids_of(model, text)) for _, text in texts]
+    name, detail = cause(model, example, line(texts, log_ps))
+    separate, joint = (
         " ".join(map(model.tokenizer.id_to_token, ids_of(model, text)))
         for text in (" " + CHOICES[0], "  " + CHOICES[0])
     )
     assert (name, detail) == (
         "tokens",
-        f"context and continuation are encoded separately there: {theirs} there, {ours} here",
+        f"context and continuation are encoded separately there: {separate} there, {joint} here",
     )
-    said = [log_p(model, space, ids_of(model, text)) for _, text in texts]
-    assert cause(model, example, line(texts, said))[0] == "tokens, start-of-text"
+    log_ps = [log_p(model, space, ids_of(model, text)) for _, text in texts]
+    assert cause(model, example, line(texts, log_ps))[0] == "tokens, start-of-text"
 
 
 def test_a_smaller_window_cuts_more_from_the_left(model: LoadedModel) -> None:
     texts = [(LONG.rstrip(), " " + choice) for choice in CHOICES]
-    said = []
+    log_ps = []
     for context, text in texts:
-        asked = ids_of(model, text)
-        ids = [*ids_of(model, context), *asked][-17:]
-        said.append(log_p(model, ids[: -len(asked)], asked))
+        continuation = ids_of(model, text)
+        ids = [*ids_of(model, context), *continuation][-17:]
+        log_ps.append(log_p(model, ids[: -len(continuation)], continuation))
     example = Example((LONG.rstrip(),), CHOICES, 1)
-    assert cause(model, example, line(texts, said)) == ("left cut", "16 tokens fit there, 32 here")
+    assert cause(model, example, line(texts, log_ps)) == (
+        "left cut",
+        "16 tokens fit there, 32 here",
+    )
 
 
-def test_likelihoods_that_were_divided(model: LoadedModel) -> None:
-    said = plainly(model, CONTEXT, [text for _, text in ASKED])
-    in_tokens = [len(ids_of(model, text)) for _, text in ASKED]
+def test_normalised_likelihoods_are_recognised(model: LoadedModel) -> None:
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in OPTIONS])
+    in_tokens = [len(ids_of(model, text)) for _, text in OPTIONS]
     for unit, sizes in {"token": in_tokens, "character": [34, 3, 1]}.items():
-        mean = [log_p / n for log_p, n in zip(said, sizes, strict=True)]
-        found = cause(model, EXAMPLE, line(ASKED, mean))
+        mean = [log_p / n for log_p, n in zip(log_ps, sizes, strict=True)]
+        found = cause(model, EXAMPLE, line(OPTIONS, mean))
         assert found == ("normalisation", f"log p a {unit} there, their sum here")
 
 
-def test_answers_that_differ_where_likelihoods_do_not(model: LoadedModel) -> None:
-    said = plainly(model, CONTEXT, [text for _, text in ASKED])
-    best = said.index(max(said))
-    per_character = [log_p / len(c) for log_p, c in zip(said, CHOICES, strict=True)]
+def test_different_answers_with_equal_likelihoods(model: LoadedModel) -> None:
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in OPTIONS])
+    best = log_ps.index(max(log_ps))
+    per_character = [log_p / len(c) for log_p, c in zip(log_ps, CHOICES, strict=True)]
     other = per_character.index(max(per_character))
-    assert best != other  # else nothing is asked here
+    assert best != other  # else this tests nothing
     example = replace(EXAMPLE, gold=best)
-    sample = line(ASKED, said, target=str(best), acc=1.0)
+    sample = line(OPTIONS, log_ps, target=str(best), acc=1.0)
     name, detail = cause(model, example, sample, metric="accuracy_per_character")
     assert name == "normalisation"
     assert detail.startswith(
         "accuracy_per_character here, acc there, which is equal to our accuracy"
     )
-    # Held against the number of the same name there, it is the same.
+    # It equals the metric of the same name there.
     task = replace(task_of_kind("choice", "mine"), metric="accuracy_per_character")
-    sample = line(ASKED, said, target=str(best), acc=1.0, acc_norm=0.0)
-    assert explained(model, task, example, sample).differences == ()
-    found = cause(model, example, line(ASKED, said, target=CHOICES[other], acc=0.0))
+    sample = line(OPTIONS, log_ps, target=str(best), acc=1.0, acc_norm=0.0)
+    assert comparison(model, task, example, sample).differences == ()
+    found = cause(model, example, line(OPTIONS, log_ps, target=CHOICES[other], acc=0.0))
     assert found == ("gold", f"option {other} there, {best} here")
-    found = cause(model, example, line(ASKED, said, target=str(best), acc=0.0))
-    assert found[0] == "normalisation"  # another of ours says so, and nothing else does
+    found = cause(model, example, line(OPTIONS, log_ps, target=str(best), acc=0.0))
+    assert found[0] == "normalisation"  # only another metric of ours agrees
 
 
-def test_of_equal_options_either_may_be_taken(model: LoadedModel) -> None:
-    twice = [ASKED[0], ASKED[0]]
-    said = plainly(model, CONTEXT, [text for _, text in twice])
+def test_either_of_two_equal_options_may_be_chosen(model: LoadedModel) -> None:
+    equal_options = [OPTIONS[0], OPTIONS[0]]
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in equal_options])
     example = Example((CONTEXT,), (CHOICES[0],) * 2, 1)
-    sample = line(twice, said, target="1", acc=1.0)
-    found = explained(model, task_of_kind("choice", "mine"), example, sample)
+    sample = line(equal_options, log_ps, target="1", acc=1.0)
+    found = comparison(model, task_of_kind("choice", "mine"), example, sample)
     assert found.n_ties == 1
     assert [d.cause for d in found.differences] == ["tie"]
 
 
-def test_windows_of_a_text(model: LoadedModel) -> None:
-    """32 ids are read at once: the last window of ours is what is left, of theirs a whole one."""
+def test_different_windows_of_a_text_are_recognised(model: LoadedModel) -> None:
+    """32 ids per window: our last window has the rest of the ids; that of the harness is full."""
     start, text = model.tokenizer.start_of_text, LONG[:95]
     ids = ids_of(model, text)
     assert 32 < len(ids) < 62
     example, texts = Example(("",), (text,)), [(text,)]
     for cause_there, whole in (("windows", [start, *ids]), ("start-of-text", [start, start, *ids])):
-        said = log_p(model, whole[:1], whole[1:33]) + log_p(model, whole[-33:33], whole[33:])
-        assert cause(model, example, line(texts, [said]), kind="text")[0] == cause_there
+        total = log_p(model, whole[:1], whole[1:33]) + log_p(model, whole[-33:33], whole[33:])
+        assert cause(model, example, line(texts, [total]), kind="text")[0] == cause_there
 
 
-def test_other_spellings_of_samples_are_read(model: LoadedModel) -> None:
-    """Lists, as before 0.4.3; a line for each filter; options again without their question."""
-    said = plainly(model, CONTEXT, [text for _, text in ASKED])
-    record = {"doc_id": 0, "arguments": ASKED, "resps": [[[log_p, False]] for log_p in said]}
-    again = [*ASKED, *(("", text) for _, text in ASKED)]
-    lines = [json.dumps(record), line([("", "x")], [0.0]), line(again, [*said, -1, -2, -3], 1)]
-    found = explained(model, task_of_kind("choice", "mine"), EXAMPLE, *lines)
+def test_samples_of_other_versions_are_read(model: LoadedModel) -> None:
+    """Lists, as before 0.4.3; a line for each filter; options repeated without their context."""
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in OPTIONS])
+    record = {"doc_id": 0, "arguments": OPTIONS, "resps": [[[log_p, False]] for log_p in log_ps]}
+    again = [*OPTIONS, *(("", text) for _, text in OPTIONS)]
+    lines = [json.dumps(record), line([("", "x")], [0.0]), line(again, [*log_ps, -1, -2, -3], 1)]
+    found = comparison(model, task_of_kind("choice", "mine"), EXAMPLE, *lines)
     assert (found.n_examples, found.differences) == (2, ())
 
 
-def test_nothing_is_made_up(model: LoadedModel) -> None:
-    said = plainly(model, CONTEXT, [text for _, text in ASKED])
-    found = cause(model, EXAMPLE, line(ASKED, [said[0] - 0.25, *said[1:]]))
+def test_an_unknown_cause_is_not_explained(model: LoadedModel) -> None:
+    log_ps = log_probabilities(model, CONTEXT, [text for _, text in OPTIONS])
+    found = cause(model, EXAMPLE, line(OPTIONS, [log_ps[0] - 0.25, *log_ps[1:]]))
     assert found == ("not explained", "0.25 nats apart")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "mine contains no sample"),
         ("[]", "(got [])"),
@@ -249,25 +257,25 @@ def test_nothing_is_made_up(model: LoadedModel) -> None:
         ),
     ],
 )
-def test_files_that_are_no_samples_are_refused(text: str, said: str) -> None:
+def test_invalid_sample_files_are_rejected(text: str, message: str) -> None:
     with pytest.raises(ValueError, match="mine") as error:
         read_samples(text, file="mine")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_the_command_line_explains_what_our_model_said_elsewhere(
+def test_the_command_explains_samples_of_our_model_in_the_harness(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """First as the model begins texts, which is the same, and then without a start-of-text."""
+    """First with the start-of-text token of the model (no difference), then without one."""
     task = tmp_path / "mine.jsonl"
     record = {"query": CONTEXT, "choices": CHOICES, "gold": 1}
     task.write_text((json.dumps(record) + "\n") * 2, encoding="utf-8")
     words = ["--device", "cpu", "--task-file", str(task)]
     for start, differ in (("model", 0), ("never", 2)):
         there = HarnessModel(str(folder), device="cpu", start_of_text=start)
-        said = there.loglikelihood([SimpleNamespace(args=texts) for texts in ASKED])
+        results = there.loglikelihood([SimpleNamespace(args=texts) for texts in OPTIONS])
         samples = tmp_path / f"samples_{start}.jsonl"
-        samples.write_text("\n".join(line(ASKED, [a for a, _ in said], n) for n in range(2)))
+        samples.write_text("\n".join(line(OPTIONS, [a for a, _ in results], n) for n in range(2)))
         assert main([str(folder), str(samples), *words, "--json"]) == 0
         out, err = capsys.readouterr()
         found = json.loads(out)

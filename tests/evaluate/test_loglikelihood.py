@@ -1,5 +1,5 @@
-"""log p(continuation | context) is the same whatever stands beside a pair: held to a sum that is
-written out one token at a time, and to transformers."""
+"""log p(continuation | context) does not depend on the other pairs of a batch: compared with a sum
+that is computed one token at a time, and with transformers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def by_hand(model: LoadedModel, ids: list[int], first: int, contexts: list[int])
 
 @pytest.mark.parametrize("stride", [1, 5, 31, 32])
 @pytest.mark.parametrize("n_tokens", [2, 32, 33, 34, 100])
-def test_windows_count_every_id_once_and_overlap_as_said(n_tokens: int, stride: int) -> None:
+def test_windows_count_every_id_once_and_overlap_by_the_stride(n_tokens: int, stride: int) -> None:
     ids = Ids(np.arange(n_tokens, dtype=np.int64))
     counted, starts = [], []
     for batch in evaluation_batches(ids, context_length=CONTEXT, rows=3, stride=stride):
@@ -68,7 +68,7 @@ def test_windows_count_every_id_once_and_overlap_as_said(n_tokens: int, stride: 
     assert sum(n for _, _, n in windows) == n_tokens - 1
 
 
-def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: LoadedModel) -> None:
+def test_the_score_with_a_stride_is_the_sum_over_windows(model: LoadedModel) -> None:
     text = TEXT * 3
     ids = [model.tokenizer.start_of_text, *model.tokenizer.encode(text).tolist()]
     stride = 8
@@ -91,7 +91,7 @@ def test_a_text_with_a_stride_is_the_sum_over_its_windows(model: LoadedModel) ->
     assert whole.nats == pytest.approx(default.nats, rel=1e-12)
 
 
-def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: LoadedModel) -> None:
+def test_the_score_of_a_pair_is_the_sum_over_its_continuation(model: LoadedModel) -> None:
     pairs = random_pairs(40, longest=60)
     answers = score_pairs(model, pairs)
     assert any(a.is_truncated for a in answers)
@@ -105,7 +105,7 @@ def test_a_pair_is_the_sum_of_its_continuation_s_tokens(model: LoadedModel) -> N
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_what_stands_beside_a_pair_changes_nothing(
+def test_other_pairs_of_a_batch_do_not_change_a_score(
     finished_run: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = load_model(str(finished_run), device="cpu")
@@ -121,15 +121,15 @@ def test_what_stands_beside_a_pair_changes_nothing(
             assert answer.is_greedy == alone[i].is_greedy
 
 
-def test_greedy_is_what_greedy_decoding_writes(model: LoadedModel) -> None:
+def test_is_greedy_agrees_with_greedy_decoding(model: LoadedModel) -> None:
     from pretrain.generate.sampling import Sampling, generate_ids
 
     prompt = model.tokenizer.encode_prompt("The people of")
-    written = generate_ids(model.decoder, prompt, max_tokens=5, sampling=Sampling(temperature=0.0))[
-        0
-    ]
-    wrong = [*written[:4], (written[4] + 1) % 400]
-    pairs = [Pair((*prompt, *ids), len(prompt)) for ids in (written, wrong, written[:1])]
+    generated = generate_ids(
+        model.decoder, prompt, max_tokens=5, sampling=Sampling(temperature=0.0)
+    )[0]
+    wrong = [*generated[:4], (generated[4] + 1) % 400]
+    pairs = [Pair((*prompt, *ids), len(prompt)) for ids in (generated, wrong, generated[:1])]
     answers = score_pairs(model, pairs)
     assert [a.is_greedy for a in answers] == [True, False, True]
 
@@ -143,11 +143,11 @@ def test_a_continuation_longer_than_the_context_is_counted_whole(model: LoadedMo
     assert answer.nats == pytest.approx(by_hand(model, list(ids), 10, contexts), rel=1e-9)
 
 
-def test_greedy_is_asked_of_every_window(model: LoadedModel) -> None:
+def test_is_greedy_considers_every_window(model: LoadedModel) -> None:
     ids = [int(i) for i in np.random.default_rng(1).integers(0, 400, CONTEXT + 1)]
     with torch.no_grad():  # the second window reads the last of these alone
-        likeliest = model.decoder.logits(model.decoder(torch.tensor([ids[-1:]])))[0, -1].argmax()
-    pair = Pair((*ids, int(likeliest)), 1)
+        logits = model.decoder.logits(model.decoder(torch.tensor([ids[-1:]])))[0, -1]
+    pair = Pair((*ids, int(logits.argmax())), 1)
     assert list(windows_of(pair, context_length=CONTEXT, stride=CONTEXT))[1][2] == 1
     alone, whole = score_pairs(model, [Pair(pair.ids[-2:], 1), pair])
     assert (alone.is_greedy, whole.is_greedy) == (True, False)
@@ -166,20 +166,20 @@ def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model: LoadedModel) ->
     assert encode_pair(tokenizer, " ", "sea") == empty
 
 
-def test_texts_begin_as_the_model_s_own_tokenizer_begins_them(model: LoadedModel) -> None:
+def test_start_of_text_follows_the_tokenizer(model: LoadedModel) -> None:
     tokenizer = model.tokenizer
     before = encode_pair(tokenizer, "of the", " sea"), encode_pair(tokenizer, "", " sea")
     tokenizer.add_bos = False
     try:
         pair = encode_pair(tokenizer, "of the", " sea")
         assert (pair.ids, pair.n_context) == (before[0].ids[1:], before[0].n_context - 1)
-        assert encode_pair(tokenizer, "", " sea") == before[1]  # something has to stand there
+        assert encode_pair(tokenizer, "", " sea") == before[1]  # a pair needs one id of context
         assert not tokenizer.padded(tokenizer.vocab_size + 1).add_bos
     finally:
         tokenizer.add_bos = True
 
 
-def test_what_cannot_be_scored_is_refused(model: LoadedModel) -> None:
+def test_pairs_that_cannot_be_scored_are_rejected(model: LoadedModel) -> None:
     for n_context in (0, 2):
         with pytest.raises(ValueError, match=rf"\(got {n_context} of 2 ids as context\)"):
             Pair((1, 2), n_context)
@@ -203,7 +203,7 @@ def test_each_document_has_its_own_score(model: LoadedModel) -> None:
     )
 
 
-def test_the_command_line_says_how_windows_are_cut(
+def test_the_command_prints_how_windows_are_cut(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a.txt"
@@ -223,10 +223,8 @@ def test_the_command_line_says_how_windows_are_cut(
     assert "stride must be 1 to 32, the context length (got 33)" in capsys.readouterr().err
 
 
-def test_where_a_text_begins_is_read_from_other_people_s_files(
-    model: LoadedModel, tmp_path: Path
-) -> None:
-    """Of a folder of transformers, of an import of it, and of its export again."""
+def test_add_bos_is_read_from_imported_files(model: LoadedModel, tmp_path: Path) -> None:
+    """From a folder of transformers and from an import of it."""
     from pretrain.export.hf import write_hugging_face
 
     decoder, tokenizer = model.decoder.float(), model.tokenizer
@@ -240,13 +238,13 @@ def test_where_a_text_begins_is_read_from_other_people_s_files(
             tokenizer.add_bos = True
         assert main(["import", str(folder), "--out", str(imported)]) == 0
         for path in (folder, imported):
-            theirs: Tokenizer = load_model(str(path), device="cpu").tokenizer
-            assert theirs.add_bos is begins
-            assert theirs.sha256 == tokenizer.sha256
+            loaded: Tokenizer = load_model(str(path), device="cpu").tokenizer
+            assert loaded.add_bos is begins
+            assert loaded.sha256 == tokenizer.sha256
     decoder.double()
 
 
-def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
+def test_add_bos_of_tokenizer_config_has_priority_over_the_tokenizer(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     from pretrain.export.hf import _adds_bos
@@ -254,8 +252,8 @@ def test_what_a_folder_s_settings_say_of_texts_counts_before_its_tokenizer(
     settings = tmp_path / "tokenizer_config.json"
     for in_tokenizer in (True, False):
         model.tokenizer.save(tmp_path, bos_template=in_tokenizer)
-        for said, wanted in ((True, True), (False, False), (None, in_tokenizer)):
-            settings.write_text(json.dumps({"add_bos_token": said}))
-            assert _adds_bos(tmp_path) is wanted
+        for setting, expected in ((True, True), (False, False), (None, in_tokenizer)):
+            settings.write_text(json.dumps({"add_bos_token": setting}))
+            assert _adds_bos(tmp_path) is expected
         settings.unlink()
         assert _adds_bos(tmp_path) is in_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from pretrain.evaluate.metrics import (
@@ -15,7 +16,7 @@ from pretrain.evaluate.metrics import (
 )
 
 
-def test_answers_are_compared_as_squad_compares_them() -> None:
+def test_answers_are_compared_as_in_squad() -> None:
     assert normalized("  The  Cat's, an   apple. ") == "cats apple"
     assert exact_match("the U.S.", ["a US", "x"]) == 1
     assert exact_match("US of A", ["US"]) == 0
@@ -27,7 +28,7 @@ def test_answers_are_compared_as_squad_compares_them() -> None:
     assert f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
 
 
-def test_bleu_of_sums_is_sacrebleu_s_of_the_corpus() -> None:
+def test_bleu_of_sums_equals_sacrebleu_of_the_corpus() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     answers = ["the cat sat on the mat today", "a dog barked loudly at the moon", "yes"]
     references = [
@@ -36,17 +37,15 @@ def test_bleu_of_sums_is_sacrebleu_s_of_the_corpus() -> None:
         ["yes", "no"],
     ]
     rows = [statistics_of_answer("bleu", a, r) for a, r in zip(answers, references, strict=True)]
-    import numpy as np
-
     streams = [list(each) for each in zip(*references, strict=True)]
-    wanted = sacrebleu.corpus_bleu(answers, streams).score
-    assert float(value("bleu", np.array(rows).sum(0))) == pytest.approx(wanted, abs=1e-9)
-    assert wanted > 10
+    expected = sacrebleu.corpus_bleu(answers, streams).score
+    assert float(value("bleu", np.array(rows).sum(0))) == pytest.approx(expected, abs=1e-9)
+    assert expected > 10
     chrf = statistics_of_answer("chrf", answers[0], references[0])[0]
     assert chrf == pytest.approx(sacrebleu.sentence_chrf(answers[0], references[0]).score)
 
 
-def test_rouge_is_of_the_best_reference() -> None:
+def test_rouge_takes_the_best_reference() -> None:
     pytest.importorskip("rouge_score")
     found = statistics_of_answer("rouge1", "the black cat", ["a dog", "the cat"])
     assert found == pytest.approx((0.8, 1.0))
@@ -56,11 +55,11 @@ def test_rouge_is_of_the_best_reference() -> None:
     assert statistics_of_answer("rouge1", "un éte", ["un été"])[0] == 0.5
 
 
-def test_words_of_rouge_are_the_library_s() -> None:
+def test_words_of_rouge_equal_the_library() -> None:
     scorers = pytest.importorskip("rouge_score.rouge_scorer")
     draw = random.Random(1)
-    theirs = scorers.RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = scorers.RougeScorer(["rougeL"], use_stemmer=True)
     for _ in range(200):
         one, other = ("".join(draw.choices("abS ing_-'9.\n", k=40)) for _ in range(2))
-        wanted = theirs.score(other, one)["rougeL"].fmeasure
-        assert statistics_of_answer("rougeL", one, [other])[0] == pytest.approx(wanted)
+        expected = scorer.score(other, one)["rougeL"].fmeasure
+        assert statistics_of_answer("rougeL", one, [other])[0] == pytest.approx(expected)

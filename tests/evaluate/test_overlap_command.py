@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from pretrain.cli import main
-from pretrain.corpus.overlap import (
-    TextOverlap,
-)
+from pretrain.corpus.overlap import TextOverlap
 from pretrain.corpus.words import split_words
 from pretrain.data.format import PreparedData, open_prepared
 from pretrain.data.preparation import prepare
@@ -31,7 +29,7 @@ from tiny import TINY
 SEA = "The sea was calm, and the SEA was wide; the sun went down at nine."  # 15 words, 8 n-grams
 
 
-def test_metric_without_the_examples_in_the_corpus() -> None:
+def test_metric_without_examples_of_the_corpus() -> None:
     def example(*flags: bool) -> TextOverlap:
         return TextOverlap("", "", np.arange(len(flags), dtype=np.uint64), np.array(flags, bool))
 
@@ -65,9 +63,9 @@ def test_continuations_stay_in_one_document(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def own_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a step on a text of its own, which tests may move."""
+    """A run of one step on its own text, which tests may move."""
     folder = tmp_path_factory.mktemp("memorisation")
-    # Not that of other tests' runs in another file: whichever lies in the cache would be found.
+    # In another order than other tests' text: the cache would return theirs.
     lines = corpus.read_bytes().splitlines(keepends=True)
     (folder / "text.jsonl").write_bytes(b"".join(reversed(lines)))
     words = ["train", str(folder / "text.jsonl"), "--run", str(folder / "run"), *TINY]
@@ -77,7 +75,7 @@ def own_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate_overlap(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], str]:
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patched:  # as many as it takes, not as it usually does
+    with pytest.MonkeyPatch.context() as patched:  # fewer than usual, to be fast
         patched.setattr(memorisation, "CONTINUATIONS", 3)
         return _evaluate_overlap(capsys, *words)
 
@@ -86,8 +84,8 @@ def _evaluate_overlap(
     capsys: pytest.CaptureFixture[str], *words: str
 ) -> tuple[dict[str, Any], str]:
     assert main(["evaluate", *words, "--device", "cpu", "--overlap", "--json"]) == 0
-    said = capsys.readouterr()
-    return json.loads(said.out), said.err
+    output = capsys.readouterr()
+    return json.loads(output.out), output.err
 
 
 def test_evaluate_writes_both_tables(
@@ -103,8 +101,8 @@ def test_evaluate_writes_both_tables(
     copied = split_words(texts[5])[40:70]
     # What the model wrote at a step is a copy of 30 words of the training text.
     with open(own_run / "samples.jsonl", "a") as file:
-        said = "Xyzzy " + " ".join(copied)
-        file.write(json.dumps({"step": 1, "prompt": "Xyzzy", "text": said}) + "\n")
+        text = "Xyzzy " + " ".join(copied)
+        file.write(json.dumps({"step": 1, "prompt": "Xyzzy", "text": text}) + "\n")
     records = [
         {"context": " ".join(copied[:10]), "continuation": "xyzzy xyzzy"},  # 3 n-grams of 5
         {"context": "qq ww ee rr tt yy uu", "continuation": "ii oo"},  # none of 2
@@ -114,8 +112,8 @@ def test_evaluate_writes_both_tables(
     mine.write_text("".join(json.dumps(record) + "\n" for record in records))
     plain.write_text("Xyzzy.")
     words = [str(own_run), "--task-file", str(mine), "--text", str(plain)]
-    found, said = evaluate_overlap(capsys, *words, "--shots", "1")
-    assert "reading" in said
+    found, err = evaluate_overlap(capsys, *words, "--shots", "1")
+    assert "reading" in err
     overlap = found["overlap"]
     assert json.loads((own_run / "overlap.json").read_text()) == overlap
     assert overlap["training_text"]["documents"] == len(texts)
@@ -127,8 +125,8 @@ def test_evaluate_writes_both_tables(
     assert (row["most"]["example"], row["most"]["percent"]) == ("example 0", 60.0)
     assert (row["score"]["metric"], row["score"]["examples_without"]) == ("accuracy", 2)
     assert row["score"]["value"] == found["tasks"][str(mine)]["value"]
-    assert f"{mine}: 42.86 % of 7; 1 of 2 texts have none, 1 more are shorter" in said
-    assert f"{plain}: nothing to compare: 1 texts of fewer than 8 words" in said
+    assert f"{mine}: 42.86 % of 7; 1 of 2 texts have none, 1 more are shorter" in err
+    assert f"{plain}: nothing to compare: 1 texts of fewer than 8 words" in err
     assert overlap["sets"]["held-out split"]["examples"] == data.split("val").n_documents
 
     sample, written, there = overlap["writing"].values()
@@ -136,7 +134,7 @@ def test_evaluate_writes_both_tables(
     assert (sample["longest"]["words"], sample["longest"]["text"]) == (30, " ".join(copied))
     assert sample["longest"]["document"]["id"] == origin.id
     assert sample["in_corpus"] == 23
-    assert f"30 words in a row are in {origin.id}" in said
+    assert f"30 words in a row are in {origin.id}" in err
     assert written["examples"] == there["examples"] == 3
 
     page = (own_run / "report.html").read_text(encoding="utf-8")
@@ -164,12 +162,12 @@ def test_moved_text_is_accepted_and_changed_text_rejected(
 def test_imported_model_has_no_training_text(
     own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(own_run), "--format", "hf", "--out", str(tmp_path / "theirs")]
+    words = [str(own_run), "--format", "hf", "--out", str(tmp_path / "exported")]
     assert main(["export", *words]) in (0, 2)  # without transformers it is not verified
     text = tmp_path / "t.txt"
     text.write_text(SEA)
     capsys.readouterr()
-    words = ["evaluate", str(tmp_path / "theirs"), "--text", str(text), "--overlap"]
+    words = ["evaluate", str(tmp_path / "exported"), "--text", str(text), "--overlap"]
     assert main(words) == 2
     assert "was not trained here, so there is no training text" in capsys.readouterr().err
 

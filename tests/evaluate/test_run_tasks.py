@@ -20,10 +20,10 @@ from pretrain.evaluate.metrics import (
     exact_match,
     value,
 )
-from pretrain.evaluate.run_tasks import example_statistics
+from pretrain.evaluate.run_tasks import evaluate_task, example_statistics
 from pretrain.evaluate.tasks import METRICS, task_of_kind
 from pretrain.runner.open import LoadedModel, load_model
-from tasks import RECORDS, asked, examples_of, log_p, written
+from tasks import RECORDS, examples_of, log_p, write_task
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def model(finished_run: Path) -> LoadedModel:
     return found
 
 
-def test_choices_are_judged_by_every_normalisation(model: LoadedModel, tmp_path: Path) -> None:
-    path = written(tmp_path, RECORDS["choice"])
+def test_choices_are_scored_with_every_normalisation(model: LoadedModel, tmp_path: Path) -> None:
+    path = write_task(tmp_path, RECORDS["choice"])
     task = task_of_kind("choice", str(path))
-    results = asked(model, task, examples_of(task, path))
+    results = evaluate_task(model, task, examples_of(task, path))
     right: dict[str, list[float]] = {metric: [] for metric in METRICS["choice"]}
     for record, line in zip(RECORDS["choice"], results.records, strict=True):
         tokens = [log_p(model, record["query"], " " + c) for c in record["choices"]]
@@ -59,11 +59,11 @@ def test_choices_are_judged_by_every_normalisation(model: LoadedModel, tmp_path:
     for metric, each in right.items():
         assert results.statistics[metric][:, 0].tolist() == each
         assert float(value(metric, results.statistics[metric].sum(0))) == sum(each) / 3
-    # The normalisations are not one and the same.
+    # The normalisations do not all agree.
     assert len({json.dumps(results.records[0]["taken"][m]) for m in right}) > 1
 
 
-def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
+def test_each_normalisation_divides_by_its_own_length() -> None:
     """Log-probabilities under which each takes another choice."""
     texts = ("a", "ab", "a" * 9, "é" * 8, "ab")
     nats_tokens = ((2.0, 1), (5.0, 5), (9.0, 2), (9.6, 2), (8.0, 1))
@@ -80,7 +80,7 @@ def test_a_normalisation_divides_by_what_it_is_called_after() -> None:
     }
 
 
-def test_a_cloze_is_right_where_greedy_decoding_writes_it(
+def test_a_cloze_is_right_if_greedy_decoding_generates_it(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     from pretrain.generate.sampling import Sampling, generate_ids
@@ -88,10 +88,12 @@ def test_a_cloze_is_right_where_greedy_decoding_writes_it(
     prompt = model.tokenizer.encode_prompt("the people of the")
     (ids,) = generate_ids(model.decoder, prompt, max_tokens=1, sampling=Sampling(temperature=0.0))
     word = model.tokenizer.decode(ids)
-    # Whatever the tiny run writes, white space too, is the whole continuation.
+    # Whatever the tiny run generates, white space too, is the whole continuation.
     task = replace(task_of_kind("cloze", "mine"), delimiter="")
     words = [word, " Zanzibar"]
-    results = asked(model, task, [Example(("the people of the",), (each,)) for each in words])
+    results = evaluate_task(
+        model, task, [Example(("the people of the",), (each,)) for each in words]
+    )
     assert results.statistics["accuracy"][:, 0].tolist() == [1.0, 0.0]
     nats = [-sum(log_p(model, "the people of the", each)) for each in words]
     found = float(value("perplexity", results.statistics["perplexity"].sum(0)))
@@ -104,9 +106,9 @@ def test_a_cloze_is_right_where_greedy_decoding_writes_it(
 def test_schemas_compare_one_continuation_under_each_context(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    path = written(tmp_path, RECORDS["schema"])
+    path = write_task(tmp_path, RECORDS["schema"])
     task = task_of_kind("schema", str(path))
-    results = asked(model, task, examples_of(task, path))
+    results = evaluate_task(model, task, examples_of(task, path))
     for record, line in zip(RECORDS["schema"], results.records, strict=True):
         sums = [
             sum(log_p(model, c, " " + record["continuation"])) for c in record["context_options"]
@@ -115,24 +117,24 @@ def test_schemas_compare_one_continuation_under_each_context(
         assert line["taken"]["accuracy"] == sums.index(max(sums))
 
 
-def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path) -> None:
-    task = task_of_kind("pair", str(written(tmp_path, RECORDS["pair"])))
-    results = asked(model, task, examples_of(task, Path(task.file)))
+def test_pairs_and_texts_are_scored_without_a_context(model: LoadedModel, tmp_path: Path) -> None:
+    task = task_of_kind("pair", str(write_task(tmp_path, RECORDS["pair"])))
+    results = evaluate_task(model, task, examples_of(task, Path(task.file)))
     good, bad = (sum(log_p(model, "", RECORDS["pair"][0][name])) for name in ("good", "bad"))
     assert [o["log_p"] for o in results.records[0]["options"]] == pytest.approx([good, bad])
     assert results.statistics["accuracy"][0, 0] == float(good > bad)
-    alike = [Example(("",), ("the same", "the same"))]
-    assert asked(model, task, alike).statistics["accuracy"].tolist() == [[0.5, 1]]
+    equal_choices = [Example(("",), ("the same", "the same"))]
+    assert evaluate_task(model, task, equal_choices).statistics["accuracy"].tolist() == [[0.5, 1]]
     broken = copy.deepcopy(model.decoder)
     with torch.no_grad():
         broken.token_embedding.weight.fill_(math.nan)
-    statistics = asked(replace(model, decoder=broken), task, alike).statistics
+    statistics = evaluate_task(replace(model, decoder=broken), task, equal_choices).statistics
     assert statistics["accuracy"].tolist() == [[pytest.approx(math.nan, nan_ok=True), 1]]
 
     from pretrain.evaluate.loss import score_texts
 
-    task = task_of_kind("text", str(written(tmp_path, RECORDS["text"])))
-    results = asked(model, task, examples_of(task, Path(task.file)))
+    task = task_of_kind("text", str(write_task(tmp_path, RECORDS["text"])))
+    results = evaluate_task(model, task, examples_of(task, Path(task.file)))
     texts = [record["text"] for record in RECORDS["text"]]
     score = score_texts(model, texts)
     sums = {metric: rows.sum(0) for metric, rows in results.statistics.items()}
@@ -144,12 +146,12 @@ def test_pairs_and_texts_stand_for_themselves(model: LoadedModel, tmp_path: Path
     )
 
 
-def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
+def test_an_open_answer_is_generated_greedily_up_to_a_stop(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     from pretrain.generate.sampling import Sampling, generate
 
-    path = written(tmp_path, [{"context": "The people of", "answers": ["x"]}])
+    path = write_task(tmp_path, [{"context": "The people of", "answers": ["x"]}])
     text = generate(
         model.decoder, model.tokenizer, "The people of", max_tokens=12,
         sampling=Sampling(temperature=0.0),
@@ -157,41 +159,46 @@ def test_an_open_answer_is_written_greedily_and_cut_at_a_stop(
     stop = text.strip()[len(text.strip()) // 2]
     task = replace(task_of_kind("answer", str(path)), max_tokens=12)
     (example,) = examples_of(task, path)
-    wanted = min(text.split(stop)[0], text.split("\n")[0], key=len).strip()
+    expected = min(text.split(stop)[0], text.split("\n")[0], key=len).strip()
     for stops in ((stop, "\n"), ("\n", stop)):
         task = replace(task, stops=stops)
-        assert asked(model, task, [example]).records[0]["answer"] == wanted
-    if wanted:
-        right = Example(example.contexts, (f"The {wanted}!",))
-        results = asked(model, task, [right])
-        assert results.statistics["exact_match"][0, 0] == exact_match(wanted, [f"The {wanted}!"])
+        assert evaluate_task(model, task, [example]).records[0]["answer"] == expected
+    if expected:
+        right = Example(example.contexts, (f"The {expected}!",))
+        results = evaluate_task(model, task, [right])
+        assert results.statistics["exact_match"][0, 0] == exact_match(
+            expected, [f"The {expected}!"]
+        )
 
 
-def test_what_a_model_writes_before_the_mark_does_not_count(model: LoadedModel) -> None:
+def test_text_before_the_answer_mark_does_not_count(model: LoadedModel) -> None:
     task = replace(task_of_kind("answer", "mine"), answer_after=" ", metric="final_answer")
-    ask_of = Example(("The people of",), ("x y",))
-    (line,) = asked(model, task, [ask_of]).records
+    first = Example(("The people of",), ("x y",))
+    (line,) = evaluate_task(model, task, [first]).records
     last = line["answer"].rpartition(" ")[2] if " " in line["answer"] else ""
-    right = Example(ask_of.contexts, (f"some other {last}.",))
-    for example, is_right in ((right, float(bool(last))), (ask_of, 0.0)):
-        found = asked(model, task, [example]).statistics["final_answer"][0, 0]
+    right = Example(first.contexts, (f"some other {last}.",))
+    for example, is_right in ((right, float(bool(last))), (first, 0.0)):
+        found = evaluate_task(model, task, [example]).statistics["final_answer"][0, 0]
         assert found == is_right
 
 
-def test_what_was_cut_is_said_once_an_example(model: LoadedModel, tmp_path: Path) -> None:
+def test_a_truncated_example_is_counted_once(model: LoadedModel, tmp_path: Path) -> None:
     context = model.decoder.config.window_tokens
     long = "the people of the union " * context
     task = task_of_kind("choice", "mine")
-    results = asked(model, task, [Example((long,), ("a", "b", "c")), Example(("the",), ("a", "b"))])
+    results = evaluate_task(
+        model, task, [Example((long,), ("a", "b", "c")), Example(("the",), ("a", "b"))]
+    )
     assert results.n_truncated == 1
     # A text is read to its end in windows: nothing of it is lost.
-    assert asked(model, task_of_kind("text", "mine"), [Example(("",), (long,))]).n_truncated == 0
+    results = evaluate_task(model, task_of_kind("text", "mine"), [Example(("",), (long,))])
+    assert results.n_truncated == 0
 
 
-def test_half_of_the_window_is_left_to_a_prompt(model: LoadedModel) -> None:
+def test_a_prompt_has_half_of_the_window(model: LoadedModel) -> None:
     window = model.decoder.config.window_tokens
     task = replace(task_of_kind("answer", "mine"), max_tokens=window)
     prompts = ["The people", "the people of the union " * window]
-    results = asked(model, task, [Example((prompt,), ("x",)) for prompt in prompts])
+    results = evaluate_task(model, task, [Example((prompt,), ("x",)) for prompt in prompts])
     assert 1 < len(model.tokenizer.encode_prompt(prompts[0])) <= window // 2
     assert results.n_truncated == 1

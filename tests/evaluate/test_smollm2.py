@@ -45,7 +45,7 @@ def test_it_knows_the_capital_of_france(foreign: ImportedModel) -> None:
 
 
 @pytest.mark.slow
-def test_lambada_is_what_transformers_gives_for_the_same_weights(
+def test_lambada_equals_transformers_with_the_same_weights(
     foreign: ImportedModel, tmp_path: Path
 ) -> None:
     """Greedy match of the last word, and its log-probability, over the first 500 examples."""
@@ -54,15 +54,15 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
     transformers = pytest.importorskip("transformers")
     decoder = foreign.build()
     write_hugging_face(tmp_path, decoder=decoder, tokenizer=foreign.tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    right, furthest = [0, 0], 0.0
+    right, largest_difference = [0, 0], 0.0
     lines = LAMBADA.read_text(encoding="utf-8").splitlines()[:500]
     for line in map(json.loads, lines):
         context = foreign.tokenizer.encode_prompt(line["context"])
         word = " " + line["continuation"]
         ids = torch.tensor([context + foreign.tokenizer.encode(word).tolist()])
-        # Their tokenizer begins a text as ours begins a prompt; a continuation begins nothing.
+        # The reference adds a start-of-text token to a text as we do; a continuation has none.
         whole = tokenizer(line["context"])["input_ids"]
         rest = tokenizer(word, add_special_tokens=False)["input_ids"]
         assert [*whole, *rest] == ids[0].tolist()
@@ -70,22 +70,22 @@ def test_lambada_is_what_transformers_gives_for_the_same_weights(
         with torch.no_grad():
             found = [
                 logits[0, len(context) - 1 : -1]
-                for logits in (decoder.logits(decoder(ids)), theirs(ids).logits)
+                for logits in (decoder.logits(decoder(ids)), reference(ids).logits)
             ]
         for side, logits in enumerate(found):
             right[side] += bool((logits.argmax(-1) == targets).all())
-        ours, other = (
+        one, other = (
             float(logits.log_softmax(-1).gather(1, targets[:, None]).sum()) for logits in found
         )
-        furthest = max(furthest, abs(ours - other))
-    print(f"LAMBADA: {right[0]} of 500 here, {right[1]} there; furthest {furthest:.1e} nats")
+        largest_difference = max(largest_difference, abs(one - other))
+    print(f"LAMBADA: {right} of 500 here and there, {largest_difference:.1e} nats apart at most")
     assert right[0] == right[1] > 100
-    assert furthest < 1e-3
+    assert largest_difference < 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stride", [8192, 2048])
-def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
+def test_word_perplexity_equals_a_loop_over_transformers(
     stride: int, foreign: ImportedModel, tmp_path: Path
 ) -> None:
     """The beginning of WikiText-2, each token once, with all that a window gives before it."""
@@ -101,14 +101,14 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
     model = ScoredModel(decoder, foreign.tokenizer, open_world("cpu"))
     score = score_texts(model, [text], stride=stride)
     write_hugging_face(tmp_path, decoder=decoder, tokenizer=foreign.tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     nats, done = 0.0, 0  # the targets up to here are counted
     for start in range(0, len(ids) - 1, stride):
         stop = min(start + decoder.config.window_tokens, len(ids) - 1)
         with torch.no_grad():
-            logits = theirs(torch.tensor([ids[start:stop]])).logits[0]
+            logits = reference(torch.tensor([ids[start:stop]])).logits[0]
         log_p = logits.log_softmax(-1)
         for place in range(done, stop):
             nats -= float(log_p[place - start, ids[place + 1]])
@@ -126,7 +126,7 @@ def test_word_perplexity_is_that_of_transformers_in_a_loop_of_its_own(
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # 500 examples of four options, twice
 @pytest.mark.parametrize("name", ["lambada", "hellaswag", "piqa", "arc_easy", "winograd"])
-def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
+def test_tasks_equal_lm_evaluation_harness_with_the_same_weights(
     name: str, foreign: ImportedModel, tmp_path: Path
 ) -> None:
     """Log-probabilities and answers of 500 examples; skipped without the extra `harness`."""
@@ -150,19 +150,21 @@ def test_tasks_are_what_lm_evaluation_harness_gives_for_the_same_weights(
         instances.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
         for pair in pairs
     ]
-    theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))
+    results = iter(harness.loglikelihood(requests, disable_tqdm=True))
     model = ScoredModel(decoder, foreign.tokenizer, open_world("cpu"))
     lines = evaluate_task(model, task, examples).records
-    furthest, ties = 0.0, 0
+    largest_difference, ties = 0.0, 0
     for line in lines:
-        found = [next(theirs) for _ in line["options"]]
+        found = [next(results) for _ in line["options"]]
         for option, (log_p, is_greedy) in zip(line["options"], found, strict=True):
-            furthest = max(furthest, abs(option["log_p"] - log_p))
+            largest_difference = max(largest_difference, abs(option["log_p"] - log_p))
             assert option["is_greedy"] == is_greedy
         best, *rest = sorted((log_p for log_p, _ in found), reverse=True)
         if rest and best - rest[0] > 1e-3:
             assert found[line["taken"]["accuracy"]][0] == best
         else:
             ties += bool(rest)
-    print(f"{name}: furthest {furthest:.1e} nats over {len(pairs)} pairs, {ties} ties")
-    assert furthest < 1e-3
+    print(
+        f"{name}: at most {largest_difference:.1e} nats apart over {len(pairs)} pairs, {ties} ties"
+    )
+    assert largest_difference < 1e-3

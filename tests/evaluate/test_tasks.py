@@ -19,20 +19,18 @@ from pretrain.evaluate.examples import (
     solved_text,
     with_shots,
 )
-from pretrain.evaluate.metrics import (
-    final_answer,
-)
+from pretrain.evaluate.metrics import final_answer
 from pretrain.evaluate.task_files import find_task_file, read_task_file
 from pretrain.evaluate.tasks import METRICS, task_named, task_of_kind, tasks
-from tasks import RECORDS, examples_of, written
+from tasks import RECORDS, examples_of, write_task
 
 TWO_TEXTS = "must be a list of two texts or more, none of them empty"
 DATA = Path(__file__).parents[3] / "shared/data/eval"
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
-    path = written(tmp_path, RECORDS[kind])
+def test_the_kind_of_a_task_file_is_detected(kind: str, tmp_path: Path) -> None:
+    path = write_task(tmp_path, RECORDS[kind])
     assert kind_of(read_task_file(path)) == kind
     task = task_of_kind(kind_of(read_task_file(path)), str(path))
     assert len(examples_of(task, path)) == len(RECORDS[kind])
@@ -43,7 +41,7 @@ def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "said"),
+    ("kind", "change", "message"),
     [
         ("choice", {"gold": 3}, "gold must be one of 0 to 2 \\(got 3\\)"),
         ("choice", {"gold": -1}, "gold must be one of 0 to 2 \\(got -1"),
@@ -59,16 +57,16 @@ def test_a_file_says_what_it_asks(kind: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_record_is_rejected_with_its_line(
-    kind: str, change: dict[str, Any], said: str, tmp_path: Path
+    kind: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     records = [RECORDS[kind][0], RECORDS[kind][0] | change]
-    path = written(tmp_path, records)
-    with pytest.raises(ValueError, match="line 2: .*" + said):
+    path = write_task(tmp_path, records)
+    with pytest.raises(ValueError, match="line 2: .*" + message):
         examples_of(task_of_kind(kind_of(read_task_file(path)), str(path)), path)
 
 
 @pytest.mark.parametrize(
-    ("name", "record", "said"),
+    ("name", "record", "message"),
     [
         ("mbpp", {"text": "t", "code": "c", "test_list": None}, "which the prompt needs"),
         (
@@ -93,15 +91,15 @@ def test_a_malformed_record_is_rejected_with_its_line(
         ),
     ],
 )
-def test_what_does_not_fill_a_template_is_refused(
-    name: str, record: dict[str, Any], said: str, tmp_path: Path
+def test_records_that_do_not_fit_a_template_are_rejected(
+    name: str, record: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     labelled = {"label": "1", "label_ab": "A", "gold": 0, **record}
-    with pytest.raises(ValueError, match="line 1: .*" + said):
-        examples_of(task_named(name), written(tmp_path, [labelled]))
+    with pytest.raises(ValueError, match="line 1: .*" + message):
+        examples_of(task_named(name), write_task(tmp_path, [labelled]))
 
 
-def test_line_ends_of_another_system_are_no_text(tmp_path: Path) -> None:
+def test_line_ends_of_another_system_are_not_part_of_a_text(tmp_path: Path) -> None:
     task = task_named("lm1b")
     plain, other = tmp_path / "plain.txt", tmp_path / "other.txt"
     plain.write_bytes(b"one line\nanother\n")
@@ -109,8 +107,8 @@ def test_line_ends_of_another_system_are_no_text(tmp_path: Path) -> None:
     assert examples_of(task, plain) == examples_of(task, other)
 
 
-def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
-    for content, said in (
+def test_invalid_task_files_are_rejected(tmp_path: Path) -> None:
+    for content, message in (
         ("", "contains no example"),
         ("nonsense\n", "line 1 is not JSON"),
         ("[1]\n", "must be a JSON object"),
@@ -118,11 +116,11 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     ):
         path = tmp_path / "mine.jsonl"
         path.write_text(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             kind_of(read_task_file(path))
 
 
-def test_every_definition_is_whole() -> None:
+def test_every_definition_is_complete() -> None:
     for name, task in tasks().items():
         assert task.source, name
         assert task.metric in METRICS[task.kind]
@@ -157,29 +155,35 @@ def test_definitions_read_the_files_they_name() -> None:
     for name, task in there.items():
         assert task.sha256 is not None
         counts[name] = len(examples_of(task, find_task_file(task, DATA)))
-    wanted = {"lambada": 5153, "hellaswag": 10042, "piqa": 1838, "winograd": 273, "xquad_en": 1190}
-    assert wanted.items() <= counts.items()
+    expected = {
+        "lambada": 5153,
+        "hellaswag": 10042,
+        "piqa": 1838,
+        "winograd": 273,
+        "xquad_en": 1190,
+    }
+    assert expected.items() <= counts.items()
 
 
 def test_prompts_are_made_of_a_record_s_fields(tmp_path: Path) -> None:
     record = {"context": "Ann fell.", "question": "Why?", "answerA": "ice", "answerB": "fog"}
-    path = written(tmp_path, [record | {"answerC": "rain", "label": "2"}])
+    path = write_task(tmp_path, [record | {"answerC": "rain", "label": "2"}])
     (example,) = examples_of(task_named("siqa"), path)
     assert example == Example(("Q: Ann fell. Why?\nA:",), ("ice", "fog", "rain"), gold=1)
-    path = written(tmp_path, [record | {"label": "2"}])
+    path = write_task(tmp_path, [record | {"label": "2"}])
     with pytest.raises(ValueError, match="no field 'answerC', which the prompt needs"):
         examples_of(task_named("siqa"), path)
-    path = written(tmp_path, [record | {"answerC": "rain", "label": "4"}])
+    path = write_task(tmp_path, [record | {"answerC": "rain", "label": "4"}])
     with pytest.raises(ValueError, match="label must be one of 1, 2, 3"):
         examples_of(task_named("siqa"), path)
-    path = written(tmp_path, [{"question": "who was it", "answer": ["Ahab"]}])
+    path = write_task(tmp_path, [{"question": "who was it", "answer": ["Ahab"]}])
     (example,) = examples_of(task_named("nq_open"), path)
     assert example.contexts == ("Q: who was it?\nA:",)
 
 
 def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path) -> None:
     records = [{"query": f"Q{n}", "choices": [f"a{n}", f"b{n}"], "gold": n % 2} for n in range(9)]
-    path = written(tmp_path, records)
+    path = write_task(tmp_path, records)
     task = task_of_kind("choice", str(path))
     examples = examples_of(task, path)
     shown = with_shots(task, examples, shots=3, seed=1)
@@ -188,35 +192,35 @@ def test_shots_are_fixed_by_the_seed_and_never_the_example_itself(tmp_path: Path
     assert with_shots(task, examples, shots=0, seed=1) == examples
     fronts = set()
     for number, (before, after) in enumerate(zip(examples, shown, strict=True)):
-        *shots, asked_last = after.contexts[0].split("\n\n")
-        assert asked_last == before.contexts[0]
+        *shots, question = after.contexts[0].split("\n\n")
+        assert question == before.contexts[0]
         assert len(set(shots)) == 3
         assert f"Q{number} " not in after.contexts[0]
         assert all(shot in {f"Q{n} {'ab'[n % 2]}{n}" for n in range(9)} for shot in shots)
         fronts.add(tuple(shots))
-    assert len(fronts) <= 4  # the same for all but those who are in them
+    assert len(fronts) <= 4  # the same for all but the examples among them
     with pytest.raises(ValueError, match="--shots must be less than the 9 examples"):
         with_shots(task, examples, shots=9, seed=1)
-    # Nor one that asks the same, of which there may be several.
-    path = written(tmp_path, [*records, records[2], records[2]], "twice.jsonl")
+    # Nor one with the same question, of which there may be several.
+    path = write_task(tmp_path, [*records, records[2], records[2]], "twice.jsonl")
     examples = examples_of(task, path)
     for seed in range(20):
         for example in with_shots(task, examples, shots=3, seed=seed):
-            *shots, asked_last = example.contexts[0].split("\n\n")
+            *shots, question = example.contexts[0].split("\n\n")
             assert len(shots) == 3
-            assert not any(shot.startswith(f"{asked_last} ") for shot in shots)
+            assert not any(shot.startswith(f"{question} ") for shot in shots)
     with pytest.raises(ValueError, match="--shots must be at most the 8 examples"):
         with_shots(task, examples, shots=9, seed=1)
     with pytest.raises(ValueError, match=r"--shots must be 0 for .*, a task of the kind pair"):
         with_shots(task_of_kind("pair", str(path)), examples, shots=1, seed=1)
 
 
-def test_of_a_solution_its_last_number_is_compared(tmp_path: Path) -> None:
+def test_the_last_number_of_a_solution_is_compared(tmp_path: Path) -> None:
     solved = {"question": "2 + 2", "answer": "One and one is two.\nTwice that.\n#### 1,004"}
-    path = written(tmp_path, [solved])
+    path = write_task(tmp_path, [solved])
     (example,) = examples_of(task_named("gsm8k"), path)
     assert solved_text(task_named("gsm8k"), example).endswith("Twice that.\n#### 1,004")
-    for said, is_right in (
+    for answer, is_right in (
         ("I think\n#### 1004\nSo it is 1004.", 1.0),
         ("#### 7, no:\n#### $1004.", 1.0),
         ("#### -1004", 0.0),
@@ -224,17 +228,17 @@ def test_of_a_solution_its_last_number_is_compared(tmp_path: Path) -> None:
         ("1004", 0.0),
         ("#### 10,04", 0.0),
     ):
-        parts = [compared_part(task_named("gsm8k"), t) for t in (said, *example.continuations)]
-        assert final_answer(parts[0], parts[1:]) == is_right, said
+        parts = [compared_part(task_named("gsm8k"), t) for t in (answer, *example.continuations)]
+        assert final_answer(parts[0], parts[1:]) == is_right, answer
     math = "so it is.\nFinal Answer: The final answer is $\\frac12$. I hope it is correct."
     assert compared_part(task_named("math"), math) == "$\\frac12$."
     assert final_answer("$\\frac12$.", ["\\frac{1}{2}", "\\frac12"]) == 1.0
-    path = written(tmp_path, [{"question": "2 + 2", "answer": "4"}])
+    path = write_task(tmp_path, [{"question": "2 + 2", "answer": "4"}])
     with pytest.raises(ValueError, match="must have text after '####'"):
         examples_of(task_named("gsm8k"), path)
 
 
-def ask_cli(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
     content: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -242,12 +246,12 @@ def ask_cli(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", RECORDS)
-def test_evaluate_takes_your_own_file(
+def test_evaluate_accepts_own_task_files(
     kind: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, answers = str(written(tmp_path, RECORDS[kind])), tmp_path / "answers.jsonl"
+    file, answers = str(write_task(tmp_path, RECORDS[kind])), tmp_path / "answers.jsonl"
     words = ["evaluate", str(finished_run), "--task-file", file, "--device", "cpu"]
-    found = ask_cli(capsys, *words, "--answers", str(answers))
+    found = run_json(capsys, *words, "--answers", str(answers))
     assert found["text"] == {}
     row = found["tasks"][file]
     assert {"metric", "value", "stderr", "examples"} <= set(row)
@@ -256,17 +260,18 @@ def test_evaluate_takes_your_own_file(
     assert kind in found["protocol"][file]
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["example"] for line in lines] == list(range(len(RECORDS[kind])))
-    one = ask_cli(capsys, *words, "--limit", "1")["tasks"][file]
+    one = run_json(capsys, *words, "--limit", "1")["tasks"][file]
     assert (one["examples"], one["stderr"]) == (1, None)
 
 
-def test_the_context_of_a_task_begins_as_asked(
+def test_the_start_of_text_option_is_used_for_tasks(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = str(written(tmp_path, RECORDS["cloze"]))
+    file = str(write_task(tmp_path, RECORDS["cloze"]))
     words = ["evaluate", str(finished_run), "--task-file", file, "--metric", "perplexity"]
     found = {
-        how: ask_cli(capsys, *words, "--start-of-text", how) for how in ("model", "always", "never")
+        how: run_json(capsys, *words, "--start-of-text", how)
+        for how in ("model", "always", "never")
     }
     assert found["model"] == found["always"]
     assert found["never"]["tasks"][file]["value"] != found["model"]["tasks"][file]["value"]
@@ -274,7 +279,7 @@ def test_the_context_of_a_task_begins_as_asked(
     assert "<|endoftext|> before a context" in found["model"]["protocol"][file]
 
 
-def test_a_task_of_the_table_needs_its_very_file(
+def test_a_defined_task_needs_the_file_with_its_hash(
     finished_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -283,30 +288,30 @@ def test_a_task_of_the_table_needs_its_very_file(
     monkeypatch.delenv("PRETRAIN_TASKS", raising=False)
     words = ["evaluate", str(finished_run), "--tasks"]
 
-    def refusal(*rest: str) -> str:
+    def rejection(*rest: str) -> str:
         assert main([*words, *rest]) == 2
         return capsys.readouterr().err
 
-    assert "did you mean 'lambada'" in refusal("lambad")
-    assert "needs the file piqa.jsonl" in refusal("piqa")
-    assert f"which is not in {tmp_path}" in refusal("piqa", "--task-data", str(tmp_path))
-    written(tmp_path, RECORDS["choice"], "piqa.jsonl")
-    assert "is not the file of task piqa" in refusal("piqa", "--task-data", str(tmp_path))
-    written(tmp_path, RECORDS["choice"], "mmlu.jsonl")
-    assert "the metric of mmlu" in refusal(
+    assert "did you mean 'lambada'" in rejection("lambad")
+    assert "needs the file piqa.jsonl" in rejection("piqa")
+    assert f"which is not in {tmp_path}" in rejection("piqa", "--task-data", str(tmp_path))
+    write_task(tmp_path, RECORDS["choice"], "piqa.jsonl")
+    assert "is not the file of task piqa" in rejection("piqa", "--task-data", str(tmp_path))
+    write_task(tmp_path, RECORDS["choice"], "mmlu.jsonl")
+    assert "the metric of mmlu" in rejection(
         "mmlu", "--task-data", str(tmp_path), "--metric", "perplexity"
     )
     for option, wrong in (("--limit", "0"), ("--shots", "-1"), ("--shots", "3")):
         assert "must be" in (
-            said := refusal("mmlu", "--task-data", str(tmp_path), option, wrong)
-        ) or ("at least" in said)
+            message := rejection("mmlu", "--task-data", str(tmp_path), option, wrong)
+        ) or ("at least" in message)
     monkeypatch.setenv("PRETRAIN_TASKS", str(tmp_path))
-    found = ask_cli(capsys, *words, "mmlu", "--shots", "1")
+    found = run_json(capsys, *words, "mmlu", "--shots", "1")
     assert found["tasks"]["mmlu"]["examples"] == 3
     assert "1 shots of seed 1" in found["protocol"]["mmlu"]
 
 
-def test_a_library_that_is_missing_is_said_before_anything_is_asked(
+def test_a_missing_library_is_reported_before_the_evaluation(
     finished_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -316,7 +321,7 @@ def test_a_library_that_is_missing_is_said_before_anything_is_asked(
 
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    file = str(written(tmp_path, RECORDS["answer"]))
+    file = str(write_task(tmp_path, RECORDS["answer"]))
     for metric in ("bleu", "rougeL"):
         words = ["evaluate", str(finished_run), "--task-file", file, "--metric", metric]
         assert main(words) == 2
@@ -324,45 +329,45 @@ def test_a_library_that_is_missing_is_said_before_anything_is_asked(
 
 
 def test_the_hash_of_a_definition_is_of_the_whole_file(tmp_path: Path) -> None:
-    path = written(tmp_path, RECORDS["choice"], "piqa.jsonl")
+    path = write_task(tmp_path, RECORDS["choice"], "piqa.jsonl")
     task = replace(task_named("piqa"), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     assert find_task_file(task, tmp_path) == path
 
 
-def test_an_option_without_effect_is_refused(
+def test_an_option_without_effect_is_rejected(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, said = tmp_path / "a.txt", tmp_path / "said.jsonl"
+    text, answers = tmp_path / "a.txt", tmp_path / "answers.jsonl"
     text.write_text("the people of the union")
-    said.write_text("kept")
+    answers.write_text("kept")
     words = ["evaluate", str(finished_run), "--text", str(text)]
-    for more in (["--limit", "2"], ["--start-of-text", "never"], ["--answers", str(said)]):
+    for more in (["--limit", "2"], ["--start-of-text", "never"], ["--answers", str(answers)]):
         assert main([*words, *more]) == 2
         message = f"pretrain: only tasks use {more[0]}; add --tasks or --task-file\n"
         assert capsys.readouterr().err == message
-    assert said.read_text() == "kept"
+    assert answers.read_text() == "kept"
 
 
-def test_a_record_with_two_prompts_is_refused(tmp_path: Path) -> None:
+def test_a_record_with_two_prompts_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text(json.dumps({"context": "A passage.", "question": "Who?", "answers": ["I"]}))
     with pytest.raises(ValueError, match="line 1: context and question mean the same"):
         examples_of(task_of_kind("answer", str(path)), path)
 
 
-def test_old_answers_outlive_a_model_that_is_not_there(
+def test_old_answers_are_kept_if_the_model_does_not_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, said = written(tmp_path, RECORDS["choice"]), tmp_path / "said.jsonl"
-    said.write_text("kept")
-    words = ["--task-file", str(file), "--answers", str(said)]
+    file, answers = write_task(tmp_path, RECORDS["choice"]), tmp_path / "answers.jsonl"
+    answers.write_text("kept")
+    words = ["--task-file", str(file), "--answers", str(answers)]
     assert main(["evaluate", str(tmp_path / "none"), *words]) == 2
     assert "none" in capsys.readouterr().err
-    assert said.read_text() == "kept"
+    assert answers.read_text() == "kept"
 
 
 def test_a_task_is_one_file(tmp_path: Path) -> None:
-    written(tmp_path, RECORDS["choice"], "a.jsonl")
-    written(tmp_path, RECORDS["choice"], "b.jsonl")
+    write_task(tmp_path, RECORDS["choice"], "a.jsonl")
+    write_task(tmp_path, RECORDS["choice"], "b.jsonl")
     with pytest.raises(ValueError, match="is 2 files; it must be one file"):
         read_task_file(tmp_path)

@@ -1,5 +1,4 @@
-"""The scorer counts every token once; the baselines are proper distributions and no weaker than
-they should be."""
+"""The scorer counts every token once; the baselines equal textbook implementations."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def test_every_id_but_the_first_is_a_target_once(n_tokens: int, rows: int) -> No
     assert targets == list(range(1, n_tokens))
 
 
-def test_a_limit_takes_evenly_spread_windows_and_always_the_same() -> None:
+def test_a_limit_takes_the_same_evenly_spread_windows() -> None:
     ids = Ids(np.arange(1001, dtype=np.int64))
     taken = [
         torch.cat(
@@ -77,7 +76,7 @@ def test_the_scorer_equals_a_brute_force_sum(finished_run: Path) -> None:
     assert result.nats == pytest.approx(nats, rel=1e-9)
 
 
-def test_evaluate_repeats_the_number_of_the_summary(
+def test_evaluate_equals_the_summary(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(finished_run), "--json"]) == 0
@@ -88,7 +87,7 @@ def test_evaluate_repeats_the_number_of_the_summary(
 
 
 def test_words_end_with_their_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And the last word of one is not the first of the next."""
+    """The last word of a document is not joined to the first of the next."""
     texts = [f"{n} words end here{n}" for n in range(900)]
     lines = [json.dumps({"text": text}) for text in texts]
     (tmp_path / "short.jsonl").write_text("\n".join(lines))
@@ -102,7 +101,7 @@ def test_words_end_with_their_documents(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["bytes"] == pytest.approx(19.5 * held_out, rel=0.1)
 
 
-def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
+def test_bytes_are_those_of_the_text_and_not_of_its_tokens(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tokenizer may put a space before a text, and fold what it reads."""
@@ -116,7 +115,7 @@ def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"", "contains no text"),
         (
@@ -127,20 +126,20 @@ def test_bytes_are_the_text_s_and_not_the_tokenizer_s(
     ],
     ids=["empty", "cut off"],
 )
-def test_a_text_that_is_not_whole_is_not_scored(
+def test_an_incomplete_text_is_not_scored(
     name: str,
     content: bytes,
-    said: str,
+    message: str,
     finished_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert main(["evaluate", str(finished_run), "--text", str(tmp_path / name)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_what_is_passed_over_is_said(
+def test_skipped_documents_are_reported(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one text"}\n{"text": 3}\n')
@@ -180,7 +179,7 @@ def reference_kneser_ney(train: list[int], val: list[int], v: int, order: int) -
     return -sum(math.log(probability(tuple(val[i - order + 1 : i + 1]))) for i in places)
 
 
-def test_the_count_models_are_textbook_kneser_ney() -> None:
+def test_count_models_equal_textbook_kneser_ney() -> None:
     rng = np.random.default_rng(0)
     chain = [0, 0]
     for _ in range(2500):  # a chain with memory, so that longer contexts help
@@ -213,7 +212,7 @@ def test_xz_is_given_the_training_text() -> None:
     assert xz_bits_per_byte(other) == pytest.approx(alone, rel=0.1)
 
 
-def test_a_changed_text_is_not_scored_as_the_run_s_own(
+def test_a_changed_text_of_a_run_is_rejected(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, run = tmp_path / "t.jsonl", str(tmp_path / "run")

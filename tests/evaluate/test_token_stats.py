@@ -1,4 +1,4 @@
-"""Flash cards and heat maps: their numbers are the scorer's, and any text is drawn as text."""
+"""Flash cards and heat maps: their numbers equal the scorer's, and any text is shown as text."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def tokenizer(finished_run: Path) -> Tokenizer:
     return load_tokenizer(finished_run / "tokenizer")
 
 
-def looked_at(model: LoadedModel, text: str, **more: Any) -> list[TokenLoss]:
+def losses_of(model: LoadedModel, text: str, **more: Any) -> list[TokenLoss]:
     ids = model.tokenizer.encode(text).tolist()
     return token_losses(model, Pair((model.tokenizer.start_of_text, *ids), 1), **more)
 
 
 @pytest.mark.parametrize("stride", [None, 5])
-def test_nats_of_all_tokens_are_the_score_of_the_text(
+def test_nats_of_all_tokens_add_up_to_the_score_of_the_text(
     model: LoadedModel, stride: int | None
 ) -> None:
     text = HOSTILE * 12  # many windows of 32 ids
-    found = looked_at(model, text, stride=stride)
+    found = losses_of(model, text, stride=stride)
     whole = score_texts(model, [text], stride=stride)
     assert len(found) == whole.tokens
     assert math.fsum(each.nats for each in found) == pytest.approx(whole.nats, rel=1e-12)
     assert [each.id for each in found] == model.tokenizer.encode(text).tolist()
 
 
-def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: LoadedModel) -> None:
+def test_ranks_and_most_probable_tokens_equal_the_distribution(model: LoadedModel) -> None:
     text = "The people of the United States"
     ids = model.tokenizer.encode(text).tolist()
-    for place, each in enumerate(looked_at(model, text, top=3)):
+    for place, each in enumerate(losses_of(model, text, top=3)):
         before = model.tokenizer.decode(ids[:place])
         p = next_distribution(model.decoder, model.tokenizer, before)
         assert each.probability == pytest.approx(float(p[ids[place]]), rel=1e-9)
@@ -71,7 +71,7 @@ def test_ranks_and_the_likeliest_are_those_of_the_distribution(model: LoadedMode
         assert [q for _, q in each.most_probable] == pytest.approx(best.values.tolist())
 
 
-def test_a_pair_without_context_is_refused(model: LoadedModel) -> None:
+def test_a_pair_without_context_is_rejected(model: LoadedModel) -> None:
     with pytest.raises(
         ValueError, match=r"at least 1 id of context and 1 of continuation \(got 0 of 2 ids"
     ):
@@ -79,7 +79,7 @@ def test_a_pair_without_context_is_refused(model: LoadedModel) -> None:
 
 
 @given(st.text(max_size=60))
-def test_pieces_are_the_text_in_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+def test_pieces_joined_equal_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text).tolist()
     made = annotated_text(tokenizer, [TokenLoss(id_, 0.5, 2, ()) for id_ in ids])
     assert "".join(piece["text"] for piece in made) == text
@@ -87,7 +87,7 @@ def test_pieces_are_the_text_in_whole_characters(tokenizer: Tokenizer, text: str
     assert sum(len(piece["nats"]) for piece in made) == len(ids)
 
 
-def test_bytes_of_a_character_are_joined_and_those_of_none_replaced(tokenizer: Tokenizer) -> None:
+def test_bytes_of_a_character_are_joined_and_invalid_ones_replaced(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("東").tolist()
     assert len(ids) == 3
     (piece,) = annotated_text(tokenizer, [TokenLoss(id_, 1.0, 3, ()) for id_ in ids])
@@ -104,9 +104,9 @@ def test_next_shows_the_answer_s_probability_and_rank(
     words = ["next", str(finished_run), "--prompt", "The people of the", "--device", "cpu"]
     capsys.readouterr()
     assert main([*words, "--answer", " United States", "--top", "3", "--json"]) == 0
-    said = capsys.readouterr()
-    found = json.loads(said.out)
-    assert "the answer:" in said.err
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    assert "the answer:" in output.err
     assert main([*words, "--top", "400", "--json"]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert [t["id"] for t in found["tokens"]] == [t["id"] for t in tokens[:3]]
@@ -125,7 +125,7 @@ def titles(page: Page) -> list[str]:
     return [value for name, value in page.attributes if name == "title"]
 
 
-def test_a_heat_map_draws_hostile_text_as_text(tmp_path: Path) -> None:
+def test_a_heat_map_escapes_hostile_text(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"text": HOSTILE, "nats": [1.0, 1.5], "ranks": [2, 7]},
         {"text": "sure", "nats": [0.0], "ranks": [1]},
@@ -150,7 +150,7 @@ def test_a_heat_map_draws_hostile_text_as_text(tmp_path: Path) -> None:
     assert 'class="heat-legend"' not in heat_map_page({"a": []}, model="m", note="")
 
 
-def test_evaluate_draws_texts(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_evaluate_writes_a_heat_map(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
     file, drawn = tmp_path / "a.txt", tmp_path / "a.html"
     file.write_text(HOSTILE * 5, encoding="utf-8")
     words = ["evaluate", str(finished_run), "--device", "cpu", "--json"]
@@ -167,16 +167,16 @@ def test_evaluate_draws_texts(finished_run: Path, tmp_path: Path, capsys: Captur
     assert "--heat-map is for texts" in capsys.readouterr().err
 
 
-def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run: Path) -> None:
-    kept = json.loads((finished_run / "predictions.json").read_text())
-    nats = [n for piece in kept["passage"] for n in piece["nats"]]
+def test_the_report_shows_the_passage_and_cards_of_a_run(finished_run: Path) -> None:
+    predictions = json.loads((finished_run / "predictions.json").read_text())
+    nats = [n for piece in predictions["passage"] for n in piece["nats"]]
     assert len(nats) == 400
-    text = "".join(piece["text"] for piece in kept["passage"])
+    text = "".join(piece["text"] for piece in predictions["passage"])
     model = load_model(str(finished_run), device="cpu")
-    again = looked_at(model, text)
+    again = losses_of(model, text)
     assert [each.nats for each in again[:300]] == pytest.approx(nats[:300], rel=1e-4)
-    assert len(kept["cards"]) == 6
-    for card in kept["cards"]:
+    assert len(predictions["cards"]) == 6
+    for card in predictions["cards"]:
         probabilities = [row["probability"] for row in card["most_probable"]]
         assert len(probabilities) == 5
         assert probabilities == sorted(probabilities, reverse=True)
@@ -189,11 +189,11 @@ def test_a_run_keeps_a_passage_and_cards_and_its_report_shows_them(finished_run:
     assert_harmless(page)
     assert page.source.count('<div class="card">') == 6
     assert text.strip().replace("\n", "↵\n") in page.text
-    first = kept["cards"][0]["answer"]
+    first = predictions["cards"][0]["answer"]
     assert f"true token {first['text']!r}: probability {first['probability']:.4f}" in page.text
 
 
-def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:
+def test_hostile_cards_are_escaped(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     most_probable = [{"text": HOSTILE, "probability": 7}, {"text": 3}, None]
     cards = [
@@ -208,7 +208,7 @@ def test_hostile_cards_stay_text(finished_run: Path, tmp_path: Path) -> None:
     assert "--share:100.0%" in page.source
 
 
-def test_looking_draws_from_no_random_state(model: LoadedModel) -> None:
+def test_token_losses_do_not_use_the_random_state(model: LoadedModel) -> None:
     before = torch.get_rng_state()
-    looked_at(model, "The people")
+    losses_of(model, "The people")
     assert torch.equal(before, torch.get_rng_state())

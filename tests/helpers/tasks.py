@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 
-from pretrain.evaluate.examples import (
-    Example,
-    read_examples,
-)
-from pretrain.evaluate.run_tasks import TaskResults, evaluate_task
+from pretrain.evaluate.examples import Example, read_examples
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import Task
 from pretrain.runner.open import LoadedModel
@@ -37,7 +33,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def written(folder: Path, records: list[dict[str, Any]], name: str = "mine.jsonl") -> Path:
+def write_task(folder: Path, records: list[dict[str, Any]], name: str = "mine.jsonl") -> Path:
     path = folder / name
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
@@ -47,18 +43,14 @@ def examples_of(task: Task, path: Path, limit: int | None = None) -> list[Exampl
     return read_examples(task, read_task_file(path), file=str(path), limit=limit)
 
 
-def asked(model: LoadedModel, task: Task, examples: list[Example]) -> TaskResults:
-    return evaluate_task(model, task, examples)
-
-
 @torch.no_grad()
 def log_p(model: LoadedModel, context: str, continuation: str) -> list[float]:
     """The log-probability of each token of a continuation, from one row of logits."""
-    kept = context.rstrip()
-    moved = context[len(kept) :] + continuation
+    stripped = context.rstrip()
+    moved = context[len(stripped) :] + continuation
     tokenizer = model.tokenizer
-    before = [tokenizer.start_of_text, *tokenizer.encode(kept).tolist()]
-    whole = [tokenizer.start_of_text, *tokenizer.encode(kept + moved).tolist()]
+    before = [tokenizer.start_of_text, *tokenizer.encode(stripped).tolist()]
+    whole = [tokenizer.start_of_text, *tokenizer.encode(stripped + moved).tolist()]
     ids = [*before, *whole[len(before) :]][-(model.decoder.config.window_tokens + 1) :]
     n = len(whole) - len(before)
     rows = model.decoder.logits(model.decoder(torch.tensor([ids[:-1]])))[0].log_softmax(-1)
