@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from exports import written
+from exports import write_hf
 from oracles import config_of, random_decoder
 from pretrain.corpus.reading import read_documents
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -25,4 +25,4 @@ def hf_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
     tokenizer = train_tokenizer(texts, vocab_size=400, split="llama3")
     decoder = random_decoder(config_of("llama", n_kv_heads=2), vocab_size=400)
-    return written(tmp_path_factory.mktemp("theirs") / "llama", decoder, tokenizer)
+    return write_hf(tmp_path_factory.mktemp("transformers") / "llama", decoder, tokenizer)

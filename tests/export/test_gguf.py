@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
-from exports import same
+from exports import same_weights
 from oracles import config_of, random_decoder
 from pretrain.corpus.reading import read_documents
 from pretrain.distributed import open_world
@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def written(file: Path, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32") -> None:
+def write_model(file: Path, decoder: Decoder, tokenizer: Tokenizer, numbers: str = "f32") -> None:
     write_gguf(file, decoder=decoder, tokenizer=tokenizer, numbers=numbers)
 
 
@@ -60,36 +60,36 @@ def decoder_of(case: str, tokenizer: Tokenizer) -> Decoder:
 
 @pytest.mark.parametrize("numbers", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_read_back_as_it_was_written(
+def test_export_and_import_keep_the_rounded_weights(
     case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder, original = decoder_of(case, tokenizer), decoder_of(case, tokenizer)
     file = tmp_path / "model.gguf"
-    written(file, decoder, tokenizer, numbers)
-    back = import_model(file)
-    assert back.config.family == decoder.config.family
-    assert back.config.rope_factor == decoder.config.rope_factor
-    assert back.config.rope_original_context == decoder.config.rope_original_context
-    assert back.config.norm_epsilon == decoder.config.norm_epsilon
-    assert back.tokenizer.sha256 == tokenizer.sha256
-    assert same(back.build(), decoder)
+    write_model(file, decoder, tokenizer, numbers)
+    imported = import_model(file)
+    assert imported.config.family == decoder.config.family
+    assert imported.config.rope_factor == decoder.config.rope_factor
+    assert imported.config.rope_original_context == decoder.config.rope_original_context
+    assert imported.config.norm_epsilon == decoder.config.norm_epsilon
+    assert imported.tokenizer.sha256 == tokenizer.sha256
+    assert same_weights(imported.build(), decoder)
     error = 0.0
-    for name, p in back.build().named_parameters():
+    for name, p in imported.build().named_parameters():
         exact = original.get_parameter(name).detach()
         error = max(error, float((p.detach() - exact).abs().max() / exact.abs().max()))
-    # Half of a step of 127 steps, of a float16, of nothing.
+    # Half of a step: of 127 steps, of a float16; none in float32.
     assert error <= {"f32": 0.0, "f16": 2**-11, "q8_0": 0.5 / 127 * 1.05}[numbers]
     assert error > 0 or numbers == "f32"
 
 
 @pytest.mark.parametrize("case", ["llama", "llama 3.2"])
 def test_transformers_reads_the_same_model(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Of GPT-2 it does not read the context, and of Llama 3.1 not the scaled positions;
+    """transformers ignores the context of GPT-2 and the scaled positions of Llama 3.1;
     llama.cpp reads both, see below."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     decoder = decoder_of(case, tokenizer)
-    written(tmp_path / "model.gguf", decoder, tokenizer)
+    write_model(tmp_path / "model.gguf", decoder, tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     ).eval()
@@ -103,8 +103,7 @@ def test_transformers_reads_the_same_model(case: str, tokenizer: Tokenizer, tmp_
 def test_llama_cpp_reads_the_same_model(
     case: str, numbers: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Greedy text, logits, divergence of distributions, ids and perplexity, as a certificate has
-    them."""
+    """Greedy text, logits, divergence of distributions, ids and perplexity, as in a certificate."""
     pytest.importorskip("llama_cpp")
     decoder = decoder_of(case, tokenizer)
     assert certificate_of(decoder, tokenizer, tmp_path, numbers)["verdict"] == AGREES
@@ -114,14 +113,16 @@ def test_llama_cpp_reads_the_same_model(
 def test_llama_cpp_reads_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     if kind == "gpt2 itself":
-        ours = load_tokenizer("gpt2")
+        tokenizer = load_tokenizer("gpt2")
     elif kind == "sentencepiece":
-        ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
+        tokenizer = load_tokenizer(
+            train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS)
+        )
     else:
         texts = [d.text for d in list(read_documents("bundled"))[:20]]
-        ours = train_tokenizer(texts, vocab_size=600, split=kind)  # type: ignore[arg-type]
-    decoder = random_decoder(config_of("llama", **WIDE), vocab_size=ours.vocab_size)
-    assert certificate_of(decoder, ours, tmp_path, "f32")["verdict"] == AGREES
+        tokenizer = train_tokenizer(texts, vocab_size=600, split=kind)  # type: ignore[arg-type]
+    decoder = random_decoder(config_of("llama", **WIDE), vocab_size=tokenizer.vocab_size)
+    assert certificate_of(decoder, tokenizer, tmp_path, "f32")["verdict"] == AGREES
 
 
 def certificate_of(
@@ -129,55 +130,58 @@ def certificate_of(
 ) -> dict[str, Any]:
     file = folder / "out" / "model.gguf"
     file.parent.mkdir()
-    written(file, decoder, tokenizer, numbers)
+    write_model(file, decoder, tokenizer, numbers)
     text = "The capital of France is Paris. " * 10
     score = score_texts(ScoredModel(decoder, tokenizer, open_world("cpu", threads=1)), [text])
     return verify_export(Exported(file, "gguf", numbers, decoder, tokenizer), text, score)
 
 
-def test_what_is_in_a_vocabulary_comes_back(tmp_path: Path) -> None:
-    """SentencePiece's scores and kinds, the pre-split of Llama 3, and what was added without being
-    special: it is found in a text, here and there, and the verification compares it."""
+def test_vocabularies_are_imported_unchanged(tmp_path: Path) -> None:
+    """SentencePiece's scores and kinds, the pre-split of Llama 3, and an added token that is not
+    special: both programs find it in a text, and the verification compares it."""
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
     plain = train_tokenizer(texts, vocab_size=500, split="llama3")
     library = Library.from_str(json.dumps(plain.description))
     library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    for ours in (
+    for tokenizer in (
         load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS)),
         plain,
         Tokenizer(library),
     ):
-        decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-        file = tmp_path / f"{ours.vocab_size}.gguf"
-        written(file, decoder, ours)
-        back = import_model(file).tokenizer
-        assert (back.start_of_text, back.end_of_text) == (ours.start_of_text, ours.end_of_text)
+        decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+        file = tmp_path / f"{tokenizer.vocab_size}.gguf"
+        write_model(file, decoder, tokenizer)
+        imported = import_model(file).tokenizer
+        assert (imported.start_of_text, imported.end_of_text) == (
+            tokenizer.start_of_text,
+            tokenizer.end_of_text,
+        )
         for text in (*TEXTS, "a <think> b", texts[0]):
-            assert back.encode(text).tolist() == ours.encode(text).tolist()
-            assert back.decode(back.encode(text)) == text
+            assert imported.encode(text).tolist() == tokenizer.encode(text).tolist()
+            assert imported.decode(imported.encode(text)) == text
     kinds = gguf.GGUFReader(file).fields["tokenizer.ggml.token_type"].contents()
     assert kinds[-1] == gguf.TokenType.USER_DEFINED
-    exported = Exported(file, "gguf", "f32", decoder, back)
+    exported = Exported(file, "gguf", "f32", decoder, imported)
     request = make_request(exported, texts[0], library="llama_cpp", threads=1)
     assert "a <think> b" in request["texts"]
 
 
-def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> None:
+def test_add_bos_is_read_from_the_file_or_the_default_of_llama_cpp(tmp_path: Path) -> None:
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
     pieces = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     llama3 = train_tokenizer(texts, vocab_size=500, split="llama3")
     gpt2 = train_tokenizer(texts, vocab_size=400)
     bos, kind = "tokenizer.ggml.add_bos_token", gguf.GGUFValueType.BOOL
     prefix = "tokenizer.ggml.add_space_prefix"
-    for ours, usual in ((pieces, True), (llama3, True), (gpt2, False)):
-        file = tmp_path / f"{ours.vocab_size}.gguf"
-        decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-        written(file, decoder, ours)
-        assert import_model(file).tokenizer.add_bos is True  # as all of ours do
-        rewritten(file, keys={bos: (False, kind)})
+    for tokenizer, default in ((pieces, True), (llama3, True), (gpt2, False)):
+        file = tmp_path / f"{tokenizer.vocab_size}.gguf"
+        decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+        write_model(file, decoder, tokenizer)
+        assert import_model(file).tokenizer.add_bos is True  # as for all tokenizers of pretrain
+        rewrite(file, keys={bos: (False, kind)})
         assert import_model(file).tokenizer.add_bos is False
-        rewritten(file, keys={bos: (None, kind), prefix: (False, kind)})
-        assert import_model(file).tokenizer.add_bos is usual
+        rewrite(file, keys={bos: (None, kind), prefix: (False, kind)})
+        assert import_model(file).tokenizer.add_bos is default
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,7 @@ def test_texts_begin_as_the_file_says_or_as_llama_cpp_has_it(tmp_path: Path) -> 
         ("llama", {}, "cl100k", "must be one of gpt2, llama3, o200k, smollm .got cl100k"),
     ],
 )
-def test_what_llama_cpp_cannot_run_is_rejected(
+def test_models_that_llama_cpp_cannot_run_are_rejected(
     family: str, changes: dict[str, Any], kind: str, message: str, tmp_path: Path
 ) -> None:
     texts = ["some words and some more words " * 20]
@@ -204,16 +208,16 @@ def test_what_llama_cpp_cannot_run_is_rejected(
     tokenizer = train_tokenizer(texts, **how)
     decoder = random_decoder(config_of(family, **changes), vocab_size=tokenizer.vocab_size)
     with pytest.raises(ValueError, match=message):
-        written(tmp_path / "model.gguf", decoder, tokenizer)
+        write_model(tmp_path / "model.gguf", decoder, tokenizer)
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_damaged_files_are_rejected_or_hold_the_same_names(
+def test_damaged_files_are_rejected_or_have_the_same_names(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Cut at 60 places, and bits flipped in 300 files: a typed error, or a model of this shape."""
     file, damaged = tmp_path / "model.gguf", tmp_path / "damaged.gguf"
-    written(file, decoder_of("llama 3.1", tokenizer), tokenizer)
+    write_model(file, decoder_of("llama 3.1", tokenizer), tokenizer)
     data = file.read_bytes()
     draw = random.Random(0)
     for _ in range(60):
@@ -221,7 +225,7 @@ def test_damaged_files_are_rejected_or_hold_the_same_names(
         with pytest.raises(FormatError):
             import_model(damaged)
     rejected = 0
-    # The weights themselves carry no checksum in this format: what lies before them is flipped.
+    # The format has no checksum of the weights: only bits before them are flipped.
     header = data.index(b"blk.1.ffn_down") + 100
     for number in range(300):
         changed = bytearray(data)
@@ -235,7 +239,7 @@ def test_damaged_files_are_rejected_or_hold_the_same_names(
     assert rejected > 100
 
 
-def test_unknown_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(file, arch="falcon")
     writer.add_uint32("falcon.block_count", 1)
@@ -249,22 +253,22 @@ def test_unknown_architecture_is_named(tokenizer: Tokenizer, tmp_path: Path) -> 
         import_model(file)
 
 
-def rewritten(
+def rewrite(
     file: Path,
     *,
     keys: dict[str, tuple[Any, Any]] | None = None,
     tensors: dict[str, Any] | None = None,
 ) -> None:
-    """Write a file anew with other values: name -> value and gguf's kind of it; None: without."""
+    """Write a file again with other values: name -> value and its type in gguf; None: without."""
     reader = gguf.GGUFReader(file)
     kind = gguf.GGUFValueType
     writer = gguf.GGUFWriter(file.with_suffix(".new"), arch=reader.fields[ARCHITECTURE].contents())
-    kept = {
+    old_keys = {
         name: (field.contents(), field.types[0])
         for name, field in reader.fields.items()
         if not name.startswith("GGUF.") and name != ARCHITECTURE
     }
-    for name, (value, type_) in {**kept, **(keys or {})}.items():
+    for name, (value, type_) in {**old_keys, **(keys or {})}.items():
         if type_ == kind.ARRAY:
             writer.add_array(name, value)
         elif value is not None:
@@ -296,14 +300,14 @@ OTHER_KEYS: list[tuple[str, Any, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "kind", "message"), OTHER_KEYS)
-def test_keys_that_llama_cpp_would_compute_with_are_rejected(
+def test_unsupported_keys_are_rejected(
     key: str, value: Any, kind: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     file = tmp_path / "model.gguf"
-    written(file, decoder_of("llama", tokenizer), tokenizer)
-    rewritten(file)
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
+    rewrite(file)
     import_model(file)
-    rewritten(file, keys={f"llama.{key}": (value, kind)})
+    rewrite(file, keys={f"llama.{key}": (value, kind)})
     with pytest.raises(FormatError, match=message):
         import_model(file)
 
@@ -318,52 +322,50 @@ VOCABULARIES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "message"), VOCABULARIES)
-def test_vocabularies_that_cannot_be_read_are_rejected(
+def test_invalid_vocabularies_are_rejected(
     key: str, value: Any, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     file = tmp_path / "model.gguf"
-    written(file, decoder_of("llama", tokenizer), tokenizer)
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
     kind = _KIND.ARRAY if isinstance(value, list) else _KIND.STRING
-    rewritten(file, keys={f"tokenizer.ggml.{key}": (value, kind)})
+    rewrite(file, keys={f"tokenizer.ggml.{key}": (value, kind)})
     with pytest.raises(FormatError, match=message):
         import_model(file)
 
 
-def test_a_key_without_effect_is_let_pass(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_key_without_effect_is_accepted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    written(file, decoder_of("llama", tokenizer), tokenizer)
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
     one = {"llama.rope.scaling.factor": (1.0, _KIND.FLOAT32), "general.x": (1, _KIND.UINT32)}
-    rewritten(file, keys={**one, "llama.attention.causal": (True, _KIND.BOOL)})
+    rewrite(file, keys={**one, "llama.attention.causal": (True, _KIND.BOOL)})
     import_model(file)
 
 
-def test_the_head_of_gpt2_may_be_a_copy_and_nothing_else(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_head_of_gpt2_must_equal_the_embedding(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file, decoder = tmp_path / "model.gguf", decoder_of("gpt2", tokenizer)
-    written(file, decoder, tokenizer)
+    write_model(file, decoder, tokenizer)
     head = decoder.token_embedding.weight.detach().numpy().copy()
-    rewritten(file, tensors={"output.weight": head})
-    assert same(import_model(file).build(), decoder)
-    rewritten(file, tensors={"output.weight": head + 1})
+    rewrite(file, tensors={"output.weight": head})
+    assert same_weights(import_model(file).build(), decoder)
+    rewrite(file, tensors={"output.weight": head + 1})
     with pytest.raises(FormatError, match=r"head output.weight must be equal to"):
         import_model(file).build()
 
 
 def test_numbers_that_are_not_finite_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
-    written(file, decoder_of("llama", tokenizer), tokenizer)
-    rewritten(file, tensors={"output_norm.weight": np.full(64, np.nan, np.float32)})
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
+    rewrite(file, tensors={"output_norm.weight": np.full(64, np.nan, np.float32)})
     with pytest.raises(FormatError, match=r"all numbers in output_norm.weight must be finite"):
         import_model(file).build()
 
 
-def test_factors_of_positions_are_counted_before_they_are_computed(
+def test_the_number_of_rope_factors_is_checked_before_they_are_computed(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "model.gguf"
-    written(file, decoder_of("llama 3.1", tokenizer), tokenizer)
-    rewritten(file, keys={
+    write_model(file, decoder_of("llama 3.1", tokenizer), tokenizer)
+    rewrite(file, keys={
         "llama.embedding_length": (2**20, _KIND.UINT32),
         "llama.rope.dimension_count": (2**18, _KIND.UINT32),
     })  # fmt: skip
@@ -376,12 +378,12 @@ def test_factors_of_positions_are_counted_before_they_are_computed(
     ("factor", "message"),
     [(7.0, "must have the numbers of Llama 3.1's rule"), (np.inf, "model.rope_factor is inf")],
 )
-def test_positions_that_are_scaled_in_another_way_are_rejected(
+def test_other_scalings_of_positions_are_rejected(
     factor: float, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     file = tmp_path / "model.gguf"
-    written(file, decoder_of("llama 3.1", tokenizer), tokenizer)
-    rewritten(file, tensors={"rope_freqs.weight": np.full(8, factor, np.float32)})
+    write_model(file, decoder_of("llama 3.1", tokenizer), tokenizer)
+    rewrite(file, tensors={"rope_freqs.weight": np.full(8, factor, np.float32)})
     with pytest.raises(FormatError, match=f"rope_freqs.weight:? {message}"):
         import_model(file)
 
@@ -420,7 +422,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_counts_are_held_to_the_file_before_it_is_read(
+def test_counts_are_compared_with_the_file_size_before_it_is_read(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The package gguf would count to a million million in a file of 49 bytes."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 
-from exports import load_hf, same, written
+from exports import load_hf, same_weights, write_hf
 from oracles import CASES, config_of, random_decoder
 from pretrain.corpus.reading import read_documents
 from pretrain.export.families import FORMATS, is_native
@@ -30,8 +30,8 @@ from texts import LLAMA_OPTIONS, train_sentencepiece
 transformers = pytest.importorskip("transformers")
 
 
-# Our own family, and choices that no class of transformers has together.
-OWN_CASES: dict[str, dict[str, Any]] = {
+# Our own family, and combinations of choices that no class of transformers has.
+CUSTOM_CASES: dict[str, dict[str, Any]] = {
     "fast": {"family": "fast", "ngram_rows": 97},
     "qwen 2": {"family": "llama", "bias": "query_key_value", "tied_head": True},
     "odd": {
@@ -54,7 +54,7 @@ OWN_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-ALL_CASES = {**CASES, **OWN_CASES}
+ALL_CASES = {**CASES, **CUSTOM_CASES}
 
 
 @pytest.fixture(params=ALL_CASES)
@@ -63,10 +63,10 @@ def decoder(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
     return random_decoder(config, vocab_size=tokenizer.vocab_size)
 
 
-def test_their_class_gives_our_logits_and_text(
+def test_transformers_computes_the_same_logits_and_text(
     decoder: Decoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     model = load_hf(folder)
     assert type(model).__name__ == to_hf_config(decoder.config)["architectures"][0]
     ids = torch.randint(0, 400, (2, 128), generator=torch.Generator().manual_seed(0))
@@ -84,40 +84,40 @@ def test_their_class_gives_our_logits_and_text(
     assert float(loss.detach()) == pytest.approx(float(nats), rel=1e-5)
 
 
-def test_it_is_read_back_bit_for_bit(
+def test_export_and_import_keep_every_bit(
     decoder: Decoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    folder = written(tmp_path / "out", decoder, tokenizer, largest_file_bytes=30_000)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer, largest_file_bytes=30_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    back = import_model(folder)
-    assert same(back.build(), decoder)
-    assert back.tokenizer.sha256 == tokenizer.sha256
-    assert back.config.family == decoder.config.family
-    whole = written(tmp_path / "whole", decoder, tokenizer)
+    imported = import_model(folder)
+    assert same_weights(imported.build(), decoder)
+    assert imported.tokenizer.sha256 == tokenizer.sha256
+    assert imported.config.family == decoder.config.family
+    whole = write_hf(tmp_path / "whole", decoder, tokenizer)
     ids = torch.arange(100).view(2, 50)
     assert torch.equal(load_hf(folder)(ids).logits, load_hf(whole)(ids).logits)
 
 
-def test_what_their_class_saves_is_read(
+def test_models_saved_by_transformers_are_imported(
     decoder: Decoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """As a model of somebody who used transformers: its spelling of config.json, its file names."""
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    """As a model that was trained with transformers: its keys of config.json, its file names."""
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     again = tmp_path / "again"
     load_hf(folder).save_pretrained(again, max_shard_size="40KB")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(again)
-    back = import_model(again)
-    assert same(back.build(), decoder)
-    assert back.tokenizer.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
+    imported = import_model(again)
+    assert same_weights(imported.build(), decoder)
+    assert imported.tokenizer.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", ["fast", "transformer"])
-def test_padded_rows_do_not_change_their_logits(
+def test_padding_does_not_change_logits(
     case: str, side: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of(**ALL_CASES[case]), vocab_size=400)
-    model = load_hf(written(tmp_path / "out", decoder, tokenizer))
+    model = load_hf(write_hf(tmp_path / "out", decoder, tokenizer))
     texts = [torch.arange(3, 15), torch.arange(40, 47)]
     ids, mask = torch.full((2, 12), 9), torch.zeros(2, 12, dtype=torch.int64)
     for row, text in enumerate(texts):
@@ -137,10 +137,10 @@ def test_numbers_are_rounded_once(
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
     expected = {name: p.detach().to(dtype).float() for name, p in decoder.named_parameters()}
     options = {"numbers": numbers, "largest_file_bytes": 20_000}
-    folder = written(tmp_path / "out", decoder, tokenizer, **options)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer, **options)
     assert all(torch.equal(p, expected[name]) for name, p in decoder.named_parameters())
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert same(import_model(folder).build(), decoder)
+    assert same_weights(import_model(folder).build(), decoder)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] in str(dtype)
     ids = torch.arange(20)[None]
     difference = load_hf(folder)(ids).logits - decoder.logits(decoder(ids))
@@ -158,42 +158,42 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_their_tokenizer_gives_our_ids(kind: str, tmp_path: Path) -> None:
+def test_transformers_has_the_same_token_ids(kind: str, tmp_path: Path) -> None:
     texts = [d.text[:5000] for d in list(read_documents("bundled"))[:20]]
-    ours = train_tokenizer(texts, **{"vocab_size": 400, **KINDS[kind]})
-    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-    folder = written(tmp_path / "out", decoder, ours)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == ours.end_of_text
+    tokenizer = train_tokenizer(texts, **{"vocab_size": 400, **KINDS[kind]})
+    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    assert reference.bos_token_id == reference.eos_token_id == tokenizer.end_of_text
     for text in (texts[0], *(TEXTS if kind != "characters" else ())):
-        ids = ours.encode(text).tolist()
-        assert tokenizer(text)["input_ids"] == ours.encode_prompt(text)
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        ids = tokenizer.encode(text).tolist()
+        assert reference(text)["input_ids"] == tokenizer.encode_prompt(text)
+        assert reference(text, add_special_tokens=False)["input_ids"] == ids
         if kind not in ("gpt", "characters"):
-            assert tokenizer.decode(ids) == text
-    # Ours is text unless it is asked for; theirs can be told so.
+            assert reference.decode(ids) == text
+    # The name of a special token in a text is text; the reference has an option for that.
     if kind == "gpt2":
         special = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
-        assert special("<|endoftext|>")["input_ids"] == [ours.end_of_text] * 2
+        assert special("<|endoftext|>")["input_ids"] == [tokenizer.end_of_text] * 2
 
 
-def test_a_start_of_its_own_stands_before_their_texts_and_is_dropped_here(tmp_path: Path) -> None:
-    """Llama's; a tokenizer.json that says so is no other tokenizer."""
-    ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
-    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-    folder = written(tmp_path / "out", decoder, ours)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+def test_a_start_token_is_added_by_transformers_and_ignored_on_import(tmp_path: Path) -> None:
+    """As in Llama; a tokenizer.json with that template has the same hash."""
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
+    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert tokenizer(text)["input_ids"] == ours.encode_prompt(text)
-        assert tokenizer(text)["input_ids"][0] == ours.start_of_text != ours.end_of_text
-    pair = tokenizer("a", "b")["input_ids"]
-    assert pair == [*ours.encode_prompt("a"), *ours.encode_prompt("b")]
+        assert reference(text)["input_ids"] == tokenizer.encode_prompt(text)
+        assert reference(text)["input_ids"][0] == tokenizer.start_of_text != tokenizer.end_of_text
+    pair = reference("a", "b")["input_ids"]
+    assert pair == [*tokenizer.encode_prompt("a"), *tokenizer.encode_prompt("b")]
     content = json.loads((folder / "tokenizer.json").read_text())
     assert content["post_processor"]["type"] == "TemplateProcessing"
     again = load_tokenizer(folder)
-    assert again.sha256 == ours.sha256
-    assert again.encode("<s> [INST]").tolist() == ours.encode("<s> [INST]").tolist()
-    # As in the files of Llama 3: what says where ids come from is kept, the rest is not.
+    assert again.sha256 == tokenizer.sha256
+    assert again.encode("<s> [INST]").tolist() == tokenizer.encode("<s> [INST]").tolist()
+    # As in the files of Llama 3: the processor of offsets is kept, the template is not.
     offsets = {
         "type": "ByteLevel",
         "add_prefix_space": True,
@@ -205,13 +205,15 @@ def test_a_start_of_its_own_stands_before_their_texts_and_is_dropped_here(tmp_pa
     assert load_tokenizer(folder).description["post_processor"] == offsets
 
 
-def test_their_pipeline_continues_a_prompt_as_we_do(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_pipeline_of_transformers_generates_the_same_text(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     decoder = random_decoder(config_of("fast", ngram_rows=97, context_length=64), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
-    continuing = transformers.pipeline(
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
+    pipeline = transformers.pipeline(
         "text-generation", model=load_hf(folder), tokenizer=str(folder), device="cpu"
     )
-    found = continuing("The people", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    found = pipeline("The people", max_new_tokens=20, do_sample=False)[0]["generated_text"]
     greedy = Sampling(temperature=0.0)
     text = generate(decoder, tokenizer, "The people", max_tokens=20, sampling=greedy)[0]
     assert found == "The people" + text
@@ -219,20 +221,20 @@ def test_their_pipeline_continues_a_prompt_as_we_do(tokenizer: Tokenizer, tmp_pa
 
 @pytest.mark.parametrize("context", [1, 7, 24])
 @pytest.mark.parametrize("position", ["rotary", "learned"])
-def test_own_code_outgrows_its_context_as_we_do(
+def test_exported_code_generates_beyond_the_context(
     position: str, context: int, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = config_of("fast", ngram_rows=97, context_length=context, position=position)
     decoder = random_decoder(config, vocab_size=400)
-    model = load_hf(written(tmp_path / "out", decoder, tokenizer))
+    model = load_hf(write_hf(tmp_path / "out", decoder, tokenizer))
     prompt = [5, 6, 7, 8][: max(1, context - 1)]
     mask = torch.ones(1, len(prompt), dtype=torch.int64)
     found = model.generate(
         torch.tensor([prompt]), attention_mask=mask, max_new_tokens=60, min_new_tokens=60,
         do_sample=False, pad_token_id=0, eos_token_id=401,
     )  # fmt: skip
-    ours = generate_ids(decoder, prompt, max_tokens=60, sampling=Sampling(temperature=0.0))
-    assert found[0, len(prompt) :].tolist() == ours[0]
+    expected = generate_ids(decoder, prompt, max_tokens=60, sampling=Sampling(temperature=0.0))
+    assert found[0, len(prompt) :].tolist() == expected[0]
     with pytest.raises(ValueError, match=rf"at most {context} ids, .* .got {context + 1}"):
         model(torch.zeros(1, context + 1, dtype=torch.int64))
 
@@ -240,11 +242,11 @@ def test_own_code_outgrows_its_context_as_we_do(
 @pytest.mark.parametrize(
     ("axis", "value"), [("norm_place", "between"), ("query_key_norm", "all"), ("new_axis", "new")]
 )
-def test_own_code_rejects_a_choice_that_it_does_not_know(
+def test_exported_code_rejects_unknown_choices(
     axis: str, value: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of("fast", ngram_rows=0), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     content = json.loads((folder / "config.json").read_text())
     content["pretrain"][axis] = value
     (folder / "config.json").write_text(json.dumps(content))
@@ -253,11 +255,11 @@ def test_own_code_rejects_a_choice_that_it_does_not_know(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_own_code_gives_its_head_and_takes_more_entries(
+def test_exported_code_has_its_head_and_can_be_resized(
     tied: bool, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = config_of("fast", ngram_rows=0, tied_head=tied)
-    model = load_hf(written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer))
+    model = load_hf(write_hf(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer))
     assert model.get_output_embeddings() is model.model.head
     assert (model.model.head is None) == tied
     ids = torch.arange(20)[None]
@@ -268,11 +270,13 @@ def test_own_code_gives_its_head_and_takes_more_entries(
     torch.testing.assert_close(after[..., :400], before, rtol=0, atol=1e-6)
 
 
-def test_trainer_divides_by_its_micro_batches(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """It leaves that to a model of which it believes that it divides by all targets."""
+def test_trainer_divides_by_the_number_of_micro_batches(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Trainer leaves the division to a model that seems to divide by all targets."""
     pytest.importorskip("accelerate")
     decoder = random_decoder(config_of("fast", ngram_rows=97), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     rows = torch.randint(0, 400, (4, 16), generator=torch.Generator().manual_seed(0))
     found = []
     for n in (1, 2):
@@ -289,7 +293,7 @@ def test_trainer_divides_by_its_micro_batches(tokenizer: Tokenizer, tmp_path: Pa
     assert float(found[0]["grad_norm"]) == pytest.approx(float(found[1]["grad_norm"]), rel=1e-3)
 
 
-def test_a_description_goes_both_ways() -> None:
+def test_a_config_is_converted_in_both_directions() -> None:
     for case in ALL_CASES.values():
         config = config_of(**case)
         again = from_hf_config(to_hf_config(config))
@@ -304,8 +308,8 @@ def test_a_description_goes_both_ways() -> None:
             assert found == expected, name
 
 
-def test_a_changed_choice_is_no_native_model() -> None:
-    """A Llama with another choice would load in their class, and give other logits."""
+def test_a_model_with_another_choice_is_not_native() -> None:
+    """A Llama with another choice would load in its class of transformers, with other logits."""
     assert all(is_native(config_of(**case)) for case in CASES.values() if case["family"] in FORMATS)
     for family, formats in FORMATS.items():
         config = config_of(family)
@@ -321,8 +325,8 @@ def test_a_changed_choice_is_no_native_model() -> None:
     assert not is_native(config_of("gpt2", tied_head=False))
 
 
-def test_interleaving_is_undone() -> None:
+def test_deinterleave_inverts_interleave() -> None:
     x = torch.arange(48.0).view(16, 3)
     assert torch.equal(deinterleave(interleave(x, 2), 2), x)
-    # Of a head of 8 rows, the pair (0, 4) becomes rows 0 and 1.
+    # In a head of 8 rows, the pair (0, 4) becomes rows 0 and 1.
     assert interleave(x, 2)[:4, 0].tolist() == [0, 12, 3, 15]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exports import Change, in_config, in_weights, same, written
+from exports import Change, in_config, in_weights, same_weights, write_hf
 from oracles import config_of, random_decoder
 from pretrain.export.families import FORMATS
 from pretrain.export.importing import import_model
@@ -172,7 +172,7 @@ def test_malformed_folder_is_rejected(
     change: Change, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of("llama"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     change(folder)
     with pytest.raises(FormatError, match=message):
         import_model(folder)
@@ -186,31 +186,31 @@ def test_malformed_folder_is_rejected(
         {"rope_theta": 7, "rope_parameters": {**SCALED, "partial_rotary_factor": 1.0}},
     ],
 )
-def test_settings_that_stand_twice_and_agree_are_read(
+def test_duplicate_settings_that_agree_are_accepted(
     places: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of("llama"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     in_config(**places)(folder)
     found = import_model(folder).config
     assert (found.rope_theta, found.rope_factor, found.rope_original_context) == (7.0, 4.0, 12)
 
 
 @pytest.mark.parametrize("family", FORMATS)
-def test_a_tied_head_may_be_a_copy_and_nothing_else(
+def test_a_tied_head_must_equal_the_embedding(
     family: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of(family, tied_head=True), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
 
     modules = FORMATS[family].layout.modules
-    embedding = next(name for name, ours in modules.items() if ours == "token_embedding")
+    embedding = next(name for name, module in modules.items() if module == "token_embedding")
 
     def head(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors[f"{embedding}.weight"].clone()
 
     in_weights(head)(folder)
-    assert same(import_model(folder).build(), decoder)
+    assert same_weights(import_model(folder).build(), decoder)
     in_weights(lambda t: t["lm_head.weight"][7, 7].add_(1e-3))(folder)
     with pytest.raises(FormatError, match=r"head lm_head.weight must be equal to"):
         import_model(folder).build()
@@ -221,17 +221,17 @@ def test_weights_that_are_not_finite_are_rejected(
     number: float, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     in_weights(lambda t: t["transformer.h.1.mlp.c_fc.weight"][3].fill_(number))(folder)
     with pytest.raises(FormatError, match=r"all numbers in .*h.1.mlp.c_fc.weight must be finite"):
         import_model(folder).build()
 
 
-def test_dropout_of_attention_goes_both_ways_and_others_are_rejected(
+def test_dropout_of_attention_is_converted_and_others_are_rejected(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = config_of("gpt2", dropout=0.25, attention_dropout=False)
-    folder = written(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer)
+    folder = write_hf(tmp_path / "out", random_decoder(config, vocab_size=400), tokenizer)
     assert json.loads((folder / "config.json").read_text())["attn_pdrop"] == 0.0
     found = import_model(folder).config
     assert (found.dropout, found.attention_dropout) == (0.25, False)
@@ -241,11 +241,11 @@ def test_dropout_of_attention_goes_both_ways_and_others_are_rejected(
 
 
 @pytest.mark.parametrize("case", ["same", "other vocabulary", "other fault"])
-def test_sentencepieces_file_stands_in_for_metaspace_only(case: str, tmp_path: Path) -> None:
-    """A tokenizer.json that is rejected for another reason is not passed over."""
-    ours = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
-    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-    folder = written(tmp_path / "out", decoder, ours)
+def test_the_sentencepiece_file_replaces_metaspace_only(case: str, tmp_path: Path) -> None:
+    """A tokenizer.json that is rejected for another reason is not ignored."""
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
+    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     shutil.copy(tmp_path / "tokenizer.model", folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
@@ -258,15 +258,15 @@ def test_sentencepieces_file_stands_in_for_metaspace_only(case: str, tmp_path: P
         content |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     if case == "same":
-        assert import_model(folder).tokenizer.sha256 == ours.sha256
+        assert import_model(folder).tokenizer.sha256 == tokenizer.sha256
         return
     with pytest.raises(FormatError, match=r"the tokenizer cannot be used"):
         import_model(folder)
 
 
-def test_what_a_file_says_is_quoted_to_a_length(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_quotes_in_messages_are_short(tokenizer: Tokenizer, tmp_path: Path) -> None:
     decoder = random_decoder(config_of("llama"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     config = (folder / "config.json").read_text()
     long = "x" * 10**6
     for change in (
@@ -283,13 +283,13 @@ def test_what_a_file_says_is_quoted_to_a_length(tokenizer: Tokenizer, tmp_path: 
         (folder / "config.json").write_text(config)
 
 
-def test_rows_without_an_entry_get_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Many models have more rows than their vocabulary, and those have probabilities too."""
+def test_rows_without_a_token_get_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Many models have more rows than their vocabulary; those rows have probabilities too."""
     decoder = random_decoder(config_of("gpt2"), vocab_size=416)
-    folder = written(tmp_path / "out", decoder, tokenizer.padded(416))
+    folder = write_hf(tmp_path / "out", decoder, tokenizer.padded(416))
     tokenizer.save(folder)
     back = import_model(folder)
-    assert same(back.build(), decoder)
+    assert same_weights(back.build(), decoder)
     assert back.tokenizer.vocab_size == 416
     assert back.tokenizer.encode(TEXTS[1]).tolist() == tokenizer.encode(TEXTS[1]).tolist()
     assert back.tokenizer.decode([415]) == ""
@@ -298,27 +298,27 @@ def test_rows_without_an_entry_get_one(tokenizer: Tokenizer, tmp_path: Path) -> 
         import_model(folder)
 
 
-def test_the_names_that_gpt2_was_published_under_are_read(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_published_names_of_gpt2_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Without `transformer.`, with the table of the causal mask in the file."""
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
     save_file(bare, folder / "model.safetensors")
-    assert same(import_model(folder).build(), decoder)
+    assert same_weights(import_model(folder).build(), decoder)
 
 
-def test_settings_that_own_code_has_twice_must_agree(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_duplicate_settings_of_exported_code_must_agree(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     decoder = random_decoder(config_of("fast", ngram_rows=97), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     for section, message in {
         None: r"config.json must have a section 'pretrain' .got None.; export the model again",
         "new_axis": r"fields of the model must be those of this version .* .got new_axis",
     }.items():
-        other = written(tmp_path / f"{section}", decoder, tokenizer)
+        other = write_hf(tmp_path / f"{section}", decoder, tokenizer)
         in_config(pretrain=section and {section: 1})(other)
         with pytest.raises(FormatError, match=message):
             import_model(other)
@@ -332,7 +332,7 @@ def test_settings_that_own_code_has_twice_must_agree(tokenizer: Tokenizer, tmp_p
 
 def test_a_tensor_in_two_files_is_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     decoder = random_decoder(config_of("llama"), vocab_size=400)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
     with_index({"a": "weights.safetensors", "b": "b.safetensors"})(folder)
     with pytest.raises(FormatError, match=r"each tensor must be in one file of .* .got .* in wei"):
@@ -343,13 +343,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     decoder = random_decoder(config_of("llama"), vocab_size=390)
-    folder = written(tmp_path / "out", decoder, tokenizer)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
     in_config(vocab_size=390)(folder)
     with pytest.raises(FormatError, match=r"at least the 400 tokens of its tokenizer .got 390"):
         import_model(folder)
 
 
-def test_parameters_that_a_format_lacks_are_named() -> None:
+def test_parameters_that_a_format_does_not_have_are_named() -> None:
     config = config_of("gpt2", feed_forward="swiglu", n_layers=1)
     with pytest.raises(FormatError, match=r"no tensor for blocks.0.feed_forward.gate.bias, .*gate"):
         stored_tensors(config, FORMATS["gpt2"].layout, vocab_size=400)

@@ -1,4 +1,4 @@
-"""`pretrain import`: a model of another program becomes a MODEL like any other."""
+"""`pretrain import`: a model of another program becomes a MODEL of pretrain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from exports import run_json, same, written
+from exports import run_json, same_weights, write_hf
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
@@ -38,7 +38,7 @@ def test_an_imported_model_is_a_model(hf_llama: Path, tmp_path: Path, capsys: Ca
     result = run_json(capsys, "import", str(hf_llama), "--out", str(folder))
     assert result["format"] == "transformers' llama"
     assert set(result["files"]) == {"config.json", "model.safetensors"}
-    assert same(load_model(str(folder)).decoder, import_model(hf_llama).build())
+    assert same_weights(load_model(str(folder)).decoder, import_model(hf_llama).build())
     text = tmp_path / "text.txt"
     text.write_text("Some text to score. " * 20)
     one, other = (
@@ -46,37 +46,37 @@ def test_an_imported_model_is_a_model(hf_llama: Path, tmp_path: Path, capsys: Ca
         for model in (folder, hf_llama)
     )
     assert one == other
-    # It has no text of its own, and nothing to resume.
+    # It has no held-out text, and nothing to resume.
     assert main(["evaluate", str(folder)]) == 2
     assert "was not trained here, so it has no held-out text" in capsys.readouterr().err
     assert main(["train", "--resume", "--run", str(folder)]) == 2
     assert f"--train.init_from {folder}" in capsys.readouterr().err
 
 
-def test_a_model_stops_where_its_own_files_say(
+def test_stop_ids_are_read_from_the_files_of_a_model(
     hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An id that does not exist is passed over; what names none stops where its vocabulary does."""
+    """Ids that do not exist are ignored; without one, the end-of-text token is used."""
     stops: list[set[int]] = []
 
-    def remember(*_: Any, stop_ids: set[int], **__: Any) -> list[list[int]]:
+    def record(*_: Any, stop_ids: set[int], **__: Any) -> list[list[int]]:
         stops.append(stop_ids)
         return []
 
-    monkeypatch.setattr("pretrain.generate.sampling.generate_ids", remember)
-    folder = Path(shutil.copytree(hf_llama, tmp_path / "theirs"))
+    monkeypatch.setattr("pretrain.generate.sampling.generate_ids", record)
+    folder = Path(shutil.copytree(hf_llama, tmp_path / "copy"))
     cases = [(7, None, [7]), (10**6, "x", [0]), (7, 9, [9]), (None, [9, 10**6, 7], [9, 7])]
-    for general, generation, found in cases:
+    for general, generation, expected in cases:
         for name, value in (("config.json", general), ("generation_config.json", generation)):
             content = json.loads((folder / name).read_text()) | {"eos_token_id": value}
             (folder / name).write_text(json.dumps(content))
-        assert import_model(folder).tokenizer.stop_ids == found
+        assert import_model(folder).tokenizer.stop_ids == expected
     assert main(["import", str(folder), "--out", str(tmp_path / "model")]) == 0
     model = load_model(str(tmp_path / "model"))
     generate(model.decoder, model.tokenizer, "a")
     assert stops == [{0, 7, 9}]
     assert stops[0] <= stop_ids_of(model.tokenizer, ())
-    out = written(tmp_path / "out", model.decoder, model.tokenizer)
+    out = write_hf(tmp_path / "out", model.decoder, model.tokenizer)
     assert import_model(out).tokenizer.stop_ids == [9, 7]
     result = json.loads((out / "tokenizer_config.json").read_text())
     assert result["eos_token"] == model.tokenizer.id_to_token(9)
@@ -86,7 +86,7 @@ def test_a_model_stops_where_its_own_files_say(
         assert import_model(file).tokenizer.stop_ids == [9]
 
 
-def test_a_folder_that_needs_no_import_or_holds_none_says_so(
+def test_folders_without_a_foreign_model_are_rejected(
     hf_llama: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -103,7 +103,7 @@ def test_a_folder_that_needs_no_import_or_holds_none_says_so(
             import_model(folder)
 
 
-def test_an_imported_model_trains_on(
+def test_training_starts_from_an_imported_model(
     hf_llama: Path, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     model, run = tmp_path / "model", tmp_path / "run"
@@ -112,22 +112,22 @@ def test_an_imported_model_trains_on(
     words += "--train.batch_tokens 240 --train.evaluate_tokens 512 --train.threads 1".split()
     words += "--train.device cpu --optimizer.learning_rate 1e-9 --model.dropout 0.1".split()
     assert main([*words, "--train.steps", "2"]) == 0
-    ours, first = load_model(str(run)), load_model(str(model))
-    assert ours.tokenizer.sha256 == first.tokenizer.sha256
-    assert ours.config.model.n_kv_heads == 2
-    assert ours.config.model.dropout == 0.1
-    # Two updates of nearly nothing: the weights are those it came with, and not fresh ones.
+    trained, first = load_model(str(run)), load_model(str(model))
+    assert trained.tokenizer.sha256 == first.tokenizer.sha256
+    assert trained.config.model.n_kv_heads == 2
+    assert trained.config.model.dropout == 0.1
+    # Two updates of almost nothing: the weights are the imported ones, and not random ones.
     for (name, a), (_, b) in zip(
-        ours.decoder.named_parameters(), first.decoder.named_parameters(), strict=True
+        trained.decoder.named_parameters(), first.decoder.named_parameters(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
-    # Its own run trains on too, and so does a checkpoint of it.
+    # Training can also continue from a checkpoint of that run.
     checkpoint = next((run / "checkpoints").iterdir())
     again = ["train", str(corpus), "--train.init_from", str(checkpoint), *words[6:]]
     assert main([*again, "--run", str(tmp_path / "again"), "--train.steps", "1"]) == 0
 
 
-def test_a_killed_run_begins_again_from_the_same_weights(
+def test_a_killed_run_restarts_from_the_same_weights(
     hf_llama: Path, corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     model, run = tmp_path / "model", tmp_path / "run"
@@ -143,25 +143,25 @@ def test_a_killed_run_begins_again_from_the_same_weights(
     assert main(["train", "--resume", "--run", str(run)]) == 0
     again = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in again if '"train"' in line] == losses
-    # Other weights under the same name are another run.
+    # Other weights in the same folder are rejected.
     shutil.rmtree(run / "checkpoints")
     (run / "summary.json").unlink()
     shutil.rmtree(model)
     assert main(["import", str(SHARED.parent), "--out", str(model)]) == 2
-    other = written_llama(tmp_path / "other", seed=7)
+    other = write_llama_with_head(tmp_path / "other", seed=7)
     assert main(["import", str(other), "--out", str(model)]) == 0
     capsys.readouterr()
     assert main(["train", "--resume", "--run", str(run)]) == 2
     assert "first weights" in capsys.readouterr().err
 
 
-def written_llama(folder: Path, seed: int) -> Path:
+def write_llama_with_head(folder: Path, seed: int) -> Path:
     texts = [d.text for d in list(read_documents("bundled"))[:20]]
     tokenizer = train_tokenizer(texts, vocab_size=400, split="llama3")
     decoder = random_decoder(config_of("llama", n_kv_heads=2), vocab_size=400)
     with torch.no_grad():
         decoder.head_weight.mul_(seed)
-    return written(folder, decoder, tokenizer)
+    return write_hf(folder, decoder, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_settings_that_do_not_fit_the_weights_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_foreign_folder_must_be_imported_before_it_trains_on(
+def test_init_from_rejects_a_folder_that_is_not_imported(
     hf_llama: Path, corpus: Path, capsys: Capture
 ) -> None:
     assert main(["train", str(corpus), "--train.init_from", str(hf_llama), *TINY]) == 2
@@ -212,7 +212,7 @@ def test_a_foreign_folder_must_be_imported_before_it_trains_on(
         (b"something else " * 30, "model.bin is not a model; a model must be a folder with"),
     ],
 )
-def test_files_that_are_no_model_are_rejected(
+def test_files_that_are_not_models_are_rejected(
     data: bytes, message: str, tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("gguf")
@@ -251,7 +251,7 @@ def llama2c(folder: Path, *, tied: bool) -> tuple[Path, Any]:
         for layer in range(2):
             values = own[f"blocks.{layer}.{name}.weight"]
             if name in ("attention.query", "attention.key"):
-                # llama2.c turns the elements 2i and 2i + 1 of a head, we i and i + 4.
+                # llama2.c rotates the elements 2i and 2i + 1 of a head, we i and i + 4.
                 heads = values.reshape(-1, 2, 4, 32)
                 values = np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(values.shape)
             parts.append(values)
@@ -264,15 +264,15 @@ def llama2c(folder: Path, *, tied: bool) -> tuple[Path, Any]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_llama2c_file_is_read(tied: bool, tmp_path: Path) -> None:
     file, decoder = llama2c(tmp_path / "c", tied=tied)
-    back = import_model(file)
-    assert same(back.build(), decoder)
+    imported = import_model(file)
+    assert same_weights(imported.build(), decoder)
     # The space before a text, then merges by their score.
-    assert back.tokenizer.encode("ab a").tolist() == [259, 262, 263]
-    assert back.tokenizer.decode([259, 262, 264]) == "abé"
-    assert (back.tokenizer.start_of_text, back.tokenizer.end_of_text) == (1, 2)
+    assert imported.tokenizer.encode("ab a").tolist() == [259, 262, 263]
+    assert imported.tokenizer.decode([259, 262, 264]) == "abé"
+    assert (imported.tokenizer.start_of_text, imported.tokenizer.end_of_text) == (1, 2)
 
 
-def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_rejected(tmp_path: Path) -> None:
+def test_truncated_llama2c_files_or_without_a_tokenizer_are_rejected(tmp_path: Path) -> None:
     file, _ = llama2c(tmp_path / "c", tied=True)
     data = file.read_bytes()
     file.write_bytes(data[:-4])
@@ -294,7 +294,7 @@ def test_llama2c_files_that_are_cut_or_lack_a_tokenizer_are_rejected(tmp_path: P
         FormatError, match=r"must have a complete piece|must have a piece for each byte"
     ):
         import_model(file)
-    # Without its last piece, of two bytes, a file looks whole.
+    # Without its last piece, of two bytes, a file looks complete.
     (file.parent / "tok265.bin").write_bytes(table[:-10])
     with pytest.raises(FormatError, match=r"must have 265 pieces, .*got 264"):
         import_model(file)
@@ -310,15 +310,15 @@ STORY = (
 
 
 @pytest.mark.skipif(not (SHARED / "stories260K.bin").is_file(), reason="needs stories260K.bin")
-def test_stories260k_tells_its_story(tmp_path: Path, capsys: Capture) -> None:
+def test_stories260k_generates_its_known_text(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "stories"
     assert main(["import", str(SHARED / "stories260K.bin"), "--out", str(folder)]) == 0
     words = ["generate", str(folder), "--temperature", "0", "--max-tokens", "90"]
     assert run_json(capsys, *words)["completions"][0].startswith(STORY)
 
 
-def test_imported_llamas_begin_a_text_with_their_own_token(tmp_path: Path) -> None:
-    """And texts that they train on are framed by both."""
+def test_imported_llamas_have_their_own_start_of_text(tmp_path: Path) -> None:
+    """Training texts have a start-of-text and an end-of-text token."""
     from pretrain.data.preparation import prepare
 
     _, decoder = llama2c(tmp_path / "c", tied=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from exports import Change, in_config, in_weights, run_json, same, written
+from exports import Change, in_config, in_weights, run_json, same_weights, write_hf
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.export import verification
@@ -23,34 +23,34 @@ Capture = pytest.CaptureFixture[str]
 SHARED = Path(__file__).parents[3] / "shared/data/models"
 
 
-def test_what_train_leaves_behind_is_exported_and_read_back(
+def test_a_finished_run_is_exported_and_imported(
     finished_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "out"
     result = run_json(capsys, "export", str(finished_run), "--format", "hf", "--out", str(out))
     assert result["verdict"] == AGREES
-    written_down = json.loads((out / "certificate.json").read_text())
-    assert written_down["checks"] == result["checks"]
-    assert written_down["files"] == verification.checksums(out)
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert certificate["checks"] == result["checks"]
+    assert certificate["files"] == verification.checksums(out)
     assert {"model.safetensors", "tokenizer.json", "modeling_pretrain.py"} <= set(result["files"])
     assert result["library"].startswith("transformers")
     assert result["checks"]["logits"]["positions"] >= 100
-    ours, back = load_model(str(finished_run)), load_model(str(out))
-    assert same(ours.decoder, back.decoder)
-    assert ours.tokenizer.sha256 == back.tokenizer.sha256
-    # A Hugging Face folder is a MODEL: the verbs take it as it is.
-    for verb, options in {
+    original, imported = load_model(str(finished_run)), load_model(str(out))
+    assert same_weights(original.decoder, imported.decoder)
+    assert original.tokenizer.sha256 == imported.tokenizer.sha256
+    # A Hugging Face folder is a MODEL: commands accept it without an import.
+    for command, options in {
         "generate": ["--prompt", "The", "--max-tokens", "5"],
         "next": ["--prompt", "The"],
     }.items():
         capsys.readouterr()
-        assert run_json(capsys, verb, str(out), *options) == run_json(
-            capsys, verb, str(finished_run), *options
+        assert run_json(capsys, command, str(out), *options) == run_json(
+            capsys, command, str(finished_run), *options
         )
 
 
-def test_a_folder_that_holds_something_is_left_alone(finished_run: Path, tmp_path: Path) -> None:
+def test_a_folder_with_files_is_not_changed(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
     words = ["export", str(finished_run), "--format", "hf", "--out", str(tmp_path)]
     assert main(words) == 2
@@ -114,13 +114,13 @@ FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
-# One of the model and one of the tokenizer: each is verified in a process of its own.
-IN_SHORT = ("one number", "nothing before a prompt")
+# One fault of the model and one of the tokenizer: each takes its own process.
+FAST_FAULTS = ("one number", "nothing before a prompt")
 
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(f, marks=[pytest.mark.slow] * (f not in IN_SHORT)) for f in FAULTS],
+    [pytest.param(f, marks=[pytest.mark.slow] * (f not in FAST_FAULTS)) for f in FAULTS],
 )
 def test_a_planted_fault_fails_the_export(
     fault: str, hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -137,7 +137,7 @@ def test_a_planted_fault_fails_the_export(
     assert (tmp_path / "out.disagrees/certificate.json").is_file()
 
 
-def test_files_that_they_cannot_open_fail_the_export(
+def test_files_that_transformers_cannot_open_fail_the_export(
     hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     pytest.importorskip("transformers")
@@ -160,7 +160,7 @@ UNABLE: dict[str, tuple[str, str]] = {
 def test_a_worker_that_cannot_run_verifies_nothing(
     case: str, hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """It says nothing of the files, which are kept under their name."""
+    """The worker reports nothing about the files, which keep their name."""
     pytest.importorskip("transformers")
     source = Path(verification.__file__).with_name("verification_worker.py").read_text()
     line, message = UNABLE[case]
@@ -179,7 +179,7 @@ def test_a_worker_that_cannot_run_verifies_nothing(
 def test_numbers_that_are_not_finite_are_null_in_a_certificate(
     hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """And a perplexity beyond all bounds is no line of 300 digits."""
+    """A huge perplexity is printed with an exponent, not with 300 digits."""
     pytest.importorskip("transformers")
     change = in_weights(lambda t: t["model.norm.weight"].mul_(1e30))
     change_before_verification(monkeypatch, change, n_rows=3)
@@ -212,7 +212,7 @@ def test_a_text_that_cannot_be_scored_is_rejected_before_anything_is_written(
 ) -> None:
     tokenizer = train_tokenizer(["some words and more"], name="characters", vocab_size=None)
     decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
-    model = written(tmp_path / "model", decoder, tokenizer)
+    model = write_hf(tmp_path / "model", decoder, tokenizer)
     file = tmp_path / "text.txt"
     if text is not None:
         file.write_text(text)
@@ -223,7 +223,7 @@ def test_a_text_that_cannot_be_scored_is_rejected_before_anything_is_written(
     assert not out.parent.exists()
 
 
-def test_out_may_be_a_link_and_not_where_we_stand(
+def test_out_may_be_a_link_but_not_the_current_folder(
     hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -249,12 +249,12 @@ def test_out_may_be_a_link_and_not_where_we_stand(
                 in capsys.readouterr().err
             )
     assert list(Path().iterdir()) == []
-    # A name in the folder is as good as a path to it.
+    # A name in the current folder is accepted like a path.
     assert main(["import", str(hf_llama), "--out", "model"]) == 0
     assert [p.name for p in Path().iterdir()] == ["model"]
 
 
-def test_what_others_made_is_never_removed(
+def test_files_of_others_are_never_removed(
     hf_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verification, "verify_export", lambda *_, **__: {"verdict": DISAGREES})
@@ -271,7 +271,7 @@ def test_what_others_made_is_never_removed(
     assert (tmp_path / "out.disagrees-3" / "model.safetensors").is_file()
 
 
-def test_two_exports_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_two_exports_at_once_have_their_own_work_folders(tmp_path: Path) -> None:
     from pretrain.cli.out_folder import work_folder
 
     with work_folder(tmp_path / "out") as one, work_folder(tmp_path / "out") as other:

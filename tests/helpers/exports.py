@@ -17,7 +17,7 @@ from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 
-def written(folder: Path, decoder: Decoder, tokenizer: Tokenizer, **options: Any) -> Path:
+def write_hf(folder: Path, decoder: Decoder, tokenizer: Tokenizer, **options: Any) -> Path:
     folder.mkdir()
     write_hugging_face(folder, decoder=decoder, tokenizer=tokenizer, **options)
     return folder
@@ -39,7 +39,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> 
     return content
 
 
-def same(one: Decoder, other: Decoder) -> bool:
+def same_weights(one: Decoder, other: Decoder) -> bool:
     pairs = zip(one.named_parameters(), other.named_parameters(), strict=True)
     return all(n == m and torch.equal(a, b) for (n, a), (m, b) in pairs)
 
