@@ -151,6 +151,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def without_surrogates(text: str) -> str:
+    """Replace each lone surrogate by U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def nan_to_null(value: Any) -> Any:
     """Copy a JSON value with None for NaN and the infinities, which JSON does not have."""
     if isinstance(value, float):

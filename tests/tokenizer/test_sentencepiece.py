@@ -18,9 +18,8 @@ from pretrain.cli.harness import HarnessModel
 from pretrain.data.preparation import prepare
 from pretrain.export.hf import write_hugging_face
 from pretrain.generate import sampling
-from pretrain.tokenizer.encode import SentencePieceEncoder
-from pretrain.tokenizer.load import load_tokenizer
-from pretrain.tokenizer.sentencepiece import SPACE, Piece, bpe_from_pieces
+from pretrain.tokenizer.encode import SPACE, SentencePieceEncoder
+from pretrain.tokenizer.load import Piece, bpe_from_pieces, load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
 from texts import prose, random_unicode_text, train_sentencepiece

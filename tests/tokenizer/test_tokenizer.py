@@ -21,9 +21,8 @@ from pretrain.tokenizer import train
 from pretrain.tokenizer.byte_level import Split, pre_tokenizer
 from pretrain.tokenizer.config import TokenizerConfig
 from pretrain.tokenizer.encode import split_text
-from pretrain.tokenizer.inspection import inspect
 from pretrain.tokenizer.load import load_tokenizer
-from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.tokenizer import Tokenizer, inspect
 from pretrain.tokenizer.train import default_vocab_size, train_tokenizer
 
 NASTY = [

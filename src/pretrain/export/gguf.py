@@ -41,7 +41,7 @@ from pretrain.model.decoder import Decoder
 from pretrain.model.families import FAMILIES
 from pretrain.model.rope import rope_frequencies
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe
-from pretrain.tokenizer.sentencepiece import PieceType, bpe_from_pieces
+from pretrain.tokenizer.load import PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 _READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")

@@ -33,8 +33,7 @@ from pretrain.export.layouts import (
 from pretrain.fileio import read_json, write_json
 from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.load import load_tokenizer
-from pretrain.tokenizer.tokenizer import Tokenizer
-from pretrain.tokenizer.tokenizer_json import template_adds_bos
+from pretrain.tokenizer.tokenizer import Tokenizer, template_adds_bos
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_FILE_BYTES = 5 << 30

@@ -19,7 +19,8 @@ from pretrain.export.families import checked_config
 from pretrain.export.layouts import FormatError, ImportedModel, Layout, stored_tensors
 from pretrain.model.families import llama
 from pretrain.model.sizes import n_parameters
-from pretrain.tokenizer.sentencepiece import SPACE, Piece, PieceType, bpe_from_pieces
+from pretrain.tokenizer.encode import SPACE
+from pretrain.tokenizer.load import Piece, PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 _HEADER = struct.Struct("<7i")

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain.tokenizer.byte_level import byte_symbols, split_of, symbol_bytes
-from pretrain.tokenizer.sentencepiece import SPACE, space_prefix
 
 Kind = Literal["bpe", "gpt", "characters", "bytes"]
 Ids = NDArray[np.int64]
 Description = Mapping[str, Any]
 
+SPACE = "\u2581"
+"""The character for a space in SentencePiece's vocabularies."""
 END_OF_WORD = "</w>"
 """Suffix of the tokens of GPT (2018) that end a word."""
 OPTIONAL_BYTES = {
@@ -107,6 +108,10 @@ class Encoder(ABC):
             added[id_] if id_ in added else self._bytes_of(token)
             for id_, token in enumerate(tokens)
         ]
+        self._set_up(tokens, description)
+
+    def _set_up(self, tokens: list[str], description: Description) -> None:  # noqa: B027
+        """Compute what encoding needs, after `library` and `token_bytes`."""
 
     @abstractmethod
     def encode(self, text: str, *, is_first: bool) -> Ids:
@@ -129,10 +134,7 @@ class CharacterEncoder(Encoder):
 
     kind = "characters"
 
-    def __init__(
-        self, tokens: list[str], description: Description, library: LibraryTokenizer
-    ) -> None:
-        super().__init__(tokens, description, library)
+    def _set_up(self, tokens: list[str], description: Description) -> None:
         id_of = {ord(token): id_ for id_, token in enumerate(tokens) if len(token) == 1}
         self._ids = np.zeros(max(id_of) + 1, dtype=np.int64)
         self._ids[list(id_of)] = list(id_of.values())
@@ -152,10 +154,7 @@ class ByteEncoder(Encoder):
 
     kind = "bytes"
 
-    def __init__(
-        self, tokens: list[str], description: Description, library: LibraryTokenizer
-    ) -> None:
-        super().__init__(tokens, description, library)
+    def _set_up(self, tokens: list[str], description: Description) -> None:
         id_of = {token: id_ for id_, token in enumerate(tokens)}
         self._ids = np.array([id_of[symbol] for symbol in byte_symbols()], dtype=np.int64)
 
@@ -179,11 +178,8 @@ class LibraryEncoder(Encoder):
 class BpeEncoder(LibraryEncoder):
     """Byte-level BPE."""
 
-    def __init__(
-        self, tokens: list[str], description: Description, library: LibraryTokenizer
-    ) -> None:
-        super().__init__(tokens, description, library)
-        self.fast = load_fastokens(library)
+    def _set_up(self, tokens: list[str], description: Description) -> None:
+        self.fast = load_fastokens(self.library)
         if self.fast is not None:
             self.chunk_characters = LARGE_CHUNK_CHARACTERS
         known = set(self.token_bytes)
@@ -212,13 +208,11 @@ class SentencePieceEncoder(LibraryEncoder):
     Spaces are replaced here and not by the library's normalizer, so that texts can be split.
     """
 
-    def __init__(
-        self, tokens: list[str], description: Description, library: LibraryTokenizer
-    ) -> None:
-        library = LibraryTokenizer.from_str(json.dumps({**description, "normalizer": None}))
-        library.encode_special_tokens = True
-        super().__init__(tokens, description, library)
-        self.fast = load_fastokens(library)
+    def _set_up(self, tokens: list[str], description: Description) -> None:
+        library = json.dumps({**description, "normalizer": None})
+        self.library = LibraryTokenizer.from_str(library)
+        self.library.encode_special_tokens = True
+        self.fast = load_fastokens(self.library)
         self.space_prefix = space_prefix(description)
 
     def encode(self, text: str, *, is_first: bool) -> Ids:
@@ -238,6 +232,22 @@ class SentencePieceEncoder(LibraryEncoder):
     def _bytes_of(self, token: str) -> bytes:
         byte = _BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()
+
+
+def space_prefix(description: Mapping[str, Any]) -> str | None:
+    """What a tokenizer.json written by `load.bpe_from_pieces` puts before a text: SPACE or nothing.
+
+    None for a tokenizer.json of another kind.
+    """
+    normalizer, model = description.get("normalizer"), description["model"]
+    if not normalizer or model.get("type") != "BPE" or not model.get("byte_fallback"):
+        return None
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if description.get("pre_tokenizer") or steps not in ([prepend, replace], [replace]):
+        return None
+    return SPACE if prepend in steps else ""
 
 
 def create_encoder(

@@ -11,26 +11,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from pretrain.fileio import replace_file
+from pretrain.fileio import replace_file, without_surrogates
 from pretrain.tokenizer.byte_level import Split, special_token, split_of
 from pretrain.tokenizer.encode import PROBE, Ids, Kind, create_encoder, split_text
-from pretrain.tokenizer.tokenizer_json import (
-    START_OF_TEXT,
-    end_of_text_id,
-    special_ids,
-    token_list,
-    with_bos_template,
-    without_template,
-)
 
 FILE_NAME = "tokenizer.json"
+RARE = 100
+"""A token with fewer occurrences is under-trained: its embedding stays close to its initial value
+(Land and Bartolo, "Fishing for Magikarp", 2024, find such tokens in most models)."""
+SHOWN = 20
+END_OF_TEXT = "<|endoftext|>"
+START_OF_TEXT = {"<|end_of_text|>": "<|begin_of_text|>", "</s>": "<s>"}
+"""The start-of-text token by end-of-text token: of Llama 3, and of Llama 1 and 2."""
 
 
 class Tokenizer:
@@ -61,7 +60,7 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         description = json.loads(library.to_str())
-        bare = without_template(description)
+        bare = _without_template(description)
         if bare != description:
             description = bare
             library = LibraryTokenizer.from_str(json.dumps(description))
@@ -70,12 +69,17 @@ class Tokenizer:
         self._canonical = _compact_json(description)
         self.sha256 = hashlib.sha256(self._canonical).hexdigest()
 
-        self._tokens = token_list(library)
-        special = special_ids(description)
+        self._tokens = _token_list(library)
+        special = {token["id"] for token in description["added_tokens"] if token["special"]}
         self._special = {self._tokens[id_]: id_ for id_ in special}
         self.vocab_size = len(self._tokens)
-        self.end_of_text = end_of_text_id(self._tokens, special)
-        start_token = START_OF_TEXT.get(self._tokens[self.end_of_text], "")
+        ends = [name for name in (END_OF_TEXT, *START_OF_TEXT) if name in self._special]
+        if not ends:
+            raise ValueError(
+                f"the tokenizer must have the special token {END_OF_TEXT!r} to end a document"
+            )
+        self.end_of_text = self._special[ends[0]]
+        start_token = START_OF_TEXT.get(ends[0], "")
         self.start_of_text = self._special.get(start_token, self.end_of_text)
         self.add_bos = True
         self.stop_ids = [self.end_of_text]
@@ -201,7 +205,7 @@ class Tokenizer:
         if bos_template and self.add_bos:
             bos_token = self._tokens[self.start_of_text]
             content = _compact_json(
-                with_bos_template(self.description, bos_token=bos_token, id_=self.start_of_text)
+                _with_bos_template(self.description, bos_token=bos_token, id_=self.start_of_text)
             )
         replace_file(path, content)
         return path
@@ -212,6 +216,123 @@ def _compact_json(content: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def without_surrogates(text: str) -> str:
-    """Replace each lone surrogate by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _token_list(library: LibraryTokenizer) -> list[str]:
+    """The tokens of a vocabulary by id; ValueError if ids are missing or used twice."""
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    token_of = {id_: token for token, id_ in vocabulary.items()}
+    if len(token_of) < len(vocabulary):
+        raise ValueError(
+            f"{len(vocabulary)} tokens have {len(token_of)} ids; each must have an id of its own"
+        )
+    missing = set(range(len(token_of))) - token_of.keys()
+    if missing:
+        raise ValueError(
+            f"id {min(missing)} is missing; the ids of {len(vocabulary)} tokens must be 0 to "
+            f"{len(vocabulary) - 1}"
+        )
+    return [token_of[id_] for id_ in range(len(token_of))]
+
+
+# The BOS template: programs other than this one put the tokens of a tokenizer.json's
+# `post_processor` around each text. Here the reader of a text decides: start-of-text comes before
+# documents, evaluated texts and, unless an imported model does without, prompts. So the template of
+# a file is removed when a tokenizer is created from it, and an exported file gets one with just
+# that token. Neither changes the ids of the text itself.
+
+
+def _without_template(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tokenizer.json, which adds nothing to a text."""
+    # The ByteLevel post-processor adds no ids: it computes the offsets of tokens in the text.
+    kept = [step for step in _post_processors(description) if step["type"] == "ByteLevel"]
+    return {**description, "post_processor": kept[0] if kept else None}
+
+
+def template_adds_bos(description: Mapping[str, Any]) -> bool:
+    """Whether other programs put a special token before a text."""
+    templates = [step["single"] for step in _post_processors(description) if "single" in step]
+    return any("SpecialToken" in template[0] for template in templates if template)
+
+
+def _with_bos_template(
+    description: Mapping[str, Any], *, bos_token: str, id_: int
+) -> dict[str, Any]:
+    """The same tokenizer.json, which puts the special token `bos_token` before each text."""
+    special = {"SpecialToken": {"id": bos_token, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, special, second],
+        "special_tokens": {bos_token: {"id": bos_token, "ids": [id_], "tokens": [bos_token]}},
+    }
+    kept = _without_template(description)["post_processor"]
+    both = {"type": "Sequence", "processors": [kept, template]} if kept else template
+    return {**description, "post_processor": both}
+
+
+def _post_processors(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    given = description.get("post_processor")
+    steps = given["processors"] if given and given["type"] == "Sequence" else [given]
+    return [step for step in steps if step]
+
+
+# Statistics
+
+
+def inspect(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Report statistics of a vocabulary, and how texts, given as (source, text), use it.
+
+    Plain values for JSON: bytes per token by source, tokens that the texts never or rarely use (a
+    model cannot learn those), the longest tokens, and strange ones.
+    """
+    values = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
+
+    def rows(ids: Iterable[int]) -> list[dict[str, Any]]:
+        return [
+            {"id": id_, "bytes": len(values[id_]), "text": values[id_].decode("utf-8", "replace")}
+            for id_ in list(ids)[:SHOWN]
+        ]
+
+    longest = sorted(range(tokenizer.vocab_size), key=lambda id_: -len(values[id_]))
+    strange = [id_ for id_ in longest if len(values[id_]) > 1 and _is_strange(values[id_])]
+    report: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "sha256": tokenizer.sha256,
+        "longest": rows(longest),
+        "n_strange": len(strange),
+        "strangest": rows(strange),
+    }
+
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    sources: dict[str, dict[str, float]] = {}
+    for source, text in texts:
+        ids = tokenizer.encode(text)
+        counts += np.bincount(ids, minlength=tokenizer.vocab_size)
+        row = sources.setdefault(source, {"bytes": 0, "tokens": 0, "bytes_per_token": 0.0})
+        row["bytes"] += len(text.encode())
+        row["tokens"] += len(ids)
+        row["bytes_per_token"] = row["bytes"] / max(1, row["tokens"])
+    if not sources:
+        return report
+
+    has_text = tokenizer.byte_lengths() > 0
+    unused = np.flatnonzero(has_text & (counts == 0))
+    rare = np.flatnonzero(has_text & (counts > 0) & (counts < RARE))
+    return report | {
+        "sources": sources,
+        "n_unused": len(unused),
+        "unused": rows(sorted(unused.tolist(), key=lambda id_: -len(values[id_]))),
+        "n_rare": len(rare),
+        "rare": rows(rare[np.argsort(counts[rare])].tolist()),
+    }
+
+
+def _is_strange(value: bytes) -> bool:
+    """Whether bytes are not valid UTF-8 by themselves, or are a run of one character."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return True
+    return len(text) > 3 and len(set(text.strip())) <= 1

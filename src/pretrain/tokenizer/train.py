@@ -19,6 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain import missing_package
+from pretrain.fileio import without_surrogates
 from pretrain.tokenizer.byte_level import (
     Split,
     byte_level_bpe,
@@ -28,8 +29,7 @@ from pretrain.tokenizer.byte_level import (
 )
 from pretrain.tokenizer.config import TRAINED_NAMES, TokenizerConfig
 from pretrain.tokenizer.encode import END_OF_WORD, split_text
-from pretrain.tokenizer.tokenizer import Tokenizer, without_surrogates
-from pretrain.tokenizer.tokenizer_json import END_OF_TEXT
+from pretrain.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 SAMPLE_BYTES = 24_000_000
 """Default bytes of text from which BPE is trained: more cost time and memory, and change little in

@@ -113,7 +113,7 @@ def _read(args: argparse.Namespace) -> str:
 
 def _inspect(tokenizer: Tokenizer, args: argparse.Namespace, output: Output) -> None:
     from pretrain.corpus.reading import read_documents
-    from pretrain.tokenizer.inspection import RARE, inspect
+    from pretrain.tokenizer.tokenizer import RARE, inspect
 
     texts = (
         (source, document.text)
