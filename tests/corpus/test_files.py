@@ -12,7 +12,7 @@ from corpus_files import (
     read_texts,
     write_records,
 )
-from pretrain.corpus import streams
+from pretrain.corpus import files
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.files import bundled_corpus, list_files
 from pretrain.corpus.reading import read_documents
@@ -147,7 +147,7 @@ def test_unreadable_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise PermissionError(13, "Permission denied")
         return open(path, "rb")
 
-    monkeypatch.setattr(streams, "open", open_all_but_a, raising=False)
+    monkeypatch.setattr(files, "open", open_all_but_a, raising=False)
     report = ReadingReport()
     assert read_texts(tmp_path, report=report) == ["b.txt"]
     assert "cannot be read: Permission denied" in report.problems[0].reason

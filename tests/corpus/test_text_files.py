@@ -21,7 +21,7 @@ from corpus_files import (
     as_warc,
     read_texts,
 )
-from pretrain.corpus import reading, streams
+from pretrain.corpus import files, reading
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.reading import read_documents
 
@@ -136,7 +136,7 @@ def test_gzip_name_without_gzip_content_is_reported(tmp_path: Path) -> None:
 
 
 def test_decompression_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "BOMB_BYTES", 1 << 18)
+    monkeypatch.setattr(files, "BOMB_BYTES", 1 << 18)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * (1 << 22)))
     (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "' + b" " * (1 << 22)))
     (tmp_path / "c.csv.bz2").write_bytes(bz2.compress(b"text\n" + b"a\n" * (1 << 21)))

@@ -13,10 +13,9 @@ import pytest
 from pretrain.cli import main
 from pretrain.config import compose, read_yaml, to_dict
 from pretrain.data.config import DataConfig, SourceConfig
-from pretrain.data.mixed import MixedData
-from pretrain.data.order import BLOCK_SAMPLES, MixtureOrder, SourceSpan
+from pretrain.data.format import MixedData
+from pretrain.data.order import BLOCK_SAMPLES, MixtureOrder, SourceSpan, Tracer
 from pretrain.data.preparation import prepare
-from pretrain.data.trace import Tracer
 from texts import prose
 from tiny import TINY
 
@@ -33,6 +32,10 @@ def mixture(
 
 def source_of(mixed: MixtureOrder, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.searchsorted([p.start for p in mixed.spans], starts, side="right") - 1
+
+
+def samples_by_source(mixed: MixtureOrder, n_samples: int) -> list[float]:
+    return [each["tokens"] / CONTEXT for each in mixed.sources(n_samples).values()]
 
 
 def test_every_block_has_the_exact_weights() -> None:
@@ -58,20 +61,20 @@ def test_each_source_is_read_window_by_window() -> None:
         # The windows of its own order, from the first on, without a gap.
         expected = span.start + mixed.orders[number].window_starts(np.arange(len(mine)))
         assert sorted(mine.tolist()) == sorted(expected.tolist())
-    assert mixed.samples_per_source(len(samples)) == np.bincount(found).tolist()
+    assert samples_by_source(mixed, len(samples)) == np.bincount(found).tolist()
     # Sources have different offsets and orders.
     assert len({order.epoch_offset(0) for order in mixed.orders}) > 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_samples_per_source_agrees_with_counting(seed: int) -> None:
+def test_the_tokens_of_each_source_agree_with_counting(seed: int) -> None:
     draw = random.Random(seed)
     first = draw.randrange(1, 3000)
     mixed = mixture([(0, [1.0, 2.0, 0.0]), (first, [0.0, 0.3, 0.7]), (first + 2500, [1, 0, 0])])
     samples = np.arange(first + 4000)
     found = source_of(mixed, mixed.window_starts(samples))
     for n in (0, 1, first - 1, first, first + 1, first + 1024, first + 3000, len(samples)):
-        assert mixed.samples_per_source(n) == np.bincount(found[:n], minlength=3).tolist()
+        assert samples_by_source(mixed, n) == np.bincount(found[:n], minlength=3).tolist()
     assert 2 not in found[:first]
     assert set(found[first + 2500 :].tolist()) == {0}
 
@@ -165,7 +168,7 @@ def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path
     assert stream.n_tokens == data.split("train").n_tokens
     offsets = stream.document_offsets
     files = [origin.file for origin in stream.origins()]
-    assert {span.source for span in mixed.spans} == {str(path) for path in texts}
+    assert mixed.spans.keys() == {str(path) for path in texts}
     for start, number in zip(
         order.window_starts(np.arange(400)), order.locate(np.arange(400))[0], strict=True
     ):
@@ -175,7 +178,7 @@ def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path
             assert files[document].endswith(texts[number].name)
     assert tokenizer.vocab_size == 257
     epochs = MixedData(DataConfig(source=sources(texts, epochs=4.0)), [data])
-    n_first, n_second = (span.n_tokens for span in epochs.spans)
+    n_first, n_second = (span.n_tokens for span in epochs.spans.values())
     assert epochs.tokens_for_epochs == n_first + 4 * n_second
     staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
     with pytest.raises(ValueError, match=r"has epochs and stages, so train\.steps must be set"):

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.corpus import document_shards
 from pretrain.corpus.config import CorpusConfig
-from pretrain.corpus.document_shards import KEY
 from pretrain.corpus.duplicates import text_hash
+from pretrain.data import jobs
 from pretrain.data.config import DataConfig
 from pretrain.data.format import PreparedData, SplitName
+from pretrain.data.jobs import KEY
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.data.stages import Split, choose_split
 from pretrain.tokenizer.train import train_tokenizer
@@ -260,7 +260,7 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, many: list[str], tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_shards, "SHARD_TEXT_BYTES", 3000)
+    monkeypatch.setattr(jobs, "SHARD_TEXT_BYTES", 3000)
     source = write_jsonl(tmp_path / "a.jsonl", many)
     for workers in (1, 2, 3):
         prepare(source, tmp_path / f"{workers}", tokenizer=tokenizer, workers=workers)

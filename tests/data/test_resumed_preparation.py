@@ -19,7 +19,6 @@ import pytest
 from prepared import FILTERED, file_hashes, write_dirty_corpus
 from pretrain import fileio
 from pretrain.cli import main
-from pretrain.corpus import document_shards
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data import jobs, stages
 from pretrain.data.jobs import Job, Stage
@@ -33,13 +32,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_shards, "SHARD_TEXT_BYTES", 40_000)
+    monkeypatch.setattr(jobs, "SHARD_TEXT_BYTES", 40_000)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(document_shards, "SHARD_TEXT_BYTES", 40_000)
+        patch.setattr(jobs, "SHARD_TEXT_BYTES", 40_000)
         prepare(corpus, corpus.parent / "uninterrupted", corpus=FILTERED)
     hashes = file_hashes(corpus.parent / "uninterrupted")
     assert len(hashes) == 11
@@ -220,8 +219,8 @@ def test_a_worker_that_dies_is_reported_and_nothing_is_lost(
 def kill_at_random(corpus: Path, folder: Path, n_kills: int, seed: int) -> None:
     """Kill a preparation with two workers `n_kills` times in total, over several runs."""
     code = (
-        "import sys; from pretrain.corpus import document_shards;"
-        "document_shards.SHARD_TEXT_BYTES = 40_000;"
+        "import sys; from pretrain.data import jobs;"
+        "jobs.SHARD_TEXT_BYTES = 40_000;"
         "from pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     draw = random.Random(seed)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from pretrain.cli import main
-from pretrain.data.order import Order
-from pretrain.data.trace import Occurrence, Tracer
+from pretrain.data.order import Occurrence, Order, Tracer
 from pretrain.run.identity import record, write_records
 from tiny import TINY
 

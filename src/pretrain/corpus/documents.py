@@ -34,6 +34,10 @@ class Document:
     source_argument: str = ""
     """The source that contains the file, as the user wrote it."""
 
+    def place(self) -> dict[str, Any]:
+        """Where the document is, as JSON."""
+        return {"id": self.id, "file": self.source, "offset": self.offset}
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -53,15 +57,6 @@ class Problem:
         if self.offset is not None:
             place += f", byte {self.offset}"
         return f"{place}: {self.reason}"
-
-
-@dataclass(slots=True)
-class SourceCounts:
-    """Totals of one source argument."""
-
-    n_files: int = 0
-    n_documents: int = 0
-    n_text_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -85,8 +80,8 @@ class ReadingReport:
     n_problems: int = 0
     text_fields: dict[str, str] = field(default_factory=dict)
     """For each of the first files of records: the field that was read as text."""
-    sources: dict[str, SourceCounts] = field(default_factory=dict)
-    """Totals by source argument."""
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source argument its own n_files, n_documents and n_text_bytes."""
     problems: list[Problem] = field(default_factory=list)
     on_problem: Callable[[Problem], None] | None = None
     """Called with every problem, also with those beyond MAX_DETAILED_PROBLEMS."""
@@ -116,15 +111,25 @@ class ReadingReport:
         if len(self.problems) < MAX_DETAILED_PROBLEMS:
             self.problems.append(problem)
 
+    def of_source(self, argument: str) -> dict[str, int]:
+        """The totals of one source argument, to be added to."""
+        counts = {"n_files": 0, "n_documents": 0, "n_text_bytes": 0}
+        return self.sources.setdefault(argument, counts)
+
     def merge(self, other: ReadingReport) -> None:
         """Add the report of other files, as if they had been read after these."""
-        _add_counts(self, other)
+        for each in fields(other):
+            count = getattr(other, each.name)
+            if type(count) is int:
+                setattr(self, each.name, getattr(self, each.name) + count)
         self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
         for file, name in other.text_fields.items():
             if len(self.text_fields) < MAX_DETAILED_PROBLEMS:
                 self.text_fields[file] = name
         for name, counts in other.sources.items():
-            _add_counts(self.sources.setdefault(name, SourceCounts()), counts)
+            total = self.of_source(name)
+            for key, count in counts.items():
+                total[key] += count
 
     def summary(self) -> str:
         """One human-readable line: the counts, and the first problem if there is one."""
@@ -148,12 +153,4 @@ class ReadingReport:
     def from_dict(content: dict[str, Any]) -> ReadingReport:
         """Restore a report from `as_dict`."""
         problems = [Problem(**problem) for problem in content["problems"]]
-        sources = {name: SourceCounts(**counts) for name, counts in content["sources"].items()}
-        return ReadingReport(**content | {"problems": problems, "sources": sources})
-
-
-def _add_counts(total: ReadingReport | SourceCounts, other: ReadingReport | SourceCounts) -> None:
-    for each in fields(total):
-        value = getattr(other, each.name)
-        if type(value) is int:
-            setattr(total, each.name, getattr(total, each.name) + value)
+        return ReadingReport(**content | {"problems": problems})

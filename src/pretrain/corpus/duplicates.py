@@ -15,7 +15,6 @@ with 5 %.
 from __future__ import annotations
 
 import hashlib
-import math
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -76,11 +75,6 @@ def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     random_bytes = hashlib.shake_256(b"pretrain minhash").digest(8 * n)
     numbers = np.frombuffer(random_bytes, dtype="<u4")
     return numbers[:n] | np.uint32(1), numbers[n:]
-
-
-def n_hash_ranges(n_records: int) -> int:
-    """Number of ranges into which the hashes of this many records are split."""
-    return max(1, math.ceil(n_records / RECORDS_AT_ONCE))
 
 
 def write_records(path: Path, records: Records) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -28,53 +28,42 @@ _LANGUAGE_CHARACTERS = 2000
 """Characters for language detection: more cost time and change little."""
 
 
-class DocumentFilter:
-    """Removes documents because of their text, and counts the reasons."""
+def filter_documents(
+    documents: Iterable[Document],
+    config: CorpusConfig,
+    evaluation: EvaluationNgrams | None,
+    *,
+    removed: TextIO,
+    reasons: Counter[str],
+    shared: list[Hashes],
+) -> Iterator[Document]:
+    """Yield the documents to keep, some of them without some of their lines.
 
-    def __init__(
-        self, config: CorpusConfig, evaluation: EvaluationNgrams | None, removed: TextIO
-    ) -> None:
-        """`evaluation` has the evaluation texts, if any; a line for each removed document is
-        written to `removed`."""
-        self._config = config
-        self._evaluation = evaluation
-        self._removed = removed
-        self._shared: list[Hashes] = []
-        self.reasons: Counter[str] = Counter()
-        """Number of removed documents by reason."""
-
-    def filter(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yield the documents to keep, some of them without some of their lines."""
-        for document in documents:
-            text, reason = apply_filters(document.text, self._config.filters)
-            reason = reason or self._reason_to_remove(text)
-            if reason:
-                self.reasons[reason] += 1
-                write_removed_document(self._removed, document, reason)
-            else:
-                yield replace(document, text=text) if text is not document.text else document
-
-    def _reason_to_remove(self, text: str) -> str:
-        """The language of a text, or its overlap with an evaluation text; "" if it is kept."""
-        languages = self._config.languages
-        if languages and (language := language_of(text)) not in languages:
-            return f"language: {language or 'none'}"
-        if self._evaluation is not None:
+    A line for each other document is written to `removed`, and its reason counted in `reasons`.
+    `shared` gets the n-grams that the kept documents share with the evaluation texts, if any.
+    """
+    for document in documents:
+        text, reason = apply_filters(document.text, config.filters)
+        if not reason and config.languages:
+            language = language_of(text)
+            if language not in config.languages:
+                reason = f"language: {language or 'none'}"
+        if not reason and evaluation is not None:
             words = word_hashes(text)
-            if self._config.remove_overlap and self._evaluation.shares_long_phrase(words):
-                return "overlap: 13 words in a row of an evaluation text"
-            self._shared.append(self._evaluation.shared(words))
-        return ""
-
-    def shared_ngrams(self) -> Hashes:
-        """The n-grams that the kept documents share with evaluation texts, sorted."""
-        return np.unique(np.concatenate([np.empty(0, np.uint64), *self._shared]))
+            if config.remove_overlap and evaluation.shares_long_phrase(words):
+                reason = "overlap: 13 words in a row of an evaluation text"
+            else:
+                shared.append(evaluation.shared(words))
+        if reason:
+            reasons[reason] += 1
+            write_removed_document(removed, document, reason)
+        else:
+            yield replace(document, text=text)
 
 
 def write_removed_document(file: TextIO, document: Document, reason: str) -> None:
     """Write a line of JSON about a removed document."""
-    origin = {"id": document.id, "file": document.source, "offset": document.offset}
-    print(json.dumps(origin | {"reason": reason}, ensure_ascii=False), file=file)
+    print(json.dumps(document.place() | {"reason": reason}, ensure_ascii=False), file=file)
 
 
 def language_of(text: str) -> str:
@@ -103,27 +92,23 @@ def _language_detector() -> Any:
 # Quality rules
 
 
-class FilterResult(NamedTuple):
-    """A text after the rules, and the rule that it breaks or ""."""
+def apply_filters(text: str, filters: Sequence[str]) -> tuple[str, str]:
+    """Apply sets of rules in the order of `filters`: "gopher", "c4", "fineweb".
 
-    text: str
-    broken: str
-
-
-def apply_filters(text: str, filters: Sequence[str]) -> FilterResult:
-    """Apply sets of rules in the order of `filters`: "gopher", "c4", "fineweb"."""
+    Returns the text after the rules, and the rule that it breaks or "".
+    """
     for name in filters:
         text, broken = _RULES[name](text)
         if broken:
-            return FilterResult(text, f"{name}: {broken}")
-    return FilterResult(text, "")
+            return text, f"{name}: {broken}"
+    return text, ""
 
 
-def _gopher(text: str) -> FilterResult:
+def _gopher(text: str) -> tuple[str, str]:
     """Rae et al., "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
     2021, appendix A1.1."""
     words = text.split()
-    return FilterResult(text, _gopher_quality(text, words) or _gopher_repetition(text, words))
+    return text, _gopher_quality(text, words) or _gopher_repetition(text, words)
 
 
 def _gopher_quality(text: str, words: list[str]) -> str:
@@ -214,7 +199,7 @@ _C4_CITATIONS = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]\u201d\u2019]*(?=\s|$)")
 
 
-def _c4(text: str) -> FilterResult:
+def _c4(text: str) -> tuple[str, str]:
     """Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
     Transformer", 2020, section 2.2, without its list of bad words."""
     kept = []
@@ -227,16 +212,16 @@ def _c4(text: str) -> FilterResult:
             continue
         lower = line.lower()
         if "lorem ipsum" in lower:
-            return FilterResult(text, "lorem ipsum")
+            return text, "lorem ipsum"
         if "javascript" in lower:
             continue
         if "{" in line:
-            return FilterResult(text, "a curly bracket")
+            return text, "a curly bracket"
         if not _C4_POLICIES.search(lower):
             kept.append(line)
     if sum(n_sentences(line) for line in kept) < 5:
-        return FilterResult(text, "fewer than 5 sentences")
-    return FilterResult("\n".join(kept), "")
+        return text, "fewer than 5 sentences"
+    return "\n".join(kept), ""
 
 
 def n_sentences(line: str) -> int:
@@ -247,24 +232,24 @@ def n_sentences(line: str) -> int:
 _FINEWEB_LINE_ENDS = tuple(".?!\u3002\uff0e\uff1f\uff01\uff61\u061f\u06d4\u0589\u0964\u1362")
 
 
-def _fineweb(text: str) -> FilterResult:
+def _fineweb(text: str) -> tuple[str, str]:
     """Penedo et al., "The FineWeb Datasets: Decanting the Web for the Finest Text Data at Scale",
     2024, section 3.5."""
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        return FilterResult(text, "empty")
+        return text, "empty"
     if sum(line.endswith(_FINEWEB_LINE_ENDS) for line in lines) < 0.12 * len(lines):
-        return FilterResult(text, "under 12 % of the lines end like sentences")
+        return text, "under 12 % of the lines end like sentences"
     if sum(len(line) <= 30 for line in lines) > 0.67 * len(lines):
-        return FilterResult(text, "over 67 % of the lines have at most 30 characters")
+        return text, "over 67 % of the lines have at most 30 characters"
     if _repeated(lines)[1] > 0.01 * len(text.replace("\n", "")):
-        return FilterResult(text, "over 1 % of the characters are in repeated lines")
+        return text, "over 1 % of the characters are in repeated lines"
     if text.count("\n") > 0.3 * len(text.split()):
-        return FilterResult(text, "a new line for every third word")
-    return FilterResult(text, "")
+        return text, "a new line for every third word"
+    return text, ""
 
 
-_RULES: dict[str, Callable[[str], FilterResult]] = {
+_RULES: dict[str, Callable[[str], tuple[str, str]]] = {
     "gopher": _gopher,
     "c4": _c4,
     "fineweb": _fineweb,

@@ -8,25 +8,34 @@ report, and for a binary file that the user named, it is a ValueError.
 from __future__ import annotations
 
 import codecs
+import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
-from pretrain.corpus.documents import Document, Problem, ReadingReport, SourceCounts
+from pretrain import missing_package
+from pretrain.corpus.documents import Document, Problem, ReadingReport, StrictError
 from pretrain.corpus.files import (
     HEAD_BYTES,
     SUPPORTED_FORMATS,
+    DamagedStreamError,
+    FileStream,
     Source,
     SourceFile,
+    compression_of,
     format_of,
     list_files,
 )
-from pretrain.corpus.records import RECORD_FORMATS, read_records, without_surrogates
-from pretrain.corpus.streams import FileStream
-from pretrain.corpus.web import read_html, read_warc
+from pretrain.corpus.records import MAX_RECORD_BYTES, RECORD_FORMATS, read_records, skip_record
+from pretrain.fileio import without_surrogates
 
 MAX_DOCUMENT_BYTES = 1 << 24
 """A longer text file is split into documents of about this size, so that memory stays bounded."""
 _MAX_INVALID_FRACTION = 0.01
+_HTTP_CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,8})[^\r\n]{0,99}\r\n")
+_HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
 def read_documents(
@@ -47,8 +56,8 @@ def read_files(
     """Yield the documents of the files from `list_files`, in their order."""
     for file in files:
         report.n_files += 1
-        counts = report.sources.setdefault(file.source_argument, SourceCounts())
-        counts.n_files += 1
+        counts = report.of_source(file.source_argument)
+        counts["n_files"] += 1
         n_before = report.n_documents + report.n_problems
         n_bytes_before = report.n_read_bytes
         with FileStream(file, report) as stream:
@@ -56,8 +65,8 @@ def read_files(
                 n_bytes = len(document.text.encode())
                 report.n_documents += 1
                 report.n_text_bytes += n_bytes
-                counts.n_documents += 1
-                counts.n_text_bytes += n_bytes
+                counts["n_documents"] += 1
+                counts["n_text_bytes"] += n_bytes
                 yield replace(
                     document,
                     id=without_surrogates(document.id),
@@ -77,9 +86,9 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
         return iter(())
     match format_of(head, stream.file.path.name):
         case "html":
-            return read_html(stream)
+            return _read_html(stream)
         case "warc":
-            return read_warc(stream)
+            return _read_warc(stream)
         case "text":
             return _read_text(stream)
         case None:
@@ -162,3 +171,111 @@ def _skip_file(
         raise ValueError(f"{Problem(name, reason, offset=offset)}; {SUPPORTED_FORMATS}")
     # A picture between the texts is not an error of the texts, so strict mode allows it.
     stream.report.add(name, reason, offset=offset, counter="n_skipped_files", is_allowed=True)
+
+
+# Web pages: HTML files and WARC archives, their main text extracted by resiliparse. Of an archive,
+# successful responses (2xx) with HTML or plain text are read, and the extracted texts of a WET
+# file. Error responses, images and the like are only counted.
+
+
+def _html_text(data: bytes) -> tuple[str, str]:
+    """Extract title and main text of an HTML page, in its declared or detected encoding."""
+    try:
+        from resiliparse.extract.html2text import extract_plain_text
+        from resiliparse.parse.encoding import detect_encoding
+        from resiliparse.parse.html import HTMLTree
+    except ImportError as error:
+        raise missing_package("HTML", "resiliparse") from error
+
+    tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
+    text = extract_plain_text(tree, main_content=True, alt_texts=False, preserve_formatting=True)
+    return (tree.title or "").strip(), without_surrogates(text)
+
+
+def _read_html(stream: FileStream) -> Iterator[Document]:
+    """Yield the page as one document."""
+    data = stream.read(MAX_RECORD_BYTES + 1)
+    reason = f"skipped: a page of more than {MAX_RECORD_BYTES:,} bytes"
+    if len(data) <= MAX_RECORD_BYTES:
+        title, text = _html_text(data)
+        if text.strip():
+            name = stream.file.name
+            yield Document(id=name, text=text, title=title, source=name)
+            return
+        reason = "skipped: a page without text"
+    stream.add_problem(reason, counter="n_skipped_files")
+
+
+def _read_warc(stream: FileStream) -> Iterator[Document]:
+    """Yield a document for each page of an archive, with the page's URL as its id."""
+    try:
+        from fastwarc.warc import ArchiveIterator, WarcRecordType
+    except ImportError as error:
+        raise missing_package("a WARC file", "fastwarc") from error
+
+    types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+    try:
+        archive = ArchiveIterator(stream, record_types=types, parse_http=True)
+        for number, record in enumerate(archive, start=1):
+            offset = record.stream_pos
+            content_type = record.http_content_type or record.headers.get("Content-Type") or ""
+            is_html = content_type.lower().startswith(_HTML_TYPES)
+            is_text = content_type.lower().startswith("text/plain")
+            http = record.http_headers
+            is_error = http is not None and not 200 <= (http.status_code or 0) < 300
+            if is_error or not (is_html or is_text):
+                stream.report.n_other_records += 1
+                continue
+
+            data = _decode_body(record.reader.read(MAX_RECORD_BYTES + 1), http or {})
+            if len(data) > MAX_RECORD_BYTES:
+                skip_record(stream, f"more than {MAX_RECORD_BYTES:,} bytes", number, offset)
+                continue
+            if is_html:
+                title, text = _html_text(data)
+            else:
+                charset = _known_charset(record.http_charset)
+                title, text = "", data.decode(charset, "replace")
+                if text != data.decode(charset, "ignore"):
+                    reason = f"bytes that are not {charset} were replaced by U+FFFD"
+                    stream.add_problem(reason, line=number, offset=offset, counter="n_repaired")
+            if not text.strip():
+                reason = "a page without text, or in an unknown content encoding"
+                skip_record(stream, reason, number, offset)
+                continue
+            name = stream.file.name
+            url = record.headers.get("WARC-Target-URI") or f"{name}:{number}"
+            yield Document(url, text.replace("\r\n", "\n"), title, name, offset or 0)
+    except StrictError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if not stream.damage:
+            stream.end(DamagedStreamError(f"the WARC file is broken: {error}"), stream.tell())
+
+
+def _known_charset(charset: str | None) -> str:
+    """The charset of a response, or UTF-8 if Python has no decoder of that name."""
+    with suppress(LookupError):
+        b"a".decode(charset or "utf-8", "replace")
+        return charset or "utf-8"
+    return "utf-8"
+
+
+def _decode_body(data: bytes, http: Any) -> bytes:
+    """Undo the transfer and content encodings of a response body; empty if that is not possible.
+
+    The headers are not reliable: many archives keep the header and decode the body.
+    """
+    if "chunked" in (http.get("Transfer-Encoding") or "").lower():
+        parts = []
+        position = 0
+        while size := _HTTP_CHUNK_SIZE.match(data, position):
+            position = size.end() + int(size[1], 16)
+            parts.append(data[size.end() : position])
+        data = b"".join(parts) or data
+    compression = compression_of(data)
+    if compression == "gzip":
+        with suppress(zlib.error):
+            return zlib.decompressobj(31).decompress(data, MAX_RECORD_BYTES + 1)
+    is_encoded = http.get("Content-Encoding") or compression
+    return b"" if is_encoded and b"\0" in data else data

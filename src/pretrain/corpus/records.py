@@ -22,9 +22,8 @@ from typing import Any
 
 from pretrain import missing_package
 from pretrain.corpus.documents import Document
-from pretrain.corpus.files import Format, compression_of
-from pretrain.corpus.streams import FileStream
-from pretrain.fileio import unique_keys
+from pretrain.corpus.files import FileStream, Format, compression_of
+from pretrain.fileio import unique_keys, without_surrogates
 
 MAX_RECORD_BYTES = 1 << 26
 """A longer record is skipped: no document has 64 MiB, and a decompression bomb never ends."""
@@ -158,11 +157,6 @@ def _strings(value: object) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _strings(each)
-
-
-def without_surrogates(text: str) -> str:
-    """Replace each lone surrogate by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # Lines: JSON lines and CSV

@@ -9,13 +9,15 @@ worked, how many, or how often they were stopped.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.config import CorpusConfig
+from pretrain.corpus.documents import Document
+from pretrain.corpus.duplicates import text_hash
 from pretrain.data.config import ValFraction
 from pretrain.fileio import read_json, sync_tree
 from pretrain.tokenizer.load import load_tokenizer
@@ -31,6 +35,12 @@ from pretrain.validation import Checked, convert
 
 JOB_VERSION = 3
 """Of the files inside a job's folder; a job of another version is started from scratch."""
+
+SHARD_TEXT_BYTES = 1 << 23
+SHARD_DOCUMENTS = 1 << 16
+
+KEY = np.dtype([("hash", "<u8"), ("check", "<u8"), ("n_bytes", "<u8")])
+"""One document: the two numbers of `text_hash`, and the bytes of its text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +60,7 @@ class Settings(Checked):
 
 @dataclass(frozen=True, slots=True)
 class DocumentShard:
-    """Consecutive documents of one source, in one file of `corpus.document_shards`."""
+    """Consecutive documents of one source, in one file of `write_document_shards`."""
 
     documents: Path
     keys: Path
@@ -84,10 +94,6 @@ class Job:
         self.deduplicates = self.settings.corpus.deduplicate != "none"
         self.on_fraction: Callable[[float], object] = lambda fraction: None
         """Called by a long task with the fraction of it that is done, 0 to 1."""
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        discard(self.folder)
 
     def task_folder(self, stage: str, task: int = 0) -> Path:
         """Where a task leaves its results."""
@@ -177,3 +183,49 @@ def discard(folder: Path) -> None:
     with suppress(FileNotFoundError):
         os.rename(folder, trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+# Shards of documents. A stream of documents is cut wherever a shard is full, so the shards of a
+# corpus are the same whoever writes them. A document is a line of JSON with its id, title and
+# origin, followed by the bytes of its text.
+
+
+def write_document_shards(documents: Iterable[Document], folder: Path) -> list[int]:
+    """Write documents as `0.part`, `1.part`, ... with their KEYs in `0.keys.npy`, ...
+
+    Returns the number of documents in each shard: an empty list if there are no documents.
+    """
+    counts: list[int] = []
+    iterator = iter(documents)
+    for first in iterator:
+        number = len(counts)
+        keys: list[tuple[int, int, int]] = []
+        n_bytes = 0
+        with open(folder / f"{number}.part", "xb") as file:
+            for document in chain([first], iterator):
+                data = document.text.encode()
+                place = (document.source, document.offset, document.source_argument)
+                header = [document.id, document.title, *place, len(data)]
+                file.write(json.dumps(header, ensure_ascii=False).encode() + b"\n")
+                file.write(data)
+                keys.append((*text_hash(data), len(data)))
+                n_bytes += len(data)
+                if n_bytes >= SHARD_TEXT_BYTES or len(keys) >= SHARD_DOCUMENTS:
+                    break
+        np.save(folder / f"{number}.keys.npy", np.array(keys, KEY))
+        counts.append(len(keys))
+    return counts
+
+
+def read_document_shard(path: Path) -> Iterator[Document]:
+    """Yield the documents of one file of `write_document_shards`."""
+    with open(path, "rb") as file:
+        while line := file.readline():
+            try:
+                id_, title, source, offset, source_argument, n_bytes = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+            data = file.read(n_bytes)
+            if len(data) < n_bytes:
+                raise ValueError(f"{path} is truncated")
+            yield Document(id_, data.decode(), title, source, offset, source_argument)

@@ -1,9 +1,10 @@
 """The order of the training text: which window is sample number s, and the inverse.
 
 A sample is one window of T + 1 token ids. `Order` is the order of one text, `MixtureOrder` that of
-several sources with weights, and `batch_of_step` says which batch a training step reads. All are
-pure functions of the seed: nothing is stored and nothing is shuffled in memory, so a text of any
-size costs the same, any process can compute any sample, and every map can be inverted.
+several sources with weights, `batch_of_step` says which batch a training step reads, and `Tracer`
+which documents are in it. All are pure functions of the seed: nothing is stored and nothing is
+shuffled in memory, so a text of any size costs the same, any process can compute any sample, and
+every map can be inverted.
 """
 
 from __future__ import annotations
@@ -242,8 +243,8 @@ class MixtureOrder:
     def _permutation(self, stage: int, block: int) -> FeistelPermutation:
         return FeistelPermutation(BLOCK_SAMPLES, self.seed, f"mixture/{stage}/{block}")
 
-    def samples_per_source(self, n_samples: int) -> list[int]:
-        """How the first `n_samples` samples are divided among the sources."""
+    def sources(self, n_samples: int) -> dict[str, dict[str, float]]:
+        """Tokens (targets), share and epochs of each source in the first `n_samples` samples."""
         counts = np.zeros(len(self.spans), np.int64)
         for stage in self.stages:
             end = min(n_samples, stage.end_sample)
@@ -251,22 +252,13 @@ class MixtureOrder:
             counts += n_blocks * np.array(stage.counts)
             rest = np.arange(end - n_rest, end, dtype=np.int64)
             counts += np.bincount(self.locate(rest)[0], minlength=len(counts))
-        return [int(count) for count in counts]
-
-    def tokens(self, n_samples: int) -> dict[str, int]:
-        """Target tokens of each source in the first `n_samples` samples."""
-        counts = self.samples_per_source(n_samples)
         return {
-            span.source: count * self.context_length
-            for span, count in zip(self.spans, counts, strict=True)
-        }
-
-    def epochs(self, n_samples: int) -> dict[str, float]:
-        """Epochs of each source in the first `n_samples` samples."""
-        counts = self.samples_per_source(n_samples)
-        return {
-            span.source: count / order.n_windows
-            for span, order, count in zip(self.spans, self.orders, counts, strict=True)
+            span.source: {
+                "tokens": count * self.context_length,
+                "share": count / max(1, n_samples),
+                "epochs": count / order.n_windows,
+            }
+            for span, order, count in zip(self.spans, self.orders, counts.tolist(), strict=True)
         }
 
 
@@ -295,3 +287,68 @@ def step_of_batch(batch: int, rollbacks: Sequence[Rollback]) -> int | None:
         if step >= 0 and batch_of_step(step, rollbacks) == batch:
             return step
     return None
+
+
+# Which documents a step read, and which steps read a document
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """A part of one document in one window: some of its ids were inputs or targets of a step."""
+
+    step: int
+    """The training step, from 1."""
+    sample: int
+    """The number of the window in the order of the data, from 0."""
+    document: int
+    """The number of the document in the stream, from 0."""
+    first_token: int
+    """The part is ids [first_token, stop_token) of the document, whose last id is its closing
+    end-of-text token."""
+    stop_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tracer:
+    """Which documents a step of a run read, and which steps read a document, in the past and in
+    the future: by arithmetic, not a log."""
+
+    order: Order | MixtureOrder
+    document_offsets: NDArray[np.int64]
+    """Of the stream, shape (n_documents + 1,)."""
+    batch_size: int
+    """Samples of a batch."""
+    rollbacks: Sequence[Rollback] = ()
+
+    def occurrences_in(self, step: int) -> list[Occurrence]:
+        """What a step (from 1) reads, in the order of its samples and of the text."""
+        batch = batch_of_step(step - 1, self.rollbacks)
+        samples = batch * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        starts = self.order.window_starts(samples)
+        occurrences = []
+        for sample, start in zip(samples.tolist(), starts.tolist(), strict=True):
+            stop = start + self.order.context_length + 1
+            # Before the first document there is an end-of-text token that belongs to none.
+            first = max(0, int(np.searchsorted(self.document_offsets, start, side="right")) - 1)
+            end = int(np.searchsorted(self.document_offsets[:-1], stop))
+            for document in range(first, end):
+                occurrences.append(self._occurrence(step, sample, document, start))
+        return occurrences
+
+    def occurrences_of(self, document: int, *, n_steps: int) -> Iterator[Occurrence]:
+        """Where steps 1 to `n_steps` read a document, in the order of epochs and of the text."""
+        if n_steps < 1:
+            return
+        begin, end = self.document_offsets[document : document + 2].tolist()
+        n_batches = batch_of_step(n_steps - 1, self.rollbacks) + 1
+        windows = self.order.windows_containing(begin, end, n_batches * self.batch_size)
+        for sample, start in windows:
+            index = step_of_batch(sample // self.batch_size, self.rollbacks)
+            if index is not None:
+                yield self._occurrence(index + 1, sample, document, start)
+
+    def _occurrence(self, step: int, sample: int, document: int, start: int) -> Occurrence:
+        begin, end = self.document_offsets[document : document + 2].tolist()
+        first = max(start, begin) - begin
+        stop = min(start + self.order.context_length + 1, end) - begin
+        return Occurrence(step, sample, document, first, stop)

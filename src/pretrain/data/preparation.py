@@ -112,7 +112,7 @@ def prepare(
             return finish(job, out, progress=progress)
         except ValueError:
             # Text that cannot be prepared leaves nothing behind; a job that was stopped stays.
-            job.remove()
+            discard(job.folder)
             raise
 
 
@@ -227,7 +227,7 @@ def finish(job: Job, out: str | Path, *, progress: Progress = _no_progress) -> P
         folder = _write_folder(job, progress)
         move_into_place(folder, out)
     progress("writing", 1.0)
-    job.remove()
+    discard(job.folder)
     return open_prepared(out)
 
 

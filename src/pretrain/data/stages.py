@@ -22,25 +22,33 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.document_shards import KEY, read_document_shard, write_document_shards
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.duplicates import (
     DUPLICATE_PAIR,
     HASH_RECORD,
+    RECORDS_AT_ONCE,
     band_hashes,
     component_roots,
     duplicate_pairs,
-    n_hash_ranges,
     text_hash,
     write_records,
 )
 from pretrain.corpus.files import SourceFile, list_files
-from pretrain.corpus.filters import DocumentFilter, write_removed_document
+from pretrain.corpus.filters import filter_documents, write_removed_document
 from pretrain.corpus.overlap import EvaluationNgrams
 from pretrain.corpus.reading import read_documents, read_files
 from pretrain.corpus.records import EVERY_FIELD
 from pretrain.data.format import SPLITS, SplitName
-from pretrain.data.jobs import DocumentShard, Job, Settings, Stage
+from pretrain.data.jobs import (
+    KEY,
+    DocumentShard,
+    Job,
+    Settings,
+    Stage,
+    read_document_shard,
+    write_document_shards,
+)
+from pretrain.data.order import ceil_div
 from pretrain.data.writer import Compression, TaskWriter, compression_of, extremes
 from pretrain.fileio import read_json, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
@@ -168,12 +176,19 @@ def _filter(job: Job, task: int, out: Path) -> None:
         overlaps = None
         if corpus.evaluation_texts:
             overlaps = EvaluationNgrams.open(job.task_folder("list") / "overlaps.npz")
+        report["removed"] = reasons = Counter[str]()
+        shared = [np.empty(0, np.uint64)]
         with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
-            document_filter = DocumentFilter(corpus, overlaps, removed)
-            documents = document_filter.filter(read_document_shard(shard.documents))
+            documents = filter_documents(
+                read_document_shard(shard.documents),
+                corpus,
+                overlaps,
+                removed=removed,
+                reasons=reasons,
+                shared=shared,
+            )
             report["shards"] = write_document_shards(documents, out)
-        report["removed"] = document_filter.reasons
-        np.save(out / "shared.npy", document_filter.shared_ngrams())
+        np.save(out / "shared.npy", np.unique(np.concatenate(shared)))
         files = [(out / f"{n}.part", out / f"{n}.keys.npy") for n in range(len(report["shards"]))]
     if job.deduplicates:
         # HASH_RECORDs of full texts and of MinHash bands, of documents numbered from 0.
@@ -200,7 +215,8 @@ def _filter(job: Job, task: int, out: Path) -> None:
 def _n_compare(job: Job) -> int:
     if not job.deduplicates:
         return 0
-    return n_hash_ranges(sum(report["n_records"] for report in job.filter_reports))
+    n_records = sum(report["n_records"] for report in job.filter_reports)
+    return max(1, ceil_div(n_records, RECORDS_AT_ONCE))
 
 
 def _compare(job: Job, task: int, out: Path) -> None:
@@ -327,7 +343,7 @@ def choose_split(
     `val_fraction`, or if it has the smallest hash. So equal documents are never on both sides, and,
     if `val_fraction` is given, a document added later moves no other one. If that made most of the
     text validation (one document is nearly everything), the ends are used too. `keys` yields the
-    documents' `document_shards.KEY`s, in arrays, each time it is called.
+    documents' `jobs.KEY`s, in arrays, each time it is called.
     """
     n_bytes = 0
     smallest: set[int] = set()

@@ -13,7 +13,6 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from pretrain.data.format import (
     FORMAT_VERSION,
     HEADER,
     MAGIC,
-    Origin,
     SourceShare,
     SplitName,
     StreamInfo,
@@ -75,8 +73,8 @@ class TaskWriter:
                 )
             self._files[0].write(chunk.astype(self._dtype).tobytes())
         self._files[1].write(np.array([(n_tokens, n_bytes)], LENGTH).tobytes())
-        origin = Origin(document.id, document.source, document.offset, document.title)
-        self._files[2].write(json.dumps(asdict(origin), ensure_ascii=False).encode() + b"\n")
+        origin = document.place() | {"title": document.title}
+        self._files[2].write(json.dumps(origin, ensure_ascii=False).encode() + b"\n")
         return n_tokens - 1
 
     def close(self) -> None:
@@ -175,10 +173,7 @@ def compression_of(document: Document, *, n_tokens: int, n_bytes: int) -> list[C
     that is too short."""
     if n_bytes < _MIN_OUTLIER_BYTES or n_tokens == 0:
         return []
-    record = {
-        "id": document.id,
-        "file": document.source,
-        "offset": document.offset,
+    record = document.place() | {
         "n_bytes": n_bytes,
         "bytes_per_token": round(n_bytes / n_tokens, 3),
         "begins": document.text[:80],

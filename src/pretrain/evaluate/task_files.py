@@ -16,9 +16,8 @@ from itertools import islice
 from pathlib import Path
 
 from pretrain.corpus.documents import ReadingReport
-from pretrain.corpus.files import list_files
+from pretrain.corpus.files import DamagedStreamError, FileStream, list_files
 from pretrain.corpus.reading import read_documents
-from pretrain.corpus.streams import DamagedStreamError, FileStream
 from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots
 from pretrain.evaluate.metrics import statistics_of_answer

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import RunConfig
-from pretrain.data.format import PreparedData, is_prepared, open_prepared
-from pretrain.data.mixed import MixedData
+from pretrain.data.format import MixedData, PreparedData, is_prepared, open_prepared
 from pretrain.data.preparation import prepare, prepared_key
 
 if TYPE_CHECKING:

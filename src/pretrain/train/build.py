@@ -121,13 +121,7 @@ class TrainingBatches:
         """Tokens, share and epochs of each source in the first `steps` steps; empty for one."""
         if isinstance(self.order, Order):
             return {}
-        tokens = self.order.tokens(steps * self.batch_size)
-        epochs = self.order.epochs(steps * self.batch_size)
-        total = max(1, sum(tokens.values()))
-        return {
-            name: {"tokens": count, "share": count / total, "epochs": epochs[name]}
-            for name, count in tokens.items()
-        }
+        return self.order.sources(steps * self.batch_size)
 
 
 def training_batches(

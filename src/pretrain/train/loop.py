@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.checkpoint.load import Checkpoint, checkpoint_name
-from pretrain.data.trace import Tracer
+from pretrain.data.order import Tracer
 from pretrain.evaluate.baselines import measure_baselines
 from pretrain.model.sizes import n_parameters
 from pretrain.optim.param_groups import set_learning_rate

@@ -14,8 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pretrain.config import RunConfig
-from pretrain.data.format import PreparedData
-from pretrain.data.mixed import MixedData
+from pretrain.data.format import MixedData, PreparedData
 from pretrain.data.order import Order, ceil_div
 from pretrain.distributed import World
 from pretrain.machine import memory_bytes, n_local_processes

@@ -24,7 +24,7 @@ from pretrain.train.monitor import rollbacks_of
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
     from pretrain.data.format import PreparedData
-    from pretrain.data.trace import Occurrence, Tracer
+    from pretrain.data.order import Occurrence, Tracer
 
 OPTIONS = (
     RUN,
@@ -34,7 +34,7 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.data.trace import Tracer
+    from pretrain.data.order import Tracer
     from pretrain.runner.checks import read_run_config
     from pretrain.runner.text import prepared_text
 
