@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from prepared import FILTERED, file_hashes, write_dirty_corpus
 from pretrain import fileio
 from pretrain.cli import main
 from pretrain.corpus.config import CorpusConfig
-from pretrain.data import jobs, stages
+from pretrain.corpus.documents import Document
+from pretrain.data import jobs, preparation, stages
 from pretrain.data.jobs import Job, Stage
 from pretrain.data.preparation import begin, prepare, work_folder
 
@@ -84,7 +86,7 @@ def test_a_preparation_may_be_killed_after_any_task(
 
 
 def test_a_kill_while_the_job_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, remove, n_left = os.unlink, Job.remove, 3
+    real, discard, n_left = os.unlink, jobs.discard, 3
 
     def dies(*given: Any, **named: Any) -> None:
         nonlocal n_left
@@ -93,10 +95,10 @@ def test_a_kill_while_the_job_is_removed(tmp_path: Path, monkeypatch: pytest.Mon
             raise Killed
         real(*given, **named)
 
-    def dying(job: Job) -> None:
+    def dying(folder: Path) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", dies)
-            remove(job)
+            discard(folder)
 
     texts, out = tmp_path / "a.jsonl", tmp_path / "out"
     texts.write_text("".join(f'{{"text": "A whale is number {n}."}}\n' * 2 for n in range(40)))
@@ -104,14 +106,15 @@ def test_a_kill_while_the_job_is_removed(tmp_path: Path, monkeypatch: pytest.Mon
     for stage in stages.STAGES[:3]:
         begun.run_task(stage, 0)
     with pytest.raises(Killed):
-        dying(begun)  # as with other settings
+        dying(begun.folder)  # as with other settings
     prepare(texts, out, tokenizer="bytes").verify()
 
     shutil.rmtree(out)
     n_left = 3
-    monkeypatch.setattr(Job, "remove", dying)
-    with pytest.raises(Killed):
-        prepare(texts, out, tokenizer="bytes")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "discard", dying)
+        with pytest.raises(Killed):
+            prepare(texts, out, tokenizer="bytes")
     with pytest.raises(FileExistsError):
         prepare(texts, out, tokenizer="bytes")
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
@@ -270,3 +273,12 @@ def test_kill_9_at_a_few_moments(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_at_200_moments(corpus: Path, tmp_path: Path) -> None:
     kill_at_random(corpus, tmp_path, 200, seed=1)
+
+
+def test_a_shard_that_ends_inside_a_document_is_an_error(tmp_path: Path) -> None:
+    jobs.write_document_shards([Document("a", "some text")], tmp_path)
+    path = tmp_path / "0.part"
+    path.write_bytes(path.read_bytes()[:-1])
+    message = f"{path} ends in the middle of a document; prepare the data again"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        list(jobs.read_document_shard(path))

@@ -43,20 +43,17 @@ TRIPLES = [
 
 
 def test_an_article_makes_a_question_a_title_and_a_summary() -> None:
-    demonstrations = {
-        each.task: (each.input, each.answer) for each in article_demonstrations("Kestrel", ARTICLE)
-    }
-    assert demonstrations == {
-        "answer": ("What is Kestrel?", DEFINITION),
-        "title": (PASSAGE, "Kestrel"),
-        "summarize": (PASSAGE, DEFINITION),
+    assert dict(article_demonstrations("Kestrel", ARTICLE)) == {
+        "answer": {"input": "What is Kestrel?", "answer": DEFINITION},
+        "title": {"input": PASSAGE, "answer": "Kestrel"},
+        "summarize": {"input": PASSAGE, "answer": DEFINITION},
     }
 
 
 def test_a_title_is_removed_only_from_the_first_line() -> None:
     below = ARTICLE.removeprefix("Kestrel\n\n")
     for title, text in (("Kestrel", ARTICLE), ("Kestrel", below), ("A kestrel", below)):
-        assert next(article_demonstrations(title, text)).answer == DEFINITION
+        assert next(article_demonstrations(title, text))[1]["answer"] == DEFINITION
 
 
 @pytest.mark.parametrize(
@@ -70,11 +67,7 @@ def test_an_article_that_does_not_define_its_title_makes_no_demonstration(text: 
 
 def test_a_passage_has_complete_sentences_and_a_maximum_length() -> None:
     long = " ".join(f"Sentence number {n} tells one more thing about it." for n in range(100))
-    (passage, _), *_ = [
-        (e.input, e.answer)
-        for e in article_demonstrations("K", f"{DEFINITION} {long}")
-        if e.task == "title"
-    ]
+    passage = dict(article_demonstrations("K", f"{DEFINITION} {long}"))["title"]["input"]
     assert passage.endswith("about it.")
     assert 500 < len(passage) <= 600
 
@@ -90,8 +83,8 @@ def test_abbreviations_do_not_end_a_sentence() -> None:
 
 def test_a_sentence_is_translated_from_every_language_into_every_other() -> None:
     demonstrations = [
-        (e.task, e.input, e.answer)
-        for e in translation_demonstrations({"en": "a", "fr": "b", "de": "c"})
+        (task, example["input"], example["answer"])
+        for task, example in translation_demonstrations({"en": "a", "fr": "b", "de": "c"})
     ]
     assert sorted(demonstrations) == [
         ("translate-de-en", "c", "a"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import permutations
 
 _PASSAGE_CHARACTERS = (150, 600)
@@ -23,13 +22,8 @@ _SENTENCE_END = re.compile(
 _DEFINES = re.compile(r"\b(?:is|are|was|were)\b")
 
 
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """One solved example of a task."""
-
-    task: str
-    input: str
-    answer: str
+Demonstration = tuple[str, dict[str, str]]
+"""The name of a task, and one solved example of it: an "input" and its "answer"."""
 
 
 def article_demonstrations(title: str, text: str) -> Iterator[Demonstration]:
@@ -52,9 +46,9 @@ def article_demonstrations(title: str, text: str) -> Iterator[Demonstration]:
     low, high = _DEFINITION_CHARACTERS
     is_definition = low <= len(definition) <= high and _DEFINES.search(definition)
     if is_definition and len(passage) >= shortest:
-        yield Demonstration("answer", f"What is {title}?", definition)
-        yield Demonstration("title", passage, title)
-        yield Demonstration("summarize", passage, definition)
+        yield "answer", {"input": f"What is {title}?", "answer": definition}
+        yield "title", {"input": passage, "answer": title}
+        yield "summarize", {"input": passage, "answer": definition}
 
 
 def split_sentences(text: str) -> list[str]:
@@ -68,7 +62,8 @@ def translation_demonstrations(sentences: Mapping[str, str]) -> Iterator[Demonst
     `sentences` has the sentence by language. Only the task's name says which translation it is.
     """
     for source, target in permutations(sentences, 2):
-        yield Demonstration(f"translate-{source}-{target}", sentences[source], sentences[target])
+        example = {"input": sentences[source], "answer": sentences[target]}
+        yield f"translate-{source}-{target}", example
 
 
 def is_held_out(key: str, fraction: float) -> bool:

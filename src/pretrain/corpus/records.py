@@ -21,7 +21,7 @@ from itertools import chain
 from typing import Any
 
 from pretrain import missing_package
-from pretrain.corpus.documents import Document
+from pretrain.corpus.documents import MAX_DETAILED_PROBLEMS, Document
 from pretrain.corpus.files import FileStream, Format, compression_of
 from pretrain.fileio import unique_keys, without_surrogates
 
@@ -34,7 +34,6 @@ EVERY_FIELD = "\0"
 """As `text_field`: all strings of a record at any depth, joined by this character."""
 _PROBE_ROWS = 20
 _PROBE_BYTES = 1 << 23
-_MAX_REPORTED_TEXT_FIELDS = 100
 _PARQUET_ROWS = 256
 _STRING_TYPE = re.compile(r"(dictionary<values=)?(large_)?string")
 """Names of pyarrow's string types; also matches `string_view`."""
@@ -89,7 +88,7 @@ def read_records(
     strings = {key for record in records for key in record if isinstance(record[key], str)}
     title_field = next((key for key in TITLE_FIELDS if key != field and key in strings), None)
     text_fields = stream.report.text_fields
-    if field is not None and len(text_fields) < _MAX_REPORTED_TEXT_FIELDS:
+    if field is not None and len(text_fields) < MAX_DETAILED_PROBLEMS:
         text_fields[name] = field
 
     for row in chain(probe, rows):
@@ -162,30 +161,20 @@ def _strings(value: object) -> Iterator[str]:
 # Lines: JSON lines and CSV
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a file, without its newline."""
-
-    number: int
-    """From 1."""
-    offset: int
-    """First byte in the decompressed file."""
-    data: bytes
-    """Only the end of a line that is too long."""
-    is_too_long: bool
-
-    def decode(self) -> str | Skipped:
-        """The line as text, or the reason why it cannot be decoded."""
-        if self.is_too_long:
-            return Skipped(f"a line of more than {MAX_RECORD_BYTES:,} bytes")
-        try:
-            return self.data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return Skipped(f"invalid UTF-8 at byte {self.offset + error.start}: {error.reason}")
+def _decode(data: bytes, offset: int) -> str:
+    """The text of bytes that start at `offset`, or `Skipped`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Skipped(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
 
 
-def _read_lines(stream: FileStream) -> Iterator[Line]:
-    """Yield the lines; one without a newline is the last, unless it is blank or damaged."""
+def _read_lines(stream: FileStream) -> Iterator[tuple[int, int, bytes, str]]:
+    """Yield the number of each line, from 1; its first byte in the decompressed file; its bytes
+    without the newline, of a line that is too long only the end; and its text, or `Skipped`.
+
+    A line without a newline is the last, unless it is blank or damaged.
+    """
     number = 1
     offset = 0
     while data := stream.readline(MAX_RECORD_BYTES + 1):
@@ -199,17 +188,18 @@ def _read_lines(stream: FileStream) -> Iterator[Line]:
             return
         if number == 1:
             data = data.removeprefix(codecs.BOM_UTF8)
-        yield Line(number, offset, data.removesuffix(b"\n"), is_too_long)
+        data = data.removesuffix(b"\n")
+        too_long = Skipped(f"a line of more than {MAX_RECORD_BYTES:,} bytes")
+        yield number, offset, data, too_long if is_too_long else _decode(data, offset)
         number += 1
         offset += n_bytes
 
 
 def _jsonl_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     """Yield a row for each line that is not blank."""
-    for line in _read_lines(stream):
-        if line.is_too_long or line.data.strip():
-            record = _as_record(_parse_json(line.decode()))
-            yield Row(line.number, line.offset, record, len(line.data))
+    for number, offset, data, text in _read_lines(stream):
+        if isinstance(text, Skipped) or data.strip():
+            yield Row(number, offset, _as_record(_parse_json(text)), len(data))
 
 
 def _as_record(value: Any) -> dict[str, Any] | Skipped:
@@ -223,7 +213,7 @@ def _json_type(value: object) -> str:
     return _JSON_TYPES.get(type(value).__name__, "a value")
 
 
-def _parse_json(text: str | Skipped) -> Any:
+def _parse_json(text: str) -> Any:
     """The value of strict JSON, or `Skipped`."""
 
     def reject_constant(name: str) -> object:
@@ -248,13 +238,12 @@ def _csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     errors: list[Skipped] = []
 
     def decoded_lines() -> Iterator[str]:
-        for line in _read_lines(stream):
+        for number, offset, data, text in _read_lines(stream):
             if not places:
-                places.append((line.number, line.offset))
-            text = line.decode()
+                places.append((number, offset))
             if isinstance(text, Skipped):
                 errors[:] = [text]
-                text = line.data.decode("utf-8", "replace")
+                text = data.decode("utf-8", "replace")
             yield text + "\n"
 
     lines = decoded_lines()
@@ -308,8 +297,7 @@ def _json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
         reason = f"JSON of more than {MAX_JSON_BYTES:,} bytes; convert it to JSON lines"
         yield Row(1, 0, Skipped(reason))
         return
-    file = Line(1, 0, data.removeprefix(codecs.BOM_UTF8), is_too_long=False)
-    value = _parse_json(file.decode())
+    value = _parse_json(_decode(data.removeprefix(codecs.BOM_UTF8), 0))
     values = value if isinstance(value, list) else [value]
     if isinstance(value, dict):
         lists = [each for each in value.values() if isinstance(each, list)]

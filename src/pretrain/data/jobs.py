@@ -221,11 +221,8 @@ def read_document_shard(path: Path) -> Iterator[Document]:
     """Yield the documents of one file of `write_document_shards`."""
     with open(path, "rb") as file:
         while line := file.readline():
-            try:
-                id_, title, source, offset, source_argument, n_bytes = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
+            id_, title, source, offset, source_argument, n_bytes = json.loads(line)
             data = file.read(n_bytes)
             if len(data) < n_bytes:
-                raise ValueError(f"{path} is truncated")
+                raise ValueError(f"{path} ends in the middle of a document; prepare the data again")
             yield Document(id_, data.decode(), title, source, offset, source_argument)

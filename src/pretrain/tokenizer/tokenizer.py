@@ -60,7 +60,9 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         description = json.loads(library.to_str())
-        bare = _without_template(description)
+        # The ByteLevel post-processor adds no ids: it computes the offsets of tokens in the text.
+        kept = [step for step in _post_processors(description) if step["type"] == "ByteLevel"]
+        bare = {**description, "post_processor": kept[0] if kept else None}
         if bare != description:
             description = bare
             library = LibraryTokenizer.from_str(json.dumps(description))
@@ -203,10 +205,19 @@ class Tokenizer:
         path = Path(folder) / FILE_NAME
         content = self._canonical
         if bos_template and self.add_bos:
-            bos_token = self._tokens[self.start_of_text]
-            content = _compact_json(
-                _with_bos_template(self.description, bos_token=bos_token, id_=self.start_of_text)
-            )
+            bos, id_ = self._tokens[self.start_of_text], self.start_of_text
+            special = {"SpecialToken": {"id": bos, "type_id": 0}}
+            first = {"Sequence": {"id": "A", "type_id": 0}}
+            second = {"Sequence": {"id": "B", "type_id": 1}}
+            template = {
+                "type": "TemplateProcessing",
+                "single": [special, first],
+                "pair": [special, first, special, second],
+                "special_tokens": {bos: {"id": bos, "ids": [id_], "tokens": [bos]}},
+            }
+            kept = self.description["post_processor"]
+            both = {"type": "Sequence", "processors": [kept, template]} if kept else template
+            content = _compact_json({**self.description, "post_processor": both})
         replace_file(path, content)
         return path
 
@@ -240,35 +251,10 @@ def _token_list(library: LibraryTokenizer) -> list[str]:
 # that token. Neither changes the ids of the text itself.
 
 
-def _without_template(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tokenizer.json, which adds nothing to a text."""
-    # The ByteLevel post-processor adds no ids: it computes the offsets of tokens in the text.
-    kept = [step for step in _post_processors(description) if step["type"] == "ByteLevel"]
-    return {**description, "post_processor": kept[0] if kept else None}
-
-
 def template_adds_bos(description: Mapping[str, Any]) -> bool:
     """Whether other programs put a special token before a text."""
     templates = [step["single"] for step in _post_processors(description) if "single" in step]
     return any("SpecialToken" in template[0] for template in templates if template)
-
-
-def _with_bos_template(
-    description: Mapping[str, Any], *, bos_token: str, id_: int
-) -> dict[str, Any]:
-    """The same tokenizer.json, which puts the special token `bos_token` before each text."""
-    special = {"SpecialToken": {"id": bos_token, "type_id": 0}}
-    first = {"Sequence": {"id": "A", "type_id": 0}}
-    second = {"Sequence": {"id": "B", "type_id": 1}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, special, second],
-        "special_tokens": {bos_token: {"id": bos_token, "ids": [id_], "tokens": [bos_token]}},
-    }
-    kept = _without_template(description)["post_processor"]
-    both = {"type": "Sequence", "processors": [kept, template]} if kept else template
-    return {**description, "post_processor": both}
 
 
 def _post_processors(description: Mapping[str, Any]) -> list[dict[str, Any]]:

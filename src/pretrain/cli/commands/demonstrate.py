@@ -19,7 +19,6 @@ from pretrain.cli.options import Option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.corpus.demonstrations import (
-    Demonstration,
     article_demonstrations,
     is_held_out,
     translation_demonstrations,
@@ -77,10 +76,9 @@ class Files:
         self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
         self.counts[name] += 1
 
-    def add_demonstrations(self, name: str, id: str, shown: Sequence[Demonstration]) -> None:
+    def add_shots(self, name: str, id: str, task: str, shots: Sequence[dict[str, str]]) -> None:
         """Add a document of demonstrations of one task, in the format of the task's own shots."""
-        task = task_named(shown[0].task)
-        text = demonstration(task, [_question(each) for each in shown])
+        text = demonstration(task_named(task), shots)
         self.add(f"train/{name}.jsonl", {"id": id, "text": text})
 
     def close(self) -> None:
@@ -99,20 +97,16 @@ def _write_articles(sources: list[str], files: Files) -> None:
         files.add(f"{'test' if is_test else 'train'}/articles.jsonl", record)
         if not document.title:
             continue
-        for shown in article_demonstrations(document.title, document.text):
+        for task, example in article_demonstrations(document.title, document.text):
             if is_test:
-                files.add(f"test/{shown.task}.jsonl", _question(shown))
+                files.add(f"test/{task}.jsonl", example)
             else:
-                files.add_demonstrations(shown.task, f"{shown.task}:{document.id}", [shown])
+                files.add_shots(task, f"{task}:{document.id}", task, [example])
     if not n_titles:
         raise ValueError(
             f"{', '.join(sources)}: there is no record with a title; records must have titles and "
             "texts"
         )
-
-
-def _question(shown: Demonstration) -> dict[str, str]:
-    return {"input": shown.input, "answer": shown.answer}
 
 
 def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -137,18 +131,18 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files) -> None:
     test_texts = {text for split, each in aligned if split == "test" for text in each.values()}
-    tasks: dict[str, list[Demonstration]] = defaultdict(list)
+    tasks: dict[str, list[dict[str, str]]] = defaultdict(list)
     for split, texts in aligned:
         if not all(texts.values()):
             continue
         if split == "train" and not test_texts.isdisjoint(texts.values()):
             continue  # it would be in both splits
-        for shown in sorted(translation_demonstrations(texts), key=lambda each: each.task):
+        for task, example in sorted(translation_demonstrations(texts), key=lambda each: each[0]):
             if split == "test":
-                files.add(f"test/{shown.task}.jsonl", _question(shown))
+                files.add(f"test/{task}.jsonl", example)
             else:
-                tasks[shown.task].append(shown)
+                tasks[task].append(example)
     for task, every in tasks.items():
         for first in range(0, len(every), _TRANSLATIONS_PER_DOCUMENT):
-            shown_together = every[first : first + _TRANSLATIONS_PER_DOCUMENT]
-            files.add_demonstrations("translate", f"{task}:{first}", shown_together)
+            shots = every[first : first + _TRANSLATIONS_PER_DOCUMENT]
+            files.add_shots("translate", f"{task}:{first}", task, shots)
