@@ -177,7 +177,7 @@ def _filter(job: Job, task: int, out: Path) -> None:
         if corpus.evaluation_texts:
             overlaps = EvaluationNgrams.open(job.task_folder("list") / "overlaps.npz")
         report["removed"] = reasons = Counter[str]()
-        shared = [np.empty(0, np.uint64)]
+        shared: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         with open(out / "removed.jsonl", "x", encoding="utf-8") as removed:
             documents = filter_documents(
                 read_document_shard(shard.documents),
