@@ -126,7 +126,9 @@ class Encoder(ABC):
         try:
             return bytes(symbol_bytes()[symbol] for symbol in token)
         except KeyError as error:
-            raise ValueError(f"the token {token!r:.60} is not in GPT-2's byte alphabet") from error
+            raise ValueError(
+                f"the token {token!r:.60} must have only characters of GPT-2's byte alphabet"
+            ) from error
 
 
 class CharacterEncoder(Encoder):
@@ -263,9 +265,14 @@ def create_encoder(
     word_end = model.get("end_of_word_suffix")
     is_gpt = is_bpe and normalizer.get("type") == "BertNormalizer" and word_end == END_OF_WORD
     if "" in tokens:
-        raise ValueError("the tokenizer has an empty token, which could be merged without end")
+        raise ValueError(
+            "the tokenizer has an empty token, which merges without end; no token may be empty"
+        )
     if model.get("dropout"):
-        raise ValueError("the tokenizer has dropout, so a text would get other ids each time")
+        raise ValueError(
+            f"the tokenizer has dropout {model['dropout']}; it must have none, or a text gets "
+            "other ids each time"
+        )
     if model.get("continuing_subword_prefix") or (word_end and not is_gpt):
         raise ValueError(
             "the tokenizer marks the inside or the end of words; it must be byte-level BPE"
@@ -307,8 +314,8 @@ def create_encoder(
         missing -= _NEVER_IN_UTF8 | OPTIONAL_BYTES.keys()
     if missing:
         raise ValueError(
-            f"the vocabulary lacks {len(missing)} of the 256 bytes (the first is "
-            f"0x{min(missing):02X}): text with them would be lost"
+            f"the vocabulary must have a token for each of the 256 bytes, or text would be lost; "
+            f"it lacks {len(missing)}, the first is 0x{min(missing):02X}"
         )
     if prefix is not None:
         for name in ordinary:

@@ -136,7 +136,10 @@ def _check_duplicates(text: str) -> None:
     if isinstance(merges, list):
         counts = Counter(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
         if len(counts) < len(merges):
-            raise ValueError(f"duplicate merge {counts.most_common(1)[0][0]!r:.60}")
+            twice = counts.most_common(1)[0][0]
+            raise ValueError(
+                f"the merge {twice!r:.60} must be there once, not {counts[twice]} times"
+            )
 
 
 def _read_gpt2(vocabulary_file: Path, merges_file: Path) -> LibraryTokenizer:
