@@ -6,14 +6,18 @@ printed here; a `log` function receives the lines as they are ready.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from pretrain.data.batches import resolve_stride
 from pretrain.data.format import TokenStream
 from pretrain.evaluate.bootstrap import estimate
-from pretrain.evaluate.loss import Model, Score, score_stream, score_texts
+from pretrain.evaluate.loss import Model, Score, score_each, score_stream
+from pretrain.evaluate.metrics import Array
 from pretrain.evaluate.overlap import document_texts
 from pretrain.evaluate.run_tasks import TaskResults, condition_metrics, evaluate_task
 from pretrain.evaluate.task_files import EvalTask, load_tasks, read_texts
@@ -31,6 +35,8 @@ class Evaluation:
     """How texts (`text`) and each task were evaluated, in words"""
     results: list[tuple[EvalTask, TaskResults]] = field(default_factory=list)
     """The statistics and the answer to each example"""
+    statistics: dict[tuple[str, str], Array] = field(default_factory=dict)
+    """By text or task, and metric: a row for each document or example, to compare models by"""
 
     def to_json(self) -> dict[str, Any]:
         return {"text": self.text, "tasks": self.tasks, "protocol": self.protocol}
@@ -71,7 +77,10 @@ def evaluate(
         )
     for file in files:
         texts, note = read_texts(file, text_field)
-        evaluation.text[file] = _text_row(score_texts(model, texts, stride=stride), texts)
+        scores = score_each(model, texts, stride=stride)
+        evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), texts)
+        bits = [(score.nats / math.log(2), score.bytes) for score in scores]
+        evaluation.statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
         if note:
             evaluation.text[file]["passed_over"] = note
     for name, row in evaluation.text.items():
@@ -141,6 +150,7 @@ def _add_task(
             log(f"    {example.input}\n    -> {record['answer']}\n    ({record['references'][0]})")
     evaluation.tasks[task.name] = row
     evaluation.results.append((eval_task, results))
+    evaluation.statistics[task.name, task.metric] = results.statistics[task.metric]
 
 
 def text_protocol(model: Model, stride: int | None, *, of: str = "each text") -> str:

@@ -7,19 +7,14 @@ pretrain compare RUN OTHER --tasks piqa --task-data DIR        over the examples
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from pretrain.cli import scoring
 from pretrain.cli.options import Option
 from pretrain.cli.output import Output
 from pretrain.runner.open import MODEL_HELP
-
-if TYPE_CHECKING:
-    from pretrain.evaluate.metrics import Array
-    from pretrain.evaluate.task_files import EvalTask
-    from pretrain.runner.open import LoadedModel
 
 OPTIONS = (
     Option("MODEL", f"two or more; the others minus the first; {MODEL_HELP}", nargs="+"),
@@ -37,81 +32,43 @@ def run(args: argparse.Namespace, output: Output) -> None:
         )
     eval_tasks = scoring.read_eval_tasks(args)
 
-    from pretrain.evaluate.evaluation import text_protocol
-
-    for name in names:  # every model must open before the first one is evaluated
-        text_protocol(_open(name, args), args.stride)
-    statistics: dict[str, dict[tuple[str, str], Array]] = {}
-    protocol: dict[str, dict[str, str]] = {}
-    for name in names:
-        output.log(f"{name} ...")
-        statistics[name], protocol[name] = _statistics(name, eval_tasks, args)
-        for line in protocol[name].values():
-            output.log(f"  {line}")
-    first = names[0]
-    rows = [
-        _row(key, (first, statistics[first][key]), (name, statistics[name][key]), args.seed)
-        for name in names[1:]
-        for key in statistics[first]
-    ]
-    for row in rows:
-        output.log(_line(row))
-    output.result({"models": names, "comparisons": rows, "protocol": protocol})
-
-
-def _open(name: str, args: argparse.Namespace) -> LoadedModel:
-    return scoring.open_scored(name, device=args.device, start_of_text=args.start_of_text)
-
-
-def _statistics(
-    name: str, eval_tasks: list[EvalTask], args: argparse.Namespace
-) -> tuple[dict[tuple[str, str], Array], dict[str, str]]:
-    """The statistics of one model, by text or task and metric, and how it was evaluated."""
-    import numpy as np
-
-    from pretrain.evaluate.evaluation import task_protocol, text_protocol
-    from pretrain.evaluate.loss import score_each
-    from pretrain.evaluate.run_tasks import evaluate_task
-    from pretrain.evaluate.task_files import read_texts
-
-    model = _open(name, args)
-    statistics: dict[tuple[str, str], Array] = {}
-    protocol: dict[str, str] = {}
-    for file in args.text or []:
-        protocol["text"] = text_protocol(model, args.stride)
-        texts, note = read_texts(file, args.text_field)
-        scores = score_each(model, texts, stride=args.stride)
-        if note:
-            protocol[file] = f"{file}: {note}"
-        bits = [(score.nats / math.log(2), score.bytes) for score in scores]
-        statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
-    for eval_task in eval_tasks:
-        task = eval_task.task
-        results = evaluate_task(model, task, eval_task.examples, stride=args.stride)
-        line = task_protocol(model, eval_task, results)
-        protocol[task.name] = f"{task.name}: {line}"
-        statistics[task.name, task.metric] = results.statistics[task.metric]
-    return statistics, protocol
-
-
-def _row(
-    key: tuple[str, str], first: tuple[str, Array], second: tuple[str, Array], seed: int
-) -> dict[str, Any]:
     from pretrain.evaluate.bootstrap import compare
+    from pretrain.evaluate.evaluation import evaluate, text_protocol
     from pretrain.evaluate.metrics import value
 
-    on, metric = key
-    difference = compare(metric, second[1], first[1], seed=seed)
-    return {
-        "on": on,
-        "metric": metric,
-        "examples": len(first[1]),
-        "first": first[0],
-        "second": second[0],
-        "first_value": float(value(metric, first[1].sum(0))),
-        "second_value": float(value(metric, second[1].sum(0))),
-        **asdict(difference),
-    }
+    open_model = partial(scoring.open_scored, device=args.device, start_of_text=args.start_of_text)
+    for name in names:  # every model must open before the first one is evaluated
+        text_protocol(open_model(name), args.stride)
+    evaluations = {}
+    for name in names:
+        output.log(f"{name} ...")
+        evaluations[name] = evaluate(
+            open_model(name),
+            args.text or (),
+            tasks=eval_tasks,
+            text_field=args.text_field,
+            stride=args.stride,
+            log=output.log,
+        )
+    first, *others = names
+    rows: list[dict[str, Any]] = []
+    for second in others:
+        for (on, metric), statistics in evaluations[first].statistics.items():
+            of_second = evaluations[second].statistics[on, metric]
+            row = {
+                "on": on,
+                "metric": metric,
+                "examples": len(statistics),
+                "first": first,
+                "second": second,
+                "first_value": float(value(metric, statistics.sum(0))),
+                "second_value": float(value(metric, of_second.sum(0))),
+                **asdict(compare(metric, of_second, statistics, seed=args.seed)),
+            }
+            output.log(_line(row))
+            rows.append(row)
+    protocol = {name: evaluation.protocol for name, evaluation in evaluations.items()}
+    output.result({"models": names, "comparisons": rows, "protocol": protocol})
 
 
 def _line(row: dict[str, Any]) -> str:
