@@ -13,6 +13,8 @@ module imports none of them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -56,3 +58,12 @@ def missing_package(feature: str, package: str, *, extra: str = "formats") -> Va
     return ValueError(
         f"{feature} needs the package {package}: python -m pip install 'pretrain[{extra}]'"
     )
+
+
+@contextmanager
+def needs_package(feature: str, package: str, *, extra: str = "formats") -> Iterator[None]:
+    """Turn the ImportError of an optional package into the error of `missing_package`."""
+    try:
+        yield
+    except ImportError as error:
+        raise missing_package(feature, package, extra=extra) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.cli.scoring import STARTS, open_scored
 from pretrain.evaluate.lm_eval import LmEvalModel
 from pretrain.machine import yield_idle_cores
@@ -42,13 +42,11 @@ class HarnessModel(LmEvalModel):
 def register() -> type[HarnessModel]:
     """Register `pretrain` as a model of the harness and return its class. ValueError if the harness
     is not installed."""
-    try:
+    with needs_package("pretrain.cli.harness", "lm_eval", extra="harness"):
         # The harness fills its registry only while that is empty, so its own models come first.
         import lm_eval.models  # noqa: F401
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
-    except ImportError as error:
-        raise missing_package("pretrain.cli.harness", "lm_eval", extra="harness") from error
     model_class: type[HarnessModel] = type("PretrainModel", (HarnessModel, LM), {})
     register_model("pretrain")(model_class)
     return model_class

@@ -7,10 +7,11 @@ the article. The caller chooses the prompt format.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from itertools import permutations
+
+from pretrain.corpus.duplicates import text_hash
 
 _PASSAGE_CHARACTERS = (150, 600)
 _DEFINITION_CHARACTERS = (30, 250)
@@ -71,5 +72,4 @@ def is_held_out(key: str, fraction: float) -> bool:
 
     The choice is pseudo-random but always the same for a key.
     """
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return text_hash(key.encode())[0] < fraction * 2**64

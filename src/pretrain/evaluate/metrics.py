@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain import missing_package
+from pretrain import needs_package
 
 Array = NDArray[np.float64]
 
@@ -111,11 +111,9 @@ def _bleu_of_sums(sums: Array) -> float:
 
 
 def _rouge_scorer(kind: str) -> Any:
-    try:
+    with needs_package(kind, "rouge-score", extra="tasks"):
         from rouge_score.rouge_scorer import RougeScorer
         from rouge_score.tokenizers import DefaultTokenizer
-    except ImportError as error:
-        raise missing_package(kind, "rouge-score", extra="tasks") from error
     ascii_tokenizer = DefaultTokenizer(use_stemmer=True)
 
     class WordTokenizer:
@@ -131,8 +129,6 @@ def _rouge_scorer(kind: str) -> Any:
 
 
 def _sacrebleu() -> Any:
-    try:
+    with needs_package("bleu and chrf", "sacrebleu", extra="tasks"):
         import sacrebleu
-    except ImportError as error:
-        raise missing_package("bleu and chrf", "sacrebleu", extra="tasks") from error
     return sacrebleu

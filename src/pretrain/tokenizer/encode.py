@@ -102,7 +102,7 @@ class Encoder(ABC):
         self.library = library
         added = {
             token["id"]: b"" if token.get("special") else token["content"].encode()
-            for token in description.get("added_tokens", ())
+            for token in description["added_tokens"]
         }
         self.token_bytes = [
             added[id_] if id_ in added else self._bytes_of(token)
@@ -253,13 +253,10 @@ def space_prefix(description: Mapping[str, Any]) -> str | None:
 
 
 def create_encoder(
-    tokens: list[str], special: set[int], description: Description, library: LibraryTokenizer
+    tokens: list[str], description: Description, library: LibraryTokenizer
 ) -> Encoder:
-    """Create the encoder of a tokenizer.json; ValueError for one under which text would be lost.
-
-    `special` has the ids of special tokens.
-    """
-    model, added = description["model"], description.get("added_tokens", ())
+    """Create the encoder of a tokenizer.json; ValueError for one under which text would be lost."""
+    model, added = description["model"], description["added_tokens"]
     normalizer = description.get("normalizer") or {}
     is_bpe = model.get("type") == "BPE"
     word_end = model.get("end_of_word_suffix")
@@ -292,6 +289,7 @@ def create_encoder(
                 f"the token {token['content']!r:.60} removes spaces around it; lstrip, rstrip and "
                 "single_word must be false"
             )
+    special = {token["id"] for token in added if token.get("special")}
     ordinary = [token for id_, token in enumerate(tokens) if id_ not in special]
     if model.get("type") == "WordLevel":
         if not ordinary or any(len(token) != 1 for token in ordinary):

@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers
 
-from pretrain import missing_package
+from pretrain import missing_package, needs_package
 from pretrain.fileio import unique_keys
 from pretrain.tokenizer.byte_level import (
     Split,
@@ -242,12 +242,9 @@ Piece = tuple[str, float, int]
 
 def _read_sentencepiece(content: bytes) -> LibraryTokenizer:
     """Read the content of a .model file."""
-    try:
+    with needs_package("a SentencePiece model", "sentencepiece", extra="sentencepiece"):
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
-    except ImportError as error:
-        feature = "a SentencePiece model"
-        raise missing_package(feature, "sentencepiece", extra="sentencepiece") from error
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(content)
         pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]

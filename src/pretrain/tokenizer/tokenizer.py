@@ -72,8 +72,11 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(self._canonical).hexdigest()
 
         self._tokens = _token_list(library)
-        special = {token["id"] for token in description["added_tokens"] if token["special"]}
-        self._special = {self._tokens[id_]: id_ for id_ in special}
+        self._special = {
+            token["content"]: token["id"]
+            for token in description["added_tokens"]
+            if token["special"]
+        }
         self.vocab_size = len(self._tokens)
         ends = [name for name in (END_OF_TEXT, *START_OF_TEXT) if name in self._special]
         if not ends:
@@ -86,7 +89,7 @@ class Tokenizer:
         self.add_bos = True
         self.stop_ids = [self.end_of_text]
 
-        self.encoder = create_encoder(self._tokens, special, description, library)
+        self.encoder = create_encoder(self._tokens, description, library)
         self.kind: Kind = self.encoder.kind
         self.space_prefix = self.encoder.space_prefix
         if self.kind == "bpe" and not all(

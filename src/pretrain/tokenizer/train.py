@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.fileio import without_surrogates
 from pretrain.tokenizer.byte_level import (
     Split,
@@ -215,10 +215,8 @@ def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> Libr
     """
     if split != "gpt2":
         raise ValueError(f"the fast trainer supports only the split gpt2, not {split}")
-    try:
+    with needs_package("the fast trainer", "gigatoken", extra="fast"):
         import gigatoken
-    except ImportError:
-        raise missing_package("the fast trainer", "gigatoken", extra="fast") from None
     data = b"\0".join(sample)
     with _silent_output():
         _, pairs = gigatoken.train_bpe(data, vocab_size - 1, [], separator=b"\0")
