@@ -7,6 +7,7 @@ objects). torch's threads and flags are set here.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -61,20 +62,9 @@ class World:
         return tensor
 
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of each process, as float64, by rank; all must give equally many."""
-        own = torch.tensor(numbers, dtype=torch.float64)
-        if self.size == 1:
-            return [own.tolist()]
-        gathered = own.new_empty(self.size, len(numbers))
-        dist.all_gather(list(gathered.unbind()), own, group=self.cpu_group)
-        return gathered.tolist()
-
-    def all_gather_uneven(self, numbers: Sequence[float]) -> list[float]:
-        """The numbers of all processes in one list, by rank; their number may differ."""
-        longest = int(max(n for (n,) in self.all_gather([len(numbers)])))
-        padding = [0.0] * (longest - len(numbers))
-        rows = self.all_gather([len(numbers), *numbers, *padding])
-        return [number for n, *row in rows for number in row[: int(n)]]
+        """The numbers of each process, as float64, by rank; they may be of different number."""
+        own = json.dumps([float(number) for number in numbers])  # exact, NaN and infinities too
+        return [json.loads(text) for text in self.all_gather_str(own)]
 
     def all_sum(self, *numbers: float) -> list[float]:
         """The sum of each number over all processes, in the order of ranks."""
@@ -85,25 +75,20 @@ class World:
         if self.size == 1:
             return [text]
         group = group or self.cpu_group
-        own = _to_tensor(text)
+        # A zero at the end: torch cannot view an empty buffer.
+        own = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
         lengths = torch.zeros(self.size, 1, dtype=torch.int64)
         dist.all_gather(list(lengths.unbind()), torch.tensor([len(own)]), group=group)
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
         padded[: len(own)] = own
         rows = padded.new_empty(self.size, len(padded))
         dist.all_gather(list(rows.unbind()), padded, group=group)
-        return [_to_text(row[: int(n)]) for row, n in zip(rows, lengths, strict=True)]
+        pairs = zip(rows, lengths, strict=True)
+        return [row[: int(n) - 1].numpy().tobytes().decode() for row, n in pairs]
 
     def broadcast_str(self, text: str) -> str:
         """The text of rank 0."""
-        if self.size == 1:
-            return text
-        own = _to_tensor(text)
-        length = torch.tensor([len(own)])
-        dist.broadcast(length, 0, group=self.cpu_group)
-        received = own if self.is_main else own.new_empty(int(length))
-        dist.broadcast(received, 0, group=self.cpu_group)
-        return _to_text(received)
+        return self.all_gather_str(text if self.is_main else "")[0]
 
     def wait_for_main(self) -> None:
         """Wait until rank 0 gets here too, however long it works."""
@@ -176,15 +161,6 @@ class World:
         """Destroy the process groups, when all common work is done."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _to_tensor(text: str) -> Tensor:
-    """UTF-8 bytes with a zero at the end: torch cannot view an empty buffer."""
-    return torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
-
-
-def _to_text(received: Tensor) -> str:
-    return received[:-1].numpy().tobytes().decode()
 
 
 def open_world(

@@ -9,6 +9,7 @@ import errno
 import math
 import sys
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,7 +103,7 @@ class Trainee:
             precision=self.precision,
         )
         own = own if self.model.axes.reports_loss(self.world.rank) else []
-        return math.fsum(self.world.all_gather_uneven([each.nats for each in own]))
+        return math.fsum(chain(*self.world.all_gather([each.nats for each in own])))
 
     def sample(self) -> list[int]:
         """A few generated ids, as a run samples them after an evaluation."""

@@ -9,18 +9,18 @@ process adds up the top of the tree itself.
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed import World
-from pretrain.model.loss import LMLoss
+if TYPE_CHECKING:
+    from pretrain.parallel.model import ParallelModel
 
 Gradients = list[Tensor | None]
 """One sum of gradients per parameter; None for a parameter without one."""
@@ -94,27 +94,20 @@ def _add(one: Gradients, other: Gradients) -> Gradients:
 
 
 def forward_backward(
-    lm_loss: LMLoss, micro_batches: Iterable[Any], world: World, precision: str
-) -> tuple[Tensor, Tensor, float]:
+    model: ParallelModel, micro_batches: Iterable[Any], precision: str
+) -> tuple[Tensor, Tensor]:
     """Compute the summed gradients of all micro-batches, of which this process has those of
-    `ReductionTree.leaves`.
-
-    Returns the nats and the number of valid targets of all processes, and the seconds of this
-    process's forward passes, per micro-batch.
-    """
-    own = list(micro_batches)
+    `ReductionTree.leaves`. Returns the nats and the number of valid targets of all processes."""
+    own, world = list(micro_batches), model.world
     tree = ReductionTree(world.size, int(world.all_sum(len(own))[0]))
     first_branch = tree.first_branch(world.rank)
     sums: defaultdict[int, TreeSum] = defaultdict(TreeSum)
-    parameters = list(lm_loss.decoder.parameters())
-    nats, n_targets, forward_seconds = [], 0, 0.0
+    parameters = list(model.lm_loss.decoder.parameters())
+    nats, n_targets = [], 0
     for leaf, micro_batch in enumerate(own):
-        lm_loss.zero_grad(set_to_none=True)
-        start = time.perf_counter()
-        with world.autocast(precision):
-            leaf_nats, leaf_targets = lm_loss(micro_batch.to(world.device))
-        forward_seconds += time.perf_counter() - start
-        leaf_nats.backward()
+        model.lm_loss.zero_grad(set_to_none=True)
+        leaf_nats, leaf_targets = model.nats(micro_batch, precision)
+        leaf_nats.backward()  # type: ignore[no-untyped-call]
         grads = [parameter.grad for parameter in parameters]
         grads = [g.coalesce() if g is not None and g.is_sparse else g for g in grads]
         sums[first_branch + leaf // tree.leaves_per_branch].add(grads)
@@ -132,10 +125,11 @@ def forward_backward(
     for parameter, grad in zip(parameters, total.total(), strict=True):
         parameter.grad = grad
     # Exact sums, so that they do not depend on the order either.
-    all_nats = torch.tensor(math.fsum(world.all_gather_uneven(nats)), dtype=torch.float64)
+    all_nats = torch.tensor(math.fsum(chain(*world.all_gather(nats))), dtype=torch.float64)
     all_targets = torch.tensor(int(world.all_sum(n_targets)[0]))
     # Per micro-batch: a process that has more of them than another is not slower.
-    return all_nats, all_targets, forward_seconds / max(1, len(own))
+    model.forward_seconds /= max(1, len(own))
+    return all_nats, all_targets
 
 
 def broadcast_grad(grad: Tensor | None, parameter: nn.Parameter, owner: int) -> Tensor:

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from pretrain.compat import flatten_mesh, join_meshes, matmul_and_attention_ops
+from pretrain.compat import (
+    ddp_ignore_parameters,
+    flatten_mesh,
+    join_meshes,
+    matmul_and_attention_ops,
+)
 from pretrain.distributed import World
 from pretrain.model.decoder import Decoder, initial_rows
 from pretrain.model.loss import LMLoss
@@ -30,7 +36,6 @@ from pretrain.optim.param_groups import clip_gradients, gradient_values
 from pretrain.parallel import deterministic
 from pretrain.parallel.config import ActivationCheckpointing, ParallelConfig
 from pretrain.parallel.context import InputSharding
-from pretrain.parallel.replicated import average_sparse_grads_, replicate, sparse_tables
 from pretrain.parallel.sharded import (
     LocalShard,
     ShardedOrthogonalizer,
@@ -60,7 +65,7 @@ def parallelize(
     if not axes.shards_weights:
         apply_activation_checkpointing(lm_loss.decoder, axes.activation_checkpointing)
         is_replicated = world.size > 1 and not axes.elastic
-        replicas = replicate(lm_loss, world) if is_replicated else None
+        replicas = _replicate(lm_loss, world) if is_replicated else None
         return ParallelModel(lm_loss, world, axes, replicas=replicas)
 
     mesh = build_mesh(axes, world)
@@ -90,6 +95,27 @@ def parallelize(
         inputs=InputSharding(decoder, mesh),
         pipeline=pipeline,
         compute_dtype=precision,
+    )
+
+
+def sparse_tables(decoder: Decoder) -> dict[str, nn.Parameter]:
+    """Embedding tables with sparse gradients, by their names in the decoder."""
+    ngrams = decoder.ngrams
+    if ngrams is None or not ngrams.sparse_gradients:
+        return {}
+    return {f"ngrams.{name}": table for name, table in ngrams.named_parameters()}
+
+
+def _replicate(lm_loss: LMLoss, world: World) -> DistributedDataParallel:
+    """Wrap a loss module, so that backward averages its dense gradients over all processes, while
+    it runs: torch's DistributedDataParallel ("PyTorch Distributed", Li et al., 2020)."""
+    ddp_ignore_parameters(lm_loss, [f"decoder.{name}" for name in sparse_tables(lm_loss.decoder)])
+    return DistributedDataParallel(
+        lm_loss,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        # Initial weights are a function of the seed, the same on all ranks.
+        init_sync=False,
+        gradient_as_bucket_view=True,
     )
 
 
@@ -269,10 +295,7 @@ class ParallelModel:
         deterministic reduction."""
         if self.pipeline is not None:
             return self.pipeline.forward_backward(list(micro_batches), self.world, precision)
-        nats, n_targets, self.forward_seconds = deterministic.forward_backward(
-            self.lm_loss, micro_batches, self.world, precision
-        )
-        return nats, n_targets
+        return deterministic.forward_backward(self, micro_batches, precision)
 
     def reduce_step(self, nats: Tensor, n_targets: Tensor) -> tuple[float, int]:
         """Complete the gradients of a step, summed over processes and divided by `n_averaged`.
@@ -322,3 +345,42 @@ class ParallelModel:
         names = sorted({name for slices in self.slices for name in slices})
         totals = self.world.all_sum(*(shares.get(name, 0.0) for name in names))
         return dict(zip(names, totals, strict=True))
+
+
+def average_sparse_grads_(tables: Sequence[nn.Parameter], size: int) -> None:
+    """Replace the sparse gradients of `tables` (R, D) by their mean over `size` processes.
+
+    The result has the same bits on all ranks. Only the rows that a process has read are sent, those
+    of all tables of one width D together.
+    """
+    for width in sorted({table.shape[1] for table in tables}):
+        same_width = [table for table in tables if table.shape[1] == width]
+        grads = [table.grad.coalesce() for table in same_width if table.grad is not None]
+        n_rows = torch.tensor([len(grad.values()) for grad in grads])
+        n_rows_of_rank = n_rows.new_empty(size, len(grads))
+        dist.all_gather(list(n_rows_of_rank.unbind()), n_rows)
+
+        # all_gather needs equal sizes: pad to the longest.
+        longest = int(n_rows_of_rank.sum(1).max())
+        values_ND = torch.cat([grad.values() for grad in grads]) / size
+        all_values = _all_gather_padded(values_ND, longest, size)
+        rows_N = torch.cat([grad.indices()[0] for grad in grads])
+        all_rows = _all_gather_padded(rows_N, longest, size)
+
+        stops = n_rows_of_rank.cumsum(1)
+        starts = stops - n_rows_of_rank
+        for i, table in enumerate(same_width):
+            spans = [slice(int(a), int(b)) for a, b in zip(starts[:, i], stops[:, i], strict=True)]
+            rows = torch.cat([all_rows[rank, span] for rank, span in enumerate(spans)])
+            values = torch.cat([all_values[rank, span] for rank, span in enumerate(spans)])
+            mean = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)
+            table.grad = mean.coalesce()
+
+
+def _all_gather_padded(tensor: Tensor, length: int, size: int) -> Tensor:
+    """The tensors (N, ...) of all processes, padded with zeros: (size, length, ...)."""
+    padded = tensor.new_zeros(length, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    gathered = padded.new_empty(size, *padded.shape)
+    dist.all_gather(list(gathered.unbind()), padded)
+    return gathered

@@ -102,11 +102,16 @@ class PipelineLoss(LMLoss):
             z_loss=lm_loss.z_loss,
         )
         self.cross_entropy = lm_loss.cross_entropy
-        self._end_group = _end_group(group)
+        # The first and last rank of this pipeline; the pp axis is the outermost of the mesh. Each
+        # process takes part in making every group.
+        n_pipelines = dist.get_world_size() // self.decoder.size
+        last = dist.get_world_size() - n_pipelines
+        groups: list[Any] = [dist.new_group([n, last + n]) for n in range(n_pipelines)]
+        self._end_group = groups[dist.get_rank() % n_pipelines]
         self._schedules: dict[tuple[int, ...], Any] = {}
-        self._waiting: Iterator[Any] = iter(())
+        self.waiting: Iterator[Any] = iter(())
         """micro-batches of the step whose forward pass has not started"""
-        self._autocast: Any = None
+        self.autocast: Any = None
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Nats and number of valid targets; zeros but on the last rank."""
@@ -124,8 +129,8 @@ class PipelineLoss(LMLoss):
         batches = [batch.to(world.device) for batch in micro_batches]
         inputs = torch.cat([batch.inputs for batch in batches])
         targets = torch.cat([batch.targets for batch in batches])
-        self._waiting = iter(batches)
-        self._autocast = partial(world.autocast, precision)
+        self.waiting = iter(batches)
+        self.autocast = partial(world.autocast, precision)
         schedule = self._schedule(len(batches), batches[0].inputs, world.device)
         losses: list[Tensor] = []
         decoder.in_schedule = True
@@ -174,17 +179,6 @@ class PipelineLoss(LMLoss):
         self._schedules[key] = schedule
         return schedule
 
-    def run_next(self, received: Tensor) -> Tensor:
-        """Run this rank's blocks on the next micro-batch, and on the last rank the loss too (1);
-        the schedule starts micro-batches in order."""
-        batch = next(self._waiting)
-        self.decoder.received = received
-        with self._autocast():
-            if self.decoder.is_last:
-                return super().forward(batch)[0][None]
-            hidden: Tensor = self.decoder(batch.inputs, dropout_rng=self.dropout_rng(batch))
-            return hidden
-
 
 class _ScheduledModule(nn.Module):
     """The module that torch's schedule calls with received hidden states, or with ids."""
@@ -194,14 +188,11 @@ class _ScheduledModule(nn.Module):
         self.lm_loss = lm_loss
 
     def forward(self, received: Tensor) -> Tensor:
-        return self.lm_loss.run_next(received)
-
-
-def _end_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group of the first and the last rank of this pipeline. All processes call this, since
-    each of them takes part in making every group."""
-    # The pp axis is the outermost one of the mesh.
-    n_pipelines = dist.get_world_size() // dist.get_world_size(group)
-    last = dist.get_world_size() - n_pipelines
-    groups: list[dist.ProcessGroup] = [dist.new_group([n, last + n]) for n in range(n_pipelines)]
-    return groups[dist.get_rank() % n_pipelines]
+        """Run this rank's blocks on the next micro-batch, and on the last rank the loss too (1);
+        the schedule starts micro-batches in order."""
+        lm_loss, batch = self.lm_loss, next(self.lm_loss.waiting)
+        lm_loss.decoder.received = received
+        with lm_loss.autocast():
+            if lm_loss.decoder.is_last:
+                return lm_loss(batch)[0][None]  # type: ignore[no-any-return]
+            return lm_loss.decoder(batch.inputs, dropout_rng=lm_loss.dropout_rng(batch))  # type: ignore[no-any-return]
