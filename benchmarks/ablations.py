@@ -115,12 +115,12 @@ class Arm:
         self.batches = training_batches(self.config, self.data)
 
     def step(self, step: int) -> None:
-        from pretrain.optim.schedule import lr_at
+        from pretrain.optim.schedule import LRSchedule
         from pretrain.train.step import training_steps
 
         peak = self.config.optimizer.learning_rate
         batch = self._growing(step) if self.how == "batch_grows" else self.batches.at(step)
-        lr = lr_at(step, config=self.config.schedule, learning_rate=peak, steps=self.steps)
+        lr = LRSchedule(self.config.schedule, peak, self.steps).at(step)
         updates = training_steps(
             self.lm_loss,
             self.optimizer,

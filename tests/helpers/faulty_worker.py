@@ -42,8 +42,8 @@ def optimizer() -> None:
 
 def schedule() -> None:
     """The warm-up starts again."""
-    real = state.lr_at  # type: ignore[attr-defined]
-    state.lr_at = lambda step, **rest: real(step - 4, **rest)  # type: ignore[attr-defined]
+    real = state.Run.lr_at
+    state.Run.lr_at = lambda run, step: real(run, step - 4)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pretrain.evaluate.loss import ScoredModel, score
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import build_optimizer
-from pretrain.optim.schedule import lr_at
+from pretrain.optim.schedule import LRSchedule
 from pretrain.runner.request import read_target
 from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
@@ -57,7 +57,7 @@ def held_out_loss(settings: dict[str, float]) -> float:
             batch_tokens=batch_tokens,
         ),
         training_batches(config, data).at,
-        lr_at=lambda s: lr_at(s, config=config.schedule, learning_rate=peak, steps=steps),
+        lr_at=LRSchedule(config.schedule, peak, steps).at,
         steps=steps,
         clip=config.optimizer.clip,
         world=world,

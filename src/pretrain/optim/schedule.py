@@ -14,17 +14,6 @@ from typing import Any, assert_never
 from pretrain.optim.config import ScheduleConfig, ScheduleSegment
 
 
-def lr_at(step: int, *, config: ScheduleConfig, learning_rate: float, steps: int) -> float:
-    """Return the learning rate of update `step` (from 0) of `steps`.
-
-    `learning_rate` is the peak; a step of an earlier schedule has that schedule's peak.
-    """
-    for segment in config.history:
-        if step < segment.until_step:
-            return segment.learning_rate * lr_fraction(step, segment, segment.steps)
-    return learning_rate * lr_fraction(step, config, steps)
-
-
 def lr_fraction(step: int, shape: ScheduleConfig | ScheduleSegment, steps: int) -> float:
     """Return the learning rate of update `step` (from 0) of `steps` as a fraction of the peak.
 
@@ -71,8 +60,12 @@ class LRSchedule:
     steps: int
 
     def at(self, step: int) -> float:
-        """Return the learning rate of update `step` (from 0)."""
-        return lr_at(step, config=self.schedule, learning_rate=self.learning_rate, steps=self.steps)
+        """Return the learning rate of update `step` (from 0); a step of an earlier schedule has
+        that schedule's peak."""
+        for segment in self.schedule.history:
+            if step < segment.until_step:
+                return segment.learning_rate * lr_fraction(step, segment, segment.steps)
+        return self.learning_rate * lr_fraction(step, self.schedule, self.steps)
 
     @property
     def segments(self) -> tuple[ScheduleSegment, ...]:

@@ -26,7 +26,7 @@ from pretrain.distributed import World
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.fileio import check_free_space
 from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, role_of
-from pretrain.optim.schedule import lr_at
+from pretrain.optim.schedule import LRSchedule
 from pretrain.parallel.model import ParallelModel
 from pretrain.run.directory import CHECKPOINTS, METRICS, POST_MORTEMS, CannotSave
 from pretrain.run.log import BestEvaluation, RunLog
@@ -152,12 +152,8 @@ class Run:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
-        return lr_at(
-            step,
-            config=self.config.schedule,
-            learning_rate=self.config.optimizer.learning_rate,
-            steps=self.n_steps,
-        )
+        peak = self.config.optimizer.learning_rate
+        return LRSchedule(self.config.schedule, peak, self.n_steps).at(step)
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every `every` steps (None: never) happens now; everything
