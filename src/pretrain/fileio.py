@@ -74,12 +74,6 @@ class NewFile:
             os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file to the disk itself; FileExistsError if it exists."""
-    with NewFile(path) as file:
-        file.write(content)
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[NewFile]:
     """Yield a file that takes the place of `path` when the block ends without an error.
@@ -121,8 +115,8 @@ def write_json(
     `ascii_only` escapes all other characters, so file names that are not Unicode can be written.
     """
     text = json.dumps(content, indent=indent, ensure_ascii=ascii_only) + "\n"
-    write = replace_file if replace else write_file
-    write(path, text.encode())
+    with replacing(path) if replace else NewFile(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -278,7 +272,14 @@ def file_lock(path: Path, *, wait: bool = False, action: str = "used") -> Iterat
         except OSError as error:
             if error.errno in {errno.EAGAIN, errno.EACCES, errno.EDEADLK}:
                 os.close(descriptor)
-                raise _lock_held(path, action) from None
+                owner: dict[str, Any] = {}
+                with contextlib.suppress(OSError, ValueError):
+                    owner = read_json(path)
+                raise ValueError(
+                    f"{path.parent} is being {action} by process {owner.get('pid', '?')} on "
+                    f"{owner.get('host', '?')}, since {owner.get('since', '?')}; wait for it, or "
+                    "stop it"
+                ) from None
             warning = f"{path}: file locking is not available ({error.strerror})"
             break
         # The last owner may have deleted the file before this process locked it.
@@ -297,13 +298,3 @@ def file_lock(path: Path, *, wait: bool = False, action: str = "used") -> Iterat
         with contextlib.suppress(OSError):
             os.unlink(path)
         os.close(descriptor)
-
-
-def _lock_held(path: Path, action: str) -> ValueError:
-    owner: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        owner = read_json(path)
-    return ValueError(
-        f"{path.parent} is being {action} by process {owner.get('pid', '?')} on "
-        f"{owner.get('host', '?')}, since {owner.get('since', '?')}; wait for it, or stop it"
-    )

@@ -166,7 +166,8 @@ def _commit(
     }
     content["sha256"] = manifest_hash(json.loads(json.dumps(content)))
     # Last: a folder with a manifest is complete.
-    fileio.write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+    with fileio.NewFile(temporary / MANIFEST) as file:
+        file.write(json.dumps(content, indent=1).encode())
     fileio.sync_folder(temporary)
     _rename(temporary, final)
 
