@@ -52,6 +52,8 @@ def write_hugging_face(
 ) -> None:
     """Write a model directory into an existing folder, with a copy of one file's weights at a time.
     The decoder's weights are rounded to the numbers in the files."""
+    from safetensors.torch import save_file
+
     config, dtype, stops = decoder.config, _DTYPES[numbers], tokenizer.stop_ids
     special = {
         "bos_token_id": tokenizer.start_of_text,
@@ -92,37 +94,35 @@ def write_hugging_face(
         file_bytes += n_bytes
         total_bytes += n_bytes
     file_of: dict[str, str] = {}
+    own = {name: p.detach() for name, p in decoder.named_parameters()}
     for number, group in enumerate(files, start=1):
         name = _WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        _write_weights(folder / name, group, decoder, dtype)
-        file_of |= {stored.name: name for stored in group}
+        tensors = {stored.name: to_stored(stored, own).to(dtype).contiguous() for stored in group}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        if dtype != torch.float32:
+            for stored in group:
+                for own_name, values in to_parameters(stored, tensors[stored.name]):
+                    own[own_name].copy_(values)
+        file_of |= dict.fromkeys(tensors, name)
+        del tensors  # before those of the next file exist
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
         write_json(folder / _INDEX, index, indent=2)
 
 
-def _write_weights(
-    file: Path, group: list[StoredTensor], decoder: Decoder, dtype: torch.dtype
-) -> None:
-    from safetensors.torch import save_file
-
-    own = {name: p.detach() for name, p in decoder.named_parameters()}
-    tensors = {stored.name: to_stored(stored, own).to(dtype).contiguous() for stored in group}
-    save_file(tensors, file, metadata={"format": "pt"})
-    if dtype != torch.float32:
-        for stored in group:
-            for name, values in to_parameters(stored, tensors[stored.name]):
-                own[name].copy_(values)
-
-
 def open_hugging_face(folder: Path) -> ImportedModel:
     """Open and check a model directory. FormatError for damage or another architecture."""
+    from safetensors import SafetensorError, safe_open
+
     content = _read_json(folder / "config.json")
     files = _weight_files(folder)
     readers: dict[str, Any] = {}
     shapes: dict[str, Shape] = {}
     for file in files:
-        reader = _opened(file)
+        try:
+            reader = safe_open(file, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{file} must be a complete safetensors file: {error}") from None
         for name in reader.keys():  # noqa: SIM118 - it is not a dict
             if name in readers:
                 raise FormatError(
@@ -222,15 +222,6 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{name!r:.200})"
             )
     return [folder / name for name in names]
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{file} must be a complete safetensors file: {error}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import Decoder, build
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-Read = Callable[[str], Tensor]
-"""Reads a tensor of a file by its name."""
 Shape = tuple[int, ...]
 
 _MAX_LISTED = 20
@@ -80,7 +78,8 @@ class ImportedModel:
     tokenizer: Tokenizer
     """With exactly the model's vocabulary size."""
     tensors: list[StoredTensor]
-    read: Read
+    read: Callable[[str], Tensor]
+    """Reads a tensor of a file by its name."""
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield our parameters by name, float32, one at a time. FormatError for a number that is

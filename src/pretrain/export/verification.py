@@ -102,12 +102,8 @@ def verify_export(
         return content
     request = make_request(exported, text, library=library, threads=threads)
     answer, logits = _run_worker(request)
-    if "unable" in answer:
+    if logits is None:
         return {**content, "library": library, **answer}
-    if "refusal" in answer:
-        return {**content, "verdict": DISAGREES, "library": library, **answer}
-    if answer.pop("imported_pretrain"):
-        raise RuntimeError("the verification worker must not import this package")
     checks = {
         "logits": _compare_logits(exported, request, logits),
         "greedy": _compare_greedy(exported, request, answer["greedy"]),
@@ -205,8 +201,9 @@ def _run_worker(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]
     if done.returncode < 0:
         last = f"{request['library']} was killed by signal {-done.returncode}: {last}"
+    if done.returncode < 0 or done.returncode == CANNOT_RUN:
         return {"unable": last}, None
-    return {"unable" if done.returncode == CANNOT_RUN else "refusal": last}, None
+    return {"verdict": DISAGREES, "refusal": last}, None
 
 
 @torch.no_grad()

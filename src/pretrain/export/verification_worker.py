@@ -6,6 +6,7 @@ independent. Its argument is a folder with request.json; it writes answer.json a
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -130,10 +131,7 @@ def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     request["folder"] = str(folder)
     try:
-        if request["library"] == "llama_cpp":
-            import llama_cpp  # noqa: F401
-        else:
-            import transformers  # noqa: F401
+        importlib.import_module(request["library"])
     except Exception as error:  # one of its packages, or a system library, is missing
         raise ImportError(str(error)) from error
     kinds: dict[str, Any] = {"transformers": Transformers, "llama_cpp": LlamaCpp}
@@ -150,7 +148,6 @@ def main(folder: Path) -> None:
         "greedy": library.greedy(request["prompt"], request["new_tokens"]),
         "nats": nats if math.isfinite(nats) else None,
         "tokens": len(ids) - 1,
-        "imported_pretrain": any(name.split(".")[0] == "pretrain" for name in sys.modules),
     }
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
