@@ -25,7 +25,7 @@ from line_process import LineProcess
 from rows import OURS, Row, rows_of, table
 
 from pretrain.distributed import open_world
-from pretrain.model.sizes import training_flops
+from pretrain.model.config import training_flops
 from pretrain.train.config import TrainConfig
 from pretrain.train.profile import ceiling_flops
 

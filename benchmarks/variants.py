@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from pretrain.model import loss as losses
 from pretrain.model.decoder import Decoder
-from pretrain.model.layers import Attention, Linear
+from pretrain.model.layers import Attention, Linear, rope_cos_sin
 from pretrain.model.loss import LMLoss
-from pretrain.model.rope import rope_cos_sin
 from pretrain.optim import muon, param_groups
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from model_variants import VARIANTS, V, small_config
-from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.config import ModelConfig, model_defaults, n_parameters
 from pretrain.model.decoder import Decoder
 from pretrain.model.families import PRESETS
-from pretrain.model.sizes import n_parameters
 
 # GPT-2's four sizes as counted in its released weights, GPT's in its own, Llama's as in its model
 # cards and released weights. For `transformer` nobody published a decoder alone: the count is that

@@ -9,7 +9,7 @@ import torch
 
 from oracles import config_of
 from pretrain.model import fused
-from pretrain.model.rope import rope_cos_sin
+from pretrain.model.layers import rope_cos_sin
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.3])

@@ -19,8 +19,7 @@ import parallel_jobs as jobs
 from pretrain.cli import main
 from pretrain.config import read_file
 from pretrain.distributed import open_world
-from pretrain.model.config import ModelConfig, model_defaults
-from pretrain.model.sizes import n_parameters
+from pretrain.model.config import ModelConfig, model_defaults, n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
 from pretrain.runner import launch as launch_module

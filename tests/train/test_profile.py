@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.cli import main
 from pretrain.data.batches import MicroBatch
-from pretrain.model.config import ModelConfig, model_defaults
+from pretrain.model.config import ModelConfig, model_defaults, n_matmul_parameters, training_flops
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
-from pretrain.model.sizes import n_matmul_parameters, training_flops
 from pretrain.train.profile import Profile, _category, lines
 from reference import reference_cross_entropy
 from tiny import TINY

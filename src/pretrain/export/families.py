@@ -210,7 +210,7 @@ def is_native(config: ModelConfig) -> bool:
     if config.family not in FORMATS:
         return False
     keys = FORMATS[config.family].keys
-    values, family_values = asdict(config), asdict(ModelConfig(**FAMILIES[config.family]()))
+    values, family_values = asdict(config), asdict(ModelConfig(**FAMILIES[config.family]))
     fixed_fields = values.keys() - _FREE_FIELDS - keys.keys()
     return (
         all(values[name] == family_values[name] for name in fixed_fields)

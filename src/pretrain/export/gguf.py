@@ -39,7 +39,7 @@ from pretrain.export.layouts import (
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import Decoder
 from pretrain.model.families import FAMILIES
-from pretrain.model.rope import rope_frequencies
+from pretrain.model.layers import rope_frequencies
 from pretrain.tokenizer.byte_level import Split, byte_level_bpe
 from pretrain.tokenizer.load import PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -249,7 +249,7 @@ def _check_header(file: Path) -> None:
 def _config_of(values: Mapping[str, Any], file_tensors: Mapping[str, Any]) -> ModelConfig:
     family = values.get("general.architecture")
     keys = gguf_format(family).keys
-    fields = FAMILIES[str(family)]()
+    fields = dict(FAMILIES[str(family)])
     for field, key in keys.items():
         value = values.get(f"{family}.{key}", _DEFAULTS.get(field))
         if value is not None or field not in _DEFAULTS:

@@ -87,7 +87,7 @@ def from_hf_config(content: Mapping[str, Any]) -> ModelConfig:
         raise FormatError(f"model_type must be one of {known} (got {model_type!r:.60})")
     hf = FORMATS[by_type[model_type]]
     _check_keys({**hf.defaults, **content}, hf.fixed)
-    values = FAMILIES[by_type[model_type]]()
+    values = dict(FAMILIES[by_type[model_type]])
     for field, key in hf.keys.items():
         if key not in content and key not in hf.defaults:
             raise FormatError(f"config.json must have the key {key!r}, for model.{field}")

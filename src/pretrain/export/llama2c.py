@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pretrain.export.families import checked_config
 from pretrain.export.layouts import FormatError, ImportedModel, Layout, stored_tensors
-from pretrain.model.families import llama
-from pretrain.model.sizes import n_parameters
+from pretrain.model.config import n_parameters
+from pretrain.model.families import FAMILIES
 from pretrain.tokenizer.encode import SPACE
 from pretrain.tokenizer.load import Piece, PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -61,8 +61,9 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> ImportedModel:
             f"{file} must have the first version of llama2.c's format (got a later one)"
         )
     sizes = {"n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "d_model": d, "d_ff": f}
+    values = {**FAMILIES["llama"], **sizes, "context_length": context, "tied_head": vocab > 0}
     try:
-        config = checked_config(llama(**sizes, context_length=context, tied_head=vocab > 0))
+        config = checked_config(values)
     except FormatError as error:
         raise FormatError(f"{file}: {error}") from None
     vocab_size = abs(vocab)

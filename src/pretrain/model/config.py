@@ -1,4 +1,5 @@
-"""The section `model` of a config: the axes of the decoder's architecture, and its sizes.
+"""The section `model` of a config: the axes of the decoder's architecture, its sizes, and the
+number of parameters and FLOP that follow from them.
 
 `families` sets the architecture by family and the sizes by preset; the user's own values replace
 them.
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal, assert_never
 
 from pretrain.model.families import (
     FAMILIES,
+    HAS_FINAL_NORM,
+    IS_GATED,
     PRESETS,
     Bias,
     Family,
@@ -21,7 +24,6 @@ from pretrain.model.families import (
     Norm,
     NormPlace,
     Position,
-    is_gated,
     sizes_of,
 )
 from pretrain.validation import Checked, FieldError, Range, raise_errors, suggestion
@@ -164,7 +166,7 @@ class ModelConfig(Checked):
     def feed_forward_width(self) -> int:
         if self.d_ff is not None:
             return self.d_ff
-        if not is_gated(self.feed_forward):
+        if not IS_GATED[self.feed_forward]:
             return 4 * self.d_model
         # Three matrices of 8/3 d have as many weights as two of 4 d (Shazeer, "GLU Variants Improve
         # Transformer", 2020).
@@ -226,9 +228,10 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
 
     family = preset.get("family", family or "llama")
     if family != "fast":
-        return FAMILIES[family](**preset)
+        return {**FAMILIES[family], **preset}
     size = section.get("size")
-    values = FAMILIES[family](**({"size": size} if _is_size(size) else {}))
+    own_sizes = {"size": size, **sizes_of(size)} if _is_size(size) else {}
+    values = {**FAMILIES[family], **own_sizes}
     width = section.get("d_model")
     if type(width) is int and _WIDTH.accepts(width):
         # Another width has heads of about 64 as well.
@@ -250,3 +253,56 @@ def replaced_fields(section: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and _SIZE.accepts(value)
+
+
+def n_parameters(config: ModelConfig, *, vocab_size: int) -> int:
+    """Return the number of parameters; a tied head is counted once."""
+    d, f = config.d_model, config.feed_forward_width
+    d_kv = config.kv_heads * config.d_head
+
+    biases_of_block = 0
+    if config.has_bias("query_key_value"):
+        biases_of_block += d + 2 * d_kv
+    if config.has_bias("output"):
+        biases_of_block += d
+    if config.has_bias("feed_forward"):
+        biases_of_block += f + d
+        if IS_GATED[config.feed_forward]:
+            biases_of_block += f
+
+    norm = 2 * d if config.has_bias("norm") else d
+    n_norms = 2 * config.n_layers
+    if HAS_FINAL_NORM[config.norm_place]:
+        n_norms += 1
+
+    # The matrices include the head's, which is the token embedding's where it is tied.
+    embeddings = config.table_rows(vocab_size) * d
+    if not config.tied_head:
+        embeddings += vocab_size * d
+    if config.position == "learned":
+        embeddings += config.window_tokens * d
+
+    matrices = n_matmul_parameters(config, vocab_size=vocab_size)
+    return matrices + embeddings + config.n_layers * biases_of_block + n_norms * norm
+
+
+def n_matmul_parameters(config: ModelConfig, *, vocab_size: int) -> int:
+    """Return the number of weights that every token is multiplied with.
+
+    These are all matrices, with the head's also where it is tied, and no table of embeddings.
+    """
+    d, f = config.d_model, config.feed_forward_width
+    d_kv = config.kv_heads * config.d_head
+    attention = 2 * d * d + 2 * d * d_kv
+    feed_forward = (3 if IS_GATED[config.feed_forward] else 2) * d * f
+    return config.n_layers * (attention + feed_forward) + vocab_size * d
+
+
+def training_flops(config: ModelConfig, *, vocab_size: int) -> int:
+    """Return the FLOP of a training step for each token, 6 N + 6 L d T.
+
+    N is the number of weights that a token is multiplied with, L d T the cost of attention, of
+    which only the causal half is counted: "PaLM" (Chowdhery et al., 2022), appendix B.
+    """
+    attention = config.n_layers * config.d_model * config.window_tokens
+    return 6 * (n_matmul_parameters(config, vocab_size=vocab_size) + attention)

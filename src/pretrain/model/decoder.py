@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from pretrain.compat import allocate_empty
 from pretrain.model.config import ModelConfig
 from pretrain.model.dropout import EMBEDDING_DROPOUT_ID, DropoutRng, dropout
-from pretrain.model.families import has_final_norm
+from pretrain.model.families import HAS_FINAL_NORM
 from pretrain.model.fused import rms_norm
-from pretrain.model.layers import Block, Embedding, KeyValueCache, Linear, build_norm
+from pretrain.model.layers import (
+    Block,
+    Embedding,
+    KeyValueCache,
+    Linear,
+    build_norm,
+    rope_cos_sin,
+    sinusoids_at,
+)
 from pretrain.model.ngrams import NgramEmbedding
-from pretrain.model.rope import rope_cos_sin, sinusoids_at
 from pretrain.rng import normal, uniform
 
 # GPT-2's code draws every matrix from N(0, 0.02).
@@ -42,7 +49,7 @@ class Decoder(nn.Module):
         self.ngrams = NgramEmbedding(config, vocab_size) if config.table_rows(vocab_size) else None
         # A ModuleDict: a block keeps its name in a pipeline stage that has some of the blocks.
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
-        self.final_norm = build_norm(config) if has_final_norm(config.norm_place) else None
+        self.final_norm = build_norm(config) if HAS_FINAL_NORM[config.norm_place] else None
         self.head = None if config.tied_head else Linear(config.d_model, vocab_size, bias=False)
 
     def forward(

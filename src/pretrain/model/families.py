@@ -1,15 +1,14 @@
 """The axes of the architecture, the families with their choices, and the published sizes.
 
-To add a family: write a function with its choices and their source, add it to `Family` and
-FAMILIES, and test it against an implementation by somebody else (docs/internals/model.md does so
-with Qwen 2). A choice that no family has made yet is a new value of an axis: add it to the axis,
-and mypy names every `match` that has to handle it.
+To add a family: add it to `Family`, and its choices with their source to FAMILIES, and test it
+against an implementation by somebody else (docs/internals/model.md does so with Qwen 2). A choice
+that no family has made yet is a new value of an axis: add it to the axis, and mypy names every
+`match` that has to handle it; the tables here need it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 Family = Literal["transformer", "gpt", "gpt2", "llama", "fast"]
 Norm = Literal["layer", "rms"]
@@ -19,43 +18,33 @@ FeedForwardKind = Literal["gelu", "relu", "relu2", "swiglu"]
 Bias = Literal["none", "all", "feed_forward", "query_key_value"]
 Initialization = Literal["normal", "scaled", "xavier", "zero"]
 
-
-def has_final_norm(place: NormPlace) -> bool:
-    """Return whether the last hidden states need one more norm before the head."""
-    match place:
-        case "before":
-            return True
-        case "after":
-            return False
-        case _:
-            assert_never(place)
-
-
-def is_gated(kind: FeedForwardKind) -> bool:
-    """Return whether a feed-forward layer has a third matrix, the gate."""
-    match kind:
-        case "swiglu":
-            return True
-        case "gelu" | "relu" | "relu2":
-            return False
-        case _:
-            assert_never(kind)
-
+HAS_FINAL_NORM: dict[NormPlace, bool] = {"before": True, "after": False}
+"""Whether the last hidden states need one more norm before the head."""
+IS_GATED: dict[FeedForwardKind, bool] = {
+    "gelu": False,
+    "relu": False,
+    "relu2": False,
+    "swiglu": True,
+}
+"""Whether a feed-forward layer has a third matrix, the gate."""
 
 # The values of a ModelConfig; those that a family does not name are the config's defaults.
 Values = dict[str, Any]
 
 
-def transformer(**sizes: Any) -> Values:
-    """The decoder of "Attention Is All You Need" (Vaswani et al., 2017), without attention to an
-    encoder.
+def sizes_of(size: int) -> Values:
+    """All sizes of `fast` from its number of layers: one more head than layers, each 64 wide, since
+    on a CPU small models are better wide than deep (docs/notebook)."""
+    return {"n_layers": size, "n_heads": size + 1, "d_model": 64 * (size + 1)}
 
-    Sections 3.1 to 3.5 and 5.4: post-norm, ReLU, sinusoids, embeddings times sqrt(d_model) and
-    tied to the head, dropout on the sums of embeddings and positions and on the output of each
-    branch, not on attention weights; attention projections without biases. Initial weights are
-    those of the authors' code (tensor2tensor).
-    """
-    return {
+
+FAMILIES: dict[str, Values] = {
+    # The decoder of "Attention Is All You Need" (Vaswani et al., 2017), without attention to an
+    # encoder. Sections 3.1 to 3.5 and 5.4: post-norm, ReLU, sinusoids, embeddings times
+    # sqrt(d_model) and tied to the head, dropout on the sums of embeddings and positions and on the
+    # output of each branch, not on attention weights; attention projections without biases. Initial
+    # weights are those of the authors' code (tensor2tensor).
+    "transformer": {
         "family": "transformer",
         "norm": "layer",
         "norm_place": "after",
@@ -67,15 +56,11 @@ def transformer(**sizes: Any) -> Values:
         "initialization": "xavier",
         "dropout": 0.1,
         "attention_dropout": False,
-        **sizes,
-    }
-
-
-def gpt(**sizes: Any) -> Values:
-    """GPT: "Improving Language Understanding by Generative Pre-Training" (Radford et al., 2018),
-    section 4.1: post-norm, learned positions, GELU, N(0, 0.02), dropout of 0.1 on embeddings,
-    attention weights and branches."""
-    return {
+    },
+    # "Improving Language Understanding by Generative Pre-Training" (Radford et al., 2018), section
+    # 4.1: post-norm, learned positions, GELU, N(0, 0.02), dropout of 0.1 on embeddings, attention
+    # weights and branches.
+    "gpt": {
         "family": "gpt",
         "norm": "layer",
         "norm_place": "after",
@@ -84,15 +69,11 @@ def gpt(**sizes: Any) -> Values:
         "bias": "all",
         "tied_head": True,
         "dropout": 0.1,
-        **sizes,
-    }
-
-
-def gpt2(**sizes: Any) -> Values:
-    """GPT-2: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section
-    2.3: pre-norm, initial weights of residual branches divided by the root of their number. The
-    paper does not mention dropout; it is 0."""
-    return {
+    },
+    # "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.3:
+    # pre-norm, initial weights of residual branches divided by the root of their number. The paper
+    # does not mention dropout; it is 0.
+    "gpt2": {
         "family": "gpt2",
         "norm": "layer",
         "position": "learned",
@@ -100,37 +81,27 @@ def gpt2(**sizes: Any) -> Values:
         "bias": "all",
         "tied_head": True,
         "initialization": "scaled",
-        **sizes,
-    }
-
-
-def llama(**sizes: Any) -> Values:
-    """Llama: "LLaMA: Open and Efficient Foundation Language Models" (Touvron et al., 2023), section
-    2.2: pre-norm with RMSNorm, SwiGLU, rotary positions. Initial weights are not published; they
-    are N(0, 0.02), as in transformers."""
-    return {
+    },
+    # "LLaMA: Open and Efficient Foundation Language Models" (Touvron et al., 2023), section 2.2:
+    # pre-norm with RMSNorm, SwiGLU, rotary positions. Initial weights are not published; they are
+    # N(0, 0.02), as in transformers.
+    "llama": {
         "family": "llama",
         "norm": "rms",
         "position": "rotary",
         "feed_forward": "swiglu",
         "bias": "none",
         "tied_head": False,
-        **sizes,
-    }
-
-
-def fast(*, size: int = 2, **changes: Any) -> Values:
-    """This project's own family: the choices that train fastest on little hardware.
-
-    Squared ReLU: "Primer" (So et al., 2021); norm of the embedding: "8-bit Optimizers via
-    Block-wise Quantization" (Dettmers et al., 2022); norms of queries and keys: "Query-Key
-    Normalization for Transformers" (Henry et al., 2020); residual branches of 0 at the start:
-    "Fixup Initialization" (Zhang et al., 2019); n-gram and induction embeddings: `ngrams`.
-    """
-    return {
+    },
+    # This project's own family: the choices that train fastest on little hardware. Squared ReLU:
+    # "Primer" (So et al., 2021); norm of the embedding: "8-bit Optimizers via Block-wise
+    # Quantization" (Dettmers et al., 2022); norms of queries and keys: "Query-Key Normalization for
+    # Transformers" (Henry et al., 2020); residual branches of 0 at the start: "Fixup
+    # Initialization" (Zhang et al., 2019); n-gram and induction embeddings: `ngrams`.
+    "fast": {
         "family": "fast",
-        "size": size,
-        **sizes_of(size),
+        "size": 2,
+        **sizes_of(2),
         "norm": "rms",
         "norm_epsilon": 1e-6,
         "position": "rotary",
@@ -142,22 +113,7 @@ def fast(*, size: int = 2, **changes: Any) -> Values:
         "bias": "none",
         "tied_head": False,
         "initialization": "zero",
-        **changes,
-    }
-
-
-def sizes_of(size: int) -> Values:
-    """All sizes of `fast` from its number of layers: one more head than layers, each 64 wide, since
-    on a CPU small models are better wide than deep (docs/notebook)."""
-    return {"n_layers": size, "n_heads": size + 1, "d_model": 64 * (size + 1)}
-
-
-FAMILIES: dict[str, Callable[..., Values]] = {
-    "transformer": transformer,
-    "gpt": gpt,
-    "gpt2": gpt2,
-    "llama": llama,
-    "fast": fast,
+    },
 }
 
 

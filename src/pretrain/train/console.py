@@ -22,7 +22,7 @@ from pretrain.data.format import PreparedData
 from pretrain.data.order import ceil_div
 from pretrain.distributed import World
 from pretrain.evaluate.task_files import EvalTask
-from pretrain.model.sizes import n_parameters
+from pretrain.model.config import n_parameters
 from pretrain.report.units import duration
 from pretrain.train.build import TrainingBatches
 from pretrain.train.config import filled

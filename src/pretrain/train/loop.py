@@ -12,7 +12,7 @@ from typing import Literal
 from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 from pretrain.data.order import Tracer
 from pretrain.evaluate.baselines import measure_baselines
-from pretrain.model.sizes import n_parameters
+from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
 from pretrain.train.build import uncompiled

@@ -19,9 +19,8 @@ from pretrain.config import RunConfig
 from pretrain.data.batches import MicroBatch
 from pretrain.data.format import PreparedData
 from pretrain.distributed import World
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, n_matmul_parameters, training_flops
 from pretrain.model.fused import linear
-from pretrain.model.sizes import n_matmul_parameters, training_flops
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.build import trial_steps
 from pretrain.train.config import TrainConfig, filled

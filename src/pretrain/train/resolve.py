@@ -18,8 +18,7 @@ from pretrain.data.format import MixedData, PreparedData
 from pretrain.data.order import Order, ceil_div
 from pretrain.distributed import World
 from pretrain.machine import memory_bytes, n_local_processes
-from pretrain.model.config import ModelConfig
-from pretrain.model.sizes import n_parameters
+from pretrain.model.config import ModelConfig, n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.config import Device, Precision, TrainConfig, batch_errors, filled
 from pretrain.validation import raise_errors

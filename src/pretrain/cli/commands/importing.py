@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     }
 
     from pretrain.checkpoint.save import save_checkpoint
-    from pretrain.model.sizes import n_parameters
+    from pretrain.model.config import n_parameters
 
     n = n_parameters(model.config, vocab_size=model.tokenizer.vocab_size)
     with work_folder(out) as work:
