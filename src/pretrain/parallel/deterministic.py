@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from pretrain.parallel.model import ParallelModel
+from pretrain.distributed import World
+from pretrain.model.loss import LMLoss
 
 Gradients = list[Tensor | None]
 """One sum of gradients per parameter; None for a parameter without one."""
@@ -94,19 +94,18 @@ def _add(one: Gradients, other: Gradients) -> Gradients:
 
 
 def forward_backward(
-    model: ParallelModel, micro_batches: Iterable[Any], precision: str
+    lm_loss: LMLoss, own: list[Any], world: World, forward: Callable[[Any], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Compute the summed gradients of all micro-batches, of which this process has those of
-    `ReductionTree.leaves`. Returns the nats and the number of valid targets of all processes."""
-    own, world = list(micro_batches), model.world
+    """Compute the summed gradients of all micro-batches, of which this process has its `own`
+    (`ReductionTree.leaves`). Returns the nats and the number of valid targets of all processes."""
     tree = ReductionTree(world.size, int(world.all_sum(len(own))[0]))
     first_branch = tree.first_branch(world.rank)
     sums: defaultdict[int, TreeSum] = defaultdict(TreeSum)
-    parameters = list(model.lm_loss.decoder.parameters())
+    parameters = list(lm_loss.decoder.parameters())
     nats, n_targets = [], 0
     for leaf, micro_batch in enumerate(own):
-        model.lm_loss.zero_grad(set_to_none=True)
-        leaf_nats, leaf_targets = model.nats(micro_batch, precision)
+        lm_loss.zero_grad(set_to_none=True)
+        leaf_nats, leaf_targets = forward(micro_batch)
         leaf_nats.backward()  # type: ignore[no-untyped-call]
         grads = [parameter.grad for parameter in parameters]
         grads = [g.coalesce() if g is not None and g.is_sparse else g for g in grads]
@@ -127,8 +126,6 @@ def forward_backward(
     # Exact sums, so that they do not depend on the order either.
     all_nats = torch.tensor(math.fsum(chain(*world.all_gather(nats))), dtype=torch.float64)
     all_targets = torch.tensor(int(world.all_sum(n_targets)[0]))
-    # Per micro-batch: a process that has more of them than another is not slower.
-    model.forward_seconds /= max(1, len(own))
     return all_nats, all_targets
 
 
