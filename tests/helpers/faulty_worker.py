@@ -19,7 +19,7 @@ from pretrain.train.build import TrainingBatches
 def order() -> None:
     """The loader skips a batch."""
     real = TrainingBatches.at
-    TrainingBatches.at = lambda self, step: real(self, step + 1)  # type: ignore[method-assign]
+    TrainingBatches.at = lambda self, step: real(self, step + 1)  # type: ignore[method-assign, assignment]
 
 
 def randomness() -> None:
@@ -43,7 +43,7 @@ def optimizer() -> None:
 def schedule() -> None:
     """The warm-up starts again."""
     real = state.Run.lr_at
-    state.Run.lr_at = lambda run, step: real(run, step - 4)  # type: ignore[method-assign]
+    state.Run.lr_at = lambda run, step: real(run, step - 4)  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

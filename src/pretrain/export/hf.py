@@ -120,7 +120,7 @@ def open_hugging_face(folder: Path) -> ImportedModel:
     shapes: dict[str, Shape] = {}
     for file in files:
         try:
-            reader = safe_open(file, framework="pt")
+            reader: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file} must be a complete safetensors file: {error}") from None
         for name in reader.keys():  # noqa: SIM118 - it is not a dict

@@ -229,7 +229,7 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
     family = preset.get("family", family or "llama")
     if family != "fast":
         return {**FAMILIES[family], **preset}
-    size = section.get("size")
+    size: Any = section.get("size")
     own_sizes = {"size": size, **sizes_of(size)} if _is_size(size) else {}
     values = {**FAMILIES[family], **own_sizes}
     width = section.get("d_model")
