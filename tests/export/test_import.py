@@ -279,7 +279,9 @@ def test_truncated_llama2c_files_or_without_a_tokenizer_are_rejected(tmp_path: P
     with pytest.raises(FormatError, match=r"must have .* bytes for"):
         import_model(file)
     file.write_bytes(struct.pack("<i", 33) + data[4:])
-    with pytest.raises(FormatError, match=r"model.d_model 33 is not a multiple of model.n_heads 4"):
+    with pytest.raises(
+        FormatError, match=r"model.d_model is 33; it must be a multiple of model.n_heads, 4"
+    ):
         import_model(file)
     file.write_bytes(struct.pack("<i", 0x616B3432) + data[4:])
     with pytest.raises(FormatError, match=r"must have the first version of llama2.c's format"):
