@@ -6,7 +6,6 @@ independent. Its argument is a folder with request.json; it writes answer.json a
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -131,7 +130,10 @@ def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     request["folder"] = str(folder)
     try:
-        importlib.import_module(request["library"])
+        if request["library"] == "llama_cpp":
+            import llama_cpp  # noqa: F401
+        else:
+            import transformers  # noqa: F401
     except Exception as error:  # one of its packages, or a system library, is missing
         raise ImportError(str(error)) from error
     kinds: dict[str, Any] = {"transformers": Transformers, "llama_cpp": LlamaCpp}
