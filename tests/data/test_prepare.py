@@ -174,7 +174,7 @@ def test_documents_that_a_given_tokenizer_cannot_encode_are_removed(
     with pytest.raises(ValueError, match=rf"a\.jsonl:101: {reason}: '\\x0c' \(--strict"):
         prepare(source, tmp_path / "strict", tokenizer=tmp_path / "mine", strict=True)
     foreign = write_jsonl(tmp_path / "b.jsonl", [text + "\u4e2d" for text in many])
-    with pytest.raises(ValueError, match=rf"0 documents leave nothing.*{reason}': 300"):
+    with pytest.raises(ValueError, match=rf"0 documents, and nothing is left.*{reason}': 300"):
         prepare(foreign, tmp_path / "no", tokenizer=tmp_path / "mine")
 
 
@@ -193,7 +193,9 @@ def test_nothing_is_left_after_an_error(tmp_path: Path, many: list[str]) -> None
     with pytest.raises(ValueError, match="must be at most 12163 for this text, not 60000"):
         prepare(source, tmp_path / "out", vocab_size=60_000)
     tiny = write_jsonl(tmp_path / "tiny.jsonl", ["hello world"])
-    with pytest.raises(ValueError, match=r"corpus too small.*'val'"):
+    with pytest.raises(
+        ValueError, match=r"the text is too small.* nothing is left for the held-out text"
+    ):
         prepare(tiny, tmp_path / "out", tokenizer="bytes")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"other": 5}\n')

@@ -20,7 +20,7 @@ def test_best_evaluation_of_a_log() -> None:
             for s, v in ((1, 3), (2, 2), (3, 4))
         ]
     )
-    assert (best.step, best.since) == (2, 1)
+    assert (best.step, best.n_evaluations_since) == (2, 1)
 
 
 def test_best_evaluation_ignores_nan_and_is_a_function_of_the_log() -> None:
@@ -33,7 +33,7 @@ def test_best_evaluation_ignores_nan_and_is_a_function_of_the_log() -> None:
         for n, v in enumerate(values)
     ]
     assert BestEvaluation.from_log(lines) == best
-    assert (best.step, best.since) == (2, 2)
+    assert (best.step, best.n_evaluations_since) == (2, 2)
 
 
 def test_log_with_unicode_line_separators_is_truncated_by_line(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_edited_config_file_is_a_difference(
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("steps: 8\n", "steps: 16\n"))
     error = error_of(capsys, "train", "--resume", "--run", str(run))
-    assert "train.steps: 8 -> 16   (cannot be accepted: the schedule depends on it" in error
+    assert "train.steps: 8 -> 16   (cannot be accepted: the learning rates depend on" in error
 
 
 def test_setting_that_only_one_version_has_is_not_a_change() -> None:

@@ -210,7 +210,13 @@ def test_rollback_skips_data_and_survives_a_stop(
     assert {r["step"] for r in moved} == {41}
 
 
-def test_log_without_its_rollback_is_rejected(
+def contents(run: Path) -> dict[str, bytes]:
+    """The files of a run by name, without run.lock."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "run.lock"]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
+
+
+def test_log_without_its_rollback_is_rejected_and_nothing_is_changed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     poison(monkeypatch)
@@ -224,7 +230,16 @@ def test_log_without_its_rollback_is_rejected(
     metrics.write_text("".join(kept))
     assert main(["train", "--resume", "--run", str(run)]) == 2
     assert "(--accept metrics)" in capsys.readouterr().err
+    # Lines of a later step, which a resume removes once its checks have passed.
+    for name, later in (
+        ("metrics.jsonl", '{"kind": "train", "step": 99}'),
+        ("samples.jsonl", '{"step": 99}'),
+    ):
+        with open(run / name, "a") as file:
+            file.write(later + "\n")
+    before = contents(run)
     assert main(["train", "--resume", "--run", str(run), "--accept", "metrics"]) == 2
+    assert contents(run) == before
     assert capsys.readouterr().err == (
         f"pretrain: {metrics} does not belong to the checkpoint of step 51: the next batch is "
         "number 57 by the checkpoint, and 51 by the rollbacks in the log. Restore the original "

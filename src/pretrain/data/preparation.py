@@ -261,10 +261,12 @@ def _write_folder(job: Job, progress: Progress) -> Path:
     for name in SPLITS:
         streams[name] = join_stream(folder, parts(len(streams) / len(SPLITS)), name=name, **ids)
         if streams[name].n_documents == 0:
+            documents = f"{(n := report['n_kept_documents']):,} document{'s' * (n != 1)}"
             raise ValueError(
-                f"corpus too small: {report['n_kept_text_bytes']:,} bytes in "
-                f"{report['n_kept_documents']:,} documents leave nothing for the split {name!r}; "
-                f"use more text, or longer documents; removed were {report['removed'] or 'none'}"
+                f"the text is too small: {report['n_kept_text_bytes']:,} bytes in {documents}, "
+                f"and nothing is left for the {'training' if name == 'train' else 'held-out'} "
+                "text; use more text, or longer documents; removed were "
+                f"{report['removed'] or 'none'}"
             )
     filtered = []
     if job.settings.corpus.inspects_text:

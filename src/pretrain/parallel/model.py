@@ -254,7 +254,7 @@ class ParallelModel:
 
     @property
     def n_averaged(self) -> int:
-        """The number of sums of gradients of which `reduce_step` leaves the mean."""
+        """The number of sums of gradients of which `finish_gradients` leaves the mean."""
         axes = self.axes
         return 1 if axes.elastic else self.world.size // (axes.tensor * axes.pipeline)
 
@@ -286,11 +286,13 @@ class ParallelModel:
         return nullcontext()
 
     @property
-    def has_schedule(self) -> bool:
-        """Whether `run_schedule` must run the micro-batches of a step, in an order of its own."""
+    def orders_micro_batches(self) -> bool:
+        """Whether `ordered_forward_backward` runs the micro-batches of a step, in its own order."""
         return self.axes.elastic or self.pipeline is not None
 
-    def run_schedule(self, micro_batches: Iterable[Any], precision: str) -> tuple[Tensor, Tensor]:
+    def ordered_forward_backward(
+        self, micro_batches: Iterable[Any], precision: str
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of all micro-batches, in the order of a pipeline or of the
         deterministic reduction."""
         if self.pipeline is not None:
@@ -301,7 +303,7 @@ class ParallelModel:
         self.forward_seconds /= max(1, len(own))
         return sums
 
-    def reduce_step(self, nats: Tensor, n_targets: Tensor) -> tuple[float, int]:
+    def finish_gradients(self, nats: Tensor, n_targets: Tensor) -> tuple[float, int]:
         """Complete the gradients of a step, summed over processes and divided by `n_averaged`.
 
         `nats` and `n_targets` are this rank's sums; returns those of all processes.

@@ -24,13 +24,13 @@ from pretrain.run.directory import CHANGES
 COMPUTING_CODE = ("data", "model", "optim", "parallel", "train", "rng.py", "compat.py")
 
 _BY_EXTENSION = (
-    "the schedule depends on it; let the run finish, then train longer, with both curves printed, "
-    "by pretrain extend RUN --train.steps N, or pretrain anneal"
+    "the learning rates depend on the number of steps. Finish the run first. Then use pretrain "
+    "extend RUN --train.steps N, or pretrain anneal; they print the old and the new learning rates"
 )
 _WRITTEN = "it is written by pretrain extend and anneal"
 _NEVER_ACCEPTED = {
     "train.steps": _BY_EXTENSION,
-    "train.minutes": f"it was converted to train.steps at the start; {_BY_EXTENSION}",
+    "train.minutes": f"it was converted to train.steps at the start, and {_BY_EXTENSION}",
     "train.seed": "the order of the data depends on it, and so which samples are still to come",
     "train.batch_tokens": "the position in the data is counted in batches of this size",
     "train.init_from": "it names the weights that the run started from; start another run instead",

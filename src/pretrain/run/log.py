@@ -1,7 +1,7 @@
 """The log of a run: the only reader and writer of metrics.jsonl and samples.jsonl.
 
 Both files have a JSON object per line and are truncated when a run is resumed, so that they are
-those of an uninterrupted run, except for times; the lines that were cut off are kept in a copy.
+those of an uninterrupted run, except for times; a copy keeps all lines.
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ class RunLog:
             self._copy[:] = records
 
     def truncate(self, step: int) -> None:
-        """Remove the lines of later steps than `step`; the full file is kept as NAME.cut-1, ..."""
+        """Remove the lines after step `step`; the full file is copied to NAME.cut-1, ..."""
         if not self.writes:
+            self._copy[:] = [record for record in self._copy if record["step"] <= step]
             return
         for name in (METRICS, SAMPLES):
             path = self.folder / name
@@ -194,7 +195,7 @@ class BestEvaluation:
 
     step: int | None = None
     nats_per_token: float = math.inf
-    since: int = 0
+    n_evaluations_since: int = 0
     last_step: int | None = None
     """the step of the last evaluation, the best or not"""
 
@@ -204,9 +205,9 @@ class BestEvaluation:
         if nats_per_token < self.nats_per_token:
             self.step = step
             self.nats_per_token = nats_per_token
-            self.since = 0
+            self.n_evaluations_since = 0
             return True
-        self.since += 1
+        self.n_evaluations_since += 1
         return False
 
     @staticmethod

@@ -246,12 +246,12 @@ def check_extension(folder: Path, config: RunConfig, extension: Extension) -> No
             "new total"
         )
     patience = extension.settings.get("train.patience", config.train.patience)
-    best = BestEvaluation.from_log(RunLog(folder).metrics())
-    if patience is not None and best.since >= patience:
+    n_worse = BestEvaluation.from_log(RunLog(folder).metrics()).n_evaluations_since
+    if patience is not None and n_worse >= patience:
         raise ValueError(
-            f"train.patience must be more than {best.since} (got {patience}): {folder} had no "
-            f"better evaluation in the last {best.since}, so it would stop at once; add "
-            f"--train.patience {best.since + patience}, or --train.patience null"
+            f"train.patience must be more than {n_worse} (got {patience}): {folder} had no "
+            f"better evaluation in the last {n_worse}, so it would stop at once; add "
+            f"--train.patience {n_worse + patience}, or --train.patience null"
         )
 
 

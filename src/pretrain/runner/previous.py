@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _FREE = ("evaluate.", "parallel.timeout_seconds", "train.threads", "train.device")
 # Nor are these, with a deterministic reduction: the order of its sums does not depend on them.
 _FREE_IF_ELASTIC = ("parallel.processes", "parallel.data")
-# Settings for added steps that are not of the schedule.
 _TRAIN_SETTINGS = (
     "train.steps",
     "train.evaluate_every",
@@ -38,17 +37,18 @@ _TRAIN_SETTINGS = (
     "train.keep_checkpoints",
     "train.patience",
 )
-# Settings of the schedule that a command takes for added steps.
-_SCHEDULE_SETTINGS = {
+EXTENSION_SETTINGS: Mapping[str, Sequence[str]] = {
     "extend": (
+        *_TRAIN_SETTINGS,
         "schedule.name",
         "schedule.warmup_steps",
         "schedule.decay_fraction",
         "schedule.final_fraction",
         "optimizer.learning_rate",
     ),
-    "anneal": ("schedule.final_fraction",),
+    "anneal": (*_TRAIN_SETTINGS, "schedule.final_fraction"),
 }
+"""The settings that a command takes for added steps."""
 
 
 # --- settings by name --------------------------------------------------------------------------
@@ -170,12 +170,11 @@ class Extension:
 def requested_extension(command: str, stored: RunConfig, overrides: Layer) -> Extension:
     """Separate the settings for the added steps from the command's other ones. ValueError without
     train.steps."""
-    takes = _TRAIN_SETTINGS + _SCHEDULE_SETTINGS[command]
     own: dict[str, dict[str, Any]] = {}
     others: dict[str, dict[str, Any]] = {}
     for section, keys in overrides.items():
         for key, value in keys.items():
-            layer = own if f"{section}.{key}" in takes else others
+            layer = own if f"{section}.{key}" in EXTENSION_SETTINGS[command] else others
             layer.setdefault(section, {})[key] = value
     valid = by_name(compose([own]))
     names = [f"{section}.{key}" for section, keys in own.items() for key in keys]
@@ -193,7 +192,7 @@ def extended_config(config: RunConfig, extension: Extension, done: int) -> RunCo
     schedule = {
         name.partition(".")[2]: value
         for name, value in extension.settings.items()
-        if name not in _TRAIN_SETTINGS
+        if not name.startswith("train.")
     }
     old = lr_schedule_of(config)
     if extension.command == "extend":
@@ -201,7 +200,7 @@ def extended_config(config: RunConfig, extension: Extension, done: int) -> RunCo
     else:
         new = anneal(old, start_step=done, steps=extension.steps, **schedule)
     optimizer = replace(config.optimizer, learning_rate=new.learning_rate)
-    train = {name: v for name, v in extension.settings.items() if name in _TRAIN_SETTINGS}
+    train = {name: v for name, v in extension.settings.items() if name.startswith("train.")}
     return replace(with_settings(config, train), schedule=new.schedule, optimizer=optimizer)
 
 

@@ -45,7 +45,7 @@ def check_machine(device: str, log: Log) -> dict[str, Any]:
         log(f"  {name:<12} {value}")
 
     report = Report(log)
-    report.add("disk", _check_disk())
+    report.add("disk", _measure_disk())
     report.add("repeat", _check_repeat(world))
     report.add("micro-batch", _check_micro_batch(world))
     report.add("compile", check_compile(world))
@@ -56,8 +56,9 @@ def check_machine(device: str, log: Log) -> dict[str, Any]:
     return {"machine": machine, "checks": report.to_json(), "resume": resume, "wrong": wrong}
 
 
-def _check_disk() -> Check:
-    """Save and verify a checkpoint in the current folder, where runs are written."""
+def _measure_disk() -> Check:
+    """Measure how fast a checkpoint is saved and verified in the current folder, where runs are
+    written."""
     import torch
 
     from pretrain.checkpoint.save import save_checkpoint, verify_saved

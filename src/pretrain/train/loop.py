@@ -75,9 +75,8 @@ def train(run: Run) -> int:
             if stopping and (run.step < run.n_steps or not is_evaluated(run)):
                 return stop.exit_code
             if run.patience_exhausted:
-                run.console.line(
-                    f"no better evaluation in the last {run.best.since}: stopping here"
-                )
+                n_worse = run.best.n_evaluations_since
+                run.console.line(f"no better evaluation in the last {n_worse}: stopping here")
                 run.save(wait=True)
         stop.immediate = True
         finish(run)

@@ -164,7 +164,7 @@ class Run:
     def patience_exhausted(self) -> bool:
         """Whether the last train.patience evaluations were not better, so that the run stops."""
         patience = self.config.train.patience
-        return patience is not None and self.best.since >= patience
+        return patience is not None and self.best.n_evaluations_since >= patience
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -260,12 +260,12 @@ class Run:
         self.train_seconds = checkpoint.state["train_seconds"]
 
     def load_log(self, checkpoint: Checkpoint | None) -> None:
-        """Truncate the log to the step of the weights, and restore what is a function of it.
-        ValueError if its rollbacks do not lead to the next batch of the checkpoint."""
-        self.log.truncate(self.step)
+        """Restore what is a function of the log up to the step of the weights, and truncate the log
+        there. ValueError, with the files as they were, if its rollbacks do not lead to the next
+        batch of the checkpoint."""
         if self.world.size > 1:
             self.log.copy_from_main(self.world.broadcast_str)
-        records = self.log.metrics()
+        records = [record for record in self.log.metrics() if record["step"] <= self.step]
         train = self.config.train
         self.best = BestEvaluation.from_log(records)
         threshold = math.inf if train.spike_action == "off" else train.spike_threshold
@@ -281,6 +281,7 @@ class Run:
                 f"{next_position:,} by the rollbacks in the log. Restore the original "
                 f"{METRICS}, or delete that checkpoint to resume from an older one"
             )
+        self.log.truncate(self.step)
 
 
 def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:

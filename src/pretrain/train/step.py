@@ -53,8 +53,8 @@ def compute_gradients(
     """Leave the gradient of nats per target on the parameters, clipped to the norm `clip` (0: not
     clipped)."""
     model.zero_grad()
-    if model.has_schedule:  # of pipeline stages, or of a deterministic reduction
-        nats, count = model.run_schedule(micro_batches, precision)
+    if model.orders_micro_batches:  # of pipeline stages, or of a deterministic reduction
+        nats, count = model.ordered_forward_backward(micro_batches, precision)
     else:
         sums, counts = [], []
         batches = iter(micro_batches)
@@ -67,7 +67,7 @@ def compute_gradients(
             sums.append(nats.detach())
             counts.append(n_targets)
         nats, count = torch.stack(sums).sum(), torch.stack(counts).sum()
-    all_nats, n_valid = model.reduce_step(nats, count)
+    all_nats, n_valid = model.finish_gradients(nats, count)
     gradients = gradient_values(parameter for _, parameter in model.named_parameters())
     torch._foreach_div_(gradients, max(1, n_valid) / model.n_averaged)
     return StepReport(all_nats, n_valid, grad_norm=model.clip(clip))

@@ -22,7 +22,7 @@ OPTIONS = extend.OPTIONS
 
 
 def epilog() -> str:
-    return extend.epilog("schedule.final_fraction")
+    return extend.epilog("anneal")
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

@@ -19,13 +19,14 @@ USAGE = "pretrain extend RUN --train.steps N [--SECTION.KEY VALUE ...] [options]
 OPTIONS = (Option("RUN", "a finished run; new steps are added to it"), ACCEPT)
 
 
-def epilog(
-    settings: str = "schedule.name, warmup_steps, decay_fraction, final_fraction; learning_rate",
-) -> str:
+def epilog(command: str = "extend") -> str:
     """Return the settings that the command accepts."""
+    from pretrain.runner.previous import EXTENSION_SETTINGS
+
+    first, *others = EXTENSION_SETTINGS[command]
     return (
-        f"settings: --train.steps N, the new total; {settings}; train.evaluate_every, save_every, "
-        "keep_checkpoints and patience. They apply to the added steps; the others do not change."
+        f"settings: --{first} N, the new total; {', '.join(others)}. They apply to the added "
+        "steps; the others do not change."
     )
 
 
