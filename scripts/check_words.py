@@ -1,6 +1,6 @@
 """Report private words in names, docstrings, comments, messages and docs.
 
-python scripts/check_words.py [FILE or FOLDER ...]      default: src, docs, benchmarks and others
+python scripts/check_words.py [FILE or FOLDER ...]      default: src, tests, docs and others
 
 The list is scripts/banned_words.toml. A word of `identifiers` is rejected as a part of a name that
 the source defines; an expression of `prose` in docstrings, comments, string literals and docs, code
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = ("src", "docs", "benchmarks", "scripts", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DEFAULT = ("src", "tests", "docs", "benchmarks", "scripts", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LIST = tomllib.loads((ROOT / "scripts" / "banned_words.toml").read_text(encoding="utf-8"))
 
 

@@ -21,9 +21,9 @@ def rejection(capsys: Capture, *words: str, code: int = 2) -> str:
     """Run a command that must fail, and return its message."""
     capsys.readouterr()
     assert main(list(words)) == code
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
 
 
 @pytest.fixture
@@ -164,8 +164,8 @@ def test_a_full_disk_is_exit_code_75(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pretrain.checkpoint.save.write_tensors", full)
-    said = rejection(capsys, "train", "good.jsonl", *TINY, *STEPS, "--run", "run", code=75)
-    assert "No space left" in said
+    message = rejection(capsys, "train", "good.jsonl", *TINY, *STEPS, "--run", "run", code=75)
+    assert "No space left" in message
     assert list_checkpoints(Path("run/checkpoints")) == []
 
 

@@ -25,9 +25,9 @@ def run_json(capsys: Capture, *words: str) -> dict[str, Any]:
     """Run a command with --json and return its object; standard output has nothing else."""
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
-    said = capsys.readouterr()
-    assert said.out.count("\n") == 1
-    content: dict[str, Any] = json.loads(said.out)
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 1
+    content: dict[str, Any] = json.loads(output.out)
     return content
 
 
@@ -189,7 +189,7 @@ def test_a_terminal_without_a_character_ends_no_run(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["train", "englsh"], "did you mean 'english'?"),
@@ -198,9 +198,9 @@ def test_a_terminal_without_a_character_ends_no_run(
     ],
     ids=["command", "recipe", "option", "value"],
 )
-def test_errors_are_json_with_json(capsys: Capture, words: list[str], said: str) -> None:
+def test_errors_are_json_with_json(capsys: Capture, words: list[str], message: str) -> None:
     assert main([*words, "--json"]) == 2
-    assert said in json.loads(capsys.readouterr().out)["error"]
+    assert message in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_evaluate_does_not_overwrite_its_input(
@@ -355,8 +355,9 @@ def test_a_url_is_rejected_and_no_folder_is_created(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
-    assert "://bucket" in (said := capsys.readouterr().err)
-    assert "copy it first" in said
+    message = capsys.readouterr().err
+    assert "://bucket" in message
+    assert "copy it first" in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,8 +24,8 @@ from pretrain.optim.schedule import LRSchedule, extend
 
 def test_a_preset_of_a_later_layer_replaces_the_sizes_of_a_recipe() -> None:
     recipe = {"model": {"family": "fast", "n_layers": 4, "d_model": 128, "dropout": 0.2}}
-    asked = {"model": {"preset": "gpt2-124m", "n_heads": 6}}
-    model = compose([recipe, asked]).model
+    requested = {"model": {"preset": "gpt2-124m", "n_heads": 6}}
+    model = compose([recipe, requested]).model
     assert (model.family, model.n_layers, model.d_model) == ("gpt2", 12, 768)
     assert (model.n_heads, model.dropout) == (6, 0.2)
 

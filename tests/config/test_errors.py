@@ -152,7 +152,7 @@ def test_a_command_line_corrects_a_part_of_a_file() -> None:
 def test_one_error_is_a_sentence_and_several_are_a_list() -> None:
     with pytest.raises(ValueError, match=r"^train.steps is 0; it must be in \[1, 10\^10\]$"):
         compose([{"train": {"steps": 0}}])
-    with pytest.raises(ValueError, match=r"errors") as raised:
+    with pytest.raises(ValueError, match="errors") as raised:
         compose([{"train": {"steps": 0}, "model": {"n_heads": 0}}, {"train": {"steps": 0}}])
     assert str(raised.value) == (
         "2 errors:\n"
@@ -162,12 +162,19 @@ def test_one_error_is_a_sentence_and_several_are_a_list() -> None:
 
 
 def test_a_config_class_alone_reports_all_its_errors_too() -> None:
-    with pytest.raises(ValueError, match=r"^2 errors:\n  model.n_layers is 0;.*\n  model.n_heads"):
+    with pytest.raises(ValueError, match="errors") as raised:
         ModelConfig(n_layers=0, n_heads=0)
+    assert str(raised.value) == (
+        "2 errors:\n"
+        "  model.n_layers is 0; it must be in [1, 10000]\n"
+        "  model.n_heads is 0; it must be in [1, 2^20]"
+    )
     with pytest.raises(ValueError, match=r"^train.steps is 0; it must be in \[1, 10\^10\]$"):
         TrainConfig(steps=0)
     size: Any = "big"
-    with pytest.raises(ValueError, match=r"tokenizer.vocab_size is 'big'; it must be a whole num"):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer.vocab_size is 'big'; it must be a whole number$"
+    ):
         TokenizerConfig(vocab_size=size)
 
 

@@ -1,4 +1,4 @@
-"""Reading YAML: version 1.2's core schema, and what is rejected because it hides mistakes."""
+"""Reading YAML: version 1.2's core schema, and what is rejected because it hides errors."""
 
 from __future__ import annotations
 

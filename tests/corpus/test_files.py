@@ -14,7 +14,7 @@ from corpus_files import (
 )
 from pretrain.corpus import files
 from pretrain.corpus.documents import Document, ReadingReport
-from pretrain.corpus.files import bundled_corpus, list_files
+from pretrain.corpus.files import SUPPORTED_FORMATS, bundled_corpus, list_files
 from pretrain.corpus.reading import read_documents
 
 
@@ -52,8 +52,11 @@ def test_links_and_pipes_in_a_folder_are_skipped(tmp_path: Path) -> None:
     assert set(reasons) == {"loop", "again.txt", "pipe.txt"}
     assert "symbolic link" in reasons["loop"]
     assert "pipe" in reasons["pipe.txt"]
-    with pytest.raises(ValueError, match="a pipe, not a regular file"):
+    with pytest.raises(ValueError, match="pipe") as raised:
         list_files(tmp_path / "pipe.txt")
+    assert str(raised.value) == (
+        f"source '{tmp_path}/pipe.txt' is a pipe, not a regular file; copy it to a file first"
+    )
 
 
 def test_runs_and_prepared_texts_are_skipped(tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_runs_and_prepared_texts_are_skipped(tmp_path: Path) -> None:
         ("b", "asked.yaml"),
         ("imported", "config.yaml checkpoints tokenizer"),
         ("prepared", "manifest.json report.json tokenizer"),
-        ("mine", "config.yaml environment.json"),  # not ours, whatever they are
+        ("mine", "config.yaml environment.json"),  # not written by pretrain
     ):
         (tmp_path / folder).mkdir(parents=True)
         for name in [*marks.split(), "samples.jsonl"]:
@@ -73,13 +76,18 @@ def test_runs_and_prepared_texts_are_skipped(tmp_path: Path) -> None:
     assert found == {"a.txt", "mine"}
     problems = " ".join(problem.file for problem in report.problems)
     assert problems == "b/ imported/ prepared/ runs/a-1/"
-    with pytest.raises(ValueError, match="resume a run with pretrain train --resume --run DIR"):
+    with pytest.raises(ValueError, match="resume") as raised:
         list_files(tmp_path / "runs/a-1")
+    assert str(raised.value) == (
+        f"source '{tmp_path}/runs/a-1' was written by pretrain: it is a run or a prepared text; "
+        "resume a run with pretrain train --resume --run DIR, or with pretrain extend DIR"
+    )
 
 
 def test_folder_without_text_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"contains no file; readable formats are text"):
+    with pytest.raises(ValueError, match="no file") as raised:
         list_files(tmp_path)
+    assert str(raised.value) == f"folder '{tmp_path}' contains no file; {SUPPORTED_FORMATS}"
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\0\x01")
     report = ReadingReport(strict=True)
     assert read_texts(tmp_path, report=report) == []
@@ -90,8 +98,12 @@ def test_folder_without_text_is_rejected(tmp_path: Path) -> None:
 
 def test_missing_path_suggests_near_names(tmp_path: Path) -> None:
     (tmp_path / "shakespeare.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"shakespear\.txt.*does not exist.*'shakespeare\.txt'"):
+    with pytest.raises(ValueError, match="shakespear") as raised:
         list_files(tmp_path / "shakespear.txt")
+    assert str(raised.value) == (
+        f"source '{tmp_path}/shakespear.txt' does not exist; the same folder contains "
+        "'shakespeare.txt'"
+    )
 
 
 def test_source_that_cannot_be_a_path_is_rejected(tmp_path: Path) -> None:
@@ -99,8 +111,9 @@ def test_source_that_cannot_be_a_path_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         list_files("a\0b")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"a\.txt/b' cannot be read: Not a directory$"):
+    with pytest.raises(ValueError, match="cannot be read") as raised:
         list_files(tmp_path / "a.txt" / "b")
+    assert str(raised.value) == f"source '{tmp_path}/a.txt/b' cannot be read: Not a directory"
 
 
 def test_several_sources_are_read_in_order(tmp_path: Path) -> None:
@@ -121,10 +134,16 @@ def test_several_sources_are_read_in_order(tmp_path: Path) -> None:
 def test_file_in_two_sources_is_rejected(tmp_path: Path, second: str) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "b.txt").write_text("text", encoding="utf-8")
-    with pytest.raises(ValueError, match="would be read twice"):
+    with pytest.raises(ValueError, match="twice") as raised:
         list_files([tmp_path / "books", tmp_path / second])
+    assert str(raised.value) == (
+        f"'{tmp_path}/books/b.txt' would be read twice: as part of '{tmp_path}/books' "
+        f"and of '{tmp_path}/{second}'"
+    )
     for nothing in ([], "", [str(tmp_path), ""]):
-        with pytest.raises(ValueError, match="no source of text"):
+        with pytest.raises(
+            ValueError, match=r"^no source of text; name files, folders or glob patterns$"
+        ):
             list_files(nothing)
 
 
@@ -133,8 +152,9 @@ def test_glob_patterns(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name, encoding="utf-8")
     assert read_texts(str(tmp_path / "[ab].txt")) == ["a.txt", "b.txt"]
     assert read_texts(str(tmp_path / "[1].txt")) == ["[1].txt"]
-    with pytest.raises(ValueError, match="no file matches the pattern"):
+    with pytest.raises(ValueError, match="pattern") as raised:
         read_texts(str(tmp_path / "*.pdf"))
+    assert str(raised.value) == f"no file matches the pattern '{tmp_path}/*.pdf'"
 
 
 def test_unreadable_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,8 @@ def test_evaluation_texts_are_reported_or_removed(tmp_path: Path) -> None:
     assert report["overlap"][str(judge_text)]["percent"] < 1
     with pytest.raises(ValueError, match="does not exist"):
         prepare_texts(tmp_path, texts, evaluation_texts=(str(tmp_path / "missing.txt"),))
-    with pytest.raises(ValueError, match=r"needs corpus\.evaluation_texts"):
+    message = r"^corpus\.remove_overlap needs corpus\.evaluation_texts to compare with$"
+    with pytest.raises(ValueError, match=message):
         CorpusConfig(remove_overlap=True)
 
 

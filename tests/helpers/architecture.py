@@ -31,7 +31,7 @@ class Module:
     is_package: bool = False
 
     @property
-    def room(self) -> str:
+    def package(self) -> str:
         """The package below `pretrain`; "" for `pretrain` itself."""
         parts = self.name.split(".")
         return parts[1] if len(parts) > 1 else ""
@@ -45,7 +45,7 @@ class Module:
     def loads_without_torch(self) -> bool:
         """Whether importing it must not import torch: configs and `__init__`s are among these."""
         return (
-            self.room in WITHOUT_TORCH
+            self.package in WITHOUT_TORCH
             or self.is_package
             or self.name in TORCH_FREE_FILES
             or self.name.endswith(".config")
@@ -93,7 +93,7 @@ def imports_of(module: Module) -> list[Import]:
 
 def computed_imports(module: Module) -> list[str]:
     """Name the imports of a computed name outside `__init__`s and cli: a linter cannot see them."""
-    if module.is_package or module.room == "cli":
+    if module.is_package or module.package == "cli":
         return []
     return [
         f"{module.name}:{node.lineno} imports a computed name; write the import out"

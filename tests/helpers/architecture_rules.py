@@ -120,8 +120,8 @@ def words_of(name: str) -> list[str]:
 
 
 def torch_distributed(module: Module) -> list[str]:
-    """Name uses of torch.distributed outside the rooms that speak to other processes."""
-    if module.room in MAY_USE_TORCH_DISTRIBUTED:
+    """Name uses of torch.distributed outside the packages that communicate with other processes."""
+    if module.package in MAY_USE_TORCH_DISTRIBUTED:
         return []
     lines = [f.line for f in imports_of(module) if f.target.startswith("torch.distributed")]
     lines += [line for name, line in _dotted_names(module) if name == "torch.distributed"]
@@ -141,7 +141,7 @@ def cuda_calls(module: Module) -> list[str]:
 
 def environment_reads(module: Module) -> list[str]:
     """Name reads of environment variables outside the packages that may read them."""
-    if module.room in MAY_READ_ENVIRONMENT:
+    if module.package in MAY_READ_ENVIRONMENT:
         return []
     forbidden = {f"os.{name}" for name in ("environ", "environb", "getenv", "putenv")}
     lines = [line for name, line in _dotted_names(module) if name in forbidden]

@@ -165,8 +165,8 @@ def test_resume_combines_stored_and_requested_axes(
     assert n_processes_of_run(stored, {"parallel": {"tensor": 1}}) == 3
     assert n_processes_of_run(stored, {"parallel": {"processes": 6}}) == 6
     monkeypatch.setenv("WORLD_SIZE", "6")
-    wanted = requested_config(stored, None, {"parallel": {"processes": 6, "data": 2}})
-    assert (wanted.parallel.processes, wanted.parallel.data) == (6, 2)
+    requested = requested_config(stored, None, {"parallel": {"processes": 6, "data": 2}})
+    assert (requested.parallel.processes, requested.parallel.data) == (6, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match=r"parallel.tensor 3 is 3, and there are 1 processes"):
         check_axes(requested_config(stored, None, {}))
@@ -191,7 +191,7 @@ def test_extend_with_impossible_axes_changes_no_file(
 def test_a_failed_worker_of_verify_is_not_taken_for_a_killed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*given: Any, **named: Any) -> int:
+    def fails(*given: Any, **options: Any) -> int:
         raise ProcessFailed("the disk is full", 75)
 
     monkeypatch.setattr(verify, "launch_once", fails)
@@ -215,8 +215,8 @@ def check_bfloat16(pool: Pool, family: str, layout: str) -> None:
     rounded before they are sent."""
     axes, words = LAYOUTS[layout], {"steps": 6, "rows": 8}
     single = jobs.train(family, "adamw", precision="bf16", **words)  # type: ignore[arg-type]
-    named: dict[str, Any] = {"precision": "bf16", **words, **axes}
-    answers = pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **named)
+    options: dict[str, Any] = {"precision": "bf16", **words, **axes}
+    answers = pool.run(math.prod(axes.values()), jobs.train, family, "adamw", **options)
     for answer in answers:
         assert answer["sample"] == answers[0]["sample"]
         is_gathered = bool({"shard", "context"} & set(axes)) or {"data", "tensor"} <= set(axes)
@@ -287,12 +287,12 @@ def test_other_families_train_in_each_mode(pool: Pool, family: str) -> None:
 @pytest.mark.parametrize(("family", "kind"), [("gpt2", "full"), ("fast", "selective")])
 def test_activation_checkpointing_has_equal_bits_and_saves_memory(family: str, kind: str) -> None:
     words: dict[str, Any] = {"steps": 3, "rows": 4}
-    kept, made = (
+    stored_activations, recomputed = (
         jobs.train(family, "adamw", **words, activation_checkpointing=how) for how in ("none", kind)
     )
-    assert made["losses"] == kept["losses"]
-    assert made["norms"] == kept["norms"]
-    assert made["saved bytes"] < 0.9 * kept["saved bytes"]
+    assert recomputed["losses"] == stored_activations["losses"]
+    assert recomputed["norms"] == stored_activations["norms"]
+    assert recomputed["saved bytes"] < 0.9 * stored_activations["saved bytes"]
 
 
 @pytest.mark.parametrize("layout", ["tp 2", "pp 2"])

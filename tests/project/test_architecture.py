@@ -48,7 +48,7 @@ def lint_imports(source: Path) -> subprocess.CompletedProcess[str]:
 
 
 def package(**files: str) -> list[Module]:
-    """Build modules from `room__file="source"`; `room____init__` is the package's own file."""
+    """Build modules from `package__file="source"`; `package____init__` is an `__init__.py`."""
     modules = [Module("pretrain", "", is_package=True)]
     for key, text in files.items():
         name = "pretrain." + key.replace("____init__", "").replace("__", ".")

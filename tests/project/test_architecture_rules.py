@@ -55,7 +55,7 @@ def test_the_source_keeps(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", TEXT_RULES, ids=lambda rule: rule.__name__)
-def test_what_is_published_keeps(rule: TextRule) -> None:
+def test_published_files_keep(rule: TextRule) -> None:
     paths = list(published_texts())
     names = [str(path.relative_to(architecture.ROOT)) for path in paths]
     assert "README.md" in names
@@ -158,7 +158,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_an_ordinary_page_is_let_pass(rule: Rule) -> None:
+def test_an_ordinary_page_passes(rule: Rule) -> None:
     module = Module("pretrain.model.decoder", HARMLESS.strip())
     if rule is rules.work_at_import:
         assert rules.work_at_import(module, rules.record_classes([module])) == []
@@ -175,7 +175,7 @@ def test_an_ordinary_page_is_let_pass(rule: Rule) -> None:
         (rules.environment_reads, "pretrain.cli.commands.train", "def f():\n    return os.environ"),
     ],
 )
-def test_the_rooms_for_it_may(rule: Rule, name: str, text: str) -> None:
+def test_packages_with_permission_pass(rule: Rule, name: str, text: str) -> None:
     assert rule(Module(name, text)) == []
 
 
@@ -201,5 +201,5 @@ def test_a_breach_in_a_text_is_found(rule: TextRule, text: str) -> None:
 
 
 @pytest.mark.parametrize("rule", TEXT_RULES, ids=lambda rule: rule.__name__)
-def test_an_ordinary_text_is_let_pass(rule: TextRule) -> None:
+def test_an_ordinary_text_passes(rule: TextRule) -> None:
     assert rule("README.md", "TODO (#12): runs/work/x, and/or tmp/y, pip install pretrain") == []

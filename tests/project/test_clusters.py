@@ -1,5 +1,5 @@
-"""The ready files for clusters, as far as they can be tried without one: their shells and YAML are
-read, and the commands in them are ones that `pretrain train` takes."""
+"""The files for clusters, as far as they can be tested without one: shells and YAML parse them, and
+`pretrain train` accepts their commands."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def scripts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes", "skypilot", "the set-up of skypilot"])
-def test_a_shell_can_read_it(name: str) -> None:
+def test_scripts_have_valid_syntax(name: str) -> None:
     shell = "bash" if name == "slurm" else "sh"
     subprocess.run([shell, "-n"], input=scripts()[name], text=True, check=True)
 
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes", "skypilot"])
-def test_its_commands_are_legal(name: str) -> None:
-    """What a first start says, and what a job says that was begun before."""
+def test_commands_of_scripts_are_valid(name: str) -> None:
+    """The command of a first start, and that of a job that has started before."""
     text = scripts()[name].replace('"$run"', "runs/on-slurm")
     first, again = re.findall(r"words=[(\"](train [^\")]*)[\")]", text)
     rest: list[str] = []
     settings = parse_overrides(shlex.split(first), others=rest)
-    verb, recipe, flag, folder = rest
-    assert (verb, flag) == ("train", "--run")
+    command, recipe, flag, folder = rest
+    assert (command, flag) == ("train", "--run")
     config = compose([*read_target(recipe)[1], settings])
     assert config.train.steps == 10_000
     # Two machines of eight: a copy of the model on each.
@@ -54,15 +54,15 @@ def test_its_commands_are_legal(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "kubernetes.yaml", "skypilot.yaml"])
-def test_restarts_do_not_meet_at_addresses_of_the_dead(name: str) -> None:
-    """Without it they do, three times of four (`test_launch`'s two torchruns)."""
+def test_restarts_do_not_use_the_address_of_a_dead_process(name: str) -> None:
+    """Without the variable, 3 of 4 restarts fail (`test_launch`'s two torchruns)."""
     found = re.search(
         r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE\W+(?:value\W+)?1", (FOLDER / name).read_text()
     )
     assert found is not None
 
 
-def test_the_operator_starts_as_many_as_the_command_expects() -> None:
+def test_the_operator_starts_the_expected_number_of_processes() -> None:
     spec = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())["spec"]
     worker = spec["pytorchReplicaSpecs"]["Worker"]
     gpus = worker["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]

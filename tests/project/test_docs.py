@@ -1,5 +1,5 @@
-"""The documentation runs: its Python is executed and what it prints compared, its commands are
-typed, its links, verbs, settings and file names lead somewhere.
+"""The documentation is correct: its Python prints what it shows, its commands work, its links,
+commands, settings and file names exist.
 
 A page is a program: its ```python blocks run in order, in one namespace, in an empty folder. A
 ```text block directly under one is what it prints. README's ```sh lines that begin with `pretrain`
@@ -37,8 +37,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<printed>.*?)^```)?", re.MULTILINE | re.DOTALL
 )
-# A page of two rooms that a user meets together.
-PAGE_OF_ROOM = {"cli": "config-and-cli", "config": "config-and-cli"}
+# Two packages that have one page.
+PAGE_OF_PACKAGE = {"cli": "config-and-cli", "config": "config-and-cli"}
 # Weights after some steps differ in their last digits between machines.
 TOLERANCE = 0.02
 
@@ -84,7 +84,7 @@ def _own_families() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if PROGRAM.search(read(p))], ids=name_of)
-def test_python_in_the_docs_prints_what_stands_under_it(
+def test_python_in_the_docs_prints_the_shown_output(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,8 +128,8 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.Mon
         if line.startswith("pretrain ")
     ]
     assert {words[1] for words in lines} == set(COMMANDS)
-    unsaid: dict[str, str] = defaultdict(str)
-    proven = {"verdict": EXACT, "fingerprint": unsaid, "machine": unsaid}
+    unknown: dict[str, str] = defaultdict(str)
+    proven = {"verdict": EXACT, "fingerprint": unknown, "machine": unknown}
     own = [word for word in TINY if word not in ("--tokenizer.vocab_size", "400")]
     for words in lines:
         if words[1] in ("doctor", "verify"):  # their proofs take a minute, and have tests
@@ -144,26 +144,26 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_names_on_a_page_exist(page: Path) -> None:
     text = prose(page)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" not in target, f"{target}: the docs are read offline"
         assert (page.parent / target).exists(), target
-    for verb in re.findall(r"(?:`|^)pretrain ([a-z]+)", text, re.MULTILINE):
-        assert verb in COMMANDS, verb
+    for command in re.findall(r"(?:`|^)pretrain ([a-z]+)", text, re.MULTILINE):
+        assert command in COMMANDS, command
     for section, key in re.findall(r"--([a-z]+)\.([a-z_]+)", text):
         assert key in {field.name for field in fields(SECTIONS[section])}, f"--{section}.{key}"
     for name in re.findall(r"\b[a-z_]+(?:/[a-z_]+)*/[a-z_]+\.py\b", text):
         assert any((at / name).is_file() for at in (ROOT, ROOT / "src" / "pretrain")), name
 
 
-def test_every_room_has_its_page_and_the_index_names_it() -> None:
+def test_every_package_has_a_page_in_the_index() -> None:
     package = ROOT / "src" / "pretrain"
-    rooms = {p.name for p in package.iterdir() if (p / "__init__.py").exists()} | {
+    packages = {p.name for p in package.iterdir() if (p / "__init__.py").exists()} | {
         "config",
         "distributed",
     }
-    pages = {PAGE_OF_ROOM.get(room, room) for room in rooms}
+    pages = {PAGE_OF_PACKAGE.get(name, name) for name in packages}
     assert pages == {p.stem for p in (ROOT / "docs" / "internals").glob("*.md")}
     index = read(ROOT / "docs" / "README.md")
     assert all(f"(internals/{page}.md)" in index for page in pages)

@@ -121,7 +121,7 @@ def _pairs_of(
             tried += 1
             dead += _is_equal_after_death(text, run, args, place, n, after, expected, case)
             shutil.rmtree(run)
-            run.with_name(run.name + ".said").unlink()
+            run.with_name(run.name + ".output").unlink()
         shutil.rmtree(uninterrupted)
         landed += dead
     return tried, landed

@@ -1,7 +1,7 @@
 """Other disturbances of a run: a second writer, a clock that jumps, and signals.
 
-A second `train --resume` is refused and says who trains; once that one is killed, nothing stands
-in the way. A clock that is years off, or runs backwards, changes no number. SIGTERM, SIGINT and
+A second `train --resume` is rejected with the owner of the run; once that process is killed, it
+starts. A clock that is years off, or runs backwards, changes no number. SIGTERM, SIGINT and
 SIGUSR1 in a step, an evaluation, a sample or a save lose no step; the second one ends the run at
 once, and costs no checkpoint.
 """

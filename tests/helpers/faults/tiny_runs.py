@@ -62,7 +62,7 @@ def resume(run: Path) -> int:
 def quietly(args: Sequence[str], run: Path) -> int:
     """Run one command; its output goes to a file next to the run."""
     with (
-        open(run.with_name(run.name + ".said"), "a", encoding="utf-8") as output_of,
+        open(run.with_name(run.name + ".output"), "a", encoding="utf-8") as output_of,
         contextlib.redirect_stdout(output_of),
         contextlib.redirect_stderr(output_of),
     ):
@@ -70,7 +70,7 @@ def quietly(args: Sequence[str], run: Path) -> int:
 
 
 def output_of(run: Path) -> str:
-    return run.with_name(run.name + ".said").read_text(encoding="utf-8")
+    return run.with_name(run.name + ".output").read_text(encoding="utf-8")
 
 
 def in_child(work: Callable[[], object]) -> int:
