@@ -58,7 +58,7 @@ HARMLESS_CALLS = frozenset(
     bool bytes dict float frozenset getattr int len list max min range round set sorted str sum
     tuple zip TypeVar ParamSpec NewType namedtuple NamedTuple auto cast field fields partial
     property staticmethod dataclass dataclass_transform lru_cache cache wraps overload
-    total_ordering
+    total_ordering get_args
     contextmanager make_callable MappingProxyType Path PurePosixPath Decimal Fraction Struct
     getLogger
     re.compile math.log math.sqrt math.exp math.ceil textwrap.dedent logging.getLogger
@@ -72,7 +72,7 @@ HARMLESS_CALLS = frozenset(
 # Methods of strings, bytes and dicts that give a new constant from constants.
 HARMLESS_METHODS = frozenset(
     {"join", "split", "splitlines", "strip", "encode", "decode", "format", "upper", "lower"}
-    | {"items", "keys", "values", "union", "with_suffix", "fromkeys"}
+    | {"items", "keys", "values", "union", "with_suffix", "fromkeys", "replace"}
 )
 
 _OPEN_TASK = re.compile(r"\b(TODO|FIXME|XXX)\b(?!.*#\d+)")
@@ -278,21 +278,25 @@ def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 def _constant_builders(tree: ast.Module, records: frozenset[str]) -> set[str]:
     """Return the module's functions that only put constants together: rows of a table."""
     plain = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
-    return {
-        function.name
-        for function in tree.body
-        if isinstance(function, ast.FunctionDef)
-        and all(isinstance(statement, plain) for statement in function.body)
-        and all(
-            _is_harmless(node, records)
-            for statement in function.body
-            for node in ast.walk(statement)
-            if isinstance(node, ast.Call)
-        )
-    }
+    builders: set[str] = set()
+    for function in tree.body:
+        if (
+            isinstance(function, ast.FunctionDef)
+            and all(isinstance(statement, plain) for statement in function.body)
+            and all(
+                _is_harmless(node, records | builders)
+                for statement in function.body
+                for node in ast.walk(statement)
+                if isinstance(node, ast.Call)
+            )
+        ):
+            builders.add(function.name)
+    return builders
 
 
 def _is_harmless(call: ast.Call, harmless: Set[str]) -> bool:
+    if isinstance(call.func, ast.Call):  # lru_cache(maxsize=1)(function)
+        return _is_harmless(call.func, harmless)
     name = ast.unparse(call.func)
     if name in HARMLESS_CALLS or name in harmless or name.split(".")[-1] in harmless:
         return True
