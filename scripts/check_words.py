@@ -20,7 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = ("src", "tests", "docs", "benchmarks", "scripts", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DEFAULT = (
+    "src",
+    "tests",
+    "docs",
+    "benchmarks",
+    "scripts",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 LIST = tomllib.loads((ROOT / "scripts" / "banned_words.toml").read_text(encoding="utf-8"))
 
 
