@@ -183,19 +183,19 @@ def test_mixed_data_of_texts_prepared_together(texts: list[Path], tmp_path: Path
     staged = DataConfig(source=sources(texts, epochs=4.0, stage=0.5))
     with pytest.raises(ValueError, match=r"has epochs and stages, so train\.steps must be set"):
         _ = MixedData(staged, [data]).tokens_for_epochs
-    refusing = MixedData(DataConfig(source=sources(texts), exhausted="error"), [data])
+    mixed = MixedData(DataConfig(source=sources(texts), exhausted="error"), [data])
     with pytest.raises(ValueError, match=r"letters\.jsonl' [\d.]+ times, and data\.exhausted"):
-        refusing.order(context_length=16, seed=1, steps=2000, batch_size=4)
-    refusing.order(context_length=16, seed=1, steps=10, batch_size=4)
+        mixed.order(context_length=16, seed=1, steps=2000, batch_size=4)
+    mixed.order(context_length=16, seed=1, steps=10, batch_size=4)
     once = DataConfig(source=sources(texts, epochs=1.0), exhausted="error")
-    refusing = MixedData(once, [data])
-    assert refusing.tokens_for_epochs is not None
+    mixed = MixedData(once, [data])
+    assert mixed.tokens_for_epochs is not None
     for rows in (4, 8, 16, 32):
         options = {"context_length": 32, "seed": 1, "batch_size": rows}
-        steps = round(refusing.tokens_for_epochs / (rows * 32))
-        refusing.order(steps=steps, **options)
+        steps = round(mixed.tokens_for_epochs / (rows * 32))
+        mixed.order(steps=steps, **options)
         with pytest.raises(ValueError, match=r"data\.exhausted is 'error'"):
-            refusing.order(steps=2 * steps, **options)
+            mixed.order(steps=2 * steps, **options)
     late = MixedData(DataConfig(source=sources(texts, weight=3.0, stage=0.95)), [data])
     with pytest.raises(ValueError, match="8 steps are too few for 2 stages"):
         late.order(context_length=16, seed=1, steps=8)
