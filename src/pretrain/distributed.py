@@ -175,12 +175,8 @@ def open_world(
 
     Raises ValueError if the device is not available.
     """
-    is_available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [name for name, is_there in is_available.items() if is_there]
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [*(name for name, is_available in gpus.items() if is_available), "cpu"]
     if device == "auto":
         device = available[0]
     if device not in available:
@@ -197,9 +193,9 @@ def open_world(
     torch.set_flush_denormal(True)
 
     rank, size = int(os.environ.get("RANK", 0)), n_processes()
-    if size == 1:
-        return World(rank=0, size=1, device=torch.device(device), threads=threads)
     own_device = torch.device(device)
+    if size == 1:
+        return World(rank=0, size=1, device=own_device, threads=threads)
     if device == "cuda":
         local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= n_gpus:

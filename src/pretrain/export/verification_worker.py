@@ -39,11 +39,8 @@ class Transformers:
             raise ValueError(f"the weights do not fit the model: {wrong}")
         self.model.eval()
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+    def encode(self, text: str, *, is_prompt: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=is_prompt)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -86,11 +83,8 @@ class LlamaCpp:
             flash_attn=False,
         )
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.model.tokenize(text.encode(), add_bos=False, special=False))
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(self.model.tokenize(text.encode(), add_bos=True, special=False))
+    def encode(self, text: str, *, is_prompt: bool = False) -> list[int]:
+        return list(self.model.tokenize(text.encode(), add_bos=is_prompt, special=False))
 
     def decode(self, ids: list[int]) -> str:
         return bytes(self.model.detokenize(ids)).decode("utf-8", "replace")
@@ -145,7 +139,7 @@ def main(folder: Path) -> None:
     answer = {
         "library": library.version,
         "ids": encoded,
-        "prompts": [library.encode_prompt(text) for text in request["texts"]],
+        "prompts": [library.encode(text, is_prompt=True) for text in request["texts"]],
         "decoded": [library.decode(ids) for ids in encoded],
         "greedy": library.greedy(request["prompt"], request["new_tokens"]),
         "nats": nats if math.isfinite(nats) else None,

@@ -73,8 +73,9 @@ def apply_tensor_parallel(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
             layer = block.get_submodule(name)
             layer.forward = partial(nn.Linear.forward, cast(nn.Linear, layer))
         # The input of several layers becomes one DTensor, so that its gradients are summed once.
-        plan["attention"] = _replicate_first_argument(n_arguments=4)
-        plan["feed_forward"] = _replicate_first_argument(n_arguments=1)
+        for name, n_arguments in (("attention", 4), ("feed_forward", 1)):
+            layouts = (Replicate(), *(None,) * (n_arguments - 1))
+            plan[name] = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
         parallelize_module(block, mesh, plan)
     if decoder.token_embedding is not None:  # only some ranks of a pipeline have it
         by_vocabulary = RowwiseParallel(input_layouts=Replicate())
@@ -83,11 +84,6 @@ def apply_tensor_parallel(lm_loss: LMLoss, mesh: DeviceMesh) -> None:
         head_weight = distribute_tensor(decoder.head.weight, mesh, [Shard(0)])
         decoder.head.weight = nn.Parameter(head_weight)
     lm_loss.cross_entropy = vocab_parallel_cross_entropy
-
-
-def _replicate_first_argument(*, n_arguments: int) -> PrepareModuleInput:
-    layouts = (Replicate(), *(None,) * (n_arguments - 1))
-    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 
 def full_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
