@@ -298,6 +298,14 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> str:
             " must be there once, not 2 times",
         ),
         (lambda c: c["model"]["vocab"].update({"": 700}), "no token may be empty"),
+        (
+            lambda c: c["model"]["vocab"].update({"\u4e2d": 700}),
+            "the token '\u4e2d' must have only characters of GPT-2's byte alphabet",
+        ),
+        (
+            lambda c: c["model"]["vocab"].update(tilde=c["model"]["vocab"].pop("~")),
+            "for each of the 256 bytes, or text would be lost; it lacks 1, the first is 0x7E",
+        ),
         (lambda c: c["model"].update(dropout=0.5), "has dropout 0.5; it must have none, or a"),
         (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end of words"),
         ('{"model": {"vocab": {"a": 0, "a": 1}}}', "duplicate key 'a'"),
