@@ -33,17 +33,17 @@ def rows_of(
     notes: dict[str, str] | None = None,
 ) -> list[Row]:
     """A row for each contestant. Seconds are better the fewer, all other units the more."""
-    ours = values[OURS]
+    our_values = values[OURS]
     rows = []
-    for who, theirs in values.items():
-        pairs = zip(ours, theirs, strict=True)
+    for who, measured in values.items():
+        pairs = zip(our_values, measured, strict=True)
         ratios = [b / a if unit == "s" else a / b for a, b in pairs]
         rows.append(
             Row(
                 what=what,
                 who=who,
                 unit=unit,
-                values=tuple(theirs),
+                values=tuple(measured),
                 times_as_fast=() if who == OURS else tuple(sorted(ratios)),
                 memory=(memory or {}).get(who),
                 note=(notes or {}).get(who, ""),

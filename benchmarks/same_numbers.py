@@ -186,10 +186,10 @@ class Judge:
         codes = [wait(process) for process, _ in begun]
         for checkout, code, (_, log) in zip(self.checkouts, codes, begun, strict=True):
             if code != 0:
-                said = Path(f"{log}.err").read_text("utf-8", "replace").strip().splitlines()
+                lines = Path(f"{log}.err").read_text("utf-8", "replace").strip().splitlines()
                 raise CaseFailedError(
                     f"{checkout.name}: pretrain {command[:80]} exits with {code}: "
-                    + " | ".join(said[-3:])
+                    + " | ".join(lines[-3:])
                 )
         return [read_json(Path(f"{log}.out")) for _, log in begun]
 
@@ -220,8 +220,8 @@ class Judge:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        said = "equal" if row.difference is None else f"DIFFERS  {row.difference}"
-        print(f"{row.case:<17} {row.what:<45} {row.values:>6,}  {said}", flush=True)
+        result = "equal" if row.difference is None else f"DIFFERS  {row.difference}"
+        print(f"{row.case:<17} {row.what:<45} {row.values:>6,}  {result}", flush=True)
 
 
 def wait(process: subprocess.Popen[bytes]) -> int:

@@ -24,10 +24,10 @@ def write_text(folder: Path) -> None:
     frames = [[draw.choice(words) for _ in range(6)] for _ in range(40)]
 
     def sentence() -> str:
-        said = list(draw.choice(frames)) + draw.choices(words[:60], k=draw.randint(3, 8))
+        chosen = list(draw.choice(frames)) + draw.choices(words[:60], k=draw.randint(3, 8))
         for _ in range(4):
-            said.insert(draw.randrange(len(said)), draw.choice(common))
-        return " ".join(said).capitalize() + draw.choice((".", ".", "!", "?"))
+            chosen.insert(draw.randrange(len(chosen)), draw.choice(common))
+        return " ".join(chosen).capitalize() + draw.choice((".", ".", "!", "?"))
 
     def document() -> str:
         paragraphs = (" ".join(sentence() for _ in range(5)) for _ in range(draw.randint(2, 4)))

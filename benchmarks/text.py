@@ -172,8 +172,8 @@ class Contest:
         words = [*words, "--data.source", str(self.text.prepared), "--train.seed", str(seed)]
         words = ["-m", "pretrain", *words, "--run", str(folder), "--json"]
         began = time.time()
-        whole, said = timed(words, cwd=self.out, variables=variables)
-        summary = json.loads(said)
+        whole, output = timed(words, cwd=self.out, variables=variables)
+        summary = json.loads(output)
         # Peers are scored by these, and must be by the same.
         counts = (summary["val_tokens"], summary["val_bytes"])
         assert counts == (self.text.n_targets, self.text.n_bytes), counts
@@ -187,10 +187,10 @@ class Contest:
         command = [str(PEERS), who, str(self.text.ids), str(self.out / "run")]
         # Kept from run to run: what is compiled once is not compiled again.
         variables = {**variables, "TORCHINDUCTOR_CACHE_DIR": str(self.out / "compiled")}
-        seconds, said = timed(
+        seconds, output = timed(
             [*command, str(seed), *words], cwd=self.out / who, variables=variables
         )
-        steps = [float(ms) for ms in re.findall(r"(?:time|dt:) ([\d.]+)ms", said)]
+        steps = [float(ms) for ms in re.findall(r"(?:time|dt:) ([\d.]+)ms", output)]
         bits = math.nan
         if scored:
             nats = float(timed(command, cwd=self.out / who, variables={})[1].split()[-1])

@@ -109,15 +109,15 @@ def test_other_languages_are_removed(tmp_path: Path) -> None:
 def test_evaluation_texts_are_reported_or_removed(tmp_path: Path) -> None:
     draw = random.Random(8)
     texts = [" ".join(prose(draw, 150)) for _ in range(40)]
-    judge_text = tmp_path / "judge.txt"
-    judge_text.write_text(texts[7] + "\n" + " ".join(prose(draw, 150)), encoding="utf-8")
-    options: dict[str, Any] = {"evaluation_texts": (str(judge_text),)}
+    evaluation_text = tmp_path / "evaluation.txt"
+    evaluation_text.write_text(texts[7] + "\n" + " ".join(prose(draw, 150)), encoding="utf-8")
+    options: dict[str, Any] = {"evaluation_texts": (str(evaluation_text),)}
     data, report = prepare_texts(tmp_path, texts, **options)
     assert kept_ids(data) == set(range(40))
-    assert 45 < report["overlap"][str(judge_text)]["percent"] < 55
+    assert 45 < report["overlap"][str(evaluation_text)]["percent"] < 55
     data, report = prepare_texts(tmp_path, texts, **options, remove_overlap=True)
     assert kept_ids(data) == set(range(40)) - {7}
-    assert report["overlap"][str(judge_text)]["percent"] < 1
+    assert report["overlap"][str(evaluation_text)]["percent"] < 1
     with pytest.raises(ValueError, match="does not exist"):
         prepare_texts(tmp_path, texts, evaluation_texts=(str(tmp_path / "missing.txt"),))
     message = r"^corpus\.remove_overlap needs corpus\.evaluation_texts to compare with$"

@@ -37,29 +37,29 @@ def test_best_evaluation_ignores_nan_and_is_a_function_of_the_log() -> None:
 
 
 def test_log_with_unicode_line_separators_is_truncated_by_line(tmp_path: Path) -> None:
-    kept = RunLog(tmp_path)
+    log = RunLog(tmp_path)
     text = "a\u2028b\u0085c\x0cd\n"
     for step in (1, 2, 3):
-        kept.append_sample({"step": step, "text": text})
-        kept.append_metrics({"kind": "train", "step": step, "loss": math.nan})
-    kept.truncate(2)
+        log.append_sample({"step": step, "text": text})
+        log.append_metrics({"kind": "train", "step": step, "loss": math.nan})
+    log.truncate(2)
     lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line) for line in lines] == [{"step": s, "text": text} for s in (1, 2)]
-    assert kept.metrics()[0]["loss"] is None
+    assert log.metrics()[0]["loss"] is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are found by descriptor")
 def test_sync_flushes_files_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, synced, real = RunLog(tmp_path), set(), os.fsync
+    log, synced, real = RunLog(tmp_path), set(), os.fsync
 
     def fsync(descriptor: int) -> None:
         synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    kept.append_metrics({"step": 1})
-    kept.append_sample({"step": 1})
-    kept.sync()
+    log.append_metrics({"step": 1})
+    log.append_sample({"step": 1})
+    log.sync()
     assert synced == {tmp_path, tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"}
 
 

@@ -61,7 +61,7 @@ def oracle(name: str, ranks: dict[bytes, int]) -> Any:
 
 
 def tiktoken_pattern(name: str) -> str:
-    """The pre-split as tiktoken itself has it; its tables are downloaded only when asked for."""
+    """The pre-split as tiktoken itself has it; its tables are downloaded only on request."""
     public = pytest.importorskip("tiktoken_ext.openai_public")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
@@ -92,42 +92,42 @@ def pair(
 
 
 def test_random_unicode_has_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any]) -> None:
-    ours, reference = pair
+    tokenizer, reference = pair
     draw = random.Random(0)
     for _ in range(3000):
         text = random_unicode_text(draw)
-        assert ours.encode(text).tolist() == reference.encode_ordinary(text), repr(text)
-        assert ours.decode(ours.encode(text).tolist()) == text
+        assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text), repr(text)
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_hypothesis_texts_have_the_ids_of_tiktoken(pair: tuple[Tokenizer, Any], text: str) -> None:
-    ours, reference = pair
-    assert ours.encode(text).tolist() == reference.encode_ordinary(text)
-    assert ours.decode(ours.encode(text).tolist()) == text
+    tokenizer, reference = pair
+    assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
 def test_special_token_names_in_a_text_are_text(pair: tuple[Tokenizer, Any]) -> None:
-    ours, reference = pair
+    tokenizer, reference = pair
     for text in ("<|endoftext|>", "a <|fim_prefix|> b", "<|reserved_100256|>"):
-        assert ours.encode(text).tolist() == reference.encode_ordinary(text)
-        assert ours.end_of_text not in ours.encode(text)
+        assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
+        assert tokenizer.end_of_text not in tokenizer.encode(text)
 
 
 def test_imported_vocabulary_is_saved_and_loaded(
     pair: tuple[Tokenizer, Any], tmp_path: Path
 ) -> None:
-    ours, _ = pair
-    ours.save(tmp_path)
+    tokenizer, _ = pair
+    tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert (again.sha256, again.vocab_size, again.end_of_text) == (
-        ours.sha256,
-        ours.vocab_size,
-        ours.end_of_text,
+        tokenizer.sha256,
+        tokenizer.vocab_size,
+        tokenizer.end_of_text,
     )
     text = " ".join(ODD_WORDS)
-    assert again.encode(text).tolist() == ours.encode(text).tolist()
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
 def test_golden_strings() -> None:
@@ -148,8 +148,8 @@ def test_pre_tokenizers_equal_those_of_tiktoken(name: byte_level.Split) -> None:
     regex = pytest.importorskip("regex")
     from tokenizers import Regex, pre_tokenizers
 
-    ours = byte_level._PATTERNS[name]
-    split = pre_tokenizers.Split(Regex(ours), behavior="isolated")
+    pattern = byte_level._PATTERNS[name]
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     reference = regex.compile(tiktoken_pattern(f"{name}_base"))
     draw = random.Random(1)
     for _ in range(2000):
@@ -239,9 +239,12 @@ def test_text_is_prepared_with_gpt2(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_gpt2_ranks_equal_gpt2_files(tmp_path: Path) -> None:
     lines = (base64.b64encode(t) + f" {rank}".encode() for t, rank in ranks_of_gpt2().items())
     (tmp_path / "r50k.tiktoken").write_bytes(b"\n".join(lines))
-    ours, reference = load_tokenizer(tmp_path), load_tokenizer("gpt2")
-    assert (ours.vocab_size, ours.end_of_text) == (reference.vocab_size, reference.end_of_text)
+    tokenizer, reference = load_tokenizer(tmp_path), load_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (
+        reference.vocab_size,
+        reference.end_of_text,
+    )
     draw = random.Random(2)
     for _ in range(300):
         text = random_unicode_text(draw)
-        assert ours.encode(text).tolist() == reference.encode(text).tolist()
+        assert tokenizer.encode(text).tolist() == reference.encode(text).tolist()

@@ -35,47 +35,47 @@ def reference(path: Path) -> Any:
 
 
 def test_ids_equal_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None:
-    ours, oracle = load_tokenizer(llama), reference(llama)
-    assert (ours.vocab_size, ours.end_of_text) == (600, oracle.eos_id())
-    ours.save(tmp_path)
+    tokenizer, oracle = load_tokenizer(llama), reference(llama)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (600, oracle.eos_id())
+    tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert again.sha256 == ours.sha256
+    assert again.sha256 == tokenizer.sha256
     draw = random.Random(1)
     for number in range(2000):
         text = random_unicode_text(draw) if number % 2 else "  ".join(prose(draw, 9)) + " \n "
-        ids = ours.encode(text).tolist()
+        ids = tokenizer.encode(text).tolist()
         assert ids == oracle.encode(text), repr(text)
-        assert ours.decode(ids) == text
+        assert tokenizer.decode(ids) == text
         assert again.encode(text).tolist() == ids
         # The space before the text is a byte of the ids but not of the text.
-        assert int(ours.byte_lengths()[ids].sum()) == len(text.encode()) + bool(text)
+        assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode()) + bool(text)
 
 
 def test_both_libraries_and_all_chunk_sizes_agree(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = " ".join(random_unicode_text(random.Random(n)) for n in range(300))
-    ours = load_tokenizer(llama)
-    encoder = ours.encoder
+    tokenizer = load_tokenizer(llama)
+    encoder = tokenizer.encoder
     assert isinstance(encoder, SentencePieceEncoder)
     assert encoder.fast is not None
-    whole = ours.encode(text).tolist()
+    whole = tokenizer.encode(text).tolist()
     assert whole == reference(llama).encode(text)
     monkeypatch.setattr(encoder, "chunk_characters", 300)
-    assert len(list(ours.encode_chunks(text))) > 10
-    assert ours.encode(text).tolist() == whole
+    assert len(list(tokenizer.encode_chunks(text))) > 10
+    assert tokenizer.encode(text).tolist() == whole
     monkeypatch.setattr(encoder, "fast", None)
-    assert ours.encode(text).tolist() == whole
+    assert tokenizer.encode(text).tolist() == whole
 
 
 def test_special_token_names_in_a_text_are_text(llama: Path) -> None:
-    ours = load_tokenizer(llama)
+    tokenizer = load_tokenizer(llama)
     for text in ("<s>a</s>", "</s>", "x<unk>y <0x41>", SPACE):
-        ids = ours.encode(text).tolist()
+        ids = tokenizer.encode(text).tolist()
         assert ids == reference(llama).encode(text)
         assert not {0, 1, 2} & set(ids)
         # The character for a space is a space to SentencePiece.
-        assert ours.decode(ids) == text.replace(SPACE, " ")
+        assert tokenizer.decode(ids) == text.replace(SPACE, " ")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt"])
@@ -84,21 +84,21 @@ def test_continuation_keeps_the_space_before_it(
 ) -> None:
     """In `generate`, the harness, `next`; nothing is before what has no prompt."""
     texts = ["the people of the house and the sea " * 9]
-    ours = load_tokenizer(llama) if kind == "sentencepiece" else None
-    ours = ours or train_tokenizer(texts, name="gpt", vocab_size=34)
-    decoder = random_decoder(config_of("llama"), vocab_size=ours.vocab_size)
-    write_hugging_face(tmp_path, decoder=decoder, tokenizer=ours)
+    tokenizer = load_tokenizer(llama) if kind == "sentencepiece" else None
+    tokenizer = tokenizer or train_tokenizer(texts, name="gpt", vocab_size=34)
+    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+    write_hugging_face(tmp_path, decoder=decoder, tokenizer=tokenizer)
     before, expected = "of the", " house"
-    added = ours.encode(before + expected)[len(ours.encode(before)) :].tolist()
+    added = tokenizer.encode(before + expected)[len(tokenizer.encode(before)) :].tolist()
     monkeypatch.setattr(sampling, "generate_ids", lambda *_, **__: [added])
     monkeypatch.setattr("pretrain.evaluate.run_tasks.generate_ids", lambda *_, **__: [added])
-    assert sampling.generate(decoder, ours, before) == [expected]
-    assert sampling.generate(decoder, ours, "") == ["house"]
+    assert sampling.generate(decoder, tokenizer, before) == [expected]
+    assert sampling.generate(decoder, tokenizer, "") == ["house"]
     request = SimpleNamespace(args=(before, {}))
     assert HarnessModel(str(tmp_path), device="cpu").generate_until([request]) == [expected]
 
     words = ["next", str(tmp_path), "--prompt", before, "--top", "600", "--json"]
-    spaced = ours.token_bytes(added[0]).decode()
+    spaced = tokenizer.token_bytes(added[0]).decode()
     assert " " in spaced
     for more in ([], ["--answer", expected]):
         capsys.readouterr()
@@ -142,10 +142,10 @@ def test_models_that_lose_text_are_rejected(
 
 def test_model_without_space_prefix(tmp_path: Path) -> None:
     path = train_sentencepiece(tmp_path / "plain.model", add_dummy_prefix=False)
-    ours, oracle = load_tokenizer(path), reference(path)
+    tokenizer, oracle = load_tokenizer(path), reference(path)
     for text in ("a house", " a house", "", "  "):
-        assert ours.encode(text).tolist() == oracle.encode(text)
-        assert ours.decode(ours.encode(text)) == text
+        assert tokenizer.encode(text).tolist() == oracle.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_missing_package_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

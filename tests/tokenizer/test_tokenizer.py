@@ -333,8 +333,8 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(TEXT, st.sampled_from(["The Whale's", "É\u0301 \u4e2d\u6587 <unk>", "a\x00b"])))
 def test_gpt_equals_the_openai_gpt_tokenizer(text: str) -> None:
-    ours, reference = gpt()
-    assert ours.encode(text, special=True).tolist() == reference(text)["input_ids"]
+    tokenizer, reference = gpt()
+    assert tokenizer.encode(text, special=True).tolist() == reference(text)["input_ids"]
 
 
 def test_special_tokens_are_encoded_only_on_request() -> None:
@@ -373,7 +373,7 @@ def test_gpt_training_is_repeatable() -> None:
 def gpt() -> tuple[Tokenizer, Any]:
     """A GPT tokenizer trained here, and transformers' with its vocabulary."""
     transformers = pytest.importorskip("transformers")
-    ours = train_tokenizer([*english(), "x<unk>y"], name="gpt", vocab_size=900)
-    model = json.loads(ours._canonical)["model"]
+    tokenizer = train_tokenizer([*english(), "x<unk>y"], name="gpt", vocab_size=900)
+    model = json.loads(tokenizer._canonical)["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return ours, transformers.OpenAIGPTTokenizer(vocab=model["vocab"], merges=merges)
+    return tokenizer, transformers.OpenAIGPTTokenizer(vocab=model["vocab"], merges=merges)

@@ -42,9 +42,9 @@ def batch(rows: int = 4, *, seed: int = 3) -> MicroBatch:
 def test_initial_weights_equal_those_of_a_cpu() -> None:
     config = config_of("gpt2")
     here, there = (build(config, vocab_size=V, seed=7, device=d) for d in ("cpu", GPU))
-    for ours, theirs in zip(here.parameters(), there.parameters(), strict=True):
+    for on_cpu, on_gpu in zip(here.parameters(), there.parameters(), strict=True):
         # Box-Muller in float64, rounded once: the last bit may depend on the device's log.
-        torch.testing.assert_close(theirs.cpu(), ours, rtol=2e-7, atol=0)
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,9 +124,9 @@ def test_chunked_loss_equals_reference(dtype: torch.dtype, bound: float, compile
         nats = function(hidden_ND, weight_VD, targets)
         return [nats.detach(), *torch.autograd.grad(nats, (hidden_ND, weight_VD))]
 
-    plain = answer(reference_cross_entropy, torch.float64)
-    ours = answer(partial(chunked_cross_entropy, compiled=compiled), dtype)
-    for one, other in zip(ours, plain, strict=True):
+    expected = answer(reference_cross_entropy, torch.float64)
+    found = answer(partial(chunked_cross_entropy, compiled=compiled), dtype)
+    for one, other in zip(found, expected, strict=True):
         assert float((one.double() - other).norm() / other.norm()) < bound
 
 

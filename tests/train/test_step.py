@@ -88,7 +88,7 @@ def test_masks_and_unequal_rows_are_divided_once_by_number_of_valid_targets() ->
         lm_loss = small_lm_loss().double()
         report = one_step(lm_loss, masked(parts))
         found.append((report, [p.detach().clone() for p in lm_loss.parameters()]))
-    (one, ours), (other, theirs) = found
+    (one, weights), (other, other_weights) = found
     # torch's own mean over valid targets has the same gradient.
     (batch,), lm_loss = masked([(0, 12)]), small_lm_loss().double()
     logits = lm_loss.decoder.logits(lm_loss.decoder(batch.inputs))
@@ -100,7 +100,7 @@ def test_masks_and_unequal_rows_are_divided_once_by_number_of_valid_targets() ->
     assert one.count == other.count == 12 * 8 - 4 * 5
     assert other.nats_per_token == pytest.approx(one.nats_per_token, rel=1e-12)
     assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-9)
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(weights, other_weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 

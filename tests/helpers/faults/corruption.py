@@ -265,7 +265,7 @@ def damage_in_every_way(scratch: Path) -> Row:
         elif found is None or found.step != 1 or len(complaints) != 1:
             raise Unrecovered(f"{what}: {found and found.step}, {complaints}")
         else:
-            history.refuse_wrong_numbers(found)
+            history.reject_wrong_numbers(found)
             n += 1
         shutil.rmtree(folder)
     if harmless:

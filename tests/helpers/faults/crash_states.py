@@ -1,10 +1,10 @@
 """Every state that a power loss may leave of one save and the deletion after it.
 
 The calls of a real save are recorded; after each of them, every folder that the model of
-`recording` allows is made on a disk and judged: the step before or the new one must be found, whole
-and with the right numbers, nothing half under a final name, and never fewer whole checkpoints than
-before. Once the save has returned it must be the new one: what was promised is there. And the next
-save must do its work on what is left.
+`recording` allows is made on a disk and checked: the step before or the new one must be found,
+complete and with the right numbers, no incomplete folder has a final name, and there are never
+fewer complete checkpoints than before. Once the save has returned, the new one must be found; and
+the next save must succeed on what is left.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def record_a_save(root: Path, history: History) -> tuple[Disk, Recorder, int]:
 
 
 def enumerate_states(scratch: Path) -> Row:
-    """All states, each judged once."""
+    """All states, each checked once."""
     history = History(n_bytes=N_BYTES)
     disk, recorder, returned = record_a_save(scratch / "recorded", history)
     found = check_states(scratch, history, disk, recorder, returned=returned)
@@ -198,7 +198,7 @@ def _traced_save(root: Path) -> None:
         save_and_prune(root / "checkpoints", history, NEW)
     os.mkdir(root / "mark-end")
     for operation in recorder.operations:
-        if operation.call != "create":  # the kernel is asked for it by an open like any other
+        if operation.call != "create":  # for the kernel it is an open
             print(operation.call, operation.path.name)
 
 

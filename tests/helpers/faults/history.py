@@ -1,8 +1,8 @@
 """Checkpoints whose every number is known, and a check of what a resume would find in a folder.
 
-All parts ask the same judge, so that "survived" means one thing: `newest_good` gives a step that
-may be given, each of its numbers is the one that was saved, nothing half stands under the name of a
-checkpoint, and as many whole ones are there as must be.
+All parts use one check, so that "survived" has one meaning: `newest_good` returns a permitted step,
+each of its numbers is the saved one, no incomplete folder has the name of a checkpoint, and all
+checkpoints that must be there are complete.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class History:
             path = save(folder, step=step, tensors=self.tensors(step), state=self.state(step))
             os.utime(path, (4e9 - step, 4e9 - step))
 
-    def refuse_wrong_numbers(self, checkpoint: Checkpoint) -> None:
+    def reject_wrong_numbers(self, checkpoint: Checkpoint) -> None:
         step, expected = checkpoint.step, self.tensors(checkpoint.step)
         if checkpoint.state != self.state(step):
             raise Unrecovered(f"{checkpoint.path} has the state {checkpoint.state}")
@@ -82,7 +82,7 @@ def check_folder(
     step = None if found is None else found.step
     if found is None or step not in allowed:
         raise Unrecovered(f"step {step} is found in {folder}, and may be one of {sorted(allowed)}")
-    history.refuse_wrong_numbers(found)
+    history.reject_wrong_numbers(found)
     if len(names) < min_complete:
         raise Unrecovered(
             f"{len(names)} whole checkpoints are left, at least {min_complete} must be"

@@ -1,10 +1,10 @@
 """Errors that the system gives: each call of a save fails once, in every way that it can fail.
 
-Whatever the Nth open, mkdir, write, fsync, close, rename, unlink or rmdir answers, the save is said
-to have failed and the older checkpoints are whole, or it has not failed and the new one is there;
-and once the fault is gone the same step can be saved. Errors after a fsync are held against every
-state of a power loss too. Writes that take fewer bytes than they were given, and bytes that change
-on their way to the disk, are part of this.
+Whatever the Nth open, mkdir, write, fsync, close, rename, unlink or rmdir returns, the save reports
+an error and the older checkpoints are complete, or it reports none and the new one is there; once
+the fault has ended the same step can be saved. Errors after a fsync are also combined with every
+state of a power loss. Writes of fewer bytes than requested, and bytes that change on their way to
+the disk, are part of this.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def survives(scratch: Path, injection: Injection, *, verify: bool = False) -> bo
                 save.failed = True
         if injection.landed:
             try:
-                _judge_outcome(save, injection, scratch)
+                _check_outcome(save, injection, scratch)
             except Unrecovered as error:
                 raise Unrecovered(f"{injection}: {error}") from None
         return injection.landed
@@ -165,7 +165,7 @@ def survives(scratch: Path, injection: Injection, *, verify: bool = False) -> bo
         shutil.rmtree(root)
 
 
-def _judge_outcome(save: _Save, injection: Injection, scratch: Path) -> None:
+def _check_outcome(save: _Save, injection: Injection, scratch: Path) -> None:
     if not save.returned and not save.failed:
         raise Unrecovered("the save neither returned nor failed")
     # Where the last call of all has failed, after the rename, a complete checkpoint is there.
