@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -97,6 +98,12 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a crash or a power loss leaves the old content or the new content."""
     with replacing(path) as file:
         file.write(content)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # JSON ---------------------------------------------------------------------------------------------

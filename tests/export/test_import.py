@@ -48,7 +48,11 @@ def test_an_imported_model_is_a_model(hf_llama: Path, tmp_path: Path, capsys: Ca
     assert one == other
     # It has no held-out text, and nothing to resume.
     assert main(["evaluate", str(folder)]) == 2
-    assert "was not trained here, so it has no held-out text" in capsys.readouterr().err
+    message = (
+        "was not trained here, so there is no training text and no held-out text; score files with "
+        "--text, without --overlap"
+    )
+    assert message in capsys.readouterr().err
     assert main(["train", "--resume", "--run", str(folder)]) == 2
     assert f"--train.init_from {folder}" in capsys.readouterr().err
 

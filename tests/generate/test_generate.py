@@ -152,7 +152,7 @@ def test_the_generate_command_packs_weights(
         opened.append(load_model(*args, **options))
         return opened[0]
 
-    monkeypatch.setattr("pretrain.runner.open.load_model", open_and_record)
+    monkeypatch.setattr("pretrain.cli.commands.generate.load_model", open_and_record)
     assert main(["generate", str(finished_run), "--max-tokens", "3"]) == 0
     assert not opened[0].decoder.head_weight.is_contiguous()
 

@@ -12,6 +12,7 @@ import sys
 from functools import cache
 
 from pretrain import needs_package
+from pretrain.cli.output import Output
 from pretrain.cli.scoring import STARTS, open_scored
 from pretrain.evaluate.lm_eval import LmEvalModel
 from pretrain.machine import yield_idle_cores
@@ -58,7 +59,7 @@ def main() -> int:
     try:
         register()
     except ValueError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
+        Output(json=False).fail(str(error), 2)
         return 2
     from lm_eval.__main__ import cli_evaluate
 

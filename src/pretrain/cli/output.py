@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from pretrain.fileio import nan_to_null
@@ -24,24 +24,12 @@ class Output:
     def log(self, text: str = "") -> None:
         print(text, file=self.stream, flush=True)
 
-    def stages(self) -> Callable[[str, float], None]:
-        """Return a progress callback (stage, fraction) that reports long work here."""
-        from pretrain.runner.text import stage_progress
-
-        return stage_progress(self.log)
-
     def result(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON; nothing without --json."""
         if self.json:
             # A terminal without UTF-8 gets escapes, which are valid JSON too.
             is_utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
             print(json.dumps(nan_to_null(content), ensure_ascii=not is_utf8), flush=True)
-
-    def log_result(self, text: str, content: Mapping[str, Any]) -> None:
-        """Print the result: as text, or with --json as JSON alone."""
-        if not self.json:
-            self.log(text)
-        self.result(content)
 
     def fail(self, message: str, exit_code: int) -> None:
         print(f"pretrain: {message}", file=sys.stderr, flush=True)

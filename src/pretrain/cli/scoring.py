@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from pretrain.cli.options import DEVICE, TEXT_FIELD, Option, names
+from pretrain.corpus.files import list_files
 from pretrain.evaluate.task_files import TASKS_VARIABLE, EvalTask, load_tasks
-
-if TYPE_CHECKING:
-    from pretrain.runner.open import LoadedModel
+from pretrain.runner.open import LoadedModel, load_model
 
 STARTS = {"model": None, "always": True, "never": False}
 # Options that only tasks have.
@@ -43,8 +41,6 @@ OPTIONS = (
 def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
     """Read and check the requested tasks, before a model is loaded. ValueError for what is missing
     or does not go together."""
-    from pretrain.corpus.files import list_files
-
     for name in args.text or []:
         list_files(name)  # reports a wrong path at once
     unused = (None, 0, "model")
@@ -68,8 +64,6 @@ def read_eval_tasks(args: argparse.Namespace) -> list[EvalTask]:
 
 def open_scored(name: str, *, device: str, start_of_text: str = "model") -> LoadedModel:
     """Load a model, with or without a start-of-text token before contexts as requested."""
-    from pretrain.runner.open import load_model
-
     model = load_model(name, device=device)
     add_bos = STARTS[start_of_text]
     if add_bos is not None:

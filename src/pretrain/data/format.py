@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.config import DataConfig
 from pretrain.data.order import MixtureOrder, Order, SourceSpan, ceil_div
-from pretrain.fileio import read_json
+from pretrain.fileio import file_sha256, read_json
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.validation import Matching, Range, convert
@@ -291,9 +291,7 @@ class TokenStream:
             (self._offsets_path, info.offsets_sha256),
             (self._documents_path, info.documents_sha256),
         ):
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            _expect(path, "SHA-256", digest, expected_hash)
+            _expect(path, "SHA-256", file_sha256(path), expected_hash)
 
 
 class PreparedData:

@@ -44,30 +44,24 @@ _FILTER_VERSION = 1
 _SHOWN_CHARACTERS = 80
 
 
-def training_filter(data: PreparedData, folder: Path, *, log: Callable[[str], None]) -> BloomFilter:
-    """The n-grams of a training text: computed once, then read from a file in `folder`."""
-    stream = data.split("train")
-    tokenizer_sha256 = data.manifest.tokenizer_sha256
-    path = folder / f"{stream.sha256[:32]}-{tokenizer_sha256[:16]}-{_FILTER_VERSION}.npy"
-    if not path.exists():
-        log(f"reading {stream.n_bytes:,} bytes of training text, once ...")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = data.tokenizer()
-        corpus_ngram_filter(lambda: document_texts(stream, tokenizer)).save(path)
-    return BloomFilter.open(path)
-
-
-def evaluation_set_rows(
+def training_overlap(
+    model: Model,
     data: PreparedData,
-    corpus: BloomFilter,
     *,
-    files: Sequence[str] = (),
-    text_field: str | None = None,
-    results: Iterable[tuple[EvalTask, TaskResults]] = (),
+    files: Sequence[str],
+    text_field: str | None,
+    results: Iterable[tuple[EvalTask, TaskResults]],
+    samples: Sequence[str],
+    seed: int,
+    cache: Path,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """A row for each evaluation set. The held-out split comes from the same source as the training
-    text, so the others are to be compared with it."""
-    held_out = data.split("val")
+    """The content of overlap.json: a row for each evaluation set (`sets`), and for each set of
+    generated text (`writing`). The held-out split comes from the same source as the training text,
+    so the other evaluation sets are to be compared with it. The n-grams of a training text are kept
+    in the folder `cache`."""
+    corpus = _training_filter(data, cache, log)
+    train, held_out = data.split("train"), data.split("val")
     ids = (origin.id for origin in held_out.origins())
     texts = document_texts(held_out, data.tokenizer(), chunk_tokens=held_out.n_tokens)
     named = zip(ids, (text for _, text in texts), strict=True)
@@ -82,11 +76,30 @@ def evaluation_set_rows(
             **overlap_row(overlaps),
             "score": score_without_overlap(metric, task_results.statistics[metric], overlaps),
         }
-    return rows
+    log("continuing held-out text ...")
+    return {
+        "training_text": {"documents": train.n_documents, "bytes": train.n_bytes},
+        "filter": {"bytes": corpus.n_bytes, "false_positives": corpus.false_positives},
+        "sets": rows,
+        "writing": _generated_text_rows(model, data, corpus, samples, seed),
+    }
 
 
-def generated_text_rows(
-    model: Model, data: PreparedData, corpus: BloomFilter, *, samples: Sequence[str], seed: int
+def _training_filter(data: PreparedData, folder: Path, log: Callable[[str], None]) -> BloomFilter:
+    """The n-grams of a training text: computed once, then read from a file in `folder`."""
+    stream = data.split("train")
+    tokenizer_sha256 = data.manifest.tokenizer_sha256
+    path = folder / f"{stream.sha256[:32]}-{tokenizer_sha256[:16]}-{_FILTER_VERSION}.npy"
+    if not path.exists():
+        log(f"reading {stream.n_bytes:,} bytes of training text, once ...")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = data.tokenizer()
+        corpus_ngram_filter(lambda: document_texts(stream, tokenizer)).save(path)
+    return BloomFilter.open(path)
+
+
+def _generated_text_rows(
+    model: Model, data: PreparedData, corpus: BloomFilter, samples: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """A row for the `samples` that a run generated while it trained, for continuations of held-out
     text, and for the held-out text that follows there, each with the longest run of words that one

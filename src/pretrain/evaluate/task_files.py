@@ -7,7 +7,6 @@ ValueError that names the file.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from pretrain.evaluate.config import EvaluateConfig
 from pretrain.evaluate.examples import Example, kind_of, read_examples, solved_text, with_shots
 from pretrain.evaluate.metrics import statistics_of_answer
 from pretrain.evaluate.tasks import METRICS, Task, task_named, task_of_kind
+from pretrain.fileio import file_sha256
 
 TASKS_VARIABLE = "PRETRAIN_TASKS"
 # A text that is evaluated while a run trains is cut into chunks, one example each.
@@ -149,8 +149,7 @@ def find_task_file(task: Task, folder: str | Path | None) -> Path:
     if not path.is_file():
         raise ValueError(f"{needs}, which is not in {directory}")
     if task.sha256 is not None:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_sha256(path)
         if sha256 != task.sha256:
             raise ValueError(
                 f"{path} is not the file of task {task.name}: its sha256 is {sha256}, not "

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pretrain.corpus.reading import read_documents
 from pretrain.data.batches import resolve_stride
 from pretrain.evaluate.loglikelihood import Pair, logit_chunks, windows_of
 from pretrain.evaluate.loss import Model
@@ -22,6 +23,8 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 
 N_CARDS = 6
 CARD_CONTEXT_TOKENS = 60
+MAX_HEAT_MAP_TOKENS = 20_000
+"""A page of more tokens is too slow to look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,15 @@ class TokenLoss:
     @property
     def probability(self) -> float:
         return math.exp(-self.nats)
+
+    def row(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The token for people and JSON: text, probability, rank and nats."""
+        return {
+            "text": tokenizer.token_text(self.id),
+            "probability": self.probability,
+            "rank": self.rank,
+            "nats": self.nats,
+        }
 
 
 @torch.no_grad()
@@ -92,26 +104,24 @@ def annotated_text(tokenizer: Tokenizer, losses: Sequence[TokenLoss]) -> list[di
 
 
 def annotated_documents(
-    model: Model,
-    documents: Iterable[tuple[str, str]],
-    *,
-    max_tokens: int,
-    stride: int | None = None,
+    model: Model, files: Iterable[str], *, text_field: str | None, stride: int | None
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """The first `max_tokens` tokens of named documents as `annotated_text`, by name, and the number
-    of tokens. Documents without a token are left out."""
+    """The first MAX_HEAT_MAP_TOKENS tokens of the documents of files as `annotated_text`, by name,
+    and the number of tokens. Documents without a token are left out."""
     annotated: dict[str, list[dict[str, Any]]] = {}
     n_tokens = 0
-    for name, text in documents:
-        if n_tokens == max_tokens:
-            break
-        ids = model.tokenizer.encode(text).tolist()[: max_tokens - n_tokens]
-        if not ids:
-            continue
-        n_tokens += len(ids)
-        pair = Pair((model.tokenizer.start_of_text, *ids), 1)
-        losses = token_losses(model, pair, stride=stride, top=1)
-        annotated[name] = annotated_text(model.tokenizer, losses)
+    for file in files:
+        for number, document in enumerate(read_documents(file, text_field=text_field), start=1):
+            ids = model.tokenizer.encode(document.text).tolist()[: MAX_HEAT_MAP_TOKENS - n_tokens]
+            if not ids:
+                continue
+            n_tokens += len(ids)
+            pair = Pair((model.tokenizer.start_of_text, *ids), 1)
+            losses = token_losses(model, pair, stride=stride, top=1)
+            name = file if number == 1 else f"{file}, document {number:,}"
+            annotated[name] = annotated_text(model.tokenizer, losses)
+            if n_tokens == MAX_HEAT_MAP_TOKENS:
+                return annotated, n_tokens
     return annotated, n_tokens
 
 
@@ -128,12 +138,7 @@ def sample_text_predictions(model: Model, ids: Sequence[int]) -> dict[str, Any]:
                 {"text": tokenizer.token_text(id_), "probability": p}
                 for id_, p in losses[position].most_probable
             ],
-            "answer": {
-                "text": tokenizer.token_text(losses[position].id),
-                "probability": losses[position].probability,
-                "rank": losses[position].rank,
-                "nats": losses[position].nats,
-            },
+            "answer": losses[position].row(tokenizer),
         }
         for position in positions
     ]

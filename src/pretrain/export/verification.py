@@ -28,6 +28,7 @@ from pretrain import __version__
 from pretrain.evaluate.loss import Score
 from pretrain.export.families import is_native
 from pretrain.export.verification_worker import CANNOT_RUN
+from pretrain.fileio import file_sha256
 from pretrain.model.decoder import Decoder
 from pretrain.rng import uniform
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -123,9 +124,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     content = {}
     for path in sorted(folder.iterdir()):
         if path.name != FILE_NAME and path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            content[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+            content[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return content
 
 

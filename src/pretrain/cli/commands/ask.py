@@ -9,6 +9,9 @@ import argparse
 
 from pretrain.cli.options import DEVICE, MODEL, Option
 from pretrain.cli.output import Output
+from pretrain.evaluate.examples import prompt
+from pretrain.evaluate.tasks import task_named
+from pretrain.runner.open import load_model
 
 OPTIONS = (
     MODEL,
@@ -19,14 +22,10 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.evaluate.examples import prompt
-    from pretrain.evaluate.tasks import task_named
-
     task = task_named(args.task)
     context = prompt(task, args.input)
 
     from pretrain.evaluate.run_tasks import generate_answer
-    from pretrain.runner.open import load_model
 
     model = load_model(args.model, device=args.device)
     answer, is_truncated = generate_answer(model, task, context)

@@ -11,7 +11,9 @@ import argparse
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +25,7 @@ from pretrain.corpus.demonstrations import (
     is_held_out,
     translation_demonstrations,
 )
+from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.examples import demonstration
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import task_named
@@ -50,58 +53,39 @@ OPTIONS = (
 def run(args: argparse.Namespace, output: Output) -> None:
     out = resolve_out(args.out)
     aligned = list(_aligned(Path(args.translations))) if args.translations else []
+    counts = Counter[str]()
     with work_folder(out) as work:
-        files = Files(work)
-        _write_articles(args.articles, files)
-        _write_translations(aligned, files)
-        files.close()
+        with ExitStack() as opened:
+            files: dict[str, TextIO] = {}
+            for name, record in chain(_article_records(args.articles), _translations(aligned)):
+                if name not in files:
+                    path = work / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    files[name] = opened.enter_context(path.open("w", encoding="utf-8"))
+                files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+                counts[name] += 1
         move_into_place(work, out)
-    for name, count in files.counts.items():
+    for name, count in counts.items():
         output.log(f"{count:>9,}  {out / name}")
-    output.result({"out": str(out), "documents": dict(files.counts)})
+    output.result({"out": str(out), "documents": dict(counts)})
 
 
-class Files:
-    """JSON lines files that are open for writing, and the number of lines of each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.counts = folder, Counter[str]()
-        self._open: dict[str, TextIO] = {}
-
-    def add(self, name: str, record: dict[str, Any]) -> None:
-        if name not in self._open:
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open[name] = path.open("w", encoding="utf-8")
-        self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.counts[name] += 1
-
-    def add_shots(self, name: str, id: str, task: str, shots: Sequence[dict[str, str]]) -> None:
-        """Add a document of demonstrations of one task, in the format of the task's own shots."""
-        text = demonstration(task_named(task), shots)
-        self.add(f"train/{name}.jsonl", {"id": id, "text": text})
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-
-
-def _write_articles(sources: list[str], files: Files) -> None:
-    from pretrain.corpus.reading import read_documents
-
+def _article_records(sources: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a file and a record for it: each article, and the demonstrations made from it."""
     n_titles = 0
     for document in read_documents(sources):
         n_titles += bool(document.title)
         is_test = is_held_out(document.title or document.id, TEST_FRACTION)
         record = {"id": document.id, "title": document.title, "text": document.text}
-        files.add(f"{'test' if is_test else 'train'}/articles.jsonl", record)
+        yield f"{'test' if is_test else 'train'}/articles.jsonl", record
         if not document.title:
             continue
         for task, example in article_demonstrations(document.title, document.text):
             if is_test:
-                files.add(f"test/{task}.jsonl", example)
+                yield f"test/{task}.jsonl", example
             else:
-                files.add_shots(task, f"{task}:{document.id}", task, [example])
+                text = demonstration(task_named(task), [example])
+                yield f"train/{task}.jsonl", {"id": f"{task}:{document.id}", "text": text}
     if not n_titles:
         raise ValueError(
             f"{', '.join(sources)}: there is no record with a title; records must have titles and "
@@ -129,7 +113,10 @@ def _aligned(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
             yield split, dict(zip(languages, map(str.strip, texts), strict=True))
 
 
-def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files) -> None:
+def _translations(
+    aligned: list[tuple[str, dict[str, str]]],
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield a file and a record for it: translations, several of a task in one document."""
     test_texts = {text for split, each in aligned if split == "test" for text in each.values()}
     tasks: dict[str, list[dict[str, str]]] = defaultdict(list)
     for split, texts in aligned:
@@ -139,10 +126,11 @@ def _write_translations(aligned: list[tuple[str, dict[str, str]]], files: Files)
             continue  # it would be in both splits
         for task, example in sorted(translation_demonstrations(texts), key=lambda each: each[0]):
             if split == "test":
-                files.add(f"test/{task}.jsonl", example)
+                yield f"test/{task}.jsonl", example
             else:
                 tasks[task].append(example)
     for task, every in tasks.items():
         for first in range(0, len(every), _TRANSLATIONS_PER_DOCUMENT):
             shots = every[first : first + _TRANSLATIONS_PER_DOCUMENT]
-            files.add_shots("translate", f"{task}:{first}", task, shots)
+            text = demonstration(task_named(task), shots)
+            yield "train/translate.jsonl", {"id": f"{task}:{first}", "text": text}

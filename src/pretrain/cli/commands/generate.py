@@ -9,6 +9,7 @@ import argparse
 
 from pretrain.cli.options import DEVICE, MODEL, SPECIAL, Option
 from pretrain.cli.output import Output
+from pretrain.runner.open import load_model
 
 OPTIONS = (
     MODEL,
@@ -29,8 +30,6 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.runner.open import load_model
-
     completions = load_model(args.model, device=args.device).generate(
         args.prompt,
         max_tokens=args.max_tokens,

@@ -8,7 +8,6 @@ pretrain import stories260K.bin --out runs/stories    llama2.c, its tok*.bin in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pretrain.cli.options import OUT, Option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
-from pretrain.fileio import move_into_place
+from pretrain.fileio import file_sha256, move_into_place
 
 OPTIONS = (
     Option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     model = import_model(Path(args.source), tokenizer=tokenizer)
     origin = {
         "format": model.format,
-        "files": {file.name: _sha256(file) for file in model.files},
+        "files": {file.name: file_sha256(file) for file in model.files},
     }
 
     from pretrain.checkpoint.save import save_checkpoint
@@ -56,8 +55,3 @@ def run(args: argparse.Namespace, output: Output) -> None:
         f"{model.tokenizer.vocab_size:,}, from {model.format}"
     )
     output.result({"model": args.out, "parameters": n, **origin})
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain.cli.options import DEVICE, MODEL, SPECIAL, Option
 from pretrain.cli.output import Output
-
-if TYPE_CHECKING:
-    from pretrain.runner.open import LoadedModel
+from pretrain.runner.open import LoadedModel, load_model
 
 OPTIONS = (
     MODEL,
@@ -29,8 +27,6 @@ OPTIONS = (
 def run(args: argparse.Namespace, output: Output) -> None:
     if args.answer is not None and args.special:
         raise ValueError("--answer needs a prompt in plain text; leave out --special")
-    from pretrain.runner.open import load_model
-
     model = load_model(args.model, device=args.device)
     if args.answer is not None:
         _show_answer(model, args, output)
@@ -59,16 +55,7 @@ def _show_answer(model: LoadedModel, args: argparse.Namespace, output: Output) -
         {"id": id_, "text": tokenizer.token_text(id_), "probability": probability}
         for id_, probability in losses[0].most_probable
     ]
-    answer = [
-        {
-            "id": loss.id,
-            "text": tokenizer.token_text(loss.id),
-            "probability": loss.probability,
-            "rank": loss.rank,
-            "nats": loss.nats,
-        }
-        for loss in losses
-    ]
+    answer = [{"id": loss.id, **loss.row(tokenizer)} for loss in losses]
     nats = math.fsum(loss.nats for loss in losses)
     _show_tokens(rows, output)
     output.log("the answer:")

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pretrain.cli.options import TEXT_FIELD, Option, names
 from pretrain.cli.output import Output
-
-if TYPE_CHECKING:
-    from pretrain.data.format import PreparedData
+from pretrain.corpus.config import CorpusConfig
+from pretrain.corpus.documents import Problem
+from pretrain.data.preparation import prepare
+from pretrain.runner.text import stage_progress
 
 OPTIONS = (
     Option("SOURCE", "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC", nargs="+"),
@@ -53,9 +53,6 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.corpus.config import CorpusConfig
-    from pretrain.data.preparation import prepare
-
     corpus = CorpusConfig(
         deduplicate=args.deduplicate,
         filters=names(args.filters),
@@ -74,22 +71,14 @@ def run(args: argparse.Namespace, output: Output) -> None:
             strict=args.strict,
             corpus=corpus,
             workers=args.workers,
-            progress=output.stages(),
+            progress=stage_progress(output.log),
         )
     except KeyboardInterrupt:
         output.log("stopped; the same command continues from here")
         raise
     report = json.loads((Path(args.out) / "report.json").read_text(encoding="utf-8"))
-    _show(data, report, output)
-    output.log(f"vocabulary {data.manifest.vocab_size:,}; the report is {args.out}/report.json")
-    output.result({"out": str(args.out), "vocab_size": data.manifest.vocab_size, **report})
-
-
-def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:
-    from pretrain.corpus.documents import Problem
-
-    splits = {name: data.split(name) for name in ("train", "val")}
-    for name, stream in splits.items():
+    for name in ("train", "val"):
+        stream = data.split(name)
         output.log(
             f"{name:<6} {stream.n_documents:,} documents, {stream.n_tokens:,} tokens, "
             f"{stream.n_bytes:,} bytes of text"
@@ -119,3 +108,5 @@ def _show(data: PreparedData, report: dict[str, Any], output: Output) -> None:
         output.log(
             f"  {document['bytes_per_token']:6.2f}  {document['id']}: {document['begins'][:60]!r}"
         )
+    output.log(f"vocabulary {data.manifest.vocab_size:,}; the report is {args.out}/report.json")
+    output.result({"out": str(args.out), "vocab_size": data.manifest.vocab_size, **report})

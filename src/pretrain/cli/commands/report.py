@@ -9,13 +9,12 @@ import argparse
 
 from pretrain.cli.options import RUN
 from pretrain.cli.output import Output
+from pretrain.report.page import write_report
 
 OPTIONS = (RUN,)
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.report.page import write_report
-
     path = write_report(args.run)
     output.log(str(path))
     output.result({"report": str(path)})

@@ -14,15 +14,16 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain.cli.options import SPECIAL, TEXT_FIELD, Option
 from pretrain.cli.output import Output
+from pretrain.corpus.reading import read_documents
 from pretrain.fileio import require_empty
 from pretrain.tokenizer.config import TRAINED_NAMES
-
-if TYPE_CHECKING:
-    from pretrain.tokenizer.tokenizer import Tokenizer
+from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.tokenizer import RARE, inspect
+from pretrain.tokenizer.train import MAX_SAMPLE_BYTES, train_tokenizer
 
 # Longer ids belong to no vocabulary, and Python refuses to read numbers of thousands of digits.
 _ID = re.compile(r"\d{1,10}")
@@ -56,27 +57,47 @@ def run(args: argparse.Namespace, output: Output) -> None:
         return
     if args.tokenizer is None:
         raise ValueError(f"tokenizer {args.action} needs --tokenizer DIR")
-    from pretrain.tokenizer.load import load_tokenizer
-
     tokenizer = load_tokenizer(args.tokenizer)
-    if args.action == "inspect":
-        _inspect(tokenizer, args, output)
-    elif args.action == "encode":
-        ids = tokenizer.encode(_read(args), special=args.special).tolist()
-        output.log_result(" ".join(map(str, ids)), {"ids": ids})
-    else:
-        numbers = [number for number in re.split(r"[\s,\[\]]+", _read(args)) if number]
-        wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong[:40]!r} is not a token id; an id must be 1 to 10 digits")
-        text = tokenizer.decode([int(number) for number in numbers])
-        output.log_result(text, {"text": text})
+    if args.action in ("encode", "decode"):
+        given = _read(args)
+        content: dict[str, Any]
+        if args.action == "encode":
+            ids = tokenizer.encode(given, special=args.special).tolist()
+            text, content = " ".join(map(str, ids)), {"ids": ids}
+        else:
+            numbers = [number for number in re.split(r"[\s,\[\]]+", given) if number]
+            wrong = next((number for number in numbers if not _ID.fullmatch(number)), None)
+            if wrong is not None:
+                raise ValueError(f"{wrong[:40]!r} is not a token id; an id must be 1 to 10 digits")
+            text = tokenizer.decode([int(number) for number in numbers])
+            content = {"text": text}
+        if not args.json:
+            output.log(text)
+        output.result(content)
+        return
+    texts = (
+        (source, document.text)
+        for source in args.source
+        for document in read_documents(source, text_field=args.text_field)
+    )
+    report = inspect(tokenizer, texts)
+    output.log(f"{tokenizer.vocab_size:,} tokens; end of text is {tokenizer.end_of_text}")
+    output.log("longest: " + _shown(report["longest"]))
+    output.log(
+        f"unusual, because not valid text by themselves or one character repeated: "
+        f"{report['n_strange']:,}; {_shown(report['strangest'])}"
+    )
+    for source, row in report.get("sources", {}).items():
+        output.log(
+            f"{source}: {row['bytes_per_token']:.2f} bytes a token, {row['tokens']:,} tokens"
+        )
+    if "n_unused" in report:
+        output.log(f"never used: {report['n_unused']:,}; {_shown(report['unused'])}")
+        output.log(f"used fewer than {RARE} times: {report['n_rare']:,}; {_shown(report['rare'])}")
+    output.result(report)
 
 
 def _train(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.corpus.reading import read_documents
-    from pretrain.tokenizer.train import MAX_SAMPLE_BYTES, train_tokenizer
-
     if not args.source or args.out is None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
     out = Path(args.out)
@@ -109,32 +130,6 @@ def _read(args: argparse.Namespace) -> str:
     except UnicodeDecodeError as error:
         where = f"byte {error.start:,} is {data[error.start]:#04x}"
         raise ValueError(f"{source} must be UTF-8 text, but {where}") from None
-
-
-def _inspect(tokenizer: Tokenizer, args: argparse.Namespace, output: Output) -> None:
-    from pretrain.corpus.reading import read_documents
-    from pretrain.tokenizer.tokenizer import RARE, inspect
-
-    texts = (
-        (source, document.text)
-        for source in args.source
-        for document in read_documents(source, text_field=args.text_field)
-    )
-    report = inspect(tokenizer, texts)
-    output.log(f"{tokenizer.vocab_size:,} tokens; end of text is {tokenizer.end_of_text}")
-    output.log("longest: " + _shown(report["longest"]))
-    output.log(
-        f"unusual, because not valid text by themselves or one character repeated: "
-        f"{report['n_strange']:,}; {_shown(report['strangest'])}"
-    )
-    for source, row in report.get("sources", {}).items():
-        output.log(
-            f"{source}: {row['bytes_per_token']:.2f} bytes a token, {row['tokens']:,} tokens"
-        )
-    if "n_unused" in report:
-        output.log(f"never used: {report['n_unused']:,}; {_shown(report['unused'])}")
-        output.log(f"used fewer than {RARE} times: {report['n_rare']:,}; {_shown(report['rare'])}")
-    output.result(report)
 
 
 def _shown(tokens: list[dict[str, Any]]) -> str:

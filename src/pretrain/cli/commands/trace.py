@@ -11,20 +11,20 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pretrain.cli.options import RUN, Option
 from pretrain.cli.output import Output
+from pretrain.config import RunConfig
+from pretrain.data.format import PreparedData
+from pretrain.data.order import Occurrence, Tracer
 from pretrain.run.directory import read_environment
 from pretrain.run.identity import read_records, word_of
 from pretrain.run.log import RunLog
+from pretrain.runner.checks import read_run_config
+from pretrain.runner.text import prepared_text
 from pretrain.train.config import filled
 from pretrain.train.monitor import rollbacks_of
-
-if TYPE_CHECKING:
-    from pretrain.config import RunConfig
-    from pretrain.data.format import PreparedData
-    from pretrain.data.order import Occurrence, Tracer
 
 OPTIONS = (
     RUN,
@@ -34,10 +34,6 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    from pretrain.data.order import Tracer
-    from pretrain.runner.checks import read_run_config
-    from pretrain.runner.text import prepared_text
-
     if (args.step is None) == (args.document is None):
         raise ValueError("trace needs either --step N or --document ID")
     folder = Path(args.run)
@@ -45,17 +41,29 @@ def run(args: argparse.Namespace, output: Output) -> None:
     data = prepared_text(config)
     first, before = _first_step_of_text(folder, config, data)
     context, n_steps = config.model.window_tokens, filled(config.train.steps)
-    rows = filled(config.train.batch_tokens) // context
+    batch_size = filled(config.train.batch_tokens) // context
     order = data.order(
-        context_length=context, seed=config.train.seed, steps=n_steps, batch_size=rows
+        context_length=context, seed=config.train.seed, steps=n_steps, batch_size=batch_size
     )
     records = RunLog(folder).metrics()
-    tracer = Tracer(order, data.split("train").document_offsets, rows, rollbacks_of(records))
+    tracer = Tracer(order, data.split("train").document_offsets, batch_size, rollbacks_of(records))
     if args.step is not None:
         if not first <= args.step <= n_steps:
             was = f"; before step {first} the run read {before}" if first > 1 else ""
             raise ValueError(f"--step must be {first} to {n_steps} (got {args.step}){was}")
-        _show_step(tracer, data, args.step, output)
+        occurrences = tracer.occurrences_in(args.step)
+        numbers = {occurrence.document for occurrence in occurrences}
+        documents = enumerate(data.split("train").origins())
+        origins = {n: origin for n, origin in documents if n in numbers}
+        rows = []
+        for occurrence in occurrences:
+            row = _row(occurrence, tracer, data) | asdict(origins[occurrence.document])
+            rows.append(row)
+            output.log(
+                f"sample {row['sample']}  {row['id']}  {row['file']} at byte {row['offset']}, "
+                f"tokens {row['first_token']} to {row['stop_token']}\n    {_shortened(row['text'])}"
+            )
+        output.result({"step": args.step, "seen": rows})
     else:
         done = max((record["step"] for record in records), default=0)
         _show_document(tracer, data, args.document, output, first=first, n_steps=done)
@@ -75,22 +83,6 @@ def _first_step_of_text(folder: Path, config: RunConfig, data: PreparedData) -> 
         )
     old = [r["old"] for r in records if (r["step"], r["what"]) == (since, "data.source")]
     return since + 1, old[0] if old else "the same files as they were then"
-
-
-def _show_step(tracer: Tracer, data: PreparedData, step: int, output: Output) -> None:
-    occurrences = tracer.occurrences_in(step)
-    numbers = {occurrence.document for occurrence in occurrences}
-    stream = data.split("train")
-    origins = {n: origin for n, origin in enumerate(stream.origins()) if n in numbers}
-    rows = []
-    for occurrence in occurrences:
-        row = _row(occurrence, tracer, data) | asdict(origins[occurrence.document])
-        rows.append(row)
-        output.log(
-            f"sample {row['sample']}  {row['id']}  {row['file']} at byte {row['offset']}, tokens "
-            f"{row['first_token']} to {row['stop_token']}\n    {_shortened(row['text'])}"
-        )
-    output.result({"step": step, "seen": rows})
 
 
 def _show_document(
