@@ -75,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command, *args = argv
     output = Output(json="--json" in args)
-    if command not in COMMANDS:
-        output.fail(f"there is no command {command!r}; {suggestion(command, COMMANDS)}", 2)
-        return 2
     yield_idle_cores()
     try:
         return _run_command(command, args, output)
@@ -104,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(command: str, args: list[str], output: Output) -> int:
     """Parse the arguments of a command and run it."""
+    if command not in COMMANDS:
+        raise ValueError(f"there is no command {command!r}; {suggestion(command, COMMANDS)}")
     # `import` is a keyword, which cannot be the name of a module.
     name = "importing" if command == "import" else command
     module = import_module(f"pretrain.cli.commands.{name}")
