@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         output.log("8 words in a row that are in the training text too:")
         for name, row in {**overlap["sets"], **overlap["writing"]}.items():
             output.log(f"  {name}: {row_message(row)}")
-        write_json(run_folder / OVERLAP, nan_to_null(overlap))
+        write_json(run_folder / OVERLAP, overlap)
         output.log(f"written to {run_folder / OVERLAP} and {write_report(run_folder)}")
         content["overlap"] = overlap
     output.result(content)

@@ -7,13 +7,12 @@ pretrain export runs/english-1 --format gguf --out english    for llama.cpp: gpt
 from __future__ import annotations
 
 import argparse
-import json
 
 from pretrain.cli.options import MODEL, OUT, Option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.corpus.reading import read_documents
-from pretrain.fileio import move_into_place, nan_to_null
+from pretrain.fileio import move_into_place, nan_to_null, write_json
 from pretrain.runner.open import load_model
 
 # Of each text that is scored on both sides.
@@ -78,8 +77,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
         )
         score = score_texts(ScoredModel(model.decoder, model.tokenizer, model.world), [text])
         report = verify_export(exported, text, score, threads=model.world.threads)
-        content = json.dumps(nan_to_null(report), indent=2, allow_nan=False)
-        (work / FILE_NAME).write_text(content + "\n", encoding="utf-8")
+        write_json(work / FILE_NAME, nan_to_null(report), indent=2)
         verdict, where = report["verdict"], args.out
         if verdict == DISAGREES:  # kept for inspection
             where = str(keep_aside(work, out, "disagrees"))

@@ -8,7 +8,6 @@ skipped. Formats are detected from the content; .gz, .bz2, .xz and .zst are deco
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from pretrain.cli.options import TEXT_FIELD, Option, names
@@ -16,6 +15,7 @@ from pretrain.cli.output import Output
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.documents import Problem
 from pretrain.data.preparation import prepare
+from pretrain.fileio import read_json
 from pretrain.runner.text import stage_progress
 
 OPTIONS = (
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     except KeyboardInterrupt:
         output.log("stopped; the same command continues from here")
         raise
-    report = json.loads((Path(args.out) / "report.json").read_text(encoding="utf-8"))
+    report = read_json(Path(args.out) / "report.json")
     for name in ("train", "val"):
         stream = data.split(name)
         output.log(
