@@ -276,7 +276,7 @@ def test_two_exports_at_once_have_their_own_work_folders(tmp_path: Path) -> None
 
     with work_folder(tmp_path / "out") as one, work_folder(tmp_path / "out") as other:
         assert one != other
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_the_worker_never_imports_pretrain() -> None:

@@ -33,7 +33,8 @@ def resolve_out(given: str) -> Path:
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Create a temporary folder on the disk of `out`, which is removed in the end."""
+    """Yield a temporary folder on the disk of `out`. It becomes `out` when the block ends without
+    an error, unless it was kept aside."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=".pretrain-work-", dir=out.parent)
     try:
@@ -41,6 +42,8 @@ def work_folder(out: Path) -> Iterator[Path]:
         work = Path(temporary) / "out"
         work.mkdir()
         yield work
+        if work.exists():
+            move_into_place(work, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -29,7 +29,6 @@ from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.examples import demonstration
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import task_named
-from pretrain.fileio import move_into_place
 
 TEST_FRACTION = 0.04
 # Translations in one document, under one heading.
@@ -54,17 +53,15 @@ def run(args: argparse.Namespace, output: Output) -> None:
     out = resolve_out(args.out)
     aligned = list(_aligned(Path(args.translations))) if args.translations else []
     counts = Counter[str]()
-    with work_folder(out) as work:
-        with ExitStack() as opened:
-            files: dict[str, TextIO] = {}
-            for name, record in chain(_article_records(args.articles), _translations(aligned)):
-                if name not in files:
-                    path = work / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    files[name] = opened.enter_context(path.open("w", encoding="utf-8"))
-                files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-                counts[name] += 1
-        move_into_place(work, out)
+    with work_folder(out) as work, ExitStack() as opened:
+        files: dict[str, TextIO] = {}
+        for name, record in chain(_article_records(args.articles), _translations(aligned)):
+            if name not in files:
+                path = work / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files[name] = opened.enter_context(path.open("w", encoding="utf-8"))
+            files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+            counts[name] += 1
     for name, count in counts.items():
         output.log(f"{count:>9,}  {out / name}")
     output.result({"out": str(out), "documents": dict(counts)})

@@ -12,7 +12,7 @@ from pretrain.cli.options import MODEL, OUT, Option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.corpus.reading import read_documents
-from pretrain.fileio import move_into_place, nan_to_null, write_json
+from pretrain.fileio import nan_to_null, write_json
 from pretrain.runner.open import load_model
 
 # Of each text that is scored on both sides.
@@ -81,8 +81,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
         verdict, where = report["verdict"], args.out
         if verdict == DISAGREES:  # kept for inspection
             where = str(keep_aside(work, out, "disagrees"))
-        else:
-            move_into_place(work, out)
     for what, value, result in table(report):
         output.log(f"{what:<10}  {result:<12}  {value}")
     library = f" with {report['library']}" if "library" in report else ""

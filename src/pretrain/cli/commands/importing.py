@@ -15,7 +15,7 @@ from pretrain.cli.options import OUT, Option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
-from pretrain.fileio import file_sha256, move_into_place
+from pretrain.fileio import file_sha256
 
 OPTIONS = (
     Option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace, output: Output) -> None:
         of_tokenizer = {"begins_texts": model.tokenizer.add_bos, "ends": model.tokenizer.stop_ids}
         state = {"imported": origin, **of_tokenizer}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
-        move_into_place(work, out)
     output.log(
         f"{args.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "
         f"layers of {model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "
