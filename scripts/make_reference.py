@@ -22,9 +22,10 @@ import pretrain
 from pretrain.cli import COMMANDS
 from pretrain.cli.options import field_docstrings
 from pretrain.config import SECTIONS
+from pretrain.evaluate.loss import Score
 from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
 from pretrain.runner import library
-from pretrain.runner.checks import describe_resume_checks
+from pretrain.runner.checks import OTHER_ERRORS, describe_resume_checks
 from pretrain.runner.open import LoadedModel
 from pretrain.runner.start import RunResult
 
@@ -147,6 +148,7 @@ def resume_checks() -> str:
     ]
     for number, (name, description) in enumerate(describe_resume_checks().items(), start=1):
         lines.append(f"{number}. **{name}**: {description}")
+    lines += ["", OTHER_ERRORS]
     return "\n".join(lines) + "\n"
 
 
@@ -155,13 +157,15 @@ def api() -> str:
     lines = ["# Python API", "", GENERATED, ""]
     lines.append("`import pretrain` is instant: a name loads torch when it is first used.")
     public = {name: getattr(library, name) for name in pretrain.__all__ if hasattr(library, name)}
-    for name, value in {**public, "LoadedModel": LoadedModel, "RunResult": RunResult}.items():
+    results = {kind.__name__: kind for kind in (LoadedModel, RunResult, Score)}
+    for name, value in {**public, **results}.items():
         lines += ["", f"## pretrain.{name}" if name in public else f"## {name}", ""]
         if inspect.isclass(value):
             lines += [paragraphs(value)]
             for method, function in vars(value).items():
-                is_public = callable(function) and not method.startswith("_")
-                if is_public:
+                if isinstance(function, property) and inspect.getdoc(function):
+                    lines += ["", f"### {name}.{method}", "", paragraphs(function)]
+                elif callable(function) and not method.startswith("_"):
                     lines += ["", f"### {name}.{method}", "", signature(method, function), ""]
                     lines += [paragraphs(function)]
         else:

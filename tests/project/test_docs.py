@@ -10,6 +10,7 @@ left out.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -155,6 +156,54 @@ def test_names_on_a_page_exist(page: Path) -> None:
         assert key in {field.name for field in fields(SECTIONS[section])}, f"--{section}.{key}"
     for name in re.findall(r"\b[a-z_]+(?:/[a-z_]+)*/[a-z_]+\.py\b", text):
         assert any((at / name).is_file() for at in (ROOT, ROOT / "src" / "pretrain")), name
+
+
+def messages_of(file: Path) -> list[str]:
+    """The string literals of a file, joined, with "\0" for each value; no docstrings."""
+    nodes = list(ast.walk(ast.parse(read(file))))
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    texts = []
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            parts = [getattr(part, "value", None) for part in node.values]
+            texts.append("".join(part if isinstance(part, str) else "\0" for part in parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts += [] if node in docstrings else [node.value]
+    return texts
+
+
+def test_the_code_prints_the_messages_of_troubleshooting() -> None:
+    printed = [text for file in (ROOT / "src").rglob("*.py") for text in messages_of(file)]
+    cells = re.findall(r"^\| (.*?) \|", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    quoted = [quote for cell in cells for quote in re.findall("`([^`]+)`", cell)]
+    assert len(quoted) > 15
+    for quote in quoted:
+        for part in re.split(r"\b(?:N|DIR|NAME)\b|\.\.\.", quote):
+            assert any(part in text for text in printed), f"{part!r} of {quote!r}"
+
+
+def test_names_of_the_internals_pages_exist() -> None:
+    classes: dict[str, set[str]] = defaultdict(set)
+    names: set[str] = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(read(file))):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            if isinstance(node, ast.ClassDef):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.FunctionDef):
+                        classes[node.name].add(inner.name)
+                    elif isinstance(inner, ast.AnnAssign):
+                        classes[node.name].add(ast.unparse(inner.target).removeprefix("self."))
+    for page in (ROOT / "docs" / "internals").glob("*.md"):
+        text = prose(page)
+        for owner, name in re.findall(r"`([A-Z]\w*[a-z]\w*)\.([a-z_]\w*)", text):
+            assert owner not in classes or name in classes[owner], f"{page.name}: {owner}.{name}"
+        for line in re.findall(r"^\*\*Public names:\*\* .*$", text, re.MULTILINE):
+            for name in re.findall(r"`([A-Za-z_]\w*)`", line):
+                assert name in names, f"{page.name}: {name}"
 
 
 def test_every_package_has_a_page_in_the_index() -> None:

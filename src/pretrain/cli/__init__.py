@@ -2,8 +2,8 @@
 which returns an exit code, or None for 0.
 
 `main` imports the file of the command, runs it, and turns errors into exit codes: 0 done; 2 an
-error that the user can correct, in one message; 1 a bug, with a traceback; 130 and 143 stopped by a
-signal with everything saved; 75 stopped by a full disk.
+error that the user can correct, in one message; 1 a bug, with a traceback; 130, 143 and 138
+stopped by Ctrl-C, SIGTERM and SIGUSR1, with everything saved; 75 stopped by a full disk or memory.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class ScoredModel:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The loss of some text, as sums over its valid targets."""
+    """The loss of some text, from sums over its valid targets: their nats, their number (tokens),
+    and the bytes of text behind them."""
 
     nats: float
     tokens: int
@@ -67,14 +68,17 @@ class Score:
 
     @property
     def nats_per_token(self) -> float:
+        """The loss; nan without a token."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
+        """e to the nats per token."""
         return math.exp(min(self.nats_per_token, MAX_EXPONENT))
 
     @property
     def bits_per_byte(self) -> float:
+        """The loss per byte of text, in bits; nan without a byte."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def word_perplexity(self, n_words: int) -> float:

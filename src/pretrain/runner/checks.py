@@ -3,7 +3,7 @@
 `start.resume` calls these functions in this order; each raises a ValueError that names what differs
 and what to do. The last three checks are made by `Run.open` in `train.state`, while it loads the
 checkpoint. No file of the run is changed before all checks have passed, except that a damaged
-checkpoint is renamed.
+checkpoint is renamed. OTHER_ERRORS says what other functions find on the way.
 """
 
 from __future__ import annotations
@@ -205,6 +205,16 @@ CHECKS_WHILE_LOADING: Mapping[str, str] = {
     "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts with.",
 }
 """Those that `Run.open` makes after them."""
+
+
+OTHER_ERRORS = (
+    "Other functions of a resume can find an error too: before requested_config, "
+    "`n_processes_of_run` (the number of processes is not valid) and `launch` (there is no memory "
+    "for this number); before only_writer, or after open_text in one process, `open_world` (the "
+    "device is not available here); before check_text_settings, `load_previous` (changes.jsonl "
+    "cannot be read); and before check_same_on_all_ranks, `_with_task_interval` (several processes "
+    "resume with their first in-loop tasks, without evaluate.every)."
+)
 
 
 def describe_resume_checks() -> dict[str, str]:

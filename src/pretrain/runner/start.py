@@ -97,7 +97,7 @@ class RunResult:
 
     folder: Path
     exit_code: int = 0
-    """0 finished; 130 or 143 stopped by a signal, saved and resumable"""
+    """0 finished; 130, 143 or 138 stopped by Ctrl-C, SIGTERM or SIGUSR1, saved and resumable"""
     summary: Mapping[str, Any] | None = None
     """summary.json; None for a run that was stopped"""
     report: Path | None = None
