@@ -99,13 +99,13 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
 
 def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
     """What the members of one kind come to."""
-    from pretrain.runner.launch import launch_once
+    from pretrain.runner.launch import launch
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         os.environ["OMP_NUM_THREADS"] = "1"
         args = ["--member", kind, "--answer", f"{folder}/answer"]
         args += ["--recipe", recipe, "--steps", str(steps)]
-        launch_once(args, 1 if kind == ALONE else 2, program=[__file__])
+        launch(args, 1 if kind == ALONE else 2, program=[__file__])
         found: dict[str, float] = json.loads(Path(f"{folder}/answer").read_text())
         return found
 

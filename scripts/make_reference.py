@@ -25,7 +25,7 @@ from pretrain.config import SECTIONS
 from pretrain.evaluate.loss import Score
 from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
 from pretrain.runner import library
-from pretrain.runner.checks import OTHER_ERRORS, describe_resume_checks
+from pretrain.runner.checks import OTHER_ERRORS, RESUME_CHECKS
 from pretrain.runner.open import LoadedModel
 from pretrain.runner.start import RunResult
 
@@ -146,7 +146,17 @@ def resume_checks() -> str:
         " again.",
         "",
     ]
-    for number, (name, description) in enumerate(describe_resume_checks().items(), start=1):
+    checks = {}
+    for check in RESUME_CHECKS:
+        first_paragraph = (inspect.getdoc(check) or "").partition("\n\n")[0]
+        checks[check.__name__] = " ".join(first_paragraph.split())
+    checks |= {  # those of `Run.open`, while it loads the checkpoint
+        "check_disk": "The disk has space for the next checkpoints.",
+        "restore": "Every byte of weights and optimizer state is as it was saved.",
+        "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts"
+        " with.",
+    }
+    for number, (name, description) in enumerate(checks.items(), start=1):
         lines.append(f"{number}. **{name}**: {description}")
     lines += ["", OTHER_ERRORS]
     return "\n".join(lines) + "\n"

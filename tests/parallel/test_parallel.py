@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,10 +23,10 @@ from pretrain.distributed import open_world
 from pretrain.model.config import ModelConfig, model_defaults, n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
-from pretrain.runner import launch as launch_module
+from pretrain.runner import start as start_module
 from pretrain.runner.checks import check_axes, read_run_config, requested_config
-from pretrain.runner.launch import MAX_RESTARTS, ProcessFailed
-from pretrain.runner.start import n_processes_of_run
+from pretrain.runner.launch import ProcessFailed
+from pretrain.runner.start import MAX_RESTARTS, Request, n_processes_of_run
 from pretrain.selftest import verify
 from pretrain.train import resolve as resolve_page
 from pretrain.train.monitor import STRAGGLER_STEPS, StragglerDetector
@@ -194,7 +195,7 @@ def test_a_failed_worker_of_verify_is_not_taken_for_a_killed_one(
     def fails(*given: Any, **options: Any) -> int:
         raise ProcessFailed("the disk is full", 75)
 
-    monkeypatch.setattr(verify, "launch_once", fails)
+    monkeypatch.setattr(verify, "launch", fails)
     run = written(tmp_path, processes=2)
     assert verify.main([str(run), "--kill-after", "3"]) == 75
     assert "the disk is full" in capsys.readouterr().err
@@ -465,21 +466,19 @@ def test_ranks_without_times_are_not_slow() -> None:
 
 @pytest.mark.parametrize(("moves", "starts"), [(False, 1 + MAX_RESTARTS), (True, 10)])
 def test_restarts_without_progress_are_limited(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any, moves: bool, starts: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moves: bool, starts: int
 ) -> None:
-    launches: list[Sequence[str]] = []
+    launches: list[list[str]] = []
 
-    def fail(words: Sequence[str], n: int) -> int:
-        launches.append(words)
+    def fail(args: list[str], n: int) -> int:
+        (tmp_path / "requested.yaml").touch()
+        if moves:
+            (tmp_path / f"checkpoints/step-{len(launches)}").mkdir(parents=True)
+        launches.append(args)
         raise ProcessFailed("rank 1 was killed by SIGKILL", 2 if len(launches) == 10 else 1)
 
-    monkeypatch.setattr(launch_module, "launch_once", fail)
+    monkeypatch.setattr(start_module, "launch", fail)
     with pytest.raises(ProcessFailed):
-        launch_module.launch(
-            ["first"],
-            lambda: ["again"],
-            2,
-            print,
-            progress=lambda: len(launches) if moves else 0,
-        )
-    assert launches == [["first"], *[["again"]] * (starts - 1)]
+        start_module._launch(Request(target="a.txt"), tmp_path, 2, sys.stdout)
+    args = ["train", "--run", str(tmp_path)]
+    assert launches == [[*args, "a.txt"], *[[*args, "--resume"]] * (starts - 1)]

@@ -16,8 +16,7 @@ from pretrain.checkpoint.load import list_checkpoints
 from pretrain.cli import main
 from pretrain.run.identity import differences, read_records
 from pretrain.runner import checks, start
-from pretrain.runner.checks import read_run_config
-from pretrain.runner.previous import load_previous, settings_of
+from pretrain.runner.checks import load_previous, read_run_config, settings_of
 from pretrain.train import state
 from runs import assert_same_run, stop_after
 
@@ -128,7 +127,7 @@ def test_accepted_changes_are_recorded_and_not_reported_again(
 
 
 @pytest.mark.parametrize(
-    "killed_before", ["run.identity.write_records", "runner.previous.replace_file"]
+    "killed_before", ["run.identity.write_records", "runner.checks.replace_file"]
 )
 def test_kill_while_a_change_is_written_loses_nothing(
     stopped: Path, copy_run: CopyRun, monkeypatch: Patch, killed_before: str
@@ -214,7 +213,7 @@ def test_resume_makes_the_listed_checks_in_their_order(
         return call
 
     while_loading = ("check_disk", "restore", "load_log")
-    listed = [name for name in checks.describe_resume_checks() if name not in while_loading]
+    listed = [check.__name__ for check in checks.RESUME_CHECKS]
     for name in [*listed, "write_changes"]:
         place = start if hasattr(start, name) else checks
         monkeypatch.setattr(place, name, recorded(name, getattr(place, name)))
@@ -227,6 +226,3 @@ def test_resume_makes_the_listed_checks_in_their_order(
     called.clear()
     assert resume(run) == 0
     assert called == listed[: listed.index(only_if_finished) + 1]
-    assert all(
-        description.endswith(".") for description in checks.describe_resume_checks().values()
-    )

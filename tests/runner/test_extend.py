@@ -117,7 +117,7 @@ def test_anneal_falls_in_a_straight_line_to_zero(
     "killed_before",
     [
         "run.identity.write_records",
-        "runner.previous.replace_file",
+        "runner.checks.replace_file",
         "run.directory.archive_results",
         "rename",
     ],

@@ -23,7 +23,7 @@ from pretrain.model.loss import LMLoss, chunked_cross_entropy
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.runner.open import load_model
-from pretrain.selftest.tiny_run import losses
+from pretrain.selftest.doctor import losses
 from pretrain.train.step import training_steps
 from reference import reference_cross_entropy
 from runs import assert_same_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from pretrain.checkpoint.load import Checkpoint, list_checkpoints
 from pretrain.checkpoint.save import save_checkpoint
+from pretrain.train.console import Console, show_summary
 from pretrain.train.signals import StopSignals
 from runs import DROPOUT, Killed, assert_same_run, kill_in_step, records, stop_after, train
 from tiny import TINY
@@ -280,3 +282,19 @@ def test_second_signal_stops_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:
+    row = {"metric": "accuracy", "value": 0.5, "stderr": None}
+    numbers = "val_bits_per_byte val_perplexity val_tokens total_seconds tokens_per_second"
+    summary = dict.fromkeys([*numbers.split(), "peak_memory_bytes"], 1.0) | {
+        "baselines": [{"name": "xz", "bits_per_byte": 2.0}],
+        "checkpoint": "checkpoints/step-00000001",
+        "tasks": {"report": row, "cost": row},
+    }
+    output = io.StringIO()
+    show_summary(Console(output), summary, folder=Path("run"), report=Path("run/report.html"))
+    lines = output.getvalue().splitlines()
+    assert "  report         accuracy 0.500" in lines
+    assert "  report         run/report.html" in lines
+    assert sum(line.startswith("  cost ") for line in lines) == 2

@@ -87,10 +87,6 @@ class Change:
         section, dot, _ = self.name.partition(".")
         return bool(dot) and section in TEXT_SECTIONS
 
-    @property
-    def changes_lr(self) -> bool:
-        return changes_lr(self.name)
-
     def __str__(self) -> str:
         return f"{self.name}: {_short(self.old)} -> {_short(self.new)}"
 
@@ -134,16 +130,14 @@ def check_accepted(
 ) -> None:
     """ValueError unless all `changes` are in `accepted`.
 
-    Every name in `accepted` must be of a change: of `changes`, or of one in `records`
-    (changes.jsonl) whose value is still that of `now`, since a command may be repeated.
+    With all values `now`, every name in `accepted` must be of a change: of `changes`, or of one in
+    `records` (changes.jsonl) whose value is still that of `now`, since a command may be repeated.
     """
     words = {change.word for change in changes}
     current = {word_of(name): value for name, value in (now or {}).items()}
-    earlier = {
-        r["what"] for r in records if r["what"] in current and r["new"] == current[r["what"]]
-    }
+    earlier = {r["what"] for r in records if (r["what"], r["new"]) in current.items()}
     unknown = [word for word in accepted if word not in words | earlier]
-    if unknown:
+    if unknown and now is not None:
         changed = f"changed: {', '.join(sorted(words))}" if words else "nothing has changed"
         raise ValueError(f"--accept {unknown[0]}: that has not changed; {changed}")
 

@@ -1,35 +1,36 @@
-"""What a resume checks before its first step, in order: RESUME_CHECKS is the list.
+"""A run that continues: what it was, what a resume checks, and what is recorded.
 
-`start.resume` calls these functions in this order; each raises a ValueError that names what differs
-and what to do. The last three checks are made by `Run.open` in `train.state`, while it loads the
-checkpoint. No file of the run is changed before all checks have passed, except that a damaged
-checkpoint is renamed. OTHER_ERRORS says what other functions find on the way.
+RESUME_CHECKS lists the checks before the first step. `start` calls these functions in this order;
+each raises a ValueError that names what differs and what to do. The last checks are made by
+`Run.open` in `train.state`, while it loads the checkpoint. No file of the run is changed before all
+checks have passed, except that a damaged checkpoint is renamed. OTHER_ERRORS says what other
+functions find on the way.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config import Layer, RunConfig, compose, read_file, to_dict
+from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
-from pretrain.fileio import file_lock, read_json
+from pretrain.fileio import file_lock, read_json, replace_file
 from pretrain.machine import n_processes
+from pretrain.optim.schedule import LRSchedule, anneal, compare_schedules, extend, schedule_table
 from pretrain.report.config import require_packages
-from pretrain.run import directory
-from pretrain.run.directory import CONFIG, SUMMARY, read_environment
-from pretrain.run.identity import Change, check_accepted, differences
+from pretrain.run import directory, identity
+from pretrain.run.directory import CONFIG, SUMMARY, TOKENIZER, read_environment
+from pretrain.run.identity import Change, check_accepted, differences, record
 from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.launch import check_same_on_all_ranks
-from pretrain.runner.previous import Extension, Previous, is_finished, settings_of
 from pretrain.runner.request import (
     by_name,
     compose_target,
+    layer_of,
     read_target,
     with_absolute_paths,
     with_settings,
@@ -39,6 +40,132 @@ from pretrain.runner.text import Log, open_text
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
     from pretrain.evaluate.task_files import EvalTask
+
+# Settings that are never compared: they change nothing of what is trained, or the fingerprint has
+# their values under its own names.
+_FREE = ("evaluate.", "parallel.timeout_seconds", "train.threads", "train.device")
+# Nor are these, with a deterministic reduction: the order of its sums does not depend on them.
+_FREE_IF_ELASTIC = ("parallel.processes", "parallel.data")
+_TRAIN_SETTINGS = (
+    "train.steps",
+    "train.evaluate_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.patience",
+)
+EXTENSION_SETTINGS: Mapping[str, Sequence[str]] = {
+    "extend": (
+        *_TRAIN_SETTINGS,
+        "schedule.name",
+        "schedule.warmup_steps",
+        "schedule.decay_fraction",
+        "schedule.final_fraction",
+        "optimizer.learning_rate",
+    ),
+    "anneal": (*_TRAIN_SETTINGS, "schedule.final_fraction"),
+}
+"""The settings that a command takes for added steps."""
+
+
+# --- settings by name --------------------------------------------------------------------------
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return every setting that the numbers of a run depend on, by full name, as JSON values."""
+    free = _FREE + _FREE_IF_ELASTIC if config.parallel.elastic else _FREE
+    return {
+        name: value for name, value in by_name(to_dict(config)).items() if not name.startswith(free)
+    }
+
+
+def lr_schedule_of(config: RunConfig) -> LRSchedule:
+    """Return the learning rates of all steps of a resolved config."""
+    assert config.train.steps is not None
+    return LRSchedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
+
+
+def is_finished(folder: Path, config: RunConfig) -> bool:
+    """Return whether nothing is left to train: there is a summary, and it is not older than an
+    extension that was already written into the config."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    history, n_steps = config.schedule.history, config.train.steps
+    assert n_steps is not None
+    was_extended = history and read_json(folder / SUMMARY)["steps"] <= history[-1].until_step
+    return not (was_extended and history[-1].until_step < n_steps)
+
+
+# --- the run at its checkpoint -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """A run as it was at the checkpoint that it continues from (or at its start)."""
+
+    folder: Path
+    stored: RunConfig
+    """config.yaml"""
+    checkpoint: Checkpoint | None
+    """None for the start of the run"""
+    records: Sequence[Mapping[str, Any]]
+    """changes.jsonl"""
+    values: Mapping[str, Any]
+    """settings and fingerprint, by name, with the changes accepted at this step"""
+
+    @property
+    def step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings among the values; names of the fingerprint have no dot."""
+        return {name: value for name, value in self.values.items() if "." in name}
+
+    @property
+    def config(self) -> RunConfig:
+        return with_settings(self.stored, self.settings)
+
+
+def load_previous(
+    folder: Path,
+    stored: RunConfig,
+    checkpoint: Checkpoint | None,
+    *,
+    started_with: Mapping[str, Any],
+    command: str,
+) -> Previous:
+    """Load the run at `checkpoint`, or at its start with the fingerprint `started_with`."""
+    step = 0 if checkpoint is None else checkpoint.step
+    records = identity.read_records(folder)
+    if command != "resume":
+        # A record of extend or anneal at this step is of a command that died before it wrote
+        # config.yaml, so it had no effect.
+        records = [each for each in records if each["by"] == "accept" or each["step"] != step]
+    if checkpoint is None:
+        values = dict(started_with)
+    else:
+        values = dict(checkpoint.state["fingerprint"])
+        logs = checkpoint.state["records"]
+        values |= {Path(name).stem: hash_ for name, (_, hash_) in logs.items()}
+    settings = values.pop("settings", None) or settings_of(stored)
+    # A setting that is newer than the run had the effect of its default there.
+    defaults = settings_of(RunConfig(parallel=stored.parallel))
+    values = identity.with_records({**defaults, **values, **settings}, records, step=step)
+    return Previous(folder, stored, checkpoint, records, values)
+
+
+def with_schedule_history(requested: RunConfig, previous: Previous) -> RunConfig:
+    """Return the requested config, whose schedule holds from the checkpoint's step on: if it was
+    changed, the steps before keep the learning rates that they had."""
+    before = lr_schedule_of(previous.config)
+    schedule = replace(requested.schedule, history=before.schedule.history)
+    peak = requested.optimizer.learning_rate
+    if (schedule, peak) != (before.schedule, before.learning_rate):
+        schedule = replace(schedule, history=before.history_until(previous.step))
+    return replace(requested, schedule=schedule)
+
+
+# --- the checks of a resume, in order ----------------------------------------------------------
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -67,9 +194,9 @@ def requested_config(stored: RunConfig, target: str | None, overrides: Layer) ->
     ]
     *below, above = other_layers
     composed = with_absolute_paths(compose_target(target, below, above))
-    values, explicit = by_name(composed), {}
+    values, explicit = by_name(to_dict(composed)), {}
     for layer in other_layers:
-        for name in (f"{section}.{key}" for section in layer for key in layer[section]):
+        for name in by_name(layer):
             # Elsewhere an empty value means "resolve it", and it was resolved at the start.
             if values[name] not in (None, "auto") or name == "train.patience":
                 explicit[name] = values[name]
@@ -100,9 +227,7 @@ def check_packages_and_tasks(config: RunConfig) -> list[EvalTask]:
 
 def check_finished_run(stored: RunConfig, requested: RunConfig, accepted: Sequence[str]) -> None:
     """A finished run keeps its settings: there is nothing left to train with other ones."""
-    changes = differences(settings_of(stored), settings_of(requested))
-    words = {change.word for change in changes}
-    check_accepted(changes, words.intersection(accepted))
+    check_accepted(differences(settings_of(stored), settings_of(requested)), accepted)
 
 
 @contextmanager
@@ -135,8 +260,7 @@ def check_text_settings(previous: Previous, requested: RunConfig, accepted: Sequ
     """The settings of the text are the same, or accepted: before it is prepared for hours."""
     changes = _changes(previous, {**previous.values, **settings_of(requested)})
     if any(c.is_text and (c.impossible or c.word not in accepted) for c in changes):
-        words = {change.word for change in changes}
-        check_accepted(changes, [word for word in accepted if word in words])
+        check_accepted(changes, accepted)
 
 
 def check_changes(
@@ -170,7 +294,7 @@ def check_changes(
 def _changes(previous: Previous, now: Mapping[str, Any]) -> list[Change]:
     """Return the differences; schedule.history is not one where it follows from another."""
     changes = differences(previous.values, now)
-    if any(change.changes_lr and not change.impossible for change in changes):
+    if any(identity.changes_lr(each.name) and not each.impossible for each in changes):
         changes = [change for change in changes if change.name != "schedule.history"]
     return changes
 
@@ -197,14 +321,7 @@ RESUME_CHECKS: tuple[Callable[..., Any], ...] = (
     check_fits_text,
     check_same_on_all_ranks,
 )
-"""The checks of a resume in the order in which they are made."""
-
-CHECKS_WHILE_LOADING: Mapping[str, str] = {
-    "check_disk": "The disk has space for the next checkpoints.",
-    "restore": "Every byte of weights and optimizer state is as it was saved.",
-    "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts with.",
-}
-"""Those that `Run.open` makes after them."""
+"""The checks of a resume in the order in which they are made; `Run.open` makes the last ones."""
 
 
 OTHER_ERRORS = (
@@ -217,16 +334,58 @@ OTHER_ERRORS = (
 )
 
 
-def describe_resume_checks() -> dict[str, str]:
-    """Return all checks of a resume in order, name -> description, for the documentation."""
-    described = {}
-    for check in RESUME_CHECKS:
-        first_paragraph = (inspect.getdoc(check) or "").partition("\n\n")[0]
-        described[check.__name__] = " ".join(first_paragraph.split())
-    return {**described, **CHECKS_WHILE_LOADING}
+# --- more steps for a finished run -------------------------------------------------------------
 
 
-# --- extend and anneal -------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """More steps for a finished run, under another schedule."""
+
+    command: str
+    """extend or anneal"""
+    settings: dict[str, Any]
+    """for the added steps, by full name"""
+    other_overrides: Layer
+    """the command's other settings, which are changes of the run as in a resume"""
+
+    @property
+    def steps(self) -> int:
+        """The new total."""
+        return int(self.settings["train.steps"])
+
+
+def requested_extension(command: str, stored: RunConfig, overrides: Layer) -> Extension:
+    """Separate the settings for the added steps from the command's other ones. ValueError without
+    train.steps."""
+    takes = EXTENSION_SETTINGS[command]
+    values = by_name(overrides)
+    own = {name: value for name, value in values.items() if name in takes}
+    others = layer_of({name: value for name, value in values.items() if name not in takes})
+    valid = by_name(to_dict(compose([layer_of(own)])))
+    # An empty value means nothing for the others; without patience a run does not stop early.
+    settings = {n: valid[n] for n in own if valid[n] is not None or n == "train.patience"}
+    if "train.steps" not in settings:
+        raise ValueError(
+            f"{command} needs --train.steps N, the new total (above {stored.train.steps})"
+        )
+    return Extension(command, settings, others)
+
+
+def extended_config(config: RunConfig, extension: Extension, done: int) -> RunConfig:
+    """Return the settings for all steps, the `done` and the added ones."""
+    schedule = {
+        name.partition(".")[2]: value
+        for name, value in extension.settings.items()
+        if not name.startswith("train.")
+    }
+    old = lr_schedule_of(config)
+    if extension.command == "extend":
+        new = extend(old, start_step=done, steps=extension.steps, overrides=schedule)
+    else:
+        new = anneal(old, start_step=done, steps=extension.steps, **schedule)
+    optimizer = replace(config.optimizer, learning_rate=new.learning_rate)
+    train = {name: v for name, v in extension.settings.items() if name.startswith("train.")}
+    return replace(with_settings(config, train), schedule=new.schedule, optimizer=optimizer)
 
 
 def is_under_way(folder: Path, stored: RunConfig, extension: Extension) -> bool:
@@ -299,3 +458,63 @@ def check_seen_samples(data: PreparedData, old: RunConfig, new: RunConfig) -> No
             f"{new.train.steps} steps, so earlier steps would have read other samples. Start a new "
             "run from these weights: --train.init_from RUN"
         )
+
+
+# --- what is written when a run continues ------------------------------------------------------
+
+
+def write_changes(
+    previous: Previous,
+    config: RunConfig,
+    accepted: Sequence[Change],
+    *,
+    command: str,
+    log: Log,
+) -> None:
+    """Log and record what changes at the checkpoint's step, then write config.yaml. A process that
+    dies between the two leaves a run that can be resumed or extended again."""
+    step, folder = previous.step, previous.folder
+    for change in accepted:
+        log(f"accepted from step {step:,} on: {change}")
+    by = "accept" if command == "resume" else command
+    accepted_names = {change.name for change in accepted}
+    changes = differences(previous.settings, settings_of(config))
+    others = [change for change in changes if change.name not in accepted_names]
+    lines = [record(step, c.word, c.old, c.new, by="accept") for c in accepted]
+    lines += [record(step, c.word, c.old, c.new, by=by) for c in others]
+    old_lr, new_lr = lr_schedule_of(previous.config), lr_schedule_of(config)
+    if command != "resume":
+        lines.append(record(step, command, old_lr.steps, new_lr.steps, by=by))
+    if any(identity.changes_lr(change.name) for change in changes):
+        # The record keeps the table that the user saw.
+        rows = compare_schedules(old_lr, new_lr, start_step=step)
+        lines[-1]["curve"] = rows
+        log(f"learning rates, old and new; the new ones are used from step {step:,} on:")
+        log(schedule_table(rows))
+    if lines:
+        identity.write_records(folder, [*previous.records, *lines])
+
+    for each in previous.records:
+        # Learning rates keep the step at which they changed; the rest holds from the checkpoint on.
+        is_later = each["step"] > step and each["by"] == "accept"
+        if is_later and not identity.changes_lr(each["what"]):
+            log(
+                f"note: {each['what']} was changed at step {each['step']:,} and is now used from "
+                f"step {step:,} on, since the checkpoint is older"
+            )
+    if to_dict(config) != to_dict(previous.stored):
+        replace_file(folder / CONFIG, to_yaml(config).encode())
+
+
+def repair_tokenizer(folder: Path, data: PreparedData, log: Log) -> None:
+    """Write the tokenizer of the run's text into its tokenizer folder again, where another text was
+    accepted, or the folder is damaged."""
+    from pretrain.tokenizer.load import load_tokenizer
+
+    try:
+        if load_tokenizer(folder / TOKENIZER).sha256 == data.manifest.tokenizer_sha256:
+            return
+    except (ValueError, OSError):
+        pass
+    log(f"{folder / TOKENIZER} was not the tokenizer of the text; it is written again")
+    data.tokenizer().save(folder / TOKENIZER)

@@ -1,9 +1,8 @@
 """Several processes of one run: started on this machine, or joined where torchrun started them.
 
 `launch` starts them with torch's elastic agent (the one of torchrun), which ends all when one
-fails, and starts them again from the last checkpoint. Across machines torchrun does that, and only
-`join_processes` is called. Only rank 0 writes files and messages; a failing rank leaves its error
-message in a file for the launcher to report.
+fails. Across machines torchrun does that, and only `join_processes` is called. Only rank 0 writes
+files and messages; a failing rank leaves its error message in a file for the launcher to report.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -29,8 +28,6 @@ from pretrain.machine import RENDEZVOUS_FILE, memory_bytes, n_processes
 if TYPE_CHECKING:
     from pretrain.distributed import World
 
-# Restarts in a row without a new checkpoint; an error that repeats so often is not transient.
-MAX_RESTARTS = 3
 # Memory of a process before it has a model.
 BYTES_PER_PROCESS = 300_000_000
 # A signal is passed on to all ranks, and each finishes its step, evaluation and checkpoint first. A
@@ -57,32 +54,7 @@ class ProcessFailed(Exception):
         """the signal that killed the process, if any"""
 
 
-def launch(
-    args: Sequence[str],
-    restart_args: Callable[[], Sequence[str]],
-    n: int,
-    log: Callable[[str], None],
-    *,
-    progress: Callable[[], Any],
-) -> int:
-    """Run `pretrain ARGS` in `n` processes of this machine, and `pretrain` with `restart_args()`
-    when one was killed; returns an exit code. ProcessFailed for other failures, and for more than
-    MAX_RESTARTS in a row between which `progress()` does not change."""
-    n_failures, before = 0, progress()
-    while True:
-        try:
-            return launch_once(args, n)
-        except ProcessFailed as error:
-            now = progress()
-            n_failures = n_failures + 1 if now == before else 1
-            before = now
-            if error.exit_code != 1 or n_failures > MAX_RESTARTS:
-                raise
-            log(f"{error}\nall processes were ended; restarting")
-            args = restart_args()
-
-
-def launch_once(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pretrain")) -> int:
+def launch(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pretrain")) -> int:
     """Run `python PROGRAM ARGS` in `n` processes of this machine; only rank 0 prints. A signal is
     passed on to all, and 128 plus its number is returned. ProcessFailed when one fails."""
     n_bytes = memory_bytes()

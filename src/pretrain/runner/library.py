@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.data.preparation import prepare
 from pretrain.runner.open import LoadedModel, load_model
+from pretrain.runner.request import layer_of
 from pretrain.runner.start import Request, RunResult, start
 
 if TYPE_CHECKING:
@@ -43,16 +44,12 @@ def train(
         ConfigError: It lists every setting that is wrong.
         ValueError: For text that cannot be read, or a run directory that is not empty.
     """
-    overrides: dict[str, dict[str, Any]] = {}
     named = {"train.steps": steps, "train.minutes": minutes}
     given = {name: value for name, value in named.items() if value is not None}
-    for name, value in {**given, **(settings or {})}.items():
-        section, _, key = name.partition(".")
-        overrides.setdefault(section, {})[key] = value
     request = Request(
         kind="resume" if resume else "new",
         target=None if target is None else str(target),
-        overrides=overrides,
+        overrides=layer_of({**given, **(settings or {})}),
         folder=None if run is None else Path(run),
     )
     if not quiet:

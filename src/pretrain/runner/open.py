@@ -129,9 +129,9 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     """Load MODEL onto a device (auto, cpu, cuda or mps). Of a finished run this is the best
     checkpoint, of an unfinished one the newest. ValueError where `path` is not a model."""
     path = Path(path)
-    if path.is_file() or (path / "config.json").is_file():
-        return _load_foreign(path, device)
-    find_checkpoint(path)  # before torch is imported, which takes seconds
+    is_foreign = path.is_file() or (path / "config.json").is_file()
+    if not is_foreign:
+        find_checkpoint(path)  # before torch is imported, which takes seconds
 
     from pretrain.distributed import open_world
     from pretrain.model.decoder import build
@@ -140,6 +140,14 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     from pretrain.tokenizer.load import load_tokenizer
     from pretrain.train.state import load_weights
 
+    if is_foreign:
+        from pretrain.export.importing import import_model
+
+        foreign = import_model(path)
+        world = open_world(device)
+        config = compose([{"model": asdict(foreign.config)}])
+        decoder = foreign.build(device=world.device.type).eval()
+        return LoadedModel(decoder, foreign.tokenizer, config, path, None, world)
     world = open_world(device)
     run, checkpoint = open_checkpoint_of(path)
     config = compose([read_file(run / CONFIG)])
@@ -155,18 +163,6 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
     return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
-
-
-def _load_foreign(path: Path, device: str) -> LoadedModel:
-    """Load a model in another library's format."""
-    from pretrain.distributed import open_world
-    from pretrain.export.importing import import_model
-
-    foreign = import_model(path)
-    world = open_world(device)
-    config = compose([{"model": asdict(foreign.config)}])
-    decoder = foreign.build(device=world.device.type).eval()
-    return LoadedModel(decoder, foreign.tokenizer, config, path, None, world)
 
 
 def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:

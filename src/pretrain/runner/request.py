@@ -131,24 +131,29 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
 # --- settings by name --------------------------------------------------------------------------
 
 
-def by_name(config: RunConfig) -> dict[str, Any]:
-    """Return every setting by its full name, as JSON values."""
+def by_name(layer: Layer) -> dict[str, Any]:
+    """Return the values of a layer by the full names of their settings."""
     return {
         f"{section}.{key}": value
-        for section, values in to_dict(config).items()
+        for section, values in layer.items()
         for key, value in values.items()
     }
+
+
+def layer_of(values: Mapping[str, Any]) -> Layer:
+    """Return the layer of settings by full name."""
+    layer: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        layer.setdefault(section, {})[key] = value
+    return layer
 
 
 def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Return the config with some settings, by full name; names that it does not have are
     ignored."""
-    merged = to_dict(config)
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        if key in merged.get(section, ()):
-            merged[section][key] = value
-    return compose([merged])
+    old = by_name(to_dict(config))
+    return compose([layer_of({name: values.get(name, value) for name, value in old.items()})])
 
 
 # --- this machine ------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def errors_of_machine(config: RunConfig) -> Iterator[tuple[str, str]]:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the config with absolute paths of texts and tasks, for a resume that starts in another
     folder."""
-    values = by_name(config)
+    values = by_name(to_dict(config))
     lists = ("corpus.evaluation_texts", "evaluate.task_files", "evaluate.texts")
     absolute: dict[str, Any] = {name: [_absolute(path) for path in values[name]] for name in lists}
     source = values["data.source"]

@@ -35,23 +35,15 @@ from pretrain.run.directory import CHECKPOINTS, REQUESTED, SUMMARY, read_environ
 from pretrain.run.log import RunLog
 from pretrain.runner import checks
 from pretrain.runner.launch import (
+    ProcessFailed,
     check_same_on_all_ranks,
     join_processes,
     launch,
     naming_lost_ranks,
     open_world_of,
 )
-from pretrain.runner.previous import (
-    extended_config,
-    is_finished,
-    load_previous,
-    repair_tokenizer,
-    requested_extension,
-    settings_of,
-    with_schedule_history,
-    write_changes,
-)
 from pretrain.runner.request import (
+    by_name,
     compose_target,
     errors_of_machine,
     initial_checkpoint,
@@ -70,6 +62,9 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
     from pretrain.distributed import World
     from pretrain.evaluate.task_files import EvalTask
+
+# Restarts in a row without a new checkpoint; an error that repeats so often is not transient.
+MAX_RESTARTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +170,7 @@ class _Session:
 
     def agreed_fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint with the settings. ValueError if it is not that of all ranks."""
-        agreed = {**self.fingerprint(), "settings": settings_of(self.config)}
+        agreed = {**self.fingerprint(), "settings": checks.settings_of(self.config)}
         check_same_on_all_ranks(self.world, agreed)
         return agreed
 
@@ -258,8 +253,9 @@ def _start_new(request: Request, stream: TextIO) -> RunResult:
 def _train_from_scratch(
     request: Request, folder: Path, config: RunConfig, stream: TextIO, world: World | None
 ) -> RunResult:
-    """Resolve the settings and train. The folder has the requested settings from the start, so
-    that a run that is killed before they are resolved can be resumed too."""
+    """Fill every empty setting, write config.yaml, from which a resume reads them, and train. The
+    folder has the requested settings from the start, so that a run that is killed before they are
+    resolved can be resumed too."""
     log = log_to(stream)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     is_main = world is None or world.is_main
@@ -271,8 +267,22 @@ def _train_from_scratch(
             data = open_text(config, log, world)
             checks.check_fits_text(config, data)  # before torch is imported
             world = world or open_world_of(config)
+            if config.train.steps is None and config.train.minutes is not None:
+                log(f"measuring how many steps fit into {config.train.minutes:g} min ...")
+            from pretrain.distributed import describe_machine
+            from pretrain.train.resolve import resolve
+
+            config = resolve(config, data, world, tasks)
             session = _Session(request, stream, folder, config, data, tasks, world)
-            fingerprint = _resolve(session)
+            fingerprint = session.agreed_fingerprint()
+            if is_main:
+                data.tokenizer().save(folder / directory.TOKENIZER)
+                text = to_yaml(config)
+                directory.write_environment(folder, text, fingerprint, describe_machine())
+                # Last, since a resume reads nothing else once it is there.
+                replace_file(folder / directory.CONFIG, text.encode())
+                (folder / REQUESTED).unlink()
+            world.wait_for_main()
         except (ValueError, KeyboardInterrupt):  # not a full disk, after which it is resumed
             if is_main:  # remove its files, and the folders that were made for it
                 for name in (REQUESTED, directory.LOCK):
@@ -284,28 +294,6 @@ def _train_from_scratch(
         return session.train(fingerprint)
 
 
-def _resolve(session: _Session) -> dict[str, Any]:
-    """Fill every empty setting and write config.yaml, from which a resume reads them. Returns the
-    run's fingerprint."""
-    from pretrain.distributed import describe_machine
-    from pretrain.train.resolve import resolve
-
-    folder, world, train = session.folder, session.world, session.config.train
-    if train.steps is None and train.minutes is not None:
-        log_to(session.stream)(f"measuring how many steps fit into {train.minutes:g} min ...")
-    session.config = resolve(session.config, session.data, world, session.tasks)
-    fingerprint = session.agreed_fingerprint()
-    if world.is_main:
-        session.data.tokenizer().save(folder / directory.TOKENIZER)
-        text = to_yaml(session.config)
-        directory.write_environment(folder, text, fingerprint, describe_machine())
-        # Last, since a resume reads nothing else once it is there.
-        replace_file(folder / directory.CONFIG, text.encode())
-        (folder / REQUESTED).unlink()
-    world.wait_for_main()
-    return fingerprint
-
-
 # --- a run that continues ----------------------------------------------------------------------
 
 
@@ -314,7 +302,7 @@ def _continue(request: Request, folder: Path, stored: RunConfig, stream: TextIO)
     one of a finished run. The order is that of `checks.RESUME_CHECKS`."""
     accepted, overrides, extension = request.accepted, request.overrides, None
     if request.kind != "resume":
-        extension = requested_extension(request.kind, stored, overrides)
+        extension = checks.requested_extension(request.kind, stored, overrides)
         if checks.is_under_way(folder, stored, extension):
             extension = None
         else:
@@ -330,7 +318,7 @@ def _continue(request: Request, folder: Path, stored: RunConfig, stream: TextIO)
     tasks = checks.check_packages_and_tasks(requested)
     if extension is not None:
         checks.check_extension(folder, requested, extension)
-    elif is_finished(folder, stored):
+    elif checks.is_finished(folder, stored):
         checks.check_finished_run(stored, requested, accepted)
         return _report_finished(folder, requested, stream)
 
@@ -341,20 +329,16 @@ def _continue(request: Request, folder: Path, stored: RunConfig, stream: TextIO)
     with checks.only_writer(folder, log):
         environment = read_environment(folder)
         if extension is None:
-            command, checkpoint = (
-                "resume",
-                checks.newest_checkpoint(folder, environment["run"], log),
-            )
+            command = "resume"
+            checkpoint = checks.newest_checkpoint(folder, environment["run"], log)
         else:
             command, checkpoint = extension.command, checks.last_checkpoint(folder)
-        started_with = environment["fingerprint"]
-        previous = load_previous(
-            folder, stored, checkpoint, started_with=started_with, command=command
+        previous = checks.load_previous(
+            folder, stored, checkpoint, started_with=environment["fingerprint"], command=command
         )
-        requested = with_schedule_history(requested, previous)
-        config = (
-            requested if extension is None else extended_config(requested, extension, previous.step)
-        )
+        config = requested = checks.with_schedule_history(requested, previous)
+        if extension is not None:
+            config = checks.extended_config(requested, extension, previous.step)
         checks.check_text_settings(previous, requested, accepted)
         data = open_text(requested, log)
         world = joined or open_world_of(requested)
@@ -372,8 +356,8 @@ def _continue(request: Request, folder: Path, stored: RunConfig, stream: TextIO)
         world.broadcast_str(json.dumps({"config": to_dict(session.config), "checkpoint": name}))
 
         def write() -> None:
-            write_changes(previous, session.config, changes, command=command, log=log)
-            repair_tokenizer(folder, data, log)
+            checks.write_changes(previous, session.config, changes, command=command, log=log)
+            checks.repair_tokenizer(folder, data, log)
             directory.archive_results(folder)
             log(start_line)
 
@@ -443,26 +427,27 @@ def _describe_resume(folder: Path, checkpoint: Checkpoint | None) -> str:
 
 
 def _launch(request: Request, folder: Path, n: int, stream: TextIO) -> RunResult:
-    """Launch `n` processes with the same request. One that failed after the run had started is
-    restarted as a resume."""
+    """Launch `n` processes with the same request, and again when one was killed: as a resume, if
+    the run had started. ProcessFailed for other failures, and for more than MAX_RESTARTS in a row
+    without a new checkpoint."""
     args = _command_line(request, folder)
-    resume_args = _command_line(Request(kind="resume", json=request.json), folder)
-
-    def restart_args() -> list[str]:
-        if request.kind == "resume":
-            return args  # --accept is still needed
-        if request.kind == "new":
-            has_started = is_started(folder)
-        else:
-            has_started = (
-                checks.read_run_config(folder).train.steps == request.overrides["train"]["steps"]
-            )
-        return resume_args if has_started else args
-
-    def saved_checkpoints() -> list[str]:
-        return sorted(path.name for path in folder.glob(f"{CHECKPOINTS}/step-*"))
-
-    exit_code = launch(args, restart_args, n, log_to(stream), progress=saved_checkpoints)
+    n_failures, saved = 0, set(folder.glob(f"{CHECKPOINTS}/step-*"))
+    while True:
+        try:
+            exit_code = launch(args, n)
+            break
+        except ProcessFailed as error:
+            before, saved = saved, set(folder.glob(f"{CHECKPOINTS}/step-*"))
+            n_failures = n_failures + 1 if saved == before else 1
+            if error.exit_code != 1 or n_failures > MAX_RESTARTS:
+                raise
+            log_to(stream)(f"{error}\nall processes were ended; restarting")
+        has_started = request.kind == "new" and is_started(folder)
+        if request.kind in ("extend", "anneal"):
+            n_steps = checks.read_run_config(folder).train.steps
+            has_started = n_steps == request.overrides["train"]["steps"]
+        if has_started:  # never of a resume, whose --accept is still needed
+            args = _command_line(Request(kind="resume", json=request.json), folder)
     is_done = exit_code == 0 and (folder / SUMMARY).is_file()
     summary = read_json(folder / SUMMARY) if is_done else None
     return RunResult(folder, exit_code, summary, is_main=False)
@@ -480,10 +465,9 @@ def _command_line(request: Request, folder: Path) -> list[str]:
             args.append("--resume")
     # JSON is YAML in one line, except for infinity and NaN.
     not_json = {"Infinity": ".inf", "-Infinity": "-.inf", "NaN": ".nan"}
-    for section, keys in request.overrides.items():
-        for key, value in keys.items():
-            text = json.dumps(value, ensure_ascii=False)
-            args.append(f"--{section}.{key}={not_json.get(text, text)}")
+    for name, value in by_name(request.overrides).items():
+        text = json.dumps(value, ensure_ascii=False)
+        args.append(f"--{name}={not_json.get(text, text)}")
     for word in request.accepted:
         args += ["--accept", word]
     if request.json:

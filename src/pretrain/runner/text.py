@@ -64,8 +64,7 @@ def prepared_text(
             "name texts only"
         )
     if prepared:
-        parts = [open_prepared(path) for path in prepared]
-        return parts[0] if isinstance(data.source, str) else MixedData(data, parts)
+        return _mixed(config, [open_prepared(path) for path in prepared])
 
     settings: dict[str, Any] = {
         "tokenizer": config.tokenizer.name,
@@ -79,8 +78,13 @@ def prepared_text(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another run has prepared the same text meanwhile
             prepare(data.paths, folder, progress=progress, **settings)
-    text = open_prepared(folder)
-    return text if isinstance(data.source, str) else MixedData(data, [text])
+    return _mixed(config, [open_prepared(folder)])
+
+
+def _mixed(config: RunConfig, parts: list[PreparedData]) -> PreparedData:
+    """Return the text of one source, or the mixture of a list of sources."""
+    is_list = not isinstance(config.data.source, str)
+    return MixedData(config.data, parts) if is_list else parts[0]
 
 
 def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedData:
@@ -98,14 +102,10 @@ def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedDa
     try:
         data = prepared_text(config)
     except ValueError:
-        for folder in (cache_folder() / "prepared").glob("*"):
-            if not is_prepared(folder):
-                continue
-            cached: PreparedData = open_prepared(folder)
-            if not isinstance(config.data.source, str):
-                cached = MixedData(config.data, [cached])
-            if has_same_hashes(cached):
-                return cached
+        folders = filter(is_prepared, (cache_folder() / "prepared").glob("*"))
+        for data in (_mixed(config, [open_prepared(folder)]) for folder in folders):
+            if has_same_hashes(data):
+                return data
         raise
     if not has_same_hashes(data):
         raise ValueError(

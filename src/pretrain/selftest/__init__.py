@@ -25,6 +25,11 @@ class Check:
     found: str
 
 
+def max_difference(one: list[float], other: list[float]) -> float:
+    """Return the largest difference of two loss curves, relative to the first."""
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """Checks by name, each printed as soon as it is added."""

@@ -18,13 +18,27 @@ from pretrain.run.identity import code_hash
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.text import Log
-from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Report
-from pretrain.selftest.tiny_run import SIZES, STEPS, losses, max_difference
+from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Report, max_difference
 from pretrain.selftest.verify import compare_runs, run_process
 
 if TYPE_CHECKING:
+    from pretrain.data.batches import MicroBatch
     from pretrain.distributed import World
 
+# The small model that is trained, with dropout, on fixed random ids.
+_STEPS = 8
+_CONTEXT = 32
+_SIZES = {
+    "family": "gpt2",
+    "n_layers": 2,
+    "n_heads": 2,
+    "d_model": 64,
+    "context_length": _CONTEXT,
+    "dropout": 0.1,
+}
+_BATCH_ROWS = 16
+_VOCAB_SIZE = 211
+_SEED = 1
 _SAVED_BYTES = 64 << 20
 _REDUCED_BYTES = 16 << 20
 _N_REDUCTIONS = 5
@@ -46,7 +60,13 @@ def check_machine(device: str, log: Log) -> dict[str, Any]:
 
     report = Report(log)
     report.add("disk", _measure_disk())
-    report.add("repeat", _check_repeat(world))
+    first, second = losses(world, "float32", 16), losses(world, "float32", 16)
+    if first == second:
+        check = Check(AGREES, f"{_STEPS} steps twice, with dropout: the same losses bit for bit")
+    else:
+        difference = max_difference(first, second)
+        check = Check(DIFFERS, f"losses differ by {difference:.1e} from one run to the next")
+    report.add("repeat", check)
     report.add("micro-batch", _check_micro_batch(world))
     report.add("compile", check_compile(world))
     resume = _check_resume(device, log)
@@ -76,15 +96,6 @@ def _measure_disk() -> Check:
         f"saved to the disk at {megabytes / (save_time - start_time):,.0f} MB/s, verified at "
         f"{megabytes / (verify_time - save_time):,.0f}",
     )
-
-
-def _check_repeat(world: World) -> Check:
-    """Train twice."""
-    first, second = losses(world, "float32", 16), losses(world, "float32", 16)
-    if first == second:
-        return Check(AGREES, f"{STEPS} steps twice, with dropout: the same losses bit for bit")
-    difference = max_difference(first, second)
-    return Check(DIFFERS, f"losses differ by {difference:.1e} from one run to the next")
 
 
 def _check_micro_batch(world: World) -> Check:
@@ -134,7 +145,7 @@ def _check_resume(device: str, log: Log) -> dict[str, Any]:
         (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
         # Prepared here, so that the user's cache does not get it.
         prepare(folder / "text.jsonl", folder / "prepared", vocab_size=400)
-        settings = {f"model.{key}": value for key, value in SIZES.items()} | {
+        settings = {f"model.{key}": value for key, value in _SIZES.items()} | {
             "train.batch_tokens": 512,
             "train.micro_batch_rows": 8,
             "train.steps": 40,
@@ -155,6 +166,8 @@ def _check_resume(device: str, log: Log) -> dict[str, Any]:
 def check_processes(device: str, log: Log) -> dict[str, Any] | None:
     """Check in each process that they can train together, and return what --json prints; None on
     ranks other than 0, which print nothing."""
+    import torch
+
     from pretrain.distributed import open_world
 
     start_time = time.perf_counter()
@@ -164,8 +177,19 @@ def check_processes(device: str, log: Log) -> dict[str, Any] | None:
     report = Report(log if world.is_main else lambda line: None)
     size_and_hosts = f"{world.size} processes on {', '.join(hosts)}"
     report.add("meeting", Check(AGREES, f"{size_and_hosts}, in {seconds:.1f} s"))
-    report.add("versions", _check_versions(world))
-    report.add("clocks", _check_clocks(world))
+    own = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
+    try:
+        check_same_on_all_ranks(world, own)
+        versions = Check(AGREES, ", ".join(f"{name} {value}" for name, value in own.items()))
+    except ValueError as error:
+        versions = Check(DIFFERS, str(error))
+    report.add("versions", versions)
+    world.all_gather([0.0])  # a barrier: all ranks leave it at about the same time
+    times = [now for (now,) in world.all_gather([time.time()])]
+    difference = max(times) - min(times)
+    verdict = AGREES if difference < _CLOCK_TOLERANCE_SECONDS else DIFFERS
+    apart = f"at most {difference:.3f} s apart (tolerance {_CLOCK_TOLERANCE_SECONDS:g} s)"
+    report.add("clocks", Check(verdict, apart))
     report.add("folder", _check_folder(world))
     report.add("sums", _check_sums(world))
     report.add("copies", _check_axes(world, ParallelConfig()))
@@ -180,27 +204,6 @@ def check_processes(device: str, log: Log) -> dict[str, Any] | None:
     wrong = report.failed()
     log(f"wrong: {', '.join(wrong)}" if wrong else "these processes are fine")
     return {"processes": world.size, "hosts": hosts, "checks": report.to_json(), "wrong": wrong}
-
-
-def _check_versions(world: World) -> Check:
-    import torch
-
-    own = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}
-    try:
-        check_same_on_all_ranks(world, own)
-    except ValueError as error:
-        return Check(DIFFERS, str(error))
-    return Check(AGREES, ", ".join(f"{name} {value}" for name, value in own.items()))
-
-
-def _check_clocks(world: World) -> Check:
-    world.all_gather([0.0])  # a barrier: all ranks leave it at about the same time
-    times = [now for (now,) in world.all_gather([time.time()])]
-    difference = max(times) - min(times)
-    return Check(
-        AGREES if difference < _CLOCK_TOLERANCE_SECONDS else DIFFERS,
-        f"at most {difference:.3f} s apart (tolerance {_CLOCK_TOLERANCE_SECONDS:g} s)",
-    )
 
 
 def _check_folder(world: World) -> Check:
@@ -247,13 +250,81 @@ def _check_axes(world: World, parallel: ParallelConfig) -> Check:
     *_, (dtype, tolerance) = _tolerances(world).items()
     if parallel.elastic:  # the deterministic reduction must be exact
         tolerance = 0.0
-    elastic = ParallelConfig(elastic=True) if parallel.elastic else None
+    elastic = ParallelConfig(elastic=parallel.elastic)
     alone = losses(world.single_process(), dtype, 2, parallel=elastic)
     together = losses(world, dtype, 2, parallel=parallel)
     own_difference = max_difference(alone, together)
     difference = max(each for (each,) in world.all_gather([own_difference]))
     return Check(
         AGREES if difference <= tolerance else DIFFERS,
-        f"losses of {STEPS} steps: {difference:.1e} from those of one process (tolerance "
+        f"losses of {_STEPS} steps: {difference:.1e} from those of one process (tolerance "
         f"{tolerance:.0e})",
     )
+
+
+# --- a tiny run --------------------------------------------------------------------------------
+
+
+def losses(
+    world: World,
+    dtype: str,
+    micro_batch_rows: int,
+    *,
+    compiled: bool = False,
+    parallel: ParallelConfig | None = None,
+) -> list[float]:
+    """Train on all processes of `world`, and return the loss of each step in nats per token."""
+    import torch
+
+    from pretrain.config import compose
+    from pretrain.model.decoder import build
+    from pretrain.model.loss import LMLoss
+    from pretrain.optim.config import OptimizerConfig
+    from pretrain.optim.param_groups import build_optimizer
+    from pretrain.parallel.model import parallelize
+    from pretrain.train.build import rows_of
+    from pretrain.train.step import training_steps
+
+    axes = (parallel or ParallelConfig()).resolve(world.size)
+    # Weights of shards are initialised when each process has its own.
+    device = torch.device("meta") if axes.shard > 1 else world.device
+    config = compose([{"model": _SIZES}]).model
+    decoder = build(config, vocab_size=_VOCAB_SIZE, seed=None, device=device)
+    lm_loss = LMLoss(decoder.to(getattr(torch, dtype)), seed=_SEED)
+    if compiled:
+        lm_loss.compile_parts()
+    model = parallelize(lm_loss, axes, world)
+    model.initialize(_SEED)
+    optimizer = build_optimizer(
+        model.named_parameters(), config=OptimizerConfig(), orthogonalizer=model.orthogonalizer
+    )
+    own_rows = rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows)
+    reports = training_steps(
+        model,
+        optimizer,
+        lambda step: _batches(step, micro_batch_rows, own_rows),
+        lr_at=lambda step: 3e-3,
+        steps=_STEPS,
+        world=world,
+    )
+    return [report.nats_per_token for report in reports]
+
+
+def _batches(step: int, micro_batch_rows: int, rows: range) -> list[MicroBatch]:
+    """Return this process's rows of the batch of a step, in micro-batches."""
+    import torch
+
+    from pretrain.data.batches import IGNORE_INDEX, MicroBatch
+
+    # Padding rows, where the processes do not divide the batch, have no valid targets.
+    n_rows = max(_BATCH_ROWS, rows.stop)
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, _VOCAB_SIZE, (n_rows, _CONTEXT + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    targets[_BATCH_ROWS:] = IGNORE_INDEX
+    samples = _BATCH_ROWS * step + torch.arange(n_rows)
+    batches = []
+    for first in range(rows.start, rows.stop, micro_batch_rows):
+        part = slice(first, min(first + micro_batch_rows, rows.stop))
+        batches.append(MicroBatch(ids[part, :-1].contiguous(), targets[part], samples[part]))
+    return batches

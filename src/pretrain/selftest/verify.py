@@ -40,13 +40,11 @@ from pretrain.run.directory import (
     write_json,
 )
 from pretrain.run.log import METRICS_KEYS, TIMES, RunLog
-from pretrain.runner.checks import read_run_config
-from pretrain.runner.launch import ProcessFailed, launch_once
-from pretrain.runner.previous import settings_of
+from pretrain.runner.checks import read_run_config, settings_of
+from pretrain.runner.launch import ProcessFailed, launch
 from pretrain.runner.start import Request, start
 from pretrain.runner.text import Log
-from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Report
-from pretrain.selftest.tiny_run import max_difference
+from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Report, max_difference
 from pretrain.train.signals import PlannedStop
 
 if TYPE_CHECKING:
@@ -123,7 +121,14 @@ def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str,
             changed = replace(settings, train=replace(fp32, micro_batch_rows=rows))
             other = _copy_run(folder, work / "micro-batch", changed)
             _train(other, "--stop-after", 2 * k)
-            checks["micro-batch"] = _check_close(reference, other, config, rows)
+            losses = [[r["loss"] for r in _records(f, is_train=True)] for f in (reference, other)]
+            difference = max_difference(*losses)
+            checks["micro-batch"] = Check(
+                AGREES if difference <= _MAX_DIFFERENCE else DIFFERS,
+                f"micro-batches of {rows} rows instead of {train.micro_batch_rows}, in float32: "
+                f"losses differ by at most {difference:.1e}, relative (tolerance "
+                f"{_MAX_DIFFERENCE:.0e})",
+            )
 
         for name, check in checks.items():
             report.add(name, check)
@@ -191,7 +196,7 @@ def main(args: Sequence[str]) -> int:
     n = read_run_config(options.folder).parallel.processes
     if n > 1 and n_processes() == 1:
         try:
-            return launch_once(args, n, program=_PROGRAM)
+            return launch(args, n, program=_PROGRAM)
         except ProcessFailed as error:
             if options.kill_after is None or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
@@ -298,17 +303,6 @@ def _other_micro_batch(config: RunConfig) -> int | None:
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
     larger = min((n for n in divisors if n > current), default=None)
     return max((n for n in divisors if n < current), default=larger)
-
-
-def _check_close(one: Path, other: Path, config: RunConfig, rows: int) -> Check:
-    """Compare the losses of two micro-batch sizes."""
-    losses = [[r["loss"] for r in _records(folder, is_train=True)] for folder in (one, other)]
-    difference = max_difference(*losses)
-    return Check(
-        AGREES if difference <= _MAX_DIFFERENCE else DIFFERS,
-        f"micro-batches of {rows} rows instead of {config.train.micro_batch_rows}, in float32: "
-        f"losses differ by at most {difference:.1e}, relative (tolerance {_MAX_DIFFERENCE:.0e})",
-    )
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ class Console:
         """Show a line, which is never read as markup."""
         self._rich.print(Text(text, style=style))
 
-    def facts(self, facts: Mapping[str, str]) -> None:
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
         """Print labels and values in two columns."""
-        width = max(map(len, facts))
-        for label, value in facts.items():
+        width = max(len(label) for label, _ in facts)
+        for label, value in facts:
             self._rich.print(Text.assemble((f"  {label:<{width}}  ", "dim"), value))
 
     @contextmanager
@@ -175,7 +175,7 @@ def show_plan(
         every = filled(config.evaluate.every)
         often = "after the last step" if every >= steps else f"every {every:,} steps"
         facts["tasks"] = f"{names}, {often}"
-    console.facts(facts)
+    console.facts(list(facts.items()))
 
     if ends_early:
         console.line(
@@ -204,18 +204,19 @@ def show_summary(
     )
     console.line()
     console.line("done", style="bold green")
-    facts = {
+    results = {
         "held-out text": f"{summary['val_bits_per_byte']:.3f} bits/byte, perplexity "
         f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
         "baselines": f"{baselines} bits/byte",
     }
-    for name, row in summary.get("tasks", {}).items():
-        facts[name] = f"{row['metric']} {with_error(row)}"
-    facts |= {
+    tasks = {  # of any name, also one of the other labels
+        name: f"{row['metric']} {with_error(row)}" for name, row in summary.get("tasks", {}).items()
+    }
+    rest = {
         "cost": f"{duration(summary['total_seconds'])}, {summary['tokens_per_second']:,.0f} "
         f"tokens/s in training, {summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at most",
         "checkpoint": str(folder / summary["checkpoint"]),
         "report": str(report),
         "try it": f"pretrain generate {shlex.quote(str(folder))} --n 3",
     }
-    console.facts(facts)
+    console.facts([*results.items(), *tasks.items(), *rest.items()])

@@ -13,7 +13,7 @@ import argparse
 from pretrain.cli.options import DEVICE, Option
 from pretrain.cli.output import Output
 from pretrain.machine import n_processes
-from pretrain.runner.launch import launch_once
+from pretrain.runner.launch import launch
 from pretrain.selftest.doctor import check_machine, check_processes
 
 OPTIONS = (DEVICE, Option("--processes N", "number of processes to start", 1, least=1))
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
         command = ["doctor", "--device", args.device]
         if args.json:
             command.append("--json")
-        return launch_once(command, args.processes)
+        return launch(command, args.processes)
     else:
         result = check_machine(args.device, output.log)
     if result is None:  # rank 0 reports

@@ -21,7 +21,7 @@ OPTIONS = (Option("RUN", "a finished run; new steps are added to it"), ACCEPT)
 
 def epilog(command: str = "extend") -> str:
     """Return the settings that the command accepts."""
-    from pretrain.runner.previous import EXTENSION_SETTINGS
+    from pretrain.runner.checks import EXTENSION_SETTINGS
 
     first, *others = EXTENSION_SETTINGS[command]
     return (
