@@ -125,7 +125,7 @@ def score_batches(
 def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
     """The exactly rounded sum of the losses of all batches, whatever their order."""
     scores = score_batches(
-        LMLoss(model.decoder),
+        LMLoss(model.decoder).train(model.decoder.training),  # a new module is in training mode
         batches,
         byte_lengths_V=byte_lengths(model.tokenizer),
         world=model.world,
