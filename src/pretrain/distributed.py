@@ -8,15 +8,17 @@ objects). torch's threads and flags are set here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,9 +64,18 @@ class World:
         return tensor
 
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of each process, as float64, by rank; they may be of different number."""
+        """The numbers of each process, as float64, by rank; all must give equally many."""
+        own = torch.tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return [own.tolist()]
+        gathered = own.new_empty(self.size, len(numbers))
+        dist.all_gather(list(gathered.unbind()), own, group=self.cpu_group)
+        return gathered.tolist()
+
+    def fsum(self, numbers: Iterable[float]) -> float:
+        """The correctly rounded sum of all numbers of all processes, however they are spread."""
         own = json.dumps([float(number) for number in numbers])  # exact, NaN and infinities too
-        return [json.loads(text) for text in self.all_gather_str(own)]
+        return math.fsum(chain(*map(json.loads, self.all_gather_str(own))))
 
     def all_sum(self, *numbers: float) -> list[float]:
         """The sum of each number over all processes, in the order of ranks."""

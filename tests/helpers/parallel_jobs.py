@@ -6,10 +6,8 @@ Torch is imported inside, in the process that needs it.
 from __future__ import annotations
 
 import errno
-import math
 import sys
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -103,7 +101,7 @@ class Trainee:
             precision=self.precision,
         )
         own = own if self.model.axes.reports_loss(self.world.rank) else []
-        return math.fsum(chain(*self.world.all_gather([each.nats for each in own])))
+        return self.world.fsum(each.nats for each in own)
 
     def sample(self) -> list[int]:
         """A few generated ids, as a run samples them after an evaluation."""
@@ -301,6 +299,7 @@ def talk() -> dict[str, Any]:
         "texts": world.all_gather_str("é" * world.rank),
         "broadcast": world.broadcast_str(f"from {world.rank}"),
         "all_gather": world.all_gather([world.rank, 0.5]),
+        "fsum": world.fsum([[1e16, 1.0], [-1e16], []][world.rank]),
         "all_sum": world.all_sum(world.rank + 1, 1e15 + world.rank),
         "all_reduce": world.all_reduce_(torch.tensor([1.0, world.rank])).tolist(),
         "single": world.single_process().all_sum(world.rank)[0],

@@ -403,6 +403,7 @@ def test_collectives_of_texts_and_numbers(pool: Pool) -> None:
         assert results["texts"] == ["", "é", "éé"]
         assert results["broadcast"] == "from 0"
         assert results["all_gather"] == [[0, 0.5], [1, 0.5], [2, 0.5]]
+        assert results["fsum"] == 1.0  # a sum that is rounded at each addition is 0
         assert results["all_sum"] == [6, 3e15 + 3]
         assert results["all_reduce"] == [3.0, 3.0]
         assert results["single"] == rank

@@ -12,7 +12,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ def forward_backward(
     for parameter, grad in zip(parameters, total.total(), strict=True):
         parameter.grad = grad
     # Exact sums, so that they do not depend on the order either.
-    all_nats = torch.tensor(math.fsum(chain(*world.all_gather(nats))), dtype=torch.float64)
+    all_nats = torch.tensor(world.fsum(nats), dtype=torch.float64)
     all_targets = torch.tensor(int(world.all_sum(n_targets)[0]))
     return all_nats, all_targets
 

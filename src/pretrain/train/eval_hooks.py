@@ -6,10 +6,9 @@ signal interrupts them without a record, so the resume begins with what is missi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -146,7 +145,7 @@ def evaluate_split(
     if not run.model.axes.reports_loss(run.world.rank):
         scores = []
     # fsum over all batches: the result does not depend on which process scored which.
-    nats = math.fsum(chain(*run.world.all_gather([score.nats for score in scores])))
+    nats = run.world.fsum(score.nats for score in scores)
     n_tokens = sum(score.tokens for score in scores)
     n_bytes = sum(score.bytes for score in scores)
     all_tokens, all_bytes = run.world.all_sum(n_tokens, n_bytes)
