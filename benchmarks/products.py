@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from pretrain.model import fused
+from pretrain.compat import onednn_linear
 
 ROWS = 4096
 
@@ -43,11 +43,11 @@ def main() -> None:
         x, y = torch.randn(ROWS, narrow), torch.randn(ROWS, wide)
         w = torch.randn(wide, narrow)
         pairs: dict[str, tuple[Callable[[], torch.Tensor], ...]] = {
-            "x W^T": (lambda x=x, w=w: x @ w.T, lambda x=x, w=w: fused._times_transposed(x, w)),
-            "y W": (lambda y=y, w=w: y @ w, lambda y=y, w=w: fused._times_transposed(y, w.T)),
+            "x W^T": (lambda x=x, w=w: x @ w.T, lambda x=x, w=w: onednn_linear(x, w)),
+            "y W": (lambda y=y, w=w: y @ w, lambda y=y, w=w: onednn_linear(y, w.T)),
             "y^T x": (
                 lambda y=y, x=x: y.T @ x,
-                lambda y=y, x=x: fused._times_transposed(y.T.contiguous(), x.T),
+                lambda y=y, x=x: onednn_linear(y.T.contiguous(), x.T),
             ),
         }
         for name, routes in pairs.items():

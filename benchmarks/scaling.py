@@ -44,7 +44,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from pretrain.distributed import open_world
-    from pretrain.parallel import replicated
+    from pretrain.parallel import model as parallel_model
     from pretrain.parallel.config import ParallelConfig
     from pretrain.train.build import trial_steps
     from pretrain.train.resolve import resolve
@@ -77,7 +77,7 @@ def member(recipe: str, steps: int, kind: str, answer: str) -> None:
             super().__init__(*given, bucket_cap_mb=1 << 20, **named)
 
     kinds = {ALONE: Watched, APART: Watched, TOGETHER: Watched, AFTERWARDS: AllInOne}
-    with mock.patch.object(replicated, "DistributedDataParallel", kinds[kind]):
+    with mock.patch.object(parallel_model, "DistributedDataParallel", kinds[kind]):
         seconds, shares = [], []
         for step, took in enumerate(trial_steps(config, data, world, steps=steps)):
             if step >= WARM_STEPS:

@@ -86,20 +86,25 @@ class World:
         if self.size == 1:
             return [text]
         group = group or self.cpu_group
-        # A zero at the end: torch cannot view an empty buffer.
-        own = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        own = _to_tensor(text)
         lengths = torch.zeros(self.size, 1, dtype=torch.int64)
         dist.all_gather(list(lengths.unbind()), torch.tensor([len(own)]), group=group)
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
         padded[: len(own)] = own
         rows = padded.new_empty(self.size, len(padded))
         dist.all_gather(list(rows.unbind()), padded, group=group)
-        pairs = zip(rows, lengths, strict=True)
-        return [row[: int(n) - 1].numpy().tobytes().decode() for row, n in pairs]
+        return [_to_text(row[: int(n)]) for row, n in zip(rows, lengths, strict=True)]
 
     def broadcast_str(self, text: str) -> str:
         """The text of rank 0."""
-        return self.all_gather_str(text if self.is_main else "")[0]
+        if self.size == 1:
+            return text
+        own = _to_tensor(text)
+        length = torch.tensor([len(own)])
+        dist.broadcast(length, 0, group=self.cpu_group)
+        received = own if self.is_main else own.new_empty(int(length))
+        dist.broadcast(received, 0, group=self.cpu_group)
+        return _to_text(received)
 
     def wait_for_main(self) -> None:
         """Wait until rank 0 gets here too, however long it works."""
@@ -172,6 +177,15 @@ class World:
         """Destroy the process groups, when all common work is done."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _to_tensor(text: str) -> Tensor:
+    """Return UTF-8 bytes with a zero at the end: torch cannot view an empty buffer."""
+    return torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+
+
+def _to_text(received: Tensor) -> str:
+    return received[:-1].numpy().tobytes().decode()
 
 
 def open_world(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
-from pretrain.config import RunConfig, parse_overrides
+from pretrain.config import RunConfig, parse_overrides, to_yaml
+from pretrain.parallel.config import ParallelConfig
 from pretrain.runner import start
 from pretrain.runner.request import is_started, is_unresolved, new_run_folder
 from tiny import TINY
@@ -44,6 +46,28 @@ def test_run_without_resolved_settings_starts_from_scratch(
     assert (run / "summary.json").is_file()
     assert not (run / "requested.yaml").exists()
     assert not is_unresolved(run)
+
+
+def test_a_torchrun_that_restarts_with_fewer_processes_launches_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = RunConfig(parallel=ParallelConfig(processes=2))
+    (tmp_path / "config.yaml").write_text(to_yaml(stored))
+    (tmp_path / "environment.json").write_text("{}")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    requests = []
+
+    def resume(request: start.Request, folder: Path, *_: object) -> start.RunResult:
+        requests.append(request)
+        return start.RunResult(folder)
+
+    monkeypatch.setattr(start, "_continue", resume)
+    request = start.Request(target="english", folder=tmp_path)
+    assert start.start(request, io.StringIO()).folder == tmp_path
+    assert [(each.kind, each.overrides) for each in requests] == [
+        ("resume", {"parallel": {"processes": 1}})
+    ]
 
 
 def test_several_processes_cannot_measure_the_interval_of_their_first_tasks() -> None:

@@ -239,7 +239,13 @@ def _start_new(request: Request, stream: TextIO) -> RunResult:
                 "a restart finds its run by --run DIR; give it to torchrun's command too"
             )
         if is_started(request.folder):
-            again = Request(kind="resume", folder=request.folder, start_time=request.start_time)
+            # torchrun may restart with fewer processes; none is launched below it.
+            again = Request(
+                kind="resume",
+                folder=request.folder,
+                overrides={"parallel": {"processes": n_processes()}},
+                start_time=request.start_time,
+            )
             return start(again, stream)
 
     world, stream = join_processes(config, stream)

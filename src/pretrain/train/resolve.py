@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from pretrain.config import RunConfig
 from pretrain.data.format import MixedData, PreparedData
 from pretrain.data.order import Order, ceil_div
-from pretrain.distributed import World
 from pretrain.machine import memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig, n_parameters
 from pretrain.parallel.config import ParallelConfig
@@ -24,6 +23,7 @@ from pretrain.train.config import Device, Precision, TrainConfig, batch_errors, 
 from pretrain.validation import raise_errors
 
 if TYPE_CHECKING:
+    from pretrain.distributed import World
     from pretrain.evaluate.task_files import EvalTask
 
 DEFAULT_CONTEXT = 128
