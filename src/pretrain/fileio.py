@@ -126,14 +126,15 @@ def write_json(
         file.write(text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, unique: bool = True) -> dict[str, Any]:
     """Read a JSON object. ValueError naming the file if it is damaged, not an object, larger than
-    MAX_JSON_BYTES or has a duplicate key; OSError if it cannot be read."""
+    MAX_JSON_BYTES or, if `unique`, has a duplicate key; OSError if it cannot be read."""
     n_bytes = os.stat(path).st_size
     if n_bytes > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {n_bytes:,} bytes; it must have at most {MAX_JSON_BYTES:,}")
+    hook = unique_keys if unique else None
     try:
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique_keys)
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is not JSON: {error}") from None
     if not isinstance(content, dict):

@@ -182,6 +182,27 @@ def test_other_settings_start_from_scratch(
     assert file_hashes(tmp_path / "out") == uninterrupted
 
 
+def test_a_rejected_preparation_keeps_the_job_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    text, out = tmp_path / "a.txt", tmp_path / "out"
+    text.write_text("the sea was calm. " * 200, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "compression_of", dies)
+        with pytest.raises(Killed):
+            prepare(text, out, tokenizer="bytes")
+    job = file_hashes(work_folder(out))
+    assert job
+    out.mkdir()
+    (out / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        prepare(text, out, tokenizer="characters")
+    assert file_hashes(work_folder(out)) == job
+
+
 def test_the_tokenizer_of_a_stopped_preparation_is_not_used_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

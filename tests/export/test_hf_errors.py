@@ -66,6 +66,7 @@ SCALED = {
 MODEL_TYPES = ", ".join(formats.model_type for formats in FORMATS.values())
 HOSTILE: list[tuple[Change, str]] = [
     (in_config(model_type="bert"), f"{MODEL_TYPES}, pretrain .got 'bert'"),
+    (in_config(model_type=["llama"]), r"model_type must be one of .* .got \['llama'\]"),
     (in_config(model_type="gone"), "model_type must be one of .* .got None"),
     (in_config(hidden_act="gelu"), "hidden_act must be 'silu' .got 'gelu'"),
     (in_config(attention_bias=True), "attention_bias must be False .got True"),

@@ -322,7 +322,7 @@ class _RawStream(io.RawIOBase):
         self._stream = stream
         self._chunks = _read_chunks(stream.file, stream.report)
         self._damage: DamagedStreamError | None = None
-        self._rest = b""
+        self._rest = memoryview(b"")  # whose slices are no copies
         self._position = 0
 
     def readable(self) -> bool:
@@ -336,7 +336,7 @@ class _RawStream(io.RawIOBase):
         while n < len(buffer):
             if not self._rest:
                 try:
-                    self._rest = next(self._chunks)
+                    self._rest = memoryview(next(self._chunks))
                 except StopIteration:
                     break
                 except DamagedStreamError as damage:

@@ -31,7 +31,7 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.validation import Matching, Range, convert
 
 FORMAT = "pretrain-shards"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 4  # a new key of the manifest needs a new version: unknown ones are rejected
 MANIFEST_NAME = "manifest.json"
 
 SplitName = Literal["train", "val"]
@@ -207,10 +207,11 @@ class TokenStream:
         expected = (MAGIC, FORMAT_VERSION, self._dtype.itemsize, info.n_tokens)
         for name, stored, value in zip(names, header, expected, strict=True):
             _expect(self._path, name, stored, value)
+        manifest = self._path.parent / MANIFEST_NAME
         n_blocks = ceil_div(ids_bytes, info.block_bytes)
-        _expect(self._path, "number of checksums", len(info.block_checksums), n_blocks)
+        _expect(manifest, "number of checksums", len(info.block_checksums), n_blocks)
         n_source_ids = 1 + sum(share.n_tokens for share in info.sources)
-        _expect(self._path, "number of ids of all sources", n_source_ids, info.n_tokens)
+        _expect(manifest, "number of ids of all sources", n_source_ids, info.n_tokens)
         if info.max_id >= vocab_size:
             raise ValueError(
                 f"{self._path} has id {info.max_id}, but ids must be below the {vocab_size} tokens "
@@ -355,9 +356,9 @@ def open_prepared(folder: str | Path) -> PreparedData:
         _expect(file, name, sha256, manifest.tokenizer_sha256)
         return PreparedData(folder, manifest)
     except OSError as error:
-        raise ValueError(
-            f"{error.filename} cannot be read: {error.strerror}; prepare the data again"
-        ) from error
+        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        advice = "; prepare the data again" if is_missing else ""
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}{advice}") from error
 
 
 # Several sources as one training text. They were prepared together, or are prepared folders of the

@@ -100,6 +100,7 @@ def prepare(
         strict=strict,
         corpus=corpus or CorpusConfig(),
     )
+    _check(settings)
     work = work_folder(out)
     # Others that prepare the same folder wait, and then find it complete.
     with file_lock(work.with_name(f"{work.name}.lock"), wait=True):
@@ -119,7 +120,9 @@ def prepare(
 def begin(source: Source, out: str | Path, **options: Any) -> Job:
     """Create or find the job of `prepare` with the same options. Run its `cluster_tasks` where its
     folder can be seen, then call `finish`."""
-    return _begin(_settings(source, **options), Path(out))
+    settings = _settings(source, **options)
+    _check(settings)
+    return _begin(settings, Path(out))
 
 
 def _run_stages(job: Job, *, workers: int, progress: Progress) -> None:
@@ -353,9 +356,13 @@ def prepared_key(source: Source, **options: Any) -> str:
 
 
 def _settings(source: Source, *, tokenizer: str | Path = "bpe", **options: Any) -> Settings:
-    """The arguments of a preparation. ValueError for those that are wrong for any text."""
+    """The arguments of a preparation."""
     sources = [source] if isinstance(source, str | Path) else source
-    settings = Settings(sources=tuple(map(str, sources)), tokenizer=str(tokenizer), **options)
+    return Settings(sources=tuple(map(str, sources)), tokenizer=str(tokenizer), **options)
+
+
+def _check(settings: Settings) -> None:
+    """ValueError for settings that are wrong for any text."""
     if settings.corpus.languages:
         language_of("A missing package is found here, before anything is read.")
     for path in settings.sources:
@@ -372,7 +379,6 @@ def _settings(source: Source, *, tokenizer: str | Path = "bpe", **options: Any) 
                 f"tokenizer.vocab_size is {size}, but must be {n_tokens}, the tokens of {name!r}; "
                 "leave it out"
             )
-    return settings
 
 
 def _begin(settings: Settings, out: Path) -> Job:
@@ -383,11 +389,10 @@ def _begin(settings: Settings, out: Path) -> Job:
     with suppress(OSError, ValueError):
         content = read_json(folder / "job.json")
     is_begun = (content.get("version"), content.get("key")) == (JOB_VERSION, key)
+    if not (is_begun and is_prepared(out)):
+        require_empty(out)  # before the job of other settings, perhaps hours of work, is discarded
     if not is_begun:
         discard(folder)
-    if not (is_begun and is_prepared(out)):
-        require_empty(out)
-    if not is_begun:
         os.makedirs(folder)
         content = {"version": JOB_VERSION, "key": key, "settings": asdict(settings)}
         write_json(folder / "job.json", content, ascii_only=True, replace=True)

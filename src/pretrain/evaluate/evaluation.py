@@ -51,6 +51,7 @@ def evaluate(
     held_out: TokenStream | None = None,
     text_field: str | None = None,
     stride: int | None = None,
+    statistics_only: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Score text files, a `held_out` token stream, and tasks.
@@ -58,7 +59,8 @@ def evaluate(
     A task is an `EvalTask`, or the name of one in docs/reference/tasks.md, whose file is in the
     folder `task_data`. Texts are read in windows that start every `stride` tokens (default: the
     context length). Raises ValueError for files that are missing, damaged or empty, and for a
-    stride larger than the context.
+    stride larger than the context. With `statistics_only`, tasks have `protocol`, `results` and
+    `statistics` only, without standard errors and other conditions.
     """
     log = log or (lambda line: None)
     eval_tasks = [
@@ -91,7 +93,15 @@ def evaluate(
             f"{row['bytes']:,} bytes{note}"
         )
     for eval_task in eval_tasks:
-        _add_task(evaluation, model, eval_task, stride=stride, log=log)
+        task = eval_task.task
+        results = evaluate_task(model, task, eval_task.examples, stride=stride)
+        evaluation.protocol[task.name] = task_protocol(model, eval_task, results)
+        log(f"{task.name}: {evaluation.protocol[task.name]}")
+        evaluation.results.append((eval_task, results))
+        evaluation.statistics[task.name, task.metric] = results.statistics[task.metric]
+        if not statistics_only:
+            row = _task_row(model, eval_task, results, stride=stride, log=log)
+            evaluation.tasks[task.name] = row
     return evaluation
 
 
@@ -106,16 +116,15 @@ def _text_row(text_score: Score, texts: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _add_task(
-    evaluation: Evaluation,
+def _task_row(
     model: Model,
     eval_task: EvalTask,
+    results: TaskResults,
     *,
     stride: int | None,
     log: Callable[[str], None],
-) -> None:
+) -> dict[str, Any]:
     task = eval_task.task
-    results = evaluate_task(model, task, eval_task.examples, stride=stride)
     metrics = {
         metric: asdict(estimate(metric, statistics, seed=eval_task.seed))
         for metric, statistics in results.statistics.items()
@@ -126,8 +135,6 @@ def _add_task(
         "examples": len(eval_task.examples),
         "metrics": metrics,
     }
-    evaluation.protocol[task.name] = task_protocol(model, eval_task, results)
-    log(f"{task.name}: {evaluation.protocol[task.name]}")
     for metric, values in metrics.items():
         is_main = metric == task.metric
         line = f"  {'*' if is_main else ' '} {metric:<24}{values['value']:.4f}"
@@ -148,9 +155,7 @@ def _add_task(
         )
         for example, record in list(zip(eval_task.examples, results.records, strict=True))[:3]:
             log(f"    {example.input}\n    -> {record['answer']}\n    ({record['references'][0]})")
-    evaluation.tasks[task.name] = row
-    evaluation.results.append((eval_task, results))
-    evaluation.statistics[task.name, task.metric] = results.statistics[task.metric]
+    return row
 
 
 def text_protocol(model: Model, stride: int | None, *, of: str = "each text") -> str:

@@ -226,6 +226,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return read_json(file)
+        return read_json(file, unique=False)  # as transformers reads it
     except (OSError, ValueError) as error:
         raise FormatError(str(error)) from None

@@ -82,7 +82,7 @@ def from_hf_config(content: Mapping[str, Any]) -> ModelConfig:
         _check_keys(content, _repeated_keys(config))
         return config
     by_type = {hf.model_type: family for family, hf in FORMATS.items()}
-    if model_type not in by_type:
+    if model_type not in list(by_type):  # it may be a list
         known = ", ".join([*by_type, OWN_TYPE])
         raise FormatError(f"model_type must be one of {known} (got {model_type!r:.60})")
     hf = FORMATS[by_type[model_type]]

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,10 @@ class Tokenizer:
 
     def byte_lengths(self) -> Ids:
         """Bytes of text of each id, shape (vocab_size,), int64; 0 for special tokens."""
+        return self._byte_lengths
+
+    @cached_property
+    def _byte_lengths(self) -> Ids:
         return np.array([len(value) for value in self.encoder.token_bytes], dtype=np.int64)
 
     def id_to_token(self, id_: int) -> str:

@@ -48,8 +48,16 @@ def run(args: argparse.Namespace, output: Output) -> None:
             tasks=eval_tasks,
             text_field=args.text_field,
             stride=args.stride,
+            statistics_only=True,
             log=output.log,
         )
+    protocol = {}
+    for name, evaluation in evaluations.items():
+        notes = {file: row.get("passed_over") for file, row in evaluation.text.items()}
+        lines = evaluation.protocol | {file: note for file, note in notes.items() if note}
+        protocol[name] = {
+            key: line if key == "text" else f"{key}: {line}" for key, line in lines.items()
+        }
     first, *others = names
     rows: list[dict[str, Any]] = []
     for second in others:
@@ -67,7 +75,6 @@ def run(args: argparse.Namespace, output: Output) -> None:
             }
             output.log(_line(row))
             rows.append(row)
-    protocol = {name: evaluation.protocol for name, evaluation in evaluations.items()}
     output.result({"models": names, "comparisons": rows, "protocol": protocol})
 
 
