@@ -16,7 +16,7 @@ MOST_LINES_OF_A_FILE = 600
 MOST_LINES_OF_A_FUNCTION = 80
 # Of all of src, blank lines and comments included. It only falls, except by the budget that an
 # issue brings for a new capability.
-MOST_LINES = 24_800
+MOST_LINES = 24_840
 
 BANNED_WORDS = frozenset({"utils", "helpers", "common", "misc", "manager", "wrapper", "handle"})
 # At the beginning of a name they say nothing: process_batch, BaseModel. Elsewhere they are terms:

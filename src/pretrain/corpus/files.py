@@ -322,7 +322,7 @@ class _RawStream(io.RawIOBase):
         self._stream = stream
         self._chunks = _read_chunks(stream.file, stream.report)
         self._damage: DamagedStreamError | None = None
-        self._rest = memoryview(b"")  # whose slices are no copies
+        self._rest = memoryview(b"")  # a slice of it copies nothing
         self._position = 0
 
     def readable(self) -> bool:
