@@ -389,6 +389,8 @@ def _begin(settings: Settings, out: Path) -> Job:
     with suppress(OSError, ValueError):
         content = read_json(folder / "job.json")
     is_begun = (content.get("version"), content.get("key")) == (JOB_VERSION, key)
+    if not folder.exists():
+        discard(folder)  # what a killed removal left
     if not (is_begun and is_prepared(out)):
         require_empty(out)  # before the job of other settings, perhaps hours of work, is discarded
     if not is_begun:
