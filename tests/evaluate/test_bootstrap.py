@@ -173,6 +173,19 @@ def test_compare_pairs_the_documents_of_texts(
     assert (row["examples"], row["p"], row["low"]) == (1, None, None)
 
 
+def test_compare_reports_the_documents_that_it_skipped(
+    finished_run: Path, other_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "part.jsonl"
+    file.write_text('{"text": "The people."}\n{broken\n{"text": "The United States."}\n')
+    words = ["compare", str(finished_run), str(other_run), "--text", str(file)]
+    capsys.readouterr()
+    assert main([*words, "--device", "cpu", "--json"]) == 0
+    for protocol in json.loads(capsys.readouterr().out)["protocol"].values():
+        assert protocol.keys() == {"text", str(file)}
+        assert protocol[str(file)].startswith(f"{file}: documents skipped: 1; ")
+
+
 def test_compare_pairs_the_examples_of_tasks(
     finished_run: Path, other_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

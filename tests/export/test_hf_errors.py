@@ -197,6 +197,16 @@ def test_duplicate_settings_that_agree_are_accepted(
     assert (found.rope_theta, found.rope_factor, found.rope_original_context) == (7.0, 4.0, 12)
 
 
+def test_of_a_duplicate_key_the_last_value_counts_as_in_transformers(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = random_decoder(config_of("llama"), vocab_size=400)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"hidden_act": "gelu", ', 1))
+    assert same_weights(import_model(folder).build(), decoder)
+
+
 @pytest.mark.parametrize("family", FORMATS)
 def test_a_tied_head_must_equal_the_embedding(
     family: str, tokenizer: Tokenizer, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from pretrain.cli import main
 from pretrain.config import RunConfig
 from pretrain.runner.checks import read_run_config
-from pretrain.selftest import AGREES, EXACT, NOT_JUDGED, Check, verify
+from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, verify
 from pretrain.train.config import TrainConfig
 from tiny import TINY
 
@@ -45,6 +46,19 @@ def test_a_correct_resume_is_exact(run: Path, capsys: pytest.CaptureFixture[str]
     assert verdicts == dict.fromkeys(exact.split(), "exact")
     assert "SIGKILL after step 6, resumed from step 4" in result["checks"]["killed"]["found"]
     assert json.loads((run / "verification.json").read_text())["verdict"] == "exact"
+
+
+def test_an_evaluation_that_one_run_lacks_is_a_difference(run: Path, tmp_path: Path) -> None:
+    assert verify.compare(run, run, 30)["evaluations"].verdict == EXACT
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "samples.jsonl").unlink()
+    assert verify.compare(run, other, 30)["evaluations"].verdict == DIFFERS
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    steps = [line for line in lines if json.loads(line)["kind"] == "train"]
+    assert len(steps) < len(lines)
+    (other / "metrics.jsonl").write_text("".join(steps))
+    assert verify.compare(run, other, 30)["evaluations"].verdict == DIFFERS
 
 
 @pytest.mark.slow

@@ -233,10 +233,8 @@ def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     first, second = (Checkpoint(f / CHECKPOINTS / checkpoint_name(step)) for f in folders)
     numbers = METRICS_KEYS["train"].keys() - {"ids", *TIMES}
     evaluated = [_records(folder, is_train=False) for folder in folders]
-    samples = [
-        (folder / SAMPLES).read_bytes() if records else b""
-        for folder, records in zip(folders, evaluated, strict=True)
-    ]
+    files = [folder / SAMPLES for folder in folders]
+    samples = [file.read_bytes() if file.is_file() else b"" for file in files]
     return {
         "order": _same_steps(one, other, ["step", "ids"], "the batches of {} steps"),
         "losses": _same_steps(
