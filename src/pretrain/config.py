@@ -41,6 +41,16 @@ from pretrain.validation import (
 Layer = Mapping[str, Mapping[str, Any]]
 """Values by section and key, as YAML gave them."""
 
+RENAMED_KEYS = {
+    "model.recall": "model.induction",
+    "optimizer.embedding_rate": "optimizer.embedding_lr_mult",
+    "optimizer.head_rate": "optimizer.head_lr_mult",
+    "optimizer.tuned_batch_tokens": "optimizer.base_batch_tokens",
+    "optimizer.tuned_width": "optimizer.base_width",
+    "parallel.recompute": "parallel.activation_checkpointing",
+    "schedule.past": "schedule.history",
+}
+"""Old names of keys: a config that has one was written before they were renamed."""
 _MAX_FILE_BYTES = 1 << 18
 _MAX_DEPTH = 50
 
@@ -111,6 +121,11 @@ def compose(layers: Iterable[Layer], *, rules: Rules | None = None) -> RunConfig
     sections = {}
     invalid = set()
     for name, kind in SECTIONS.items():
+        for key in [key for key in merged[name] if f"{name}.{key}" in RENAMED_KEYS]:
+            del merged[name][key]
+            new = RENAMED_KEYS[f"{name}.{key}"]
+            unknown[name].add(new.partition(".")[2])
+            errors.append(("", f"there is no {name}.{key}; it is {new} now, rename the key"))
         config, wrong = build(kind, merged[name], name, unknown=unknown[name])
         errors += wrong
         names = invalid_fields(wrong) | unknown[name] if config else type_hints(kind).keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import (
+    RENAMED_KEYS,
+    SECTIONS,
     compose,
     parse_overrides,
     read_file,
@@ -109,3 +111,17 @@ def test_settings_are_separated_from_other_args() -> None:
     layer = parse_overrides(words.split(), others=others)
     assert layer == {"train": {"steps": 20}, "model": {"d_model": 64}}
     assert others == ["my.txt", "--run", "out", "--resume"]
+
+
+def test_a_renamed_key_names_its_new_name() -> None:
+    with pytest.raises(ValueError, match=r"^there is no optimizer") as raised:
+        compose([{"optimizer": {"tuned" + "_width": 128}}])
+    assert str(raised.value) == (
+        "there is no optimizer.tuned_width; it is optimizer.base_width now, rename the key"
+    )
+
+
+def test_every_renamed_key_is_a_key_today() -> None:
+    keys = {f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in fields(kind)}
+    assert set(RENAMED_KEYS.values()) <= keys
+    assert not set(RENAMED_KEYS) & keys

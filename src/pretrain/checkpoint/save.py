@@ -30,12 +30,7 @@ from pretrain.checkpoint.format import (
     manifest_hash,
     write_tensors,
 )
-from pretrain.checkpoint.load import (
-    Checkpoint,
-    checkpoint_name,
-    list_checkpoints,
-    quarantine,
-)
+from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoints, quarantine
 from pretrain.distributed import World
 
 # Space that must be left besides the checkpoint itself, for metrics and samples.

@@ -127,7 +127,7 @@ def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
     scores = score_batches(
         LMLoss(model.decoder).train(model.decoder.training),  # a new module is in training mode
         batches,
-        byte_lengths_V=byte_lengths(model.tokenizer),
+        byte_lengths_V=torch.from_numpy(model.tokenizer.byte_lengths()),
         world=model.world,
         precision=model.precision,
     )
@@ -136,11 +136,6 @@ def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
         tokens=sum(each.tokens for each in scores),
         bytes=sum(each.bytes for each in scores),
     )
-
-
-def byte_lengths(tokenizer: Tokenizer) -> Tensor:
-    """Bytes of text that each token stands for (V); 0 for the end of text."""
-    return torch.from_numpy(tokenizer.byte_lengths())
 
 
 def score_stream(

@@ -131,10 +131,8 @@ def start(request: Request, stream: TextIO) -> RunResult:
 def n_processes_of_run(stored: RunConfig, overrides: Layer) -> int:
     """Return the number of processes of a run that continues with the command's settings."""
     # Nothing else is read from them: whether the rest fits the model is checked later.
-    layers: list[Layer] = [{"parallel": {"processes": stored.parallel.processes}}]
-    if "processes" in overrides.get("parallel", {}):
-        layers.append({"parallel": {"processes": overrides["parallel"]["processes"]}})
-    return compose(layers).parallel.processes
+    n = overrides.get("parallel", {}).get("processes", stored.parallel.processes)
+    return compose([{"parallel": {"processes": n}}]).parallel.processes
 
 
 @dataclass(slots=True)

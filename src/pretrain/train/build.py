@@ -21,7 +21,6 @@ from pretrain.data.batches import MicroBatch, micro_batch_at
 from pretrain.data.format import PreparedData, TokenStream
 from pretrain.data.order import MixtureOrder, Order, Rollback, batch_of_step, ceil_div
 from pretrain.distributed import World
-from pretrain.evaluate.loss import byte_lengths
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import build_optimizer
@@ -142,7 +141,7 @@ def training_batches(
         order=data.order(context_length=context, seed=train.seed, batch_size=rows, **known),
         batch_size=rows,
         micro_batch_rows=micro_batch_rows,
-        byte_lengths_V=byte_lengths(data.tokenizer()),
+        byte_lengths_V=torch.from_numpy(data.tokenizer().byte_lengths()),
         own_rows=own_rows,
     )
 

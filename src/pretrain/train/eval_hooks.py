@@ -12,15 +12,10 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import torch
 
 from pretrain.data.batches import evaluation_batches
-from pretrain.evaluate.loss import (
-    EVALUATION_TOKENS,
-    Score,
-    ScoredModel,
-    byte_lengths,
-    score_batches,
-)
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, ScoredModel, score_batches
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.token_stats import sample_text_predictions
@@ -138,7 +133,7 @@ def evaluate_split(
     scores = score_batches(
         run.model.lm_loss,
         takewhile(lambda _: not is_interrupted(), batches),
-        byte_lengths_V=byte_lengths(run.data.tokenizer()),
+        byte_lengths_V=torch.from_numpy(run.data.tokenizer().byte_lengths()),
         world=run.world,
         precision=run.config.train.precision,
     )
