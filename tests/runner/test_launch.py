@@ -41,7 +41,7 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A finished run of two processes."""
     run = tmp_path_factory.mktemp("launched") / "run"
     output = finish(start_training(corpus, run, *TWO))
-    assert "x processes 2" in output
+    assert "x data-parallel processes 2" in output
     assert output.count("held-out text: ") == 3  # only rank 0 prints
     return run
 

@@ -7,19 +7,27 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.checkpoint.load import Checkpoint, list_checkpoints
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.train.console import Console, show_summary
+from pretrain.parallel.config import ParallelConfig
+from pretrain.runner.checks import read_run_config
+from pretrain.runner.text import prepared_text
+from pretrain.train.build import training_batches
+from pretrain.train.console import Console, show_plan, show_summary
 from pretrain.train.signals import StopSignals
 from runs import DROPOUT, Killed, assert_same_run, kill_in_step, records, stop_after, train
 from tiny import TINY
@@ -298,3 +306,19 @@ def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:
     assert "  report         accuracy 0.500" in lines
     assert "  report         run/report.html" in lines
     assert sum(line.startswith("  cost ") for line in lines) == 2
+
+
+@pytest.mark.parametrize(("axes", "n_parts"), [({"tensor": 2}, 1), ({"shard": 2}, 2), ({}, 2)])
+def test_the_plan_counts_processes_that_read_the_same_rows_once(
+    finished_run: Path, axes: dict[str, Any], n_parts: int
+) -> None:
+    config = read_run_config(finished_run)
+    config = replace(config, parallel=ParallelConfig(processes=2, **axes))
+    data, output = prepared_text(config), io.StringIO()
+    world: Any = SimpleNamespace(rank=1, size=2, device=torch.device("cpu"), threads=1)
+    show_plan(Console(output), config, data, world, training_batches(config, data), [])
+    (line,) = (line for line in output.getvalue().splitlines() if line.startswith("  batch "))
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]+", line)]
+    batch_tokens, micro_batch, accumulation, shown_parts = numbers
+    assert shown_parts == n_parts
+    assert batch_tokens <= micro_batch * accumulation * n_parts < batch_tokens + micro_batch * 2

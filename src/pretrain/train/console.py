@@ -157,10 +157,12 @@ def show_plan(
         facts["start"] = f"weights of {train.init_from}"
 
     micro_batch = filled(train.micro_batch_rows) * context
-    accumulation = ceil_div(batch_tokens, micro_batch * world.size)
+    # Processes of one context, tensor or pipeline axis read the same rows.
+    _, n_parts = config.parallel.resolve(world.size).batch_part(world.rank)
+    accumulation = ceil_div(batch_tokens, micro_batch * n_parts)
     facts["batch"] = (
         f"{batch_tokens:,} tokens = micro-batch {micro_batch:,} x accumulation "
-        f"{accumulation} x processes {world.size}"
+        f"{accumulation} x data-parallel processes {n_parts}"
     )
     facts["run"] = f"{steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs"
     # Whether the steps are limited by the text rather than by train.minutes.
