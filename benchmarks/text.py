@@ -89,7 +89,7 @@ def prepare(source: list[str], out: Path) -> Text:
                 file.write(stream.read(start, stop).astype(np.uint16).tobytes())
     (ids / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": data.manifest.vocab_size}))
     held_out = data.split("val").read(1, data.split("val").n_tokens)
-    n_bytes = int(data.tokenizer().byte_lengths()[held_out].sum())
+    n_bytes = int(data.tokenizer().byte_lengths[held_out].sum())
     return Text(prepared=prepared, ids=ids, n_targets=len(held_out), n_bytes=n_bytes)
 
 

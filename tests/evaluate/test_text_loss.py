@@ -108,8 +108,8 @@ def test_bytes_are_those_of_the_text_and_not_of_its_tokens(
     model = load_model(str(finished_run), device="cpu")
     texts = ["Ein Übermaß", ""]
     plain = score_each(model, texts)
-    lengths = model.tokenizer.byte_lengths() + 1
-    monkeypatch.setattr(type(model.tokenizer), "byte_lengths", lambda _: lengths)
+    lengths = model.tokenizer.byte_lengths + 1
+    monkeypatch.setattr(model.tokenizer, "byte_lengths", lengths)
     assert score_each(model, texts) == plain
     assert [each.bytes for each in plain] == [13, 0]
 

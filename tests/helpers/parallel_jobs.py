@@ -89,7 +89,7 @@ class Trainee:
         from pretrain.data.batches import evaluation_batches
         from pretrain.evaluate.loss import score_batches
 
-        number, n = self.model.axes.evaluation_part(self.world.rank)
+        number, n = self.model.axes.batch_part(self.world.rank, evaluation=True)
         each = {"rank": number, "size": n}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)

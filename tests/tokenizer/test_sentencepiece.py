@@ -48,7 +48,7 @@ def test_ids_equal_those_of_sentencepiece(llama: Path, tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == text
         assert again.encode(text).tolist() == ids
         # The space before the text is a byte of the ids but not of the text.
-        assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode()) + bool(text)
+        assert int(tokenizer.byte_lengths[ids].sum()) == len(text.encode()) + bool(text)
 
 
 def test_both_libraries_and_all_chunk_sizes_agree(

@@ -81,7 +81,7 @@ def test_encode_equals_library_and_decodes_back(text: str) -> None:
     assert ids.dtype == np.int64
     assert ids.tolist() == library_ids(tokenizer, text)
     assert tokenizer.decode(ids) == text
-    assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode())
+    assert int(tokenizer.byte_lengths[ids].sum()) == len(text.encode())
 
 
 @settings(max_examples=400, deadline=None)
@@ -123,7 +123,7 @@ def test_all_kinds_encode_nasty_strings(name: str, tmp_path: Path) -> None:
         assert ids.tolist() == library_ids(tokenizer, text)
         assert 0 not in ids
         assert loaded.decode(ids) == text
-        assert int(loaded.byte_lengths()[ids].sum()) == len(text.encode())
+        assert int(loaded.byte_lengths[ids].sum()) == len(text.encode())
 
 
 def test_training_does_not_depend_on_the_order_of_texts() -> None:
@@ -174,7 +174,7 @@ def test_inspection_counts_tokens() -> None:
     assert report["sources"]["b"] == {"bytes": 60, "tokens": 60, "bytes_per_token": 1.0}
     used = {*ids, *tokenizer.encode("z").tolist()}
     assert report["n_unused"] == tokenizer.vocab_size - 1 - len(used)  # end-of-text has no text
-    assert report["longest"][0]["bytes"] == max(tokenizer.byte_lengths())
+    assert report["longest"][0]["bytes"] == max(tokenizer.byte_lengths)
     assert any(set(entry["text"]) == {"-"} for entry in report["strangest"])
     assert report["n_rare"] == sum(ids.count(i) < 100 for i in set(ids)) + 1
 

@@ -32,7 +32,7 @@ def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> di
     """The content of a run's baselines.json: the loss of each baseline on the validation stream."""
     train_ids = train.read(0, min(train.n_tokens, MAX_COUNTED_TOKENS))
     val_ids = val.read(0, val.n_tokens)
-    lengths = tokenizer.byte_lengths()
+    lengths = tokenizer.byte_lengths
     n_targets = len(val_ids) - 2
     n_bytes = int(lengths[val_ids[2:]].sum())
 

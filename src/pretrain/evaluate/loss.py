@@ -127,7 +127,7 @@ def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
     scores = score_batches(
         LMLoss(model.decoder).train(model.decoder.training),  # a new module is in training mode
         batches,
-        byte_lengths_V=torch.from_numpy(model.tokenizer.byte_lengths()),
+        byte_lengths_V=torch.from_numpy(model.tokenizer.byte_lengths),
         world=model.world,
         precision=model.precision,
     )

@@ -76,20 +76,19 @@ class ParallelConfig(Checked):
         assert self.data is not None
         return self.shards_weights and self.data * self.shard * self.context > 1
 
-    def batch_part(self, rank: int) -> tuple[int, int]:
+    def batch_part(self, rank: int, *, evaluation: bool = False) -> tuple[int, int]:
         """Return which part of a batch a process reads, and the number of parts.
 
-        Processes of one context, tensor and pipeline axis read the same. The axes must be resolved.
+        Processes of one tensor and pipeline axis read the same, and in training those of a context
+        axis, over which only an `evaluation` does not split windows. The axes must be resolved.
         """
         assert self.data is not None
-        n_parts = self.data * self.shard
-        return rank // (self.context * self.tensor) % n_parts, n_parts
-
-    def evaluation_part(self, rank: int) -> tuple[int, int]:
-        """Return the same for an evaluation, in which no window is split over a context axis."""
-        assert self.data is not None
-        n_parts = self.data * self.shard * self.context
-        return rank // self.tensor % n_parts, n_parts
+        n_parts, n_same = self.data * self.shard, self.tensor
+        if evaluation:
+            n_parts *= self.context
+        else:
+            n_same *= self.context
+        return rank // n_same % n_parts, n_parts
 
     def reports_loss(self, rank: int) -> bool:
         """Whether the losses of a process are added up, of those that evaluate the same part: the

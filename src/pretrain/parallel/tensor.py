@@ -91,15 +91,8 @@ def full_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     weight = decoder.head_weight
     if not isinstance(weight, DTensor):
         return hidden @ weight.T
-    shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-    local = DTensor.from_local(
-        hidden @ weight.to_local().T,
-        weight.device_mesh,
-        [Shard(hidden.ndim - 1)],
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
-    )
-    return local.full_tensor()
+    replicated = DTensor.from_local(hidden, weight.device_mesh, [Replicate()])
+    return cast(DTensor, replicated @ weight.T).full_tensor()
 
 
 def vocab_parallel_cross_entropy(

@@ -169,12 +169,9 @@ class Tokenizer:
             raise ValueError(f"token id {id_} must be between 0 and {self.vocab_size - 1}")
         return self.encoder.token_bytes[id_]
 
+    @cached_property
     def byte_lengths(self) -> Ids:
         """Bytes of text of each id, shape (vocab_size,), int64; 0 for special tokens."""
-        return self._byte_lengths
-
-    @cached_property
-    def _byte_lengths(self) -> Ids:
         return np.array([len(value) for value in self.encoder.token_bytes], dtype=np.int64)
 
     def id_to_token(self, id_: int) -> str:
@@ -183,7 +180,7 @@ class Tokenizer:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The content of tokenizer.json."""
+        """The content of tokenizer.json, parsed at each call: it is large as Python objects."""
         content: dict[str, Any] = json.loads(self._canonical)
         return content
 
@@ -311,7 +308,7 @@ def inspect(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict[str,
     if not sources:
         return report
 
-    has_text = tokenizer.byte_lengths() > 0
+    has_text = tokenizer.byte_lengths > 0
     unused = np.flatnonzero(has_text & (counts == 0))
     rare = np.flatnonzero(has_text & (counts > 0) & (counts < RARE))
     return report | {

@@ -141,7 +141,7 @@ def training_batches(
         order=data.order(context_length=context, seed=train.seed, batch_size=rows, **known),
         batch_size=rows,
         micro_batch_rows=micro_batch_rows,
-        byte_lengths_V=torch.from_numpy(data.tokenizer().byte_lengths()),
+        byte_lengths_V=torch.from_numpy(data.tokenizer().byte_lengths),
         own_rows=own_rows,
     )
 

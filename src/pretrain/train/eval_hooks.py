@@ -120,7 +120,7 @@ def evaluate_split(
 ) -> Score:
     """Score the held-out split, all of it or its fixed part of `limit_tokens`; each process scores
     some batches, and all return the sum. It ends early once it `is_interrupted`."""
-    rank, size = run.model.axes.evaluation_part(run.world.rank)
+    rank, size = run.model.axes.batch_part(run.world.rank, evaluation=True)
     context = run.model.lm_loss.decoder.config.window_tokens
     batches = evaluation_batches(
         run.data.split("val"),
@@ -133,7 +133,7 @@ def evaluate_split(
     scores = score_batches(
         run.model.lm_loss,
         takewhile(lambda _: not is_interrupted(), batches),
-        byte_lengths_V=torch.from_numpy(run.data.tokenizer().byte_lengths()),
+        byte_lengths_V=torch.from_numpy(run.data.tokenizer().byte_lengths),
         world=run.world,
         precision=run.config.train.precision,
     )
