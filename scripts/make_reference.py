@@ -24,7 +24,6 @@ from pretrain.cli.options import field_docstrings
 from pretrain.config import SECTIONS
 from pretrain.evaluate.loss import Score
 from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
-from pretrain.runner import library
 from pretrain.runner.checks import OTHER_ERRORS, RESUME_CHECKS
 from pretrain.runner.open import LoadedModel
 from pretrain.runner.start import RunResult
@@ -166,7 +165,8 @@ def api() -> str:
     """Return the page of the public names, with signatures and docstrings."""
     lines = ["# Python API", "", GENERATED, ""]
     lines.append("`import pretrain` is instant: a name loads torch when it is first used.")
-    public = {name: getattr(library, name) for name in pretrain.__all__ if hasattr(library, name)}
+    names = [name for name in pretrain.__all__ if name != "__version__"]
+    public = {name: pretrain.public_function(name) for name in names}
     results = {kind.__name__: kind for kind in (LoadedModel, RunResult, Score)}
     for name, value in {**public, **results}.items():
         lines += ["", f"## pretrain.{name}" if name in public else f"## {name}", ""]

@@ -20,23 +20,36 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.runner.library import evaluate, generate, load_model, prepare, train
+    from pretrain.data.preparation import prepare
+    from pretrain.runner.open import evaluate, generate, load_model
+    from pretrain.runner.start import train
 
 __all__ = ["__version__", "evaluate", "generate", "load_model", "prepare", "train"]
 
 # The one place of the version: the build reads this line (pyproject.toml, tool.hatch.version).
 __version__ = "0.1.0"
 
-_CALLABLE_PACKAGES = ("train", "evaluate", "generate")
+_MODULES = {
+    "prepare": "pretrain.data.preparation",
+    "load_model": "pretrain.runner.open",
+    # Of these names there are packages too, which can be called: `_CallablePackage`.
+    "evaluate": "pretrain.runner.open",
+    "generate": "pretrain.runner.open",
+    "train": "pretrain.runner.start",
+}
+
+
+def public_function(name: str) -> Any:
+    """Return a function that `import pretrain` offers."""
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public function when it is first used."""
-    if name in _CALLABLE_PACKAGES:
-        return import_module(f"pretrain.{name}")
-    if name in __all__:
-        return getattr(import_module("pretrain.runner.library"), name)
-    raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+    is_package = name in ("train", "evaluate", "generate")
+    return import_module(f"pretrain.{name}") if is_package else public_function(name)
 
 
 class _CallablePackage(ModuleType):
@@ -45,7 +58,7 @@ class _CallablePackage(ModuleType):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         name = self.__name__.removeprefix("pretrain.")
-        return getattr(import_module("pretrain.runner.library"), name)(*args, **options)
+        return public_function(name)(*args, **options)
 
 
 def make_callable(package: str) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -480,6 +479,6 @@ def test_restarts_without_progress_are_limited(
 
     monkeypatch.setattr(start_module, "launch", fail)
     with pytest.raises(ProcessFailed):
-        start_module._launch(Request(target="a.txt"), tmp_path, 2, sys.stdout)
+        start_module._launch(Request(target="a.txt"), tmp_path, 2)
     args = ["train", "--run", str(tmp_path)]
     assert launches == [[*args, "a.txt"], *[[*args, "--resume"]] * (starts - 1)]

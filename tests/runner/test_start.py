@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,22 +57,23 @@ def test_a_torchrun_that_restarts_with_fewer_processes_launches_none(
     monkeypatch.setenv("WORLD_SIZE", "1")
     requests = []
 
-    def resume(request: start.Request, folder: Path, *_: object) -> start.RunResult:
+    def resume(request: start.Request, *_: object) -> start.RunResult:
         requests.append(request)
-        return start.RunResult(folder)
+        assert request.folder is not None
+        return start.RunResult(request.folder)
 
-    monkeypatch.setattr(start, "_continue", resume)
+    monkeypatch.setattr(start, "_continued_run", resume)
     request = start.Request(target="english", folder=tmp_path)
-    assert start.start(request, io.StringIO()).folder == tmp_path
+    assert start.start(request).folder == tmp_path
     assert [(each.kind, each.overrides) for each in requests] == [
         ("resume", {"parallel": {"processes": 1}})
     ]
 
 
 def test_several_processes_cannot_measure_the_interval_of_their_first_tasks() -> None:
-    session: Any = SimpleNamespace(tasks=["piqa"], world=SimpleNamespace(size=2))
+    run: Any = SimpleNamespace(tasks=["piqa"], world=SimpleNamespace(size=2))
     with pytest.raises(ValueError, match=r"^evaluate\.every must be given") as raised:
-        start._with_task_interval(RunConfig(), session)
+        start._with_task_interval(RunConfig(), run)
     assert str(raised.value) == (
         "evaluate.every must be given where several processes resume with their first in-loop "
         "tasks: the interval is measured only at the start of a run; add --evaluate.every N"

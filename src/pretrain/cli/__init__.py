@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output(json="--json" in args)
     yield_idle_cores()
     try:
-        return _run_command(command, args, output)
+        module, parsed = _parse(command, args)
+        return int(module.run(parsed, output) or 0)
     except SystemExit as stop:  # argparse has printed its help
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
@@ -99,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run_command(command: str, args: list[str], output: Output) -> int:
-    """Parse the arguments of a command and run it."""
+def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
+    """Return the module of a command, and its arguments."""
     if command not in COMMANDS:
         raise ValueError(f"there is no command {command!r}; {suggestion(command, COMMANDS)}")
     # `import` is a keyword, which cannot be the name of a module.
@@ -132,7 +133,7 @@ def _run_command(command: str, args: list[str], output: Output) -> int:
         option.check(parsed)
     _reject_urls(parsed, overrides)
     parsed.overrides = overrides
-    return int(module.run(parsed, output) or 0)
+    return module, parsed
 
 
 class _Parser(argparse.ArgumentParser):

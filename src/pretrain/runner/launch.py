@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from pretrain.config import RunConfig
 from pretrain.machine import RENDEZVOUS_FILE, memory_bytes, n_processes
@@ -149,16 +149,12 @@ def _message_of(rank: int, folder: Path) -> str:
 # --- in each process ---------------------------------------------------------------------------
 
 
-def join_processes(config: RunConfig, stream: TextIO) -> tuple[World | None, TextIO]:
-    """Join the other processes of the run, if there are any. Returns the world (None for a single
-    process, which opens one later) and the stream for this rank's messages."""
+def join_processes(config: RunConfig) -> World | None:
+    """Join the other processes of the run. None for a single process, which opens a world later."""
     if n_processes() == 1:
-        return None, stream
+        return None
     _die_with_parent()
-    world = open_world_of(config)
-    if not world.is_main:
-        stream = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    return world, stream
+    return open_world_of(config)
 
 
 def open_world_of(config: RunConfig) -> World:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.config import RunConfig, compose, read_file
 from pretrain.fileio import read_json
@@ -204,3 +204,21 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not checkpoints:
         raise ValueError(f"the run {path} has no checkpoint yet")
     return path, checkpoints[-1]
+
+
+# --- functions of the library -------------------------------------------------------------------
+
+
+def evaluate(model: LoadedModel, text: str | Sequence[str], *, stride: int | None = None) -> Score:
+    """Return the nats, tokens and bytes of a text, or of several documents together.
+
+    `perplexity` and `bits_per_byte` are properties of the result. Windows have the length of the
+    model's context and start every `stride` tokens (default: they do not overlap). Files and tasks:
+    `pretrain.evaluate.evaluate`.
+    """
+    return model.score([text] if isinstance(text, str) else text, stride=stride)
+
+
+def generate(model: LoadedModel, prompt: str = "", **options: Any) -> list[str]:
+    """Return continuations of a prompt; options are those of `LoadedModel.generate`."""
+    return model.generate(prompt, **options)

@@ -4,6 +4,7 @@ new              requested settings -> resolve -> config.yaml -> train
 resume           load_previous -> check the differences -> record them -> train
 extend, anneal   the same from the last checkpoint of a finished run, with more steps
 
+`start` opens the run, new or continued, and trains it; `train` is the same for Python.
 Where the settings name several processes, `start` launches them, and each comes here again with the
 same request. What a resume checks is listed in `checks`.
 """
@@ -16,8 +17,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -49,6 +50,7 @@ from pretrain.runner.request import (
     initial_checkpoint,
     is_started,
     is_unresolved,
+    layer_of,
     new_run_folder,
     newest_run,
     read_target,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
     from pretrain.distributed import World
     from pretrain.evaluate.task_files import EvalTask
+    from pretrain.train.state import Run
 
 # Restarts in a row without a new checkpoint; an error that repeats so often is not transient.
 MAX_RESTARTS = 3
@@ -82,6 +85,8 @@ class Request:
     """changes that a resume accepts, by the names that its error gives them"""
     json: bool = False
     """whether processes that are launched print the result as JSON"""
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+    """where messages go"""
     planned_stop: PlannedStop = field(default_factory=PlannedStop)
     start_time: float = field(default_factory=time.perf_counter)
 
@@ -108,24 +113,75 @@ class RunResult:
         return {"run": str(self.folder), **report, **self.summary}
 
 
-def start(request: Request, stream: TextIO) -> RunResult:
-    """Do what is requested, with messages on `stream`, in this process or in several that it
-    launches. ValueError for what the user can correct; ProcessFailed where a process fails."""
-    if request.kind == "new":
-        return _start_new(request, stream)
-    folder = newest_run() if request.folder is None else request.folder
-    if request.kind != "resume" and (folder / directory.CHECKPOINT_MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} is a checkpoint; {request.kind} continues a full run, from its last step. "
-            f"Start another run from an earlier state: pretrain train --train.init_from {folder}"
+def train(
+    target: str | Path | None = None,
+    *,
+    run: str | Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Train a model as `pretrain train` does, and return its folder and summary.
+
+    Args:
+        target: A text file or folder, a recipe, or a YAML file. Default: the recipe `english`.
+        run: The run directory; must be new or empty. Default: runs/<name>-<n>.
+        steps: Number of updates.
+        minutes: Wall-clock time instead; of `steps` and `minutes`, `steps` decides.
+        settings: Further settings by their full names, such as {"model.d_model": 64}.
+        resume: Continue `run`, or the newest run, which `target` must not be given for.
+        quiet: Print nothing.
+
+    Raises:
+        ConfigError: It lists every setting that is wrong.
+        ValueError: For text that cannot be read, or a run directory that is not empty.
+    """
+    named = {"train.steps": steps, "train.minutes": minutes}
+    given = {name: value for name, value in named.items() if value is not None}
+    with open(os.devnull, "w") as nowhere:
+        return start(
+            Request(
+                kind="resume" if resume else "new",
+                target=None if target is None else str(target),
+                overrides=layer_of({**given, **(settings or {})}),
+                folder=None if run is None else Path(run),
+                stream=nowhere if quiet else sys.stdout,
+            )
         )
-    if request.kind == "resume" and is_unresolved(folder):
-        stored = compose([read_file(folder / REQUESTED)])
-    else:
-        stored = checks.read_run_config(folder)
-    if n_processes() == 1 and (n := n_processes_of_run(stored, request.overrides)) > 1:
-        return _launch(request, folder, n, stream)
-    return _continue(request, folder, stored, stream)
+
+
+def start(request: Request) -> RunResult:
+    """Do what is requested, in this process or in several that it launches. ValueError for what the
+    user can correct; ProcessFailed where a process fails."""
+    open_run = _new_run if request.kind == "new" else _continued_run
+    with ExitStack() as held:  # the lock of the folder, until the report is written
+        run = open_run(request, held)
+        if isinstance(run, RunResult):  # launched processes trained it, or nothing was left to do
+            return run
+        from pretrain.train import loop
+        from pretrain.train.console import show_summary
+
+        folder, world = run.folder, run.world
+        if world.is_main and run.config.report.to:
+            # Trackers read metrics.jsonl in a session of their own: Ctrl-C is for the training, and
+            # the last lines must still be sent.
+            args = [sys.executable, "-m", "pretrain.report.trackers", str(folder)]
+            args += ["--to", *run.config.report.to, "--parent", str(os.getpid())]
+            subprocess.Popen(args, stdin=subprocess.DEVNULL, start_new_session=True)
+        exit_code = loop.train(run)
+        world.leave()
+        if not world.is_main:
+            return RunResult(folder, exit_code, is_main=False)
+        report = write_report(folder)
+        if not (folder / SUMMARY).is_file():
+            command = f"pretrain train --resume --run {shlex.quote(str(folder))}"
+            run.console.line(f"stopped and saved; continue with: {command}")
+            return RunResult(folder, exit_code)
+        summary = read_json(folder / SUMMARY)
+        show_summary(run.console, summary, folder=folder, report=report)
+        return RunResult(folder, summary=summary, report=report)
 
 
 def n_processes_of_run(stored: RunConfig, overrides: Layer) -> int:
@@ -135,102 +191,89 @@ def n_processes_of_run(stored: RunConfig, overrides: Layer) -> int:
     return compose([{"parallel": {"processes": n}}]).parallel.processes
 
 
-@dataclass(slots=True)
-class _Session:
-    """All that a rank trains a run with."""
+def _run_of(
+    request: Request,
+    folder: Path,
+    config: RunConfig,
+    data: PreparedData,
+    tasks: list[EvalTask],
+    world: World,
+) -> Run:
+    """Return the run in memory, not opened yet."""
+    from pretrain.train.console import Console
+    from pretrain.train.state import Run
 
-    request: Request
-    stream: TextIO
-    folder: Path
-    config: RunConfig
-    data: PreparedData
-    tasks: list[EvalTask]
-    world: World
-    checkpoint: Checkpoint | None = None
+    return Run(
+        folder=folder,
+        config=config,
+        data=data,
+        world=world,
+        console=Console(request.stream),
+        tasks=tasks,
+        first_weights=initial_checkpoint(config),
+        planned_stop=request.planned_stop,
+        start_time=request.start_time,
+    )
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what the numbers of a run depend on besides its config: text, tokenizer, code,
-        versions, device and threads. A resume with another one would be another run."""
-        import torch
 
-        first_weights = initial_checkpoint(self.config)
-        return {
-            **({} if first_weights is None else {"first weights": first_weights.sha256}),
-            "training text": self.data.split("train").sha256,
-            "held-out text": self.data.split("val").sha256,
-            "tokenizer": self.data.manifest.tokenizer_sha256,
-            "pretrain": __version__,
-            "code": identity.code_hash(),
-            "torch": torch.__version__,
-            "device": self.world.device.type,
-            "threads": self.world.threads,
-        }
+def _fingerprint(run: Run) -> dict[str, Any]:
+    """Return what the numbers of a run depend on besides its config: text, tokenizer, code,
+    versions, device and threads. A resume with another one would be another run."""
+    import torch
 
-    def agreed_fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprint with the settings. ValueError if it is not that of all ranks."""
-        agreed = {**self.fingerprint(), "settings": checks.settings_of(self.config)}
-        check_same_on_all_ranks(self.world, agreed)
-        return agreed
+    first_weights = run.first_weights
+    return {
+        **({} if first_weights is None else {"first weights": first_weights.sha256}),
+        "training text": run.data.split("train").sha256,
+        "held-out text": run.data.split("val").sha256,
+        "tokenizer": run.data.manifest.tokenizer_sha256,
+        "pretrain": __version__,
+        "code": identity.code_hash(),
+        "torch": torch.__version__,
+        "device": run.world.device.type,
+        "threads": run.world.threads,
+    }
 
-    def train(
-        self, fingerprint: Mapping[str, Any], *, write: Callable[[], None] | None = None
-    ) -> RunResult:
-        """Train to the last step or to a signal, and write the report. `write` records on rank 0
-        how the run continues, once the checkpoint is loaded."""
-        from pretrain.train.console import Console, show_summary
-        from pretrain.train.loop import train
-        from pretrain.train.state import Run
 
-        folder, config, world = self.folder, self.config, self.world
-        console = Console(self.stream)
-        run = Run(
-            folder=folder,
-            config=config,
-            data=self.data,
-            world=world,
-            console=console,
-            identity={"run": read_environment(folder)["run"], "fingerprint": fingerprint},
-            tasks=self.tasks,
-            first_weights=initial_checkpoint(config),
-            planned_stop=self.request.planned_stop,
-            start_time=self.request.start_time,
-        )
-        with naming_lost_ranks(world, config.parallel.timeout_seconds):
-            run.open(self.checkpoint)
-            if write is not None:
-                write()
-            if world.is_main and config.report.to:
-                # Trackers read metrics.jsonl in a session of their own: Ctrl-C is for the training,
-                # and the last lines must still be sent.
-                args = [sys.executable, "-m", "pretrain.report.trackers", str(folder)]
-                args += ["--to", *config.report.to, "--parent", str(os.getpid())]
-                subprocess.Popen(args, stdin=subprocess.DEVNULL, start_new_session=True)
-            exit_code = train(run)
-        world.leave()
-        if not world.is_main:
-            return RunResult(folder, exit_code, is_main=False)
-        report = write_report(folder)
-        if not (folder / SUMMARY).is_file():
-            command = f"pretrain train --resume --run {shlex.quote(str(folder))}"
-            console.line(f"stopped and saved; continue with: {command}")
-            return RunResult(folder, exit_code)
-        summary = read_json(folder / SUMMARY)
-        show_summary(console, summary, folder=folder, report=report)
-        return RunResult(folder, summary=summary, report=report)
+def _agreed_fingerprint(run: Run) -> dict[str, Any]:
+    """Return the fingerprint with the settings. ValueError if it is not that of all ranks."""
+    agreed = {**_fingerprint(run), "settings": checks.settings_of(run.config)}
+    check_same_on_all_ranks(run.world, agreed)
+    return agreed
+
+
+def _open(
+    run: Run, held: ExitStack, fingerprint: Mapping[str, Any], checkpoint: Checkpoint | None = None
+) -> Run:
+    """Build the model and load the checkpoint."""
+    run.identity = {"run": read_environment(run.folder)["run"], "fingerprint": fingerprint}
+    held.enter_context(naming_lost_ranks(run.world, run.config.parallel.timeout_seconds))
+    run.open(checkpoint)
+    return run
+
+
+def _joined(config: RunConfig, request: Request) -> tuple[World | None, Request]:
+    """Join the other processes of the run, if there are any: the world (None for a single process,
+    which opens one later), and the request, whose messages only rank 0 prints."""
+    world = join_processes(config)
+    if world is not None and not world.is_main:
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+        request = replace(request, stream=nowhere)
+    return world, request
 
 
 # --- a new run ---------------------------------------------------------------------------------
 
 
-def _start_new(request: Request, stream: TextIO) -> RunResult:
-    """Start a new run, or resume it where torchrun starts it again."""
+def _new_run(request: Request, held: ExitStack) -> Run | RunResult:
+    """Open a new run, or continue it where torchrun starts it again."""
     if request.accepted:
         raise ValueError("--accept must come with --resume: a new run has nothing that changed")
     name, layers = read_target(request.target)
     config = compose_target(request.target, layers, request.overrides, rules=errors_of_machine)
     if config.parallel.processes > 1 and n_processes() == 1:
         folder = new_run_folder(name, request.folder)
-        return _launch(request, folder, config.parallel.processes, stream)
+        return _launch(request, folder, config.parallel.processes)
     if n_restarts():
         if request.folder is None:
             raise ValueError(
@@ -242,68 +285,82 @@ def _start_new(request: Request, stream: TextIO) -> RunResult:
                 kind="resume",
                 folder=request.folder,
                 overrides={"parallel": {"processes": n_processes()}},
+                stream=request.stream,
                 start_time=request.start_time,
             )
-            return start(again, stream)
+            return _continued_run(again, held)
 
-    world, stream = join_processes(config, stream)
+    world, request = _joined(config, request)
     is_main = world is None or world.is_main
     folder = new_run_folder(name, request.folder) if is_main else Path()
     if world is not None:
         folder = Path(world.broadcast_str(str(folder)))
-    return _train_from_scratch(request, folder, with_absolute_paths(config), stream, world)
+    return _from_scratch(request, folder, with_absolute_paths(config), world, held)
 
 
-def _train_from_scratch(
-    request: Request, folder: Path, config: RunConfig, stream: TextIO, world: World | None
-) -> RunResult:
-    """Fill every empty setting, write config.yaml, from which a resume reads them, and train. The
-    folder has the requested settings from the start, so that a run that is killed before they are
-    resolved can be resumed too."""
-    log = log_to(stream)
+def _from_scratch(
+    request: Request, folder: Path, config: RunConfig, world: World | None, held: ExitStack
+) -> Run:
+    """Fill every empty setting, and write config.yaml, from which a resume reads them. The folder
+    has the requested settings from the start, so that a run that is killed before they are resolved
+    can be resumed too."""
+    log = log_to(request.stream)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     is_main = world is None or world.is_main
-    with checks.only_writer(folder, log) if is_main else nullcontext():
-        if is_main:
-            replace_file(folder / REQUESTED, to_yaml(config).encode())
-        try:
-            tasks = read_in_loop_tasks(config.evaluate)
-            data = open_text(config, log, world)
-            checks.check_fits_text(config, data)  # before torch is imported
-            world = world or open_world_of(config)
-            if config.train.steps is None and config.train.minutes is not None:
-                log(f"measuring how many steps fit into {config.train.minutes:g} min ...")
-            from pretrain.distributed import describe_machine
-            from pretrain.train.resolve import resolve
+    if is_main:
+        held.enter_context(checks.only_writer(folder, log))
+        replace_file(folder / REQUESTED, to_yaml(config).encode())
+    try:
+        tasks = read_in_loop_tasks(config.evaluate)
+        data = open_text(config, log, world)
+        checks.check_fits_text(config, data)  # before torch is imported
+        world = world or open_world_of(config)
+        if config.train.steps is None and config.train.minutes is not None:
+            log(f"measuring how many steps fit into {config.train.minutes:g} min ...")
+        from pretrain.distributed import describe_machine
+        from pretrain.train.resolve import resolve
 
-            config = resolve(config, data, world, tasks)
-            session = _Session(request, stream, folder, config, data, tasks, world)
-            fingerprint = session.agreed_fingerprint()
-            if is_main:
-                data.tokenizer().save(folder / directory.TOKENIZER)
-                text = to_yaml(config)
-                directory.write_environment(folder, text, fingerprint, describe_machine())
-                # Last, since a resume reads nothing else once it is there.
-                replace_file(folder / directory.CONFIG, text.encode())
-                (folder / REQUESTED).unlink()
-            world.wait_for_main()
-        except (ValueError, KeyboardInterrupt):  # not a full disk, after which it is resumed
-            if is_main:  # remove its files, and the folders that were made for it
-                for name in (REQUESTED, directory.LOCK):
-                    (folder / name).unlink(missing_ok=True)
-                with suppress(OSError):
-                    for path in new_folders:
-                        path.rmdir()
-            raise
-        return session.train(fingerprint)
+        config = resolve(config, data, world, tasks)
+        run = _run_of(request, folder, config, data, tasks, world)
+        fingerprint = _agreed_fingerprint(run)
+        if is_main:
+            data.tokenizer().save(folder / directory.TOKENIZER)
+            text = to_yaml(config)
+            directory.write_environment(folder, text, fingerprint, describe_machine())
+            # Last, since a resume reads nothing else once it is there.
+            replace_file(folder / directory.CONFIG, text.encode())
+            (folder / REQUESTED).unlink()
+        world.wait_for_main()
+    except (ValueError, KeyboardInterrupt):  # not a full disk, after which it is resumed
+        if is_main:  # remove its files, and the folders that were made for it
+            for name in (REQUESTED, directory.LOCK):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                for path in new_folders:
+                    path.rmdir()
+        raise
+    return _open(run, held, fingerprint)
 
 
 # --- a run that continues ----------------------------------------------------------------------
 
 
-def _continue(request: Request, folder: Path, stored: RunConfig, stream: TextIO) -> RunResult:
-    """Continue a run in this process: from its newest checkpoint, or with more steps from the last
-    one of a finished run. The order is that of `checks.RESUME_CHECKS`."""
+def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
+    """Open a run that continues: from its newest checkpoint, or with more steps from the last one
+    of a finished run. The order is that of `checks.RESUME_CHECKS`."""
+    folder = newest_run() if request.folder is None else request.folder
+    if request.kind != "resume" and (folder / directory.CHECKPOINT_MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is a checkpoint; {request.kind} continues a full run, from its last step. "
+            f"Start another run from an earlier state: pretrain train --train.init_from {folder}"
+        )
+    if request.kind == "resume" and is_unresolved(folder):
+        stored = compose([read_file(folder / REQUESTED)])
+    else:
+        stored = checks.read_run_config(folder)
+    if n_processes() == 1 and (n := n_processes_of_run(stored, request.overrides)) > 1:
+        return _launch(request, folder, n)
+
     accepted, overrides, extension = request.accepted, request.overrides, None
     if request.kind != "resume":
         extension = checks.requested_extension(request.kind, stored, overrides)
@@ -314,98 +371,96 @@ def _continue(request: Request, folder: Path, stored: RunConfig, stream: TextIO)
     requested = checks.requested_config(stored, request.target, overrides)
     checks.check_axes(requested)
     if is_unresolved(folder):
-        world, stream = join_processes(requested, stream)
-        log_to(stream)(
+        world, request = _joined(requested, request)
+        log_to(request.stream)(
             f"{folder} was stopped before its settings were resolved; it starts from scratch"
         )
-        return _train_from_scratch(request, folder, requested, stream, world)
+        return _from_scratch(request, folder, requested, world, held)
     tasks = checks.check_packages_and_tasks(requested)
     if extension is not None:
         checks.check_extension(folder, requested, extension)
     elif checks.is_finished(folder, stored):
         checks.check_finished_run(stored, requested, accepted)
-        return _report_finished(folder, requested, stream)
+        return _report_finished(request, folder, requested)
 
-    joined, stream = join_processes(requested, stream)
-    log = log_to(stream)
+    joined, request = _joined(requested, request)
+    log = log_to(request.stream)
     if joined is not None and not joined.is_main:
-        return _continue_on_other_rank(request, folder, tasks, stream, joined)
-    with checks.only_writer(folder, log):
-        environment = read_environment(folder)
-        if extension is None:
-            command = "resume"
-            checkpoint = checks.newest_checkpoint(folder, environment["run"], log)
-        else:
-            command, checkpoint = extension.command, checks.last_checkpoint(folder)
-        previous = checks.load_previous(
-            folder, stored, checkpoint, started_with=environment["fingerprint"], command=command
-        )
-        config = requested = checks.with_schedule_history(requested, previous)
-        if extension is not None:
-            config = checks.extended_config(requested, extension, previous.step)
-        checks.check_text_settings(previous, requested, accepted)
-        data = open_text(requested, log)
-        world = joined or open_world_of(requested)
-        session = _Session(request, stream, folder, requested, data, tasks, world, checkpoint)
-        changes = checks.check_changes(previous, requested, session.fingerprint(), data, accepted)
-        if extension is not None:
-            checks.check_seen_samples(data, requested, config)
-        checks.check_fits_text(config, data)
-        # The accepted device and threads.
-        here = {"train.threads": world.threads, "train.device": world.device.type}
-        session.config = _with_task_interval(with_settings(config, here), session)
-        start_line = _describe_resume(folder, checkpoint)
-        world.wait_for_main()
-        name = "" if checkpoint is None else checkpoint.path.name
-        world.broadcast_str(json.dumps({"config": to_dict(session.config), "checkpoint": name}))
+        return _continued_on_other_rank(request, folder, tasks, joined, held)
+    held.enter_context(checks.only_writer(folder, log))
+    environment = read_environment(folder)
+    if extension is None:
+        command = "resume"
+        checkpoint = checks.newest_checkpoint(folder, environment["run"], log)
+    else:
+        command, checkpoint = extension.command, checks.last_checkpoint(folder)
+    previous = checks.load_previous(
+        folder, stored, checkpoint, started_with=environment["fingerprint"], command=command
+    )
+    config = requested = checks.with_schedule_history(requested, previous)
+    if extension is not None:
+        config = checks.extended_config(requested, extension, previous.step)
+    checks.check_text_settings(previous, requested, accepted)
+    data = open_text(requested, log)
+    world = joined or open_world_of(requested)
+    run = _run_of(request, folder, requested, data, tasks, world)
+    changes = checks.check_changes(previous, requested, _fingerprint(run), data, accepted)
+    if extension is not None:
+        checks.check_seen_samples(data, requested, config)
+    checks.check_fits_text(config, data)
+    # The accepted device and threads.
+    here = {"train.threads": world.threads, "train.device": world.device.type}
+    run.config = _with_task_interval(with_settings(config, here), run)
+    start_line = _describe_resume(folder, checkpoint)
+    world.wait_for_main()
+    name = "" if checkpoint is None else checkpoint.path.name
+    world.broadcast_str(json.dumps({"config": to_dict(run.config), "checkpoint": name}))
+    _open(run, held, _agreed_fingerprint(run), checkpoint)
+    # All checks have passed.
+    checks.write_changes(previous, run.config, changes, command=command, log=log)
+    checks.repair_tokenizer(folder, data, log)
+    directory.archive_results(folder)
+    log(start_line)
+    return run
 
-        def write() -> None:
-            checks.write_changes(previous, session.config, changes, command=command, log=log)
-            checks.repair_tokenizer(folder, data, log)
-            directory.archive_results(folder)
-            log(start_line)
 
-        return session.train(session.agreed_fingerprint(), write=write)
-
-
-def _continue_on_other_rank(
-    request: Request, folder: Path, tasks: list[EvalTask], stream: TextIO, world: World
-) -> RunResult:
-    """Continue on a rank other than 0, with the settings and the checkpoint of rank 0."""
+def _continued_on_other_rank(
+    request: Request, folder: Path, tasks: list[EvalTask], world: World, held: ExitStack
+) -> Run:
+    """Open the run on a rank other than 0, with the settings and the checkpoint of rank 0."""
     from pretrain.checkpoint.load import Checkpoint
 
     world.wait_for_main()
     main = json.loads(world.broadcast_str(""))
     config, name = compose([main["config"]]), main["checkpoint"]
     checkpoint = Checkpoint(folder / CHECKPOINTS / name) if name else None
-    data = prepared_text(config)
-    session = _Session(request, stream, folder, config, data, tasks, world, checkpoint)
-    return session.train(session.agreed_fingerprint())
+    run = _run_of(request, folder, config, prepared_text(config), tasks, world)
+    return _open(run, held, _agreed_fingerprint(run), checkpoint)
 
 
-def _with_task_interval(config: RunConfig, session: _Session) -> RunConfig:
+def _with_task_interval(config: RunConfig, run: Run) -> RunConfig:
     """Return the config with an interval for in-loop tasks, if the run had no tasks before."""
-    if not session.tasks or config.evaluate.every is not None:
+    if not run.tasks or config.evaluate.every is not None:
         return config
     from pretrain.train.resolve import measure_pace, task_interval
 
-    if session.world.size > 1:  # rank 0 cannot time a step of all ranks by itself
+    if run.world.size > 1:  # rank 0 cannot time a step of all ranks by itself
         raise ValueError(
             "evaluate.every must be given where several processes resume with their first in-loop "
             "tasks: the interval is measured only at the start of a run; add --evaluate.every N"
         )
     alone = replace(config, parallel=ParallelConfig())
-    world = session.world.single_process()
-    every = task_interval(config.train, measure_pace(alone, session.data, world, session.tasks))
+    pace = measure_pace(alone, run.data, run.world.single_process(), run.tasks)
+    every = task_interval(config.train, pace)
     return replace(config, evaluate=replace(config.evaluate, every=every))
 
 
-def _report_finished(folder: Path, config: RunConfig, stream: TextIO) -> RunResult:
+def _report_finished(request: Request, folder: Path, config: RunConfig) -> RunResult:
     """Report that nothing is left to train, and write the report if the run died before it did."""
-    world, stream = join_processes(config, stream)
+    world, request = _joined(config, request)
     is_main = world is None or world.is_main
     if is_main:
-        log_to(stream)(f"{folder} is finished: there is nothing left to train")
+        log_to(request.stream)(f"{folder} is finished: there is nothing left to train")
         report, summary = folder / directory.REPORT, folder / SUMMARY
         if not report.is_file() or report.stat().st_mtime < summary.stat().st_mtime:
             write_report(folder)
@@ -430,7 +485,7 @@ def _describe_resume(folder: Path, checkpoint: Checkpoint | None) -> str:
 # --- several processes -------------------------------------------------------------------------
 
 
-def _launch(request: Request, folder: Path, n: int, stream: TextIO) -> RunResult:
+def _launch(request: Request, folder: Path, n: int) -> RunResult:
     """Launch `n` processes with the same request, and again when one was killed: as a resume, if
     the run had started. ProcessFailed for other failures, and for more than MAX_RESTARTS in a row
     without a new checkpoint."""
@@ -445,7 +500,7 @@ def _launch(request: Request, folder: Path, n: int, stream: TextIO) -> RunResult
             n_failures = n_failures + 1 if saved == before else 1
             if error.exit_code != 1 or n_failures > MAX_RESTARTS:
                 raise
-            log_to(stream)(f"{error}\nall processes were ended; restarting")
+            log_to(request.stream)(f"{error}\nall processes were ended; restarting")
         has_started = request.kind == "new" and is_started(folder)
         if request.kind in ("extend", "anneal"):
             n_steps = checks.read_run_config(folder).train.steps

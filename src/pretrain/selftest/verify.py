@@ -208,7 +208,7 @@ def main(args: Sequence[str]) -> int:
         planned_stop=PlannedStop(options.stop_after, options.kill_after),
         start_time=start_time,
     )
-    return start(request, sys.stdout).exit_code
+    return start(request).exit_code
 
 
 # --- comparisons -------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Run:
     data: PreparedData
     world: World
     console: Console
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] = field(default_factory=dict)
     """name and fingerprint of the run, written into each checkpoint"""
     tasks: Sequence[EvalTask] = ()
     """tasks that are evaluated every config.evaluate.every steps, and after the last one"""

@@ -11,19 +11,11 @@ Only a run that ended above 0 can be annealed, such as one with schedule.name co
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
-from pretrain.cli.commands import extend
-from pretrain.cli.commands.train import run_request
-from pretrain.cli.output import Output
+from pretrain.cli.commands import extend, train
 
 USAGE = extend.USAGE.replace("extend", "anneal")
 OPTIONS = extend.OPTIONS
-
-
-def epilog() -> str:
-    return extend.epilog("anneal")
-
-
-def run(args: argparse.Namespace, output: Output) -> int:
-    return run_request("anneal", args, output)
+epilog = partial(extend.epilog, "anneal")
+run = partial(train.run, kind="anneal")

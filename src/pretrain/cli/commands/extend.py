@@ -9,14 +9,14 @@ pretrain extend runs/english-1 --train.steps 2000 --optimizer.learning_rate 1e-3
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
-from pretrain.cli.commands.train import run_request
+from pretrain.cli.commands import train
 from pretrain.cli.options import ACCEPT, Option
-from pretrain.cli.output import Output
 
 USAGE = "pretrain extend RUN --train.steps N [--SECTION.KEY VALUE ...] [options]"
 OPTIONS = (Option("RUN", "a finished run; new steps are added to it"), ACCEPT)
+run = partial(train.run, kind="extend")
 
 
 def epilog(command: str = "extend") -> str:
@@ -28,7 +28,3 @@ def epilog(command: str = "extend") -> str:
         f"settings: --{first} N, the new total; {', '.join(others)}. They apply to the added "
         "steps; the others do not change."
     )
-
-
-def run(args: argparse.Namespace, output: Output) -> int:
-    return run_request("extend", args, output)

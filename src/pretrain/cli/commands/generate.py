@@ -30,15 +30,8 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    completions = load_model(args.model, device=args.device).generate(
-        args.prompt,
-        max_tokens=args.max_tokens,
-        n=args.n,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        special=args.special,
-    )
+    names = ("max_tokens", "n", "temperature", "top_k", "top_p", "seed", "special")
+    options = {name: getattr(args, name) for name in names}
+    completions = load_model(args.model, device=args.device).generate(args.prompt, **options)
     output.log("\n\n".join(args.prompt + completion for completion in completions))
     output.result({"completions": completions})

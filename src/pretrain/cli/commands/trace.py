@@ -52,13 +52,11 @@ def run(args: argparse.Namespace, output: Output) -> None:
             was = f"; before step {first} the run read {before}" if first > 1 else ""
             raise ValueError(f"--step must be {first} to {n_steps} (got {args.step}){was}")
         occurrences = tracer.occurrences_in(args.step)
-        numbers = {occurrence.document for occurrence in occurrences}
+        numbers = {each.document for each in occurrences}
         documents = enumerate(data.split("train").origins())
         origins = {n: origin for n, origin in documents if n in numbers}
-        rows = []
-        for occurrence in occurrences:
-            row = _row(occurrence, tracer, data) | asdict(origins[occurrence.document])
-            rows.append(row)
+        rows = [_row(each, tracer, data) | asdict(origins[each.document]) for each in occurrences]
+        for row in rows:
             output.log(
                 f"sample {row['sample']}  {row['id']}  {row['file']} at byte {row['offset']}, "
                 f"tokens {row['first_token']} to {row['stop_token']}\n    {_shortened(row['text'])}"

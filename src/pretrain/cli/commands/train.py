@@ -33,31 +33,29 @@ OPTIONS = (
 epilog = settings_help
 
 
-def run(args: argparse.Namespace, output: Output) -> int:
-    if args.profile:
-        if args.resume or args.run:
-            raise ValueError("--profile must come without --resume and --run: it starts no run")
-        return _profile(args, output)
-    return run_request("resume" if args.resume else "new", args, output)
-
-
-def run_request(
-    kind: Literal["new", "resume", "extend", "anneal"], args: argparse.Namespace, output: Output
+def run(
+    args: argparse.Namespace, output: Output, kind: Literal["new", "extend", "anneal"] = "new"
 ) -> int:
     """Start, resume, extend or anneal a run, and return the exit code."""
     start_time = time.perf_counter()
+    is_new = kind == "new"
+    if is_new and args.profile:
+        if args.resume or args.run:
+            raise ValueError("--profile must come without --resume and --run: it starts no run")
+        return _profile(args, output)
     from pretrain.runner.start import Request, start
 
     request = Request(
-        kind=kind,
-        target=getattr(args, "target", None),
+        kind="resume" if is_new and args.resume else kind,
+        target=args.target if is_new else None,
         overrides=args.overrides,
         folder=Path(args.run) if args.run else None,
         accepted=tuple(args.accept),
         json=args.json,
+        stream=output.stream,
         start_time=start_time,
     )
-    result = start(request, output.stream)
+    result = start(request)
     if result.is_main:
         output.result(result.to_json())
     return result.exit_code
