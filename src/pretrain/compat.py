@@ -7,6 +7,7 @@ Checked with torch 2.6 to 2.13.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,18 @@ def matmul_and_attention_ops() -> list[Callable[..., Any]]:
     if has_onednn_linear():
         ops.append(torch.ops.mkldnn._linear_pointwise.default)
     return ops
+
+
+def end_idle_threads() -> None:
+    """End the threads of OpenMP that torch has started; the next operation starts new ones, which
+    inherit the floating-point mode of this thread.
+
+    `torch.set_flush_denormal` sets the mode of one thread. Nothing where torch is built without
+    OpenMP 5.
+    """
+    library = ctypes.CDLL(torch._C.__file__)
+    if hasattr(library, "omp_pause_resource_all"):
+        library.omp_pause_resource_all(2)  # omp_pause_hard
 
 
 def without_compiler_guard(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from pretrain.compat import cpu_capabilities, default_store
+from pretrain.compat import cpu_capabilities, default_store, end_idle_threads
 from pretrain.machine import RENDEZVOUS_FILE, n_local_processes, n_processes, usable_cores
 
 # Rank 0 may prepare text for as long as it takes.
@@ -214,8 +214,10 @@ def open_world(
         torch.use_deterministic_algorithms(True)
     threads = threads or max(1, usable_cores() // n_local_processes())
     torch.set_num_threads(threads)
-    # Numbers below 1e-38 take a slow path in the CPU, and none of our results depends on them.
+    # Numbers below 1e-38 take a slow path in the CPU. They are 0 in all threads, also where torch
+    # was used before.
     torch.set_flush_denormal(True)
+    end_idle_threads()
 
     rank, size = int(os.environ.get("RANK", 0)), n_processes()
     own_device = torch.device(device)

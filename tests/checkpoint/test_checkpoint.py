@@ -53,6 +53,22 @@ def test_saved_tensors_are_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(found, tensor)
 
 
+def test_tensors_with_dims_of_one_are_saved_whatever_their_strides(tmp_path: Path) -> None:
+    # torch 2.13.0: a transposed (1, 1) counts as contiguous with a stride of 3, and cannot be
+    # viewed as bytes. A model of width 1 has such tensors.
+    odd = {
+        "model/one": torch.arange(9.0).reshape(3, 3)[:, :1].T[:, :1],
+        "model/column": torch.arange(3.0).reshape(1, 3).T,
+        "model/bf16": torch.arange(8).bfloat16().reshape(2, 4)[1:, 3:].T,
+        "model/none": torch.zeros(0, 3).T,
+    }
+    assert odd["model/one"].is_contiguous()
+    assert odd["model/one"].stride() == (1, 3)
+    checkpoint = Checkpoint(save_checkpoint(tmp_path, step=3, tensors=odd, state={}))
+    for name, tensor in odd.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+
+
 def test_the_files_are_safetensors(tmp_path: Path) -> None:
     found = load_file(save(tmp_path) / "optimizer-00000.safetensors")
     assert torch.equal(found["a/exp_avg"], tensors()["optimizer/a/exp_avg"])

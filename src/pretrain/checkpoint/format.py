@@ -114,7 +114,9 @@ def write_tensors(
     with HashingFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            dense = tensor.detach().cpu().contiguous()
+            # The strides of a dim of size 1 may be anything; torch views bytes only where it is 1.
+            flat = dense.as_strided((dense.numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
     records = {}
     for name, tensor in tensors.items():
