@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prepared import read_everything
 from pretrain.cli import main
 from pretrain.config import compose, read_yaml, to_dict
 from pretrain.data.config import DataConfig, SourceConfig
@@ -213,7 +214,7 @@ def test_prepared_folders_are_concatenated(texts: list[Path], tmp_path: Path) ->
     folders = [tmp_path / path.stem for path in texts]
     each = [prepare(p, f, tokenizer="bytes") for p, f in zip(texts, folders, strict=True)]
     mixed = MixedData(DataConfig(source=sources(folders)), each)
-    mixed.verify()
+    read_everything(mixed)
     stream = mixed.split("train")
     whole = np.concatenate([d.split("train").read(0, d.split("train").n_tokens) for d in each])
     assert stream.read(0, stream.n_tokens).tolist() == whole.tolist()

@@ -88,10 +88,11 @@ def test_damaged_origins_are_detected(tmp_path: Path, two_sources: list[Path]) -
     path = tmp_path / "out/train.documents.jsonl"
     path.write_bytes(path.read_bytes().replace(b"l1", b"l9", 1))
     with pytest.raises(ValueError, match=r"train\.documents\.jsonl is damaged: its SHA-256 must"):
-        open_prepared(tmp_path / "out").verify()
-    path.write_bytes(b"{}\n")
-    with pytest.raises(ValueError, match=r"train\.documents\.jsonl is damaged in line 1: "):
-        list(open_prepared(tmp_path / "out").split("train").origins())
+        next(open_prepared(tmp_path / "out").split("train").origins())
+    for content in (b"{}\n", b"\xff\n", b"[", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train\.documents\.jsonl is damaged: its SHA-256 "):
+            next(open_prepared(tmp_path / "out").split("train").origins())
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prepared import read_everything
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.duplicates import text_hash
 from pretrain.data import jobs
@@ -60,7 +61,7 @@ def test_every_document_is_in_one_split_in_order(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", many)
     data = prepare(source, tmp_path / "out", tokenizer=tokenizer, val_fraction=0.2)
-    data.verify()
+    read_everything(data)
     train, val = texts_of(data, "train"), texts_of(data, "val")
     assert train == [text for text in many if text in set(train)]
     assert val == [text for text in many if text in set(val)]

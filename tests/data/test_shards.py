@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prepared import read_everything
 from pretrain.corpus.documents import Document
-from pretrain.data.format import TokenStream, is_prepared, open_prepared
+from pretrain.data.config import DataConfig, SourceConfig
+from pretrain.data.format import MixedData, TokenStream, is_prepared, open_prepared
 from pretrain.data.preparation import prepare
 from pretrain.data.writer import TaskWriter, join_stream
 
@@ -73,7 +76,6 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
         found = stream.read(int(offsets[number]), int(offsets[number + 1]))
         assert found.tolist() == [*document.tolist(), 7]
     assert (tmp_path / "train.bin").stat().st_size == 64 + width * len(expected)
-    stream.verify()
     for start, stop in ((-1, 2), (5, 4), (0, stream.n_tokens + 1)):
         with pytest.raises(ValueError, match="must be in 0 to"):
             stream.read(start, stop)
@@ -81,6 +83,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, width: int) -> None:
 
 def test_a_file_truncated_during_a_run_is_an_error(folder: Path) -> None:
     stream = open_prepared(folder).split("train")
+    stream.read(0, 1)
     with open(folder / "train.bin", "r+b") as file:
         file.truncate(64 + 2 * 100_000)
     assert len(stream.read(0, 100_000)) == 100_000
@@ -139,7 +142,7 @@ def test_ids_out_of_range_are_not_written(tmp_path: Path) -> None:
 
 def test_a_complete_folder_opens(folder: Path) -> None:
     data = open_prepared(folder)
-    data.verify()
+    read_everything(data)
     assert is_prepared(folder)
     assert not is_prepared(folder.parent)
     assert data.tokenizer().vocab_size == data.manifest.vocab_size == 257
@@ -158,24 +161,52 @@ def test_a_wrong_file_size_is_reported_with_both_sizes(folder: Path, change: int
         open_prepared(folder)
 
 
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("block", [0, 1])
-def test_one_flipped_bit_is_found_in_its_block(folder: Path, block: int) -> None:
-    with open(folder / "train.bin", "r+b") as file:
-        file.seek(64 + block * (1 << 20) + 1000)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
-    data = open_prepared(folder)
-    with pytest.raises(ValueError, match=rf"train\.bin is damaged: its CRC-32 of block {block} "):
-        data.verify()
+def test_a_flipped_bit_is_named_when_its_block_is_first_read(folder: Path, block: int) -> None:
+    flip_bit(folder / "train.bin", 64 + block * (1 << 20) + 1000)
+    stream = open_prepared(folder).split("train")
+    middle = (1 << 20) // 2  # the first id of block 1
+    other = [(0, 10), (middle + 9_000, middle + 9_100)][1 - block]
+    assert len(stream.read(*other)) == other[1] - other[0]
+    # Far from the flipped bit, and over the border of the blocks.
+    for start, stop in ([(1, 2), (middle + 7, middle + 8)][block], (middle - 1, middle + 1)):
+        with pytest.raises(
+            ValueError, match=rf"train\.bin is damaged: its CRC-32 of block {block} "
+        ):
+            stream.read(start, stop)
 
 
-def test_damaged_ids_are_rejected(folder: Path) -> None:
-    with open(folder / "val.bin", "r+b") as file:
-        file.seek(64 + 2 * 10)
-        file.write(b"\xff\xff")
-    with pytest.raises(ValueError, match=r"val\.bin is damaged: id 65535 at 10 must be below 257"):
-        open_prepared(folder).split("val").read(5, 20)
+def test_damaged_held_out_ids_are_rejected_in_a_mixture_too(folder: Path, original: Path) -> None:
+    flip_bit(folder / "val.bin", (folder / "val.bin").stat().st_size - 1)
+    parts = [open_prepared(original), open_prepared(folder)]
+    config = DataConfig(source=tuple(SourceConfig(path=p, weight=1.0) for p in "ab"))
+    stream = MixedData(config, parts).split("val")
+    assert len(stream.read(0, 100)) == 100
+    with pytest.raises(
+        ValueError, match=r"copy/val\.bin is damaged: its CRC-32 of block 0 .*delete"
+    ):
+        stream.read(stream.n_tokens - 100, stream.n_tokens - 90)
+
+
+def test_a_block_is_compared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = open_prepared(folder).split("train")
+    sizes: list[int] = []
+    crc32 = zlib.crc32
+
+    def recorded(data: bytes) -> int:
+        sizes.append(len(data))
+        return crc32(data)
+
+    monkeypatch.setattr(zlib, "crc32", recorded)
+    for start in range(0, stream.n_tokens - 257, 10_000):
+        stream.read(start, start + 257)
+    assert sum(sizes) == 2 * stream.n_tokens
 
 
 def test_the_header_is_checked(folder: Path) -> None:
@@ -200,7 +231,7 @@ def test_damaged_offsets_are_detected(folder: Path) -> None:
     content[8] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"train\.offsets is damaged: its SHA-256 must be"):
-        open_prepared(folder).verify()
+        open_prepared(folder).split("train").document_offsets  # noqa: B018
     path.write_bytes(content[:-8])
     with pytest.raises(ValueError, match=r"train\.offsets is damaged: its size in bytes must be"):
         open_prepared(folder)
@@ -245,7 +276,15 @@ def test_another_tokenizer_is_rejected(folder: Path) -> None:
             "has id 257, but ids must be below the 257 tokens",
         ),
         (lambda m: m["streams"]["val"].pop("sources"), "val needs a value for 'sources'"),
-        (lambda m: m["streams"]["val"]["sources"].pop(), "number of ids of all sources must be"),
+        (lambda m: m["streams"]["val"]["sources"].pop(), "number of tokens of all sources must be"),
+        (
+            lambda m: m["streams"]["val"].update(n_bytes=m["streams"]["val"]["n_bytes"] + 1),
+            "number of bytes of all sources must be",
+        ),
+        (
+            lambda m: m["streams"]["train"]["sources"][0].update(n_documents=1),
+            "number of documents of all sources must be",
+        ),
         (
             lambda m: m["streams"]["val"]["sources"][0].update(n_tokens="x"),
             "n_tokens is 'x'; it must be a whole number",

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from pretrain.corpus.config import CorpusConfig
+from pretrain.data.format import SPLITS, PreparedData
 from texts import prose, replace_words
 
 FILTERED = CorpusConfig(deduplicate="near", filters=("gopher",))
@@ -20,6 +21,15 @@ def file_hashes(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
+
+
+def read_everything(data: PreparedData) -> None:
+    """Read all of a prepared folder, which compares all of its checksums."""
+    data.tokenizer()
+    for name in SPLITS:
+        stream = data.split(name)
+        stream.read(0, stream.n_tokens)
+        assert len(stream.document_offsets) == len(list(stream.origins())) + 1
 
 
 def write_dirty_corpus(folder: Path) -> Path:

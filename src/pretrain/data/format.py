@@ -2,8 +2,9 @@
 
 `writer` writes it, and ids come out of `open_prepared(folder).split("train").read(start, stop)`.
 ValueError, with the name of the file, for another format or version, a damaged manifest, a file of
-the wrong size, ids outside the vocabulary, and a tokenizer that is not the one that wrote the ids;
-`verify` reads everything and names the block that differs.
+the wrong size, ids outside the vocabulary, and a tokenizer that is not the one that wrote the ids.
+Every block of ids is compared with its checksum when it is first read, offsets and origins each
+time.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def is_prepared(path: str | Path) -> bool:
 def _expect(path: Path, name: str, value: object, expected: object) -> None:
     if value != expected:
         raise ValueError(
-            f"{path} is damaged: its {name} must be {expected} (got {value}); prepare the data "
-            "again"
+            f"{path} is damaged: its {name} must be {expected} (got {value}); delete the prepared "
+            "folder that it is in, and prepare the data again"
         )
 
 
@@ -183,7 +184,7 @@ class TokenStream:
         self._offsets_path = folder / info.offsets_file
         self._documents_path = folder / info.documents_file
         self._info = info
-        self._vocab_size = vocab_size
+        self._verified: set[int] = set()
         self._dtype = np.dtype(f"<u{id_bytes(vocab_size)}")
         self.n_tokens = info.n_tokens
         """Number of ids, with end-of-text tokens."""
@@ -210,8 +211,14 @@ class TokenStream:
         manifest = self._path.parent / MANIFEST_NAME
         n_blocks = ceil_div(ids_bytes, info.block_bytes)
         _expect(manifest, "number of checksums", len(info.block_checksums), n_blocks)
-        n_source_ids = 1 + sum(share.n_tokens for share in info.sources)
-        _expect(manifest, "number of ids of all sources", n_source_ids, info.n_tokens)
+        # A stream has one id more than its sources: the end-of-text token before the first.
+        for name, n in (
+            ("tokens", info.n_tokens - 1),
+            ("documents", info.n_documents),
+            ("bytes", info.n_bytes),
+        ):
+            n_of_sources = sum(getattr(share, f"n_{name}") for share in info.sources)
+            _expect(manifest, f"number of {name} of all sources", n_of_sources, n)
         if info.max_id >= vocab_size:
             raise ValueError(
                 f"{self._path} has id {info.max_id}, but ids must be below the {vocab_size} tokens "
@@ -225,8 +232,11 @@ class TokenStream:
     @property
     def document_offsets(self) -> NDArray[np.int64]:
         """Shape (n_documents + 1,): document d is ids [o[d], o[d + 1]), with the end-of-text token
-        that closes it."""
-        return np.fromfile(self._offsets_path, dtype="<i8").astype(np.int64)
+        that closes it. ValueError for a damaged file."""
+        content = self._offsets_path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        _expect(self._offsets_path, "SHA-256", sha256, self._info.offsets_sha256)
+        return np.frombuffer(content, dtype="<i8").astype(np.int64)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Read ids [start, stop), shape (stop - start,).
@@ -238,10 +248,27 @@ class TokenStream:
             raise ValueError(
                 f"{self._path}: ids to read must be in 0 to {self.n_tokens} (got {start} to {stop})"
             )
-        position = HEADER.size + start * self._dtype.itemsize
-        n_left = (stop - start) * self._dtype.itemsize
+        first, end = start * self._dtype.itemsize, stop * self._dtype.itemsize
+        block_bytes = self._info.block_bytes
+        for number in range(first // block_bytes, ceil_div(end, block_bytes)):
+            if number not in self._verified:
+                self._verify_block(number)
+        return np.frombuffer(self._read_bytes(first, end), self._dtype).astype(np.int64)
+
+    def _verify_block(self, number: int) -> None:
+        """Compare a block of ids with its checksum; ValueError names file and block."""
+        start = number * self._info.block_bytes
+        end = min(start + self._info.block_bytes, self.n_tokens * self._dtype.itemsize)
+        checksum = zlib.crc32(self._read_bytes(start, end))
+        name = f"CRC-32 of block {number} (bytes {HEADER.size + start} to {HEADER.size + end})"
+        _expect(self._path, name, checksum, self._info.block_checksums[number])
+        self._verified.add(number)
+
+    def _read_bytes(self, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the ids."""
         stored = b""
-        while n_left:  # a read may return less than requested
+        while (n_left := end - start - len(stored)) > 0:  # a read may return less than requested
+            position = HEADER.size + start + len(stored)
             if hasattr(os, "pread"):
                 piece = os.pread(self._file.fileno(), n_left, position)
             else:
@@ -253,46 +280,15 @@ class TokenStream:
                     "opened; prepare the data again"
                 )
             stored += piece
-            position += len(piece)
-            n_left -= len(piece)
-        ids = np.frombuffer(stored, self._dtype).astype(np.int64)
-        if ids.size and ids.max() >= self._vocab_size:
-            raise ValueError(
-                f"{self._path} is damaged: id {int(ids.max())} at {start + int(ids.argmax())} must "
-                f"be below {self._vocab_size}; prepare the data again"
-            )
-        return ids
+        return stored
 
     def origins(self) -> Iterator[Origin]:
         """Yield the origin of each document, in the order of the stream."""
+        sha256 = file_sha256(self._documents_path)
+        _expect(self._documents_path, "SHA-256", sha256, self._info.documents_sha256)
         with open(self._documents_path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield Origin(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(
-                        f"{self._documents_path} is damaged in line {number}: {error}; prepare the "
-                        "data again"
-                    ) from None
-
-    def verify(self) -> None:
-        """Read the full stream and compare all checksums; ValueError names file and block."""
-        info = self._info
-        ids_hash = hashlib.sha256()
-        with open(self._path, "rb") as file:
-            file.seek(HEADER.size)
-            for number, expected in enumerate(info.block_checksums):
-                block = file.read(info.block_bytes)
-                ids_hash.update(block)
-                start = HEADER.size + number * info.block_bytes
-                name = f"CRC-32 of block {number} (bytes {start} to {start + len(block)})"
-                _expect(self._path, name, zlib.crc32(block), expected)
-        _expect(self._path, "SHA-256", ids_hash.hexdigest(), info.sha256)
-        for path, expected_hash in (
-            (self._offsets_path, info.offsets_sha256),
-            (self._documents_path, info.documents_sha256),
-        ):
-            _expect(path, "SHA-256", file_sha256(path), expected_hash)
+            for line in file:
+                yield Origin(**json.loads(line))
 
 
 class PreparedData:
@@ -334,11 +330,6 @@ class PreparedData:
     ) -> Order | MixtureOrder:
         """The order in which a run reads the training text."""
         return Order(self._streams["train"].n_tokens, context_length, seed)
-
-    def verify(self) -> None:
-        """Read everything and compare all checksums; ValueError names what differs."""
-        for stream in self._streams.values():
-            stream.verify()
 
 
 def open_prepared(folder: str | Path) -> PreparedData:
@@ -408,11 +399,6 @@ class ConcatenatedStream:
     def origins(self) -> Iterator[Origin]:
         """As of a `TokenStream`."""
         return chain.from_iterable(stream.origins() for stream in self._streams)
-
-    def verify(self) -> None:
-        """As of a `TokenStream`."""
-        for stream in self._streams:
-            stream.verify()
 
 
 class MixedData(PreparedData):
