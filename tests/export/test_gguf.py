@@ -370,7 +370,7 @@ def test_the_number_of_rope_factors_is_checked_before_they_are_computed(
         "llama.rope.dimension_count": (2**18, _KIND.UINT32),
     })  # fmt: skip
     monkeypatch.setattr("pretrain.export.gguf.rope_factors", None)
-    with pytest.raises(FormatError, match=r"rope_freqs.weight must have 131072 numbers .got 8"):
+    with pytest.raises(FormatError, match=r"must have 131072 numbers of type F32 .got 8 "):
         import_model(file)
 
 
@@ -423,11 +423,48 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_counts_are_compared_with_the_file_size_before_it_is_read(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Path
 ) -> None:
-    """The package gguf would count to a million million in a file of 49 bytes."""
+    """The reader of the package gguf, 0.19, would count to a million million in a file of 49
+    bytes."""
     data, message = BROKEN[case]
     (tmp_path / "model.gguf").write_bytes(data)
-    monkeypatch.setattr(gguf, "GGUFReader", None)
     with pytest.raises(FormatError, match=f"must be a complete GGUF file: byte .*{message}"):
         import_model(tmp_path / "model.gguf")
+
+
+def test_values_are_counted_over_all_keys_and_read_without_the_package(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary has 400 texts, as many types, and merges."""
+    file = tmp_path / "model.gguf"
+    decoder = decoder_of("llama", tokenizer)
+    write_model(file, decoder, tokenizer)
+    monkeypatch.setattr(gguf, "GGUFReader", None)
+    assert same_weights(import_model(file).build(), decoder)
+    monkeypatch.setattr("pretrain.export.gguf._MAX_ELEMENTS", 700)
+    with pytest.raises(FormatError, match=r"values must be at most 700 in all .got \d\d\d"):
+        import_model(file)
+
+
+CHANGED_TENSORS: dict[str, tuple[int, bytes, str]] = {
+    "beyond the end": (8 + 4, struct.pack("<Q", 1 << 40), "buffer"),
+    "of a type without a name": (8, struct.pack("<I", 999), "999 is not a valid"),
+    "half a block": (8, struct.pack("<I", 12), "must be blocks of 256"),  # Q4_K
+}
+
+
+@pytest.mark.parametrize("case", CHANGED_TENSORS)
+def test_a_tensor_must_be_whole_and_within_the_file(
+    case: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
+    data = bytearray(file.read_bytes())
+    distance, content, message = CHANGED_TENSORS[case]
+    # After the name: the number of dims, one dim, the type, the offset.
+    place = data.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + distance
+    data[place : place + len(content)] = content
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match=f"must be a complete GGUF file: .*{message}"):
+        import_model(file)

@@ -14,7 +14,7 @@ from exports import load_hf, same_weights, write_hf
 from oracles import CASES, config_of, random_decoder
 from pretrain.corpus.reading import read_documents
 from pretrain.export.families import FORMATS, is_native
-from pretrain.export.hf_config import from_hf_config, to_hf_config
+from pretrain.export.hf import from_hf_config, to_hf_config
 from pretrain.export.importing import import_model
 from pretrain.export.layouts import deinterleave, interleave
 from pretrain.export.verification import TEXTS

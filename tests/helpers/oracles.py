@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.export.families import FORMATS, hf_layout, is_native
-from pretrain.export.hf_config import to_hf_config
+from pretrain.export.hf import to_hf_config
 from pretrain.export.layouts import Layout, stored_tensors, to_stored
 from pretrain.model.config import ModelConfig, model_defaults
 from pretrain.model.decoder import Decoder, build

@@ -11,26 +11,26 @@ tokenizer `llama`. An unknown pre-split is a FormatError, because text would get
 from __future__ import annotations
 
 import importlib.util
+import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pretrain import missing_package
 from pretrain.export.families import FORMATS, GgufFormat, checked_config, is_native
 from pretrain.export.layouts import (
     FormatError,
     ImportedModel,
+    Shape,
     checked_vocab_size,
-    find_tensors,
-    padded_to,
+    matched_model,
     stored_tensors,
     to_parameters,
     to_stored,
@@ -50,10 +50,10 @@ _BLOCK = 32  # numbers with one scale in Q8_0
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-# Bytes of a value, by the number of its type.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Values of one type, by its number.
+_DTYPES = dict(enumerate("u1 i1 <u2 <i2 <u4 <i4 <f4 ?".split())) | {10: "<u8", 11: "<i8", 12: "<f8"}
 # The largest vocabularies have 256,000 tokens and 500,000 merges.
-_MAX_ELEMENTS, _MAX_KEYS, _MAX_TENSORS, _MAX_DIMS = 1 << 22, 1 << 16, 1 << 17, 4
+_MAX_ELEMENTS, _MAX_KEYS, _MAX_TENSORS, _MAX_DIMS = 1 << 21, 1 << 16, 1 << 17, 4
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 # Values of llama.cpp for missing keys.
@@ -154,99 +154,128 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32]:
 def open_gguf(file: Path) -> ImportedModel:
     """Open and check a model file. FormatError if it is damaged, or of another architecture."""
     _require_package()
-    import gguf
-
-    _check_header(file)
+    values, tensors = _read_file(file)
     try:
-        reader = gguf.GGUFReader(file)
-        values = {name: each.contents() for name, each in reader.fields.items()}
-    except Exception as error:  # the package trusts the file, so any error is possible
-        raise FormatError(
-            f"{file} must be a complete GGUF file: {type(error).__name__}: {error!s:.200}"
-        ) from None
-    file_tensors = {file_tensor.name: file_tensor for file_tensor in reader.tensors}
-    try:
-        config = _config_of(values, file_tensors)
+        config = _config_of(values, tensors)
         tokenizer = read_vocabulary(values)
         vocab_size = tokenizer.vocab_size
-        if "token_embd.weight" in file_tensors:
-            vocab_size = checked_vocab_size(int(file_tensors["token_embd.weight"].shape[-1]))
-        tokenizer = padded_to(tokenizer, vocab_size)
+        if "token_embd.weight" in tensors:
+            vocab_size = checked_vocab_size(tensors["token_embd.weight"].shape[0])
     except FormatError as error:
         raise FormatError(f"{file}: {error}") from None
-    shapes = {name: tuple(int(n) for n in e.shape[::-1]) for name, e in file_tensors.items()}
-    layout = gguf_format(config.family).layout
-    tensors = find_tensors(config, layout, vocab_size=vocab_size, shapes=shapes, where=file)
-    for name, file_tensor in file_tensors.items():
-        if file_tensor.tensor_type.name not in _READABLE:
-            raise FormatError(
-                f"{file}: the type of {name} must be one of {', '.join(_READABLE)} (got "
-                f"{file_tensor.tensor_type.name})"
-            )
-
-    def read(name: str) -> Tensor:
-        file_tensor = file_tensors[name]
-        numbers = gguf.quants.dequantize(file_tensor.data, file_tensor.tensor_type)
-        return torch.from_numpy(np.array(numbers, np.float32)).view(shapes[name])
-
-    return ImportedModel("GGUF", (file,), config, tokenizer, tensors, read)
+    return matched_model(
+        "GGUF",
+        (file,),
+        config=config,
+        layout=gguf_format(config.family).layout,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        tensors={name: (tensor.shape, tensor.type) for name, tensor in tensors.items()},
+        readable=_READABLE,
+        read=lambda name: torch.from_numpy(tensors[name].read()),
+        where=file,
+    )
 
 
-def _check_header(file: Path) -> None:
-    """FormatError with the byte if keys, values and the list of tensors do not end within the file.
+@dataclass(frozen=True, slots=True)
+class _FileTensor:
+    shape: Shape
+    type: str
+    data: NDArray[np.uint8]
+    """The bytes of the file, in the shape of the tensor."""
 
-    The package gguf trusts the counts: an array of 10^12 elements in a file of 49 bytes keeps it
-    busy for days.
+    def read(self) -> NDArray[np.float32]:
+        """The numbers in the tensor's shape."""
+        import gguf
+
+        return np.array(
+            gguf.quants.dequantize(self.data, gguf.GGMLQuantizationType[self.type]), np.float32
+        )
+
+
+def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, _FileTensor]]:
+    """The keys of a file with their values, and its tensors. FormatError with the byte if one of
+    them does not end within the file.
+
+    The reader of the package gguf trusts the counts (an array of 10^12 elements in a file of 49
+    bytes keeps it busy for days), and makes several objects of each element.
     """
-    place = 4  # after the magic number
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    import gguf
 
-        def number(form: str, most: int = 1 << 64) -> int:
-            nonlocal place
-            (value,) = struct.unpack_from(form, data, place)
-            if value > most:
-                raise ValueError(f"a count must be at most {most:,} (got {value:,})")
-            place += struct.calcsize(form)
-            return int(value)
+    place, n_elements = 4, 0  # after the magic number
+    with open(file, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
-        def skip(n_bytes: int) -> None:
-            nonlocal place
-            if n_bytes > len(data) - place:
-                raise ValueError(f"{n_bytes:,} more bytes must follow (got {len(data) - place:,})")
-            place += n_bytes
+    def take(n_bytes: int) -> bytes:
+        nonlocal place
+        if n_bytes > len(mapped) - place:
+            raise ValueError(f"{n_bytes:,} more bytes must follow (got {len(mapped) - place:,})")
+        place += n_bytes
+        return mapped[place - n_bytes : place]
 
-        def skip_values(kind: int, n: int = 1) -> None:
-            if kind == _STRING:
-                for _ in range(n):
-                    skip(number("<Q"))
-            elif kind in _SIZES:
-                skip(n * _SIZES[kind])
+    def number(form: str, most: int = 1 << 64) -> int:
+        (value,) = struct.unpack(form, take(struct.calcsize(form)))
+        if value > most:
+            raise ValueError(f"a count must be at most {most:,} (got {value:,})")
+        return int(value)
+
+    def text() -> str:
+        return take(int.from_bytes(take(8), "little")).decode()
+
+    def elements(kind: int, n: int) -> list[Any]:
+        nonlocal n_elements
+        n_elements += n
+        if n_elements > _MAX_ELEMENTS:
+            raise ValueError(
+                f"values must be at most {_MAX_ELEMENTS:,} in all (got {n_elements:,})"
+            )
+        if kind == _STRING:
+            return [text() for _ in range(n)]
+        if kind not in _DTYPES:
+            raise ValueError(f"values must be numbers, booleans or texts (got type {kind})")
+        dtype = np.dtype(_DTYPES[kind])
+        numbers: list[Any] = np.frombuffer(take(n * dtype.itemsize), dtype).tolist()
+        return numbers
+
+    values: dict[str, Any] = {}
+    tensors: dict[str, _FileTensor] = {}
+    try:
+        if (version := number("<I")) not in _VERSIONS:
+            raise ValueError(
+                f"the version must be one of {_VERSIONS}, little-endian (got {version})"
+            )
+        n_tensors, n_keys = number("<Q", _MAX_TENSORS), number("<Q", _MAX_KEYS)
+        for _ in range(n_keys):
+            key, kind = text(), number("<I")
+            if kind == _ARRAY:
+                values[key] = elements(number("<I"), number("<Q"))
             else:
-                raise ValueError(f"values must be numbers, booleans or texts (got type {kind})")
+                values[key] = elements(kind, 1)[0]
+        described = []
+        for _ in range(n_tensors):
+            name, n_dims = text(), number("<I", _MAX_DIMS)
+            shape = tuple(number("<Q") for _ in range(n_dims))[::-1]
+            described.append((name, shape, number("<I"), number("<Q")))
+        alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        data_start = place + -place % alignment
+        for name, shape, type_, offset in described:
+            kind = gguf.GGMLQuantizationType(type_)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            if not shape or shape[-1] % block:
+                raise ValueError(f"the rows of {name:.200} must be blocks of {block}")
+            row_bytes = shape[-1] // block * block_bytes
+            n_bytes = math.prod(shape[:-1]) * row_bytes
+            # ValueError where the file ends before the data does.
+            data = np.frombuffer(mapped, np.uint8, n_bytes, data_start + offset)
+            tensors[name] = _FileTensor(shape, kind.name, data.reshape(*shape[:-1], row_bytes))
+        if len(values) + len(tensors) < n_keys + n_tensors:
+            raise ValueError("the names of keys and of tensors must be different")
+    except (struct.error, ValueError, TypeError, ArithmeticError) as error:
+        raise FormatError(f"{file} must be a complete GGUF file: byte {place:,}: {error}") from None
+    return values, tensors
 
-        try:
-            if (version := number("<I")) not in _VERSIONS:
-                raise ValueError(
-                    f"the version must be one of {_VERSIONS}, little-endian (got {version})"
-                )
-            n_tensors, n_keys = number("<Q", _MAX_TENSORS), number("<Q", _MAX_KEYS)
-            for _ in range(n_keys):
-                skip_values(_STRING)
-                kind = number("<I")
-                if kind == _ARRAY:
-                    skip_values(number("<I"), number("<Q", _MAX_ELEMENTS))
-                else:
-                    skip_values(kind)
-            for _ in range(n_tensors):
-                skip_values(_STRING)
-                skip(8 * number("<I", _MAX_DIMS) + 4 + 8)  # dims, type, offset
-        except (struct.error, ValueError) as error:
-            raise FormatError(
-                f"{file} must be a complete GGUF file: byte {place:,}: {error}"
-            ) from None
 
-
-def _config_of(values: Mapping[str, Any], file_tensors: Mapping[str, Any]) -> ModelConfig:
+def _config_of(values: Mapping[str, Any], tensors: Mapping[str, _FileTensor]) -> ModelConfig:
     family = values.get("general.architecture")
     keys = gguf_format(family).keys
     fields = dict(FAMILIES[str(family)])
@@ -256,10 +285,10 @@ def _config_of(values: Mapping[str, Any], file_tensors: Mapping[str, Any]) -> Mo
             # Floats are float32 in the file: 0.00001 is read as 0.00000999999975.
             fields[field] = float(f"{value:.7g}") if isinstance(value, float) else value
     if not fields["tied_head"]:
-        fields["tied_head"] = "output.weight" not in file_tensors
+        fields["tied_head"] = "output.weight" not in tensors
     config = checked_config(fields)
     _check_settings(values, config)
-    return _with_rope_scaling(config, file_tensors)
+    return _with_rope_scaling(config, tensors)
 
 
 def _check_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
@@ -288,16 +317,18 @@ def _check_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
             raise FormatError(f"{key:.100} must be {expected} (got {value!r:.60})")
 
 
-def _with_rope_scaling(config: ModelConfig, file_tensors: Mapping[str, Any]) -> ModelConfig:
+def _with_rope_scaling(config: ModelConfig, tensors: Mapping[str, _FileTensor]) -> ModelConfig:
     """Recover rope_factor: the file has only the factor of each wavelength. These must be what the
     rule of Llama 3.1 gives with its published numbers and the file's original context."""
-    if _ROPE_FACTORS not in file_tensors:
+    if _ROPE_FACTORS not in tensors:
         return config
-    factors = np.array(file_tensors[_ROPE_FACTORS].data, np.float32).ravel()
-    if factors.shape != (config.d_head // 2,):  # before an array of the other length exists
+    stored, n = tensors[_ROPE_FACTORS], config.d_head // 2
+    if (stored.shape, stored.type) != ((n,), "F32"):  # before an array of the other length exists
         raise FormatError(
-            f"{_ROPE_FACTORS} must have {config.d_head // 2} numbers (got {len(factors)})"
+            f"{_ROPE_FACTORS} must have {n} numbers of type F32 (got {math.prod(stored.shape)} of "
+            f"type {stored.type})"
         )
+    factors = stored.read()
     largest = float(f"{factors.max(initial=1.0):.7g}")
     try:
         scaled = replace(config, rope_factor=largest)

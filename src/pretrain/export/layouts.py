@@ -8,7 +8,7 @@ is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -166,50 +166,62 @@ def to_parameters(tensor: StoredTensor, stored: Tensor) -> Iterator[tuple[str, T
         yield name, (deinterleave(values, n_heads) if n_heads else values).contiguous()
 
 
-def find_tensors(
+def matched_model(
+    format: str,
+    files: tuple[Path, ...],
+    *,
     config: ModelConfig,
     layout: Layout,
-    *,
+    tokenizer: Tokenizer,
     vocab_size: int,
-    shapes: Mapping[str, Shape],
+    tensors: Mapping[str, tuple[Shape, str]],
+    readable: Sequence[str],
+    read: Callable[[str], Tensor],
     where: Path,
-) -> list[StoredTensor]:
-    """The tensors of a model as a file names them, from the shapes in the file; at the end a copy
+) -> ImportedModel:
+    """The model in a file that has these tensors, given with shape and type; at their end is a copy
     of a tied head, if there is one. FormatError that lists every tensor that is missing,
-    unexpected, or of another shape."""
-    if config.n_layers > len(shapes):
+    unexpected, or of another shape, and for a type that is not readable."""
+    if config.n_layers > len(tensors):
         raise FormatError(
             f"{where} describes {config.n_layers:,} layers; they must be at most as many as its "
-            f"tensors, {len(shapes):,}"
+            f"tensors, {len(tensors):,}"
         )
-    tensors, differences = [], []
+    found, differences = [], []
     expected = stored_tensors(config, layout, vocab_size=vocab_size)
     for tensor in expected:
         spellings = (tensor.name, tensor.name.removeprefix(layout.optional_prefix))
-        name = next((name for name in spellings if name in shapes), None)
+        name = next((name for name in spellings if name in tensors), None)
         if name is None:
             differences.append(f"{tensor.name} {list(tensor.shape)} is missing")
             continue
-        tensors.append(replace(tensor, name=name))
-        if shapes[name] != tensor.shape:
-            differences.append(f"{name} is {list(shapes[name])}, not {list(tensor.shape)}")
+        found.append(replace(tensor, name=name))
+        if tensors[name][0] != tensor.shape:
+            differences.append(f"{name} is {list(tensors[name][0])}, not {list(tensor.shape)}")
     heads = {f"{name}.weight" for name, ours in layout.modules.items() if ours == "head"}
-    for name in sorted(shapes.keys() - {tensor.name for tensor in tensors}):
+    for name in sorted(tensors.keys() - {tensor.name for tensor in found}):
         if name in heads and config.tied_head:
             embedding = next(t for t in expected if t.parameters == ("token_embedding.weight",))
-            tensors.append(replace(embedding, name=name))
+            found.append(replace(embedding, name=name))
         elif not any(
             fnmatchcase(start + name, pattern)
             for start in ("", layout.optional_prefix)
             for pattern in layout.ignored
         ):
-            differences.append(f"{name:.200} {list(shapes[name])} is not part of this model")
+            differences.append(f"{name:.200} {list(tensors[name][0])} is not part of this model")
     if differences:
         listed = "; ".join(differences[:_MAX_LISTED])
         if len(differences) > _MAX_LISTED:
             listed += f"; and {len(differences) - _MAX_LISTED} more"
         raise FormatError(f"{where} does not contain the model that it describes: {listed}")
-    return tensors
+    for tensor in found:
+        type_ = tensors[tensor.name][1]
+        if type_ not in readable:
+            raise FormatError(
+                f"{where}: the type of {tensor.name} must be one of {', '.join(readable)} (got "
+                f"{type_})"
+            )
+    return ImportedModel(format, files, config, padded_to(tokenizer, vocab_size), found, read)
 
 
 def interleave(x: Tensor, n_heads: int) -> Tensor:
