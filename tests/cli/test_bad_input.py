@@ -173,6 +173,6 @@ def test_bugs_are_exit_code_1(here: Path, monkeypatch: pytest.MonkeyPatch, capsy
     def broken(*args: Any, **keywords: Any) -> None:
         json.loads("{")  # a ValueError from inside a library is not the user's
 
-    monkeypatch.setattr("pretrain.train.loop.compute_gradients", broken)
+    monkeypatch.setattr("pretrain.parallel.model.ParallelModel.compute_gradients", broken)
     assert main(["train", "good.jsonl", *TINY, *STEPS, "--run", "run"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -227,7 +227,6 @@ def load(folder: str, axes: dict[str, int]) -> dict[str, Any]:
 def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     import torch
 
-    from pretrain.checkpoint.save import BackgroundSaver
     from pretrain.config import RunConfig
     from pretrain.run.log import RunLog
     from pretrain.train.config import TrainConfig
@@ -256,7 +255,7 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     run.batches = _NoBatches()  # type: ignore[assignment]
     run.model, run.optimizer = trainee.model, trainee.optimizer
     run.log = RunLog(Path(folder), writes=world.is_main)
-    run.saver = Saver(BackgroundSaver(Path(folder) / "checkpoints", world), console)
+    run.saver = Saver(Path(folder) / "checkpoints", world, console)
     return run
 
 

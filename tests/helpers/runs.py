@@ -18,8 +18,8 @@ from pretrain.data.batches import MicroBatch
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
+from pretrain.parallel.model import ParallelModel
 from pretrain.run.log import TIMES
-from pretrain.train.step import compute_gradients
 
 DROPOUT = ["--model.dropout", "0.1", "--model.family", "gpt2"]
 
@@ -78,16 +78,16 @@ def kill_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def _call_in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    n_steps = 0
+    n_steps, real = 0, ParallelModel.compute_gradients
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal n_steps
         n_steps += 1
         if n_steps == step:
             action()
-        return compute_gradients(*args, **kwargs)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr("pretrain.train.loop.compute_gradients", counting)
+    monkeypatch.setattr(ParallelModel, "compute_gradients", counting)
 
 
 def small_lm_loss(dropout: float = 0.0) -> LMLoss:

@@ -107,7 +107,7 @@ def test_accepted_changes_are_recorded_and_not_reported_again(
     args = ["--optimizer.clip", "2", "--accept", "optimizer.clip", "--accept", "code"]
     with monkeypatch.context() as patch:
         # Before the first step, and so before a checkpoint that has the changes.
-        patch.setattr("pretrain.train.loop.compute_gradients", kill)
+        patch.setattr("pretrain.parallel.model.ParallelModel.compute_gradients", kill)
         with pytest.raises(Killed):
             resume(run, *args)
     output = capsys.readouterr().out

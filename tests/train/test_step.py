@@ -16,7 +16,8 @@ from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.config import OptimizerConfig
 from pretrain.optim.param_groups import build_optimizer
-from pretrain.train.step import StepReport, training_steps
+from pretrain.parallel.model import StepReport
+from pretrain.train.step import training_steps
 from runs import batches, small_lm_loss
 
 

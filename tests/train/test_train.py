@@ -152,7 +152,7 @@ def test_run_without_checkpoint_is_not_restarted_on_another_text(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train.loop.compute_gradients", dying)
+        patch.setattr("pretrain.parallel.model.ParallelModel.compute_gradients", dying)
         assert train(str(text), *TINY, "--train.steps", "2", "--run", str(run)) == 130
     text.write_bytes(corpus.read_bytes().replace(b"the", b"then"))
     assert train("--resume", "--run", str(run)) == 2

@@ -150,6 +150,28 @@ def build_mesh(axes: ParallelConfig, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the passes of one step computed; the gradients themselves are on the parameters."""
+
+    nats: float
+    """sum of -log p over the step's targets, of all processes"""
+    count: int
+    """number of valid targets"""
+    grad_norm: float
+    """norm of the gradient of nats per target, before clipping"""
+
+    @property
+    def nats_per_token(self) -> float:
+        """The loss; 0 for a batch without valid targets."""
+        return self.nats / self.count if self.count else 0.0
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether an update may be made: there are targets, and everything is finite."""
+        return self.count > 0 and math.isfinite(self.nats) and math.isfinite(self.grad_norm)
+
+
 @dataclass(slots=True)
 class ParallelModel:
     """A loss module, and this process's shards of its weights."""
@@ -252,19 +274,49 @@ class ParallelModel:
 
     # --- a training step ------------------------------------------------------------------------
 
-    @property
-    def n_averaged(self) -> int:
-        """The number of sums of gradients of which `finish_gradients` leaves the mean."""
+    def compute_gradients(
+        self, micro_batches: Iterable[Any], *, clip: float, precision: str = "fp32"
+    ) -> StepReport:
+        """Leave the gradient of nats per target of a step on the parameters, clipped to the norm
+        `clip` (0: not clipped)."""
         axes = self.axes
-        return 1 if axes.elastic else self.world.size // (axes.tensor * axes.pipeline)
-
-    def zero_grad(self) -> None:
-        """Remove the gradients of the last step."""
         self.reshard()
         self.lm_loss.zero_grad(set_to_none=True)
         for shard in self.shards.values():
             shard.local.grad = None
         self.forward_seconds = 0.0
+        if self.pipeline is not None:
+            own = list(micro_batches)
+            nats, n_targets = self.pipeline.forward_backward(own, self.world, precision)
+        elif axes.elastic:
+            own, forward = list(micro_batches), partial(self.nats, precision=precision)
+            nats, n_targets = deterministic.forward_backward(self.lm_loss, own, self.world, forward)
+            # Per micro-batch: a process that has more of them than another is not slower.
+            self.forward_seconds /= max(1, len(own))
+        else:
+            sums, counts = [], []
+            batches = iter(micro_batches)
+            following = next(batches, None)
+            while (micro_batch := following) is not None:
+                following = next(batches, None)
+                with self._reduction(now=following is None):
+                    nats, n_targets = self.nats(micro_batch, precision)
+                    nats.backward()  # type: ignore[no-untyped-call]
+                sums.append(nats.detach())
+                counts.append(n_targets)
+            nats, n_targets = torch.stack(sums).sum(), torch.stack(counts).sum()
+        if axes.elastic:  # everything is reduced already
+            all_nats, count = float(nats), int(n_targets)
+        else:
+            all_nats, count = self._reduce(nats, n_targets)
+
+        # The number of sums of which the reductions leave the mean.
+        n_averaged = 1 if axes.elastic else self.world.size // (axes.tensor * axes.pipeline)
+        parameters = [parameter for _, parameter in self.named_parameters()]
+        torch._foreach_div_(gradient_values(parameters), max(1, count) / n_averaged)
+        norm = math.sqrt(sum(self._squared_norms().values())) if self.slices else None
+        norm = clip_gradients(parameters, max_norm=clip, norm=norm)
+        return StepReport(all_nats, count, grad_norm=norm)
 
     def nats(self, micro_batch: Any, precision: str) -> tuple[Tensor, Tensor]:
         """Nats and number of valid targets of this rank's part of a micro-batch."""
@@ -277,7 +329,7 @@ class ParallelModel:
         self.forward_seconds += time.perf_counter() - start
         return nats, n_targets
 
-    def reduce_gradients(self, *, now: bool) -> AbstractContextManager[Any]:
+    def _reduction(self, *, now: bool) -> AbstractContextManager[Any]:
         """Reduce gradients over replicas in this backward pass, or later: once a step is enough."""
         if self.replicas is not None and not now:
             return self.replicas.no_sync()
@@ -285,31 +337,8 @@ class ParallelModel:
             self.lm_loss.decoder.set_requires_all_reduce(now)  # type: ignore[operator]
         return nullcontext()
 
-    @property
-    def orders_micro_batches(self) -> bool:
-        """Whether `ordered_forward_backward` runs the micro-batches of a step, in its own order."""
-        return self.axes.elastic or self.pipeline is not None
-
-    def ordered_forward_backward(
-        self, micro_batches: Iterable[Any], precision: str
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of all micro-batches, in the order of a pipeline or of the
-        deterministic reduction."""
-        if self.pipeline is not None:
-            return self.pipeline.forward_backward(list(micro_batches), self.world, precision)
-        own, forward = list(micro_batches), partial(self.nats, precision=precision)
-        sums = deterministic.forward_backward(self.lm_loss, own, self.world, forward)
-        # Per micro-batch: a process that has more of them than another is not slower.
-        self.forward_seconds /= max(1, len(own))
-        return sums
-
-    def finish_gradients(self, nats: Tensor, n_targets: Tensor) -> tuple[float, int]:
-        """Complete the gradients of a step, summed over processes and divided by `n_averaged`.
-
-        `nats` and `n_targets` are this rank's sums; returns those of all processes.
-        """
-        if self.axes.elastic:  # everything is reduced already
-            return float(nats), int(n_targets)
+    def _reduce(self, nats: Tensor, n_targets: Tensor) -> tuple[float, int]:
+        """Complete the gradients of a step, and sum nats and targets over all processes."""
         for shard in self.shards.values():
             shard.localize_grad()
         if self.pipeline is not None and self.lm_loss.decoder.config.tied_head:
@@ -324,13 +353,6 @@ class ParallelModel:
             nats, n_targets = self.world.all_reduce_(both)
         # The ranks of a tp axis all have the loss; of a pp axis only the last.
         return float(nats) / self.axes.tensor, int(n_targets) // self.axes.tensor
-
-    def clip(self, max_norm: float) -> float:
-        """Scale the gradients to a joint norm of at most `max_norm` (0: no limit); returns the norm
-        before."""
-        norm = math.sqrt(sum(self._squared_norms().values())) if self.slices else None
-        parameters = (parameter for _, parameter in self.named_parameters())
-        return clip_gradients(parameters, max_norm=max_norm, norm=norm)
 
     def gradient_norms(self) -> dict[str, float]:
         """The norm of each full parameter's gradient. All processes must call this."""

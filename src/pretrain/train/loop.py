@@ -14,6 +14,7 @@ from pretrain.data.order import Tracer
 from pretrain.evaluate.baselines import measure_baselines
 from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
+from pretrain.parallel.model import StepReport
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
 from pretrain.train.build import uncompiled
 from pretrain.train.eval_hooks import (
@@ -26,7 +27,6 @@ from pretrain.train.eval_hooks import (
 from pretrain.train.monitor import MOST_IN_A_ROW, NOT_FINITE, SPIKE, Anomaly
 from pretrain.train.signals import StopSignals
 from pretrain.train.state import Run, load_weights, roll_back
-from pretrain.train.step import StepReport, compute_gradients
 
 MOST_POST_MORTEMS = 20
 # Steps before an anomaly that its post-mortem has the losses of.
@@ -44,8 +44,7 @@ def train(run: Run) -> int:
         run.model.lm_loss.train()
         while run.step < run.n_steps and not run.patience_exhausted:
             start = time.perf_counter()
-            report = compute_gradients(
-                run.model,
+            report = run.model.compute_gradients(
                 run.batches.at(run.step),
                 clip=run.config.optimizer.clip,
                 precision=config.precision,

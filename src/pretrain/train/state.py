@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,44 +40,33 @@ from pretrain.train.signals import PlannedStop
 MOST_FAILED_SAVES = 3
 
 
-@dataclass(slots=True)
-class Saver:
-    """Writes checkpoints in the background, and counts failures: in a row, on all processes
-    alike."""
+class Saver(BackgroundSaver):
+    """Writes checkpoints in the background, and reports and counts failures: in a row, on all
+    processes alike."""
 
-    background: BackgroundSaver
-    console: Console
-    failures: int = 0
+    def __init__(self, folder: Path, world: World, console: Console) -> None:
+        super().__init__(folder, world)
+        self.console = console
+        self.failures = 0
 
-    def save(self, *, wait: bool, **snapshot: Any) -> None:
-        """Save a snapshot as `BackgroundSaver.save` does. CannotSave after MOST_FAILED_SAVES
-        failures, or after one if it was to `wait`."""
-        self._count_failures(partial(self.background.save, **snapshot), is_fatal=wait)
-        if wait:
-            self.wait(is_needed=True)
-
-    def wait(self, *, is_needed: bool = False) -> None:
-        """Wait for the running save; CannotSave if it fails and `is_needed`, or once too often."""
-        self._count_failures(self.background.wait, is_fatal=is_needed)
-
-    def poll(self) -> None:
-        """Report a save that has failed, without waiting."""
-        self._count_failures(self.background.poll, is_fatal=False)
-
-    def _count_failures(self, function: Callable[[], bool | None], *, is_fatal: bool) -> None:
-        """Call a function that raises the error of a save, or returns whether one has ended."""
+    def wait(self, *, is_needed: bool = False) -> bool:
+        """Wait for the running save. CannotSave if it fails and `is_needed`, or is the last of
+        MOST_FAILED_SAVES failures."""
         try:
-            if function():
-                self.failures = 0
+            has_ended = super().wait()
         except OSError as error:
             self.failures += 1
             message = f"a checkpoint could not be saved: {error}"
-            if is_fatal or self.failures >= MOST_FAILED_SAVES:
+            if is_needed or self.failures >= MOST_FAILED_SAVES:
                 raise CannotSave(f"{message}; free disk space, then: --resume") from error
             self.console.line(
                 f"{message}; training continues, and stops after {MOST_FAILED_SAVES} such failures",
                 style="bold red",
             )
+            return True
+        if has_ended:
+            self.failures = 0
+        return has_ended
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +108,7 @@ class Run:
         another, or one that continues from a checkpoint. OSError without space on the disk."""
         config, data, world = self.config, self.data, self.world
         self.log = RunLog(self.folder, writes=world.is_main)
-        self.saver = Saver(BackgroundSaver(self.checkpoints, world), self.console)
+        self.saver = Saver(self.checkpoints, world, self.console)
         self.batches = training_batches(config, data, world)
         show_plan(self.console, config, data, world, self.batches, self.tasks)
         self.model, self.optimizer = build_model(config, data, world)
@@ -207,7 +195,6 @@ class Run:
         if not (self.checkpoints / checkpoint_name(self.step)).exists():
             tensors, shards = self.snapshot()
             self.saver.save(
-                wait=wait,
                 step=self.step,
                 tensors=tensors,
                 shards=shards,
@@ -215,6 +202,8 @@ class Run:
                 before=self.log.sync,
                 after=delete_old,
             )
+            if wait:
+                self.saver.wait(is_needed=True)
         self.stalled_seconds += time.perf_counter() - start
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, TensorShard]]:

@@ -39,6 +39,7 @@ from faults.tiny_runs import (
 from faults.zygote import Phase, fork, kill, side_by_side, wait_for
 from pretrain.checkpoint.load import list_checkpoints
 from pretrain.model.families import Family
+from pretrain.parallel.model import ParallelModel
 from pretrain.run.log import RunLog
 
 FAMILIES = get_args(Family)
@@ -46,7 +47,7 @@ OPTIMIZERS = ("adamw", "muon")
 DROPOUTS = ("0", "0.1")
 # Where a run is killed, and how often it passes there in STEPS steps.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "step": (loop_page, "compute_gradients", STEPS),
+    "step": (ParallelModel, "compute_gradients", STEPS),
     "record": (RunLog, "append_metrics", STEPS + STEPS // EVALUATE_EVERY),
     "sample": (RunLog, "append_sample", STEPS // EVALUATE_EVERY),
     "evaluation": (eval_hooks_page, "score_batches", STEPS // EVALUATE_EVERY + 1),

@@ -21,7 +21,6 @@ from unittest import mock
 
 import pretrain.checkpoint.save as save_module
 import pretrain.train.eval_hooks as eval_hooks_page
-import pretrain.train.loop as loop_page
 from faults.resumes import check_equal
 from faults.table import Row, Unrecovered
 from faults.tiny_runs import (
@@ -37,13 +36,13 @@ from faults.tiny_runs import (
 )
 from faults.zygote import Phase, fork, kill, wait_for
 from pretrain.checkpoint.load import list_checkpoints
-from pretrain.train.step import compute_gradients
+from pretrain.parallel.model import ParallelModel
 
 ARGS = [*OFTEN, "--model.family", "gpt2", "--model.dropout", "0.1", "--train.steps", str(STEPS)]
 YEAR_SECONDS = 365 * 86_400
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "the step": (loop_page, "compute_gradients", 5),
+    "the step": (ParallelModel, "compute_gradients", 5),
     "the evaluation": (eval_hooks_page, "score_batches", 2),
     "the sample": (eval_hooks_page, "generate", 2),
     "the save": (save_module, "save_checkpoint", 3),
@@ -64,7 +63,7 @@ def run_all(scratch: Path, *, every: int) -> Iterator[Row]:
 
 
 def _second_writer(run: Path, text: Path, expected: dict[str, str]) -> Row:
-    phase, real = Phase(), compute_gradients
+    phase, real = Phase(), ParallelModel.compute_gradients
 
     def standing(*args: Any, **keywords: Any) -> Any:
         phase.set(phase.get() + 1)
@@ -73,7 +72,7 @@ def _second_writer(run: Path, text: Path, expected: dict[str, str]) -> Row:
         return real(*args, **keywords)
 
     def first() -> int:
-        with mock.patch.object(loop_page, "compute_gradients", standing):
+        with mock.patch.object(ParallelModel, "compute_gradients", standing):
             return train(text, run, *ARGS)
 
     holder = fork(first)
