@@ -140,6 +140,6 @@ def test_every_string_of_an_evaluation_record_is_compared(tmp_path: Path) -> Non
     assert kept_ids(data) == set(range(40)) - {7, 9}
     evaluation_file.write_text(json.dumps(record) + "\n{'question': 'no JSON'}\n", encoding="utf-8")
     with pytest.raises(
-        ValueError, match=r"must be readable without skipping anything: .*skipped 1 records.*line 2"
+        ValueError, match=r"must be readable without skipping anything: skipped: 1 record, .*line 2"
     ):
         prepare_texts(tmp_path, texts, **options)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
+from pretrain.corpus.documents import Document, ReadingReport
+from pretrain.corpus.files import Source
+from pretrain.corpus.reading import read_documents
 from pretrain.fileio import nan_to_null
 
 
@@ -15,6 +18,7 @@ class Output:
 
     def __init__(self, *, json: bool) -> None:
         self.json = json
+        self._reading: dict[str, Any] = {}
 
     @property
     def stream(self) -> TextIO:
@@ -24,9 +28,24 @@ class Output:
     def log(self, text: str = "") -> None:
         print(text, file=self.stream, flush=True)
 
+    def documents(self, source: Source, *, text_field: str | None = None) -> Iterator[Document]:
+        """Yield the documents of a source, then print what was skipped; `result` has it too."""
+        report = ReadingReport()
+        try:
+            yield from read_documents(source, text_field=text_field, report=report)
+        finally:
+            self.facts(report.facts())
+            self._reading[str(source)] = report.as_dict()
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Print what a reading reports: labels, and values of one or more lines."""
+        for label, value in facts.items():
+            self.log(f"{label:<9} " + value.replace("\n", "\n" + " " * 10))
+
     def result(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON; nothing without --json."""
         if self.json:
+            content = {**content, **({"reading": self._reading} if self._reading else {})}
             # A terminal without UTF-8 gets escapes, which are valid JSON too.
             is_utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
             print(json.dumps(nan_to_null(content), ensure_ascii=not is_utf8), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -11,6 +12,8 @@ MAX_DETAILED_PROBLEMS = 100
 is wrong cannot fill the memory."""
 Counter = Literal["n_skipped_files", "n_skipped_records", "n_repaired", "n_partial_files"]
 """Fields of a report that count problems."""
+MAX_PLACES = 8
+"""Files that are named for one reason why something is not in the text."""
 
 
 class StrictError(ValueError):
@@ -50,13 +53,49 @@ class Problem:
     offset: int | None = None
     """Byte offset from 0 in the decompressed file."""
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """File, line and byte."""
         place = self.file
         if self.line is not None:
             place += f", line {self.line}"
         if self.offset is not None:
             place += f", byte {self.offset}"
-        return f"{place}: {self.reason}"
+        return place
+
+    @property
+    def kind(self) -> str:
+        """The reason without numbers and details: equal for problems of one kind."""
+        return re.sub(r"\d[\d,]*", "N", re.split(r"(?<!skipped)[:;]| at byte", self.reason)[0])
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Omission:
+    """What is not in the text for reasons of one kind."""
+
+    reason: str
+    """The first of them."""
+    unit: str = "file"
+    n: int = 0
+    n_bytes: int = 0
+    """On disk; of records an estimate; 0 if it is unknown, as of a file that is cut off."""
+    places: list[str] = field(default_factory=list)
+    """The first MAX_PLACES."""
+
+    def line(self, n_all_bytes: int) -> str:
+        """The number, the share of all bytes, the reason and the places."""
+        places = self.places[:1] if self.unit == "record" else self.places
+        names = ", ".join(places) + (", ..." if self.n > len(places) else "")
+        share = f", {_percent(self.n_bytes, n_all_bytes)} of the bytes" if self.n_bytes else ""
+        reason = self.reason.removeprefix("skipped: ")
+        return f"{self.n:,} {self.unit}{'s' * (self.n != 1)}{share}: {reason} ({names})"
+
+
+def _percent(part: int, total: int) -> str:
+    return f"{100 * part / max(total, 1):.3g} %"
 
 
 @dataclass(slots=True)
@@ -78,10 +117,14 @@ class ReadingReport:
     n_partial_files: int = 0
     """Compressed files that end too early; the readable part was kept."""
     n_problems: int = 0
+    text_field: str | None = None
+    """The field that the user named as text."""
     text_fields: dict[str, str] = field(default_factory=dict)
     """For each of the first files of records: the field that was read as text."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     """By source argument its own n_files, n_documents and n_text_bytes."""
+    omitted: dict[str, Omission] = field(default_factory=dict)
+    """What is not in the text, by `Problem.kind`."""
     problems: list[Problem] = field(default_factory=list)
     on_problem: Callable[[Problem], None] | None = None
     """Called with every problem, also with those beyond MAX_DETAILED_PROBLEMS."""
@@ -89,27 +132,33 @@ class ReadingReport:
     """Whether the first problem is a ValueError."""
 
     def add(
-        self,
-        file: str,
-        reason: str,
-        *,
-        line: int | None = None,
-        offset: int | None = None,
-        counter: Counter | None = None,
-        is_allowed: bool = False,
+        self, problem: Problem, *, counter: Counter | None = None, is_allowed: bool = False
     ) -> None:
         """Record a problem and add 1 to `counter`; if `strict`, raise StrictError instead, unless
         the problem is allowed."""
-        problem = Problem(file, reason, line, offset)
         if self.strict and not is_allowed:
             raise StrictError(f"{problem} (with --strict nothing is skipped or repaired)")
         self.n_problems += 1
+        if counter != "n_repaired":
+            units = {"n_skipped_records": "record", "n_partial_files": "cut-off file"}
+            unit = units.get(str(counter), "file")
+            place = problem.place if unit == "record" else problem.file
+            self.omit(problem.kind, Omission(problem.reason, unit, n=1, places=[place]))
         if counter is not None:
             setattr(self, counter, getattr(self, counter) + 1)
         if self.on_problem is not None:
             self.on_problem(problem)
         if len(self.problems) < MAX_DETAILED_PROBLEMS:
             self.problems.append(problem)
+
+    def omit(self, kind: str, omission: Omission) -> None:
+        """Add to what is not in the text."""
+        if kind not in self.omitted and len(self.omitted) >= MAX_DETAILED_PROBLEMS:
+            kind = "other reasons"
+        total = self.omitted.setdefault(kind, Omission(omission.reason, omission.unit))
+        total.n += omission.n
+        total.n_bytes += omission.n_bytes
+        total.places += omission.places[: MAX_PLACES - len(total.places)]
 
     def of_source(self, argument: str) -> dict[str, int]:
         """The totals of one source argument, to be added to."""
@@ -122,6 +171,9 @@ class ReadingReport:
             count = getattr(other, each.name)
             if type(count) is int:
                 setattr(self, each.name, getattr(self, each.name) + count)
+        self.text_field = self.text_field or other.text_field
+        for kind, omission in other.omitted.items():
+            self.omit(kind, omission)
         self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
         for file, name in other.text_fields.items():
             if len(self.text_fields) < MAX_DETAILED_PROBLEMS:
@@ -131,26 +183,36 @@ class ReadingReport:
             for key, count in counts.items():
                 total[key] += count
 
-    def summary(self) -> str:
-        """One human-readable line: the counts, and the first problem if there is one."""
-        text = (
-            f"{self.n_documents:,} documents, {self.n_text_bytes:,} bytes of text from "
-            f"{self.n_files:,} files; "
-            f"skipped {self.n_skipped_records:,} records and {self.n_skipped_files:,} files, "
-            f"repaired {self.n_repaired:,} documents"
-        )
-        if self.problems:
-            text += f"; first problem: {self.problems[0]}"
-        return text
+    def facts(self) -> dict[str, str]:
+        """What a user should know of a reading, as labels and values of one or more lines."""
+        facts = {}
+        omissions = sorted(self.omitted.values(), key=lambda each: -each.n_bytes)
+        n_omitted = sum(each.n_bytes for each in omissions)
+        share = f"{_percent(n_omitted, self.n_read_bytes)} of the bytes of {self.n_files:,} files"
+        lines = [each.line(self.n_read_bytes) for each in omissions]
+        if lines:
+            facts["skipped"] = "\n".join(lines if len(lines) == 1 else [f"{share}:", *lines])
+        if self.n_repaired:
+            facts["repaired"] = f"{self.n_repaired:,} documents: bytes replaced by U+FFFD"
+        if self.text_fields:
+            how = f"named as {self.text_field!r}" if self.text_field else "guessed"
+            names = {name: file for file, name in reversed(self.text_fields.items())}
+            files = (f"{name!r} (first in {file})" for name, file in reversed(names.items()))
+            facts["field"] = f"{how}: {', '.join(files)}"
+        if 2 * n_omitted > self.n_read_bytes:
+            facts["warning"] = f"most of the source is not in the text: {share} was skipped"
+        return facts
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values for JSON."""
-        content = asdict(self)
+        """Return all fields as plain values for JSON, and the facts."""
+        content = asdict(self) | {"facts": self.facts()}
         del content["on_problem"], content["strict"]
         return content
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> ReadingReport:
         """Restore a report from `as_dict`."""
-        problems = [Problem(**problem) for problem in content["problems"]]
-        return ReadingReport(**content | {"problems": problems})
+        content = {key: value for key, value in content.items() if key != "facts"}
+        content["problems"] = [Problem(**problem) for problem in content["problems"]]
+        content["omitted"] = {kind: Omission(**o) for kind, o in content["omitted"].items()}
+        return ReadingReport(**content)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from pretrain import needs_package
-from pretrain.corpus.documents import Counter, ReadingReport
+from pretrain.corpus.documents import Counter, Omission, Problem, ReadingReport
 
 BUNDLED = "bundled"
 """Name of the corpus that is installed with the package; `./bundled` forces a path."""
@@ -164,8 +164,8 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
                 f"source {str(folder)!r} was written by pretrain: it is a run or a prepared text; "
                 "resume a run with pretrain train --resume --run DIR, or with pretrain extend DIR"
             )
-        reason = "skipped: a run or a prepared text"
-        report.add(_printable(prefix), reason, counter="n_skipped_files")
+        problem = Problem(_printable(prefix), "skipped: a run or a prepared text")
+        report.add(problem, counter="n_skipped_files")
         return
 
     for entry in entries:
@@ -178,8 +178,8 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
         elif stat.S_ISREG(status.st_mode):
             files.append(SourceFile(Path(entry.path), name, status.st_size))
         else:
-            reason = f"skipped: a {_file_type(status.st_mode)}"
-            report.add(_printable(name), reason, counter="n_skipped_files")
+            problem = Problem(_printable(name), f"skipped: a {_file_type(status.st_mode)}")
+            report.add(problem, counter="n_skipped_files")
 
 
 def _file_type(mode: int) -> str:
@@ -294,6 +294,10 @@ class FileStream(io.BufferedReader):
         self.file = file
         self.report = report
         self.damage: DamagedStreamError | None = None
+        self.omitted: dict[str, int] = {}
+        """Decompressed bytes of what is not in the text, by `Problem.kind`."""
+        self.n_record_bytes = 0
+        """Decompressed bytes of all records, of a file that consists of records."""
         super().__init__(_RawStream(self), CHUNK_BYTES)
 
     def add_problem(
@@ -303,9 +307,27 @@ class FileStream(io.BufferedReader):
         line: int | None = None,
         offset: int | None = None,
         counter: Counter | None = None,
+        n_bytes: int = 0,
+        is_allowed: bool = False,
     ) -> None:
-        """Add a problem of this file to the report."""
-        self.report.add(self.file.name, reason, line=line, offset=offset, counter=counter)
+        """Add a problem of this file to the report, and `n_bytes` to what is not in the text."""
+        problem = Problem(self.file.name, reason, line, offset)
+        self.report.add(problem, counter=counter, is_allowed=is_allowed)
+        if counter != "n_repaired":
+            self.omitted[problem.kind] = self.omitted.get(problem.kind, 0) + n_bytes
+
+    def omit(self, reason: str, n_bytes: int, *, unit: str) -> None:
+        """Count something that is left out although nothing is wrong with it."""
+        self.report.omit(reason, Omission(reason, unit, n=1, places=[self.file.name]))
+        self.omitted[reason] = self.omitted.get(reason, 0) + n_bytes
+
+    def share_omitted(self, *, has_document: bool) -> None:
+        """Add what is not in the text to the report, in bytes on disk. If there is no document at
+        all, that is the whole file, for the first reason."""
+        n_all = self.n_record_bytes or self.raw.tell() or 1
+        for kind, n_bytes in self.omitted.items():
+            share = n_bytes / n_all if has_document else kind == next(iter(self.omitted))
+            self.report.omit(kind, Omission("", n_bytes=round(share * self.file.n_bytes)))
 
     def end(self, damage: DamagedStreamError, n_bytes: int) -> None:
         """Report that the file is damaged after this number of bytes."""

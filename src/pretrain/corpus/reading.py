@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from pretrain import needs_package
-from pretrain.corpus.documents import Document, Problem, ReadingReport, StrictError
+from pretrain.corpus.documents import Counter, Document, Problem, ReadingReport, StrictError
 from pretrain.corpus.files import (
     HEAD_BYTES,
     SUPPORTED_FORMATS,
@@ -54,11 +54,12 @@ def read_files(
     files: Iterable[SourceFile], *, text_field: str | None, report: ReadingReport
 ) -> Iterator[Document]:
     """Yield the documents of the files from `list_files`, in their order."""
+    report.text_field = text_field
     for file in files:
         report.n_files += 1
         counts = report.of_source(file.source_argument)
         counts["n_files"] += 1
-        n_before = report.n_documents + report.n_problems
+        n_before, n_problems_before = report.n_documents, report.n_problems
         n_bytes_before = report.n_read_bytes
         with FileStream(file, report) as stream:
             for document in _read_stream(stream, text_field):
@@ -73,9 +74,10 @@ def read_files(
                     title=without_surrogates(document.title),
                     source_argument=file.source_argument,
                 )
+            if report.n_documents + report.n_problems == n_before + n_problems_before:
+                stream.add_problem("contains no document")
+            stream.share_omitted(has_document=report.n_documents > n_before)
         report.n_read_bytes = n_bytes_before + file.n_bytes
-        if report.n_documents + report.n_problems == n_before:
-            report.add(file.name, "contains no document")
 
 
 def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Document]:
@@ -121,7 +123,7 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
                     "first here; if it is text in another encoding, convert it first (iconv -f "
                     "latin1 -t utf-8 FILE)"
                 )
-                _skip_file(stream, reason, offset=place, is_start=number == 1)
+                _skip_file(stream, reason, offset=place, n_bytes=len(data), is_start=number == 1)
                 continue
             stream.add_problem(
                 f"{n_invalid:,} invalid UTF-8 sequences, the first here, were replaced by U+FFFD",
@@ -163,14 +165,20 @@ def _split_text(stream: FileStream) -> Iterator[tuple[int, bytes]]:
 
 
 def _skip_file(
-    stream: FileStream, reason: str, *, offset: int | None = None, is_start: bool = True
+    stream: FileStream,
+    reason: str,
+    *,
+    offset: int | None = None,
+    n_bytes: int = 0,
+    is_start: bool = True,
 ) -> None:
     """Report a file that is not text; ValueError if the user named it and this is its start."""
     name = stream.file.name
     if stream.file.is_named and is_start:
         raise ValueError(f"{Problem(name, reason, offset=offset)}; {SUPPORTED_FORMATS}")
     # A picture between the texts is not an error of the texts, so strict mode allows it.
-    stream.report.add(name, reason, offset=offset, counter="n_skipped_files", is_allowed=True)
+    counter: Counter = "n_skipped_files"
+    stream.add_problem(reason, offset=offset, counter=counter, n_bytes=n_bytes, is_allowed=True)
 
 
 # Web pages: HTML files and WARC archives, their main text extracted by resiliparse. Of an archive,
@@ -221,11 +229,13 @@ def _read_warc(stream: FileStream) -> Iterator[Document]:
             is_error = http is not None and not 200 <= (http.status_code or 0) < 300
             if is_error or not (is_html or is_text):
                 stream.report.n_other_records += 1
+                stream.omit("an error, an image or the like", record.content_length, unit="record")
                 continue
 
             data = _decode_body(record.reader.read(MAX_RECORD_BYTES + 1), http or {})
             if len(data) > MAX_RECORD_BYTES:
-                skip_record(stream, f"more than {MAX_RECORD_BYTES:,} bytes", number, offset)
+                reason = f"more than {MAX_RECORD_BYTES:,} bytes"
+                skip_record(stream, reason, number, offset, record.content_length)
                 continue
             if is_html:
                 title, text = _html_text(data)
@@ -237,7 +247,7 @@ def _read_warc(stream: FileStream) -> Iterator[Document]:
                     stream.add_problem(reason, line=number, offset=offset, counter="n_repaired")
             if not text.strip():
                 reason = "a page without text, or in an unknown content encoding"
-                skip_record(stream, reason, number, offset)
+                skip_record(stream, reason, number, offset, record.content_length)
                 continue
             name = stream.file.name
             url = record.headers.get("WARC-Target-URI") or f"{name}:{number}"

@@ -76,7 +76,8 @@ def read_records(
         if not isinstance(row.record, Skipped):
             records.append(row.record)
         elif not records:
-            skip_record(stream, row.record, row.number, row.offset)
+            stream.n_record_bytes += row.n_bytes
+            skip_record(stream, row.record, row.number, row.offset, row.n_bytes)
             continue
         # Later bad rows are kept in the probe, so that problems are reported in the order of rows.
         probe.append(row)
@@ -93,9 +94,10 @@ def read_records(
 
     for row in chain(probe, rows):
         record, number, offset = row.record, row.number, row.offset
+        stream.n_record_bytes += row.n_bytes
         text = record if isinstance(record, Skipped) else _text(record, field)
         if isinstance(record, Skipped) or isinstance(text, Skipped):
-            skip_record(stream, text, number, offset)
+            skip_record(stream, text, number, offset, row.n_bytes)
             continue
 
         valid_text = without_surrogates(text)
@@ -113,10 +115,16 @@ def read_records(
         )
 
 
-def skip_record(stream: FileStream, reason: str, number: int, offset: int | None) -> None:
+def skip_record(
+    stream: FileStream, reason: str, number: int, offset: int | None, n_bytes: int
+) -> None:
     """Report a record that is not a document."""
     stream.add_problem(
-        f"skipped: {reason}", line=number, offset=offset, counter="n_skipped_records"
+        f"skipped: {reason}",
+        line=number,
+        offset=offset,
+        counter="n_skipped_records",
+        n_bytes=n_bytes,
     )
 
 
@@ -236,9 +244,12 @@ def _csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     # next line. These have the place of the record's first line, and why one of them is invalid.
     places: list[tuple[int, int]] = []
     errors: list[Skipped] = []
+    end = 0
 
     def decoded_lines() -> Iterator[str]:
+        nonlocal end
         for number, offset, data, text in _read_lines(stream):
+            end = offset + len(data)
             if not places:
                 places.append((number, offset))
             if isinstance(text, Skipped):
@@ -266,17 +277,17 @@ def _csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
             errors.append(Skipped(f"invalid CSV: {error}"))
         if cells is None:
             return
+        n_bytes = end - places[0][1] if places else 0
         if errors:
-            yield Row(*places[0], errors[0])
+            yield Row(*places[0], errors[0], n_bytes)
         elif header is None:
             # A name that repeats an earlier one gets its column's number.
             names = [cell.strip() for cell in cells]
             header = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
         elif cells and len(cells) != len(header):
             reason = f"{len(cells)} cells, but the header has {len(header)}"
-            yield Row(*places[0], Skipped(reason))
+            yield Row(*places[0], Skipped(reason), n_bytes)
         elif cells:
-            n_bytes = sum(len(cell) for cell in cells)
             yield Row(*places[0], dict(zip(header, cells, strict=True)), n_bytes)
         places.clear()
         errors.clear()
@@ -305,8 +316,9 @@ def _json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
         has_text = text_field == EVERY_FIELD or any(isinstance(value.get(n), str) for n in names)
         if not has_text and len(lists) == 1 and any(isinstance(each, dict) for each in lists[0]):
             values = lists[0]
+    n_bytes = len(data) // max(1, len(values))
     for number, each in enumerate(values, start=1):
-        yield Row(number, 0 if isinstance(each, Skipped) else None, _as_record(each))
+        yield Row(number, 0 if isinstance(each, Skipped) else None, _as_record(each), n_bytes)
 
 
 def _parquet_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:

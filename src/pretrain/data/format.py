@@ -34,6 +34,7 @@ from pretrain.validation import Matching, Range, convert
 FORMAT = "pretrain-shards"
 FORMAT_VERSION = 4  # a new key of the manifest needs a new version: unknown ones are rejected
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.json"
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
@@ -314,6 +315,13 @@ class PreparedData:
             _expect(self.folder / MANIFEST_NAME, "vocab_size", self.manifest.vocab_size, n_tokens)
         return self._tokenizer
 
+    @property
+    def readings(self) -> list[dict[str, Any]]:
+        """What was read and what was skipped: that part of report.json, for each folder."""
+        path = self.folder / REPORT_NAME
+        report = read_json(path) if path.is_file() else {}
+        return [{key: report.get(key) or {} for key in ("n_read_bytes", "omitted", "facts")}]
+
     def split(self, name: SplitName) -> TokenStream:
         """The stream "train" or "val"."""
         if name not in self._streams:
@@ -419,7 +427,7 @@ class MixedData(PreparedData):
             name: ConcatenatedStream([data.split(name) for data in prepared])  # type: ignore[misc]
             for name in SPLITS
         }
-        self._config = config
+        self._config, self._prepared = config, prepared
         # Where the ids of each path of the config are in the training stream.
         spans: dict[str, SourceSpan] = {}
         end = 0
@@ -441,6 +449,10 @@ class MixedData(PreparedData):
                     "use fewer filters"
                 )
         self.spans = {path: spans[path] for path in config.paths}
+
+    @property
+    def readings(self) -> list[dict[str, Any]]:
+        return [reading for data in self._prepared for reading in data.readings]
 
     @property
     def tokens_for_epochs(self) -> int | None:

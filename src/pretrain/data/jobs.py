@@ -33,7 +33,7 @@ from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.validation import Checked, convert
 
-JOB_VERSION = 3
+JOB_VERSION = 4
 """Of the files inside a job's folder; a job of another version is started from scratch."""
 
 SHARD_TEXT_BYTES = 1 << 23

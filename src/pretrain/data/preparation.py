@@ -37,6 +37,7 @@ from pretrain.data.format import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST_NAME,
+    REPORT_NAME,
     SPLITS,
     Manifest,
     PreparedData,
@@ -283,7 +284,7 @@ def _write_folder(job: Job, progress: Progress) -> Path:
                 with open(each / file_name, "rb") as part:
                     shutil.copyfileobj(part, file)
     report["n_tokens"] = {name: info.n_tokens for name, info in streams.items()}
-    write_json(folder / "report.json", report)
+    write_json(folder / REPORT_NAME, report)
 
     split = job.task_report("split")
     # The manifest has what the ids depend on; names and paths of this machine are in the report.

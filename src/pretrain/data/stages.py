@@ -105,7 +105,7 @@ def _evaluation_strings(settings: Settings) -> Iterator[tuple[str, str]]:
         if report.n_problems > report.n_repaired:
             raise ValueError(
                 f"corpus.evaluation_texts: {name!r} must be readable without skipping anything: "
-                f"{report.summary()}"
+                f"skipped: {report.facts().get('skipped')}"
             )
 
 
@@ -161,7 +161,8 @@ def reading_report(job: Job) -> ReadingReport:
 def _n_filter(job: Job) -> int:
     if not job.read_shards:
         sources = ", ".join(repr(source) for source in job.settings.sources)
-        raise ValueError(f"source {sources} gave no document: {reading_report(job).summary()}")
+        skipped = reading_report(job).facts().get("skipped")
+        raise ValueError(f"source {sources} gave no document; skipped: {skipped}")
     is_needed = job.settings.corpus.inspects_text or job.deduplicates
     return len(job.read_shards) if is_needed else 0
 

@@ -45,6 +45,7 @@ def write_report(run_dir: str | Path) -> Path:
     facts.pop("command", None)
     cards = records_in(run.predictions.get("cards"))
     ranks = ranking(run)
+    readings = [fields(each.get("facts")) for each in records_in(run.summary.get("reading"))]
     page = render(
         "report.html",
         MODEL=MODEL,
@@ -62,6 +63,7 @@ def write_report(run_dir: str | Path) -> Path:
         tasks=tasks(run),
         ranking=ranks,
         sources={k: fields(v) for k, v in fields(run.summary.get("sources")).items()},
+        reading=[(label, str(text).split("\n")) for r in readings for label, text in r.items()],
         moments=moments(run),
         cards=[card | {"tokens": records_in(card.get("most_probable"))} for card in cards],
         passage=heat_map_data(records_in(run.predictions.get("passage"))),

@@ -60,10 +60,12 @@ class Console:
         self._rich.print(Text(text, style=style))
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
-        """Print labels and values in two columns."""
+        """Print labels and values, of one or more lines, in two columns."""
         width = max(len(label) for label, _ in facts)
         for label, value in facts:
-            self._rich.print(Text.assemble((f"  {label:<{width}}  ", "dim"), value))
+            value = value.replace("\n", "\n" + " " * (width + 4))
+            style = "bold red" if label == "warning" else "dim"
+            self._rich.print(Text.assemble((f"  {label:<{width}}  ", style), value))
 
     @contextmanager
     def progress(self, *, steps: int, step: int) -> Iterator[None]:
@@ -177,7 +179,8 @@ def show_plan(
         every = filled(config.evaluate.every)
         often = "after the last step" if every >= steps else f"every {every:,} steps"
         facts["tasks"] = f"{names}, {often}"
-    console.facts(list(facts.items()))
+    first, *others = facts.items()
+    console.facts([first, *(fact for r in data.readings for fact in r["facts"].items()), *others])
 
     if ends_early:
         console.line(

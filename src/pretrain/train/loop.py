@@ -240,6 +240,7 @@ def finish(run: Run) -> None:
         "peak_memory_bytes": int(max(peak for (peak,) in peak_memory)),
         "checkpoint": checkpoint.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
+        "reading": run.data.readings,
     }
     if run.tasks:
         summary["tasks"] = last_task_results(run)

@@ -25,7 +25,6 @@ from pretrain.corpus.demonstrations import (
     is_held_out,
     translation_demonstrations,
 )
-from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.examples import demonstration
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import task_named
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     counts = Counter[str]()
     with work_folder(out) as work, ExitStack() as opened:
         files: dict[str, TextIO] = {}
-        for name, record in chain(_article_records(args.articles), _translations(aligned)):
+        for name, record in chain(_article_records(args.articles, output), _translations(aligned)):
             if name not in files:
                 path = work / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +66,10 @@ def run(args: argparse.Namespace, output: Output) -> None:
     output.result({"out": str(out), "documents": dict(counts)})
 
 
-def _article_records(sources: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _article_records(sources: list[str], output: Output) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a file and a record for it: each article, and the demonstrations made from it."""
     n_titles = 0
-    for document in read_documents(sources):
+    for document in output.documents(sources):
         n_titles += bool(document.title)
         is_test = is_held_out(document.title or document.id, TEST_FRACTION)
         record = {"id": document.id, "title": document.title, "text": document.text}

@@ -11,7 +11,6 @@ import argparse
 from pretrain.cli.options import MODEL, OUT, Option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
-from pretrain.corpus.reading import read_documents
 from pretrain.fileio import nan_to_null, write_json
 from pretrain.runner.open import load_model
 
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     if args.type not in _NUMBERS[args.format]:
         types = ", ".join(_NUMBERS[args.format])
         raise ValueError(f"--type {args.type} is not for {args.format}; it must be one of {types}")
-    text = _text(args.text)
+    text = _text(args.text, output)
 
     from pretrain.evaluate.loss import ScoredModel, score_texts
     from pretrain.export.gguf import write_gguf
@@ -93,10 +92,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     return 1 if verdict == DISAGREES else 0
 
 
-def _text(file: str | None) -> str:
+def _text(file: str | None, output: Output) -> str:
     """Return the text that both programs score. ValueError if it is empty."""
     text = ""
-    for document in read_documents(file or "bundled"):
+    for document in output.documents(file or "bundled"):
         text += document.text + "\n"
         if len(text) >= _TEXT_CHARACTERS:
             break

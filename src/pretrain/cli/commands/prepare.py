@@ -13,7 +13,6 @@ from pathlib import Path
 from pretrain.cli.options import TEXT_FIELD, Option, names
 from pretrain.cli.output import Output
 from pretrain.corpus.config import CorpusConfig
-from pretrain.corpus.documents import Problem
 from pretrain.data.preparation import prepare
 from pretrain.fileio import read_json
 from pretrain.runner.text import stage_progress
@@ -98,10 +97,9 @@ def run(args: argparse.Namespace, output: Output) -> None:
             f"{row['percent']:.2f} % of {name} is in this text: {row['in_corpus']:,} of its "
             f"{row['ngrams']:,} different 8 words in a row"
         )
+    output.facts(report["facts"])
     if report["n_problems"]:
-        output.log(f"{report['n_problems']:,} problems, all of them in problems.jsonl; the first:")
-        for problem in report["problems"][:5]:
-            output.log(f"  {Problem(**problem)}")
+        output.log(f"{report['n_problems']:,} problems, all of them in problems.jsonl")
     if report["strangest"]:
         output.log("documents with the most unusual number of bytes per token:")
     for document in report["strangest"][:3]:

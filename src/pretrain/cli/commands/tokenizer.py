@@ -18,7 +18,6 @@ from typing import Any
 
 from pretrain.cli.options import SPECIAL, TEXT_FIELD, Option
 from pretrain.cli.output import Output
-from pretrain.corpus.reading import read_documents
 from pretrain.fileio import require_empty
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.load import load_tokenizer
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     texts = (
         (source, document.text)
         for source in args.source
-        for document in read_documents(source, text_field=args.text_field)
+        for document in output.documents(source, text_field=args.text_field)
     )
     report = inspect(tokenizer, texts)
     output.log(f"{tokenizer.vocab_size:,} tokens; end of text is {tokenizer.end_of_text}")
@@ -102,7 +101,7 @@ def _train(args: argparse.Namespace, output: Output) -> None:
         raise ValueError("tokenizer train needs a SOURCE of text and --out DIR")
     out = Path(args.out)
     require_empty(out)
-    documents = read_documents(args.source, text_field=args.text_field)
+    documents = output.documents(args.source, text_field=args.text_field)
     texts = (document.text for document in documents)
     tokenizer = train_tokenizer(
         texts,
