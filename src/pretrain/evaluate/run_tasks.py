@@ -32,7 +32,6 @@ Statistics = tuple[float, ...]
 _Evaluated = tuple[dict[str, Any], dict[str, Statistics], bool]
 """The record of one example, its statistics by metric, and whether its context was truncated."""
 
-_BOOTSTRAP_SEED = 1  # the default of `pretrain evaluate --seed`
 # Examples of each task that are timed before a run starts.
 _N_TIMED_EXAMPLES = 10
 _CONDITION_METRIC = "nats_per_byte"
@@ -70,7 +69,7 @@ def evaluate_in_loop(model: Model, eval_task: EvalTask) -> dict[str, Any]:
     start_time = time.perf_counter()
     task = eval_task.task
     results = evaluate_task(model, task, eval_task.examples)
-    estimated = estimate(task.metric, results.statistics[task.metric], seed=_BOOTSTRAP_SEED)
+    estimated = estimate(task.metric, results.statistics[task.metric], seed=eval_task.seed)
     return {
         "task": task.name,
         "metric": task.metric,
