@@ -93,15 +93,14 @@ class Trainee:
         each = {"rank": number, "size": n}
         batches = evaluation_batches(ids, context_length=CONTEXT, rows=2, limit_tokens=400, **each)
         ones = torch.ones(VOCAB, dtype=torch.int64)
-        own = score_batches(
+        return score_batches(
             self.model.lm_loss,
             batches,
             byte_lengths_V=ones,
             world=self.world,
             precision=self.precision,
-        )
-        own = own if self.model.axes.reports_loss(self.world.rank) else []
-        return self.world.fsum(each.nats for each in own)
+            counts=self.model.axes.reports_loss(self.world.rank),
+        ).nats
 
     def sample(self) -> list[int]:
         """A few generated ids, as a run samples them after an evaluation."""

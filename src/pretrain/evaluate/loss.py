@@ -108,8 +108,10 @@ def score_batches(
     byte_lengths_V: Tensor,
     world: World,
     precision: str = "fp32",
-) -> list[Score]:
-    """The loss of each batch, without dropout. Restores the module's training mode."""
+    counts: bool = True,
+) -> Score:
+    """The loss of the batches of all processes together, without dropout. Restores the module's
+    training mode. Of processes that have the same batches, only one `counts`."""
     was_training = lm_loss.training
     lm_loss.eval()
     scores = []
@@ -119,22 +121,21 @@ def score_batches(
         n_bytes = byte_lengths_V[batch.targets[batch.targets >= 0]].sum()
         scores.append(Score(float(nats), int(n_targets), int(n_bytes)))
     lm_loss.train(was_training)
-    return scores
+    scores = scores if counts else []
+    # fsum over all batches: the result does not depend on which process scored which.
+    nats = world.fsum(each.nats for each in scores)
+    own = sum(each.tokens for each in scores), sum(each.bytes for each in scores)
+    return Score(nats, *map(int, world.all_sum(*own)))
 
 
 def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
     """The exactly rounded sum of the losses of all batches, whatever their order."""
-    scores = score_batches(
+    return score_batches(
         LMLoss(model.decoder).train(model.decoder.training),  # a new module is in training mode
         batches,
         byte_lengths_V=torch.from_numpy(model.tokenizer.byte_lengths),
         world=model.world,
         precision=model.precision,
-    )
-    return Score(
-        nats=math.fsum(each.nats for each in scores),
-        tokens=sum(each.tokens for each in scores),
-        bytes=sum(each.bytes for each in scores),
     )
 
 

@@ -130,21 +130,14 @@ def evaluate_split(
         rank=rank,
         size=size,
     )
-    scores = score_batches(
+    return score_batches(
         run.model.lm_loss,
         takewhile(lambda _: not is_interrupted(), batches),
         byte_lengths_V=torch.from_numpy(run.data.tokenizer().byte_lengths),
         world=run.world,
         precision=run.config.train.precision,
+        counts=run.model.axes.reports_loss(run.world.rank),
     )
-    if not run.model.axes.reports_loss(run.world.rank):
-        scores = []
-    # fsum over all batches: the result does not depend on which process scored which.
-    nats = run.world.fsum(score.nats for score in scores)
-    n_tokens = sum(score.tokens for score in scores)
-    n_bytes = sum(score.bytes for score in scores)
-    all_tokens, all_bytes = run.world.all_sum(n_tokens, n_bytes)
-    return Score(nats, int(all_tokens), int(all_bytes))
 
 
 # --- in-loop tasks --------------------------------------------------------------------------------
