@@ -70,6 +70,18 @@ def test_equal_answers_have_no_detectable_difference() -> None:
     assert (same.difference, same.stderr, same.p, same.detectable) == (0.0, 0.0, 1.0, None)
 
 
+def test_no_detectable_difference_is_larger_than_a_metric_can_differ() -> None:
+    """Of three examples the formula gives 1.07, which no two accuracies differ by."""
+    few = np.array([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    for metric in ("accuracy", "accuracy_per_token", "f1", "exact_match", "rougeL"):
+        found = estimate(metric, few, seed=1)
+        assert found.stderr == pytest.approx(0.27, abs=0.01)
+        assert found.detectable is None
+    assert compare("accuracy", few, 1 - few + [0, 1], seed=1).detectable is None
+    assert estimate("chrf", 100 * few, seed=1).detectable is not None  # in percent
+    assert estimate("perplexity", few, seed=1).detectable is not None
+
+
 def test_a_difference_is_found_where_there_is_one() -> None:
     strong, weak = right_or_wrong(0.7, 400, seed=8), right_or_wrong(0.5, 400, seed=9)
     found = compare("accuracy", strong, weak, seed=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
+from pretrain.cli.output import require_writable, write_output
 from pretrain.evaluate.examples import (
     Example,
     compared_part,
@@ -364,6 +367,77 @@ def test_old_answers_are_kept_if_the_model_does_not_exist(
     assert main(["evaluate", str(tmp_path / "none"), *words]) == 2
     assert "none" in capsys.readouterr().err
     assert answers.read_text() == "kept"
+
+
+def test_output_files_are_written_as_a_whole_or_not_at_all(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    task, answers, page = (tmp_path / name for name in ("mine.jsonl", "answers.jsonl", "map.html"))
+    write_task(tmp_path, RECORDS["choice"])
+    text = tmp_path / "a.txt"
+    text.write_text("The people of the sea.")
+    words = ["evaluate", str(finished_run), "--text", str(text), "--task-file", str(task)]
+    outputs = ["--answers", str(answers), "--heat-map", str(page)]
+    before = sorted(tmp_path.iterdir())
+    # A rejected command leaves no empty files.
+    assert main(["evaluate", str(tmp_path / "none"), *words[2:], *outputs]) == 2
+    assert main([*words, *outputs, "--stride", "999"]) == 2
+    assert sorted(tmp_path.iterdir()) == before
+    # An error while a file is written leaves the older one.
+    answers.write_text("older answers")
+    page.write_text("older page")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name, old in ((answers, "older answers"), (page, "older page")):
+        with monkeypatch.context() as patched:
+            patched.setattr("pretrain.fileio.NewFile.write", fail)
+            option = "--answers" if name == answers else "--heat-map"
+            assert main([*words, option, str(name)]) == 75
+        assert name.read_text() == old
+    assert sorted(tmp_path.iterdir()) == sorted([*before, answers, page])
+    assert main([*words, *outputs]) == 0
+    assert len(answers.read_text().splitlines()) == len(RECORDS["choice"])
+    assert page.read_text().endswith("</html>")
+    capsys.readouterr()
+    for wrong, message in (
+        (tmp_path, "this is a folder; name a file"),
+        (tmp_path / "none/answers.jsonl", f"No such file or directory: {tmp_path}/none"),
+        (page, "is also another output, and would be overwritten"),
+    ):
+        assert main([*words, "--heat-map", str(page), "--answers", str(wrong)]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_gets_the_output_and_stays_a_pipe(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    require_writable(str(pipe))
+    write_output(str(pipe), "answers")
+    assert os.read(reader, 100) == b"answers"
+    os.close(reader)
+    assert pipe.is_fifo()
+    # Of a symbolic link the file that it names is replaced.
+    file.write_text("older")
+    link.symlink_to(file)
+    write_output(str(link), "newer")
+    assert link.is_symlink()
+    assert file.read_text() == "newer"
+
+
+def test_a_task_that_does_not_exist_gets_the_tasks_of_ask(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ask", str(finished_run), "--input", "x", "--task"]
+    assert main([*words, "foo"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("pretrain: unknown task 'foo'; there are nq_open, triviaqa, ")
+    assert "piqa" not in message
+    assert main([*words, "translate-en-fx"]) == 2
+    assert "did you mean 'translate-en-fr'?" in capsys.readouterr().err
 
 
 def test_a_task_is_one_file(tmp_path: Path) -> None:

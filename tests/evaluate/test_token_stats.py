@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pages import Page, assert_harmless
 from pretrain.cli import main
+from pretrain.evaluate import token_stats
 from pretrain.evaluate.loglikelihood import Pair
 from pretrain.evaluate.loss import score_texts
 from pretrain.evaluate.token_stats import TokenLoss, annotated_text, token_losses
@@ -165,6 +166,23 @@ def test_evaluate_writes_a_heat_map(finished_run: Path, tmp_path: Path, capsys: 
     assert sum(nats) == pytest.approx(row["nats"], abs=0.005 * len(nats))
     assert main([*words, "--heat-map", str(drawn)]) == 2
     assert "--heat-map is for texts" in capsys.readouterr().err
+
+
+def test_a_heat_map_reports_the_tokens_that_it_leaves_out(
+    finished_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, drawn = tmp_path / "a.txt", tmp_path / "a.html"
+    file.write_text("The people of the sea. " * 20, encoding="utf-8")
+    words = ["evaluate", str(finished_run), "--text", str(file), "--heat-map", str(drawn), "--json"]
+    assert main(words) == 0
+    output = capsys.readouterr()
+    n_tokens = json.loads(output.out)["text"][str(file)]["tokens"]
+    assert f"{drawn}: all {n_tokens} tokens, coloured by their nats" in output.err
+    monkeypatch.setattr(token_stats, "MAX_HEAT_MAP_TOKENS", 10)
+    assert main(words) == 0
+    shown = f"the first 10 of {n_tokens} tokens; the other ones are left out"
+    assert f"{drawn}: {shown}, coloured by their nats" in capsys.readouterr().err
+    assert f"Shown: {shown}." in Page(drawn).text
 
 
 def test_the_report_shows_the_passage_and_cards_of_a_run(finished_run: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.files import Source
 from pretrain.corpus.reading import read_documents
-from pretrain.fileio import nan_to_null
+from pretrain.fileio import nan_to_null, replace_file
 
 
 class Output:
@@ -53,3 +56,29 @@ class Output:
     def fail(self, message: str, exit_code: int) -> None:
         print(f"pretrain: {message}", file=sys.stderr, flush=True)
         self.result({"error": message, "exit_code": exit_code})
+
+
+def require_writable(name: str) -> None:
+    """OSError if a command cannot write the file `name`, before it begins its work."""
+    path = Path(os.path.realpath(name))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; name a file", name)
+    place = name if _is_device(name) else path.parent
+    os.stat(place)  # FileNotFoundError
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+def write_output(name: str, text: str) -> None:
+    """Write the file `name`, as a whole or not at all; an older one is replaced."""
+    if _is_device(name):
+        with open(name, "a", encoding="utf-8") as file:  # stdout may be a file with our own text
+            file.write(text)
+    else:
+        replace_file(Path(os.path.realpath(name)), text.encode())
+
+
+def _is_device(name: str) -> bool:
+    """Whether this is a pipe or a device, such as /dev/stdout, which no file must replace."""
+    path = Path(name)
+    return path.exists() and (not path.is_file() or name.startswith(("/dev/", "/proc/")))

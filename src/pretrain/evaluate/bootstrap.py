@@ -17,7 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pretrain.evaluate.metrics import Array, value
+from pretrain.evaluate.metrics import Array, largest_value, value
 
 RESAMPLES = 2000
 LEVEL = 0.05
@@ -34,7 +34,9 @@ class Estimate:
     stderr: float | None = None
     detectable: float | None = None
     """The smallest difference between two models with this error that an unpaired test detects with
-    80 % power at the 5 % level; a paired one detects smaller ones."""
+    80 % power at the 5 % level; a paired one detects smaller ones. None where no possible
+    difference is large enough, or where all examples gave the same, so that their spread is not
+    known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,7 @@ def estimate(metric: str, statistics: Array, *, seed: int) -> Estimate:
     if len(statistics) < 2:
         return Estimate(total)
     stderr = _finite_std(value(metric, _resampled_sums(statistics, seed)))
-    # If all examples gave the same, nothing is known of how examples differ.
-    detectable = _detectable(math.sqrt(2) * stderr) if stderr else None
+    detectable = _detectable(metric, math.sqrt(2) * stderr) if stderr else None
     return Estimate(total, stderr, detectable)
 
 
@@ -88,16 +89,17 @@ def compare(metric: str, first: Array, second: Array, *, seed: int) -> Differenc
         exchanged = value(metric, first.sum(0) + moved) - value(metric, second.sum(0) - moved)
         n_as_large += int((np.abs(exchanged) >= as_large).sum())
     p = (1 + n_as_large) / (1 + RESAMPLES)
-    detectable = _detectable(stderr) if stderr else None
+    detectable = _detectable(metric, stderr) if stderr else None
     return Difference(difference, stderr, float(low), float(high), p, detectable)
 
 
-def _detectable(stderr: float) -> float:
+def _detectable(metric: str, stderr: float) -> float | None:
     """The true difference that is detected with probability POWER: the z of a two-sided test plus
     that of its power, times the error ("With Little Power Comes Great Responsibility", Card et al.,
-    2020)."""
+    2020). None for a difference that the metric cannot have."""
     normal = NormalDist()
-    return (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * stderr
+    difference = (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * stderr
+    return difference if difference <= largest_value(metric) else None
 
 
 def _finite_std(values: Array) -> float | None:

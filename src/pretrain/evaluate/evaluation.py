@@ -141,7 +141,9 @@ def _task_row(
         if values["stderr"] is not None:
             line += f" +- {values['stderr']:.4f}"
         if is_main and values["detectable"] is not None:
-            line += f"   smallest detectable difference {values['detectable']:.4f}"
+            line += f"   smallest detectable difference of two models {values['detectable']:.4f}"
+        elif is_main:
+            line += "   too few different examples to tell two models apart"
         log(line)
     if task.wrong:
         row |= condition_metrics(model, eval_task, stride=stride)

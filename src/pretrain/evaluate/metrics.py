@@ -8,6 +8,7 @@ command that installs it.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -38,6 +39,14 @@ def value(metric: str, sums: Array) -> Array:
     if metric.endswith("perplexity"):
         return np.exp(np.minimum(mean, MAX_EXPONENT))
     return mean
+
+
+def largest_value(metric: str) -> float:
+    """The largest value that a metric can have."""
+    if metric in ("bleu", "chrf"):
+        return 100.0
+    is_share = metric.startswith(("accuracy", "f1", "exact_match", "final_answer", "rouge"))
+    return 1.0 if is_share else math.inf
 
 
 def normalized(answer: str) -> str:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from pretrain.cli import scoring
 from pretrain.cli.options import MODEL, Option
-from pretrain.cli.output import Output
+from pretrain.cli.output import Output, require_writable, write_output
 from pretrain.fileio import nan_to_null
 from pretrain.run.directory import OVERLAP, write_json
 from pretrain.runner.open import LoadedModel
@@ -71,9 +70,10 @@ def run(args: argparse.Namespace, output: Output) -> None:
             for eval_task, results in evaluation.results
             for record in results.records
         ]
-        Path(args.answers).write_text("".join(lines), encoding="utf-8")
+        write_output(args.answers, "".join(lines))
     if args.heat_map:
-        _draw_heat_map(model, args, output)
+        n_tokens = sum(row["tokens"] for row in evaluation.text.values())
+        _draw_heat_map(model, args, output, n_tokens)
     content = evaluation.to_json()
     if args.overlap:
         from pretrain.evaluate.overlap import row_message, training_overlap
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
             cache=cache_folder() / "overlap",
             log=output.log,
         )
-        output.log("8 words in a row that are in the training text too:")
+        output.log("share of their sequences of 8 words that the training text contains:")
         for name, row in {**overlap["sets"], **overlap["writing"]}.items():
             output.log(f"  {name}: {row_message(row)}")
         write_json(run_folder / OVERLAP, overlap)
@@ -110,23 +110,32 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.heat_map and args.text is None:
         raise ValueError("--heat-map is for texts; give --text with it")
     inputs = [*(args.text or ()), *(args.task_file or ())]
-    real_inputs = {os.path.realpath(name) for name in inputs}
+    taken = {os.path.realpath(name): "an input" for name in inputs}
     for name in filter(None, (args.answers, args.heat_map)):
-        if os.path.realpath(name) in real_inputs:
-            raise ValueError(f"{name} is also an input, and would be overwritten; use another name")
-        open(name, "a").close()
+        path = os.path.realpath(name)
+        if path in taken:
+            raise ValueError(
+                f"{name} is also {taken[path]}, and would be overwritten; use another name"
+            )
+        taken[path] = "another output"
+        require_writable(name)
 
 
-def _draw_heat_map(model: LoadedModel, args: argparse.Namespace, output: Output) -> None:
-    from pretrain.evaluate.token_stats import MAX_HEAT_MAP_TOKENS, annotated_documents
+def _draw_heat_map(
+    model: LoadedModel, args: argparse.Namespace, output: Output, n_tokens: int
+) -> None:
+    from pretrain.evaluate.token_stats import annotated_documents
     from pretrain.report.html import heat_map_page
 
-    annotated, n_tokens = annotated_documents(
+    annotated, n_drawn = annotated_documents(
         model, args.text, text_field=args.text_field, stride=args.stride
     )
-    note = "The redder a token, the less the model expected it after the text before it."
-    if n_tokens == MAX_HEAT_MAP_TOKENS:
-        note += f" Shown are the first {MAX_HEAT_MAP_TOKENS:,} tokens."
-    page = heat_map_page(annotated, model=str(model.path), note=note)
-    Path(args.heat_map).write_text(page, encoding="utf-8", newline="\n")
-    output.log(f"{args.heat_map}: {n_tokens:,} tokens, by their nats")
+    shown = f"all {n_drawn:,} tokens"
+    if n_drawn < n_tokens:
+        shown = f"the first {n_drawn:,} of {n_tokens:,} tokens; the other ones are left out"
+    note = (
+        "The redder a token, the less the model expected it. Point at a token to see its nats, "
+        f"probability and rank. Shown: {shown}."
+    )
+    write_output(args.heat_map, heat_map_page(annotated, model=str(model.path), note=note))
+    output.log(f"{args.heat_map}: {shown}, coloured by their nats")
