@@ -79,6 +79,27 @@ def test_bloom_filter_bits_are_the_same_after_saving(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept.npy"]
 
 
+def test_a_filter_with_a_changed_bit_is_rejected(tmp_path: Path) -> None:
+    """numpy 2 reads a .npy file with changed bits, or with bytes after the array, silently."""
+    path = tmp_path / "kept.npy"
+    corpus_ngram_filter(lambda: [(0, SEA), (1, SHIP)]).save(path)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[-40] ^= 1
+    for damaged in (
+        b"",
+        content[:20],
+        content[: len(content) // 2],
+        content[:-32],  # as an older version wrote it
+        content + b"more",
+        content.replace(b"<u8", b"<u4", 1),
+        bytes(flipped),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"kept\.npy is damaged: its content has another SHA"):
+            BloomFilter.open(path)
+
+
 def test_split_words_returns_the_hashed_words() -> None:
     assert (
         split_words(SEA)

@@ -144,6 +144,20 @@ def test_evaluate_writes_both_tables(
     assert "reading" not in evaluate_overlap(capsys, *words)[1]  # the filter is kept
 
 
+def test_a_damaged_filter_in_the_cache_is_computed_again(
+    own_run: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, _ = evaluate_overlap(capsys, str(own_run))
+    fingerprint = json.loads((own_run / "environment.json").read_text())["fingerprint"]
+    (file,) = cache.glob(f"overlap/{fingerprint['training text'][:32]}-*.npy")
+    content = file.read_bytes()
+    file.write_bytes(content[:200] + bytes(len(content) - 200))
+    found, err = evaluate_overlap(capsys, str(own_run))
+    assert f"{file} is damaged: its content has another SHA-256; it is computed again" in err
+    assert found["overlap"] == expected["overlap"]
+    assert file.read_bytes() == content
+
+
 def test_moved_text_is_accepted_and_changed_text_rejected(
     own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

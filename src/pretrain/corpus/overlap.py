@@ -10,6 +10,7 @@ appendix C. `longest_matches` finds the longest sequence of words that a text sh
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.words import Hashes, ngram_hashes, word_hash_windows, word_hashes
-from pretrain.fileio import replacing
+from pretrain.fileio import file_sha256, replacing
 from pretrain.rng import splitmix64
 
 REPORT_WORDS = 8
@@ -193,13 +194,17 @@ class BloomFilter:
             position += step
 
     def save(self, path: Path) -> None:
-        """Write the bits atomically as a .npy file."""
+        """Write the bits atomically as a .npy file, followed by the SHA-256 of that."""
         with replacing(path) as file:
             np.save(file, self._words)
+            file.write(bytes.fromhex(file_sha256(file.path)))
 
     @staticmethod
     def open(path: Path) -> BloomFilter:
-        """Map a saved filter into memory; its bits are read from the disk when they are used."""
+        """Map a saved filter into memory. ValueError if any of its bits has changed."""
+        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        if hashlib.sha256(content[:-32].data).digest() != content[-32:].tobytes():
+            raise ValueError(f"{path} is damaged: its content has another SHA-256")
         return BloomFilter(np.load(path, mmap_mode="r"))
 
 

@@ -90,11 +90,15 @@ def _training_filter(data: PreparedData, folder: Path, log: Callable[[str], None
     stream = data.split("train")
     tokenizer_sha256 = data.manifest.tokenizer_sha256
     path = folder / f"{stream.sha256[:32]}-{tokenizer_sha256[:16]}-{_FILTER_VERSION}.npy"
-    if not path.exists():
-        log(f"reading {stream.n_bytes:,} bytes of training text, once ...")
+    try:
+        return BloomFilter.open(path)
+    except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = data.tokenizer()
-        corpus_ngram_filter(lambda: document_texts(stream, tokenizer)).save(path)
+    except ValueError as error:
+        log(f"{error}; it is computed again")
+    log(f"reading {stream.n_bytes:,} bytes of training text, once ...")
+    tokenizer = data.tokenizer()
+    corpus_ngram_filter(lambda: document_texts(stream, tokenizer)).save(path)
     return BloomFilter.open(path)
 
 
