@@ -130,7 +130,9 @@ def test_a_run_whose_text_was_replaced_is_traced_from_that_step_on(
     text = environment["fingerprint"]["training text"]
     environment["fingerprint"]["training text"] = "0" * 64
     place.write_text(json.dumps(environment), encoding="utf-8")
-    made = [record(3, "data.source", "old.jsonl", "new", by="accept")] if has_moved else []
+    source = environment["fingerprint"]["settings"]["data.source"]
+    moved = record(3, "data.source", "old.jsonl", source, by="accept")
+    made = [moved] if has_moved else []
     records = [record(1, "training-text", "0", "1", by="accept"), *made]
     write_records(run, [*records, record(3, "training-text", "1", text, by="accept")])
     for step in (4, 5):

@@ -40,7 +40,7 @@ def held_out_loss(settings: dict[str, float]) -> float:
     """Held-out loss after a short run of the recipe `english` without n-gram tables."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     config = compose([*read_target("english")[1], parse_overrides(words)])
-    data = prepared_text(config, progress=lambda *_: None)
+    data = prepared_text(config)
     world = open_world("cpu", threads=2)
     config = resolve(config, data, world)
     steps, batch_tokens = config.train.steps, config.train.batch_tokens

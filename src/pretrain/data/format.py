@@ -203,6 +203,7 @@ class TokenStream:
             (self._offsets_path, offsets_bytes),
         ):
             _expect(file, "size in bytes", os.stat(file).st_size, n_bytes)
+        os.stat(self._documents_path)  # raises an error if it is missing
         with open(self._path, "rb") as opened:
             header = HEADER.unpack(opened.read(HEADER.size))
         names = ("first bytes", "format version", "bytes per id", "number of ids")

@@ -64,6 +64,11 @@ Progress = Callable[[str, float], object]
 """Called with the title of a stage and the fraction of it that is done, 0 to 1."""
 
 
+MAX_OPENED_FILES = 1000
+"""Files that are opened to see whether a text has changed since it was prepared."""
+_END_BYTES = 4096
+
+
 def _no_progress(title: str, fraction: float) -> None:
     pass
 
@@ -351,7 +356,7 @@ def prepared_key(source: Source, **options: Any) -> str:
     text.
 
     It changes with the settings, the format, the package, and the path, size and modification time
-    of each file.
+    of each file; of the first MAX_OPENED_FILES also with their first and last bytes.
     """
     return _key(_settings(source, **options))
 
@@ -417,4 +422,17 @@ def _key(settings: Settings) -> str:
             (f.source_argument, os.path.realpath(f.path), f.n_bytes, os.stat(f.path).st_mtime_ns)
             for f in files
         ]
+        content[f"first and last bytes, {name}"] = [
+            _hash_of_ends(f.path, f.n_bytes) for f in files[:MAX_OPENED_FILES]
+        ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_ends(path: Path, n_bytes: int) -> str:
+    """The hash of the first and the last bytes of a file; of nothing if it cannot be read."""
+    ends = b""
+    with suppress(OSError), open(path, "rb") as file:
+        ends = file.read(_END_BYTES)
+        file.seek(max(0, n_bytes - _END_BYTES))
+        ends += file.read(_END_BYTES)
+    return hashlib.sha256(ends).hexdigest()

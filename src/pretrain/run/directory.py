@@ -103,8 +103,14 @@ def _git_revision() -> str | None:
 def read_environment(folder: Path) -> dict[str, Any]:
     """The content of environment.json; ValueError if it is damaged."""
     content = fileio.read_json(folder / ENVIRONMENT)
-    if not isinstance(content.get("fingerprint"), dict) or "run" not in content:
-        raise ValueError(f"{folder / ENVIRONMENT} is damaged: it has no run or no fingerprint")
+    fingerprint = content.get("fingerprint")
+    known = fingerprint if isinstance(fingerprint, dict) else {}
+    kinds = [type(each) for each in (content.get("run"), known.get("training text"))]
+    if kinds != [str, str] or not isinstance(known.get("settings", {}), dict):
+        raise ValueError(
+            f"{folder / ENVIRONMENT} is damaged: it must have the name of the run, and a "
+            "fingerprint with the hash of its training text; restore it"
+        )
     return content
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.fileio import replace_file
-from pretrain.run.directory import CHANGES
+from pretrain.run.directory import CHANGES, CONFIG
+from pretrain.run.log import parse_line
 
 # The code that determines what a step computes: packages, and modules of the root.
 COMPUTING_CODE = ("data", "model", "optim", "parallel", "train", "rng.py", "compat.py")
@@ -173,12 +174,22 @@ def record(step: int, what: str, old: Any, new: Any, *, by: str) -> dict[str, An
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of changes.jsonl."""
+    """The lines of changes.jsonl; ValueError for a damaged one."""
     path = folder / CHANGES
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    records = []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        record = parse_line(line) or {}
+        kinds = [type(record.get(key)) for key in ("step", "what", "by")]
+        if kinds != [int, str, str] or not {"old", "new"} <= record.keys():
+            raise ValueError(
+                f"{path} is damaged in line {number}: it must be a JSON object with step, what, "
+                "old, new and by; restore it, or remove this line"
+            )
+        records.append(record)
+    return records
 
 
 def write_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -186,6 +197,19 @@ def write_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
     together."""
     lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in records]
     replace_file(folder / CHANGES, "".join(lines).encode())
+
+
+def check_config(
+    folder: Path, now: Mapping[str, Any], values: Mapping[str, Any], *, step: int
+) -> None:
+    """ValueError if settings of config.yaml, `now`, are not those that the run had at `step`, with
+    what was accepted since."""
+    had = with_records({**now, **values}, read_records(folder), step=step)
+    if changes := differences({name: had[name] for name in now}, now):
+        raise ValueError(
+            f"{folder / CONFIG} is not that of the run: it was changed or damaged "
+            f"({'; '.join(map(str, changes))}); restore it"
+        )
 
 
 def with_records(

@@ -121,11 +121,13 @@ class RunLog:
         if not self.writes:
             self._copy[:] = records
 
-    def truncate(self, step: int) -> None:
-        """Remove the lines after step `step`; the full file is copied to NAME.cut-1, ..."""
+    def truncate(self, step: int) -> list[dict[str, Any]]:
+        """Remove the lines after step `step`; the full file is copied to NAME.cut-1, ... Returns
+        the removed lines of metrics.jsonl."""
+        removed = [record for record in self.metrics() if record["step"] > step]
         if not self.writes:
             self._copy[:] = [record for record in self._copy if record["step"] <= step]
-            return
+            return removed
         for name in (METRICS, SAMPLES):
             path = self.folder / name
             kept = [text for record, text in read_lines(path) if record["step"] <= step]
@@ -135,6 +137,7 @@ class RunLog:
                 shutil.copyfile(path, unused_name(path, suffix=".cut-"))
                 replace_file(path, content)
                 self._hashes.pop(name, None)
+        return removed
 
     def sync(self) -> None:
         """Flush lines and names to the disk itself, before a checkpoint that depends on them."""

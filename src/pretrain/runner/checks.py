@@ -186,7 +186,8 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def requested_config(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
     """The settings of the command are valid, and the weights of train.init_from fit them."""
-    layers = [*([] if target is None else read_target(target)[1]), overrides]
+    # Of a text that is named again, not the recipe that a new run on it would have.
+    layers = [*([] if target is None else read_target(target)[1][-1:]), overrides]
     # The axes of `parallel` depend on the processes started here and on the run's own model.
     other_layers: list[Layer] = [
         {section: keys for section, keys in layer.items() if section != "parallel"}

@@ -1,8 +1,8 @@
 """MODEL -> a loaded model: `load_model` is the front door of the library.
 
 MODEL is a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF
-file, or a .bin file of llama2.c. ValueError for other paths, and for a run whose tokenizer is
-not the one that it was trained with.
+file, or a .bin file of llama2.c. ValueError for other paths, and for a run whose config.yaml or
+tokenizer are not those that it was trained with.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pretrain.config import RunConfig, compose, read_file
+from pretrain.config import RunConfig, compose, read_file, to_dict
 from pretrain.fileio import read_json
 from pretrain.run.directory import CHECKPOINT_MANIFEST, CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
+from pretrain.run.identity import check_config
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -137,7 +138,6 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     from pretrain.model.decoder import build
     from pretrain.model.loss import LMLoss
     from pretrain.parallel.model import ParallelModel
-    from pretrain.tokenizer.load import load_tokenizer
     from pretrain.train.state import load_weights
 
     if is_foreign:
@@ -150,19 +150,35 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
         return LoadedModel(decoder, foreign.tokenizer, config, path, None, world)
     world = open_world(device)
     run, checkpoint = open_checkpoint_of(path)
-    config = compose([read_file(run / CONFIG)])
-    tokenizer = load_tokenizer(run / TOKENIZER)
+    config, tokenizer = read_unchanged(run, checkpoint)
     tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
     tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
-    trained_with = checkpoint.state.get("fingerprint", {}).get("tokenizer", tokenizer.sha256)
-    if tokenizer.sha256 != trained_with:
-        raise ValueError(
-            f"{run / 'tokenizer'} is not the tokenizer that {checkpoint.path.name} was trained "
-            "with: it was changed or damaged"
-        )
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
     return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
+
+
+def settings_of_model(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that the numbers of a model depend on, by name, as JSON values."""
+    model = {f"model.{key}": value for key, value in to_dict(config)["model"].items()}
+    return {**model, "train.precision": config.train.precision, "device": config.train.device}
+
+
+def read_unchanged(run: Path, checkpoint: Checkpoint) -> tuple[RunConfig, Tokenizer]:
+    """Read config.yaml and the tokenizer of a run. ValueError if they are not those that the
+    checkpoint, which has their hashes, was trained or imported with."""
+    from pretrain.tokenizer.load import load_tokenizer
+
+    config, tokenizer = compose([read_file(run / CONFIG)]), load_tokenizer(run / TOKENIZER)
+    fingerprint = dict(checkpoint.state.get("fingerprint", {}))
+    if tokenizer.sha256 != fingerprint.get("tokenizer", tokenizer.sha256):
+        raise ValueError(
+            f"{run / TOKENIZER} is not the tokenizer that {checkpoint.path.name} was trained "
+            "with: it was changed or damaged"
+        )
+    values = {**fingerprint.pop("settings", {}), **fingerprint}
+    check_config(run, settings_of_model(config), values, step=checkpoint.step)
+    return config, tokenizer
 
 
 def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:

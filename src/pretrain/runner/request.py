@@ -22,7 +22,7 @@ from pretrain.data.format import is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report.config import require_packages
 from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, REQUESTED, TOKENIZER
-from pretrain.runner.open import find_checkpoint
+from pretrain.runner.open import find_checkpoint, open_checkpoint_of, read_unchanged
 from pretrain.validation import nearest
 
 if TYPE_CHECKING:
@@ -120,12 +120,13 @@ def compose_target(
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """Open the checkpoint that train.init_from names, or return None where it is not set."""
+    """Open the checkpoint that train.init_from names, or return None where it is not set.
+    ValueError if its model was changed since it was trained."""
     if config.train.init_from is None:
         return None
-    from pretrain.checkpoint.load import Checkpoint
-
-    return Checkpoint(find_checkpoint(Path(config.train.init_from))[1])
+    run, checkpoint = open_checkpoint_of(Path(config.train.init_from))
+    read_unchanged(run, checkpoint)
+    return checkpoint
 
 
 # --- settings by name --------------------------------------------------------------------------

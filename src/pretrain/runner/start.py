@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -210,20 +211,24 @@ def _run_of(
         world=world,
         console=Console(request.stream),
         tasks=tasks,
-        first_weights=initial_checkpoint(config),
+        first_weights=partial(initial_checkpoint, config),
         planned_stop=request.planned_stop,
         start_time=request.start_time,
     )
 
 
-def _fingerprint(run: Run) -> dict[str, Any]:
+def _fingerprint(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Return what the numbers of a run depend on besides its config: text, tokenizer, code,
     versions, device and threads. A resume with another one would be another run."""
     import torch
 
-    first_weights = run.first_weights
+    if checkpoint is not None:  # it no longer needs the weights that it started from
+        started_from = checkpoint.state["fingerprint"].get("first weights")
+    else:
+        weights = run.first_weights()
+        started_from = None if weights is None else weights.sha256
     return {
-        **({} if first_weights is None else {"first weights": first_weights.sha256}),
+        **({} if started_from is None else {"first weights": started_from}),
         "training text": run.data.split("train").sha256,
         "held-out text": run.data.split("val").sha256,
         "tokenizer": run.data.manifest.tokenizer_sha256,
@@ -235,9 +240,9 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     }
 
 
-def _agreed_fingerprint(run: Run) -> dict[str, Any]:
+def _agreed_fingerprint(run: Run, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Return the fingerprint with the settings. ValueError if it is not that of all ranks."""
-    agreed = {**_fingerprint(run), "settings": checks.settings_of(run.config)}
+    agreed = {**_fingerprint(run, checkpoint), "settings": checks.settings_of(run.config)}
     check_same_on_all_ranks(run.world, agreed)
     return agreed
 
@@ -401,10 +406,12 @@ def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
     if extension is not None:
         config = checks.extended_config(requested, extension, previous.step)
     checks.check_text_settings(previous, requested, accepted)
-    data = open_text(requested, log)
+    data = open_text(requested, log, run=folder)
     world = joined or open_world_of(requested)
     run = _run_of(request, folder, requested, data, tasks, world)
-    changes = checks.check_changes(previous, requested, _fingerprint(run), data, accepted)
+    changes = checks.check_changes(
+        previous, requested, _fingerprint(run, checkpoint), data, accepted
+    )
     if extension is not None:
         checks.check_seen_samples(data, requested, config)
     checks.check_fits_text(config, data)
@@ -415,8 +422,11 @@ def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
     world.wait_for_main()
     name = "" if checkpoint is None else checkpoint.path.name
     world.broadcast_str(json.dumps({"config": to_dict(run.config), "checkpoint": name}))
-    _open(run, held, _agreed_fingerprint(run), checkpoint)
+    _open(run, held, _agreed_fingerprint(run, checkpoint), checkpoint)
     # All checks have passed.
+    is_accepted = any(r["by"] == "accept" and r["step"] >= previous.step for r in previous.records)
+    if changes or is_accepted:
+        run.repeated_ids.clear()  # with what was accepted, other ids may be read
     checks.write_changes(previous, run.config, changes, command=command, log=log)
     checks.repair_tokenizer(folder, data, log)
     directory.archive_results(folder)
@@ -434,8 +444,9 @@ def _continued_on_other_rank(
     main = json.loads(world.broadcast_str(""))
     config, name = compose([main["config"]]), main["checkpoint"]
     checkpoint = Checkpoint(folder / CHECKPOINTS / name) if name else None
-    run = _run_of(request, folder, config, prepared_text(config), tasks, world)
-    return _open(run, held, _agreed_fingerprint(run), checkpoint)
+    data = prepared_text(config, run=folder)
+    run = _run_of(request, folder, config, data, tasks, world)
+    return _open(run, held, _agreed_fingerprint(run, checkpoint), checkpoint)
 
 
 def _with_task_interval(config: RunConfig, run: Run) -> RunConfig:

@@ -6,8 +6,9 @@ The cache is keyed by sources and settings, so that a second run on the same tex
 from __future__ import annotations
 
 import os
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pretrain.config import RunConfig
 from pretrain.data.format import MixedData, PreparedData, is_prepared, open_prepared
 from pretrain.data.preparation import prepare, prepared_key
+from pretrain.run.directory import TOKENIZER
+from pretrain.tokenizer.config import TRAINED_NAMES
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
+    from pretrain.runner.open import LoadedModel
 
 Log = Callable[[str], None]
 # Seconds between two messages about one stage of a long preparation.
@@ -38,23 +42,25 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "pretrain"
 
 
-def open_text(config: RunConfig, log: Log, world: World | None = None) -> PreparedData:
+def open_text(
+    config: RunConfig, log: Log, world: World | None = None, *, run: Path | None = None
+) -> PreparedData:
     """Open the run's text, prepared first if necessary; of several processes rank 0 prepares it
     while the others wait."""
     if world is not None and not world.is_main:
         world.wait_for_main()
     log(f"text: {', '.join(config.data.paths)}")
-    data = prepared_text(config, progress=stage_progress(log))
+    data = prepared_text(config, log=log, run=run)
     if world is not None and world.is_main:
         world.wait_for_main()
     return data
 
 
 def prepared_text(
-    config: RunConfig, *, progress: Callable[[str, float], None] | None = None
+    config: RunConfig, *, log: Log = lambda message: None, run: Path | None = None
 ) -> PreparedData:
     """Open the prepared folders that data.source names, or the cached (else newly prepared) ids of
-    its texts. `progress` gets the stage's name and a fraction from 0 to 1."""
+    its texts. If the path of the tokenizer is gone, the copy in the folder of `run` is used."""
     data = config.data
     prepared = [path for path in data.paths if is_prepared(path)]
     if prepared and len(prepared) < len(data.paths):
@@ -66,18 +72,29 @@ def prepared_text(
     if prepared:
         return _mixed(config, [open_prepared(path) for path in prepared])
 
+    tokenizer = config.tokenizer.name
+    is_path = tokenizer not in (*TRAINED_NAMES, "gpt2")
+    if is_path and run is not None and not Path(tokenizer).exists():
+        tokenizer = str(run / TOKENIZER)
     settings: dict[str, Any] = {
-        "tokenizer": config.tokenizer.name,
+        "tokenizer": tokenizer,
         "vocab_size": config.tokenizer.vocab_size,
         "text_field": data.text_field,
         "val_fraction": data.val_fraction,
         "corpus": config.corpus,
     }
     folder = cache_folder() / "prepared" / prepared_key(data.paths, **settings)
-    if not is_prepared(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # another run has prepared the same text meanwhile
-            prepare(data.paths, folder, progress=progress, **settings)
+    if folder.exists():
+        try:
+            return _mixed(config, [open_prepared(folder)])
+        except ValueError as error:
+            damaged = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(2)}")
+            with suppress(FileNotFoundError):  # another process was faster
+                folder.rename(damaged)
+            log(f"note: {error}: this is done now; the damaged folder is {damaged}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # another run has prepared the same text meanwhile
+        prepare(data.paths, folder, progress=stage_progress(log), **settings)
     return _mixed(config, [open_prepared(folder)])
 
 
@@ -87,9 +104,17 @@ def _mixed(config: RunConfig, parts: list[PreparedData]) -> PreparedData:
     return MixedData(config.data, parts) if is_list else parts[0]
 
 
-def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedData:
-    """Open the text that a run was trained on, verified by the hashes in its fingerprint; from the
-    cache where its sources were moved or deleted. ValueError where only another text is there."""
+def text_of_run(model: LoadedModel, log: Log) -> PreparedData:
+    """Open the text that a model was trained on here, verified by the hashes in its fingerprint;
+    from the cache where its sources were moved or deleted. ValueError where only another text is
+    there, and for a model of others."""
+    config = model.config
+    fingerprint = {} if model.checkpoint is None else model.checkpoint.state.get("fingerprint", {})
+    if "training text" not in fingerprint:
+        raise ValueError(
+            f"{model.path} was not trained here, so there is no training text and no held-out "
+            "text; score files with --text, without --overlap"
+        )
 
     def has_same_hashes(data: PreparedData) -> bool:
         hashes = {
@@ -100,12 +125,13 @@ def text_of_run(config: RunConfig, fingerprint: Mapping[str, Any]) -> PreparedDa
         return hashes.items() <= fingerprint.items()
 
     try:
-        data = prepared_text(config)
+        data = prepared_text(config, log=log, run=model.path.parent.parent)
     except ValueError:
-        folders = filter(is_prepared, (cache_folder() / "prepared").glob("*"))
-        for data in (_mixed(config, [open_prepared(folder)]) for folder in folders):
-            if has_same_hashes(data):
-                return data
+        for folder in filter(is_prepared, (cache_folder() / "prepared").glob("*")):
+            with suppress(ValueError):  # a damaged one
+                data = _mixed(config, [open_prepared(folder)])
+                if has_same_hashes(data):
+                    return data
         raise
     if not has_same_hashes(data):
         raise ValueError(

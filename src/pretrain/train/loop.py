@@ -186,6 +186,13 @@ def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: 
     }
     if sources := run.batches.sources(run.step):
         record["sources"] = {name: each["tokens"] for name, each in sources.items()}
+    before = run.repeated_ids.pop(run.step, record["ids"])
+    if record["ids"] != before:
+        raise ValueError(
+            f"step {run.step:,} has read other ids than before the resume: their checksum is "
+            f"{record['ids']}, it was {before}. The prepared text has changed: delete its folder, "
+            "and resume again"
+        )
     if anomaly is not None:
         record |= {"finding": anomaly.kind, "z_score": anomaly.z_score}
     run.log.append_metrics(record)

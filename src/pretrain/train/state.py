@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ class Run:
     """name and fingerprint of the run, written into each checkpoint"""
     tasks: Sequence[EvalTask] = ()
     """tasks that are evaluated every config.evaluate.every steps, and after the last one"""
-    first_weights: Checkpoint | None = None
-    """the weights of another run that this one started from"""
+    first_weights: Callable[[], Checkpoint | None] = lambda: None
+    """opens the checkpoint of another run that this one started from"""
     planned_stop: PlannedStop = field(default_factory=PlannedStop)
     start_time: float = 0.0
     """on time.perf_counter, shifted back by the seconds of earlier, resumed processes"""
@@ -99,6 +100,8 @@ class Run:
     train_seconds: float = 0.0
     stalled_seconds: float = 0.0
     """time for which this process waited for checkpoints"""
+    repeated_ids: dict[int, int] = field(default_factory=dict)
+    """checksums of the ids that steps have read before a resume, and must read again"""
     best: BestEvaluation = field(default_factory=BestEvaluation)
     spike_detector: SpikeDetector = field(default_factory=lambda: SpikeDetector(math.inf))
     stragglers: StragglerDetector = field(default_factory=StragglerDetector)
@@ -117,8 +120,8 @@ class Run:
         if checkpoint is not None:
             self.restore(checkpoint)
             self.start_time -= checkpoint.state["total_seconds"]
-        elif self.first_weights is not None:
-            load_weights(self.model, self.first_weights)
+        else:
+            self.load_first_weights()
         self.load_log(checkpoint)
 
     @property
@@ -228,8 +231,7 @@ class Run:
         self.optimizer.state.clear()
         if checkpoint is None:
             self.model.initialize(self.config.train.seed)
-            if self.first_weights is not None:
-                load_weights(self.model, self.first_weights)
+            self.load_first_weights()
             self.step, self.train_seconds = 0, 0.0
             return
         load_weights(self.model, checkpoint)
@@ -247,6 +249,19 @@ class Run:
         restore_optimizer_state(self.optimizer, parameters, tensors)
         self.step = checkpoint.step
         self.train_seconds = checkpoint.state["train_seconds"]
+
+    def load_first_weights(self) -> None:
+        """Load the weights of train.init_from, if it is set. ValueError if it has other ones than
+        when the run started."""
+        checkpoint = self.first_weights()
+        if checkpoint is None:
+            return
+        if checkpoint.sha256 != self.identity["fingerprint"]["first weights"]:
+            raise ValueError(
+                f"{checkpoint.path} does not have the weights that this run started from; restore "
+                "it to return to step 0"
+            )
+        load_weights(self.model, checkpoint)
 
     def load_log(self, checkpoint: Checkpoint | None) -> None:
         """Restore what is a function of the log up to the step of the weights, and truncate the log
@@ -270,7 +285,12 @@ class Run:
                 f"{next_position:,} by the rollbacks in the log. Restore the original "
                 f"{METRICS}, or delete that checkpoint to resume from an older one"
             )
-        self.log.truncate(self.step)
+        removed = self.log.truncate(self.step)
+        # What was read after a rollback is read again only if the run rolls back again.
+        before_rollback = takewhile(lambda record: record.get("kind") != "rollback", removed)
+        self.repeated_ids = {
+            record["step"]: record["ids"] for record in before_rollback if "ids" in record
+        }
 
 
 def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:

@@ -46,14 +46,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
 
     needs_held_out = args.text is None and not eval_tasks
     if needs_held_out or args.overlap:
-        checkpoint = model.checkpoint
-        fingerprint = None if checkpoint is None else checkpoint.state.get("fingerprint")
-        if fingerprint is None:
-            raise ValueError(
-                f"{model.path} was not trained here, so there is no training text and no held-out "
-                "text; score files with --text, without --overlap"
-            )
-        data = text_of_run(model.config, fingerprint)
+        data = text_of_run(model, output.log)
     output.log(f"{model.path}:")
     evaluation = evaluate(
         model,

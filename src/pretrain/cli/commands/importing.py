@@ -16,6 +16,7 @@ from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
 from pretrain.fileio import file_sha256
+from pretrain.runner.open import settings_of_model
 
 OPTIONS = (
     Option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace, output: Output) -> None:
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tensors = {f"model/{name}": values for name, values in model.parameters()}
         of_tokenizer = {"begins_texts": model.tokenizer.add_bos, "ends": model.tokenizer.stop_ids}
-        state = {"imported": origin, **of_tokenizer}
+        fingerprint = {**settings_of_model(config), "tokenizer": model.tokenizer.sha256}
+        state = {"imported": origin, "fingerprint": fingerprint, **of_tokenizer}
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
     output.log(
         f"{args.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "

@@ -19,9 +19,9 @@ from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
 from pretrain.data.order import Occurrence, Tracer
 from pretrain.run.directory import read_environment
-from pretrain.run.identity import read_records, word_of
+from pretrain.run.identity import check_config, read_records, word_of
 from pretrain.run.log import RunLog
-from pretrain.runner.checks import read_run_config
+from pretrain.runner.checks import read_run_config, settings_of
 from pretrain.runner.text import prepared_text
 from pretrain.train.config import filled
 from pretrain.train.monitor import rollbacks_of
@@ -38,8 +38,13 @@ def run(args: argparse.Namespace, output: Output) -> None:
         raise ValueError("trace needs either --step N or --document ID")
     folder = Path(args.run)
     config = read_run_config(folder)
-    data = prepared_text(config)
+    data = prepared_text(config, log=output.log, run=folder)
     first, before = _first_step_of_text(folder, config, data)
+    # The settings that the order of the text depends on.
+    names = ("data.", "train.seed", "train.batch_tokens", "model.context_length")
+    now = {name: value for name, value in settings_of(config).items() if name.startswith(names)}
+    started = read_environment(folder)["fingerprint"].get("settings", {})
+    check_config(folder, now, started, step=0)
     context, n_steps = config.model.window_tokens, filled(config.train.steps)
     batch_size = filled(config.train.batch_tokens) // context
     order = data.order(
