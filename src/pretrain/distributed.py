@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from pretrain import machine
 from pretrain.compat import cpu_capabilities, default_store, end_idle_threads
-from pretrain.machine import RENDEZVOUS_FILE, n_local_processes, n_processes, usable_cores
+from pretrain.machine import RENDEZVOUS_FILE, n_local_processes, n_processes
 
 # Rank 0 may prepare text for as long as it takes.
 MAX_WAIT_DAYS = 7
@@ -194,12 +195,14 @@ def open_world(
     threads: int | None = None,
     deterministic: bool = False,
     timeout_seconds: float = 600.0,
+    alone: bool = False,
 ) -> World:
-    """Choose the device, set torch's threads and flags, and join the other processes, if there are
-    any. Collectives time out after `timeout_seconds`.
+    """Choose the device, set torch's threads and flags, and join the other processes that a
+    launcher has started, unless `alone`. Collectives time out after `timeout_seconds`.
 
-    Raises ValueError if the device is not available.
+    Raises ValueError if the device is not available, or another process is not found.
     """
+    size = 1 if alone else n_processes()
     gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [*(name for name, is_available in gpus.items() if is_available), "cpu"]
     if device == "auto":
@@ -212,17 +215,17 @@ def open_world(
         # first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    threads = threads or max(1, usable_cores() // n_local_processes())
+    threads = threads or machine.default_threads(n_local_processes() if size > 1 else 1)
     torch.set_num_threads(threads)
     # Numbers below 1e-38 take a slow path in the CPU. They are 0 in all threads, also where torch
     # was used before.
     torch.set_flush_denormal(True)
     end_idle_threads()
 
-    rank, size = int(os.environ.get("RANK", 0)), n_processes()
     own_device = torch.device(device)
     if size == 1:
         return World(rank=0, size=1, device=own_device, threads=threads)
+    rank = machine.rank_of_process()
     if device == "cuda":
         local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= n_gpus:
@@ -236,14 +239,19 @@ def open_world(
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         path = os.environ.get(RENDEZVOUS_FILE)
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            init_method=f"file://{path}" if path else "env://",  # env: where torchrun says
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-            device_id=own_device if device == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                init_method=f"file://{path}" if path else "env://",  # env: where torchrun says
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=own_device if device == "cuda" else None,
+            )
+        except (dist.DistError, ValueError) as error:
+            raise ValueError(
+                f"rank {rank} did not find the other processes of WORLD_SIZE {size}: {error}"
+            ) from None
     cpu_group, save_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return World(rank, size, own_device, threads, cpu_group, save_group)
 
@@ -254,6 +262,6 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": torch.backends.cpu.get_cpu_capability() + f", {usable_cores()} cores",
+        "cpu": torch.backends.cpu.get_cpu_capability() + f", {machine.usable_cores()} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -29,6 +30,15 @@ except ImportError:  # not a POSIX system
 
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read: a checkpoint manifest of a million tensors has about 200 MB."""
+WORK = ".pretrain-work"
+"""Start of the names of unfinished work within a folder that `is_fixed`."""
+LAST_NAMES = {"manifest.json", "config.yaml", "config.json"}
+"""Files that a prepared folder, a run or an export has; a reader looks for them first."""
+NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
+"""Errors after which a command may be repeated as it is, once there is space."""
+# How a file system lacks fsync: CIFS before Linux 4.17, some of FUSE.
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_not_flushed: set[int] = set()  # the devices that the user was told of
 
 
 class NewFile:
@@ -67,10 +77,12 @@ class NewFile:
         one would succeed without the lost data."""
         descriptor, self._descriptor = self._descriptor, -1
         try:
-            os.fsync(descriptor)
+            _flush(descriptor, self.path)
             if hasattr(os, "posix_fadvise"):
-                # A program that verifies the file then reads the disk, not the system's cache.
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                # A program that verifies the file then reads the disk, not the system's cache;
+                # where the file system has the call.
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
@@ -79,14 +91,21 @@ class NewFile:
 def replacing(path: Path) -> Iterator[NewFile]:
     """Yield a file that takes the place of `path` when the block ends without an error.
 
-    A crash or a power loss leaves the old content or the new content.
+    A crash or a power loss leaves the old content or the new content; but a file that is a mount
+    point cannot be replaced, and is written in its place.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)  # of a dead process that had the same number
     try:
         with NewFile(temporary) as file:
             yield file
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(temporary, path)
+            temporary.unlink()
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -204,15 +223,32 @@ def sync_tree(folder: Path) -> None:
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def require_empty(folder: Path) -> None:
-    """FileExistsError if `folder` is a file or a folder that is not empty."""
+def _flush(descriptor: int, path: Path) -> None:
+    """Flush a file or a folder to the disk itself; where there is no such call, warn once."""
     try:
-        names = os.listdir(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _not_flushed:
+            _not_flushed.add(device)
+            logging.getLogger("pretrain").warning(
+                f"note: {path} cannot be flushed to its disk ({error.strerror}), so a power loss "
+                "may lose what was written last"
+            )
+
+
+def require_empty(folder: Path) -> None:
+    """FileExistsError if `folder` is a file or a folder that is not empty; unfinished work of this
+    program may be in it."""
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(WORK)]
     except FileNotFoundError:
         return
     except NotADirectoryError:
@@ -223,11 +259,34 @@ def require_empty(folder: Path) -> None:
         raise FileExistsError(errno.EEXIST, message, str(folder))
 
 
+def is_fixed(folder: Path) -> bool:
+    """Whether an empty folder can be neither removed nor renamed: a mount point, as the volume of a
+    container, or a folder in one that this process may not write to. To find out, remove it and
+    make it again."""
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        return error.errno in {errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS}
+    os.mkdir(folder)
+    return False
+
+
 def move_into_place(finished: Path, folder: Path) -> None:
     """Flush a finished folder and rename it to its final name, which may be an empty folder;
-    FileExistsError if that is not empty."""
+    FileExistsError if that is not empty.
+
+    If the folder `is_fixed`, the files are renamed into it, from a folder within it. The last one
+    is that by which a reader knows that all are there.
+    """
+    folder = folder.resolve()
     sync_tree(finished)
     require_empty(folder)
+    if is_fixed(folder):
+        for path in sorted(finished.iterdir(), key=lambda path: path.name in LAST_NAMES):
+            os.rename(path, folder / path.name)
+        os.rmdir(finished)
+        sync_folder(folder)
+        return
     if folder.is_dir():
         os.rmdir(folder)
     os.rename(finished, folder)
@@ -245,13 +304,13 @@ def remove_flat_folder(path: Path) -> None:
 
 def check_free_space(folder: Path, *, n_bytes: int, n_files: int) -> None:
     """OSError (ENOSPC) unless the disk of `folder` has space for `n_bytes` in `n_files` files."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        message = f"a checkpoint needs {n_bytes:,} bytes, but only {free:,} are free"
+    disk = shutil.disk_usage(folder)
+    # Some file systems report no size, or have no table of files: 0 of 0.
+    if disk.total and disk.free < n_bytes:
+        message = f"a checkpoint needs {n_bytes:,} bytes, but only {disk.free:,} are free"
         raise OSError(errno.ENOSPC, message, str(folder))
     if hasattr(os, "statvfs"):
         table = os.statvfs(folder)
-        # Some file systems have no table of files and report 0 of 0.
         if table.f_files and table.f_favail < n_files:
             message = f"a checkpoint needs {n_files} inodes, but only {table.f_favail} are free"
             raise OSError(errno.ENOSPC, message, str(folder))

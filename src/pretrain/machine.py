@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import product
+from math import ceil
+from pathlib import Path
 
 # How often an idle thread of GNU's OpenMP polls before it sleeps: about 70 microseconds. The
 # default of 300,000 keeps a core from other threads, also from those of this program.
 SPINS = 3000
+_PROCESS = Path("/proc/self")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
 # Names the file through which the processes of one machine find each other. A socket would be open
 # to the network.
 RENDEZVOUS_FILE = "PRETRAIN_RENDEZVOUS_FILE"
@@ -14,32 +21,88 @@ RENDEZVOUS_FILE = "PRETRAIN_RENDEZVOUS_FILE"
 
 def n_processes() -> int:
     """Number of processes of the run, as set by the launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _launched("WORLD_SIZE", 1)
 
 
 def n_local_processes() -> int:
     """Number of its processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
+    return _launched("LOCAL_WORLD_SIZE", n_processes())
 
 
 def n_restarts() -> int:
     """How often the launcher has restarted the processes of this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return _launched("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def rank_of_process() -> int:
+    """Rank of this process among several. ValueError for variables of a launcher that do not belong
+    together, such as those that a shell has from the job in which it was opened."""
+    rank, needed = _launched("RANK", -1), ("MASTER_ADDR", "MASTER_PORT")
+    is_found = RENDEZVOUS_FILE in os.environ or all(map(os.environ.get, needed))
+    if not (0 <= rank < n_processes() and is_found):
+        raise _not_launched()
+    return rank
+
+
+def _launched(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise _not_launched() from None
+
+
+def _not_launched() -> ValueError:
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = ", ".join(f"{name} {os.environ.get(name)!r}" for name in names)
+    return ValueError(
+        f"a launcher such as torchrun must set all of these environment variables, RANK below "
+        f"WORLD_SIZE (got {given}); to run one process: unset WORLD_SIZE"
+    )
 
 
 def memory_bytes() -> int | None:
-    """Memory of this machine, or None if the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows, and systems with other names
-        return None
+    """Memory of this machine, or less in a container; None if the system does not report it."""
+    limits = [limit for (limit,) in _limits("memory", ["memory.max"], ["memory.limit_in_bytes"])]
+    with suppress(AttributeError, OSError, ValueError):  # Windows, and systems with other names
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; a container may have fewer than the machine."""
+    """Cores that this process may use. A container may have fewer than the machine, or a share of
+    their time, which is rounded up."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    quotas = _limits("cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])
+    return min([cores, *(ceil(quota / period) for quota, period in quotas if quota > 0)])
+
+
+def default_threads(n_processes_here: int) -> int:
+    """CPU threads of each process: OMP_NUM_THREADS, or its share of the cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    # torchrun sets it to 1 where the user has not.
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and RENDEZVOUS_FILE not in os.environ
+    if threads.isdecimal() and int(threads) and not (by_torchrun and threads == "1"):
+        return int(threads)
+    return max(1, usable_cores() // n_processes_here)
+
+
+def _limits(controller: str, *files: Sequence[str]) -> Iterator[list[int]]:
+    """Yield the limits of this process's control group and of those around it: the numbers of each
+    of `files`, those of version 2 and of version 1 (Linux, cgroups(7))."""
+    groups = []
+    with suppress(OSError):
+        groups = (_PROCESS / "cgroup").read_text().splitlines()
+    for line in groups:  # 4:cpu,cpuacct:/PATH, or 0::/PATH in version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        # Seen from within a container the path may be missing, and its last parent be the group.
+        own = _CONTROL_GROUPS / (controller if controllers else "") / path.strip("/")
+        for group, names in product((own, *own.parents), files):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                yield [int(n) for name in names for n in (group / name).read_text().split()]
 
 
 def yield_idle_cores() -> None:

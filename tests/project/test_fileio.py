@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
+import stat
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,16 @@ from typing import Any
 import pytest
 
 from pretrain import fileio
-from pretrain.fileio import file_lock, nan_to_null, read_json, replacing, write_json
+from pretrain.fileio import (
+    file_lock,
+    is_fixed,
+    move_into_place,
+    nan_to_null,
+    read_json,
+    replace_file,
+    replacing,
+    write_json,
+)
 
 
 def test_a_second_process_is_rejected_with_the_owner_of_the_lock(tmp_path: Path) -> None:
@@ -89,6 +100,120 @@ def test_waiting_owners_get_the_lock_one_after_the_other(tmp_path: Path) -> None
         thread.join()
     assert seen == [["a"], ["b"], ["c"]]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_folder_without_fsync_is_said_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    """CIFS before Linux 4.17, some of FUSE: borg issue 1287 (2016), libgit2 issue 5356 (2020)."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fileio, "_not_flushed", set())
+    for name in ("a", "b"):
+        replace_file(tmp_path / name, b"content")
+        assert (tmp_path / name).read_bytes() == b"content"
+    (message,) = caplog.messages
+    assert f"{tmp_path} cannot be flushed to its disk ({os.strerror(number)})" in message
+
+
+def test_an_error_of_the_disk_while_a_folder_is_flushed_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        fileio.sync_folder(tmp_path)
+
+
+def test_a_file_system_without_advice_and_sizes_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of FUSE report 0 bytes of 0, or take no advice on their pages."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "posix_fadvise", fail)
+    nothing = shutil.disk_usage(tmp_path)._replace(total=0, used=0, free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: nothing)
+    replace_file(tmp_path / "file", b"content")
+    fileio.check_free_space(tmp_path, n_bytes=1000, n_files=1)
+    full = nothing._replace(total=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(OSError, match="needs 1,000 bytes, but only 0 are free"):
+        fileio.check_free_space(tmp_path, n_bytes=1000, n_files=1)
+
+
+def test_a_file_that_is_a_mount_point_is_written_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `docker run -v $PWD/page.html:/out/page.html`: rename(2) fails with EBUSY."""
+    path = tmp_path / "page.html"
+    path.write_bytes(b"an older and longer page")
+    number = path.stat().st_ino
+
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(os, "replace", busy)
+    replace_file(path, b"page")
+    assert path.read_bytes() == b"page"
+    assert path.stat().st_ino == number
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_replaced_gets_the_files_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A volume of Docker or Kubernetes (EBUSY): QwenPaw issue 3827 (2026); or a folder in one of
+    others. The file by which a reader knows that all are there comes last."""
+    out = tmp_path / "my volume"
+    out.mkdir()
+    assert not is_fixed(out)
+    assert out.is_dir()
+    assert not is_fixed(tmp_path / "new")
+    remove = os.rmdir
+
+    def fail(path: Path) -> None:
+        if Path(path) == out:
+            raise OSError(number, os.strerror(number))
+        remove(path)
+
+    monkeypatch.setattr(os, "rmdir", fail)
+    assert is_fixed(out)
+
+    work = out / f"{fileio.WORK}-1" / "finished"
+    (work / "tokenizer").mkdir(parents=True)
+    for name in ("a.bin", "manifest.json", "train.bin", "tokenizer/tokenizer.json"):
+        (work / name).write_text(name)
+    moved: list[str] = []
+    real = os.rename
+
+    def rename(old: Path, new: Path) -> None:
+        moved.append(old.name)
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    move_into_place(work, out)
+    assert moved[-1] == "manifest.json"
+    assert sorted(moved) == ["a.bin", "manifest.json", "tokenizer", "train.bin"]
+    assert (out / "tokenizer/tokenizer.json").is_file()
+    work.mkdir()
+    with pytest.raises(FileExistsError, match="exists and has 4 files"):
+        move_into_place(work, out)
 
 
 def test_an_error_while_a_file_is_replaced_leaves_the_old_one(tmp_path: Path) -> None:

@@ -112,6 +112,31 @@ def test_suspended_rank_is_named(corpus: Path, tmp_path: Path) -> None:
     assert f"resuming {run} after step" in finish(launcher)
 
 
+def test_a_terminal_that_closes_ends_two_processes_unless_nohup_ignores_it(
+    corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """LlamaFactory issue 3036 (2024): torch's launcher takes SIGHUP over, also where it is ignored.
+    A shell sends the signal again after the terminal has."""
+    run = tmp_path / "run"
+    launcher = start_training(corpus, run, *TWO)
+    wait_for(lambda: is_saved(run, 4))
+    launcher.send_signal(signal.SIGHUP)
+    launcher.send_signal(signal.SIGHUP)
+    finish(launcher, exit_code=128 + signal.SIGHUP)
+    (last,) = sorted(run.glob("checkpoints/step-*"))[-1:]
+    assert len(losses(run)) == int(last.name.removeprefix("step-"))  # no step is lost
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launcher = start_training(corpus, tmp_path / "ignored", *TWO)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(lambda: is_saved(tmp_path / "ignored", 4))
+    launcher.send_signal(signal.SIGHUP)
+    finish(launcher)
+    assert losses(tmp_path / "ignored") == losses(uninterrupted)
+
+
 def test_no_rank_outlives_its_launcher(corpus: Path, tmp_path: Path) -> None:
     launcher = start_training(corpus, tmp_path / "run", *TWO)
     wait_for(lambda: is_saved(tmp_path / "run", 8))

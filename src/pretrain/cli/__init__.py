@@ -2,14 +2,13 @@
 which returns an exit code, or None for 0.
 
 `main` imports the file of the command, runs it, and turns errors into exit codes: 0 done; 2 an
-error that the user can correct, in one message; 1 a bug, with a traceback; 130, 143 and 138
-stopped by Ctrl-C, SIGTERM and SIGUSR1, with everything saved; 75 stopped by a full disk or memory.
+error that the user can correct, in one message; 1 a bug, with a traceback; 130, 143, ... stopped by
+Ctrl-C, SIGTERM, ..., with everything saved; 75 stopped by a full disk or memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 
 from pretrain import __version__
 from pretrain.cli.output import Output
+from pretrain.fileio import NO_SPACE
 from pretrain.machine import yield_idle_cores
 from pretrain.validation import suggestion
 
@@ -47,17 +47,6 @@ _URL = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # Arguments that are text for a model or names of documents, not paths.
 _TEXT_ARGS = {"prompt", "input", "answer", "document"}
 _NO_COMPILER = {"CppCompileError", "InvalidCxxCompiler"}
-_NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.ENOMEM}
-_USER_ERRNOS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,10 +171,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
             "torch.compile needs a C++ compiler, in a folder without spaces; install one, or use "
             "--train.compile off"
         )
-    if isinstance(error, OSError):
-        return (
-            75 if error.errno in _NO_SPACE else 2 if error.errno in _USER_ERRNOS else 1
-        ), message
+    if isinstance(error, OSError) and error.errno is not None:  # what the system does not allow
+        return 75 if error.errno in NO_SPACE else 2, message
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     is_ours = innermost.f_globals.get("__name__", "").partition(".")[0] == "pretrain"
     return (2 if isinstance(error, ValueError) and is_ours else 1), message

@@ -1,4 +1,5 @@
-"""The folder of `--out`: written under a temporary name in the same parent folder, then renamed.
+"""The folder of `--out`: written under a temporary name in the same parent folder, then renamed; in
+the folder itself if that is a mount point.
 
 Symbolic links are followed. A folder that is not empty is rejected, and so is the current one. Only
 files of this process are ever removed.
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from pretrain.fileio import move_into_place, require_empty
+from pretrain.fileio import WORK, is_fixed, move_into_place, require_empty
 
 
 def resolve_out(given: str) -> Path:
@@ -36,7 +37,8 @@ def work_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder on the disk of `out`. It becomes `out` when the block ends without
     an error, unless it was kept aside."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=".pretrain-work-", dir=out.parent)
+    inside = is_fixed(out)
+    temporary = tempfile.mkdtemp(prefix=f"{WORK}-", dir=out if inside else out.parent)
     try:
         # A folder in it, because that of mkdtemp is only for its owner.
         work = Path(temporary) / "out"
@@ -49,7 +51,9 @@ def work_folder(out: Path) -> Iterator[Path]:
 
 
 def keep_aside(work: Path, out: Path, ending: str) -> Path:
-    """Keep a folder under the first free name of `OUT.ending`, `OUT.ending-2`, ..."""
+    """Keep a folder under the first free name of `OUT.ending`, `OUT.ending-2`, ...; in OUT, if that
+    is a mount point."""
+    out = out / out.name if is_fixed(out) else out
     for number in count(1):
         aside = out.with_name(
             f"{out.name}.{ending}" if number == 1 else f"{out.name}.{ending}-{number}"

@@ -56,7 +56,15 @@ from pretrain.data.stages import (
     removed_documents,
 )
 from pretrain.data.writer import Compression, compression_outliers, extremes, join_stream
-from pretrain.fileio import file_lock, move_into_place, read_json, require_empty, write_json
+from pretrain.fileio import (
+    WORK,
+    file_lock,
+    is_fixed,
+    move_into_place,
+    read_json,
+    require_empty,
+    write_json,
+)
 from pretrain.tokenizer.config import TRAINED_NAMES, TokenizerConfig
 from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
 
@@ -346,9 +354,10 @@ def _total_report(job: Job) -> dict[str, Any]:
 
 
 def work_folder(out: str | Path) -> Path:
-    """Where the job of a preparation is until it is finished: next to the requested folder."""
-    path = Path(os.path.abspath(out))
-    return path.with_name(f".{path.name}.work")
+    """Where the job of a preparation is until it is finished: next to the requested folder, or in
+    it if it `is_fixed`."""
+    path = Path(os.path.realpath(out))
+    return path / WORK if is_fixed(path) else path.with_name(f".{path.name}.work")
 
 
 def prepared_key(source: Source, **options: Any) -> str:

@@ -20,10 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import RunConfig
 from pretrain.machine import RENDEZVOUS_FILE, memory_bytes, n_processes
+from pretrain.train.signals import REPEATED, STOP_SIGNALS, stop_signals
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
@@ -35,7 +37,7 @@ BYTES_PER_PROCESS = 300_000_000
 SHUTDOWN_SECONDS = 600
 # Settings of torch's launcher that releases before torch 2.13 partly lack.
 NEW_LAUNCH_SETTINGS: dict[str, Any] = {
-    "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+    "signals_to_handle": ",".join(name for name in STOP_SIGNALS if name not in REPEATED),
     "shutdown_timeout": SHUTDOWN_SECONDS,
 }
 _N_LAST_LINES = 20
@@ -94,6 +96,14 @@ def launch(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pret
             ),
             **new_settings,
         )
+
+        def pass_on_once(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, signal.SIG_IGN)
+            raise SignalException(f"stopped by signal {number}", signal.Signals(number))
+
+        for number in stop_signals():
+            if number.name in REPEATED:
+                signal.signal(number, pass_on_once)
         try:
             elastic_launch(config, sys.executable)(*program, *args)
         except SignalException as stopped:
@@ -157,7 +167,7 @@ def join_processes(config: RunConfig) -> World | None:
     return open_world_of(config)
 
 
-def open_world_of(config: RunConfig) -> World:
+def open_world_of(config: RunConfig, *, alone: bool = False) -> World:
     """Open the world (device, threads, other ranks) that a run's settings name."""
     from pretrain.distributed import open_world
 
@@ -167,6 +177,7 @@ def open_world_of(config: RunConfig) -> World:
         threads=train.threads,
         deterministic=train.deterministic,
         timeout_seconds=config.parallel.timeout_seconds,
+        alone=alone,
     )
 
 

@@ -144,11 +144,11 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
         from pretrain.export.importing import import_model
 
         foreign = import_model(path)
-        world = open_world(device)
+        world = open_world(device, alone=True)
         config = compose([{"model": asdict(foreign.config)}])
         decoder = foreign.build(device=world.device.type).eval()
         return LoadedModel(decoder, foreign.tokenizer, config, path, None, world)
-    world = open_world(device)
+    world = open_world(device, alone=True)
     run, checkpoint = open_checkpoint_of(path)
     config, tokenizer = read_unchanged(run, checkpoint)
     tokenizer.add_bos = checkpoint.state.get("begins_texts", True)

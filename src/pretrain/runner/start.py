@@ -28,8 +28,8 @@ from pretrain import __version__
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
-from pretrain.fileio import read_json, replace_file
-from pretrain.machine import n_processes, n_restarts
+from pretrain.fileio import NO_SPACE, read_json, replace_file
+from pretrain.machine import RENDEZVOUS_FILE, n_processes, n_restarts, rank_of_process
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report.page import write_report
 from pretrain.run import directory, identity
@@ -98,7 +98,7 @@ class RunResult:
 
     folder: Path
     exit_code: int = 0
-    """0 finished; 130, 143 or 138 stopped by Ctrl-C, SIGTERM or SIGUSR1, saved and resumable"""
+    """0 finished; 128 plus a signal's number: stopped by it, saved and resumable"""
     summary: Mapping[str, Any] | None = None
     """summary.json; None for a run that was stopped"""
     report: Path | None = None
@@ -260,6 +260,8 @@ def _open(
 def _joined(config: RunConfig, request: Request) -> tuple[World | None, Request]:
     """Join the other processes of the run, if there are any: the world (None for a single process,
     which opens one later), and the request, whose messages only rank 0 prints."""
+    if n_processes() > 1 and RENDEZVOUS_FILE not in os.environ and rank_of_process() == 0:
+        log_to(request.stream)(f"WORLD_SIZE is {n_processes()}: waiting for the other processes")
     world = join_processes(config)
     if world is not None and not world.is_main:
         nowhere = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
@@ -336,8 +338,11 @@ def _from_scratch(
             replace_file(folder / directory.CONFIG, text.encode())
             (folder / REQUESTED).unlink()
         world.wait_for_main()
-    except (ValueError, KeyboardInterrupt):  # not a full disk, after which it is resumed
-        if is_main:  # remove its files, and the folders that were made for it
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        # After a full disk the run is resumed.
+        if (
+            is_main and getattr(error, "errno", None) not in NO_SPACE
+        ):  # remove its files, and the folders that were made for it
             for name in (REQUESTED, directory.LOCK):
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):

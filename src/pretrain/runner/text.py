@@ -5,6 +5,7 @@ The cache is keyed by sources and settings, so that a second run on the same tex
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import time
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 # Seconds between two messages about one stage of a long preparation.
 _STAGE_SECONDS = 10.0
+_SET_CACHE = (
+    "set the environment variable PRETRAIN_CACHE to a folder in which prepared text can be kept"
+)
 
 
 def log_to(stream: TextIO) -> Log:
@@ -35,11 +39,14 @@ def log_to(stream: TextIO) -> Log:
 
 
 def cache_folder() -> Path:
-    """Return the folder for prepared text: PRETRAIN_CACHE, or pretrain/ in the user's cache."""
+    """Return the folder for prepared text: PRETRAIN_CACHE, or pretrain/ in the user's cache.
+    ValueError for a user without a home, as a container may have."""
     if folder := os.environ.get("PRETRAIN_CACHE"):
         return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pretrain"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise ValueError(f"this user has no home folder; {_SET_CACHE}")
+    return Path(base, "pretrain")
 
 
 def open_text(
@@ -92,7 +99,13 @@ def prepared_text(
             with suppress(FileNotFoundError):  # another process was faster
                 folder.rename(damaged)
             log(f"note: {error}: this is done now; the damaged folder is {damaged}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        message = f"{error.strerror}; {_SET_CACHE}"
+        raise OSError(error.errno, message, str(folder.parent)) from None
     with suppress(FileExistsError):  # another run has prepared the same text meanwhile
         prepare(data.paths, folder, progress=stage_progress(log), **settings)
     return _mixed(config, [open_prepared(folder)])

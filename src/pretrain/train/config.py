@@ -74,7 +74,7 @@ class TrainConfig(Checked):
     init_from: str | None = None
     """MODEL from whose weights training starts; its architecture and tokenizer are used"""
     threads: Annotated[int | None, Range(1, 4096)] = None
-    """CPU threads of each process; empty: one for each core"""
+    """CPU threads of each process; empty: OMP_NUM_THREADS, or one for each core"""
 
 
 def filled(value: Value | None) -> Value:

@@ -1,5 +1,8 @@
 """Signals: the first one asks the loop to stop after the running step, the second stops at once.
 
+Ctrl-C, `kill`, a terminal that closes (unless nohup has SIGHUP ignored), a batch system before it
+takes the machine (SIGUSR1, SIGUSR2) and a limit on CPU time (SIGXCPU) are answered alike.
+
 The first one stops at once too while there is nothing to save: before the first new step, in which
 a compiler may work for minutes, and after the last checkpoint.
 """
@@ -12,6 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
+
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# These come again by themselves: from the shell after the terminal, each second after the limit.
+REPEATED = ("SIGHUP", "SIGXCPU")
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the STOP_SIGNALS that this system has, without SIGHUP where nohup has it ignored."""
+    known = [signal.Signals[name] for name in STOP_SIGNALS if hasattr(signal, name)]
+    return [n for n in known if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class PlannedStop(NamedTuple):
@@ -32,7 +46,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """A context in which SIGINT, SIGTERM and (where it exists) SIGUSR1 are noted in `received`."""
+    """A context in which STOP_SIGNALS are noted in `received`."""
 
     def __init__(self, *, immediate: bool = False) -> None:
         self.received: int | None = None
@@ -43,10 +57,8 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                self._previous[number] = signal.signal(number, self._note)
+        for number in stop_signals():
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,8 +67,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         is_first = self.received is None
-        self.received = number
-        if self.immediate or not is_first:
+        self.received = self.received or number
+        if self.immediate or not (is_first or signal.Signals(number).name in REPEATED):
             raise Stopped(number)
 
     def requested(self, world: World) -> bool:

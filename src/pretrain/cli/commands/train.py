@@ -74,7 +74,7 @@ def _profile(args: argparse.Namespace, output: Output) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from pretrain.train.profile import lines, profile_steps
 
-    profile = profile_steps(config, data, open_world_of(config))
+    profile = profile_steps(config, data, open_world_of(config, alone=True))
     for line in lines(profile):
         output.log(line)
     output.result(asdict(profile))
