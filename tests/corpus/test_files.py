@@ -88,12 +88,12 @@ def test_folder_without_text_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file") as raised:
         list_files(tmp_path)
     assert str(raised.value) == f"folder '{tmp_path}' contains no file; {SUPPORTED_FORMATS}"
-    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\0\x01")
+    (tmp_path / "a.bin").write_bytes(b"no format\0\x01")
     report = ReadingReport(strict=True)
     assert read_texts(tmp_path, report=report) == []
     assert (report.n_skipped_files, report.problems[0].offset) == (1, 9)
-    with pytest.raises(ValueError, match=r"a\.pdf, byte 9: binary.*readable formats are text"):
-        read_texts(tmp_path / "a.pdf")
+    with pytest.raises(ValueError, match=r"a\.bin, byte 9: binary.*readable formats are text"):
+        read_texts(tmp_path / "a.bin")
 
 
 def test_missing_path_suggests_near_names(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 MAX_DETAILED_PROBLEMS = 100
@@ -84,6 +84,8 @@ class Omission:
     """On disk; of records an estimate; 0 if it is unknown, as of a file that is cut off."""
     places: list[str] = field(default_factory=list)
     """The first MAX_PLACES."""
+    is_read: bool = False
+    """Whether it is in the text as it stands, marks and all."""
 
     def line(self, n_all_bytes: int) -> str:
         """The number, the share of all bytes, the reason and the places."""
@@ -155,7 +157,8 @@ class ReadingReport:
         """Add to what is not in the text."""
         if kind not in self.omitted and len(self.omitted) >= MAX_DETAILED_PROBLEMS:
             kind = "other reasons"
-        total = self.omitted.setdefault(kind, Omission(omission.reason, omission.unit))
+        empty = replace(omission, n=0, n_bytes=0, places=[])
+        total = self.omitted.setdefault(kind, empty)
         total.n += omission.n
         total.n_bytes += omission.n_bytes
         total.places += omission.places[: MAX_PLACES - len(total.places)]
@@ -186,12 +189,14 @@ class ReadingReport:
     def facts(self) -> dict[str, str]:
         """What a user should know of a reading, as labels and values of one or more lines."""
         facts = {}
-        omissions = sorted(self.omitted.values(), key=lambda each: -each.n_bytes)
-        n_omitted = sum(each.n_bytes for each in omissions)
+        notes = sorted(self.omitted.values(), key=lambda each: -each.n_bytes)
+        omissions = [each.line(self.n_read_bytes) for each in notes if not each.is_read]
+        n_omitted = sum(each.n_bytes for each in notes if not each.is_read)
         share = f"{_percent(n_omitted, self.n_read_bytes)} of the bytes of {self.n_files:,} files"
-        lines = [each.line(self.n_read_bytes) for each in omissions]
-        if lines:
-            facts["skipped"] = "\n".join(lines if len(lines) == 1 else [f"{share}:", *lines])
+        if omissions:
+            facts["skipped"] = "\n".join([f"{share}:"][: len(omissions) - 1] + omissions)
+        if marks := [each.line(self.n_read_bytes) for each in notes if each.is_read]:
+            facts["as it is"] = "\n".join(marks)
         if self.n_repaired:
             facts["repaired"] = f"{self.n_repaired:,} documents: bytes replaced by U+FFFD"
         if self.text_fields:

@@ -29,10 +29,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from pretrain import needs_package
 from pretrain.corpus.documents import Counter, Omission, Problem, ReadingReport
+from pretrain.corpus.signatures import kind_of, promised_kind
 
 BUNDLED = "bundled"
 """Name of the corpus that is installed with the package; `./bundled` forces a path."""
@@ -41,8 +42,9 @@ Source = str | Path | Sequence[str | Path]
 """A file, a folder, a glob pattern, "bundled", or several of these."""
 
 SUPPORTED_FORMATS = (
-    "readable formats are text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet and WARC, "
-    "plain or as .gz, .bz2, .xz or .zst"
+    "readable formats are text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet, WARC, PDF, "
+    "EPUB, DOCX, ODT, mail, subtitles, notebooks and MediaWiki dumps, plain or as .gz, .bz2, .xz "
+    "or .zst"
 )
 
 # Files that mark a folder as written by this program: a run, an imported model or a prepared text.
@@ -190,7 +192,8 @@ def _file_type(mode: int) -> str:
 
 # Formats
 
-Format = Literal["text", "html", "jsonl", "json", "csv", "parquet", "warc"]
+Format = str
+"""text, html, warc, subtitles, or a key of `records.RECORD_FORMATS` or `publications.READERS`."""
 
 HEAD_BYTES = 1 << 16
 """Bytes of a file from which its format is detected."""
@@ -217,31 +220,39 @@ def compression_of(head: bytes) -> str:
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def format_of(head: bytes, name: str) -> Format | None:
-    """Detect the format from the (decompressed) head and the name of a file; None for binary data.
+def format_of(head: bytes, name: str) -> tuple[Format | None, str]:
+    """Detect the format from the (decompressed) head and the name of a file; None if it cannot be
+    read. Also returns what the user must know: why not, or what its text is full of.
 
     A .txt of JSON lines is read as JSON lines, and a Parquet file may have any name. But a table
     cannot be distinguished from prose with commas, so the suffixes .csv and .tsv are trusted.
     """
     head = head.removeprefix(codecs.BOM_UTF8)
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    if head.startswith(b"WARC/"):
-        return "warc"
-    if b"\0" in head:
-        return None
-
     stem, suffix = os.path.splitext(name.lower())
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
+    kind, promised = kind_of(head, suffix), promised_kind(suffix)
+    note = "; ".join(kind[key] for key in ("name", "how") if key in kind)
+    if kind and not kind.get("as_written"):
+        return kind.get("format"), note
+    if promised:
+        return None, f"its name is that of {promised}, but it does not begin like one"
+    if b"\0" in head:
+        is_wide = 3 * head.count(0) > len(head) and len(head.strip(b"\0")) > len(head) // 2
+        advice = "; if it is UTF-16, convert it first (iconv -f utf-16le -t utf-8 FILE)" * is_wide
+        return None, f"binary, not text: a NUL byte{advice}"
+
     by_name = _FORMAT_OF_SUFFIX.get(suffix)
+    is_html = _HTML.match(head) is not None
+    if is_html and by_name in ("jsonl", "json", "csv"):
+        return None, f"its name ends with {suffix}, but it is a page of HTML"
     if by_name in ("jsonl", "csv"):
-        return by_name
-    if _HTML.match(head):
-        return "html"
+        return by_name, ""
+    if is_html:
+        return "html", ""
     if _is_json_lines(head, min_lines=2 if by_name == "json" else 1):
-        return "jsonl"
-    return by_name or "text"
+        return "jsonl", ""
+    return by_name or "text", note
 
 
 def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
@@ -315,6 +326,11 @@ class FileStream(io.BufferedReader):
         self.report.add(problem, counter=counter, is_allowed=is_allowed)
         if counter != "n_repaired":
             self.omitted[problem.kind] = self.omitted.get(problem.kind, 0) + n_bytes
+
+    def note(self, reason: str) -> None:
+        """Record that the file is read as it stands, and what its text is full of."""
+        file = self.file
+        self.report.omit(reason, Omission(reason, "file", 1, file.n_bytes, [file.name], True))
 
     def omit(self, reason: str, n_bytes: int, *, unit: str) -> None:
         """Count something that is left out although nothing is wrong with it."""

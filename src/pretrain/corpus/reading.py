@@ -28,12 +28,15 @@ from pretrain.corpus.files import (
     format_of,
     list_files,
 )
+from pretrain.corpus.publications import CannotRead, read_publication
 from pretrain.corpus.records import MAX_RECORD_BYTES, RECORD_FORMATS, read_records, skip_record
 from pretrain.fileio import without_surrogates
 
 MAX_DOCUMENT_BYTES = 1 << 24
 """A longer text file is split into documents of about this size, so that memory stays bounded."""
 _MAX_INVALID_FRACTION = 0.01
+# The number and the times of a subtitle.
+_CUE = re.compile(r"^WEBVTT.*\n|^(\d+\n)?[\d:.,]+ --> .*\n", re.M)
 _HTTP_CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,8})[^\r\n]{0,99}\r\n")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
@@ -85,21 +88,29 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
         head = stream.peek()[:HEAD_BYTES]
     except OSError as error:
         _skip_file(stream, f"cannot be read: {error.strerror}")
-        return iter(())
-    match format_of(head, stream.file.path.name):
-        case "html":
-            return _read_html(stream)
-        case "warc":
-            return _read_warc(stream)
-        case "text":
-            return _read_text(stream)
+        return
+    format, note = format_of(head, stream.file.path.name)
+    match format:
         case None:
-            _skip_file(stream, "binary, not text: a NUL byte", offset=head.index(0))
-            return iter(())
-        case record_format:
-            return read_records(
-                RECORD_FORMATS[record_format](stream, text_field), stream, text_field
-            )
+            _skip_file(stream, note, offset=head.index(0) if note.startswith("binary") else None)
+        case "html":
+            yield from _read_html(stream)
+        case "warc":
+            yield from _read_warc(stream)
+        case "text":
+            if note:
+                stream.note(note)
+            yield from _read_text(stream)
+        case "subtitles":
+            for document in _read_text(stream):
+                yield replace(document, text=_CUE.sub("", document.text))
+        case _ if reader := RECORD_FORMATS.get(format):
+            yield from read_records(reader(stream, text_field), stream, text_field)
+        case _:
+            try:
+                yield from read_publication(stream, format, _html_text)
+            except CannotRead as error:
+                _skip_file(stream, f"{note}; {error}")
 
 
 def _read_text(stream: FileStream) -> Iterator[Document]:

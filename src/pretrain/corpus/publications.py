@@ -1,0 +1,202 @@
+"""PDF, EPUB, office documents, mail, wikis, notebooks -> documents.
+
+Each reader yields title and text of what is in a stream. Sizes are bounded before a library reads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from email import message_from_bytes, policy
+from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+from pretrain import missing_package
+from pretrain.corpus.documents import Document, StrictError
+from pretrain.corpus.files import FileStream
+
+MAX_PART_BYTES = 1 << 26
+"""Of a chapter, a message, a page."""
+MAX_FILE_BYTES = 1 << 29
+"""Of a file that is read from its end, packed and unpacked."""
+HtmlText = Callable[[bytes], tuple[str, str]]
+Texts = Iterator[tuple[str, str]]
+
+
+class CannotRead(Exception):
+    """Why a file is skipped."""
+
+
+def read_publication(stream: FileStream, format: str, html_text: HtmlText) -> Iterator[Document]:
+    """Yield the documents of a file of one of the formats READERS. `html_text` returns title and
+    text of a page. CannotRead for a file that is damaged, locked or too large."""
+    name, number = stream.file.name, 0
+    try:
+        for title, text in READERS[format](stream, html_text):
+            number += 1
+            id_ = name if format in ("pdf", "zip", "notebook") else f"{name}:{number}"
+            text = text.replace("\r\n", "\n")
+            if text.strip():
+                yield Document(id_, text, title, name)
+            else:
+                stream.omit("without text: pictures only, or empty", 0, unit="document")
+    except (StrictError, CannotRead):
+        raise
+    except ImportError as error:
+        raise CannotRead(missing_package("it", str(error.name), extra="documents")) from error
+    except Exception as error:  # of a library, about a damaged file
+        raise CannotRead(f"it cannot be read: {type(error).__name__}: {error}"[:300]) from error
+
+
+def _pdf(stream: FileStream, html_text: HtmlText) -> Texts:
+    from pypdf import PdfReader
+
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # else it prints what it repairs
+    with tempfile.TemporaryFile() as copy:
+        reader = PdfReader(_copy(stream, copy))
+        title = reader.metadata.title if reader.metadata else None
+        yield str(title or ""), "\n\n".join(page.extract_text() for page in reader.pages)
+
+
+def _copy(stream: FileStream, copy: Any) -> Any:
+    """Copy the (decompressed) bytes to a file that can be read from its end."""
+    shutil.copyfileobj(stream, copy)
+    if copy.tell() > MAX_FILE_BYTES:
+        raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes")
+    return copy
+
+
+def _zip(stream: FileStream, html_text: HtmlText) -> Texts:
+    """A book (EPUB: https://www.w3.org/TR/epub-33/) or a text of an office (ECMA-376,
+    OpenDocument)."""
+    with tempfile.TemporaryFile() as copy, zipfile.ZipFile(_copy(stream, copy)) as archive:
+        if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
+            raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes when it is unpacked")
+        names = archive.namelist()
+        if "META-INF/container.xml" in names:
+            yield _epub(archive, html_text)
+        elif "word/document.xml" in names:
+            # Other elements are commands, and text that was deleted.
+            signs = {"t": None, "tab": "\t", "br": "\n"}
+            paragraphs = _named(_xml(archive, "word/document.xml"), "p")
+            lines = (
+                [signs[_name(e)] or e.text or "" for e in _named(p, *signs)] for p in paragraphs
+            )
+            yield "", "\n".join(map("".join, lines))
+        elif "content.xml" in names:
+            paragraphs = _named(_xml(archive, "content.xml"), "p", "h")
+            yield "", "\n".join("".join(p.itertext()) for p in paragraphs)
+        else:
+            raise CannotRead("unpack it (unzip FILE); save sheets as CSV, slides as PDF")
+
+
+def _part(archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as file:
+        data = file.read(MAX_PART_BYTES + 1)
+    if len(data) > MAX_PART_BYTES or (name.endswith("xml") and b"<!ENTITY" in data):
+        raise CannotRead(f"{name} is too large, or declares entities")
+    return data
+
+
+def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
+    return ElementTree.fromstring(_part(archive, name))
+
+
+def _name(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _named(root: ElementTree.Element, *names: str) -> Iterator[ElementTree.Element]:
+    return (element for element in root.iter() if _name(element) in names)
+
+
+def _epub(archive: zipfile.ZipFile, html_text: HtmlText) -> tuple[str, str]:
+    """Title and text of a book: its chapters in the order of its spine."""
+    path = next(_named(_xml(archive, "META-INF/container.xml"), "rootfile")).attrib["full-path"]
+    package = _xml(archive, path)
+    hrefs = {item.get("id"): unquote(item.get("href", "")) for item in _named(package, "item")}
+    chapters = [hrefs[reference.get("idref")] for reference in _named(package, "itemref")]
+    folder = posixpath.dirname(path)
+    texts = [html_text(_part(archive, posixpath.join(folder, href)))[1] for href in chapters]
+    title = next((element.text for element in _named(package, "title")), None)
+    return title or "", "\n\n".join(texts)
+
+
+def _mail(stream: FileStream, html_text: HtmlText) -> Texts:
+    """The messages of a mailbox, or the only one of a file, each with its subject."""
+    for data in _messages(stream):
+        message: Any = message_from_bytes(data, policy=policy.default)
+        title = text = ""
+        with suppress(Exception):  # an unknown charset or a damaged part: without text
+            title = str(message["subject"] or "")
+            body = message.get_body(("plain", "html"))
+            text = body.get_content()
+            if body.get_content_subtype() == "html":
+                text = html_text(text.encode())[1]
+        yield title, text
+
+
+def _messages(stream: FileStream) -> Iterator[bytes]:
+    """A message begins with a line `From ...` after an empty line (RFC 4155)."""
+    message = bytearray()
+    while line := stream.readline(MAX_PART_BYTES):
+        if line.startswith(b"From ") and message.endswith((b"\n\n", b"\n\r\n")):
+            yield bytes(message)
+            message.clear()
+        if len(message) < MAX_PART_BYTES:
+            message += line
+    yield bytes(message)
+
+
+def _elements(stream: FileStream, name: str) -> Iterator[ElementTree.Element]:
+    """The elements of one name, one at a time."""
+    events = ElementTree.iterparse(stream, events=("start", "end"))
+    _, root = next(events)
+    for event, element in events:
+        if event == "end" and _name(element) == name:
+            yield element
+            root.clear()
+
+
+def _mediawiki(stream: FileStream, html_text: HtmlText) -> Texts:
+    """The articles of a dump, without redirects and pages about pages."""
+    from mwparserfromhell import parse
+
+    for page in _elements(stream, "page"):
+        fields = {_name(element): element.text or "" for element in page.iter()}
+        text = fields.get("text", "")
+        if fields.get("ns", "0") == "0" and "redirect" not in fields:
+            yield fields.get("title", ""), str(parse(text).strip_code())
+        else:
+            stream.omit("a redirect, or no article", len(text.encode()), unit="page")
+
+
+def _stack_exchange(stream: FileStream, html_text: HtmlText) -> Texts:
+    for row in _elements(stream, "row"):
+        body = row.get("Body", "").encode()
+        yield row.get("Title", ""), html_text(body)[1] if body else row.get("Text", "")
+
+
+def _notebook(stream: FileStream, html_text: HtmlText) -> Texts:
+    """Prose and code, without outputs."""
+    data = stream.read(MAX_PART_BYTES)
+    text = "\n\n".join("".join(cell["source"]) for cell in json.loads(data)["cells"])
+    stream.omit("outputs and settings", len(data) - len(text.encode()), unit="notebook")
+    yield "", text
+
+
+READERS: dict[str, Callable[[FileStream, HtmlText], Texts]] = {
+    "pdf": _pdf,
+    "zip": _zip,
+    "mail": _mail,
+    "mediawiki": _mediawiki,
+    "stackexchange": _stack_exchange,
+    "notebook": _notebook,
+}
