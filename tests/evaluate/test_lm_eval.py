@@ -145,6 +145,31 @@ def test_a_repeated_request_gets_another_sample(harness_model: HarnessModel) -> 
     assert harness_model.generate_until(repeated) == found
 
 
+def test_settings_of_the_tasks_of_lm_eval_are_accepted(harness_model: HarnessModel) -> None:
+    """lm_eval 0.4.13: nine of its tasks have `num_beams: 1`; do_sample without a temperature is
+    sampled at 1, as transformers samples."""
+    greedy, neutral, sampled, at_one = harness_model.generate_until(
+        [
+            requests([("The people", {"max_gen_toks": 20, **settings})])[0]
+            for settings in (
+                {"do_sample": False, "temperature": 0.7},
+                {"num_beams": 1, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0},
+                {"do_sample": True},
+                {"do_sample": True, "temperature": 1.0},
+            )
+        ]
+    )
+    assert neutral == greedy
+    (again,) = harness_model.generate_until(
+        requests([("The people", {"max_gen_toks": 20, "temperature": 1.0})])
+    )
+    assert again != greedy
+    assert sampled != greedy
+    assert at_one != greedy
+    with pytest.raises(ValueError, match=r"settings of a generation must be .*\(got num_beams\)"):
+        harness_model.generate_until(requests([("The people", {"num_beams": 10})]))
+
+
 def test_the_start_of_text_argument_is_used(folder: Path) -> None:
     log_p_of = {
         start: HarnessModel(str(folder), device="cpu", start_of_text=start).loglikelihood(

@@ -27,6 +27,8 @@ from pretrain.machine import yield_idle_cores
 
 # The harness' limit where a task gives none.
 _DEFAULT_MAX_TOKENS = 256
+# Settings that we do not have, with the values that change nothing: tasks of the harness have them.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
 _MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -85,15 +87,15 @@ class HarnessModel:
         for request in requests:
             prompt, settings = request.args
             n_seen[prompt] += 1
-            options = {name: value for name, value in settings.items() if value is not None}
+            options = {k: v for k, v in settings.items() if v not in (None, _NEUTRAL.get(k))}
             until = options.pop("until", ())
             stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
             limits = [options.pop(name) for name in _MAX_TOKENS_KEYS if name in options]
             max_tokens = int(limits[0]) if limits else _DEFAULT_MAX_TOKENS
-            temperature = float(options.pop("temperature", 0.0))
-            is_random = options.pop("do_sample", temperature > 0)
+            is_random = options.pop("do_sample", None)
+            temperature = float(options.pop("temperature", 1.0 if is_random else 0.0))
             sampling = Sampling(
-                temperature=temperature if is_random else 0.0,
+                temperature=0.0 if is_random is False else temperature,
                 top_k=options.pop("top_k", None),
                 top_p=options.pop("top_p", None),
                 seed=n_seen[prompt],
