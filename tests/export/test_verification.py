@@ -16,6 +16,7 @@ from pretrain.export import verification
 from pretrain.export.verification import AGREES, DISAGREES, NOT_VERIFIED
 from pretrain.runner.open import load_model
 from pretrain.tokenizer.train import train_tokenizer
+from tiny import write_llama
 
 Capture = pytest.CaptureFixture[str]
 
@@ -48,6 +49,47 @@ def test_a_finished_run_is_exported_and_imported(
         assert run_json(capsys, command, str(out), *options) == run_json(
             capsys, command, str(finished_run), *options
         )
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("hf", "model.safetensors"),
+        ("hf", "config.json"),
+        ("hf", "tokenizer.json"),
+        ("hf", "tokenizer_config.json"),
+        ("gguf", "model.gguf"),
+    ],
+)
+def test_an_export_is_held_to_its_certificate(
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    format: str,
+    name: str,
+) -> None:
+    source = finished_run
+    if format == "gguf":
+        pytest.importorskip("gguf")
+        (tmp_path / "llama").mkdir()
+        source = write_llama(tmp_path / "llama", context_length=32)
+    monkeypatch.setattr(verification, "verification_library", lambda format: None)
+    out = tmp_path / "out"
+    words = ["export", str(source), "--format", format, "--out", str(out), "--unverified"]
+    assert main(words) == 0
+    model = out / name if format == "gguf" else out
+    load_model(model, device="cpu")
+    content = bytearray((out / name).read_bytes())
+    content[-20] ^= 1
+    (out / name).write_bytes(content)
+    for command in (["next", str(model)], ["import", str(model), "--out", str(tmp_path / "in")]):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert f"{out / name} was changed or damaged since it was" in capsys.readouterr().err
+    (out / "certificate.json").write_text("{")
+    assert main(["next", str(model)]) == 2
+    assert "certificate.json is damaged" in capsys.readouterr().err
 
 
 def test_a_folder_with_files_is_not_changed(finished_run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.export.layouts import FormatError, ImportedModel
+from pretrain.fileio import file_sha256, read_json
 
 _MODELS = (
     "a model must be a folder with config.json, model.safetensors and tokenizer.json, a GGUF file, "
@@ -15,7 +16,8 @@ _MODELS = (
 def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
     """Open a Hugging Face directory, a GGUF file, or a .bin of llama2.c (with its `tokenizer`).
 
-    FormatError for another kind of file, a damaged file, or another architecture.
+    FormatError for another kind of file, a damaged file, another architecture, or a file that was
+    changed since it was exported here.
     """
     from pretrain.export.gguf import open_gguf
     from pretrain.export.hf import open_hugging_face
@@ -32,6 +34,7 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
         files = sorted(p.name for pattern in ("*.gguf", "*.bin") for p in path.glob(pattern))
         advice = f"name the file in it: {', '.join(files[:5])}" if files else _MODELS
         raise FormatError(f"{path} is not a Hugging Face folder: it has no config.json; {advice}")
+    _check_certificate(path)
     if path.is_dir():
         return open_hugging_face(path)
     if not path.is_file():
@@ -48,3 +51,22 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
     if is_llama2c(path):
         return open_llama2c(path, tokenizer)
     raise FormatError(f"{path} is not a model; {_MODELS}")
+
+
+def _check_certificate(path: Path) -> None:
+    """FormatError for files that are not those of the certificate.json next to them."""
+    from pretrain.export.verification import FILE_NAME
+
+    folder = path if path.is_dir() else path.parent
+    if not (folder / FILE_NAME).is_file():
+        return
+    files = read_json(folder / FILE_NAME).get("files")
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        file = folder / name
+        expected = entry.get("sha256") if isinstance(entry, dict) else None
+        if path in (folder, file) and file.is_file() and expected not in (None, file_sha256(file)):
+            raise FormatError(
+                f"{file} was changed or damaged since it was exported: its SHA-256 must be that "
+                f"in {FILE_NAME}; export the model again, or delete {FILE_NAME} if the change is "
+                "yours"
+            )
