@@ -68,8 +68,10 @@ def make_callable(package: str) -> None:
 
 def missing_package(feature: str, package: str, *, extra: str = "formats") -> ValueError:
     """Return the error for a missing optional package, with the command that installs it."""
+    from pretrain.machine import install_command
+
     return ValueError(
-        f"{feature} needs the package {package}: python -m pip install 'pretrain[{extra}]'"
+        f"{feature} needs the package {package}: {install_command(package, extra=extra)}"
     )
 
 

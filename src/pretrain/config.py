@@ -31,7 +31,9 @@ from pretrain.validation import (
     ConfigError,
     FieldError,
     build,
+    did_you_mean,
     invalid_fields,
+    nearest,
     raise_errors,
     shown,
     suggestion,
@@ -51,6 +53,42 @@ RENAMED_KEYS = {
     "schedule.past": "schedule.history",
 }
 """Old names of keys: a config that has one was written before they were renamed."""
+# Names that nanoGPT, litgpt, torchtitan and transformers have for our settings.
+_OTHER_NAMES = {
+    name: setting
+    for setting, names in {
+        "data.source": "dataset data_dir dataset_path train_data train_file",
+        "tokenizer.name": "tokenizer tokenizer_dir tokenizer_name tokenizer_path",
+        "tokenizer.vocab_size": "vocab n_vocab vocabulary_size padded_vocab_size",
+        "model.n_layers": "n_layer num_layers num_hidden_layers depth",
+        "model.n_heads": "n_head num_heads num_attention_heads",
+        "model.n_kv_heads": "n_kv_head num_kv_heads num_key_value_heads n_query_groups",
+        "model.d_model": "n_embd n_embed dim hidden_size hidden_dim embed_dim d_embed",
+        "model.d_ff": "intermediate_size n_inner ffn_dim ffn_hidden_size",
+        "model.context_length": "block_size seq_len n_ctx n_positions sequence_length "
+        "max_seq_len max_seq_length max_position_embeddings",
+        "model.dropout": "resid_pdrop embd_pdrop hidden_dropout",
+        "model.norm_epsilon": "norm_eps rms_norm_eps layer_norm_epsilon",
+        "model.tied_head": "tie_word_embeddings tie_weights weight_tying",
+        "optimizer.learning_rate": "lr max_lr peak_lr",
+        "optimizer.weight_decay": "wd decay",
+        "optimizer.beta1": "betas adam_beta1",
+        "optimizer.beta2": "adam_beta2",
+        "optimizer.clip": "grad_clip max_norm max_grad_norm gradient_clipping",
+        "schedule.name": "lr_scheduler_type lr_schedule decay_lr",
+        "schedule.warmup_steps": "warmup warmup_iters lr_warmup_steps num_warmup_steps",
+        "schedule.final_fraction": "min_lr min_lr_ratio",
+        "train.steps": "iters max_iters max_steps n_steps num_steps total_steps num_train_steps",
+        "train.batch_tokens": "batch_size global_batch_size train_batch_size",
+        "train.micro_batch_rows": "micro_batch_size gradient_accumulation_steps "
+        "per_device_train_batch_size",
+        "train.evaluate_every": "eval_interval eval_steps eval_every",
+        "train.save_every": "save_interval save_steps",
+        "train.precision": "dtype torch_dtype bf16 fp16",
+        "report.to": "wandb_log report_to",
+    }.items()
+    for name in names.split()
+}
 _MAX_FILE_BYTES = 1 << 18
 _MAX_DEPTH = 50
 
@@ -102,10 +140,19 @@ def compose(layers: Iterable[Layer], *, rules: Rules | None = None) -> RunConfig
     for layer in layers:
         for name, values in layer.items():
             if name not in SECTIONS:
+                section, _, key = (setting_named(str(name)) or "").partition(".")
                 hint = suggestion(name, SECTIONS)
+                if section:
+                    hint = f"write `{section}:`, and indented below it `{key}: {values}`"
+                    unknown[section].add(key)
+                elif close := nearest(name, SECTIONS):  # it may have what would be missed below
+                    unknown[close] |= type_hints(SECTIONS[close]).keys()
                 errors.append(("", f"there is no section {shown(name)}; {hint}"))
             elif not isinstance(values, Mapping):
                 message = f"{name} is {shown(values)}; it must be a section of keys with values"
+                key, _, value = str(values).partition(" ")
+                if key in type_hints(SECTIONS[name]):
+                    message += f", such as `{key}: {value or '...'}`"
                 errors.append(("", message))
                 unknown[name] |= type_hints(SECTIONS[name]).keys()
             else:
@@ -121,11 +168,16 @@ def compose(layers: Iterable[Layer], *, rules: Rules | None = None) -> RunConfig
     sections = {}
     invalid = set()
     for name, kind in SECTIONS.items():
-        for key in [key for key in merged[name] if f"{name}.{key}" in RENAMED_KEYS]:
+        for key in [key for key in merged[name] if key not in type_hints(kind)]:
+            renamed = RENAMED_KEYS.get(f"{name}.{key}")
+            setting = renamed or setting_named(str(key))
+            if setting is None:
+                continue  # `build` reports it, with the nearest key of the section
             del merged[name][key]
-            new = RENAMED_KEYS[f"{name}.{key}"]
-            unknown[name].add(new.partition(".")[2])
-            errors.append(("", f"there is no {name}.{key}; it is {new} now, rename the key"))
+            section, _, new_key = setting.partition(".")
+            unknown[section].add(new_key)
+            hint = f"it is {renamed} now, rename the key" if renamed else did_you_mean(setting)
+            errors.append(("", f"there is no {name}.{key}; {hint}"))
         config, wrong = build(kind, merged[name], name, unknown=unknown[name])
         errors += wrong
         names = invalid_fields(wrong) | unknown[name] if config else type_hints(kind).keys()
@@ -138,6 +190,20 @@ def compose(layers: Iterable[Layer], *, rules: Rules | None = None) -> RunConfig
         conflicts += rules(composed)
     raise_errors(errors + [each for each in conflicts if invalid.isdisjoint(each[0].split())])
     return composed
+
+
+def setting_named(name: str) -> str | None:
+    """Return the setting that an unknown name means: its name without the section, in another
+    section, or in another program."""
+    name = name.replace("-", "_")
+    sections = [each for each, kind in SECTIONS.items() if name in type_hints(kind)]
+    if len(sections) == 1:
+        return f"{sections[0]}.{name}"
+    section, _, key = name.partition(".")
+    if key:
+        is_known = section in SECTIONS and key in type_hints(SECTIONS[section])
+        return name if is_known else setting_named(key)
+    return _OTHER_NAMES.get(name)
 
 
 def _merge(merged: dict[str, Any], values: Mapping[str, Any], section: str) -> None:
@@ -216,6 +282,13 @@ _NUMBER = re.compile(
           |0o[0-7]+|0x[0-9a-fA-F]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
+_YAML_HINTS = {
+    r"found character '\t'": "it is indented with a tab; it must be indented with spaces",
+    "mapping values are not allowed": "a colon too many, or none in the line before; a text with a "
+    "colon must be in quotes",
+    "could not find expected ':'": "a colon is missing in the line before",
+    "expected <block end>": "it must be indented as the other keys of its section are",
+}
 _NULL = ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"))
 _BOOL = ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"))
 _FLOAT = ("tag:yaml.org,2002:float", _NUMBER)
@@ -279,7 +352,10 @@ def read_yaml(text: str, *, name: str) -> Any:
     try:
         return _CoreLoader(text).get_single_data()
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from None
+        known = (hint for problem, hint in _YAML_HINTS.items() if problem in str(error))
+        if mark := getattr(error, "problem_mark", None):
+            known = (f"line {mark.line + 1}: {hint}" for hint in known)
+        raise ValueError(f"{name} is not valid YAML: {next(known, error)}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
 

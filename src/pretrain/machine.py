@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import product
@@ -58,6 +61,36 @@ def _not_launched() -> ValueError:
         f"a launcher such as torchrun must set all of these environment variables, RANK below "
         f"WORLD_SIZE (got {given}); to run one process: unset WORLD_SIZE"
     )
+
+
+def this_python() -> str:
+    """The interpreter in use as a user would type it here, such as .venv/bin/python."""
+    here = Path(os.path.abspath("."))
+    path = Path(sys.executable)
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def this_command() -> str:
+    """The command `pretrain` as this shell would find it, for messages to copy: `make train` runs
+    it from an environment that is not activated."""
+    found = shutil.which("pretrain")
+    if found is not None and Path(found).parent == Path(sys.executable).parent:
+        return "pretrain"
+    source = str(Path(__file__).parents[1])
+    is_installed = source not in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    variable = "" if is_installed else f"PYTHONPATH={shlex.quote(source)} "
+    return f"{variable}{this_python()} -m pretrain"
+
+
+def install_command(package: str, *, extra: str) -> str:
+    """The command that installs an optional package: the extra of a clone, as README has it. No
+    package index has `pretrain` itself."""
+    clone = Path(__file__).parents[2]
+    what = shlex.quote(package)
+    if (clone / "pyproject.toml").is_file():
+        folder = "." if clone == Path(os.path.abspath(".")) else clone
+        what = f"-e '{folder}[{extra}]'"
+    return f"{this_python()} -m pip install {what}"
 
 
 def memory_bytes() -> int | None:

@@ -198,6 +198,9 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         options = tuple(option for option in options if option is not type(None))
         is_list = isinstance(value, list | tuple)
         matching = [option for option in options if (get_origin(option) is tuple) == is_list]
+        if is_list and len(matching) > 1:  # of texts, or of mappings
+            is_text = bool(value) and all(isinstance(each, str) for each in value)
+            matching = [each for each in matching if is_dataclass(get_args(each)[0]) != is_text]
         return convert(value, (matching or options)[0], name)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -228,7 +231,10 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         return str(value)
     kind = origin or hint  # the content of a dict or list is not checked
     if type(value) is not kind:
-        raise _invalid(value, name, _TYPE_NAMES[kind])
+        expected = _TYPE_NAMES[kind]
+        if kind in (int, float) and isinstance(value, str) and value.replace(".", "").isdecimal():
+            expected += ", without quotes"
+        raise _invalid(value, name, expected)
     return value
 
 
@@ -268,4 +274,9 @@ def suggestion(word: object, known: Iterable[str]) -> str:
     """Return a question with the known word nearest to a misspelt one, or all known words."""
     known = list(known)
     close = nearest(word, known)
-    return f"did you mean {close!r}?" if close else f"there are {', '.join(known)}"
+    return did_you_mean(close) if close else f"there are {', '.join(known)}"
+
+
+def did_you_mean(word: str) -> str:
+    """Return a question with the word that was perhaps meant."""
+    return f"did you mean {word!r}?"

@@ -193,7 +193,11 @@ def test_a_terminal_without_a_character_ends_no_run(
     [
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["train", "englsh"], "did you mean 'english'?"),
-        (["train", "--steps", "3"], "unrecognized arguments: --steps; see pretrain train --help"),
+        (
+            ["train", "--steps", "3"],
+            "unrecognized arguments: --steps; did you mean '--train.steps'? See pretrain train "
+            "--help",
+        ),
         (["trace", "x", "--step", "y"], "argument --step: invalid int value: 'y'; see pretrain tr"),
     ],
     ids=["command", "recipe", "option", "value"],

@@ -96,7 +96,11 @@ def test_an_unknown_task_is_rejected() -> None:
         ),
         ("[{weight: 1}]", ["data.source[0] needs a value for 'path'"]),
         ("[~]", [f"data.source[0] is empty; it must be {ENTRY_KEYS}"]),
-        ("[a]", [f"data.source is 'a'; it must be {ENTRY_KEYS}"]),
+        (
+            "[a, {path: b, weight: 1}]",
+            [f"data.source is 'a'; it must be {ENTRY_KEYS}"],
+        ),
+        ("[a, '']", ["data.source is ''; it must be a path of a file or folder"]),
         (
             "[{path: a, weight: -1, stage: 2}, {path: b, weigh: 1}, {path: [c]}, "
             "{path: '', epochs: 0, stage: -1}]",

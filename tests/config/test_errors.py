@@ -83,7 +83,8 @@ def test_unknown_names_are_reported_with_the_nearest(
     ("setting", "message"),
     [
         ("train: {steps: many}", "train.steps is 'many'; it must be a whole number"),
-        ('train: {steps: "3"}', "train.steps is '3'; it must be a whole number"),
+        ('train: {steps: "3"}', "train.steps is '3'; it must be a whole number, without quotes"),
+        ('train: {minutes: "2.5"}', "train.minutes is '2.5'; it must be a number, without quotes"),
         ("train: {steps: 2.5}", "train.steps is 2.5; it must be a whole number"),
         ("train: {steps: .nan}", "train.steps is nan; it must be a whole number"),
         ("train: {steps: 1_000}", "train.steps is '1_000'; it must be a whole number"),

@@ -17,6 +17,7 @@ from pretrain.cli import harness
 from pretrain.cli.harness import HarnessModel
 from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.loglikelihood import rolling_pairs, score_pairs
+from pretrain.machine import install_command
 from tiny import write_llama
 
 CONTEXT = 64
@@ -188,9 +189,8 @@ def test_a_missing_lm_eval_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setitem(sys.modules, "lm_eval.models", None)
     harness.register.cache_clear()
     assert harness.main() == 2
-    assert "needs the package lm_eval: python -m pip install 'pretrain[harness]'" in (
-        capsys.readouterr().err
-    )
+    install = install_command("lm_eval", extra="harness")
+    assert f"needs the package lm_eval: {install}\n" in capsys.readouterr().err
 
 
 def test_the_lm_eval_command_agrees_with_evaluate_on_a_local_task(

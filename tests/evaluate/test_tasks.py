@@ -328,7 +328,7 @@ def test_a_missing_library_is_reported_before_the_evaluation(
     for metric in ("bleu", "rougeL"):
         words = ["evaluate", str(finished_run), "--task-file", file, "--metric", metric]
         assert main(words) == 2
-        assert "python -m pip install 'pretrain[tasks]'" in capsys.readouterr().err
+        assert "[tasks]'" in capsys.readouterr().err
 
 
 def test_the_hash_of_a_definition_is_of_the_whole_file(tmp_path: Path) -> None:

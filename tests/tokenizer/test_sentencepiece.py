@@ -152,8 +152,8 @@ def test_missing_package_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(
         ValueError,
-        match=r"': a SentencePiece model needs the package sentencepiece: python -m pip install "
-        r"'pretrain\[sentencepiece\]'$",
+        match=r"': a SentencePiece model needs the package sentencepiece: .* -m pip install "
+        r".*sentencepiece",
     ):
         load_tokenizer(llama)
 

@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from pretrain import __version__
 from pretrain.cli.output import Output
 from pretrain.fileio import NO_SPACE
 from pretrain.machine import yield_idle_cores
-from pretrain.validation import suggestion
+from pretrain.validation import did_you_mean, nearest, suggestion
 
 COMMANDS = {
     "train": "train a model on a recipe, a config file, or any text",
@@ -52,20 +53,21 @@ _NO_COMPILER = {"CppCompileError", "InvalidCxxCompiler"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+        stream = getattr(sys, name)
         if isinstance(stream, TextIOWrapper):  # a character that a terminal lacks must end no run
             stream.reconfigure(errors="backslashreplace")
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if argv[0] == "--version":
-        print(f"pretrain {__version__}")
-        return 0
-
-    command, *args = argv
+    if argv[:1] == ["help"]:  # `pretrain help train`
+        argv = [*argv[1:2], "--help"]
+    command, *args = argv or ["--help"]
     output = Output(json="--json" in args)
     yield_idle_cores()
     try:
+        if command in ("-h", "--help", "--version"):
+            print(f"pretrain {__version__}" if command == "--version" else _overview())
+            return 0
         module, parsed = _parse(command, args)
         return int(module.run(parsed, output) or 0)
     except SystemExit as stop:  # argparse has printed its help
@@ -74,19 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(getattr(stop, "exit_code", 130))
         output.fail(str(stop) or "stopped", code)
         return code
-    except BrokenPipeError:
-        # The reader of our output has closed it: there is nobody left to report to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads our output any more
         return 1
     except Exception as error:
         code, message = _explain(error)
         if code == 1 and not hasattr(error, "exit_code"):
-            traceback.print_exc()
+            with suppress(OSError):
+                traceback.print_exc()
         from pretrain.runner.launch import report_to_launcher
 
         if not report_to_launcher(message):
             output.fail(message, code)
         return code
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # its reader has gone, or its disk is full; Python would complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
@@ -129,6 +136,13 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises ValueError, so that its errors are printed like all others."""
 
     def error(self, message: str) -> NoReturn:
+        if match := re.match("unrecognized arguments: --([^ =]+)", message):
+            from pretrain.config import setting_named
+
+            setting = setting_named(match[1]) if self.usage else None
+            close = setting or nearest(match[1], [o[2:] for o in self._option_string_actions])
+            if close:
+                raise ValueError(f"{message}; {did_you_mean(f'--{close}')} See {self.prog} --help")
         raise ValueError(f"{message}; see {self.prog} --help")
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,8 +55,11 @@ class Output:
             print(json.dumps(nan_to_null(content), ensure_ascii=not is_utf8), flush=True)
 
     def fail(self, message: str, exit_code: int) -> None:
-        print(f"pretrain: {message}", file=sys.stderr, flush=True)
-        self.result({"error": message, "exit_code": exit_code})
+        """Print an error, as far as there are streams: one may be closed, or on a full disk."""
+        with suppress(OSError):
+            print(f"pretrain: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            self.result({"error": message, "exit_code": exit_code})
 
 
 def require_writable(name: str) -> None:

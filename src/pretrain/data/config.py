@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pretrain.validation import NON_EMPTY, Checked, FieldError, Matching, Range
 
 ValFraction = Annotated[float | None, Range(gt=0, le=0.5)]
+TextPath = Annotated[str, Matching(NON_EMPTY, "a path of a file or folder")]
 _PATH = Matching(NON_EMPTY, "a path of a file or folder, 'bundled', or a list of {path, weight}")
 
 
@@ -18,7 +19,7 @@ class SourceConfig(Checked):
 
     section = "data.source"
 
-    path: Annotated[str, Matching(NON_EMPTY, "a path of a file or folder")]
+    path: TextPath
     """a file, folder or pattern of texts, or a prepared folder"""
     weight: Annotated[float | None, Range(gt=0)] = None
     """share of the samples, relative to the weights of its stage"""
@@ -43,9 +44,10 @@ class DataConfig(Checked):
 
     section = "data"
 
-    source: Annotated[str, _PATH] | tuple[SourceConfig, ...] = "bundled"
+    source: Annotated[str, _PATH] | tuple[TextPath, ...] | tuple[SourceConfig, ...] = "bundled"
     """a file, folder or pattern of text, HTML, JSON, CSV, Parquet or WARC, plain or compressed; a
-    prepared folder; "bundled"; or a list of {path, weight or epochs, stage}"""
+    prepared folder; "bundled"; a list of these, read as one corpus; or a mixture: a list of {path,
+    weight or epochs, stage}"""
     exhausted: Literal["repeat", "error"] = "repeat"
     """what to do when a run needs more than one epoch of a source in a list: read it again, or
     stop"""
@@ -62,9 +64,9 @@ class DataConfig(Checked):
             yield "source", f"data.source is (); it must be {_PATH.expected}"
             return
         stages: dict[float, list[SourceConfig]] = {}
-        for entry in self.source:
+        for entry in self.mixture:
             stages.setdefault(entry.stage, []).append(entry)
-        if min(stages) != 0:
+        if stages and min(stages) != 0:
             yield "source", f"data.source: the first stage begins at {min(stages)}; it must be at 0"
         for stage, entries in stages.items():
             if len({entry.weight is None for entry in entries}) > 1:
@@ -77,8 +79,13 @@ class DataConfig(Checked):
                 yield "source", f"data.source: the stage at {stage} has the same path twice"
 
     @property
+    def mixture(self) -> tuple[SourceConfig, ...]:
+        """The sources that have shares; none of one corpus, of one path or of several."""
+        return tuple(entry for entry in self.source if isinstance(entry, SourceConfig))
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """The paths of all sources, each once."""
-        if isinstance(self.source, str):
-            return (self.source,)
-        return tuple(dict.fromkeys(entry.path for entry in self.source))
+        entries = (self.source,) if isinstance(self.source, str) else self.source
+        paths = [each.path if isinstance(each, SourceConfig) else each for each in entries]
+        return tuple(dict.fromkeys(paths))

@@ -459,17 +459,15 @@ class MixedData(PreparedData):
     def tokens_for_epochs(self) -> int | None:
         """Tokens of a run that reads every source for the configured number of epochs; None if the
         sources have weights."""
-        assert not isinstance(self._config.source, str)
-        if any(entry.epochs is None for entry in self._config.source):
+        entries = self._config.mixture
+        if any(entry.epochs is None for entry in entries):
             return None
-        if len({entry.stage for entry in self._config.source}) > 1:
+        if len({entry.stage for entry in entries}) > 1:
             raise ValueError(
                 "data.source has epochs and stages, so train.steps must be set: a stage begins "
                 "after a fraction of the steps"
             )
-        return round(
-            sum((e.epochs or 0) * self.spans[e.path].n_tokens for e in self._config.source)
-        )
+        return round(sum((e.epochs or 0) * self.spans[e.path].n_tokens for e in entries))
 
     @property
     def min_source_tokens(self) -> int:
@@ -483,8 +481,7 @@ class MixedData(PreparedData):
         ValueError if the run is too short for its stages, or if it would repeat a source although
         `data.exhausted` is "error".
         """
-        entries = self._config.source
-        assert not isinstance(entries, str)
+        entries = self._config.mixture
         stages: dict[float, dict[str, float]] = {}
         for entry in entries:
             weight = entry.weight or (entry.epochs or 0) * self.spans[entry.path].n_tokens

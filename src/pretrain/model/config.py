@@ -26,7 +26,15 @@ from pretrain.model.families import (
     Position,
     sizes_of,
 )
-from pretrain.validation import Checked, FieldError, Range, raise_errors, suggestion
+from pretrain.validation import (
+    Checked,
+    FieldError,
+    Range,
+    did_you_mean,
+    nearest,
+    raise_errors,
+    suggestion,
+)
 
 MAX_PARAMETERS = 10**13
 """No machine can train more; a larger number is an error in the config."""
@@ -216,7 +224,8 @@ def model_defaults(section: Mapping[str, Any]) -> dict[str, Any]:
         hint = suggestion(preset_name, PRESETS)
         errors.append(("preset", f"there is no model.preset {preset_name!r}; {hint}"))
     if family is not None and family not in list(FAMILIES):
-        message = f"model.family is {family!r}; it must be one of {', '.join(FAMILIES)}"
+        hint = f"; {did_you_mean(close)}" if (close := nearest(family, FAMILIES)) else ""
+        message = f"model.family is {family!r}; it must be one of {', '.join(FAMILIES)}{hint}"
         errors.append(("family", message))
     elif preset and family not in (None, preset["family"]):
         message = (

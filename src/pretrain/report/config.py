@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, get_args
 
+from pretrain.machine import install_command
 from pretrain.validation import Checked
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -31,5 +32,5 @@ def require_packages(to: Iterable[str]) -> None:
         if spec is None or spec.origin is None:  # a folder of that name is not a package
             raise ValueError(
                 f"report.to contains {name!r}, but its package is not installed; "
-                f"install it with: pip install 'pretrain[{name}]'"
+                f"install it with: {install_command(name, extra=name)}"
             )

@@ -28,6 +28,7 @@ from pretrain.run.identity import Change, check_accepted, differences, record
 from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.request import (
+    Target,
     by_name,
     compose_target,
     layer_of,
@@ -184,10 +185,10 @@ def read_run_config(folder: Path) -> RunConfig:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
-def requested_config(stored: RunConfig, target: str | None, overrides: Layer) -> RunConfig:
+def requested_config(stored: RunConfig, target: Target, overrides: Layer) -> RunConfig:
     """The settings of the command are valid, and the weights of train.init_from fit them."""
     # Of a text that is named again, not the recipe that a new run on it would have.
-    layers = [*([] if target is None else read_target(target)[1][-1:]), overrides]
+    layers = [*(read_target(target)[1][-1:] if target else []), overrides]
     # The axes of `parallel` depend on the processes started here and on the run's own model.
     other_layers: list[Layer] = [
         {section: keys for section, keys in layer.items() if section != "parallel"}

@@ -1,6 +1,7 @@
 """What a user typed -> a checked config, and the folder of the run.
 
-TARGET is a recipe, a YAML file, or a text; settings of the command line win over its own. Sources
+TARGET is a recipe, a YAML file, or one or more texts; settings of the command line win over its
+own. A YAML file starts from the defaults, or from the recipe or file that it `extends`. Sources
 become absolute paths, so that a resume from another folder finds them. ValueError for files,
 packages and tasks that are missing on this machine, and for a run folder that is in use.
 """
@@ -11,7 +12,7 @@ import glob
 import importlib.resources
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report.config import require_packages
 from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint, open_checkpoint_of, read_unchanged
-from pretrain.validation import nearest
+from pretrain.validation import nearest, shown
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -44,18 +45,34 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_target(target: str | None) -> tuple[str, list[Layer]]:
+Target = str | Sequence[str] | None
+"""A recipe, a YAML file, or one or more texts; None or an empty list for the default recipe."""
+
+
+def targets_of(target: Target) -> list[str]:
+    """Return a target as a list."""
+    return [target] if isinstance(target, str) else list(target or ())
+
+
+def is_yaml(target: Target) -> bool:
+    """Return whether a target is a config file."""
+    targets = targets_of(target)
+    return len(targets) == 1 and targets[0].lower().endswith((".yaml", ".yml"))
+
+
+def read_target(target: Target) -> tuple[str, list[Layer]]:
     """Return a name for the run, and the config layers below the command line's: those of a
-    recipe, of a YAML file, or of the default recipe with `target` as its text."""
+    recipe, of a YAML file, or of the default recipe with `target` as its texts."""
     known = recipes()
-    if target is None or target in known:
-        name = target or DEFAULT_RECIPE
-        return name, [read_file(known[name])]
+    targets = targets_of(target)
+    if len(targets) > 1:
+        return _read_texts(targets)
+    target = targets[0] if targets else DEFAULT_RECIPE
+    if target in known:
+        return target, [_with_sources_here(read_file(known[target]))]
     path = Path(target)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"there is no config file {target}")
-        return path.stem, [read_file(path)]
+    if is_yaml(target):
+        return path.stem, list(reversed(_read_extended(path)))
     is_pattern = glob.has_magic(target) and not path.exists()
     if not path.exists() and not is_pattern:
         close = nearest(target, known)
@@ -69,16 +86,59 @@ def read_target(target: str | None) -> tuple[str, list[Layer]]:
     return name, [read_file(known[DEFAULT_RECIPE]), {"data": {"source": str(path)}}]
 
 
+def _read_texts(targets: Sequence[str]) -> tuple[str, list[Layer]]:
+    """Return what `read_target` does for several files: they are read as one corpus."""
+    paths = []
+    for target in targets:
+        if target in recipes() or is_yaml(target):
+            raise ValueError(
+                f"{target} must stand alone: of several targets all must be texts; set the texts "
+                "of a recipe or config file with --data.source"
+            )
+        paths += [layer["data"]["source"] for layer in read_target(target)[1][1:]]
+    folders = {Path(path).parent.name for path in paths}
+    name = folders.pop() if len(folders) == 1 else "texts"
+    return name or "texts", [read_target(None)[1][0], {"data": {"source": paths}}]
+
+
+def _read_extended(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """Return the layer of a config file, then those that it `extends`."""
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}")
+    if path.resolve() in above:
+        raise ValueError(f"{path} extends itself")
+    layer = dict(read_file(path))
+    base: Any = layer.pop("extends", None)
+    if base is None:
+        return [layer]
+    if base in list(recipes()):
+        return [layer, read_target(base)[1][0]]
+    if not is_yaml(base):
+        raise ValueError(
+            f"{path}: extends is {shown(base)}; it must be a recipe ({', '.join(recipes())}) or a "
+            ".yaml file"
+        )
+    return [layer, *_read_extended(path.parent / base, (*above, path.resolve()))]
+
+
+def _with_sources_here(recipe: Layer) -> Layer:
+    """Return a recipe without the texts that are not there, if any is: `multitask` reads what
+    `demonstrate` has written, with translations or without."""
+    source = recipe["data"]["source"]
+    here = [each for each in source if isinstance(each, dict) and Path(each["path"]).exists()]
+    return {**recipe, "data": {**recipe["data"], "source": here}} if here else recipe
+
+
 def compose_target(
-    target: str | None, layers: list[Layer], overrides: Layer, *, rules: Rules | None = None
+    target: Target, layers: list[Layer], overrides: Layer, *, rules: Rules | None = None
 ) -> RunConfig:
     """Compose the layers of a target with the command's overrides; `rules`: see `compose`.
 
     With train.init_from, architecture and tokenizer are those of that model, whatever a recipe
     names. ValueError where the user's own settings, of which a YAML file is one, do not fit them.
     """
-    is_file = (target or "").lower().endswith((".yaml", ".yml"))
-    recipe, user = ([], [*layers, overrides]) if is_file else (layers, [overrides])
+    n_recipe = len(layers) - is_yaml(target)
+    recipe, user = layers[:n_recipe], [*layers[n_recipe:], overrides]
     config = compose([*recipe, *user], rules=rules)
     if config.train.init_from is None:
         return config
@@ -117,6 +177,26 @@ def compose_target(
             )
 
     return compose([*rest, inherited, *user, absolute], rules=misfits)
+
+
+def notes_of(
+    target: Target, layers: list[Layer], overrides: Layer, config: RunConfig
+) -> Iterator[str]:
+    """Yield what a user may not expect: where a YAML file starts from, and a length that does not
+    count."""
+    if is_yaml(target) and len(layers) == 1 and not layers[0].keys() >= to_dict(config).keys():
+        yield (
+            f"{targets_of(target)[0]} starts from the defaults (family {config.model.family}, "
+            f"optimizer {config.optimizer.name}), not from a recipe; with the line `extends: "
+            f"{DEFAULT_RECIPE}` in it, it starts from that recipe"
+        )
+    for layer in (layers[-1], overrides):
+        train = layer.get("train", {})
+        if None not in (train.get("steps"), train.get("minutes")):
+            yield (
+                f"train.steps is {train['steps']}, so train.minutes {train['minutes']} has no "
+                "effect: give one of them"
+            )
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
@@ -179,8 +259,8 @@ def errors_of_machine(config: RunConfig) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield "evaluate.tasks evaluate.task_files evaluate.texts evaluate.examples", str(error)
     has_end = config.train.steps is not None or config.train.minutes is not None
-    # A list of sources may give their epochs, which is an end too.
-    if not has_end and isinstance(config.data.source, str):
+    # A mixture may give the epochs of its sources, which is an end too.
+    if not has_end and not config.data.mixture:
         yield (
             "train.steps train.minutes data.source",
             "train.steps or train.minutes must be given: one of them sets the length",
@@ -194,10 +274,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     lists = ("corpus.evaluation_texts", "evaluate.task_files", "evaluate.texts")
     absolute: dict[str, Any] = {name: [_absolute(path) for path in values[name]] for name in lists}
     source = values["data.source"]
-    if isinstance(source, str):
-        absolute["data.source"] = _absolute(source)
-    else:
+    if config.data.mixture:
         absolute["data.source"] = [{**each, "path": _absolute(each["path"])} for each in source]
+    else:
+        is_one = isinstance(source, str)
+        absolute["data.source"] = _absolute(source) if is_one else [*map(_absolute, source)]
     # With tasks, the folder may come from the environment of this process.
     if config.evaluate.tasks and (folder := task_folder(config.evaluate.task_data)) is not None:
         absolute["evaluate.task_data"] = _absolute(str(folder))

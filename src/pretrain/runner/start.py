@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +29,13 @@ from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_ya
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import NO_SPACE, read_json, replace_file
-from pretrain.machine import RENDEZVOUS_FILE, n_processes, n_restarts, rank_of_process
+from pretrain.machine import (
+    RENDEZVOUS_FILE,
+    n_processes,
+    n_restarts,
+    rank_of_process,
+    this_command,
+)
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report.page import write_report
 from pretrain.run import directory, identity
@@ -45,6 +51,7 @@ from pretrain.runner.launch import (
     open_world_of,
 )
 from pretrain.runner.request import (
+    Target,
     by_name,
     compose_target,
     errors_of_machine,
@@ -54,7 +61,9 @@ from pretrain.runner.request import (
     layer_of,
     new_run_folder,
     newest_run,
+    notes_of,
     read_target,
+    targets_of,
     with_absolute_paths,
     with_settings,
 )
@@ -76,8 +85,7 @@ class Request:
     """What a command, or a call of the library, requests."""
 
     kind: Literal["new", "resume", "extend", "anneal"] = "new"
-    target: str | None = None
-    """recipe, YAML file or text"""
+    target: Target = None
     overrides: Layer = field(default_factory=dict)
     """settings over those of the target, or over those of the run that continues"""
     folder: Path | None = None
@@ -115,7 +123,7 @@ class RunResult:
 
 
 def train(
-    target: str | Path | None = None,
+    target: str | Path | Sequence[str | Path] | None = None,
     *,
     run: str | Path | None = None,
     steps: int | None = None,
@@ -127,7 +135,8 @@ def train(
     """Train a model as `pretrain train` does, and return its folder and summary.
 
     Args:
-        target: A text file or folder, a recipe, or a YAML file. Default: the recipe `english`.
+        target: A text file or folder, or several, a recipe, or a YAML file. Default: the recipe
+            `english`.
         run: The run directory; must be new or empty. Default: runs/<name>-<n>.
         steps: Number of updates.
         minutes: Wall-clock time instead; of `steps` and `minutes`, `steps` decides.
@@ -141,11 +150,12 @@ def train(
     """
     named = {"train.steps": steps, "train.minutes": minutes}
     given = {name: value for name, value in named.items() if value is not None}
+    targets = [target] if isinstance(target, str | Path) else target or ()
     with open(os.devnull, "w") as nowhere:
         return start(
             Request(
                 kind="resume" if resume else "new",
-                target=None if target is None else str(target),
+                target=[str(each) for each in targets],
                 overrides=layer_of({**given, **(settings or {})}),
                 folder=None if run is None else Path(run),
                 stream=nowhere if quiet else sys.stdout,
@@ -177,7 +187,7 @@ def start(request: Request) -> RunResult:
             return RunResult(folder, exit_code, is_main=False)
         report = write_report(folder)
         if not (folder / SUMMARY).is_file():
-            command = f"pretrain train --resume --run {shlex.quote(str(folder))}"
+            command = f"{this_command()} train --resume --run {shlex.quote(str(folder))}"
             run.console.line(f"stopped and saved; continue with: {command}")
             return RunResult(folder, exit_code)
         summary = read_json(folder / SUMMARY)
@@ -299,6 +309,8 @@ def _new_run(request: Request, held: ExitStack) -> Run | RunResult:
 
     world, request = _joined(config, request)
     is_main = world is None or world.is_main
+    for note in notes_of(request.target, layers, request.overrides, config):
+        log_to(request.stream)(f"note: {note}")
     folder = new_run_folder(name, request.folder) if is_main else Path()
     if world is not None:
         folder = Path(world.broadcast_str(str(folder)))
@@ -534,8 +546,7 @@ def _command_line(request: Request, folder: Path) -> list[str]:
         args = [request.kind, str(folder)]
     else:
         args = ["train", "--run", str(folder)]
-        if request.target is not None:
-            args.append(request.target)
+        args += targets_of(request.target)
         if request.kind == "resume":
             args.append("--resume")
     # JSON is YAML in one line, except for infinity and NaN.

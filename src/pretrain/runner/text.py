@@ -56,7 +56,8 @@ def open_text(
     while the others wait."""
     if world is not None and not world.is_main:
         world.wait_for_main()
-    log(f"text: {', '.join(config.data.paths)}")
+    first, n_more = config.data.paths[:4], len(config.data.paths[4:])
+    log(f"text: {', '.join(first)}" + (f" and {n_more:,} more" if n_more else ""))
     data = prepared_text(config, log=log, run=run)
     if world is not None and world.is_main:
         world.wait_for_main()
@@ -113,8 +114,14 @@ def prepared_text(
 
 def _mixed(config: RunConfig, parts: list[PreparedData]) -> PreparedData:
     """Return the text of one source, or the mixture of a list of sources."""
-    is_list = not isinstance(config.data.source, str)
-    return MixedData(config.data, parts) if is_list else parts[0]
+    if config.data.mixture:
+        return MixedData(config.data, parts)
+    if len(parts) > 1:
+        raise ValueError(
+            "data.source has several prepared folders; each must have its weight or epochs: "
+            "- {path: FOLDER, epochs: 1}"
+        )
+    return parts[0]
 
 
 def text_of_run(model: LoadedModel, log: Log) -> PreparedData:

@@ -22,6 +22,7 @@ from pretrain.data.format import PreparedData
 from pretrain.data.order import ceil_div
 from pretrain.distributed import World
 from pretrain.evaluate.task_files import EvalTask
+from pretrain.machine import this_command
 from pretrain.model.config import n_parameters
 from pretrain.report.units import duration
 from pretrain.train.build import TrainingBatches
@@ -33,6 +34,8 @@ LINE_SECONDS = 10.0
 # Beyond about four epochs repeated text teaches less and less: "Scaling Data-Constrained Language
 # Models" (Muennighoff et al., 2023).
 MANY_EPOCHS = 4
+# Parameters for each token of the text beyond which a smaller model is suggested.
+MANY_PARAMETERS = 100
 
 
 def with_error(row: Mapping[str, Any]) -> str:
@@ -100,7 +103,11 @@ class Console:
         if step not in (1, steps) and now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
-        self.line(f"step {step:>6,}/{steps:,} | {facts} | lr {record['learning_rate']:.1e}")
+        left_seconds = (steps / step - 1) * record["tokens"] / record["tokens_per_second"]
+        self.line(
+            f"step {step:>6,}/{steps:,} | {facts} | lr {record['learning_rate']:.1e} | "
+            f"{duration(left_seconds)} left"
+        )
 
     def evaluation(self, record: Mapping[str, Any], *, left_seconds: float, is_best: bool) -> None:
         """Show an evaluation's line of metrics.jsonl."""
@@ -150,8 +157,9 @@ def show_plan(
     # Most parameters of the family `fast` are table rows: they take memory but no matmul.
     in_tables = model.table_rows(vocab_size) * model.d_model
     tables = f", {in_tables:,} of them in lookup tables" if in_tables else ""
+    n_all = n_parameters(model, vocab_size=vocab_size)
     facts["model"] = (
-        f"{model.family}, {n_parameters(model, vocab_size=vocab_size):,} parameters{tables} "
+        f"{model.family}, {n_all:,} parameters{tables} "
         f"({model.n_layers} layers, width {model.d_model}, context {context}, vocabulary "
         f"{vocab_size:,})"
     )
@@ -171,6 +179,12 @@ def show_plan(
     ends_early = steps == max_steps(config, data)
     if train.minutes is not None:
         facts["run"] += f", {'at most' if ends_early else 'about'} {train.minutes:g} min"
+    # Weights, and up to two numbers of optimizer state for each that is not in a table.
+    checkpoint_bytes = 4 * (3 * n_all - 2 * in_tables)
+    facts["disk"] = (
+        f"up to {checkpoint_bytes / 1e6:,.0f} MB a checkpoint; the newest "
+        f"{train.keep_checkpoints} and the best are kept"
+    )
     facts["on"] = (
         f"{world.device.type}, {world.threads} threads, {train.precision}, compile {train.compile}"
     )
@@ -187,6 +201,15 @@ def show_plan(
             "note: n-gram tables overfit after the first epoch, so this run may end before its "
             "minutes do. --train.steps makes it longer; more text or a larger --model.size uses "
             "the time better."
+        )
+    if n_all > MANY_PARAMETERS * text.n_tokens:
+        smaller = (
+            "--model.ngram_rows 0 leaves out the tables" if tables else "a smaller --model.d_model"
+        )
+        console.line(
+            f"note: {n_all:,} parameters are many for {text.n_tokens:,} tokens of text; {smaller}, "
+            "and saves disk and time.",
+            style="yellow",
         )
     if epochs > MANY_EPOCHS:
         console.line(
@@ -218,10 +241,12 @@ def show_summary(
         name: f"{row['metric']} {with_error(row)}" for name, row in summary.get("tasks", {}).items()
     }
     rest = {
-        "cost": f"{duration(summary['total_seconds'])}, {summary['tokens_per_second']:,.0f} "
-        f"tokens/s in training, {summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at most",
+        "cost": f"{duration(summary['total_seconds'])}, "
+        f"{duration(summary['train_seconds'])} of it in training steps (the rest: reading, "
+        f"evaluation, checkpoints); {summary['tokens_per_second']:,.0f} tokens/s in training, "
+        f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at most",
         "checkpoint": str(folder / summary["checkpoint"]),
         "report": str(report),
-        "try it": f"pretrain generate {shlex.quote(str(folder))} --n 3",
+        "try it": f"{this_command()} generate {shlex.quote(str(folder))} --n 3",
     }
     console.facts([*results.items(), *tasks.items(), *rest.items()])

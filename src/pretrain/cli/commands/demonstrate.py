@@ -28,6 +28,7 @@ from pretrain.corpus.demonstrations import (
 from pretrain.evaluate.examples import demonstration
 from pretrain.evaluate.task_files import read_task_file
 from pretrain.evaluate.tasks import task_named
+from pretrain.machine import this_command
 
 TEST_FRACTION = 0.04
 # Translations in one document, under one heading.
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace, output: Output) -> None:
             counts[name] += 1
     for name, count in counts.items():
         output.log(f"{count:>9,}  {out / name}")
+    if out == Path("demonstrations").resolve():  # where the recipe looks for them
+        output.log(f"train on them: {this_command()} train multitask")
     output.result({"out": str(out), "documents": dict(counts)})
 
 

@@ -12,15 +12,13 @@ from pretrain.cli.options import MODEL, OUT, Option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.fileio import nan_to_null, write_json
+from pretrain.machine import install_command
 from pretrain.runner.open import load_model
 
 # Of each text that is scored on both sides.
 _TEXT_CHARACTERS = 16_384
 _NUMBERS = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "q8_0")}
-_PACKAGES = {
-    "hf": "python -m pip install 'pretrain[hf]'",
-    "gguf": "python -m pip install 'pretrain[llamacpp]'",
-}
+_VERIFIERS = {"hf": ("transformers", "hf"), "gguf": ("llama-cpp-python", "llamacpp")}
 
 OPTIONS = (
     MODEL,
@@ -86,7 +84,9 @@ def run(args: argparse.Namespace, output: Output) -> int:
     output.log(f"{where}: {verdict}{library}")
     output.result({"out": where, **report})
     if verdict == NOT_VERIFIED and not args.unverified:
-        remedy = "correct that" if "unable" in report else _PACKAGES[args.format]
+        package, extra = _VERIFIERS[args.format]
+        install = install_command(package, extra=extra)
+        remedy = "correct that" if "unable" in report else install
         output.log(f"no other library could read it: {remedy}, and export again; or --unverified")
         return 2
     return 1 if verdict == DISAGREES else 0

@@ -2,6 +2,7 @@
 
 pretrain train                        the recipe `english`: a GPT learns English in a few minutes
 pretrain train my.txt                 the same settings on your own file or folder
+pretrain train a.txt b.txt books/     ... or on several, as one corpus
 pretrain train --resume               continue the run that was started last
 pretrain train --resume --accept threads      ... although this has changed
 pretrain train --train.steps 200 --model.d_model 64
@@ -20,11 +21,14 @@ from typing import Literal
 from pretrain.cli.options import ACCEPT, Option, settings_help
 from pretrain.cli.output import Output
 
-USAGE = (
-    "pretrain train [RECIPE | FILE.yaml | TEXT FILE or FOLDER] [--SECTION.KEY VALUE ...] [options]"
-)
+USAGE = "pretrain train [TEXT ... | RECIPE | FILE.yaml] [--SECTION.KEY VALUE ...] [options]"
 OPTIONS = (
-    Option("TARGET", "recipe, .yaml file, or text", nargs="?"),
+    Option(
+        "TARGET",
+        "one or more texts; or a recipe (characters, english, multitask, transformer); or a .yaml "
+        "file [english]",
+        nargs="*",
+    ),
     Option("--run DIR", "run directory; default runs/<recipe>-<n>"),
     Option("--resume", "continue --run, or the newest run"),
     Option("--profile", "show where a step's time goes"),
