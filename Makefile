@@ -44,7 +44,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-long faults-ci faults bench bench-full check docs format clean FORCE
+.PHONY: help train test test-long faults-ci faults bench bench-full handover check docs format clean FORCE
 
 help:
 	@echo 'make train       train the default model on the bundled corpus (ARGS="..." changes that)'
@@ -54,6 +54,7 @@ help:
 	@echo 'make faults      the same with 500 bitwise resumes and 2,000 kills of the real train, under an hour'
 	@echo 'make bench       speed next to transformers and PEERS, under 20 minutes; writes docs/explanation/benchmarks.md'
 	@echo 'make bench-full  5 rounds, also compiled, to 1.55 nats, and on 2.5 GB of text (8 GB of disk)'
+	@echo 'make handover    exported models in the tools that come after (TOOL=peft asks one again): writes docs/how-to/where-a-model-runs.md'
 	@echo 'make check       ruff, format, strict types, spelling, import rules, private words, reference pages'
 	@echo 'make docs        the documentation as a site in site/, its reference pages written again, links checked'
 	@echo 'make format      lets ruff correct what it can'
@@ -83,6 +84,9 @@ bench: $(dev_ready)
 
 bench-full: $(dev_ready)
 	$(run) benchmarks/everything.py $(bench_words) --long --rounds 5
+
+handover: $(dev_ready)
+	$(run) scripts/handover.py $(TOOL)
 
 check: $(dev_ready)
 	$(run) -m ruff check .

@@ -145,12 +145,14 @@ def write_json(
         file.write(text.encode())
 
 
-def read_json(path: Path, *, unique: bool = True) -> dict[str, Any]:
+def read_json(
+    path: Path, *, unique: bool = True, most_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """Read a JSON object. ValueError naming the file if it is damaged, not an object, larger than
-    MAX_JSON_BYTES or, if `unique`, has a duplicate key; OSError if it cannot be read."""
+    `most_bytes` or, if `unique`, has a duplicate key; OSError if it cannot be read."""
     n_bytes = os.stat(path).st_size
-    if n_bytes > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {n_bytes:,} bytes; it must have at most {MAX_JSON_BYTES:,}")
+    if n_bytes > most_bytes:
+        raise ValueError(f"{path} has {n_bytes:,} bytes; it must have at most {most_bytes:,}")
     hook = unique_keys if unique else None
     try:
         content = json.loads(path.read_bytes().decode(), object_pairs_hook=hook)

@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_are_rejected(
 ) -> None:
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
     folder = write_hf(tmp_path / "out", decoder, tokenizer)
-    in_weights(lambda t: t["transformer.h.1.mlp.c_fc.weight"][3].fill_(number))(folder)
+    in_weights(lambda t: t["h.1.mlp.c_fc.weight"][3].fill_(number))(folder)
     with pytest.raises(FormatError, match=r"all numbers in .*h.1.mlp.c_fc.weight must be finite"):
         import_model(folder).build()
 
@@ -309,15 +309,18 @@ def test_rows_without_a_token_get_one(tokenizer: Tokenizer, tmp_path: Path) -> N
         import_model(folder)
 
 
-def test_the_published_names_of_gpt2_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Without `transformer.`, with the table of the causal mask in the file."""
+def test_both_spellings_of_the_names_of_gpt2_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As OpenAI published them, with the table of the causal mask, and as transformers saves them,
+    with `transformer.`."""
     decoder = random_decoder(config_of("gpt2"), vocab_size=400)
     folder = write_hf(tmp_path / "out", decoder, tokenizer)
     tensors = load_file(folder / "model.safetensors")
-    bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
-    bare["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
-    save_file(bare, folder / "model.safetensors")
-    assert same_weights(import_model(folder).build(), decoder)
+    assert "wte.weight" in tensors
+    for start in ("", "transformer."):
+        spelled = {start + name: values for name, values in tensors.items()}
+        spelled[f"{start}h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+        save_file(spelled, folder / "model.safetensors")
+        assert same_weights(import_model(folder).build(), decoder)
 
 
 def test_duplicate_settings_of_exported_code_must_agree(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from exports import Change, in_config, in_weights, run_json, same_weights, write_hf
+from exports import (
+    Change,
+    change_before_verification,
+    in_config,
+    in_weights,
+    run_json,
+    same_weights,
+    write_hf,
+)
 from oracles import config_of, random_decoder
 from pretrain.cli import main
 from pretrain.export import verification
@@ -110,20 +117,6 @@ def test_without_another_library_nothing_is_verified(
     assert json.loads((tmp_path / "a/certificate.json").read_text())["verdict"] == NOT_VERIFIED
     assert main([*words, str(tmp_path / "b"), "--unverified"]) == 0
     assert "pretrain[hf]" not in capsys.readouterr().out
-
-
-def change_before_verification(
-    monkeypatch: pytest.MonkeyPatch, change: Change, *, n_rows: int | None = None
-) -> None:
-    """Change the written files before another library reads them; keep some rows of its logits."""
-    run_worker = verification._run_worker
-
-    def run_on_changed_files(request: dict[str, Any]) -> Any:
-        change(Path(request["path"]))
-        answer, logits = run_worker(request)
-        return answer, logits if n_rows is None else logits[:n_rows]
-
-    monkeypatch.setattr(verification, "_run_worker", run_on_changed_files)
 
 
 def _swap_heads(tensors: dict[str, torch.Tensor]) -> None:

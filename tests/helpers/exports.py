@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.cli import main
+from pretrain.export import verification
 from pretrain.export.hf import write_hugging_face
 from pretrain.model.decoder import Decoder
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -64,3 +65,17 @@ def in_weights(change_tensors: Callable[[dict[str, torch.Tensor]], Any]) -> Chan
         save_file(tensors, folder / "model.safetensors")
 
     return change
+
+
+def change_before_verification(
+    monkeypatch: pytest.MonkeyPatch, change: Change, *, n_rows: int | None = None
+) -> None:
+    """Change the written files before another library reads them; keep some rows of its logits."""
+    run_worker = verification._run_worker
+
+    def run_on_changed_files(request: dict[str, Any]) -> Any:
+        change(Path(request["path"]))
+        answer, logits = run_worker(request)
+        return answer, logits if n_rows is None else logits[:n_rows]
+
+    monkeypatch.setattr(verification, "_run_worker", run_on_changed_files)

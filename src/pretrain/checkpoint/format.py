@@ -95,7 +95,11 @@ class HashingFile(NewFile):
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], shards: Mapping[str, TensorShard] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    shards: Mapping[str, TensorShard] | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Write one safetensors file; returns the manifest's records of it and of each tensor, with its
     slice: row-major and without gaps. Tensors named in `shards` are parts of larger ones."""
@@ -109,7 +113,8 @@ def write_tensors(
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    start: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    text = json.dumps(start | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     with HashingFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -122,11 +127,11 @@ def write_tensors(
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         shard = (shards or {}).get(name) or TensorShard(shape, full_slice(shape))
-        start = 8 + len(text) + header[name]["data_offsets"][0]
+        place = 8 + len(text) + header[name]["data_offsets"][0]
         records[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(shard.shape),
-            "slices": [{"file": path.name, "offset": start, "box": shard.bounds}],
+            "slices": [{"file": path.name, "offset": place, "box": shard.bounds}],
         }
     return {"bytes": file.n_bytes, "block_bytes": BLOCK_BYTES, "sha256": file.hashes}, records
 

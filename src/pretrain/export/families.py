@@ -52,12 +52,12 @@ _GPT2_KEYS = {
     "dropout": "resid_pdrop",
 }
 _GPT2_BLOCK = {
-    "transformer.h.{}.ln_1": "attention_norm",
-    "transformer.h.{}.attn.c_attn": "attention.query attention.key attention.value",
-    "transformer.h.{}.attn.c_proj": "attention.output",
-    "transformer.h.{}.ln_2": "feed_forward_norm",
-    "transformer.h.{}.mlp.c_fc": "feed_forward.up",
-    "transformer.h.{}.mlp.c_proj": "feed_forward.down",
+    "h.{}.ln_1": "attention_norm",
+    "h.{}.attn.c_attn": "attention.query attention.key attention.value",
+    "h.{}.attn.c_proj": "attention.output",
+    "h.{}.ln_2": "feed_forward_norm",
+    "h.{}.mlp.c_fc": "feed_forward.up",
+    "h.{}.mlp.c_proj": "feed_forward.down",
 }
 _LLAMA_KEYS = {
     "n_layers": "num_hidden_layers",
@@ -111,14 +111,14 @@ FORMATS: dict[str, FamilyFormat] = {
         fixed={"afn": "gelu", "tie_word_embeddings": True},
         layout=Layout(
             {
-                "transformer.tokens_embed": "token_embedding",
-                "transformer.positions_embed": "position_embedding",
+                "tokens_embed": "token_embedding",
+                "positions_embed": "position_embedding",
                 "lm_head": "head",
                 **_GPT2_BLOCK,
             },
             transposed=True,
             optional_prefix="transformer.",
-            ignored=("transformer.h.*.attn.bias", "transformer.position_ids"),
+            ignored=("h.*.attn.bias", "position_ids"),
         ),
     ),
     "gpt2": FamilyFormat(
@@ -140,15 +140,15 @@ FORMATS: dict[str, FamilyFormat] = {
         },
         layout=Layout(
             {
-                "transformer.wte": "token_embedding",
-                "transformer.wpe": "position_embedding",
-                "transformer.ln_f": "final_norm",
+                "wte": "token_embedding",
+                "wpe": "position_embedding",
+                "ln_f": "final_norm",
                 "lm_head": "head",
                 **_GPT2_BLOCK,
             },
             transposed=True,
             optional_prefix="transformer.",
-            ignored=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
+            ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
         ),
         gguf=GgufFormat(
             keys={**_GGUF_KEYS, "norm_epsilon": "attention.layer_norm_epsilon"},

@@ -10,6 +10,7 @@ tokenizer `llama`. An unknown pre-split is a FormatError, because text would get
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
 import mmap
@@ -46,6 +47,7 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 
 _READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _ROPE_FACTORS = "rope_freqs.weight"
+_CHAT_TEMPLATE = "tokenizer.chat_template"
 _BLOCK = 32  # numbers with one scale in Q8_0
 
 _VERSIONS = (2, 3)
@@ -135,7 +137,10 @@ def write_gguf(file: Path, *, decoder: Decoder, tokenizer: Tokenizer, numbers: s
     own = {name: p.detach() for name, p in decoder.named_parameters()}
     for stored, kind in tensors:
         data = gguf.quants.quantize(to_stored(stored, own).float().numpy(), kind)
-        writer.write_tensor_data(data)
+        try:
+            writer.write_tensor_data(data)
+        except OSError as error:  # numpy's has no number when the disk is full
+            raise OSError(error.errno or errno.ENOSPC, str(error), str(file)) from None
         if kind != gguf.GGMLQuantizationType.F32:
             rounded = torch.from_numpy(gguf.quants.dequantize(data, kind)).view(stored.shape)
             for name, values in to_parameters(stored, rounded):
@@ -378,6 +383,10 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_eos_token_id(tokenizer.stop_ids[0])
     # Every document in our training text starts with this token.
     writer.add_add_bos_token(tokenizer.add_bos)
+    if "chat_template" in tokenizer.carried:
+        writer.add_chat_template(tokenizer.carried["chat_template"])
+    if "pad_token" in tokenizer.carried:
+        writer.add_pad_token_id(tokenizer.token_to_id(tokenizer.carried["pad_token"]))
 
 
 def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
@@ -432,6 +441,11 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
     add_bos = values.get("tokenizer.ggml.add_bos_token", model == "llama" or split == "llama3")
     tokenizer.add_bos = add_bos is True
     tokenizer.stop_ids = valid_stop_ids(tokenizer, values.get("tokenizer.ggml.eos_token_id"))
+    padding, template = values.get("tokenizer.ggml.padding_token_id"), values.get(_CHAT_TEMPLATE)
+    if type(padding) is int and 0 <= padding < tokenizer.vocab_size:
+        tokenizer.carried["pad_token"] = tokenizer.id_to_token(padding)
+    if isinstance(template, str):
+        tokenizer.carried["chat_template"] = template
     return tokenizer
 
 

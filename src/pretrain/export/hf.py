@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoint.format import write_tensors
 from pretrain.export.families import FORMATS, checked_config, hf_layout, is_native
 from pretrain.export.layouts import (
     FormatError,
@@ -34,13 +35,16 @@ from pretrain.fileio import read_json, write_json
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import Decoder
 from pretrain.model.families import FAMILIES
-from pretrain.tokenizer.load import load_tokenizer
+from pretrain.tokenizer.load import MAX_FILE_BYTES, load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer, template_adds_bos
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_FILE_BYTES = 5 << 30
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of ONNX, OpenVINO, TensorFlow and Flax.
+_CONVERTED = ("*.onnx", "onnx/*.onnx", "openvino_*.xml", "*.h5", "*.msgpack")
 _MODELING = "modeling_pretrain.py"
+_MAX_SETTINGS_BYTES, _MAX_INDEX_BYTES = 1 << 20, 1 << 24
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 OWN_TYPE = "pretrain"
@@ -64,13 +68,13 @@ def write_hugging_face(
 ) -> None:
     """Write a model directory into an existing folder, with a copy of one file's weights at a time.
     The decoder's weights are rounded to the numbers in the files."""
-    from safetensors.torch import save_file
-
     config, dtype, stops = decoder.config, _DTYPES[numbers], tokenizer.stop_ids
-    special = {
+    special: dict[str, Any] = {
         "bos_token_id": tokenizer.start_of_text,
         "eos_token_id": stops if len(stops) > 1 else stops[0],
     }
+    if "pad_token" in tokenizer.carried:
+        special["pad_token_id"] = tokenizer.token_to_id(tokenizer.carried["pad_token"])
     content = {
         **to_hf_config(config),
         **special,
@@ -78,20 +82,31 @@ def write_hugging_face(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     write_json(folder / "config.json", content, indent=2)
-    generation = special if is_native(config) else {**special, "use_cache": False}
+    # Without a length transformers generates 256 tokens, beyond the positions of a small model. The
+    # code that is shipped has no cache, and continues beyond the context.
+    native = {"max_length": config.window_tokens}
+    generation = {**special, **(native if is_native(config) else {"use_cache": False})}
     write_json(folder / "generation_config.json", generation, indent=2)
     if not is_native(config):
         source = importlib.resources.files("pretrain.export") / _MODELING
         (folder / _MODELING).write_bytes(source.read_bytes())
     tokenizer.save(folder, bos_template=True)
+    eos_token = tokenizer.id_to_token(stops[0])
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.id_to_token(tokenizer.start_of_text),
-        "eos_token": tokenizer.id_to_token(stops[0]),
+        "eos_token": eos_token,
+        # CTranslate2 needs one; OpenAI's GPT-2 has its end-of-text token here.
+        "unk_token": tokenizer.description["model"].get("unk_token") or eos_token,
+        # transformers takes the template of tokenizer.json; transformers.js and onnxruntime-genai
+        # put a start token only where this says so, and the latter an end token without the other.
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": False,
+        # Without this, transformers 4 adds token types, which GPT-2 looks up as if they were ids.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.window_tokens,
         "clean_up_tokenization_spaces": False,
-        # As here, the name of a special token in a text is text.
-        "split_special_tokens": True,
+        **tokenizer.carried,
     }
     write_json(folder / "tokenizer_config.json", content, indent=2)
 
@@ -109,8 +124,8 @@ def write_hugging_face(
     own = {name: p.detach() for name, p in decoder.named_parameters()}
     for number, group in enumerate(files, start=1):
         name = _WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        tensors = {stored.name: to_stored(stored, own).to(dtype).contiguous() for stored in group}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        tensors = {stored.name: to_stored(stored, own).to(dtype) for stored in group}
+        write_tensors(folder / name, tensors, metadata={"format": "pt"})
         if dtype != torch.float32:
             for stored in group:
                 for own_name, values in to_parameters(stored, tensors[stored.name]):
@@ -127,6 +142,12 @@ def open_hugging_face(folder: Path) -> ImportedModel:
     from safetensors import SafetensorError, safe_open
 
     content = _read_json(folder / "config.json")
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if content.get(key):
+            raise FormatError(
+                f"{folder} must have plain numbers (got {key} in config.json: the model is "
+                "quantized); import the folder that it was made from"
+            )
     files = _weight_files(folder)
     readers: dict[str, Any] = {}
     for file in files:
@@ -169,7 +190,8 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
         try:
             tokenizer = load_tokenizer(folder)
         except ValueError:
-            content = _read_json(json_file) if json_file.is_file() and file.is_file() else {}
+            has_both = json_file.is_file() and file.is_file()
+            content = _read_json(json_file, most_bytes=MAX_FILE_BYTES) if has_both else {}
             parts = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
             if '"Metaspace"' not in parts:
                 raise
@@ -189,7 +211,36 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
     eos_ids = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
     first = next((each for each in eos_ids if each is not None), None)
     tokenizer.stop_ids = valid_stop_ids(tokenizer, first)
+    tokenizer.carried = _carried(folder, tokenizer)
     return tokenizer
+
+
+def _carried(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The chat template and the named tokens of a folder, as keys of tokenizer_config.json."""
+    settings: dict[str, Any] = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        settings |= _read_json(file) if file.is_file() else {}
+
+    def known(values: Any) -> list[str]:
+        values = list(values.values()) if isinstance(values, dict) else values
+        values = values if isinstance(values, list) else []
+        spelled = [value.get("content") if isinstance(value, dict) else value for value in values]
+        return [s for s in spelled if isinstance(s, str) and tokenizer.token_to_id(s) is not None]
+
+    carried: dict[str, Any] = {}
+    for key in ("pad_token", "unk_token"):
+        if names := known([settings.get(key)]):
+            carried[key] = names[0]
+    # The second is the key of transformers 5, which reads the first one too.
+    keys = ("additional_special_tokens", "extra_special_tokens")
+    if listed := [name for key in keys for name in known(settings.get(key))]:
+        carried[keys[0]] = listed
+    template, jinja = settings.get("chat_template"), folder / "chat_template.jinja"
+    if jinja.is_file() and jinja.stat().st_size <= _MAX_SETTINGS_BYTES:
+        template = jinja.read_text(encoding="utf-8", errors="replace")
+    if isinstance(template, str | list):
+        carried["chat_template"] = template
+    return carried
 
 
 def _adds_bos(folder: Path) -> bool:
@@ -199,7 +250,7 @@ def _adds_bos(folder: Path) -> bool:
     if isinstance(add_bos, bool):
         return add_bos
     if (folder / "tokenizer.json").is_file():
-        return template_adds_bos(_read_json(folder / "tokenizer.json"))
+        return template_adds_bos(_read_json(folder / "tokenizer.json", most_bytes=MAX_FILE_BYTES))
     return (folder / "tokenizer.model").is_file()  # SentencePiece, as Llama has it
 
 
@@ -207,13 +258,18 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if not (folder / _INDEX).is_file():
+        if others := sorted(p.name for s in _CONVERTED for p in folder.glob(s)):
+            raise FormatError(
+                f"{folder} must have its weights as safetensors (got {others[0]}, converted for "
+                "another program); import the folder that it was converted from"
+            )
         if pickles := sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s)):
             raise FormatError(
                 f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when "
                 "it is opened; save them as safetensors with the program that wrote it"
             )
         raise FormatError(f"{folder} must have a file {_WEIGHTS} or {_INDEX}")
-    places = _read_json(folder / _INDEX).get("weight_map")
+    places = _read_json(folder / _INDEX, most_bytes=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
         raise FormatError(f"{folder / _INDEX} must have a weight_map of texts")
     names = sorted(set(places.values()))
@@ -226,9 +282,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, *, most_bytes: int = _MAX_SETTINGS_BYTES) -> dict[str, Any]:
     try:
-        return read_json(file, unique=False)  # as transformers reads it
+        # Of a duplicate key the last value counts, as in transformers.
+        return read_json(file, unique=False, most_bytes=most_bytes)
     except (OSError, ValueError) as error:
         raise FormatError(str(error)) from None
 
@@ -272,6 +329,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         if config.rope_factor != 1.0:
             scaling = {key: values[field] for field, key in _ROPE_KEYS.items()}
             content["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    if config.position == "learned":
+        content["n_ctx"] = config.window_tokens  # as published; mlx-lm and llama.cpp read it
     if "dropout" in hf.keys:
         content["embd_pdrop"] = config.dropout
         content["attn_pdrop"] = config.dropout if config.attention_dropout else 0.0

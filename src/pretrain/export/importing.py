@@ -25,6 +25,11 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
 
     if tokenizer is not None and not (path.is_file() and is_llama2c(path)):
         raise FormatError(f"--tokenizer is only for a .bin of llama2.c, which {path} is not")
+    if (path / "adapter_config.json").is_file():
+        raise FormatError(
+            f"{path} is an adapter, which needs another model; merge the two first "
+            "(merge_and_unload of peft), save the model, and import that folder"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / "config.yaml").is_file() or (path / "manifest.json").is_file():
             raise FormatError(

@@ -46,7 +46,8 @@ class Layout:
     interleaved: bool = False
     """Whether a rotary pair is elements 2i and 2i + 1 of a head; ours are i and i + E/2."""
     optional_prefix: str = ""
-    """What names in a file may lack: GPT-2 was published without `transformer.`."""
+    """What names in a file may begin with: GPT-2 was published without `transformer.`, and mlx-lm
+    reads it so; transformers saves it with that."""
     ignored: tuple[str, ...] = ()
     """Patterns of the names of tables that other code keeps in the file and that are not
     parameters."""
@@ -190,7 +191,7 @@ def matched_model(
     found, differences = [], []
     expected = stored_tensors(config, layout, vocab_size=vocab_size)
     for tensor in expected:
-        spellings = (tensor.name, tensor.name.removeprefix(layout.optional_prefix))
+        spellings = (tensor.name, layout.optional_prefix + tensor.name)
         name = next((name for name in spellings if name in tensors), None)
         if name is None:
             differences.append(f"{tensor.name} {list(tensor.shape)} is missing")
@@ -204,8 +205,7 @@ def matched_model(
             embedding = next(t for t in expected if t.parameters == ("token_embedding.weight",))
             found.append(replace(embedding, name=name))
         elif not any(
-            fnmatchcase(start + name, pattern)
-            for start in ("", layout.optional_prefix)
+            fnmatchcase(name.removeprefix(layout.optional_prefix), pattern)
             for pattern in layout.ignored
         ):
             differences.append(f"{name:.200} {list(tensors[name][0])} is not part of this model")

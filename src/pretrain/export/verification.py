@@ -1,9 +1,9 @@
 """Verify an export: another library must compute from the files what the model computes here.
 
 The files are loaded by `verification_worker.py` in a fresh process that does not import this
-package. Compared are logits, a greedy continuation, the ids of difficult texts, and the perplexity
-of a text. The verdict is `agrees`, `disagrees`, or, if no other library is installed or it does not
-run, `not verified`.
+package. Compared are logits, a greedy continuation, the ids of difficult texts, the perplexity of a
+text, and (of transformers) a call with all that the tokenizer returns. The verdict is `agrees`,
+`disagrees`, or, if no other library is installed or it does not run, `not verified`.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ def verify_export(
         "tokenizer": _compare_ids(exported.tokenizer, request["texts"], answer),
         "perplexity": _compare_scores(exported, score, answer),
     }
+    if "usual_call" in answer:
+        is_equal = answer["usual_call"] <= checks["logits"]["tolerance"]
+        checks["usual_call"] = {**_verdict(is_equal), "largest_difference": answer["usual_call"]}
     agrees = all(check["verdict"] == AGREES for check in checks.values())
     return {**content, **_verdict(agrees), "library": answer["library"], "checks": checks}
 
@@ -145,6 +148,7 @@ def table(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "tokenizer": f"{ids['equal']} of {ids['texts']} texts are encoded and decoded equally",
         "perplexity": f"{_shown(scores['ours'])} here, {_shown(scores['theirs'])} there, on "
         f"{scores['tokens']:,} tokens",
+        "usual_call": "model(**tokenizer(text)) gives the logits of the ids alone",
     }
     return [(name, results[name], checks[name]["verdict"]) for name in checks]
 

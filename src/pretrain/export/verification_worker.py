@@ -40,7 +40,9 @@ class Transformers:
         self.model.eval()
 
     def encode(self, text: str, *, is_prompt: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=is_prompt)["input_ids"])
+        # As here, the name of a special token in a text is text.
+        options = {"add_special_tokens": is_prompt, "split_special_tokens": True}
+        return list(self.tokenizer(text, **options)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -48,6 +50,15 @@ class Transformers:
     def logits(self, ids: list[int]) -> Any:
         with self.torch.no_grad():
             return self.model(self.torch.tensor([ids])).logits[0].float().numpy()
+
+    def usual_call(self, text: str) -> float:
+        """Largest difference of a logit if the model gets everything that its tokenizer returns for
+        a text, as in the first lines that people write, and not the ids alone."""
+        inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
+        self.model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        with self.torch.no_grad():
+            logits = self.model(**inputs).logits[0].float().numpy()
+        return float(abs(logits - self.logits(inputs["input_ids"][0].tolist())).max())
 
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         ids = self.torch.tensor([prompt])
@@ -132,7 +143,7 @@ def main(folder: Path) -> None:
         raise ImportError(str(error)) from error
     kinds: dict[str, Any] = {"transformers": Transformers, "llama_cpp": LlamaCpp}
     library = kinds[request["library"]](Path(request["path"]), request)
-    np.save(folder / "logits.npy", np.stack([library.logits(row) for row in request["rows"]]))
+    logits = np.stack([library.logits(row) for row in request["rows"]])
     encoded = [library.encode(text) for text in request["texts"]]
     ids = [request["start"], *library.encode(request["scored_text"])]
     nats = score(library, ids, request["context"])
@@ -145,8 +156,14 @@ def main(folder: Path) -> None:
         "nats": nats if math.isfinite(nats) else None,
         "tokens": len(ids) - 1,
     }
+    if request["library"] == "transformers":
+        answer["usual_call"] = library.usual_call(request["scored_text"][:200])
     assert "pretrain" not in sys.modules, "the export would be compared with our own code"
-    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+    try:
+        (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+        np.save(folder / "logits.npy", logits)
+    except OSError as error:  # the disk is full, which says nothing about the files
+        raise MemoryError(f"the answer cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

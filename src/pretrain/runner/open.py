@@ -130,7 +130,8 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     """Load MODEL onto a device (auto, cpu, cuda or mps). Of a finished run this is the best
     checkpoint, of an unfinished one the newest. ValueError where `path` is not a model."""
     path = Path(path)
-    is_foreign = path.is_file() or (path / "config.json").is_file()
+    foreign_files = ("config.json", "adapter_config.json")
+    is_foreign = path.is_file() or any((path / name).is_file() for name in foreign_files)
     if not is_foreign:
         find_checkpoint(path)  # before torch is imported, which takes seconds
 
@@ -153,6 +154,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     config, tokenizer = read_unchanged(run, checkpoint)
     tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
     tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
+    tokenizer.carried = checkpoint.state.get("carried", {})
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
     return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)

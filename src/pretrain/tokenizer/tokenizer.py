@@ -52,6 +52,9 @@ class Tokenizer:
     for imported models as in their own files."""
     stop_ids: list[int]
     """Ids at which generation ends: end_of_text, or those of an imported model's files."""
+    carried: dict[str, Any]
+    """What an export of an imported model has again, as keys of tokenizer_config.json: the chat
+    template, the padding token and other named tokens. Nothing here uses them."""
     sha256: str
     """Hash of the canonical tokenizer.json, which `save` writes."""
 
@@ -89,6 +92,7 @@ class Tokenizer:
         self.start_of_text = self._special.get(start_token, self.end_of_text)
         self.add_bos = True
         self.stop_ids = [self.end_of_text]
+        self.carried = {}
 
         self.encoder = create_encoder(self._tokens, description, library)
         self.kind: Kind = self.encoder.kind
@@ -178,6 +182,10 @@ class Tokenizer:
         """The spelling of an id in the vocabulary."""
         return self._tokens[id_]
 
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a spelling; None if the vocabulary lacks it."""
+        return self._tokens.index(token) if token in self._tokens else None
+
     @property
     def description(self) -> dict[str, Any]:
         """The content of tokenizer.json, parsed at each call: it is large as Python objects."""
@@ -197,7 +205,7 @@ class Tokenizer:
         library.add_special_tokens([special_token(name) for name in names])
         tokenizer = Tokenizer(library)
         tokenizer.add_bos = self.add_bos
-        tokenizer.stop_ids = self.stop_ids
+        tokenizer.stop_ids, tokenizer.carried = self.stop_ids, self.carried
         return tokenizer
 
     def save(self, folder: str | Path, *, bos_template: bool = False) -> Path:

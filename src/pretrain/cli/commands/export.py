@@ -1,7 +1,10 @@
 """Write a model for other programs, and verify with them that they read the same model.
 
 pretrain export runs/english-1 --format hf --out english      for transformers, vLLM, ...
-pretrain export runs/english-1 --format gguf --out english    for llama.cpp: gpt2 and llama only
+pretrain export runs/mine --format gguf --out english         for llama.cpp: gpt2 and llama only
+
+The family `fast` runs here and in transformers; for vLLM, llama.cpp, ONNX, OpenVINO or MLX train
+--model.family llama.
 """
 
 from __future__ import annotations

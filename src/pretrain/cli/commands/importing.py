@@ -46,9 +46,13 @@ def run(args: argparse.Namespace, output: Output) -> None:
         config = compose([{"model": asdict(model.config)}])
         (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tensors = {f"model/{name}": values for name, values in model.parameters()}
-        of_tokenizer = {"begins_texts": model.tokenizer.add_bos, "ends": model.tokenizer.stop_ids}
-        fingerprint = {**settings_of_model(config), "tokenizer": model.tokenizer.sha256}
-        state = {"imported": origin, "fingerprint": fingerprint, **of_tokenizer}
+        state = {
+            "imported": origin,
+            "fingerprint": {**settings_of_model(config), "tokenizer": model.tokenizer.sha256},
+            "begins_texts": model.tokenizer.add_bos,
+            "ends": model.tokenizer.stop_ids,
+            "carried": model.tokenizer.carried,
+        }
         save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
     output.log(
         f"{args.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "

@@ -1,0 +1,277 @@
+"""One tool that comes after pre-training, asked about one exported model: scripts/handover.py runs
+this in the tool's environment. The last line that is printed is `RESULT` and a few words.
+
+    python handover_checks.py TOOL FAMILY WORK
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TOOL, FAMILY, WORK = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+MODELS, SCRATCH = WORK / "models", WORK / "scratch" / f"{TOOL}-{FAMILY}"
+FOLDER = str(MODELS / f"{FAMILY}-hf")
+ANSWERS = json.loads((WORK / "answers.json").read_text())[FAMILY]
+N_NEW = 30
+TRUST = {"trust_remote_code": True} if FAMILY == "fast" else {}
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    """The tokens before the first end-of-text: not all tools stop there."""
+    end = ANSWERS["end"]
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def result(continuations: list[list[int]]) -> str:
+    """How many of the four continuations are ours."""
+    expected = [row["tokens"] for row in ANSWERS["rows"]]
+    pairs = zip(expected, continuations, strict=True)
+    n = sum(until_end(list(ours)) == until_end(list(theirs)) for ours, theirs in pairs)
+    return "equal" if n == len(expected) else f"{n} of {len(expected)} continuations are equal"
+
+
+def load() -> tuple[Any, Any]:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER, **TRUST)
+    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, **TRUST).eval()
+    return tokenizer, model
+
+
+def continued(tokenizer: Any, model: Any) -> str:
+    """As people write it: all that the tokenizer returns goes to generate."""
+    found = []
+    for row in ANSWERS["rows"]:
+        inputs = tokenizer(row["prompt"], return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=N_NEW, do_sample=False, pad_token_id=0)
+        found.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    return result(found)
+
+
+def check_transformers() -> str:
+    import transformers
+
+    tokenizer, model = load()
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    pipeline("the ship", do_sample=False)  # with its default length
+    model.save_pretrained(SCRATCH)
+    tokenizer.save_pretrained(SCRATCH)
+    again = transformers.AutoModelForCausalLM.from_pretrained(SCRATCH, **TRUST).eval()
+    one, other = continued(tokenizer, model), continued(tokenizer, again)
+    return one if one == other else f"{one}; saved again: {other}"
+
+
+def check_peft() -> str:
+    """LoRA on all linear layers, and on the head by itself; merged, saved, loaded."""
+    import peft
+    import torch
+
+    head = "head" if FAMILY == "fast" else "lm_head"
+    ids = torch.tensor([row["ids"] + row["tokens"] for row in ANSWERS["rows"]][:1])
+    notes = []
+    for target in ("all-linear", [head]):
+        _, model = load()
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=target, r=2)
+        adapted = peft.get_peft_model(model, config)
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        moved = [p for n, p in adapted.named_parameters() if "lora_B" in n and bool(p.any())]
+        n_adapted = sum("lora_B" in n for n, _ in adapted.named_parameters())
+        notes.append(f"{len(moved)} of {n_adapted} adapters learn")
+        expected = adapted(input_ids=ids).logits
+        merged = adapted.merge_and_unload()
+        difference = float((merged(input_ids=ids).logits - expected).abs().max())
+        if difference > 1e-4:
+            notes.append(f"merged: {difference:.1e} off")
+    learned = all(note.split()[0] == note.split()[2] for note in notes)
+    return "equal" if learned else "; ".join(notes)
+
+
+def check_trl() -> str:
+    """Plain text must learn to end; packed rows must train."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"text": ["the ship and the sea."] * 16})
+    shared: dict[str, Any] = {"use_cpu": True, "report_to": [], "save_strategy": "no"}
+    shared |= {"max_length": 64, "model_init_kwargs": TRUST or None, "disable_tqdm": True}
+    notes = []
+    for packing in (False, True):
+        steps = 3 if packing else 60
+        config = SFTConfig(
+            str(SCRATCH), packing=packing, max_steps=steps, learning_rate=1e-3, bf16=False, **shared
+        )
+        trainer = SFTTrainer(FOLDER, args=config, train_dataset=data)
+        trainer.train()
+        if not packing:
+            tokenizer, model = trainer.processing_class, trainer.model.eval()
+            inputs = tokenizer("the ship", return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0].tolist()
+            if out[-1] != ANSWERS["end"]:
+                notes.append("never learns to end")
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        if losses and not torch.tensor(losses).isfinite().all():
+            notes.append("a loss is not finite")
+    return "; ".join(notes) or "trains, packed too, and learns to end"
+
+
+def check_torchao() -> str:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    tokenizer, model = load()
+    quantize_(model, Int8WeightOnlyConfig())
+    return f"int8: {continued(tokenizer, model)}"
+
+
+def check_mergekit() -> str:
+    """A linear merge of a model with itself is that model."""
+    import subprocess
+
+    import transformers
+
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    part = f"  - model: {FOLDER}\n    parameters:\n      weight: 0.5\n"
+    (SCRATCH / "merge.yml").write_text(
+        f"models:\n{part}{part}merge_method: linear\ndtype: float32\n"
+    )
+    tool = Path(sys.executable).with_name("mergekit-yaml")
+    command = [str(tool), str(SCRATCH / "merge.yml"), str(SCRATCH / "out")]
+    command += ["--trust-remote-code"] if TRUST else []
+    subprocess.run(command, check=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER, **TRUST)
+    model = transformers.AutoModelForCausalLM.from_pretrained(SCRATCH / "out", **TRUST).eval()
+    return continued(tokenizer, model)
+
+
+def check_lm_eval() -> str:
+    """log p of our continuations, against transformers' own."""
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer, model = load()
+    judge = HFLM(FOLDER, device="cpu", dtype="float32", trust_remote_code=bool(TRUST))
+    requests, expected = [], []
+    for row in ANSWERS["rows"]:
+        text = tokenizer.decode(row["tokens"][:5])
+        requests.append(Instance("loglikelihood", {}, (row["prompt"], text), 0))
+        ids = tokenizer(row["prompt"])["input_ids"]
+        more = tokenizer(text, add_special_tokens=False)["input_ids"]
+        log_p = model(torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        expected.append(float(log_p.gather(1, torch.tensor(more)[:, None]).sum()))
+    found = [log_p for log_p, _ in judge.loglikelihood(requests)]
+    off = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    return "equal" if off < 1e-3 else f"log p {off:.1e} off"
+
+
+def check_onnx() -> str:
+    """torch.onnx's exporter, logits in onnxruntime."""
+    import onnxruntime
+    import torch
+
+    _, model = load()
+    model.config.use_cache = False
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    file, ids = SCRATCH / "model.onnx", torch.tensor([ANSWERS["rows"][0]["ids"] * 2])
+
+    class Logits(torch.nn.Module):
+        def forward(self, input_ids: Any) -> Any:
+            return model(input_ids=input_ids, use_cache=False).logits
+
+    torch.onnx.export(Logits().eval(), (ids,), str(file), input_names=["input_ids"], dynamo=True)
+    found = onnxruntime.InferenceSession(str(file)).run(None, {"input_ids": ids.numpy()})[0]
+    off = float((torch.from_numpy(found) - model(ids).logits).abs().max())
+    return "equal" if off < 1e-3 else f"logits {off:.1e} off"
+
+
+def check_optimum() -> str:
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    tokenizer, _ = load()
+    return continued(tokenizer, ORTModelForCausalLM.from_pretrained(FOLDER, export=True, **TRUST))
+
+
+def check_openvino() -> str:
+    from optimum.intel import OVModelForCausalLM
+
+    tokenizer, _ = load()
+    return continued(tokenizer, OVModelForCausalLM.from_pretrained(FOLDER, export=True, **TRUST))
+
+
+def check_ctranslate2() -> str:
+    import ctranslate2
+
+    tokenizer, _ = load()
+    converter = ctranslate2.converters.TransformersConverter(FOLDER, trust_remote_code=bool(TRUST))
+    converter.convert(str(SCRATCH), force=True)
+    generator, found = ctranslate2.Generator(str(SCRATCH), device="cpu"), []
+    for row in ANSWERS["rows"]:
+        tokens = tokenizer.convert_ids_to_tokens(row["ids"])
+        options = {"max_length": N_NEW, "include_prompt_in_result": False, "end_token": []}
+        answer = generator.generate_batch([tokens], sampling_topk=1, **options)[0]
+        found.append(answer.sequences_ids[0])
+    return result(found)
+
+
+def check_mlx() -> str:
+    import mlx.core as mx
+    from mlx_lm import load as load_mlx
+
+    model, _ = load_mlx(FOLDER)
+    found = []
+    for row in ANSWERS["rows"]:
+        ids = list(row["ids"])
+        for _ in range(N_NEW):
+            ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
+        found.append(ids[len(row["ids"]) :])
+    return result(found)
+
+
+def check_llama_cpp() -> str:
+    import llama_cpp
+
+    if FAMILY == "fast":
+        return "no GGUF"
+    file = MODELS / f"{FAMILY}-gguf" / "model.gguf"
+    model, found = llama_cpp.Llama(str(file), n_ctx=64, verbose=False), []
+    for row in ANSWERS["rows"]:
+        ids = model.tokenize(row["prompt"].encode(), add_bos=True)
+        steps = zip(range(N_NEW), model.generate(ids, temp=0.0), strict=False)
+        found.append([token for _, token in steps])
+    return result(found)
+
+
+def check_vllm() -> str:
+    from vllm import LLM, SamplingParams
+
+    model = LLM(FOLDER, dtype="float32", enforce_eager=True, **TRUST)
+    options = SamplingParams(temperature=0.0, max_tokens=N_NEW, ignore_eos=True)
+    answers = model.generate([row["prompt"] for row in ANSWERS["rows"]], options)
+    return result([list(answer.outputs[0].token_ids) for answer in answers])
+
+
+CHECKS = {
+    "transformers": check_transformers,
+    "transformers-4": check_transformers,
+    "peft": check_peft,
+    "trl": check_trl,
+    "torchao": check_torchao,
+    "mergekit": check_mergekit,
+    "lm-eval": check_lm_eval,
+    "onnx": check_onnx,
+    "optimum": check_optimum,
+    "openvino": check_openvino,
+    "ctranslate2": check_ctranslate2,
+    "mlx": check_mlx,
+    "llama.cpp": check_llama_cpp,
+    "vllm": check_vllm,
+}
+
+if __name__ == "__main__":
+    print("RESULT", CHECKS[TOOL]())
