@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter as Counts
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -121,6 +122,10 @@ class ReadingReport:
     n_problems: int = 0
     text_field: str | None = None
     """The field that the user named as text."""
+    document_separator: str | None = None
+    """What divides the documents of a text file."""
+    marks: dict[str, int] = field(default_factory=dict)
+    """Number of marks such as <|endoftext|> that are read as letters."""
     text_fields: dict[str, str] = field(default_factory=dict)
     """For each of the first files of records: the field that was read as text."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -175,6 +180,7 @@ class ReadingReport:
             if type(count) is int:
                 setattr(self, each.name, getattr(self, each.name) + count)
         self.text_field = self.text_field or other.text_field
+        self.marks = dict(Counts(self.marks) + Counts(other.marks))
         for kind, omission in other.omitted.items():
             self.omit(kind, omission)
         self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
@@ -204,6 +210,11 @@ class ReadingReport:
             names = {name: file for file, name in reversed(self.text_fields.items())}
             files = (f"{name!r} (first in {file})" for name, file in reversed(names.items()))
             facts["field"] = f"{how}: {', '.join(files)}"
+        if self.marks:
+            frequent = Counts(self.marks).most_common(5)
+            counts = ", ".join(f"{mark} {n:,} times" for mark, n in frequent)
+            advice = f"--data.document_separator '{frequent[0][0]}'"
+            facts["marks"] = f"read as letters: {counts}; if it divides documents: {advice}"
         if 2 * n_omitted > self.n_read_bytes:
             facts["warning"] = f"most of the source is not in the text: {share} was skipped"
         return facts

@@ -16,7 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 from pretrain import needs_package
-from pretrain.corpus.documents import Counter, Document, Problem, ReadingReport, StrictError
+from pretrain.corpus.documents import (
+    MAX_DETAILED_PROBLEMS,
+    Counter,
+    Document,
+    Problem,
+    ReadingReport,
+    StrictError,
+)
 from pretrain.corpus.files import (
     HEAD_BYTES,
     SUPPORTED_FORMATS,
@@ -28,12 +35,14 @@ from pretrain.corpus.files import (
     format_of,
     list_files,
 )
+from pretrain.corpus.gutenberg import without_notices
 from pretrain.corpus.publications import CannotRead, read_publication
 from pretrain.corpus.records import MAX_RECORD_BYTES, RECORD_FORMATS, read_records, skip_record
 from pretrain.fileio import without_surrogates
 
 MAX_DOCUMENT_BYTES = 1 << 24
 """A longer text file is split into documents of about this size, so that memory stays bounded."""
+_MARK = re.compile(r"<\|\w{1,40}\|>")
 _MAX_INVALID_FRACTION = 0.01
 # The number and the times of a subtitle.
 _CUE = re.compile(r"^WEBVTT.*\n|^(\d+\n)?[\d:.,]+ --> .*\n", re.M)
@@ -66,13 +75,21 @@ def read_files(
         n_bytes_before = report.n_read_bytes
         with FileStream(file, report) as stream:
             for document in _read_stream(stream, text_field):
-                n_bytes = len(document.text.encode())
+                text = without_notices(document.text)
+                n_bytes = len(text.encode())
+                if text is not document.text:
+                    n_omitted = len(document.text.encode()) - n_bytes
+                    stream.omit("notices of Project Gutenberg", n_omitted, unit="book")
+                if "<|" in text and len(report.marks) < MAX_DETAILED_PROBLEMS:
+                    for mark in _MARK.findall(text):
+                        report.marks[mark] = report.marks.get(mark, 0) + 1
                 report.n_documents += 1
                 report.n_text_bytes += n_bytes
                 counts["n_documents"] += 1
                 counts["n_text_bytes"] += n_bytes
                 yield replace(
                     document,
+                    text=text,
                     id=without_surrogates(document.id),
                     title=without_surrogates(document.title),
                     source_argument=file.source_argument,
@@ -119,7 +136,7 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
     A text that is empty or not UTF-8 is skipped.
     """
     name = stream.file.name
-    for number, (offset, data) in enumerate(_split_text(stream), start=1):
+    for number, (offset, data) in enumerate(_divide_text(stream), start=1):
         bom = codecs.BOM_UTF8 if number == 1 and data.startswith(codecs.BOM_UTF8) else b""
         encoded = data[len(bom) :]
         try:
@@ -150,18 +167,34 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
             stream.add_problem("skipped: empty text", offset=0, counter="n_skipped_files")
 
 
-def _split_text(stream: FileStream) -> Iterator[tuple[int, bytes]]:
+def _divide_text(stream: FileStream) -> Iterator[tuple[int, bytes]]:
+    """Yield the documents of a text with the first byte of each: its parts, or, with a separator,
+    what is between separators and the empty lines around them."""
+    separator = (stream.report.document_separator or "").encode()
+    for offset, data in _split_text(stream, separator):
+        if not separator:
+            yield offset, data
+            continue
+        for document in data.split(separator):
+            start = len(document) - len(document.lstrip(b"\r\n"))
+            if document.strip():
+                yield offset + start, document.strip(b"\r\n")
+            offset += len(document) + len(separator)
+
+
+def _split_text(stream: FileStream, last: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield a text in parts of at most MAX_DOCUMENT_BYTES, each with its first byte.
 
-    A part ends after its last empty line, line or word in its second half, else between two
-    characters.
+    A part ends after its `last` separator, or its last empty line, line or word in its second half,
+    else between two characters.
     """
     offset = 0
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     while len(data) > MAX_DOCUMENT_BYTES:
         stop = MAX_DOCUMENT_BYTES
-        for separator in (b"\n\n", b"\n", b" "):
-            position = data.rfind(separator, MAX_DOCUMENT_BYTES // 2, MAX_DOCUMENT_BYTES)
+        for separator in (*filter(None, [last]), b"\n\n", b"\n", b" "):
+            start = 0 if separator == last else MAX_DOCUMENT_BYTES // 2
+            position = data.rfind(separator, start, MAX_DOCUMENT_BYTES)
             if position >= 0:
                 stop = position + len(separator)
                 break

@@ -54,6 +54,9 @@ class DataConfig(Checked):
     text_field: Annotated[str | None, Matching(NON_EMPTY, "the name of a field")] = None
     """field of JSON, CSV and Parquet records that contains the text; empty: detected from the first
     records"""
+    document_separator: Annotated[str | None, Matching(NON_EMPTY, "a text")] = None
+    """what divides the documents of a text file, such as <|endoftext|>; empty: a file is one
+    document"""
     val_fraction: ValFraction = None
     """fraction of the documents kept for validation; empty: 400 kB to 2 MB of text"""
 

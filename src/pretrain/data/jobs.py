@@ -53,6 +53,7 @@ class Settings(Checked):
     tokenizer: str = "bpe"
     vocab_size: int | None = None
     text_field: str | None = None
+    document_separator: str | None = None
     val_fraction: ValFraction = None
     strict: bool = False
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

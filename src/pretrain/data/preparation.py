@@ -88,6 +88,7 @@ def prepare(
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
     text_field: str | None = None,
+    document_separator: str | None = None,
     val_fraction: float | None = None,
     strict: bool = False,
     corpus: CorpusConfig | None = None,
@@ -110,6 +111,7 @@ def prepare(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         text_field=text_field,
+        document_separator=document_separator,
         val_fraction=val_fraction,
         strict=strict,
         corpus=corpus or CorpusConfig(),
@@ -303,6 +305,8 @@ def _write_folder(job: Job, progress: Progress) -> Path:
     # The manifest has what the ids depend on; names and paths of this machine are in the report.
     settings = asdict(job.settings) | {"val_fraction": split["split"]["val_fraction"]}
     del settings["sources"]
+    if settings["document_separator"] is None:  # as before there was this setting
+        del settings["document_separator"]
     del settings["corpus"]["evaluation_texts"]
     if job.settings.tokenizer not in TRAINED_NAMES:
         settings["tokenizer"] = "given"

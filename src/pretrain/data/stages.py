@@ -125,7 +125,8 @@ def _read(job: Job, task: int, out: Path) -> None:
     content = read_json(job.task_folder("list") / f"{task}.json")
     files = [SourceFile(**file | {"path": Path(file["path"])}) for file in content["files"]]
     settings = job.settings
-    report = ReadingReport(strict=settings.strict)
+    separator = settings.document_separator
+    report = ReadingReport(strict=settings.strict, document_separator=separator)
     n_bytes = max(1, sum(file.n_bytes for file in files))
 
     def with_progress(documents: Iterable[Document]) -> Iterator[Document]:

@@ -88,6 +88,7 @@ def prepared_text(
         "tokenizer": tokenizer,
         "vocab_size": config.tokenizer.vocab_size,
         "text_field": data.text_field,
+        "document_separator": data.document_separator,
         "val_fraction": data.val_fraction,
         "corpus": config.corpus,
     }

@@ -27,6 +27,7 @@ OPTIONS = (
     ),
     Option("--vocab-size N", "size of a new BPE vocabulary", type=int),
     TEXT_FIELD,
+    Option("--document-separator TEXT", "what divides the documents of a text file"),
     Option("--val-fraction F", "fraction of the documents to hold out", type=float),
     Option(
         "--deduplicate",
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
             text_field=args.text_field,
+            document_separator=args.document_separator,
             val_fraction=args.val_fraction,
             strict=args.strict,
             corpus=corpus,
