@@ -208,8 +208,10 @@ class ReadingReport:
         if self.text_fields:
             how = f"named as {self.text_field!r}" if self.text_field else "guessed"
             names = {name: file for file, name in reversed(self.text_fields.items())}
-            files = (f"{name!r} (first in {file})" for name, file in reversed(names.items()))
-            facts["field"] = f"{how}: {', '.join(files)}"
+            fields = [f"{name!r} (first in {file})" for name, file in reversed(names.items())]
+            # Without the name of a single file: a run whose text was moved has equal facts.
+            fields = fields if self.n_files > 1 else [repr(name) for name in names]
+            facts["field"] = f"{how}: {', '.join(fields)}"
         if self.marks:
             frequent = Counts(self.marks).most_common(5)
             counts = ", ".join(f"{mark} {n:,} times" for mark, n in frequent)

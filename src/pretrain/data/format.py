@@ -307,6 +307,10 @@ class PreparedData:
             )
             for name in SPLITS
         }
+        report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+        reading = {key: report.get(key) or {} for key in ("n_read_bytes", "omitted", "facts")}
+        self.readings: list[dict[str, Any]] = [reading]
+        """What was read and what was skipped: that part of report.json, for each folder."""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the ids; the same object each time."""
@@ -315,13 +319,6 @@ class PreparedData:
             n_tokens = self._tokenizer.vocab_size
             _expect(self.folder / MANIFEST_NAME, "vocab_size", self.manifest.vocab_size, n_tokens)
         return self._tokenizer
-
-    @property
-    def readings(self) -> list[dict[str, Any]]:
-        """What was read and what was skipped: that part of report.json, for each folder."""
-        path = self.folder / REPORT_NAME
-        report = read_json(path) if path.is_file() else {}
-        return [{key: report.get(key) or {} for key in ("n_read_bytes", "omitted", "facts")}]
 
     def split(self, name: SplitName) -> TokenStream:
         """The stream "train" or "val"."""
@@ -428,7 +425,8 @@ class MixedData(PreparedData):
             name: ConcatenatedStream([data.split(name) for data in prepared])  # type: ignore[misc]
             for name in SPLITS
         }
-        self._config, self._prepared = config, prepared
+        self._config = config
+        self.readings = [reading for data in prepared for reading in data.readings]
         # Where the ids of each path of the config are in the training stream.
         spans: dict[str, SourceSpan] = {}
         end = 0
@@ -450,10 +448,6 @@ class MixedData(PreparedData):
                     "use fewer filters"
                 )
         self.spans = {path: spans[path] for path in config.paths}
-
-    @property
-    def readings(self) -> list[dict[str, Any]]:
-        return [reading for data in self._prepared for reading in data.readings]
 
     @property
     def tokens_for_epochs(self) -> int | None:
