@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pwd
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,31 @@ def test_a_text_that_is_in_a_cache_of_others_is_read(
     error = capsys.readouterr().err
     assert "Permission denied; set the environment variable PRETRAIN_CACHE to a folder" in error
     assert f": {tmp_path / 'cache' / 'prepared'}" in error
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_run_continues_when_nobody_reads_what_it_prints(
+    corpus: Path, tmp_path: Path, monkeypatch: Patch, number: int
+) -> None:
+    """`train | head` (EPIPE), and a terminal that was closed (EIO), from the first line on."""
+
+    class Gone(io.TextIOWrapper):
+        has_text = False
+
+        def write(self, text: str) -> int:
+            self.has_text = True
+            return super().write(text)
+
+        def flush(self) -> None:
+            if self.has_text and os.readlink(f"/proc/self/fd/{self.fileno()}") != os.devnull:
+                raise OSError(number, os.strerror(number))
+            super().flush()
+
+    run = tmp_path / "run"
+    with open(tmp_path / "terminal", "wb") as file:
+        monkeypatch.setattr(sys, "stdout", Gone(file, encoding="utf-8"))
+        assert main(["train", str(corpus), *TINY, *STEPS, "--run", str(run)]) == 0
+    assert (run / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("command", ["generate", "next", "evaluate", "prepare"])

@@ -292,6 +292,41 @@ def test_second_signal_stops_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_time_left_is_said_early_and_not_after_the_last_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is that of the clock: evaluations and checkpoints take time too."""
+    output, now = io.StringIO(), 100.0
+    monkeypatch.setattr("pretrain.train.console.time.monotonic", lambda: now)
+    console = Console(output)
+    numbers = {"loss": 2.0, "bits_per_byte": 1.0, "tokens_per_second": 9.0, "learning_rate": 0.1}
+    held_out = {"val_nats_per_token": 2.0, "val_bits_per_byte": 1.0}
+    with console.progress(steps=1000, step=100):  # of a resumed run
+        for step, seconds in ((101, 60.0), (102, 60.0), (150, 48.0), (1000, 900.0)):
+            now += seconds
+            console.step({"step": step, **numbers}, steps=1000)
+            if step >= 150:
+                console.evaluation({"step": step, **held_out}, steps=1000, is_best=False)
+    lines = [line.rpartition(" | ")[2] for line in output.getvalue().splitlines()]
+    assert lines[1] == "14 h 58 min left"
+    assert lines[2:4] == ["47 min 36 s left"] * 2
+    assert lines[0] == "14 h 59 min left"
+    assert lines[4] == "lr 1.0e-01"
+    assert "left" not in lines[5]
+
+
+def test_the_cost_is_divided_into_what_it_was_spent_on(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, corpus: Path
+) -> None:
+    assert train(str(corpus), *TINY, "--train.steps", "2", "--run", str(tmp_path / "run")) == 0
+    (cost,) = re.findall(r"  cost .*", capsys.readouterr().out)
+    parts = re.findall(r"(training|evaluation|checkpoints|count tables|the rest) [\d.]+ s", cost)
+    assert parts == ["training", "evaluation", "checkpoints", "count tables", "the rest"]
+    shown = dict(re.findall(r"([a-z ]+) ([\d.]+) s[,)]", cost.partition("(")[2]))
+    total = json.loads((tmp_path / "run/summary.json").read_text())["total_seconds"]
+    assert sum(map(float, shown.values())) == pytest.approx(total, abs=2.0)
+
+
 def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:
     row = {"metric": "accuracy", "value": 0.5, "stderr": None}
     numbers = "val_bits_per_byte val_perplexity val_tokens total_seconds tokens_per_second"
@@ -301,7 +336,9 @@ def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:
         "tasks": {"report": row, "cost": row},
     }
     output = io.StringIO()
-    show_summary(Console(output), summary, folder=Path("run"), report=Path("run/report.html"))
+    show_summary(
+        Console(output), summary, folder=Path("run"), report=Path("run/report.html"), seconds={}
+    )
     lines = output.getvalue().splitlines()
     assert "  report         accuracy 0.500" in lines
     assert "  report         run/report.html" in lines

@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from pretrain import __version__
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
@@ -67,7 +67,7 @@ from pretrain.runner.request import (
     with_absolute_paths,
     with_settings,
 )
-from pretrain.runner.text import log_to, open_text, prepared_text
+from pretrain.runner.text import LastingStream, log_to, open_text, prepared_text
 from pretrain.train.signals import PlannedStop
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def train(
 def start(request: Request) -> RunResult:
     """Do what is requested, in this process or in several that it launches. ValueError for what the
     user can correct; ProcessFailed where a process fails."""
+    request = replace(request, stream=cast(TextIO, LastingStream(request.stream)))
     open_run = _new_run if request.kind == "new" else _continued_run
     with ExitStack() as held:  # the lock of the folder, until the report is written
         run = open_run(request, held)
@@ -191,7 +192,13 @@ def start(request: Request) -> RunResult:
             run.console.line(f"stopped and saved; continue with: {command}")
             return RunResult(folder, exit_code)
         summary = read_json(folder / SUMMARY)
-        show_summary(run.console, summary, folder=folder, report=report)
+        seconds = {
+            "training": run.train_seconds,
+            "evaluation": run.evaluation_seconds,
+            "checkpoints": run.stalled_seconds,
+            "count tables": run.baseline_seconds,
+        }
+        show_summary(run.console, summary, folder=folder, report=report, seconds=seconds)
         return RunResult(folder, summary=summary, report=report)
 
 

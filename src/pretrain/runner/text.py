@@ -33,6 +33,28 @@ _SET_CACHE = (
 )
 
 
+class LastingStream:
+    """A text stream that writes to nowhere once its reader has left, such as `head`, or its
+    terminal is closed: the run that it reports on continues."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 - open until the end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            n_characters = self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if error.errno not in {errno.EPIPE, errno.EIO}:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return len(text)
+        return n_characters
+
+
 def log_to(stream: TextIO) -> Log:
     """Return a function that prints a message to a stream at once."""
     return partial(print, file=stream, flush=True)

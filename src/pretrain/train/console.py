@@ -5,7 +5,6 @@ On a terminal a bar redraws itself; in a file the same facts are plain lines, a 
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,19 +43,14 @@ def with_error(row: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
 
-class _RichConsole(rich_console.Console):
-    def on_broken_pipe(self) -> None:
-        """Continue without a reader that left, such as `head`: rich would end the program."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
 class Console:
     """Writes human-readable lines to `file`."""
 
     def __init__(self, file: TextIO) -> None:
-        self._rich = _RichConsole(file=file, highlight=False, soft_wrap=True)
+        self._rich = rich_console.Console(file=file, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._last_line = 0.0
+        self._began = (0.0, 0)
 
     def line(self, text: str = "", *, style: str = "") -> None:
         """Show a line, which is never read as markup."""
@@ -74,6 +68,7 @@ class Console:
     def progress(self, *, steps: int, step: int) -> Iterator[None]:
         """Show steps as they are made: a bar on a terminal, lines elsewhere."""
         self._last_line = time.monotonic()
+        self._began = (self._last_line, step)
         if not self._rich.is_terminal:
             yield
             return
@@ -103,19 +98,25 @@ class Console:
         if step not in (1, steps) and now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
-        left_seconds = (steps / step - 1) * record["tokens"] / record["tokens_per_second"]
-        self.line(
-            f"step {step:>6,}/{steps:,} | {facts} | lr {record['learning_rate']:.1e} | "
-            f"{duration(left_seconds)} left"
-        )
+        line = f"step {step:>6,}/{steps:,} | {facts} | lr {record['learning_rate']:.1e}"
+        self.line(line + self._left(step, steps))
 
-    def evaluation(self, record: Mapping[str, Any], *, left_seconds: float, is_best: bool) -> None:
-        """Show an evaluation's line of metrics.jsonl."""
+    def _left(self, step: int, steps: int) -> str:
+        """` | 3 min 20 s left`, by the pace of this process, evaluations and checkpoints included;
+        nothing before its first step and after the last."""
+        start_time, first = self._began
+        if step <= first or step == steps:
+            return ""
+        pace = (time.monotonic() - start_time) / (step - first)
+        return f" | {duration(pace * (steps - step))} left"
+
+    def evaluation(self, record: Mapping[str, Any], *, steps: int, is_best: bool) -> None:
+        """Show an evaluation's line of metrics.jsonl, of `steps` in all."""
         mark = ", the best so far" if is_best else ""
         self.line(
             f"step {record['step']:>6,} | held-out text: {record['val_nats_per_token']:.3f} "
-            f"nats/token, {record['val_bits_per_byte']:.3f} bits/byte{mark} | "
-            f"{duration(left_seconds)} left",
+            f"nats/token, {record['val_bits_per_byte']:.3f} bits/byte{mark}"
+            f"{self._left(record['step'], steps)}",
             style="bold",
         )
 
@@ -224,9 +225,16 @@ def show_plan(
 
 
 def show_summary(
-    console: Console, summary: Mapping[str, Any], *, folder: Path, report: Path
+    console: Console,
+    summary: Mapping[str, Any],
+    *,
+    folder: Path,
+    report: Path,
+    seconds: Mapping[str, float],
 ) -> None:
-    """Show the results, the cost, and where the files are."""
+    """Show the results, the cost in all and by what took the `seconds`, and where the files are."""
+    spent = {**seconds, "the rest": summary["total_seconds"] - sum(seconds.values())}
+    parts = ", ".join(f"{name} {duration(each)}" for name, each in spent.items())
     baselines = ", ".join(
         f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary["baselines"]
     )
@@ -241,9 +249,8 @@ def show_summary(
         name: f"{row['metric']} {with_error(row)}" for name, row in summary.get("tasks", {}).items()
     }
     rest = {
-        "cost": f"{duration(summary['total_seconds'])}, "
-        f"{duration(summary['train_seconds'])} of it in training steps (the rest: reading, "
-        f"evaluation, checkpoints); {summary['tokens_per_second']:,.0f} tokens/s in training, "
+        "cost": f"{duration(summary['total_seconds'])} ({parts}), "
+        f"{summary['tokens_per_second']:,.0f} tokens/s in training, "
         f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB of memory at most",
         "checkpoint": str(folder / summary["checkpoint"]),
         "report": str(report),

@@ -6,6 +6,7 @@ signal interrupts them without a record, so the resume begins with what is missi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
@@ -38,10 +39,12 @@ def evaluate_if_due(run: Run, stop: StopSignals) -> bool:
     """Evaluate what is due after this step and has no result yet; True for a new best score."""
     if is_evaluated(run):
         return False
+    start = time.perf_counter()
     with uncompiled():
         is_best = held_out_is_due(run) and evaluate(run, stop)
         if tasks := due_tasks(run):
             evaluate_tasks(run, tasks, stop)
+    run.evaluation_seconds += time.perf_counter() - start
     return is_best
 
 
@@ -86,8 +89,7 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
         "seconds": run.train_seconds,
     }
     run.log.append_metrics(record)
-    left_seconds = (run.n_steps - run.step) * run.train_seconds / run.step
-    run.console.evaluation(record, left_seconds=left_seconds, is_best=is_best)
+    run.console.evaluation(record, steps=run.n_steps, is_best=is_best)
 
     sampling = Sampling(temperature=0.8, seed=train.seed)
     run.model.unshard()

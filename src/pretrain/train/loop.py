@@ -216,16 +216,20 @@ def finish(run: Run) -> None:
     if best != checkpoint and best.exists():
         checkpoint = best
         load_weights(run.model, Checkpoint(best))
+    start = time.perf_counter()
     with uncompiled():
         score = evaluate_split(run)
         predictions = token_losses(run)
+    run.evaluation_seconds += time.perf_counter() - start
     peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
         return
 
     run.console.line("scoring count tables and xz on the same held-out tokens ...")
+    start = time.perf_counter()
     train_split, val_split = run.data.split("train"), run.data.split("val")
     baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
+    run.baseline_seconds = time.perf_counter() - start
     write_json(run.folder / BASELINES, baselines)
     write_json(run.folder / PREDICTIONS, predictions)
 

@@ -98,6 +98,10 @@ class Run:
     step: int = 0
     """updates made so far"""
     train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    """of held-out text, samples and tasks"""
+    baseline_seconds: float = 0.0
+    """of count tables and xz, after the last step"""
     stalled_seconds: float = 0.0
     """time for which this process waited for checkpoints"""
     repeated_ids: dict[int, int] = field(default_factory=dict)
@@ -120,6 +124,7 @@ class Run:
         if checkpoint is not None:
             self.restore(checkpoint)
             self.start_time -= checkpoint.state["total_seconds"]
+            self.evaluation_seconds = checkpoint.state.get("evaluation_seconds", 0.0)
         else:
             self.load_first_weights()
         self.load_log(checkpoint)
@@ -184,6 +189,7 @@ class Run:
         protected = [self.checkpoints / checkpoint_name(step) for step in protected_steps]
         state = {
             "train_seconds": self.train_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
             "total_seconds": time.perf_counter() - self.start_time,
             "position": self.batches.position(self.step),
             "records": self.log.hashes() if self.world.is_main else {},
