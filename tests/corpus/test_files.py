@@ -33,7 +33,10 @@ def test_folder_is_read_in_order_of_relative_paths(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     write_records(tmp_path / "c.jsonl", {"text": "one"}, {"text": "two"})
-    found = list(read_documents(tmp_path))
+    report = ReadingReport()
+    found = list(read_documents(tmp_path, report=report))
+    assert "2 hidden names: begins with a dot (.git, .hidden.txt)" in report.facts()["skipped"]
+    assert report.n_problems == 0
     names = ["a.txt", "a/b/c.txt", "a/z.md", "b.txt", "c.jsonl:1", "c.jsonl:2"]
     assert [document.id for document in found] == names
     name = "a/b/c.txt"

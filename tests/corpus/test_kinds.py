@@ -144,7 +144,7 @@ def test_a_missing_package_is_named_and_the_rest_is_read(
     (tmp_path / "b.txt").write_text("The ship.\n", encoding="utf-8")
     report = ReadingReport()
     assert read_texts(tmp_path, report=report) == ["The ship.\n"]
-    expected = r"a PDF document; it needs the package pypdf: .*pretrain\[documents\]"
+    expected = r"a PDF document; it needs the package pypdf: .*\[documents\]"
     assert re.search(expected, report.facts()["skipped"])
     with pytest.raises(ValueError, match=expected):
         read_texts(tmp_path / "a.pdf")

@@ -171,9 +171,11 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
         return
 
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
         name = prefix + entry.name
+        if entry.name.startswith("."):
+            hidden = Omission("begins with a dot", "hidden name", 1, places=[_printable(name)])
+            report.omit("hidden", hidden)
+            continue
         status = entry.stat(follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             _walk(Path(entry.path), name + "/", files, report)

@@ -37,14 +37,12 @@ class CannotRead(Exception):
 def read_publication(stream: FileStream, format: str, html_text: HtmlText) -> Iterator[Document]:
     """Yield the documents of a file of one of the formats READERS. `html_text` returns title and
     text of a page. CannotRead for a file that is damaged, locked or too large."""
-    name, number = stream.file.name, 0
+    name = stream.file.name
     try:
-        for title, text in READERS[format](stream, html_text):
-            number += 1
-            id_ = name if format in ("pdf", "zip", "notebook") else f"{name}:{number}"
-            text = text.replace("\r\n", "\n")
+        for number, (title, text) in enumerate(READERS[format](stream, html_text), start=1):
             if text.strip():
-                yield Document(id_, text, title, name)
+                id_ = name if number == 1 else f"{name}#{number}"
+                yield Document(id_, text.replace("\r\n", "\n"), title, name)
             else:
                 stream.omit("without text: pictures only, or empty", 0, unit="document")
     except (StrictError, CannotRead):
@@ -53,6 +51,14 @@ def read_publication(stream: FileStream, format: str, html_text: HtmlText) -> It
         raise CannotRead(missing_package("it", str(error.name), extra="documents")) from error
     except Exception as error:  # of a library, about a damaged file
         raise CannotRead(f"it cannot be read: {type(error).__name__}: {error}"[:300]) from error
+
+
+def _copy(stream: FileStream, copy: Any) -> Any:
+    """Copy the (decompressed) bytes to a file that can be read from its end."""
+    shutil.copyfileobj(stream, copy)
+    if copy.tell() > MAX_FILE_BYTES:
+        raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes")
+    return copy
 
 
 def _pdf(stream: FileStream, html_text: HtmlText) -> Texts:
@@ -65,17 +71,8 @@ def _pdf(stream: FileStream, html_text: HtmlText) -> Texts:
         yield str(title or ""), "\n\n".join(page.extract_text() for page in reader.pages)
 
 
-def _copy(stream: FileStream, copy: Any) -> Any:
-    """Copy the (decompressed) bytes to a file that can be read from its end."""
-    shutil.copyfileobj(stream, copy)
-    if copy.tell() > MAX_FILE_BYTES:
-        raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes")
-    return copy
-
-
 def _zip(stream: FileStream, html_text: HtmlText) -> Texts:
-    """A book (EPUB: https://www.w3.org/TR/epub-33/) or a text of an office (ECMA-376,
-    OpenDocument)."""
+    """A book (EPUB 3.3) or a text of an office (ECMA-376, OpenDocument 1.3)."""
     with tempfile.TemporaryFile() as copy, zipfile.ZipFile(_copy(stream, copy)) as archive:
         if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
             raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes when it is unpacked")
@@ -83,16 +80,12 @@ def _zip(stream: FileStream, html_text: HtmlText) -> Texts:
         if "META-INF/container.xml" in names:
             yield _epub(archive, html_text)
         elif "word/document.xml" in names:
-            # Other elements are commands, and text that was deleted.
-            signs = {"t": None, "tab": "\t", "br": "\n"}
-            paragraphs = _named(_xml(archive, "word/document.xml"), "p")
-            lines = (
-                [signs[_name(e)] or e.text or "" for e in _named(p, *signs)] for p in paragraphs
-            )
-            yield "", "\n".join(map("".join, lines))
+            root = _xml(archive, "word/document.xml")
+            yield "", "\n".join(map(_words, root.iterfind(".//{*}p")))
         elif "content.xml" in names:
-            paragraphs = _named(_xml(archive, "content.xml"), "p", "h")
-            yield "", "\n".join("".join(p.itertext()) for p in paragraphs)
+            elements = _xml(archive, "content.xml").iter()
+            texts = ("".join(e.itertext()) for e in elements if e.tag.endswith(("}p", "}h")))
+            yield "", "\n".join(texts)
         else:
             raise CannotRead("unpack it (unzip FILE); save sheets as CSV, slides as PDF")
 
@@ -100,7 +93,7 @@ def _zip(stream: FileStream, html_text: HtmlText) -> Texts:
 def _part(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as file:
         data = file.read(MAX_PART_BYTES + 1)
-    if len(data) > MAX_PART_BYTES or (name.endswith("xml") and b"<!ENTITY" in data):
+    if len(data) > MAX_PART_BYTES or b"<!ENTITY" in data:
         raise CannotRead(f"{name} is too large, or declares entities")
     return data
 
@@ -109,24 +102,23 @@ def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
     return ElementTree.fromstring(_part(archive, name))
 
 
-def _name(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _named(root: ElementTree.Element, *names: str) -> Iterator[ElementTree.Element]:
-    return (element for element in root.iter() if _name(element) in names)
-
-
 def _epub(archive: zipfile.ZipFile, html_text: HtmlText) -> tuple[str, str]:
     """Title and text of a book: its chapters in the order of its spine."""
-    path = next(_named(_xml(archive, "META-INF/container.xml"), "rootfile")).attrib["full-path"]
+    (file, *_) = _xml(archive, "META-INF/container.xml").iterfind(".//{*}rootfile")
+    path = file.attrib["full-path"]
     package = _xml(archive, path)
-    hrefs = {item.get("id"): unquote(item.get("href", "")) for item in _named(package, "item")}
-    chapters = [hrefs[reference.get("idref")] for reference in _named(package, "itemref")]
-    folder = posixpath.dirname(path)
-    texts = [html_text(_part(archive, posixpath.join(folder, href)))[1] for href in chapters]
-    title = next((element.text for element in _named(package, "title")), None)
-    return title or "", "\n\n".join(texts)
+    hrefs = {item.get("id"): item.attrib["href"] for item in package.iterfind(".//{*}item")}
+    chapters = [hrefs[item.get("idref")] for item in package.iterfind(".//{*}itemref")]
+    paths = (posixpath.join(posixpath.dirname(path), unquote(href)) for href in chapters)
+    text = "\n\n".join(html_text(_part(archive, path))[1] for path in paths)
+    return package.findtext(".//{*}title") or "", text
+
+
+def _words(paragraph: ElementTree.Element) -> str:
+    """The text of a paragraph of Word, without deleted words and commands."""
+    signs = {"t": None, "tab": "\t", "br": "\n", "cr": "\n"}
+    parts = ((e.tag.rpartition("}")[2], e.text) for e in paragraph.iterfind(".//{*}r/*"))
+    return "".join(signs[name] or text or "" for name, text in parts if name in signs)
 
 
 def _mail(stream: FileStream, html_text: HtmlText) -> Texts:
@@ -155,12 +147,12 @@ def _messages(stream: FileStream) -> Iterator[bytes]:
     yield bytes(message)
 
 
-def _elements(stream: FileStream, name: str) -> Iterator[ElementTree.Element]:
-    """The elements of one name, one at a time."""
+def _elements(stream: FileStream, tag: str) -> Iterator[ElementTree.Element]:
+    """The elements of one tag, one at a time."""
     events = ElementTree.iterparse(stream, events=("start", "end"))
     _, root = next(events)
     for event, element in events:
-        if event == "end" and _name(element) == name:
+        if event == "end" and element.tag.rpartition("}")[2] == tag:
             yield element
             root.clear()
 
@@ -170,10 +162,9 @@ def _mediawiki(stream: FileStream, html_text: HtmlText) -> Texts:
     from mwparserfromhell import parse
 
     for page in _elements(stream, "page"):
-        fields = {_name(element): element.text or "" for element in page.iter()}
-        text = fields.get("text", "")
-        if fields.get("ns", "0") == "0" and "redirect" not in fields:
-            yield fields.get("title", ""), str(parse(text).strip_code())
+        text = page.findtext(".//{*}text") or ""
+        if page.findtext("{*}ns") in ("0", None) and page.find("{*}redirect") is None:
+            yield page.findtext("{*}title") or "", str(parse(text).strip_code())
         else:
             stream.omit("a redirect, or no article", len(text.encode()), unit="page")
 
