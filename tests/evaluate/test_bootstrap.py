@@ -195,7 +195,7 @@ def test_compare_reports_the_documents_that_it_skipped(
     assert main([*words, "--device", "cpu", "--json"]) == 0
     for protocol in json.loads(capsys.readouterr().out)["protocol"].values():
         assert protocol.keys() == {"text", str(file)}
-        assert protocol[str(file)].startswith(f"{file}: documents skipped: 1; ")
+        assert protocol[str(file)].startswith(f"{file}: skipped 1 record, ")
 
 
 def test_compare_pairs_the_examples_of_tasks(

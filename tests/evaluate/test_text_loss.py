@@ -139,12 +139,27 @@ def test_an_incomplete_text_is_not_scored(
     assert message in capsys.readouterr().err
 
 
-def test_skipped_documents_are_reported(
+def test_skipped_documents_and_the_field_are_reported(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one text"}\n{"text": 3}\n')
-    assert main(["evaluate", str(finished_run), "--text", str(tmp_path / "a.jsonl")]) == 0
-    assert "8 bytes; documents skipped: 1; " in " ".join(capsys.readouterr().out.split())
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one text"}\n{"text": 3}\n')
+    words = ["evaluate", str(finished_run), "--text", str(file)]
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith(
+        " tokens, 8 bytes\n"
+        "  skipped   1 record, 36.4 % of the bytes: field 'text' is a number, not a string "
+        "(a.jsonl, line 2, byte 21)\n"
+        "  field     guessed: 'text' (first in a.jsonl)\n"
+    )
+    assert main([*words, "--text-field", "text", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["text"][str(file)]
+    assert row["reading"].keys() == {"skipped", "field"}
+    assert row["reading"]["field"] == "named as 'text': 'text' (first in a.jsonl)"
+    # A text file that is read as a whole has nothing to report.
+    (tmp_path / "a.txt").write_text("one text")
+    assert main([*words[:2], "--text", str(tmp_path / "a.txt")]) == 0
+    assert capsys.readouterr().out.endswith(" tokens, 8 bytes\n")
 
 
 def reference_kneser_ney(train: list[int], val: list[int], v: int, order: int) -> float:

@@ -78,20 +78,21 @@ def evaluate(
             score_stream(model, held_out, stride=stride), (text for _, text in documents)
         )
     for file in files:
-        texts, note = read_texts(file, text_field)
+        texts, facts = read_texts(file, text_field)
         scores = score_each(model, texts, stride=stride)
         evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), texts)
         bits = [(score.nats / math.log(2), score.bytes) for score in scores]
         evaluation.statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
-        if note:
-            evaluation.text[file]["passed_over"] = note
+        if facts:
+            evaluation.text[file]["reading"] = facts
     for name, row in evaluation.text.items():
-        note = f"; {row['passed_over']}" if "passed_over" in row else ""
         log(
             f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
             f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
-            f"{row['bytes']:,} bytes{note}"
+            f"{row['bytes']:,} bytes"
         )
+        for label, fact in row.get("reading", {}).items():
+            log(f"  {label:<9} " + fact.replace("\n", "\n" + " " * 12))
     for eval_task in eval_tasks:
         task = eval_task.task
         results = evaluate_task(model, task, eval_task.examples, stride=stride)

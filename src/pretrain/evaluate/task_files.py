@@ -174,22 +174,16 @@ def read_task_file(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_texts(file: str, text_field: str | None) -> tuple[list[str], str]:
-    """The texts of a file, and a note on skipped or repaired documents ("" for none). ValueError
-    for a truncated file, and for one without any text."""
+def read_texts(file: str, text_field: str | None) -> tuple[list[str], dict[str, str]]:
+    """The texts of a file, and what a user should know of the reading: which field was read, what
+    was skipped. ValueError for a truncated file, and for one without any text."""
     report = ReadingReport()
     texts = [each.text for each in read_documents(file, text_field=text_field, report=report)]
     reject_partial_files(report)
-    first_problem = f"; {report.problems[0]}" if report.problems else ""
     if not any(texts):
+        first_problem = f"; {report.problems[0]}" if report.problems else ""
         raise ValueError(f"{file} contains no text{first_problem}")
-    counts = {
-        "files skipped": report.n_skipped_files,
-        "documents skipped": report.n_skipped_records,
-        "documents repaired": report.n_repaired,
-    }
-    note = ", ".join(f"{name}: {n:,}" for name, n in counts.items() if n)
-    return texts, note and note + first_problem
+    return texts, report.facts()
 
 
 def reject_partial_files(report: ReadingReport) -> None:

@@ -53,8 +53,10 @@ def run(args: argparse.Namespace, output: Output) -> None:
         )
     protocol = {}
     for name, evaluation in evaluations.items():
-        notes = {file: row.get("passed_over") for file, row in evaluation.text.items()}
-        lines = evaluation.protocol | {file: note for file, note in notes.items() if note}
+        lines = dict(evaluation.protocol)
+        for file, row in evaluation.text.items():
+            if facts := row.get("reading"):
+                lines[file] = "; ".join(f"{label} {fact}" for label, fact in facts.items())
         protocol[name] = {
             key: line if key == "text" else f"{key}: {line}" for key, line in lines.items()
         }
