@@ -65,9 +65,7 @@ def _not_launched() -> ValueError:
 
 def this_python() -> str:
     """The interpreter in use as a user would type it here, such as .venv/bin/python."""
-    here = Path(os.path.abspath("."))
-    path = Path(sys.executable)
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+    return shlex.quote(sys.executable.removeprefix(os.path.abspath(".") + os.sep))
 
 
 def this_command() -> str:
@@ -76,9 +74,8 @@ def this_command() -> str:
     found = shutil.which("pretrain")
     if found is not None and Path(found).parent == Path(sys.executable).parent:
         return "pretrain"
-    source = str(Path(__file__).parents[1])
-    is_installed = source not in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    variable = "" if is_installed else f"PYTHONPATH={shlex.quote(source)} "
+    path = os.environ.get("PYTHONPATH")  # as `make train PYTHON=...` sets it
+    variable = f"PYTHONPATH={shlex.quote(path)} " if path else ""
     return f"{variable}{this_python()} -m pretrain"
 
 
@@ -86,10 +83,9 @@ def install_command(package: str, *, extra: str) -> str:
     """The command that installs an optional package: the extra of a clone, as README has it. No
     package index has `pretrain` itself."""
     clone = Path(__file__).parents[2]
-    what = shlex.quote(package)
-    if (clone / "pyproject.toml").is_file():
-        folder = "." if clone == Path(os.path.abspath(".")) else clone
-        what = f"-e '{folder}[{extra}]'"
+    folder = "." if clone == Path(os.path.abspath(".")) else clone
+    is_clone = (clone / "pyproject.toml").is_file()
+    what = f"-e '{folder}[{extra}]'" if is_clone else shlex.quote(package)
     return f"{this_python()} -m pip install {what}"
 
 

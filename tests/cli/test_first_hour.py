@@ -16,7 +16,7 @@ from pretrain import missing_package
 from pretrain.cli import main
 from pretrain.config import read_file
 from pretrain.machine import install_command, this_command
-from tiny import TINY
+from tiny import TINY, write_llama
 
 Capture = pytest.CaptureFixture[str]
 PRETRAIN = [sys.executable, "-m", "pretrain"]
@@ -173,8 +173,8 @@ def test_a_config_file_says_what_it_starts_from(
     Path("mine.yaml").write_text(mine)
     assert main(["train", "mine.yaml", *SHORT, "--model.size", "null", "--run", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "note: mine.yaml starts from the defaults (family llama, optimizer adamw)" in out
-    assert "note: train.steps is 2, so train.minutes 3 has no effect: give one of them" in out
+    assert "note: what this file leaves out has its default (family llama, optimizer adamw)" in out
+    assert "note: train.minutes has no effect, because train.steps is 2" in out
 
     Path("base.yaml").write_text("extends: english\noptimizer: {momentum: 0.8}\n")
     Path("deep").mkdir()
@@ -187,7 +187,7 @@ def test_a_config_file_says_what_it_starts_from(
     assert (config["optimizer"]["name"], config["optimizer"]["momentum"]) == ("muon", 0.8)
     # A run's own config has everything.
     assert main(["train", "own/config.yaml", "--run", "again"]) == 0
-    assert "starts from" not in capsys.readouterr().out
+    assert "leaves out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_plan_says_what_a_run_costs(texts: list[str], capsys: Capture) -> None
     out = capsys.readouterr().out
     assert "  disk   up to " in out
     assert " parameters are many for " in out
-    assert "--model.ngram_rows 0 leaves out the tables" in out
+    assert "--model.ngram_rows 0 saves disk and time." in out
     first = next(line for line in out.splitlines() if line.startswith("step      1/2 | loss"))
     assert first.endswith(" left")
     assert re.search(r"  cost +[\d.]+ s \(training [\d.]+ s, evaluation [\d.]+ s, ", out)
@@ -248,3 +248,15 @@ def test_the_whole_config_file_of_the_docs_is_a_run(texts: list[str], tmp_path: 
     assert main(["train", "mine.yaml", *words]) == 0
     config = read_file(tmp_path / "run/config.yaml")
     assert (config["model"]["family"], config["schedule"]["name"]) == ("llama", "wsd")
+
+
+def test_an_imported_model_has_nothing_to_report(tmp_path: Path, capsys: Capture) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    write_llama(model, context_length=16)
+    assert main(["import", str(model), "--out", str(run)]) == 0
+    for command in (["report", str(run)], ["trace", str(run), "--step", "1"], ["verify", str(run)]):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert f"{run} was imported, not trained" in capsys.readouterr().err
+    assert not (run / "report.html").exists()

@@ -95,7 +95,9 @@ def names(text: str | None) -> tuple[str, ...]:
 def settings_help() -> str:
     """Return a table of every --section.key with its meaning and default."""
     width = max(40, min(100, shutil.get_terminal_size().columns) - _HELP_COLUMN)
-    lines = ["settings, in a config file or as --SECTION.KEY VALUE:"]
+    lines = [
+        "settings, in a config file or as --SECTION.KEY VALUE [default; the recipes have others]:"
+    ]
     for name, kind in SECTIONS.items():
         lines.append(f"\n  {name}")
         docstrings = field_docstrings(kind)

@@ -122,4 +122,9 @@ def read_run_files(run_dir: str | Path) -> RunFiles:
     if not any((folder / name).is_file() for name in (directory.CONFIG, directory.METRICS)):
         what = "has neither config.yaml nor metrics.jsonl" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{str(folder)!r} {what}; it must be a run directory of `pretrain train`")
+    is_trained = any(
+        (folder / name).is_file() for name in (directory.ENVIRONMENT, directory.METRICS)
+    )
+    if (folder / directory.CHECKPOINTS).is_dir() and not is_trained:
+        raise ValueError(f"{folder} was imported, not trained, so there is nothing to report")
     return RunFiles(folder)

@@ -24,7 +24,7 @@ from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report.config import require_packages
 from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint, open_checkpoint_of, read_unchanged
-from pretrain.validation import nearest, shown
+from pretrain.validation import did_you_mean, nearest, shown
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -64,69 +64,52 @@ def read_target(target: Target) -> tuple[str, list[Layer]]:
     """Return a name for the run, and the config layers below the command line's: those of a
     recipe, of a YAML file, or of the default recipe with `target` as its texts."""
     known = recipes()
-    targets = targets_of(target)
-    if len(targets) > 1:
-        return _read_texts(targets)
-    target = targets[0] if targets else DEFAULT_RECIPE
-    if target in known:
-        return target, [_with_sources_here(read_file(known[target]))]
-    path = Path(target)
-    if is_yaml(target):
-        return path.stem, list(reversed(_read_extended(path)))
-    is_pattern = glob.has_magic(target) and not path.exists()
-    if not path.exists() and not is_pattern:
-        close = nearest(target, known)
-        hint = f"; did you mean {close!r}?" if close else ""
-        raise ValueError(
-            f"{target!r} is neither a recipe ({', '.join(known)}) nor a file or folder that "
-            f"exists{hint}"
-        )
-    path = path.resolve()
-    name = (path.parent if is_pattern else path).name.split(".")[0] or "text"
-    return name, [read_file(known[DEFAULT_RECIPE]), {"data": {"source": str(path)}}]
-
-
-def _read_texts(targets: Sequence[str]) -> tuple[str, list[Layer]]:
-    """Return what `read_target` does for several files: they are read as one corpus."""
+    first, *others = targets_of(target) or [DEFAULT_RECIPE]
+    if not others and (first in known or is_yaml(first)):
+        return Path(first).stem, _read_layers(first)
     paths = []
-    for target in targets:
-        if target in recipes() or is_yaml(target):
+    for each in (first, *others):
+        if each in known or is_yaml(each):
+            raise ValueError(f"{each} must stand alone: several targets must all be texts")
+        path = Path(each)
+        is_pattern = glob.has_magic(each) and not path.exists()
+        if not path.exists() and not is_pattern:
+            close = nearest(each, known)
+            hint = f"; {did_you_mean(close)}" if close else ""
             raise ValueError(
-                f"{target} must stand alone: of several targets all must be texts; set the texts "
-                "of a recipe or config file with --data.source"
+                f"{each!r} is neither a recipe ({', '.join(known)}) nor a file or folder that "
+                f"exists{hint}"
             )
-        paths += [layer["data"]["source"] for layer in read_target(target)[1][1:]]
-    folders = {Path(path).parent.name for path in paths}
-    name = folders.pop() if len(folders) == 1 else "texts"
-    return name or "texts", [read_target(None)[1][0], {"data": {"source": paths}}]
+        paths.append(path.resolve())
+    named = paths[0].parent if is_pattern or others else paths[0]
+    source = [str(path) for path in paths] if others else str(paths[0])
+    layers: list[Layer] = [read_file(known[DEFAULT_RECIPE]), {"data": {"source": source}}]
+    return named.name.split(".")[0] or "text", layers
 
 
-def _read_extended(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
-    """Return the layer of a config file, then those that it `extends`."""
+def _read_layers(name: str, above: Sequence[str] = ()) -> list[Layer]:
+    """Return the layer of a recipe or a config file, after those of what it `extends`."""
+    known = recipes()
+    path = known.get(name, Path(name))
     if not path.is_file():
-        raise ValueError(f"there is no config file {path}")
-    if path.resolve() in above:
-        raise ValueError(f"{path} extends itself")
-    layer = dict(read_file(path))
-    base: Any = layer.pop("extends", None)
+        raise ValueError(f"there is no config file {name}")
+    if name in above:
+        raise ValueError(f"{name} extends itself")
+    layer: dict[str, Any] = dict(read_file(path))
+    if name in known:  # `multitask` reads what `demonstrate` has written, of what there is any
+        source = layer["data"]["source"]
+        here = [each for each in source if isinstance(each, dict) and Path(each["path"]).exists()]
+        return [{**layer, "data": {"source": here or source}}]
+    base = layer.pop("extends", None)
     if base is None:
         return [layer]
-    if base in list(recipes()):
-        return [layer, read_target(base)[1][0]]
-    if not is_yaml(base):
+    if not isinstance(base, str) or not (base in known or is_yaml(base)):
         raise ValueError(
-            f"{path}: extends is {shown(base)}; it must be a recipe ({', '.join(recipes())}) or a "
+            f"{name}: extends is {shown(base)}; it must be a recipe ({', '.join(known)}) or a "
             ".yaml file"
         )
-    return [layer, *_read_extended(path.parent / base, (*above, path.resolve()))]
-
-
-def _with_sources_here(recipe: Layer) -> Layer:
-    """Return a recipe without the texts that are not there, if any is: `multitask` reads what
-    `demonstrate` has written, with translations or without."""
-    source = recipe["data"]["source"]
-    here = [each for each in source if isinstance(each, dict) and Path(each["path"]).exists()]
-    return {**recipe, "data": {**recipe["data"], "source": here}} if here else recipe
+    below = base if base in known else str(path.parent / base)
+    return [*_read_layers(below, (*above, name)), layer]
 
 
 def compose_target(
@@ -182,21 +165,15 @@ def compose_target(
 def notes_of(
     target: Target, layers: list[Layer], overrides: Layer, config: RunConfig
 ) -> Iterator[str]:
-    """Yield what a user may not expect: where a YAML file starts from, and a length that does not
-    count."""
+    """Yield what a user may not expect: where a file starts from, and a length without effect."""
     if is_yaml(target) and len(layers) == 1 and not layers[0].keys() >= to_dict(config).keys():
         yield (
-            f"{targets_of(target)[0]} starts from the defaults (family {config.model.family}, "
-            f"optimizer {config.optimizer.name}), not from a recipe; with the line `extends: "
-            f"{DEFAULT_RECIPE}` in it, it starts from that recipe"
+            f"what this file leaves out has its default (family {config.model.family}, optimizer "
+            f"{config.optimizer.name}); `extends: {DEFAULT_RECIPE}` in it starts from that recipe"
         )
-    for layer in (layers[-1], overrides):
-        train = layer.get("train", {})
+    for train in (layer.get("train", {}) for layer in (layers[-1], overrides)):
         if None not in (train.get("steps"), train.get("minutes")):
-            yield (
-                f"train.steps is {train['steps']}, so train.minutes {train['minutes']} has no "
-                "effect: give one of them"
-            )
+            yield f"train.minutes has no effect, because train.steps is {train['steps']}"
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:

@@ -204,14 +204,11 @@ def show_plan(
             "the time better."
         )
     if n_all > MANY_PARAMETERS * text.n_tokens:
-        smaller = (
-            "--model.ngram_rows 0 leaves out the tables" if tables else "a smaller --model.d_model"
+        remedy = "--model.ngram_rows 0" if tables else "a smaller --model.d_model"
+        line = (
+            f"note: {n_all:,} parameters are many for {text.n_tokens:,} tokens of text; {remedy} "
         )
-        console.line(
-            f"note: {n_all:,} parameters are many for {text.n_tokens:,} tokens of text; {smaller}, "
-            "and saves disk and time.",
-            style="yellow",
-        )
+        console.line(line + "saves disk and time.", style="yellow")
     if epochs > MANY_EPOCHS:
         console.line(
             f"note: the text will be read {epochs:.0f} times; beyond {MANY_EPOCHS} epochs a model "

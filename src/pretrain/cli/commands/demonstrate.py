@@ -2,7 +2,7 @@
 and tasks made from them and from aligned translations. A title or translation that is in test/ is
 not in train/; the same text under two titles may be in both.
 
-  pretrain demonstrate wikipedia.jsonl --translations multi30k/ --out demonstrations
+pretrain demonstrate wikipedia.jsonl --translations multi30k/ --out demonstrations
 """
 
 from __future__ import annotations

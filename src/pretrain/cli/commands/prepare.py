@@ -1,8 +1,8 @@
 """Turn text into a prepared folder: token ids, the tokenizer, and a report of what was read and
 skipped. Formats are detected from the content; .gz, .bz2, .xz and .zst are decompressed.
 
-  pretrain prepare books/ letters.jsonl --out prepared/books
-  pretrain train prepared/books
+pretrain prepare books/ letters.jsonl --out prepared/books
+pretrain train prepared/books
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which documents a training step read, or which steps read a document: exactly, without a log.
 
-  pretrain trace runs/english-1 --step 100
-  pretrain trace runs/english-1 --document moby-dick-chapter-1
+pretrain trace runs/english-1 --step 100
+pretrain trace runs/english-1 --document moby-dick-chapter-1
 
 Steps count from 1. A step read a document if one of its tokens was an input or a target.
 """

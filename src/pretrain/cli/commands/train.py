@@ -1,6 +1,7 @@
 """Train a model: on the bundled corpus, a recipe, a config file, or any text.
 
-pretrain train                        the recipe `english`: a GPT learns English in a few minutes
+pretrain train                        the recipe `english`: a small model of the family fast learns
+                                      English in a few minutes
 pretrain train my.txt                 the same settings on your own file or folder
 pretrain train a.txt b.txt books/     ... or on several, as one corpus
 pretrain train --resume               continue the run that was started last
