@@ -77,8 +77,14 @@ def missing_package(feature: str, package: str, *, extra: str = "formats") -> Va
 
 @contextmanager
 def needs_package(feature: str, package: str, *, extra: str = "formats") -> Iterator[None]:
-    """Turn the ImportError of an optional package into the error of `missing_package`."""
+    """Turn the ImportError of an optional package into the error of `missing_package`, and name
+    the package in other errors of its import, as that of protobuf for versions that do not fit."""
     try:
         yield
     except ImportError as error:
         raise missing_package(feature, package, extra=extra) from error
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{feature} needs the package {package}, whose import fails: install it again, with "
+            f"versions that fit ({type(error).__name__}: {error!s:.200})"
+        ) from error

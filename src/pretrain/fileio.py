@@ -28,6 +28,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
+_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read: a checkpoint manifest of a million tensors has about 200 MB."""
 WORK = ".pretrain-work"
@@ -143,6 +144,18 @@ def write_json(
     text = json.dumps(content, indent=indent, ensure_ascii=ascii_only) + "\n"
     with replacing(path) if replace else NewFile(path) as file:
         file.write(text.encode())
+
+
+def check_not_pointer(file: Path) -> None:
+    """ValueError for a file that only names the one that Git LFS would download; OSError if it
+    cannot be read."""
+    with open(file, "rb") as opened:
+        start = opened.read(len(_GIT_LFS_POINTER))
+    if start == _GIT_LFS_POINTER:
+        raise ValueError(
+            f"{file} is a pointer of Git LFS; it must be the file that it points to: run git lfs "
+            "pull in its folder, or download it"
+        )
 
 
 def read_json(

@@ -275,7 +275,8 @@ def rewrite(
             writer.add_key_value(name, value, type_)
     numbers = {each.name: np.array(each.data) for each in reader.tensors}
     for name, values in {**numbers, **(tensors or {})}.items():
-        writer.add_tensor(name, values)
+        if values is not None:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -331,6 +332,25 @@ def test_invalid_vocabularies_are_rejected(
     rewrite(file, keys={f"tokenizer.ggml.{key}": (value, kind)})
     with pytest.raises(FormatError, match=message):
         import_model(file)
+
+
+def test_a_vocabulary_without_a_model_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As llama.cpp's own ggml-vocab-*.gguf."""
+    file = tmp_path / "vocabulary.gguf"
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
+    rewrite(file, tensors=dict.fromkeys(t.name for t in gguf.GGUFReader(file).tensors))
+    message = r"has no weights; it must be the file of a model, not of its vocabulary alone"
+    with pytest.raises(FormatError, match=message):
+        import_model(file)
+
+
+def test_the_file_names_its_end_of_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_model(file, decoder_of("llama", tokenizer), tokenizer)
+    tokens = [tokenizer.id_to_token(id_) for id_ in range(tokenizer.vocab_size)]
+    tokens[tokenizer.end_of_text] = "<|stop|>"
+    rewrite(file, keys={"tokenizer.ggml.tokens": (tokens, _KIND.ARRAY)})
+    assert import_model(file).tokenizer.end_of_text == tokenizer.end_of_text
 
 
 def test_a_key_without_effect_is_accepted(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -251,13 +251,16 @@ def test_dropout_of_attention_is_converted_and_others_are_rejected(
         import_model(folder)
 
 
-@pytest.mark.parametrize("case", ["same", "other vocabulary", "other fault"])
-def test_the_sentencepiece_file_replaces_metaspace_only(case: str, tmp_path: Path) -> None:
-    """A tokenizer.json that is rejected for another reason is not ignored."""
+@pytest.mark.parametrize("case", ["same", "without the model", "other vocabulary", "other fault"])
+def test_metaspace_is_read_and_the_sentencepiece_file_next_to_it_is_not(
+    case: str, tmp_path: Path
+) -> None:
+    """As in transformers 5.23, tokenizer.json counts where there is one."""
     tokenizer = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
     decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
     folder = write_hf(tmp_path / "out", decoder, tokenizer)
-    shutil.copy(tmp_path / "tokenizer.model", folder)
+    if case != "without the model":
+        shutil.copy(tmp_path / "tokenizer.model", folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
     content |= {"normalizer": None, "pre_tokenizer": {**metaspace, "split": False}}
@@ -268,11 +271,17 @@ def test_the_sentencepiece_file_replaces_metaspace_only(case: str, tmp_path: Pat
     if case == "other fault":
         content |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    if case == "same":
-        assert import_model(folder).tokenizer.sha256 == tokenizer.sha256
+    if case == "other fault":
+        with pytest.raises(FormatError, match=r"the tokenizer cannot be used"):
+            import_model(folder)
         return
-    with pytest.raises(FormatError, match=r"the tokenizer cannot be used"):
-        import_model(folder)
+    found = import_model(folder).tokenizer
+    assert (found.sha256 == tokenizer.sha256) == (case != "other vocabulary")
+    if case == "other vocabulary":
+        assert [found.id_to_token(id_) for id_ in (vocabulary[one], vocabulary[other])] == [
+            one,
+            other,
+        ]
 
 
 def test_quotes_in_messages_are_short(tokenizer: Tokenizer, tmp_path: Path) -> None:

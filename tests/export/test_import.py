@@ -19,12 +19,15 @@ from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.run_tasks import stop_ids_of
 from pretrain.export.gguf import write_gguf
+from pretrain.export.hf import _tokenizer_of as tokenizer_of
 from pretrain.export.importing import import_model
 from pretrain.export.layouts import FormatError
 from pretrain.generate.sampling import generate
 from pretrain.runner.open import load_model
+from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
+from texts import train_sentencepiece
 from tiny import TINY
 
 Capture = pytest.CaptureFixture[str]
@@ -88,6 +91,69 @@ def test_stop_ids_are_read_from_the_files_of_a_model(
         file = tmp_path / "model.gguf"
         write_gguf(file, decoder=model.decoder, tokenizer=model.tokenizer)
         assert import_model(file).tokenizer.stop_ids == [9]
+
+
+@pytest.mark.parametrize("special", ["<|endoftext|>", "</s>"])
+def test_gpt2_with_vocab_and_merges_is_imported(special: str, tmp_path: Path) -> None:
+    """The files of GPT2Tokenizer in transformers 4, with OpenAI's or the guides' end-of-text."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    library = ByteLevelBPETokenizer()
+    texts = [d.text for d in list(read_documents("bundled"))[:20]]
+    library.train_from_iterator(texts, vocab_size=400, special_tokens=["<pad>", special])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    decoder = random_decoder(config_of("gpt2"), vocab_size=tokenizer.vocab_size)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
+    (folder / "tokenizer.json").unlink()
+    library.save_model(str(folder))
+    model = import_model(folder)
+    assert same_weights(model.build(), decoder)
+    assert (model.tokenizer.end_of_text, model.tokenizer.stop_ids) == (1, [1])
+    assert model.tokenizer.encode(texts[0]).tolist() == tokenizer.encode(texts[0]).tolist()
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("files", ["tokenizer.model", "vocab.json", "plain json", "template json"])
+def test_a_prompt_begins_as_in_transformers(
+    files: str, add_bos: bool | None, tmp_path: Path
+) -> None:
+    """In transformers 5.23 the template of a tokenizer.json counts, whatever add_bos_token is; of
+    other files add_bos_token does. 4.57 puts <s> before texts of each tokenizer.model."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    name = "GPT2Tokenizer"
+    if files == "tokenizer.model":
+        name = "LlamaTokenizer"
+        train_sentencepiece(tmp_path / files)
+    else:
+        library = ByteLevelBPETokenizer()
+        library.train_from_iterator(["the ship"] * 9, special_tokens=["<s>", "<pad>", "</s>"])
+        if files == "template json":
+            library._tokenizer.post_processor = TemplateProcessing(
+                single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+            )
+        if files == "vocab.json":
+            library.save_model(str(tmp_path))
+        else:
+            library.save(str(tmp_path / "tokenizer.json"))
+    content: dict[str, Any] = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>"}
+    content |= {} if add_bos is None else {"add_bos_token": add_bos}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text("{}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("the ship")["input_ids"]
+    assert tokenizer_of(tmp_path).encode_prompt("the ship") == theirs
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.bin", "hf/model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(name: str, hf_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_llama, tmp_path / "hf")
+    file = tmp_path / name
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS; it must be the file"):
+        import_model(file.parent if file.parent.name == "hf" else file)
 
 
 def test_folders_without_a_foreign_model_are_rejected(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from functools import cache
@@ -166,6 +167,35 @@ def test_fast_trainer_gives_the_same_merges_on_english(capfd: pytest.CaptureFixt
         train_tokenizer(english(), vocab_size=3000, fast=True, split="llama3")
 
 
+@pytest.mark.parametrize("vocab_size", [None, 260])
+@pytest.mark.parametrize(
+    "text", ["0000 0000 0000\n" * 10, "haha haha hahaha" * 9, "-----" * 9, "", "a b"]
+)
+def test_fast_trainer_equals_the_other_where_pairs_run_out(
+    text: str, vocab_size: int | None
+) -> None:
+    """There gigatoken 0.10 repeats merges and adds some that the text does not contain."""
+    pytest.importorskip("gigatoken")
+    text = text or english()[0][:500]
+    found = []
+    for fast in (False, True):
+        try:
+            found.append(train_tokenizer([text], vocab_size=vocab_size, fast=fast).sha256)
+        except ValueError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_training_logs_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNA without spaces takes minutes."""
+    monkeypatch.setattr(train, "LOG_SECONDS", 0.01)
+    draw = random.Random(1)
+    lines: list[str] = []
+    text = "".join(draw.choices("ACGT", k=60_000))
+    train_tokenizer([text], vocab_size=280, log=lines.append)
+    assert lines[0] == "training a tokenizer on 0.1 MB of text, 0 seconds"
+
+
 def test_inspection_counts_tokens() -> None:
     tokenizer = train_tokenizer(["the cat sat on the mat " * 50 + "-" * 64 + "\u4e2d" * 9])
     report = inspect(tokenizer, [("a", "the cat " * 200), ("b", "zz" * 30), ("a", "the")])
@@ -272,7 +302,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> str:
             lambda c: c["model"]["vocab"].update({"zzz": 5000}),
             "id 700 is missing; the ids of 701 tokens must be 0 to 700",
         ),
-        (lambda c: c.update(added_tokens=[]), "must have the special token"),
+        (lambda c: c.update(added_tokens=[]), "must have a special token to end a document: <"),
         (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "byte-level BPE"),
         (

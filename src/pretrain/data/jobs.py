@@ -93,8 +93,9 @@ class Job:
         content = read_json(folder / "job.json")["settings"]
         self.settings: Settings = convert(content, Settings, "settings")
         self.deduplicates = self.settings.corpus.deduplicate != "none"
-        self.on_fraction: Callable[[float], object] = lambda fraction: None
-        """Called by a long task with the fraction of it that is done, 0 to 1."""
+        self.on_fraction: Callable[..., object] = lambda fraction, title="": None
+        """Called by a long task with the fraction of it that is done, 0 to 1, and what it does if
+        that is not the stage's title."""
 
     def task_folder(self, stage: str, task: int = 0) -> Path:
         """Where a task leaves its results."""

@@ -66,7 +66,7 @@ from pretrain.fileio import (
     write_json,
 )
 from pretrain.tokenizer.config import TRAINED_NAMES, TokenizerConfig
-from pretrain.tokenizer.load import load_tokenizer, tokenizer_files
+from pretrain.tokenizer.load import NAMING_FILES, load_tokenizer, tokenizer_files
 
 Progress = Callable[[str, float], object]
 """Called with the title of a stage and the fraction of it that is done, 0 to 1."""
@@ -187,8 +187,8 @@ def _run_stages(job: Job, *, workers: int, progress: Progress) -> None:
 def _run_here(job: Job, stage: Stage, tasks: list[int], progress: Progress) -> None:
     n_done = 0
 
-    def show(fraction: float) -> None:
-        progress(stage.title, (n_done + min(fraction, 1.0)) / len(tasks))
+    def show(fraction: float, title: str = stage.title) -> None:
+        progress(title, (n_done + min(fraction, 1.0)) / len(tasks))
 
     job.on_fraction = show
     for n_done, task in enumerate(tasks):  # noqa: B007 - `show` reads it
@@ -423,7 +423,9 @@ def _begin(settings: Settings, out: Path) -> Job:
 def _key(settings: Settings) -> str:
     content: dict[str, Any] = asdict(settings)
     if settings.tokenizer not in TRAINED_NAMES:
-        parts = [file.read_bytes() for file in tokenizer_files(settings.tokenizer)]
+        own = tokenizer_files(settings.tokenizer)
+        naming = [own[0].parent / name for name in NAMING_FILES]
+        parts = [file.read_bytes() for file in (*own, *naming) if file.is_file()]
         content["tokenizer"] = hashlib.sha256(b"".join(parts)).hexdigest()
     content["format"] = [FORMAT, FORMAT_VERSION, __version__]
     for name, sources in (

@@ -397,8 +397,12 @@ def _split(job: Job, task: int, out: Path) -> None:
             job.on_fraction((number + 1) / len(shards))
 
     if name in TRAINED_NAMES:
-        vocab_size = job.settings.vocab_size
-        tokenizer = train_tokenizer(training_texts(), name=name, vocab_size=vocab_size)
+        tokenizer = train_tokenizer(
+            training_texts(),
+            name=name,
+            vocab_size=job.settings.vocab_size,
+            log=lambda line: job.on_fraction(1.0, line),
+        )
     else:
         tokenizer = load_tokenizer(name)
     tokenizer.save(out / "tokenizer")

@@ -404,6 +404,8 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
     if model not in ("gpt2", "llama"):
         raise FormatError(f"tokenizer.ggml.model must be gpt2 or llama (got {model!r:.60})")
     split, whole_words = _SPLITS.get(str(pre), (None, False))
+    named = dict(enumerate(tokens))
+    end, start = (named.get(values.get(f"tokenizer.ggml.{k}_token_id", -1)) for k in ("eos", "bos"))
     try:
         if model == "llama":
             scores = values.get("tokenizer.ggml.scores")
@@ -411,7 +413,9 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
                 raise FormatError("tokenizer.ggml.scores must have a number for each token")
             pieces = list(zip(tokens, map(float, scores), map(int, kinds), strict=True))
             has_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-            tokenizer = Tokenizer(bpe_from_pieces(pieces, has_prefix=has_prefix))
+            tokenizer = Tokenizer(
+                bpe_from_pieces(pieces, has_prefix=has_prefix), end=end, start=start
+            )
         else:
             if split is None:
                 raise FormatError(
@@ -431,7 +435,7 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
                 non_special={t for t in tokens if kind_of[t] == PieceType.USER_DEFINED},
                 ignore_merges=whole_words,
             )
-            tokenizer = Tokenizer(library_tokenizer)
+            tokenizer = Tokenizer(library_tokenizer, end=end, start=start)
     except BaseException as error:
         # The library raises bare Exceptions, and its PanicException is only a BaseException.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):

@@ -10,7 +10,6 @@ value; nothing is guessed, and nothing is silently dropped.
 from __future__ import annotations
 
 import importlib.resources
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from pretrain.export.layouts import (
     to_stored,
     valid_stop_ids,
 )
-from pretrain.fileio import read_json, write_json
+from pretrain.fileio import check_not_pointer, read_json, write_json
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import Decoder
 from pretrain.model.families import FAMILIES
@@ -152,6 +151,7 @@ def open_hugging_face(folder: Path) -> ImportedModel:
     readers: dict[str, Any] = {}
     for file in files:
         try:
+            check_not_pointer(file)
             reader: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(f"{file} must be a complete safetensors file: {error}") from None
@@ -183,27 +183,8 @@ def open_hugging_face(folder: Path) -> ImportedModel:
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
-    """The folder's tokenizer. A tokenizer.json with Metaspace is not read here, but a
-    tokenizer.model next to it is, if it has the same vocabulary."""
-    json_file, file = folder / "tokenizer.json", folder / "tokenizer.model"
     try:
-        try:
-            tokenizer = load_tokenizer(folder)
-        except ValueError:
-            has_both = json_file.is_file() and file.is_file()
-            content = _read_json(json_file, most_bytes=MAX_FILE_BYTES) if has_both else {}
-            parts = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
-            if '"Metaspace"' not in parts:
-                raise
-            tokenizer, model = load_tokenizer(file), content.get("model")
-            vocabulary = model.get("vocab") if isinstance(model, dict) else None
-            ids = range(tokenizer.vocab_size)
-            if not isinstance(vocabulary, dict) or any(
-                vocabulary.get(tokenizer.id_to_token(id_)) != id_ for id_ in ids
-            ):
-                raise ValueError(
-                    f"{file.name} and {json_file.name} must have the same vocabulary"
-                ) from None
+        tokenizer = load_tokenizer(folder)
     except ValueError as error:
         raise FormatError(f"{folder}: the tokenizer cannot be used: {error!s:.300}") from error
     tokenizer.add_bos = _adds_bos(folder)
@@ -244,14 +225,12 @@ def _carried(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _adds_bos(folder: Path) -> bool:
-    """Whether transformers puts a token before a text, according to the folder's files."""
-    settings = folder / "tokenizer_config.json"
-    add_bos = _read_json(settings).get("add_bos_token") if settings.is_file() else None
-    if isinstance(add_bos, bool):
-        return add_bos
-    if (folder / "tokenizer.json").is_file():
-        return template_adds_bos(_read_json(folder / "tokenizer.json", most_bytes=MAX_FILE_BYTES))
-    return (folder / "tokenizer.model").is_file()  # SentencePiece, as Llama has it
+    """Whether transformers 5 puts a token before a text, according to the folder's files: of a
+    tokenizer.json the template counts, of other files add_bos_token."""
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if file.is_file():
+        return template_adds_bos(_read_json(file, most_bytes=MAX_FILE_BYTES))
+    return settings.is_file() and _read_json(settings).get("add_bos_token") is True
 
 
 def _weight_files(folder: Path) -> list[Path]:

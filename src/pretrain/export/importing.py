@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.export.layouts import FormatError, ImportedModel
-from pretrain.fileio import file_sha256, read_json
+from pretrain.fileio import check_not_pointer, file_sha256, read_json
 
 _MODELS = (
     "a model must be a folder with config.json, model.safetensors and tokenizer.json, a GGUF file, "
@@ -17,7 +17,7 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
     """Open a Hugging Face directory, a GGUF file, or a .bin of llama2.c (with its `tokenizer`).
 
     FormatError for another kind of file, a damaged file, another architecture, or a file that was
-    changed since it was exported here.
+    changed since it was exported here; ValueError for a pointer of Git LFS.
     """
     from pretrain.export.gguf import open_gguf
     from pretrain.export.hf import open_hugging_face
@@ -44,6 +44,7 @@ def import_model(path: Path, *, tokenizer: Path | None = None) -> ImportedModel:
         return open_hugging_face(path)
     if not path.is_file():
         raise FormatError(f"there is no model at {path}; {_MODELS}")
+    check_not_pointer(path)
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"GGUF":

@@ -183,6 +183,10 @@ def matched_model(
     """The model in a file that has these tensors, given with shape and type; at their end is a copy
     of a tied head, if there is one. FormatError that lists every tensor that is missing,
     unexpected, or of another shape, and for a type that is not readable."""
+    if not tensors:
+        raise FormatError(
+            f"{where} has no weights; it must be the file of a model, not of its vocabulary alone"
+        )
     if config.n_layers > len(tensors):
         raise FormatError(
             f"{where} describes {config.n_layers:,} layers; they must be at most as many as its "

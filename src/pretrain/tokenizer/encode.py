@@ -236,15 +236,30 @@ class SentencePieceEncoder(LibraryEncoder):
         return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()
 
 
-def space_prefix(description: Mapping[str, Any]) -> str | None:
+def steps_of(component: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json, without the Sequences around them and without
+    normalizers that change no text."""
+    if not component:
+        return []
+    if component["type"] == "Sequence":
+        parts = next(value for value in component.values() if isinstance(value, list))
+        return [step for part in parts for step in steps_of(part)]
+    if component["type"] == "Replace":
+        is_idle = component["pattern"] == {"String": component["content"]}
+    else:
+        settings = [value for name, value in component.items() if name != "type"]
+        is_idle = component["type"] in ("BertNormalizer", "Prepend", "Strip") and not any(settings)
+    return [] if is_idle else [dict(component)]
+
+
+def space_prefix(description: Description) -> str | None:
     """What a tokenizer.json written by `load.bpe_from_pieces` puts before a text: SPACE or nothing.
 
     None for a tokenizer.json of another kind.
     """
-    normalizer, model = description.get("normalizer"), description["model"]
-    if not normalizer or model.get("type") != "BPE" or not model.get("byte_fallback"):
+    steps, model = steps_of(description.get("normalizer")), description["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
         return None
-    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
     prepend = {"type": "Prepend", "prepend": SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if description.get("pre_tokenizer") or steps not in ([prepend, replace], [replace]):
@@ -257,10 +272,10 @@ def create_encoder(
 ) -> Encoder:
     """Create the encoder of a tokenizer.json; ValueError for one under which text would be lost."""
     model, added = description["model"], description["added_tokens"]
-    normalizer = description.get("normalizer") or {}
+    normalizers = [step["type"] for step in steps_of(description.get("normalizer"))]
     is_bpe = model.get("type") == "BPE"
     word_end = model.get("end_of_word_suffix")
-    is_gpt = is_bpe and normalizer.get("type") == "BertNormalizer" and word_end == END_OF_WORD
+    is_gpt = is_bpe and normalizers == ["BertNormalizer"] and word_end == END_OF_WORD
     if "" in tokens:
         raise ValueError(
             "the tokenizer has an empty token, which merges without end; no token may be empty"
@@ -278,10 +293,10 @@ def create_encoder(
         return Gpt2018Encoder(tokens, description, library)
 
     prefix = space_prefix(description)
-    if normalizer and prefix is None:
+    if normalizers and prefix is None:
         raise ValueError(
-            "the tokenizer has a normalizer, which changes text before it is encoded; it must have "
-            "none"
+            f"the tokenizer has a normalizer, {normalizers[0]}, which changes text before it is "
+            "encoded; it must have none"
         )
     for token in added:
         if not token.get("special") and any(map(token.get, ("lstrip", "rstrip", "single_word"))):

@@ -14,14 +14,16 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers
 
 from pretrain import missing_package, needs_package
-from pretrain.fileio import unique_keys
+from pretrain.fileio import check_not_pointer, read_json, unique_keys
 from pretrain.tokenizer.byte_level import (
     Split,
     byte_level_bpe,
@@ -30,14 +32,17 @@ from pretrain.tokenizer.byte_level import (
     special_token,
 )
 from pretrain.tokenizer.config import TRAINED_NAMES
-from pretrain.tokenizer.encode import SPACE
-from pretrain.tokenizer.tokenizer import END_OF_TEXT, FILE_NAME, Tokenizer
+from pretrain.tokenizer.encode import SPACE, steps_of
+from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer, token_list
 
 MAX_FILE_BYTES = 128 << 20
 """The largest vocabularies in use (256,000 tokens) take about 35 MB."""
 TIKTOKEN_SUFFIX, SENTENCEPIECE_SUFFIX = ".tiktoken", ".model"
 _FIRST_RANK = re.compile(rb"[A-Za-z0-9+/]{1,180}=* \d+\r?\n")
 _GPT2_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+NAMING_FILES = (*_TOKEN_FILES, "generation_config.json", "config.json")
+"""Files of transformers that name the end-of-text token of the tokenizer in their folder."""
 
 _TIKTOKEN_VOCABULARIES: dict[int, tuple[Split, int, dict[str, int]]] = {
     50_256: ("gpt2", 50_257, {"<|endoftext|>": 50_256}),
@@ -61,37 +66,63 @@ _TIKTOKEN_VOCABULARIES: dict[int, tuple[Split, int, dict[str, int]]] = {
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a name, a folder or a file; ValueError with the reason."""
     files = tokenizer_files(path)
-    for file in files:
-        n_bytes = os.stat(file).st_size
-        if n_bytes > MAX_FILE_BYTES:
-            raise ValueError(
-                f"tokenizer file {str(file)!r} has {n_bytes:,} bytes; it must have at most "
-                f"{MAX_FILE_BYTES:,}"
-            )
-    if len(files) == 2:
-        return Tokenizer(_read_gpt2(*files))
-
-    file = files[0]
+    contents = [_read(file) for file in files]
+    file, content = files[0], contents[0]
+    # Llama 3 calls its tiktoken ranks tokenizer.model, like the SentencePiece model of Llama 2;
+    # Mistral's tokenizer.model.v1 is one too.
+    is_model = SENTENCEPIECE_SUFFIX in file.suffixes
     try:
-        content = file.read_bytes()
-        # Llama 3 calls its tiktoken ranks tokenizer.model, like the SentencePiece model of Llama 2.
-        is_model = file.suffix == SENTENCEPIECE_SUFFIX
-        if file.suffix == TIKTOKEN_SUFFIX or (is_model and _FIRST_RANK.match(content)):
-            return Tokenizer(_read_tiktoken(content))
-        if is_model:
-            return Tokenizer(_read_sentencepiece(content))
-        text = content.decode("utf-8")
-        _check_duplicates(text)
-        return Tokenizer(LibraryTokenizer.from_str(text))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
+        if len(files) == 2:
+            library = _read_gpt2(files, contents)
+        elif file.suffix == TIKTOKEN_SUFFIX or (is_model and _FIRST_RANK.match(content)):
+            library = _read_tiktoken(content)
+        elif is_model:
+            library = _read_sentencepiece(content)
+        else:
+            library = _read_tokenizer_json(content)
+        end, start = (_named_token(name, file.parent, library) for name in ("eos", "bos"))
+        return Tokenizer(library, end=end, start=start)
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from error
     except BaseException as error:
         # The library raises plain Exception, and on some files PanicException, a BaseException.
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
             raise
-        raise ValueError(f"{str(file)!r} is not a tokenizer.json: {error!s:.300}") from None
+        raise ValueError(
+            f"{str(file)!r} is not a {FILE_NAME} or another known vocabulary: {error!s:.300}"
+        ) from None
+
+
+def _read(file: Path) -> bytes:
+    try:
+        n_bytes = os.stat(file).st_size
+        if n_bytes > MAX_FILE_BYTES:
+            raise ValueError(
+                f"tokenizer file {str(file)!r} has {n_bytes:,} bytes; it must have at most "
+                f"{MAX_FILE_BYTES:,}"
+            )
+        check_not_pointer(file)
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
+
+
+def _named_token(kind: str, folder: Path, library: LibraryTokenizer) -> str | None:
+    """The token that transformers' files next to a tokenizer name as its `kind`, eos or bos."""
+    for name in NAMING_FILES:
+        key = f"{kind}_token" if name in _TOKEN_FILES else f"{kind}_token_id"
+        try:
+            value: Any = read_json(folder / name, unique=False).get(key)
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, list):  # the first of several is the end of a text
+            value = next(iter(value), None)
+        if type(value) is int and 0 <= value < library.get_vocab_size():
+            value = library.id_to_token(value)
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str) and library.token_to_id(token) is not None:
+            return token
+    return None
 
 
 def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
@@ -116,7 +147,8 @@ def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
         files = tuple(path / name for name in names)
         if all(file.is_file() for file in files):
             return files
-    others = [*path.glob(f"*{TIKTOKEN_SUFFIX}"), *path.glob(f"*{SENTENCEPIECE_SUFFIX}")]
+    patterns = (f"*{TIKTOKEN_SUFFIX}", f"*{SENTENCEPIECE_SUFFIX}", f"*{SENTENCEPIECE_SUFFIX}.v*")
+    others = [file for pattern in patterns for file in path.glob(pattern)]
     if len(others) == 1:
         return (others[0],)
     raise ValueError(
@@ -125,48 +157,75 @@ def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
     )
 
 
-def _check_duplicates(text: str) -> None:
-    """ValueError for a duplicate key or merge, of which the library would silently ignore one."""
+def _read_tokenizer_json(content: bytes) -> LibraryTokenizer:
+    """Read a tokenizer.json, and check what the library does not: a duplicate key or merge, of
+    which it would silently ignore one, and ids that are far apart, for which it needs memory."""
     try:
-        content = json.loads(text, object_pairs_hook=unique_keys)
-    except (json.JSONDecodeError, RecursionError):
-        return  # the library raises the error
-    model = content.get("model") if isinstance(content, dict) else None
-    merges = model.get("merges") if isinstance(model, dict) else None
-    if isinstance(merges, list):
+        text = content.decode("utf-8")
+        description = json.loads(text, object_pairs_hook=unique_keys)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"the file is not a {FILE_NAME}, for it cannot be read: {error}") from None
+    model = description.get("model") if isinstance(description, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError(
+            f"the file is not a {FILE_NAME}, for it has no 'model'; a tekken.json of Mistral is "
+            f"not read, the {FILE_NAME} of the same model is"
+        )
+    if isinstance(merges := model.get("merges"), list):
         counts = Counter(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
         if len(counts) < len(merges):
             twice = counts.most_common(1)[0][0]
             raise ValueError(
                 f"the merge {twice!r:.60} must be there once, not {counts[twice]} times"
             )
+    if isinstance(vocabulary := model.get("vocab"), dict):
+        added = {token["content"]: token["id"] for token in description.get("added_tokens") or ()}
+        id_of = added | vocabulary
+        if all(type(id_) is int for id_ in id_of.values()):  # else the library raises the error
+            token_list(id_of)
+
+    library = LibraryTokenizer.from_str(text)
+    before = steps_of(description.get("pre_tokenizer"))
+    if [step["type"] for step in before] == ["Metaspace"]:
+        # SentencePiece as transformers 5 writes it: the same vocabulary and merges.
+        if before[0].get("split", True) or not model.get("byte_fallback"):
+            raise ValueError(
+                "the tokenizer has Metaspace, which must be without split and with byte_fallback, "
+                "as Llama's; the tokenizer.model of the same model is read too"
+            )
+        library.pre_tokenizer = None
+        return _with_spaces(library, has_prefix=before[0].get("prepend_scheme") != "never")
+    return library
 
 
-def _read_gpt2(vocabulary_file: Path, merges_file: Path) -> LibraryTokenizer:
+def _read_gpt2(files: Sequence[Path], contents: Sequence[bytes]) -> LibraryTokenizer:
     """Read encoder.json and vocab.bpe, also called vocab.json and merges.txt."""
-    file = vocabulary_file
+    (vocabulary_file, merges_file), number = files, 0
     try:
-        vocabulary = json.loads(vocabulary_file.read_text(encoding="utf-8"))
-        file = merges_file
-        lines = merges_file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
+        vocabulary = json.loads(contents[0].decode("utf-8"))
+        number = 1
+        lines = contents[1].decode("utf-8").replace("\r\n", "\n").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{files[number].name} cannot be read: {error}") from None
     if not (isinstance(vocabulary, dict) and all(type(i) is int for i in vocabulary.values())):
-        raise ValueError(f"{vocabulary_file} must be a JSON object of tokens and their ids")
+        raise ValueError(f"{vocabulary_file.name} must be a JSON object of tokens and their ids")
+    token_list(vocabulary)
 
     merges: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         left, _, right = line.partition(" ")
-        place = f"{merges_file}, line {number}: merges {left!r} and {right!r}"
+        place = f"{merges_file.name}, line {number}: merges {left!r} and {right!r}"
         for token in (left, right, left + right):
             if token not in vocabulary:
                 raise ValueError(f"{place}, but {token!r} is not in {vocabulary_file.name}")
         if (left, right) in merges:
             raise ValueError(f"{place}, but line {merges[left, right]} merges them already")
         merges[left, right] = number
-    special = {name: vocabulary[name] for name in (END_OF_TEXT,) if name in vocabulary}
+    # The files do not say which tokens are special: those that no merge makes, as </s> and [PAD].
+    ordinary = {left + right for left, right in merges} | {"<", "["}
+    special = {t: i for t, i in vocabulary.items() if t[:1] in ("<", "[") and t not in ordinary}
     return byte_level_bpe(vocabulary, [*merges], split="gpt2", added=special)
 
 
@@ -292,12 +351,17 @@ def bpe_from_pieces(pieces: list[Piece], *, has_prefix: bool) -> LibraryTokenize
     library = LibraryTokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown[0], fuse_unk=True, byte_fallback=True)
     )
+    special = (PieceType.UNKNOWN, PieceType.CONTROL)
+    library.add_special_tokens([special_token(text) for text, _, t in pieces if t in special])
+    return _with_spaces(library, has_prefix=has_prefix)
+
+
+def _with_spaces(library: LibraryTokenizer, *, has_prefix: bool) -> LibraryTokenizer:
+    """Set the normalizer and decoder that write a space as SPACE, with one before a text."""
     prepend = [normalizers.Prepend(SPACE)] if has_prefix else []
     library.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
     library.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    special = (PieceType.UNKNOWN, PieceType.CONTROL)
-    library.add_special_tokens([special_token(text) for text, _, t in pieces if t in special])
     return library

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain.fileio import replace_file, without_surrogates
 from pretrain.tokenizer.byte_level import Split, special_token, split_of
-from pretrain.tokenizer.encode import PROBE, Ids, Kind, create_encoder, split_text
+from pretrain.tokenizer.encode import PROBE, Ids, Kind, create_encoder, split_text, steps_of
 
 FILE_NAME = "tokenizer.json"
 RARE = 100
@@ -29,8 +29,17 @@ RARE = 100
 (Land and Bartolo, "Fishing for Magikarp", 2024, find such tokens in most models)."""
 SHOWN = 20
 END_OF_TEXT = "<|endoftext|>"
-START_OF_TEXT = {"<|end_of_text|>": "<|begin_of_text|>", "</s>": "<s>"}
-"""The start-of-text token by end-of-text token: of Llama 3, and of Llama 1 and 2."""
+START_OF_TEXT = {
+    END_OF_TEXT: "",
+    "<|end_of_text|>": "<|begin_of_text|>",
+    "</s>": "<s>",
+    "<eos>": "<bos>",
+    "[EOS]": "[BOS]",
+    "<EOT>": "",
+    "<｜end▁of▁sentence｜>": "<｜begin▁of▁sentence｜>",
+}
+"""By the known end-of-text tokens, the first of which counts, the start-of-text token: of GPT-2,
+Llama 3, Llama 1 and 2, Gemma, many small vocabularies (two rows), and DeepSeek."""
 
 
 class Tokenizer:
@@ -58,15 +67,47 @@ class Tokenizer:
     sha256: str
     """Hash of the canonical tokenizer.json, which `save` writes."""
 
-    def __init__(self, library: LibraryTokenizer) -> None:
+    def __init__(
+        self, library: LibraryTokenizer, *, end: str | None = None, start: str | None = None
+    ) -> None:
         """Take over a library tokenizer; ValueError if text could be lost or there is no
-        end-of-text token."""
+        end-of-text token.
+
+        `end` and `start` are the names of end-of-text and start-of-text in a vocabulary that has
+        none of the known ones; `save` marks them.
+        """
         library.no_truncation()
         library.no_padding()
         description = json.loads(library.to_str())
+        self._special = {
+            token["content"]: token["id"]
+            for token in description["added_tokens"]
+            if token["special"]
+        }
+        steps = steps_of(description.get("post_processor"))
+        marked = {
+            key: "".join(token["tokens"])
+            for step in steps
+            for key, token in step.get("special_tokens", {}).items()
+        }
+        known = [name for name in START_OF_TEXT if name in self._special]
+        if known:
+            end, start = known[0], START_OF_TEXT[known[0]]
+        else:
+            end, start = marked.get("end_of_text", end), marked.get("start_of_text", start)
+        if end not in self._special:
+            raise ValueError(
+                f"the tokenizer must have a special token to end a document: "
+                f"{', '.join(START_OF_TEXT)}, or the eos_token of tokenizer_config.json next to it"
+            )
+        start = start if start in self._special else end
+        self._marks = {} if known else {"end_of_text": end, "start_of_text": start}
+        self.end_of_text, self.start_of_text = self._special[end], self._special[start]
         # The ByteLevel post-processor adds no ids: it computes the offsets of tokens in the text.
-        kept = [step for step in _post_processors(description) if step["type"] == "ByteLevel"]
-        bare = {**description, "post_processor": kept[0] if kept else None}
+        self._offsets = next((step for step in steps if step["type"] == "ByteLevel"), None)
+        bare = {**description, "post_processor": self._post_processor()}
+        if not steps_of(description["normalizer"]):
+            bare["normalizer"] = None
         if bare != description:
             description = bare
             library = LibraryTokenizer.from_str(json.dumps(description))
@@ -75,21 +116,8 @@ class Tokenizer:
         self._canonical = _compact_json(description)
         self.sha256 = hashlib.sha256(self._canonical).hexdigest()
 
-        self._tokens = _token_list(library)
-        self._special = {
-            token["content"]: token["id"]
-            for token in description["added_tokens"]
-            if token["special"]
-        }
+        self._tokens = token_list(library.get_vocab(with_added_tokens=True))
         self.vocab_size = len(self._tokens)
-        ends = [name for name in (END_OF_TEXT, *START_OF_TEXT) if name in self._special]
-        if not ends:
-            raise ValueError(
-                f"the tokenizer must have the special token {END_OF_TEXT!r} to end a document"
-            )
-        self.end_of_text = self._special[ends[0]]
-        start_token = START_OF_TEXT.get(ends[0], "")
-        self.start_of_text = self._special.get(start_token, self.end_of_text)
         self.add_bos = True
         self.stop_ids = [self.end_of_text]
         self.carried = {}
@@ -218,21 +246,31 @@ class Tokenizer:
         path = Path(folder) / FILE_NAME
         content = self._canonical
         if bos_template and self.add_bos:
-            bos, id_ = self._tokens[self.start_of_text], self.start_of_text
-            special = {"SpecialToken": {"id": bos, "type_id": 0}}
-            first = {"Sequence": {"id": "A", "type_id": 0}}
-            second = {"Sequence": {"id": "B", "type_id": 1}}
-            template = {
-                "type": "TemplateProcessing",
-                "single": [special, first],
-                "pair": [special, first, special, second],
-                "special_tokens": {bos: {"id": bos, "ids": [id_], "tokens": [bos]}},
-            }
-            kept = self.description["post_processor"]
-            both = {"type": "Sequence", "processors": [kept, template]} if kept else template
-            content = _compact_json({**self.description, "post_processor": both})
+            processor = self._post_processor(bos=self._tokens[self.start_of_text])
+            content = _compact_json({**self.description, "post_processor": processor})
         replace_file(path, content)
         return path
+
+    def _post_processor(self, *, bos: str | None = None) -> dict[str, Any] | None:
+        """The post-processor of tokenizer.json: the offsets, a template that puts `bos` before a
+        text, and the names of end-of-text and start-of-text, which no template uses."""
+        names = ({bos: bos} if bos else {}) | self._marks
+        if not names:
+            return self._offsets
+        special = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+        first = [*special, {"Sequence": {"id": "A", "type_id": 0}}]
+        template = {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": [*first, *special, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                key: {"id": key, "ids": [self._special[name]], "tokens": [name]}
+                for key, name in names.items()
+            },
+        }
+        if self._offsets is None:
+            return template
+        return {"type": "Sequence", "processors": [self._offsets, template]}
 
 
 def _compact_json(content: dict[str, Any]) -> bytes:
@@ -240,19 +278,18 @@ def _compact_json(content: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _token_list(library: LibraryTokenizer) -> list[str]:
+def token_list(id_of: Mapping[str, int]) -> list[str]:
     """The tokens of a vocabulary by id; ValueError if ids are missing or used twice."""
-    vocabulary = library.get_vocab(with_added_tokens=True)
-    token_of = {id_: token for token, id_ in vocabulary.items()}
-    if len(token_of) < len(vocabulary):
+    token_of = {id_: token for token, id_ in id_of.items()}
+    if len(token_of) < len(id_of):
         raise ValueError(
-            f"{len(vocabulary)} tokens have {len(token_of)} ids; each must have an id of its own"
+            f"{len(id_of)} tokens have {len(token_of)} ids; each must have an id of its own"
         )
     missing = set(range(len(token_of))) - token_of.keys()
     if missing:
         raise ValueError(
-            f"id {min(missing)} is missing; the ids of {len(vocabulary)} tokens must be 0 to "
-            f"{len(vocabulary) - 1}"
+            f"id {min(missing)} is missing; the ids of {len(id_of)} tokens must be 0 to "
+            f"{len(id_of) - 1}"
         )
     return [token_of[id_] for id_ in range(len(token_of))]
 
@@ -266,14 +303,8 @@ def _token_list(library: LibraryTokenizer) -> list[str]:
 
 def template_adds_bos(description: Mapping[str, Any]) -> bool:
     """Whether other programs put a special token before a text."""
-    templates = [step["single"] for step in _post_processors(description) if "single" in step]
+    templates = [step.get("single") for step in steps_of(description.get("post_processor"))]
     return any("SpecialToken" in template[0] for template in templates if template)
-
-
-def _post_processors(description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    given = description.get("post_processor")
-    steps = given["processors"] if given and given["type"] == "Sequence" else [given]
-    return [step for step in steps if step]
 
 
 # Statistics

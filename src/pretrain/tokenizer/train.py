@@ -12,9 +12,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -36,6 +39,7 @@ SAMPLE_BYTES = 24_000_000
 a vocabulary of some thousand tokens."""
 MAX_SAMPLE_BYTES = 1 << 30
 """The library counts pairs in 31 bits."""
+LOG_SECONDS = 10.0
 UNKNOWN = "<unk>"
 _FIRST_PRIVATE = 0xF0000
 """First of the 65,534 characters of Unicode's private plane 15."""
@@ -49,13 +53,15 @@ def train_tokenizer(
     split: Split = "gpt2",
     sample_bytes: int = SAMPLE_BYTES,
     fast: bool = False,
+    log: Callable[[str], object] = lambda line: None,
 ) -> Tokenizer:
     """Train a tokenizer on texts: `name` is bpe, gpt, characters or bytes.
 
     bpe and gpt are trained on a uniform sample of at most `sample_bytes` of the text; bpe cuts it
     into words by the pre-tokenizer `split`. Without a `vocab_size`, `default_vocab_size` computes
     one, and the vocabulary is smaller if fewer pairs occur twice. `fast` uses another trainer, see
-    `_train_gigatoken`. ValueError for an impossible vocab_size, or if there is no text.
+    `_train_gigatoken`. `log` gets a line every ten seconds, for text without spaces takes minutes.
+    ValueError for an impossible vocab_size, or if there is no text.
     """
     TokenizerConfig(name=name, vocab_size=vocab_size)  # raises an error for a wrong size
     if name not in TRAINED_NAMES:
@@ -72,24 +78,28 @@ def train_tokenizer(
     if not sample:
         raise ValueError(f"cannot train a tokenizer {name!r}: there is no text")
     size = vocab_size if vocab_size is not None else default_vocab_size(n_bytes)
-    if name == "gpt":
-        library = train_gpt(sample, size)
-    elif fast:
-        library = _train_gigatoken(sample, size, split)
-    else:
-        library = LibraryTokenizer(models.BPE())
-        library.pre_tokenizer = pre_tokenizer(split)
-        library.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=size,
-            # A pair that occurs once teaches nothing, but a requested size should be reached.
-            min_frequency=2 if vocab_size is None else 1,
-            special_tokens=[special_token(END_OF_TEXT)],
-            initial_alphabet=list(byte_symbols()),
-            show_progress=False,
-        )
-        chunks = (chunk.decode() for chunk in sample)
-        library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
+    # A pair that occurs once teaches nothing, but a requested size should be reached.
+    min_frequency = 2 if vocab_size is None else 1
+    n_megabytes = sum(map(len, sample)) / 1e6
+    with _log_time(log, f"training a tokenizer on {n_megabytes:,.1f} MB of text"):
+        library = None
+        if name == "gpt":
+            library = train_gpt(sample, size)
+        elif fast:
+            library = _train_gigatoken(sample, size, split, min_frequency)
+        if library is None:
+            library = LibraryTokenizer(models.BPE())
+            library.pre_tokenizer = pre_tokenizer(split)
+            library.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=size,
+                min_frequency=min_frequency,
+                special_tokens=[special_token(END_OF_TEXT)],
+                initial_alphabet=list(byte_symbols()),
+                show_progress=False,
+            )
+            chunks = (chunk.decode() for chunk in sample)
+            library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
     tokenizer = Tokenizer(library)
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
         raise ValueError(
@@ -207,11 +217,13 @@ def train_gpt(sample: list[bytes], vocab_size: int) -> LibraryTokenizer:
     return library
 
 
-def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> LibraryTokenizer:
+def _train_gigatoken(
+    sample: list[bytes], vocab_size: int, split: Split, min_frequency: int
+) -> LibraryTokenizer | None:
     """Train byte-level BPE with gigatoken (extra `fast`): about six times as fast.
 
-    On ordinary text its merges are those of the library. On text with very few different words they
-    are not, therefore the user has to request it.
+    On ordinary text its merges are those of the library. Where pairs run out, it repeats merges and
+    adds some that the text does not contain (gigatoken 0.10); returns None if there is such a one.
     """
     if split != "gpt2":
         raise ValueError(f"the fast trainer supports only the split gpt2, not {split}")
@@ -226,8 +238,36 @@ def _train_gigatoken(sample: list[bytes], vocab_size: int, split: Split) -> Libr
         for left, right in pairs
     ]
     tokens = [END_OF_TEXT, *sorted(symbols)] + [left + right for left, right in merges]
-    vocabulary = {token: id_ for id_, token in enumerate(dict.fromkeys(tokens))}
-    return byte_level_bpe(vocabulary, merges, split="gpt2", added={END_OF_TEXT: 0})
+    id_of = {token: id_ for id_, token in enumerate(dict.fromkeys(tokens))}
+    library = byte_level_bpe(id_of, merges, split="gpt2", added={END_OF_TEXT: 0})
+
+    # How often each merge is used: the tokens of the text, and those inside of later tokens.
+    encoder = Tokenizer(library).encoder
+    counts = np.zeros(len(id_of), np.int64)
+    for chunk in sample:
+        counts += np.bincount(encoder.encode(chunk.decode(), is_first=True), minlength=len(id_of))
+    for left, right in reversed(merges):
+        n_uses = counts[id_of[left + right]]
+        counts[[id_of[left], id_of[right]]] += n_uses
+        if n_uses < min_frequency:
+            return None
+    return library if len(set(merges)) == len(merges) else None
+
+
+@contextmanager
+def _log_time(log: Callable[[str], object], what: str) -> Iterator[None]:
+    """Log what the block does and for how long, every ten seconds."""
+    is_done, start = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not is_done.wait(LOG_SECONDS):
+            log(f"{what}, {time.monotonic() - start:.0f} seconds")
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_done.set()
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def _train(args: argparse.Namespace, output: Output) -> None:
         split=args.split,
         sample_bytes=MAX_SAMPLE_BYTES,
         fast=args.fast,
+        log=output.log,
     )
     tokenizer.save(out)
     output.log(f"{tokenizer.vocab_size:,} tokens, written to {out}/tokenizer.json")
