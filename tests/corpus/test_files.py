@@ -43,7 +43,27 @@ def test_folder_is_read_in_order_of_relative_paths(tmp_path: Path) -> None:
     assert found[1] == Document(id=name, text=name, source=name, source_argument=str(tmp_path))
 
 
-def test_links_and_pipes_in_a_folder_are_skipped(tmp_path: Path) -> None:
+def test_files_behind_links_are_read_once(tmp_path: Path) -> None:
+    """Snapshots in the cache of huggingface_hub 1.x, DVC and git-annex are folders of links."""
+    for name in ("blobs", "snapshot", "snapshot/data"):
+        (tmp_path / name).mkdir()
+    write_records(tmp_path / "blobs/1", {"text": "one"}, {"text": "two"})
+    (tmp_path / "blobs/2").write_text("text\nthree\n")
+    (tmp_path / "snapshot/data/b.jsonl").symlink_to("../../blobs/1")
+    (tmp_path / "snapshot/a.csv").symlink_to("../blobs/2")
+    (tmp_path / "snapshot/again.jsonl").symlink_to("../blobs/1")
+    (tmp_path / "snapshot/nowhere").symlink_to("../blobs/3")
+    report = ReadingReport()
+    assert read_texts(tmp_path / "snapshot", report=report) == ["three", "one", "two"]
+    assert {problem.file for problem in report.problems} == {"data/b.jsonl", "nowhere"}
+    assert report.n_read_bytes == sum(f.stat().st_size for f in (tmp_path / "blobs").iterdir())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="no file, and 1 symbolic links that lead to none"):
+        list_files(tmp_path / "empty")
+
+
+def test_links_to_folders_and_pipes_in_a_folder_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")

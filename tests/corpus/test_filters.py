@@ -102,6 +102,11 @@ def test_other_languages_are_removed(tmp_path: Path) -> None:
     data, report = prepare_texts(tmp_path, texts, languages=("en",))
     assert kept_ids(data) == set(range(25))
     assert report["removed"] == {"language: de": 1, "language: none": 1}
+    # Of these scripts the model knows nothing; its best guess is English, with a score of 0.125.
+    texts += ["\u1200\u1210 \u1220", "\U00010330\U00010331\U00010332"]
+    data, report = prepare_texts(tmp_path, texts, languages=("en",))
+    assert kept_ids(data) == set(range(25))
+    assert report["removed"]["language: unknown"] == 2
     with pytest.raises(ValueError, match="two or three letters"):
         CorpusConfig(languages=("English",))
 

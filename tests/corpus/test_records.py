@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +22,7 @@ from corpus_files import (
     read_texts,
     write_records,
 )
-from pretrain.corpus import records
+from pretrain.corpus import records, tables
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.reading import read_documents
 
@@ -46,6 +51,132 @@ def test_text_field_is_detected(tmp_path: Path, record: dict[str, object], field
     path = write_records(tmp_path / "a.jsonl", record, record)
     assert read_texts(path, report=report) == [record[field]] * 2
     assert report.text_fields == {"a.jsonl": field}
+
+
+def fields_read(tmp_path: Path, *records: object, text_field: str | None = None) -> Any:
+    """The first text of records, the field that was read, and its details."""
+    report = ReadingReport()
+    path = write_records(tmp_path / "a.jsonl", *records)
+    texts = read_texts(path, report=report, text_field=text_field)
+    field = report.text_fields.get("a.jsonl")
+    return (texts or [report.problems[0].reason])[0], field, report.field_details.get("a.jsonl")
+
+
+ADDRESS = "https://example.org/a/long/address/that/is/longer/than/all/of/the/text/1"
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "field"),
+    [
+        ({"url": ADDRESS, "text": ["one", "two"]}, "one\n\ntwo", "text"),
+        ({"url": ADDRESS, "text": {"body": "one two"}}, "one two", "text.body"),
+        ({"source": "s2orc", "content": {"source": ADDRESS, "text": "a"}}, "a", "content.text"),
+        ({"_id": ADDRESS, "_source": {"story_text": "one two"}}, "one two", "_source.story_text"),
+        (
+            {"id": ADDRESS, "messages": [{"role": "user", "content": "hi"}, {"content": "ho"}]},
+            "hi\n\nho",
+            "messages",
+        ),
+        (
+            {"id": ADDRESS, "conversations": [{"from": "human", "value": "hi"}]},
+            "hi",
+            "conversations",
+        ),
+        (
+            {"messages": [{"content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
+            "a",
+            "messages",
+        ),
+        ({"context": "a b c", "answers": {"text": ["a"], "start": [0]}}, "a b c", "context"),
+    ],
+)
+def test_text_in_lists_objects_and_chats_is_found(
+    tmp_path: Path, record: dict[str, object], text: str, field: str
+) -> None:
+    assert fields_read(tmp_path, record, record)[:2] == (text, field)
+
+
+def test_addresses_and_codes_are_not_taken_for_the_text(tmp_path: Path) -> None:
+    reason, field, _ = fields_read(tmp_path, {"url": ADDRESS, "id": "s2-orc", "n": [1, 2]})
+    assert field is None
+    assert reason == (
+        "skipped: no field is text; its fields are 'url', 'id', 'n'; --text-field NAME takes one"
+    )
+    assert fields_read(tmp_path, {"url": ADDRESS, "title": "A ship"})[:2] == ("A ship", "title")
+    assert fields_read(tmp_path, {"url": ADDRESS}, text_field="url")[0] == ADDRESS
+    reason = fields_read(tmp_path, {"text": {"fr": "deux"}}, text_field="text")[0]
+    assert reason == (
+        "skipped: field 'text' is an object, not a string; --text-field text.fr names a field of it"
+    )
+
+
+def test_text_that_is_null_in_the_first_records_is_waited_for(tmp_path: Path) -> None:
+    nothing = {"title": "A title", "text": None}
+    report = ReadingReport()
+    path = write_records(tmp_path / "a.jsonl", *[nothing] * 25, {"title": "B", "text": "read"})
+    assert read_texts(path, report=report) == ["read"]
+    assert report.n_skipped_records == 25
+
+
+QUESTION = {"question": "Where does the ship lie?", "answer": "In the bay.", "source": "", "n": 1}
+
+
+def test_what_was_guessed_and_left_out_is_recorded(tmp_path: Path) -> None:
+    text, field, details = fields_read(tmp_path, QUESTION, QUESTION)
+    assert (text, field) == ("Where does the ship lie?", "question")
+    percent = round(100 * 24 / (24 + 11), 1)
+    assert details == {"percent": percent, "left_out": ["answer"], "html": False}
+
+
+@pytest.mark.parametrize(
+    ("text_field", "text"),
+    [
+        ("question,answer", "Where does the ship lie?\n\nIn the bay."),
+        ("answer, question", "In the bay.\n\nWhere does the ship lie?"),
+        ("source,answer", "In the bay."),
+        ("question,reply", "skipped: no field 'reply'; its fields are 'question', 'answer', "),
+        ("question,n", "skipped: field 'n' is a number, not a string"),
+    ],
+)
+def test_several_fields_are_joined_in_the_given_order(
+    tmp_path: Path, text_field: str, text: str
+) -> None:
+    found, _, details = fields_read(tmp_path, QUESTION, text_field=text_field)
+    assert found.startswith(text)
+    if text_field == "question,answer":
+        assert details == {"percent": 100.0, "left_out": [], "html": False}
+    record = {"a": {"b,c": "one"}, "d,e": "two", "f.g": "three"}
+    assert fields_read(tmp_path, record, text_field="d,e")[0] == "two"
+    assert fields_read(tmp_path, record, text_field="f.g")[0] == "three"
+
+
+def test_html_in_a_field_is_noted_and_can_be_read_as_text(tmp_path: Path) -> None:
+    pytest.importorskip("resiliparse")
+    body = "<p>How do I light a <code>lamp</code> &amp; keep <b>海</b>?</p><ul><li>So</li></ul>"
+    record = {"Title": "Lamps", "Body": body}
+    text, field, details = fields_read(tmp_path, record, record)
+    assert (text, field, details["html"]) == (body, "Body", True)
+    text, field, details = fields_read(tmp_path, record, text_field="Title,html:Body")
+    assert text == "Lamps\n\nHow do I light a lamp & keep 海?\n\n  • So"
+    assert (field, details["html"]) == ("Title,html:Body", False)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl", ""])
+def test_json_lines_are_found_under_any_name_however_long_they_are(
+    tmp_path: Path, suffix: str
+) -> None:
+    """Dolma's files are JSON lines called .json.gz; `to_json` of datasets 4.x writes .json."""
+    texts = [f"book {number} " + "calm sea " * 20_000 for number in range(5)]
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    path = tmp_path / f"books{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    assert read_texts(path, report=ReadingReport(strict=True)) == texts
+    # A short first line, and a line that is broken.
+    path = tmp_path / "b.json"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "short"}\n' + data + b"{\n")
+    report = ReadingReport()
+    assert read_texts(path, report=report) == ["short", *texts]
+    assert [problem.line for problem in report.problems] == [7]
 
 
 def test_lines_end_at_newline_bytes_only(tmp_path: Path) -> None:
@@ -137,6 +268,48 @@ def test_invalid_csv_rows_are_reported_with_their_place(tmp_path: Path) -> None:
     assert "is empty" in reasons[2]
 
 
+SEA = "sentence {} about the sea and the ships"
+
+
+@pytest.mark.parametrize(("suffix", "comma"), [("tsv", "\t"), ("csv", ","), ("csv", ";")])
+@pytest.mark.parametrize("end", [12, 100, 250, 999], ids=["soon", "late", "later", "never"])
+@pytest.mark.parametrize("mark", ["behind a cell", "inside a cell"])
+def test_a_stray_quotation_mark_swallows_no_rows(
+    tmp_path: Path, suffix: str, comma: str, end: int, mark: str
+) -> None:
+    """Tatoeba's sentences and GLUE are TSV in which a quotation mark is a character."""
+    cells = [SEA.format(number) for number in range(300)]
+    cells[10] = '"' + cells[10]
+    if end < 300:
+        cells[end] = cells[end] + '"' if mark == "behind a cell" else 'a "sentence" on ' + SEA
+    path = tmp_path / f"a.{suffix}"
+    rows = ["id" + comma + "text", *(f"{n}{comma}{cell}" for n, cell in enumerate(cells))]
+    path.write_text("\n".join(rows) + "\n")
+    report = ReadingReport()
+    found = read_texts(path, report=report)
+    if suffix == "tsv" or end > 20 or mark == "inside a cell":
+        assert found == cells
+        assert [(p.line, p.reason[:16]) for p in report.problems] == [(12, "a quotation mark")]
+        assert report.n_repaired == 1
+    else:  # two lines of prose with a comma cannot be distinguished from two rows
+        assert len(found) == 298
+
+
+@pytest.mark.parametrize("comma", ["\t", ","])
+def test_quoted_cells_of_many_lines_are_read_whole(tmp_path: Path, comma: str) -> None:
+    draw = random.Random(0)
+    poem = "Roses are red, violets blue\nSugar is sweet, so are you"
+    book = "\n".join(", ".join(["sea"] * draw.randint(1, 4)) for _ in range(400))
+    rows = [["1", poem], ["2", book], ["3", 'a "word"'], ["4", "\n\n"], ["5", "end"]]
+    for columns in (rows, [row[::-1] for row in rows]):
+        names = ["id", "text"] if columns is rows else ["text", "id"]
+        with open(tmp_path / ("a.tsv" if comma == "\t" else "a.csv"), "w", newline="") as file:
+            csv.writer(file, delimiter=comma).writerows([names, *columns])
+        report = ReadingReport()
+        assert read_texts(Path(file.name), report=report) == [poem, book, 'a "word"', "end"]
+        assert [problem.reason for problem in report.problems] == ["skipped: field 'text' is empty"]
+
+
 def test_last_line_of_spaces_is_not_a_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text\none\n \n ")
     report = ReadingReport()
@@ -151,13 +324,72 @@ def test_duplicate_column_names_keep_the_first(tmp_path: Path) -> None:
 
 
 def test_unterminated_quote_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(tables, "MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.csv"
     path.write_bytes(b'text\ngood\n"never closed\n' + b"x" * 99 + b"\n" * 1200 + b"end\n")
     report = ReadingReport()
     assert read_texts(path, report=report) == ["good", "end"]
     assert [p.line for p in report.problems] == [3]
     assert "invalid CSV" in report.problems[0].reason
+
+
+@pytest.mark.parametrize(
+    "kind", ["binary", "large_binary", "binary_view", "large_string", "list", "dictionary"]
+)
+def test_parquet_text_may_be_binary_or_a_list(tmp_path: Path, kind: str) -> None:
+    """Spark, Hive and Impala write strings as binary without a type of text."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"the tale of ship {n} on a cälm sea" for n in range(600)]
+    if kind == "list":
+        column = pyarrow.array([[text] for text in texts])
+    elif kind == "dictionary":
+        column = pyarrow.array([text.encode() for text in texts]).dictionary_encode()
+    else:
+        column = pyarrow.array(texts).cast(getattr(pyarrow, kind)())
+    url = [ADDRESS for _ in texts]
+    picture = pyarrow.array([{"bytes": b"\xff", "path": "a b"} for _ in texts])
+    table = pyarrow.table({"url": url, "text": column, "picture": picture})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    report = ReadingReport(strict=True)
+    assert read_texts(tmp_path / "a.parquet", report=report) == texts
+    assert report.text_fields == {"a.parquet": "text"}
+
+
+@pytest.mark.parametrize(("suffix", "compress"), PACKING)
+@pytest.mark.parametrize("name", ["rows.arrow", "rows.feather", "stream"])
+def test_arrow_files_and_streams_are_read(
+    tmp_path: Path, name: str, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    ipc = pytest.importorskip("pyarrow").ipc
+    table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS * 300)
+    out = io.BytesIO()
+    with (ipc.new_stream if name == "stream" else ipc.new_file)(out, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / (name + suffix)).write_bytes(compress(out.getvalue()))
+    found = list(read_documents(tmp_path, report=ReadingReport(strict=True)))
+    assert [(d.id, d.title, d.text) for d in found] == [tuple(row.values()) for row in ROWS] * 300
+    (tmp_path / (name + suffix)).write_bytes(compress(out.getvalue()[:-9000]))
+    report = ReadingReport()
+    assert read_texts(tmp_path, report=report) == []
+    assert "the Arrow file is broken" in report.problems[0].reason
+    assert report.n_partial_files == 1
+
+
+def test_a_data_set_saved_by_datasets_is_its_arrow_files(tmp_path: Path) -> None:
+    """The layout of `DatasetDict.save_to_disk` of datasets 4.x."""
+    pyarrow = pytest.importorskip("pyarrow")
+    part = tmp_path / "train"
+    part.mkdir()
+    table = pyarrow.table({"text": ["one", "two"]})
+    with pyarrow.ipc.new_stream(part / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (part / "dataset_info.json").write_text(json.dumps({"description": "all about the sea " * 99}))
+    (part / "state.json").write_text('{"_split": "the train split"}')
+    (tmp_path / "state.json").write_text('{"text": "a state of the union"}')
+    report = ReadingReport(strict=True)
+    assert read_texts(tmp_path, report=report) == ["a state of the union", "one", "two"]
+    assert report.n_skipped_files == 3
 
 
 @pytest.mark.parametrize("cut", [8, 100, -1, -30])

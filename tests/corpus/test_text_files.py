@@ -20,6 +20,7 @@ from corpus_files import (
     as_parquet,
     as_warc,
     read_texts,
+    zstd_compress,
 )
 from pretrain.corpus import files, reading
 from pretrain.corpus.documents import ReadingReport
@@ -32,12 +33,59 @@ from pretrain.corpus.reading import read_documents
         (b"\xef\xbb\xbfa\r\nb\n\xef\xbb\xbf", "a\nb\n\ufeff"),
         ("häß".encode("utf-16"), "häß"),
         (b"\xfe\xff" + "häß".encode("utf-16-be"), "häß"),
-        (b"a\rb", "a\rb"),
+        (b"a\rb", "a\nb"),
     ],
 )
 def test_text_encodings(tmp_path: Path, data: bytes, text: str) -> None:
     (tmp_path / "a.txt").write_bytes(data)
     assert read_texts(tmp_path / "a.txt") == [text]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv"])
+def test_lines_of_old_macintosh_files_end_at_a_carriage_return(tmp_path: Path, name: str) -> None:
+    data = FORMATS[name]().replace(b"\r\n", b"\n")
+    (tmp_path / f"unix-{name}").write_bytes(data)
+    (tmp_path / f"mac-{name}").write_bytes(data.replace(b"\n", b"\r"))
+    mac, unix = (read_texts(tmp_path / f"{kind}-{name}") for kind in ("mac", "unix"))
+    assert mac == unix
+    assert len(unix) == 2
+
+
+@pytest.mark.parametrize("number", [0x50, 0x5F])
+def test_zstandard_may_begin_with_a_skippable_frame(tmp_path: Path, number: int) -> None:
+    """As files of pzstd do; RFC 8878, section 3.1.2. `zstd -t` accepts them."""
+    data = bytes([number]) + b"*M\x18\x04\0\0\0abcd" + zstd_compress(b'{"text": "read"}\n')
+    for name in ("a.jsonl.zst", "no-suffix"):
+        (tmp_path / name).write_bytes(data)
+        assert read_texts(tmp_path / name, report=ReadingReport(strict=True)) == ["read"]
+
+
+def test_zstandard_with_the_longest_window_is_read(tmp_path: Path) -> None:
+    """As `zstd --long=31` writes it, and the dumps of Reddit are; 2 GiB of window are declared."""
+    zstandard = pytest.importorskip("zstandard")
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, hash_log=10)
+    frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    # Without a declared size of the content, the size of the window counts.
+    data = frame.compress(b'{"text": "read"}\n' * 20) + frame.flush()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(data)
+    assert zstandard.get_frame_parameters(data).window_size == 1 << 31
+    assert read_texts(path, report=ReadingReport(strict=True)) == ["read"] * 20
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_zstandard_dictionary_in_the_first_frame_is_used(tmp_path: Path, is_packed: bool) -> None:
+    """The form of .warc.zst files; IIPC, Zstandard for WARC, 2021."""
+    zstandard = pytest.importorskip("zstandard")
+    texts = [f"the ship number {n} sails on to {7 * n}" for n in range(300)]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    dictionary = zstandard.train_dictionary(2048, lines)
+    first = dictionary.as_bytes()
+    first = zstd_compress(first) if is_packed else first
+    frames = [zstandard.ZstdCompressor(dict_data=dictionary).compress(line) for line in lines]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"]*M\x18" + len(first).to_bytes(4, "little") + first + b"".join(frames))
+    assert read_texts(path, report=ReadingReport(strict=True)) == texts
 
 
 def test_few_invalid_bytes_are_replaced_and_many_are_rejected(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from corpus_files import (
     PAGE,
     as_warc,
     read_texts,
+    zstd_compress,
 )
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.reading import read_documents
@@ -87,3 +89,108 @@ def test_responses_are_decoded_or_skipped(tmp_path: Path) -> None:
     assert found == others
     assert [problem.line for problem in report.problems] == [7, 8, 9]
     assert (report.n_repaired, report.n_skipped_records, report.n_other_records) == (1, 2, 2)
+
+
+def response(address: str, head: bytes, body: bytes, end: bytes = b"\r\n") -> bytes:
+    """A record of a WARC file; `end` ends the lines of the HTTP head."""
+    http = end.join([b"HTTP/1.1 200 OK", b"Content-Type: text/html", *head.split(), b"", body])
+    warc = (
+        f"WARC/1.1\r\nWARC-Type: response\r\nWARC-Target-URI: {address}\r\nContent-Type: "
+        f"application/http; msgtype=response\r\nContent-Length: {len(http)}\r\n\r\n"
+    )
+    return warc.encode() + http + b"\r\n\r\n"
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize("n_words", [1, 3, 30, 3000])
+@pytest.mark.parametrize("name", ["deflate", "raw", "br", "zstd", "gzip", "plain"])
+def test_bodies_of_all_encodings_are_decoded(tmp_path: Path, name: str, n_words: int) -> None:
+    """RFC 9110, section 8.4.1: a body called deflate should have the head of zlib; some have none.
+    Small ones often have no NUL byte. Many archives keep the header of a body that they decoded."""
+    brotli = pytest.importorskip("brotli")
+    pytest.importorskip("fastwarc")
+    encoders: dict[str, Callable[[bytes], bytes]] = {
+        "deflate": zlib.compress,
+        "raw": raw_deflate,
+        "br": brotli.compress,
+        "zstd": zstd_compress,
+        "gzip": gzip.compress,
+        "plain": bytes,
+    }
+    draw = random.Random(n_words)
+    texts = [" ".join(f"ship{draw.random()}" for _ in range(n_words)) for _ in range(40)]
+    archive = b""
+    for number, text in enumerate(texts):
+        page = encoders[name](f"<html><body><p>{text}</p></body></html>".encode())
+        said = {"raw": "deflate", "plain": draw.choice(["br", "deflate", "zstd"])}.get(name, name)
+        archive += response(f"http://{number}", f"Content-Encoding:{said}".encode(), page)
+    (tmp_path / "a.warc").write_bytes(archive)
+    assert read_texts(tmp_path / "a.warc", report=ReadingReport(strict=True)) == texts
+
+
+@pytest.mark.parametrize("said", [b"br", b"deflate", b"compress", b"gzip"])
+def test_bodies_that_cannot_be_decoded_are_reported(tmp_path: Path, said: bytes) -> None:
+    pytest.importorskip("fastwarc")
+    draw = random.Random(1)
+    noise = [bytes(draw.randrange(1, 256) for _ in range(60)) for _ in range(40)]
+    head = b"Content-Encoding:" + said
+    records = (response(f"http://{n}", head, body) for n, body in enumerate(noise))
+    (tmp_path / "a.warc").write_bytes(b"".join(records))
+    report = ReadingReport()
+    assert len(read_texts(tmp_path / "a.warc", report=report)) <= 1
+    assert report.n_skipped_records >= 39
+
+
+def test_http_heads_may_end_their_lines_with_newlines_alone(tmp_path: Path) -> None:
+    pytest.importorskip("fastwarc")
+    page = PAGE.encode()
+    ends = {"a": b"\n", "b": b"\r\n"}
+    archive = b"".join(response(name, b"Server:x", page, end) for name, end in ends.items())
+    (tmp_path / "a.warc").write_bytes(archive)
+    report = ReadingReport(strict=True)
+    assert [d.id for d in read_documents(tmp_path / "a.warc", report=report)] == ["a", "b"]
+    assert report.n_other_records == 0
+
+
+PROSE = "<p>Lighthouses were built on cliffs, so that sailors could see their light from afar.</p>"
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        (
+            "<p>彼は<ruby>海<rp>(</rp><rt>うみ</rt><rp>)</rp></ruby>を見た。</p>",
+            "彼は海(うみ)を見た。",
+        ),
+        ("<p>It was <b>7°</b> or <b>7&deg;</b> in <i> 한 </i>.</p>", "It was 7° or 7° in 한 ."),
+        ("<table><tr><td>x²<td>où<td>\nก\n</table>", "x²\t\toù\t\tก"),
+        (
+            "<ul><li>The oldest one stands in Spain.</li></ul>",
+            "  • The oldest one stands in Spain.",
+        ),
+        ("<ol><li>One.<li>Two.</ol>", "  1. One.\n  2. Two."),
+    ],
+)
+def test_single_characters_and_lists_of_a_page_stay(tmp_path: Path, html: str, text: str) -> None:
+    """Resiliparse 2.0.1 drops texts of one character outside of ASCII, and lists near the root."""
+    pytest.importorskip("resiliparse")
+    menu = "<nav><ul><li><a href=x>Menu</a></li></ul></nav>"
+    page = f"<!doctype html><meta charset=utf-8><body>{menu}<article>{PROSE}{html}</article>"
+    (tmp_path / "a.html").write_text(page, encoding="utf-8")
+    (found,) = read_texts(tmp_path / "a.html")
+    assert found.split("\n\n", 1)[1] == text
+    assert "Menu" not in found
+
+
+def test_an_invalid_byte_does_not_change_the_encoding_of_a_page(tmp_path: Path) -> None:
+    """Resiliparse 2.0.1 reads the whole page as windows-1252 then."""
+    pytest.importorskip("resiliparse")
+    page = PAGE.replace("paragraph", "paragr\xe4ph").encode() + b"<p>\xff"
+    (tmp_path / "a.html").write_bytes(page)
+    (tmp_path / "b.html").write_bytes(PAGE.replace("utf-8", "latin1").encode("latin1"))
+    for text, words in zip(read_texts(tmp_path), ("this paragräph", "änd"), strict=True):
+        assert words in text

@@ -74,7 +74,11 @@ MODEL = Option("MODEL", MODEL_HELP)
 RUN = Option("RUN", "a run directory")
 OUT = Option("--out DIR", "a new or empty folder", required=True)
 DEVICE = Option("--device DEVICE", "auto, cpu, cuda or mps", "auto")
-TEXT_FIELD = Option("--text-field F", "field of a jsonl record that contains the text")
+TEXT_FIELD = Option(
+    "--text-field F,...",
+    "field of a record that contains the text, or several that are joined, as in "
+    "title,post.body or html:body (its text without tags)",
+)
 SPECIAL = Option(
     "--special",
     "names of special tokens in the text, such as <|endoftext|>, become those tokens",

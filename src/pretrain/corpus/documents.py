@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+MAX_RECORD_BYTES = 1 << 26
+"""A longer record is skipped: no document has 64 MiB, and a decompression bomb never ends."""
 MAX_DETAILED_PROBLEMS = 100
 """Problems kept with their place; later ones are only counted, so that a file in which every line
 is wrong cannot fill the memory."""
@@ -15,6 +17,11 @@ Counter = Literal["n_skipped_files", "n_skipped_records", "n_repaired", "n_parti
 """Fields of a report that count problems."""
 MAX_PLACES = 8
 """Files that are named for one reason why something is not in the text."""
+
+
+def with_newlines(text: str) -> str:
+    """Replace other ends of lines by newlines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 class StrictError(ValueError):
@@ -116,7 +123,8 @@ class ReadingReport:
     n_other_records: int = 0
     """Records of archives that are not pages, such as images."""
     n_repaired: int = 0
-    """Documents in which bytes or characters were replaced by U+FFFD."""
+    """Documents in which bytes or characters were replaced by U+FFFD, or a quotation mark that no
+    other one closes was kept."""
     n_partial_files: int = 0
     """Compressed files that end too early; the readable part was kept."""
     n_problems: int = 0
@@ -127,7 +135,11 @@ class ReadingReport:
     marks: dict[str, int] = field(default_factory=dict)
     """Number of marks such as <|endoftext|> that are read as letters."""
     text_fields: dict[str, str] = field(default_factory=dict)
-    """For each of the first files of records: the field that was read as text."""
+    """For each of the first files of records: the field that was read as text, or several, joined
+    by a comma."""
+    field_details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For the same files: `percent` of the letters of the first records that these fields have,
+    other fields with letters that are `left_out`, and whether all texts are `html`."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     """By source argument its own n_files, n_documents and n_text_bytes."""
     omitted: dict[str, Omission] = field(default_factory=dict)
@@ -187,6 +199,7 @@ class ReadingReport:
         for file, name in other.text_fields.items():
             if len(self.text_fields) < MAX_DETAILED_PROBLEMS:
                 self.text_fields[file] = name
+                self.field_details[file] = other.field_details[file]
         for name, counts in other.sources.items():
             total = self.of_source(name)
             for key, count in counts.items():
@@ -204,14 +217,13 @@ class ReadingReport:
         if marks := [each.line(self.n_read_bytes) for each in notes if each.is_read]:
             facts["as it is"] = "\n".join(marks)
         if self.n_repaired:
-            facts["repaired"] = f"{self.n_repaired:,} documents: bytes replaced by U+FFFD"
+            how = "bytes replaced by U+FFFD, or a stray quotation mark kept"
+            facts["repaired"] = f"{self.n_repaired:,} documents: {how}"
         if self.text_fields:
             how = f"named as {self.text_field!r}" if self.text_field else "guessed"
             names = {name: file for file, name in reversed(self.text_fields.items())}
-            fields = [f"{name!r} (first in {file})" for name, file in reversed(names.items())]
-            # Without the name of a single file: a run whose text was moved has equal facts.
-            fields = fields if self.n_files > 1 else [repr(name) for name in names]
-            facts["field"] = f"{how}: {', '.join(fields)}"
+            fields = (self._field(name, file) for name, file in reversed(names.items()))
+            facts["field"] = f"{how}: {'; '.join(fields)}"
         if self.marks:
             frequent = Counts(self.marks).most_common(5)
             counts = ", ".join(f"{mark} {n:,} times" for mark, n in frequent)
@@ -220,6 +232,18 @@ class ReadingReport:
         if 2 * n_omitted > self.n_read_bytes:
             facts["warning"] = f"most of the source is not in the text: {share} was skipped"
         return facts
+
+    def _field(self, name: str, file: str) -> str:
+        details = self.field_details[file]
+        # Without the name of a single file: a run whose text was moved has equal facts.
+        place = f" (first in {file})" if self.n_files > 1 else ""
+        text = f"{name!r}{place}, {details['percent']:.3g} % of the letters"
+        if details["left_out"]:
+            others = ",".join(details["left_out"])
+            text += f", without {others} (text_field {name},{others} joins them)"
+        if details["html"]:
+            text += f", as HTML (text_field html:{name} takes its text)"
+        return text
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain values for JSON, and the facts."""

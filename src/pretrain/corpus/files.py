@@ -1,11 +1,11 @@
 """The files of a source, the format of each, and its bytes: paths in, streams of bytes out.
 
 A folder is walked in the order of relative paths, so the order is the same on every machine. Hidden
-names are ignored; links, pipes and devices inside a folder are reported as skipped. Names with *, ?
-or [ are glob patterns unless a file has that name. A source that does not exist, is not a regular
-file or contains no file is a ValueError. The format is detected from the first bytes when a file is
-read; its name only breaks ties. A stream ends where its file is damaged; a missing decompressor is
-a ValueError with the command that installs it.
+names are ignored; links to files are followed; links to folders, pipes and devices inside a folder
+are reported as skipped. Names with *, ? or [ are glob patterns unless a file has that name. A
+source that does not exist, is not a regular file or contains no file is a ValueError. The format is
+detected from the first bytes when a file is read; its name only breaks ties. A stream ends where
+its file is damaged; a missing decompressor is a ValueError with the command that installs it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Source = str | Path | Sequence[str | Path]
 """A file, a folder, a glob pattern, "bundled", or several of these."""
 
 SUPPORTED_FORMATS = (
-    "readable formats are text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet, WARC, PDF, "
-    "EPUB, DOCX, ODT, mail, subtitles, notebooks and MediaWiki dumps, plain or as .gz, .bz2, .xz "
-    "or .zst"
+    "readable formats are text, Markdown, HTML, JSON lines, JSON, CSV, TSV, Parquet, Arrow, WARC, "
+    "PDF, EPUB, DOCX, ODT, mail, subtitles, notebooks and MediaWiki dumps, plain or as .gz, .bz2, "
+    ".xz or .zst"
 )
 
 # Files that mark a folder as written by this program: a run, an imported model or a prepared text.
@@ -56,6 +56,8 @@ _OWN_FOLDERS = (
     {"requested.yaml"},
     {"manifest.json", "report.json", "tokenizer"},
 )
+# What `datasets` writes next to its Arrow files.
+_DATASET_NOTES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +150,30 @@ def _list_one(source: str | Path, report: ReadingReport) -> list[SourceFile]:
         )
 
     files: list[SourceFile] = []
-    _walk(path, "", files, report)
+    links: list[SourceFile] = []
+    for file in _walk(path, "", report):
+        (links if file.path.is_symlink() else files).append(file)
+    # Caches of the hub, DVC and git-annex consist of links. No file is read twice.
+    targets = {os.path.realpath(file.path) for file in files} if links else set()
+    for link in links:
+        target = os.path.realpath(link.path)
+        if target not in targets and os.path.isfile(target):
+            targets.add(target)
+            files.append(replace(link, n_bytes=os.stat(target).st_size))
+        else:
+            to = "a file that is read anyway" if target in targets else "a folder or to nothing"
+            problem = Problem(_printable(link.name), f"skipped: a symbolic link to {to}")
+            report.add(problem, counter="n_skipped_files")
     if not files:
-        raise ValueError(f"folder {str(path)!r} contains no file; {SUPPORTED_FORMATS}")
+        passed = f", and {len(links):,} symbolic links that lead to none" if links else ""
+        raise ValueError(f"folder {str(path)!r} contains no file{passed}; {SUPPORTED_FORMATS}")
     return sorted(files, key=lambda file: file.name)
 
 
-def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingReport) -> None:
-    # lstat, never stat: a link is not followed, because it may lead into a loop, out of the source
-    # or to a text that is already read; and a pipe is not opened, because that would block.
+def _walk(folder: Path, prefix: str, report: ReadingReport) -> Iterator[SourceFile]:
+    """Yield the files of a folder, and links as they are."""
+    # lstat, never stat: a link to a folder is not followed, because it may lead into a loop; and a
+    # pipe is not opened, because that would block.
     with os.scandir(folder) as iterator:
         entries = sorted(iterator, key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
@@ -170,6 +187,7 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
         report.add(problem, counter="n_skipped_files")
         return
 
+    notes = _DATASET_NOTES | ({"state.json"} if "dataset_info.json" in names else set())
     for entry in entries:
         name = prefix + entry.name
         if entry.name.startswith("."):
@@ -178,16 +196,19 @@ def _walk(folder: Path, prefix: str, files: list[SourceFile], report: ReadingRep
             continue
         status = entry.stat(follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
-            _walk(Path(entry.path), name + "/", files, report)
-        elif stat.S_ISREG(status.st_mode):
-            files.append(SourceFile(Path(entry.path), name, status.st_size))
+            yield from _walk(Path(entry.path), name + "/", report)
+        elif entry.name in notes:
+            problem = Problem(_printable(name), "skipped: it describes a data set")
+            report.add(problem, counter="n_skipped_files", is_allowed=True)
+        elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+            yield SourceFile(Path(entry.path), name, status.st_size)
         else:
             problem = Problem(_printable(name), f"skipped: a {_file_type(status.st_mode)}")
             report.add(problem, counter="n_skipped_files")
 
 
 def _file_type(mode: int) -> str:
-    names = {stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    names = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
     names |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
     return names.get(stat.S_IFMT(mode), "special file")
 
@@ -195,12 +216,15 @@ def _file_type(mode: int) -> str:
 # Formats
 
 Format = str
-"""text, html, warc, subtitles, or a key of `records.RECORD_FORMATS` or `publications.READERS`."""
+"""text, html, warc, subtitles, or a key of `reading.RECORD_FORMATS` or `publications.READERS`."""
 
 HEAD_BYTES = 1 << 16
 """Bytes of a file from which its format is detected."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstandard"}
+# Skippable frames (RFC 8878, section 3.1.2), with which pzstd and .warc.zst files begin.
+_MAGIC |= {bytes([number]) + b"*M\x18": "zstandard" for number in range(0x50, 0x60)}
+_ZSTD_DICTIONARY = b"\x5d*M\x18"
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -252,13 +276,13 @@ def format_of(head: bytes, name: str) -> tuple[Format | None, str]:
         return by_name, ""
     if is_html:
         return "html", ""
-    if _is_json_lines(head, min_lines=2 if by_name == "json" else 1):
+    if by_name != "json" and _is_json_lines(head):
         return "jsonl", ""
     return by_name or "text", note
 
 
-def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
-    """Whether the first two non-blank lines are JSON objects, and there are `min_lines` of them.
+def _is_json_lines(head: bytes) -> bool:
+    """Whether the first two non-blank lines are JSON objects, or the only one.
 
     If the head is shorter than one line, its beginning decides.
     """
@@ -266,12 +290,11 @@ def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
     partial_line = lines.pop() if len(head) >= HEAD_BYTES else b""
     lines = [line for line in lines if line.strip()][:2]
     if not lines:
-        return min_lines == 1 and _OBJECT.match(partial_line) is not None
+        return _OBJECT.match(partial_line) is not None
     try:
-        are_objects = all(_OBJECT.match(line) and json.loads(line) for line in lines)
+        return all(_OBJECT.match(line) and json.loads(line) for line in lines)
     except (ValueError, RecursionError):
         return False
-    return are_objects and len(lines) >= min_lines
 
 
 # Streams: one file -> its bytes, decompressed, UTF-16 and UTF-32 as UTF-8, damage detected. Memory
@@ -291,6 +314,7 @@ BOMB_RATIO = 256
 BOMB_BYTES = 1 << 26
 # zstd can grow 32,000-fold, and its streaming object cannot limit its output: feed it small chunks.
 _ZSTD_CHUNK_BYTES = 1 << 12
+_MAX_DICTIONARY_BYTES = 1 << 24
 
 
 class DamagedStreamError(Exception):
@@ -333,6 +357,16 @@ class FileStream(io.BufferedReader):
         """Record that the file is read as it stands, and what its text is full of."""
         file = self.file
         self.report.omit(reason, Omission(reason, "file", 1, file.n_bytes, [file.name], True))
+
+    def skip_record(self, reason: str, number: int, offset: int | None, n_bytes: int) -> None:
+        """Report a record that is not a document."""
+        self.add_problem(
+            f"skipped: {reason}",
+            line=number,
+            offset=offset,
+            counter="n_skipped_records",
+            n_bytes=n_bytes,
+        )
 
     def omit(self, reason: str, n_bytes: int, *, unit: str) -> None:
         """Count something that is left out although nothing is wrong with it."""
@@ -413,18 +447,21 @@ def _read_chunks(file: SourceFile, report: ReadingReport) -> Generator[bytes, No
 
 
 def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Convert UTF-16 and UTF-32 with a byte order mark to UTF-8; pass on everything else."""
+    """Convert UTF-16 and UTF-32 with a byte order mark to UTF-8; pass on everything else, with
+    newlines for carriage returns if there are only those."""
     first = next(chunks, b"")
     encoding = next((e for mark, e in _WIDE_ENCODINGS.items() if first.startswith(mark)), None)
     if encoding is None:
+        if b"\r" in first and not (b"\n" in first or b"\0" in first):
+            # Lines of old Macintosh files end at a carriage return alone.
+            chunks = (chunk.replace(b"\r", b"\n") for chunk in chain([first], chunks))
+            first = b""
         yield first
         yield from chunks
         return
-    decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        for chunk in chain([first], chunks):
-            yield decoder.decode(chunk).encode()
-        decoder.decode(b"", final=True)
+        for text in codecs.iterdecode(chain([first], chunks), encoding):
+            yield text.encode()
     except UnicodeDecodeError as error:
         reason = f"it starts with the byte order mark of {encoding}, but {error.reason}"
         raise DamagedStreamError(reason) from error
@@ -454,23 +491,33 @@ def _decompress(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
 
 def _decompress_zstandard(raw: BinaryIO) -> Iterator[bytes]:
     with needs_package("a zstandard file", "zstandard"):
-        import zstandard
+        from zstandard import ZstdCompressionDict, ZstdDecompressor, ZstdError
 
-    # zstandard's stream reader does not report a truncated end. Therefore each frame is
-    # decompressed by its own object, whose `eof` tells whether it was complete.
+    # `zstd --long=31` uses the largest window. Memory is only taken as far as a window is filled.
+    decompressor = ZstdDecompressor(max_window_size=1 << 31)
     frame = None
-    while data := raw.read(_ZSTD_CHUNK_BYTES):
-        while data:
-            if frame is None:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            try:
-                chunk = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            if chunk:
-                yield chunk
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
+    head = raw.read(8)
+    try:
+        if head.startswith(_ZSTD_DICTIONARY):
+            # The first frame has the dictionary of the others, plain or compressed: IIPC, "Use of
+            # Zstandard in WARC files", 2021.
+            content = raw.read(min(int.from_bytes(head[4:], "little"), _MAX_DICTIONARY_BYTES))
+            if compression_of(content) == "zstandard":
+                content = decompressor.stream_reader(content).read(_MAX_DICTIONARY_BYTES)
+            dictionary = ZstdCompressionDict(content)
+            decompressor = ZstdDecompressor(dict_data=dictionary, max_window_size=1 << 31)
+        raw.seek(0)
+        # zstandard's stream reader does not report a truncated end. Therefore each frame is
+        # decompressed by its own object, whose `eof` tells whether it was complete.
+        while data := raw.read(_ZSTD_CHUNK_BYTES):
+            while data:
+                frame = frame or decompressor.decompressobj()
+                if chunk := frame.decompress(data):
+                    yield chunk
+                data = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = None
+    except ZstdError as error:
+        raise OSError(str(error)) from error
     if frame is not None:
         raise EOFError

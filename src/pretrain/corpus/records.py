@@ -1,42 +1,52 @@
-"""JSON lines, JSON, CSV and Parquet -> rows, one for each record -> documents.
+"""JSON lines and JSON -> rows, and rows of all formats -> documents.
 
-All but JSON are read in constant memory. Lines end at the byte `\n` and nowhere else. The field
-with the text is given, or detected in the first records. A record that is not valid UTF-8, strict
-JSON or CSV, that does not match the table's header, is too long or has no text, is skipped and
-reported with its line number and byte offset.
+All but JSON are read in constant memory. Lines end at the byte `\n` and nowhere else. The fields
+with the text are given, or one is chosen by the first records. A record that is not valid UTF-8,
+strict JSON or CSV, that does not match the table's header, is too long or has no text, is skipped
+and reported with its line number and byte offset.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import re
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from pretrain import needs_package
-from pretrain.corpus.documents import MAX_DETAILED_PROBLEMS, Document
-from pretrain.corpus.files import FileStream, Format, compression_of
+from pretrain.corpus.documents import (
+    MAX_DETAILED_PROBLEMS,
+    MAX_RECORD_BYTES,
+    Document,
+    with_newlines,
+)
+from pretrain.corpus.files import FileStream
+from pretrain.corpus.pages import html_text
 from pretrain.fileio import unique_keys, without_surrogates
 
-MAX_RECORD_BYTES = 1 << 26
-"""A longer record is skipped: no document has 64 MiB, and a decompression bomb never ends."""
 MAX_JSON_BYTES = 1 << 28
-PREFERRED_TEXT_FIELDS = ("text", "content", "body", "document", "story", "raw_content", "passage")
+_CHAT_FIELDS = ("messages", "conversations", "conversation")
+PREFERRED_TEXT_FIELDS = (
+    *("text", "content", "body", "document", "story", "raw_content", "passage"),
+    *_CHAT_FIELDS,
+)
+_MESSAGE_FIELDS = ("content", "value", "text")
+"""Fields with the text of a message of a chat, or of a part of one."""
 TITLE_FIELDS = ("title", "headline", "name")
 EVERY_FIELD = "\0"
 """As `text_field`: all strings of a record at any depth, joined by this character."""
+AS_HTML = "html:"
+"""Before a name in a `text_field`: the field is HTML, and its text is extracted."""
+_BETWEEN = "\n\n"
+"""Between the texts of several fields, and of the elements of a list."""
 _PROBE_ROWS = 20
 _PROBE_BYTES = 1 << 23
-_PARQUET_ROWS = 256
-_STRING_TYPE = re.compile(r"(dictionary<values=)?(large_)?string")
-"""Names of pyarrow's string types; also matches `string_view`."""
+_MAX_DEPTH = 4
+_HTML_TAG = re.compile(r"<(p|br|div|span|a|b|i|em|strong|code|pre|ul|ol|li|h[1-6])\b[^<>]*>", re.I)
+_MISSING = object()
 _JSON_TYPES = {
     "NoneType": "null",
     "str": "a string",
@@ -46,6 +56,9 @@ _JSON_TYPES = {
     "int": "a number",
     "float": "a number",
 }
+
+Line = tuple[int, int, bytes, str]
+"""See `read_lines`."""
 
 
 class Skipped(str):
@@ -77,7 +90,7 @@ def read_records(
             records.append(row.record)
         elif not records:
             stream.n_record_bytes += row.n_bytes
-            skip_record(stream, row.record, row.number, row.offset, row.n_bytes)
+            stream.skip_record(row.record, row.number, row.offset, row.n_bytes)
             continue
         # Later bad rows are kept in the probe, so that problems are reported in the order of rows.
         probe.append(row)
@@ -85,19 +98,24 @@ def read_records(
         if len(probe) == _PROBE_ROWS or n_probe_bytes > _PROBE_BYTES:
             break
 
-    field = text_field if text_field is not None else _find_text_field(records)
+    if text_field is not None:
+        is_name = any(text_field in record for record in records)  # even with a comma in it
+        fields = [text_field] if is_name else [each.strip() for each in text_field.split(",")]
+    else:
+        fields = _find_text_field(records)
     strings = {key for record in records for key in record if isinstance(record[key], str)}
-    title_field = next((key for key in TITLE_FIELDS if key != field and key in strings), None)
+    title_field = next((key for key in TITLE_FIELDS if key not in fields and key in strings), None)
     text_fields = stream.report.text_fields
-    if field is not None and len(text_fields) < MAX_DETAILED_PROBLEMS:
-        text_fields[name] = field
+    if fields and len(text_fields) < MAX_DETAILED_PROBLEMS:
+        text_fields[name] = ",".join(fields)
+        stream.report.field_details[name] = _details(records, fields)
 
     for row in chain(probe, rows):
         record, number, offset = row.record, row.number, row.offset
         stream.n_record_bytes += row.n_bytes
-        text = record if isinstance(record, Skipped) else _text(record, field)
+        text = record if isinstance(record, Skipped) else _text(record, fields)
         if isinstance(record, Skipped) or isinstance(text, Skipped):
-            skip_record(stream, text, number, offset, row.n_bytes)
+            stream.skip_record(text, number, offset, row.n_bytes)
             continue
 
         valid_text = without_surrogates(text)
@@ -108,54 +126,124 @@ def read_records(
         title = record.get(title_field) if title_field else None
         yield Document(
             id=str(id_) if isinstance(id_, str | int) else f"{name}:{number}",
-            text=valid_text.replace("\r\n", "\n"),
+            text=with_newlines(valid_text),
             title=title if isinstance(title, str) else "",
             source=name,
             offset=offset or 0,
         )
 
 
-def skip_record(
-    stream: FileStream, reason: str, number: int, offset: int | None, n_bytes: int
-) -> None:
-    """Report a record that is not a document."""
-    stream.add_problem(
-        f"skipped: {reason}",
-        line=number,
-        offset=offset,
-        counter="n_skipped_records",
-        n_bytes=n_bytes,
-    )
+def field_names(text_field: str | None) -> list[str]:
+    """The names of fields in a `text_field`: "title,html:post.body" -> ["title", "post.body"]."""
+    return [each.strip().removeprefix(AS_HTML) for each in (text_field or "").split(",") if each]
 
 
-def _find_text_field(records: list[dict[str, Any]]) -> str | None:
-    """The field with the text: a preferred name that is a string in most records, else the field
-    with the longest strings."""
-    counts, lengths = Counter[str](), Counter[str]()
+def _find_text_field(records: list[dict[str, Any]]) -> list[str]:
+    """The field with the text, if any: one with a preferred name that is text in most records, or
+    text or null; else the one with the longest strings that are not addresses or the like."""
+    n_texts, n_nulls, n_letters = Counter[str](), Counter[str](), Counter[str]()
     for record in records:
-        for name, value in record.items():
-            if isinstance(value, str):
-                counts[name] += 1
-                lengths[name] += len(value)
-    for name in PREFERRED_TEXT_FIELDS:
-        if 2 * counts[name] > len(records):
-            return name
-    return max(lengths, key=lambda name: lengths[name], default=None)
+        for path, value in _fields(record):
+            is_preferred = all(name in PREFERRED_TEXT_FIELDS for name in path.split("."))
+            n_nulls[path] += is_preferred and value is None
+            text = _text_of(value) if is_preferred or isinstance(value, str | bytes) else None
+            if text is not None:
+                n_texts[path] += is_preferred
+                n_letters[path] += len(text) * _is_prose(text)
+    for counts in (n_texts, n_texts + n_nulls):
+        found = [path for path, n in counts.items() if 2 * n > len(records)]
+        if found:
+            rank = PREFERRED_TEXT_FIELDS.index
+            return [min(found, key=lambda path: (path.count("."), *map(rank, path.split("."))))]
+    return [path for path, n in n_letters.most_common(1) if n]
 
 
-def _text(record: dict[str, Any], field: str | None) -> str:
+def _is_prose(text: str) -> bool:
+    """Whether a text has several words, or one of letters: not an address, a number or a code."""
+    text = text.strip()
+    return not text.isascii() or text.isalpha() or len(text.split(maxsplit=1)) > 1
+
+
+def _fields(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each field; "outer.inner" for those of objects in the record."""
+    for name, value in record.items():
+        if isinstance(value, dict) and prefix.count(".") < _MAX_DEPTH:
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _lookup(record: Any, name: str) -> Any:
+    """The value of a field, which may be "outer.inner", or _MISSING."""
+    if not isinstance(record, dict) or name in record or "." not in name:
+        return record.get(name, _MISSING) if isinstance(record, dict) else _MISSING
+    outer, _, inner = name.partition(".")
+    return _lookup(record.get(outer), inner)
+
+
+def _text_of(value: Any, depth: int = _MAX_DEPTH) -> str | None:
+    """The text of a string, of UTF-8 bytes, or of a list of texts or of a chat's messages."""
+    if isinstance(value, bytes):
+        text = _decode(value, 0)
+        return None if isinstance(text, Skipped) else text
+    if isinstance(value, dict) and depth < _MAX_DEPTH:
+        name = next((name for name in _MESSAGE_FIELDS if name in value), "")
+        return _text_of(value.get(name), depth - 1)
+    if isinstance(value, list) and depth:
+        parts = [(each, _text_of(each, depth - 1)) for each in value]
+        texts = [text for _, text in parts if text is not None]
+        # A part of a message may be a picture, and a message may be a call.
+        if all(isinstance(each, dict) for each, text in parts if text is None):
+            return _BETWEEN.join(filter(str.strip, texts)) if texts or not value else None
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _details(records: list[dict[str, Any]], fields: list[str]) -> dict[str, Any]:
+    """What the report says of the chosen fields: see `ReadingReport.field_details`."""
+    names = field_names(",".join(fields))
+    found = [_text(record, fields) for record in records]
+    texts = [text for text in found if not isinstance(text, Skipped)]
+    others = Counter[str]()
+    for path, value in chain.from_iterable(map(_fields, records)):
+        if path not in names:
+            values = value if isinstance(value, list) else [value]
+            others[path] += sum(len(each) for each in values if isinstance(each, str))
+    n_letters = sum(map(len, texts))
+    n_all = max(1, n_letters + others.total())
+    return {
+        "percent": round(100 * n_letters / n_all, 1),
+        "left_out": [path for path, n in others.most_common(8) if 20 * n > n_all],
+        "html": bool(texts) and all(map(_HTML_TAG.search, texts)),
+    }
+
+
+def _text(record: dict[str, Any], fields: list[str]) -> str:
     """The text of a record, or `Skipped` with the reason why it has no text."""
-    if field == EVERY_FIELD:
+    if fields == [EVERY_FIELD]:
         return EVERY_FIELD.join(_strings(record)) or Skipped("no field is a string")
-    if field is None:
-        return Skipped("no field is a string")
-    if field not in record:
-        names = ", ".join(map(repr, list(record)[:8])) or "none"
-        return Skipped(f"no field {field!r}; its fields are {names}")
-    value = record[field]
-    if not isinstance(value, str):
-        return Skipped(f"field {field!r} is {_json_type(value)}, not a string")
-    return value if value.strip() else Skipped(f"field {field!r} is empty")
+    texts = []
+    for field in fields:
+        name = field.removeprefix(AS_HTML)
+        value = _lookup(record, name)
+        text = _text_of(value)
+        if value is _MISSING:
+            return Skipped(f"no field {name!r}; its fields are {_names(record)}")
+        if text is None and (value is not None or len(fields) == 1):
+            reason = f"field {name!r} is {_json_type(value)}, not a string"
+            if isinstance(value, dict) and value:
+                reason += f"; --text-field {name}.{next(iter(value))} names a field of it"
+            return Skipped(reason)
+        if text and text.strip():
+            texts.append(text if name == field else html_text(text)[1])
+    if not fields:
+        names = _names(record)
+        return Skipped(f"no field is text; its fields are {names}; --text-field NAME takes one")
+    return _BETWEEN.join(texts) or Skipped(f"field {fields[0]!r} is empty")
+
+
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(map(repr, list(record)[:8])) or "none"
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -166,7 +254,7 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(each)
 
 
-# Lines: JSON lines and CSV
+# JSON lines and JSON
 
 
 def _decode(data: bytes, offset: int) -> str:
@@ -177,15 +265,17 @@ def _decode(data: bytes, offset: int) -> str:
         return Skipped(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
 
 
-def _read_lines(stream: FileStream) -> Iterator[tuple[int, int, bytes, str]]:
+def read_lines(stream: FileStream, first: bytes = b"") -> Iterator[tuple[int, int, bytes, str]]:
     """Yield the number of each line, from 1; its first byte in the decompressed file; its bytes
     without the newline, of a line that is too long only the end; and its text, or `Skipped`.
 
-    A line without a newline is the last, unless it is blank or damaged.
+    A line without a newline is the last, unless it is blank or damaged. `first` is the first line
+    if it was read already.
     """
     number = 1
     offset = 0
-    while data := stream.readline(MAX_RECORD_BYTES + 1):
+    while data := first or stream.readline(MAX_RECORD_BYTES + 1):
+        first = b""
         n_bytes = len(data)
         while not data.endswith(b"\n") and (more := stream.readline(MAX_RECORD_BYTES + 1)):
             data = more
@@ -203,9 +293,9 @@ def _read_lines(stream: FileStream) -> Iterator[tuple[int, int, bytes, str]]:
         offset += n_bytes
 
 
-def _jsonl_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
-    """Yield a row for each line that is not blank."""
-    for number, offset, data, text in _read_lines(stream):
+def jsonl_rows(stream: FileStream, text_field: str | None, first: bytes = b"") -> Iterator[Row]:
+    """Yield a row for each line that is not blank; `first` is as in `read_lines`."""
+    for number, offset, data, text in read_lines(stream, first):
         if isinstance(text, Skipped) or data.strip():
             yield Row(number, offset, _as_record(_parse_json(text)), len(data))
 
@@ -237,131 +327,33 @@ def _parse_json(text: str) -> Any:
         return Skipped(f"invalid JSON: {error}")
 
 
-def _csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
-    """Yield a row for each record below the header; its place is that of its first line."""
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    # csv.reader pulls lines until a quoted field ends, and after an error it continues with the
-    # next line. These have the place of the record's first line, and why one of them is invalid.
-    places: list[tuple[int, int]] = []
-    errors: list[Skipped] = []
-    end = 0
-
-    def decoded_lines() -> Iterator[str]:
-        nonlocal end
-        for number, offset, data, text in _read_lines(stream):
-            end = offset + len(data)
-            if not places:
-                places.append((number, offset))
-            if isinstance(text, Skipped):
-                errors[:] = [text]
-                text = data.decode("utf-8", "replace")
-            yield text + "\n"
-
-    lines = decoded_lines()
-    for header_line in lines:
-        if header_line.strip():
-            break
-        places.clear()
-    else:
-        return
-    errors.clear()  # invalid bytes in the header are kept as U+FFFD
-    delimiter = "\t" if ".tsv" in stream.file.path.suffixes else max(",;\t|", key=header_line.count)
-
-    header: list[str] | None = None
-    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            cells = []
-            errors.append(Skipped(f"invalid CSV: {error}"))
-        if cells is None:
-            return
-        n_bytes = end - places[0][1] if places else 0
-        if errors:
-            yield Row(*places[0], errors[0], n_bytes)
-        elif header is None:
-            # A name that repeats an earlier one gets its column's number.
-            names = [cell.strip() for cell in cells]
-            header = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
-        elif cells and len(cells) != len(header):
-            reason = f"{len(cells)} cells, but the header has {len(header)}"
-            yield Row(*places[0], Skipped(reason), n_bytes)
-        elif cells:
-            yield Row(*places[0], dict(zip(header, cells, strict=True)), n_bytes)
-        places.clear()
-        errors.clear()
-
-
-# JSON and Parquet
-
-
-def _json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
+def json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     """Yield a row for each object of a JSON file.
 
     The objects are those of its list; or, if it is an object without text of its own and with a
     single list of objects, those of that list; or itself. The file is read into memory, therefore
-    it has a size limit; JSON lines have none.
+    it has a size limit; JSON lines have none, and a file whose first line is an object and not the
+    last line is read as JSON lines.
     """
-    data = stream.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        reason = f"JSON of more than {MAX_JSON_BYTES:,} bytes; convert it to JSON lines"
-        yield Row(1, 0, Skipped(reason))
-        return
+    data = stream.readline(MAX_RECORD_BYTES + 1)
     value = _parse_json(_decode(data.removeprefix(codecs.BOM_UTF8), 0))
+    if stream.peek(1).strip():
+        if isinstance(value, dict):
+            yield from jsonl_rows(stream, text_field, data)
+            return
+        data += stream.read(MAX_JSON_BYTES + 1 - len(data))
+        if len(data) > MAX_JSON_BYTES:
+            reason = f"JSON of more than {MAX_JSON_BYTES:,} bytes; convert it to JSON lines"
+            yield Row(1, 0, Skipped(reason))
+            return
+        value = _parse_json(_decode(data.removeprefix(codecs.BOM_UTF8), 0))
     values = value if isinstance(value, list) else [value]
     if isinstance(value, dict):
         lists = [each for each in value.values() if isinstance(each, list)]
-        names = PREFERRED_TEXT_FIELDS if text_field is None else (text_field,)
+        names = field_names(text_field) or PREFERRED_TEXT_FIELDS
         has_text = text_field == EVERY_FIELD or any(isinstance(value.get(n), str) for n in names)
         if not has_text and len(lists) == 1 and any(isinstance(each, dict) for each in lists[0]):
             values = lists[0]
     n_bytes = len(data) // max(1, len(values))
     for number, each in enumerate(values, start=1):
         yield Row(number, 0 if isinstance(each, Skipped) else None, _as_record(each), n_bytes)
-
-
-def _parquet_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
-    """Yield a row for each record with its strings and its id; `number` counts from 1."""
-    with needs_package("a Parquet file", "pyarrow"):
-        from pyarrow import ArrowException, parquet
-
-    number = 0
-    path = stream.file.path
-    try:
-        with open(path, "rb") as raw, tempfile.TemporaryFile() as copy:
-            # Parquet is read from its end, so a compressed file is decompressed to a temporary one.
-            is_compressed = compression_of(raw.read(8)) != ""
-            if is_compressed:
-                shutil.copyfileobj(stream, copy)
-                copy.seek(0)
-            if stream.damage:
-                return
-            with parquet.ParquetFile(copy if is_compressed else path) as table:
-                # Other columns are not read from the disk.
-                columns = [
-                    column.name
-                    for column in table.schema_arrow
-                    if text_field in (column.name, EVERY_FIELD)
-                    or column.name == "id"
-                    or _STRING_TYPE.match(str(column.type))
-                ]
-                for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                    for record in batch.to_pylist():
-                        number += 1
-                        values = record.values()
-                        n_bytes = sum(len(v) if isinstance(v, str) else 8 for v in values)
-                        yield Row(number, None, record, n_bytes)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        message = str(error).splitlines()[0][:200]
-        reason = f"the Parquet file is broken: {message}; kept the {number:,} records before that"
-        stream.add_problem(reason, counter="n_partial_files")
-
-
-RECORD_FORMATS: dict[Format, Callable[[FileStream, str | None], Iterator[Row]]] = {
-    "jsonl": _jsonl_rows,
-    "json": _json_rows,
-    "csv": _csv_rows,
-    "parquet": _parquet_rows,
-}
-"""The reader of each format."""

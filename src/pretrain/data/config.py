@@ -52,7 +52,8 @@ class DataConfig(Checked):
     """what to do when a run needs more than one epoch of a source in a list: read it again, or
     stop"""
     text_field: Annotated[str | None, Matching(NON_EMPTY, "the name of a field")] = None
-    """field of JSON, CSV and Parquet records that contains the text; empty: detected from the first
+    """field of JSON, CSV, Parquet and Arrow records that contains the text, or several that are
+    joined, as title,post.body or html:body (its text without tags); empty: detected from the first
     records"""
     document_separator: Annotated[str | None, Matching(NON_EMPTY, "a text")] = None
     """what divides the documents of a text file, such as <|endoftext|>; empty: a file is one

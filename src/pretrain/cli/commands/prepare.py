@@ -18,7 +18,11 @@ from pretrain.fileio import read_json
 from pretrain.runner.text import stage_progress
 
 OPTIONS = (
-    Option("SOURCE", "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC", nargs="+"),
+    Option(
+        "SOURCE",
+        "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC",
+        nargs="+",
+    ),
     Option("--out DIR", "new folder", required=True),
     Option(
         "--tokenizer NAME|DIR",
