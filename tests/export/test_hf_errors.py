@@ -90,7 +90,7 @@ HOSTILE: list[tuple[Change, str]] = [
     (in_config(num_hidden_layers=10**9), r"n_layers is 1000000000; it must be in \[1, 10000\]"),
     (
         in_config(num_hidden_layers=9000),
-        "describes 9,000 layers; they must be at most as many as its tensors, 21",
+        "describes 9,000 layers; it must have at least 4 tensors for each .got 21",
     ),
     (in_config(num_hidden_layers=3), "model.layers.2.input_layernorm.weight .* is missing"),
     (in_config(num_hidden_layers=True), "model.n_layers is True; it must be a whole number"),

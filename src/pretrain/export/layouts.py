@@ -24,6 +24,7 @@ from pretrain.tokenizer.tokenizer import Tokenizer
 Shape = tuple[int, ...]
 
 _MAX_LISTED = 20
+_LEAST_OF_A_LAYER = 4  # the matrices of GPT-2
 _MAX_VOCAB_SIZE = 1 << 24
 
 
@@ -187,10 +188,10 @@ def matched_model(
         raise FormatError(
             f"{where} has no weights; it must be the file of a model, not of its vocabulary alone"
         )
-    if config.n_layers > len(tensors):
+    if config.n_layers * _LEAST_OF_A_LAYER > len(tensors):  # before that many layers are made
         raise FormatError(
-            f"{where} describes {config.n_layers:,} layers; they must be at most as many as its "
-            f"tensors, {len(tensors):,}"
+            f"{where} describes {config.n_layers:,} layers; it must have at least "
+            f"{_LEAST_OF_A_LAYER} tensors for each (got {len(tensors):,})"
         )
     found, differences = [], []
     expected = stored_tensors(config, layout, vocab_size=vocab_size)

@@ -32,12 +32,13 @@ class Transformers:
         options = {"local_files_only": True, "trust_remote_code": request["own_code"]}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         self.model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, **options, dtype=torch.float32, output_loading_info=True
+            path, **options, output_loading_info=True
         )
         wrong = {name: sorted(map(str, report[name])) for name in report if report[name]}
         if wrong:
             raise ValueError(f"the weights do not fit the model: {wrong}")
-        self.model.eval()
+        # The argument for a type has had two names since transformers 4.50.
+        self.model.eval().float()
 
     def encode(self, text: str, *, is_prompt: bool = False) -> list[int]:
         # As here, the name of a special token in a text is text.
