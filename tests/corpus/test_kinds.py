@@ -71,6 +71,13 @@ def test_prose_that_begins_like_another_kind_is_text(tmp_path: Path, text: str) 
     assert not report.omitted
 
 
+def test_many_comments_before_no_page_are_text(tmp_path: Path) -> None:
+    """The time to tell a page from text doubled with each comment."""
+    text = "<!-- a comment -->\n" * 200 + "The ship sails.\n"
+    (tmp_path / "a.md").write_text(text, encoding="utf-8")
+    assert read_texts(tmp_path / "a.md") == [text]
+
+
 def test_a_book_is_its_chapters_in_the_order_of_its_spine(tmp_path: Path) -> None:
     pytest.importorskip("resiliparse")
     (tmp_path / "a.epub").write_bytes(

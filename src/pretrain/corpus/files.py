@@ -236,7 +236,9 @@ _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".xhtml": "html",
 }
 _HTML = re.compile(
-    rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])", re.I | re.S
+    # Atomic: else the time doubles with each comment.
+    rb"\s*(<\?xml[^>]*>\s*)?(?>(<!--.*?-->\s*)*)<(!doctype\s+html|html[\s>])",
+    re.I | re.S,
 )
 _OBJECT = re.compile(rb'\s*\{\s*"')
 

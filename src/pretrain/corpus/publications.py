@@ -108,7 +108,8 @@ def _epub(archive: zipfile.ZipFile, html_text: HtmlText) -> tuple[str, str]:
     path = file.attrib["full-path"]
     package = _xml(archive, path)
     hrefs = {item.get("id"): item.attrib["href"] for item in package.iterfind(".//{*}item")}
-    chapters = [hrefs[item.get("idref")] for item in package.iterfind(".//{*}itemref")]
+    # Each once: a small file could name a large chapter again and again.
+    chapters = dict.fromkeys(hrefs[item.get("idref")] for item in package.iterfind(".//{*}itemref"))
     paths = (posixpath.join(posixpath.dirname(path), unquote(href)) for href in chapters)
     text = "\n\n".join(html_text(_part(archive, path))[1] for path in paths)
     return package.findtext(".//{*}title") or "", text
@@ -124,9 +125,9 @@ def _words(paragraph: ElementTree.Element) -> str:
 def _mail(stream: FileStream, html_text: HtmlText) -> Texts:
     """The messages of a mailbox, or the only one of a file, each with its subject."""
     for data in _messages(stream):
-        message: Any = message_from_bytes(data, policy=policy.default)
         title = text = ""
         with suppress(Exception):  # an unknown charset or a damaged part: without text
+            message: Any = message_from_bytes(data, policy=policy.default)
             title = str(message["subject"] or "")
             body = message.get_body(("plain", "html"))
             text = body.get_content()
@@ -148,13 +149,21 @@ def _messages(stream: FileStream) -> Iterator[bytes]:
 
 
 def _elements(stream: FileStream, tag: str) -> Iterator[ElementTree.Element]:
-    """The elements of one tag, one at a time."""
-    events = ElementTree.iterparse(stream, events=("start", "end"))
-    _, root = next(events)
-    for event, element in events:
-        if event == "end" and element.tag.rpartition("}")[2] == tag:
-            yield element
-            root.clear()
+    """The elements of one tag, one at a time, none of them larger than MAX_PART_BYTES."""
+    parser: Any = ElementTree.XMLPullParser(("start", "end"))
+    root: Any = None
+    n_bytes = 0
+    while chunk := stream.read(1 << 16):
+        n_bytes += len(chunk)
+        if n_bytes > MAX_PART_BYTES or b"<!ENTITY" in chunk:
+            raise CannotRead("a part is too large, or it declares entities")
+        parser.feed(chunk)
+        for event, element in parser.read_events():
+            root = element if root is None else root
+            if event == "end" and element.tag.rpartition("}")[2] == tag:
+                yield element
+                root.clear()
+                n_bytes = 0
 
 
 def _mediawiki(stream: FileStream, html_text: HtmlText) -> Texts:
