@@ -243,6 +243,46 @@ def test_a_damaged_record_of_changes_is_named(
 
 
 @pytest.mark.parametrize(
+    "content", [b"", b"[", b"{}", b"\xff", b'{"steps": [], "checkpoint": "x"}', b'{"steps": 8}']
+)
+def test_a_damaged_summary_is_named(
+    finished: Path, copy_run: Callable[..., Path], capsys: Capture, content: bytes
+) -> None:
+    run = copy_run(finished)
+    (run / "summary.json").write_bytes(content)
+    for args in (["extend", str(run), "--train.steps", "12"], ["next", str(run)]):
+        assert f"{run / 'summary.json'} is damaged: " in error_of(capsys, *args)
+    (run / "summary.json").unlink()
+    assert train("--resume", "--run", str(run)) == 0
+    assert main(["next", str(run)]) == 0
+
+
+def test_an_empty_config_is_named(
+    finished: Path, copy_run: Callable[..., Path], capsys: Capture
+) -> None:
+    run = copy_run(finished)
+    (run / "config.yaml").write_text("")
+    for args in (
+        ["extend", str(run), "--train.steps", "12"],
+        ["train", "--resume", "--run", str(run)],
+        ["trace", str(run), "--step", "2"],
+    ):
+        assert f"{run / 'config.yaml'} is damaged: it must have tr" in error_of(capsys, *args)
+
+
+@pytest.mark.parametrize("line", [b'{"kind": "train", "step": []}\n', b'{"step": 1}\n', b"[]\n"])
+def test_damaged_lines_of_the_log_are_left_out(
+    finished: Path, copy_run: Callable[..., Path], line: bytes
+) -> None:
+    run = copy_run(finished)
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content + line)
+    for args in (["trace", str(run), "--document", "1"], ["report", str(run)]):
+        assert main(args) in (0, 2)
+    assert main(["extend", str(run), "--train.steps", "12"]) == 0
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"",

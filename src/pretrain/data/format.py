@@ -309,6 +309,8 @@ class PreparedData:
         }
         report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
         reading = {key: report.get(key) or {} for key in ("n_read_bytes", "omitted", "facts")}
+        if not isinstance(reading["facts"], dict):
+            raise ValueError(f"{folder / REPORT_NAME} is damaged: facts must be an object")
         self.readings: list[dict[str, Any]] = [reading]
         """What was read and what was skipped: that part of report.json, for each folder."""
 

@@ -114,6 +114,17 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return content
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The content of summary.json; ValueError if it is damaged."""
+    content = fileio.read_json(folder / SUMMARY)
+    if [type(content.get(key)) for key in ("steps", "checkpoint")] != [int, str]:
+        raise ValueError(
+            f"{folder / SUMMARY} is damaged: it must have steps and a checkpoint; restore it, or "
+            "delete it and --resume the run, which writes it again"
+        )
+    return content
+
+
 # --- a finished run that continues ----------------------------------------------------------------
 
 

@@ -113,7 +113,7 @@ class RunLog:
         """The lines of metrics.jsonl."""
         if not self.writes:
             return self._copy
-        return [record for record, _ in read_lines(self.folder / METRICS)]
+        return [record for record, _ in read_lines(self.folder / METRICS) if "kind" in record]
 
     def copy_from_main(self, broadcast: Callable[[str], str]) -> None:
         """Copy the metrics of rank 0 to the other ranks; `broadcast` returns the text of rank 0."""
@@ -187,7 +187,7 @@ def read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for text in file:
             record = parse_line(text) if text.endswith("\n") else None
-            if record is not None and {"kind", "step"} & record.keys():
+            if record is not None and type(record.get("step")) is int:
                 lines.append((record, text))
     return lines
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
-from pretrain.fileio import file_lock, read_json, replace_file
+from pretrain.fileio import file_lock, replace_file
 from pretrain.machine import n_processes
 from pretrain.optim.schedule import LRSchedule, anneal, compare_schedules, extend, schedule_table
 from pretrain.report.config import require_packages
 from pretrain.run import directory, identity
-from pretrain.run.directory import CONFIG, SUMMARY, TOKENIZER, read_environment
+from pretrain.run.directory import CONFIG, SUMMARY, TOKENIZER, read_environment, read_summary
 from pretrain.run.identity import Change, check_accepted, differences, record
 from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.launch import check_same_on_all_ranks
@@ -92,7 +92,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
         return False
     history, n_steps = config.schedule.history, config.train.steps
     assert n_steps is not None
-    was_extended = history and read_json(folder / SUMMARY)["steps"] <= history[-1].until_step
+    was_extended = history and read_summary(folder)["steps"] <= history[-1].until_step
     return not (was_extended and history[-1].until_step < n_steps)
 
 
@@ -180,9 +180,12 @@ def read_run_config(folder: Path) -> RunConfig:
         )
     layer = read_file(folder / CONFIG)
     try:
-        return compose([layer])
+        config = compose([layer])
     except ValueError as error:  # a damaged file, or one of another version
         raise ValueError(f"{folder / CONFIG}: {error}") from None
+    if config.train.steps is None:
+        raise ValueError(f"{folder / CONFIG} is damaged: it must have train.steps; restore it")
+    return config
 
 
 def requested_config(stored: RunConfig, target: Target, overrides: Layer) -> RunConfig:
@@ -410,7 +413,7 @@ def check_extension(folder: Path, config: RunConfig, extension: Extension) -> No
             f"{folder} must be a finished run, to {command} it; finish it first: pretrain train "
             f"--resume --run {folder}"
         )
-    done = read_json(folder / SUMMARY)["steps"]
+    done = read_summary(folder)["steps"]
     if steps <= done:
         raise ValueError(
             f"train.steps must be more than the {done} steps of {folder} (got {steps}); it is the "
@@ -431,7 +434,7 @@ def last_checkpoint(folder: Path) -> Checkpoint:
     from pretrain.checkpoint.format import DamagedCheckpoint
     from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 
-    steps = read_json(folder / SUMMARY)["steps"]
+    steps = read_summary(folder)["steps"]
     try:
         checkpoint = Checkpoint(folder / directory.CHECKPOINTS / checkpoint_name(steps))
         checkpoint.verify()

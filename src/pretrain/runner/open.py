@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pretrain.config import RunConfig, compose, read_file, to_dict
-from pretrain.fileio import read_json
-from pretrain.run.directory import CHECKPOINT_MANIFEST, CHECKPOINTS, CONFIG, SUMMARY, TOKENIZER
+from pretrain.run.directory import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINTS,
+    CONFIG,
+    SUMMARY,
+    TOKENIZER,
+    read_summary,
+)
 from pretrain.run.identity import check_config
 
 if TYPE_CHECKING:
@@ -215,7 +221,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             "llama2.c itself"
         )
     if (path / SUMMARY).is_file():
-        return path, path / str(read_json(path / SUMMARY).get("checkpoint"))
+        return path, path / read_summary(path)["checkpoint"]
     from pretrain.checkpoint.load import list_checkpoints
 
     checkpoints = list_checkpoints(path / CHECKPOINTS)

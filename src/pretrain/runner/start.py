@@ -28,7 +28,7 @@ from pretrain import __version__
 from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_yaml
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
-from pretrain.fileio import NO_SPACE, read_json, replace_file
+from pretrain.fileio import NO_SPACE, replace_file
 from pretrain.machine import (
     RENDEZVOUS_FILE,
     n_processes,
@@ -39,7 +39,13 @@ from pretrain.machine import (
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report.page import write_report
 from pretrain.run import directory, identity
-from pretrain.run.directory import CHECKPOINTS, REQUESTED, SUMMARY, read_environment
+from pretrain.run.directory import (
+    CHECKPOINTS,
+    REQUESTED,
+    SUMMARY,
+    read_environment,
+    read_summary,
+)
 from pretrain.run.log import RunLog
 from pretrain.runner import checks
 from pretrain.runner.launch import (
@@ -191,7 +197,7 @@ def start(request: Request) -> RunResult:
             command = f"{this_command()} train --resume --run {shlex.quote(str(folder))}"
             run.console.line(f"stopped and saved; continue with: {command}")
             return RunResult(folder, exit_code)
-        summary = read_json(folder / SUMMARY)
+        summary = read_summary(folder)
         seconds = {
             "training": run.train_seconds,
             "evaluation": run.evaluation_seconds,
@@ -502,7 +508,7 @@ def _report_finished(request: Request, folder: Path, config: RunConfig) -> RunRe
     if world is not None:
         world.wait_for_main()
         world.leave()
-    return RunResult(folder, summary=read_json(folder / SUMMARY), is_main=is_main)
+    return RunResult(folder, summary=read_summary(folder), is_main=is_main)
 
 
 def _describe_resume(folder: Path, checkpoint: Checkpoint | None) -> str:
@@ -543,7 +549,7 @@ def _launch(request: Request, folder: Path, n: int) -> RunResult:
         if has_started:  # never of a resume, whose --accept is still needed
             args = _command_line(Request(kind="resume", json=request.json), folder)
     is_done = exit_code == 0 and (folder / SUMMARY).is_file()
-    summary = read_json(folder / SUMMARY) if is_done else None
+    summary = read_summary(folder) if is_done else None
     return RunResult(folder, exit_code, summary, is_main=False)
 
 

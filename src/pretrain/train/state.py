@@ -294,9 +294,10 @@ class Run:
         removed = self.log.truncate(self.step)
         # What was read after a rollback is read again only if the run rolls back again.
         before_rollback = takewhile(lambda record: record.get("kind") != "rollback", removed)
-        self.repeated_ids = {
-            record["step"]: record["ids"] for record in before_rollback if "ids" in record
-        }
+        if self.world.is_main:  # which knows whether a change of the text was accepted
+            self.repeated_ids = {
+                record["step"]: record["ids"] for record in before_rollback if "ids" in record
+            }
 
 
 def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:
