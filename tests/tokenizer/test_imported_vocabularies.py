@@ -180,27 +180,29 @@ def test_pre_tokenizers_equal_those_of_tiktoken(name: byte_level.Split) -> None:
         ),
         (
             {"encoder.json": b"[]", "vocab.bpe": b""},
-            "'{folder}/encoder.json': encoder.json must be a JSON object of tokens and their ids",
+            "{folder}/encoder.json is damaged: it is not a JSON object",
+        ),
+        (
+            {"encoder.json": b'{"a": "b"}', "vocab.bpe": b""},
+            "{folder}/encoder.json must be a JSON object of tokens and their ids",
         ),
         (
             {"encoder.json": b'{"a": 0}', "vocab.bpe": b"#version\na b\n"},
-            "'{folder}/encoder.json': vocab.bpe, line 2: merges 'a' and 'b', but 'b' is not in "
-            "encoder.json",
+            "{folder}/vocab.bpe, line 2: merges 'a' and 'b', but 'b' is not in encoder.json",
         ),
         (
             {"encoder.json": b'{"a": 0, "b": 1, "ab": 2}', "vocab.bpe": b"a b\na b\n"},
-            "'{folder}/encoder.json': vocab.bpe, line 2: merges 'a' and 'b', but line 1 merges "
-            "them already",
+            "{folder}/vocab.bpe, line 2: merges 'a' and 'b', but line 1 merges them already",
         ),
         (
             {"encoder.json": b"{", "vocab.bpe": b""},
-            "'{folder}/encoder.json': encoder.json cannot be read: Expecting property name "
-            "enclosed in double quotes: line 1 column 2 (char 1)",
+            "{folder}/encoder.json is damaged: it is not JSON: Expecting property name enclosed in "
+            "double quotes: line 1 column 2 (char 1)",
         ),
         (
             {"encoder.json": b"{}", "vocab.bpe": b"\xff"},
-            "'{folder}/encoder.json': vocab.bpe cannot be read: 'utf-8' codec can't decode byte "
-            "0xff in position 0: invalid start byte",
+            "{folder}/vocab.bpe cannot be read: 'utf-8' codec can't decode byte 0xff in position "
+            "0: invalid start byte",
         ),
         (
             {"vocab.bpe": b""},

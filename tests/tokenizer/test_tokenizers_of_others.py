@@ -265,7 +265,8 @@ def test_other_metaspace_is_rejected(fault: str, tmp_path: Path) -> None:
     content["pre_tokenizer"]["split"] = fault == "split"
     content["model"]["byte_fallback"] = fault == "split"
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="Metaspace, which must be without split and with byte_f"):
+    message = r"type is BPE \(pre-tokenizer: Metaspace\); it must be byte-level BPE, SentencePiece"
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(folder)
 
 

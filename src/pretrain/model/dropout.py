@@ -78,11 +78,7 @@ def _mask_operator() -> Callable[..., Tensor]:
     indices have 32 bits on CUDA. A compiled run would have other masks than an eager one.
     """
     operator = torch.library.custom_op("pretrain::dropout_mask", _mask, mutates_args=())
-
-    def mask_on_meta(
-        samples_B: Tensor, key: Sequence[int], counter: int, shape: Sequence[int], p: float
-    ) -> Tensor:
-        return samples_B.new_empty(tuple(shape), dtype=torch.float32)
-
-    operator.register_fake(mask_on_meta)
+    operator.register_fake(
+        lambda samples_B, key, counter, shape, p: samples_B.new_empty(shape, dtype=torch.float32)
+    )
     return operator

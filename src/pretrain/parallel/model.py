@@ -64,8 +64,16 @@ def parallelize(
     """
     if not axes.shards_weights:
         apply_activation_checkpointing(lm_loss.decoder, axes.activation_checkpointing)
-        is_replicated = world.size > 1 and not axes.elastic
-        replicas = _replicate(lm_loss, world) if is_replicated else None
+        replicas = None
+        if world.size > 1 and not axes.elastic:
+            # Backward averages dense gradients while it runs: "PyTorch Distributed" (Li et al.,
+            # 2020). Initial weights are a function of the seed, the same on all ranks.
+            tables = sparse_tables(lm_loss.decoder)
+            ddp_ignore_parameters(lm_loss, [f"decoder.{name}" for name in tables])
+            device_ids = [world.device] if world.device.type == "cuda" else None
+            replicas = DistributedDataParallel(
+                lm_loss, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True
+            )
         return ParallelModel(lm_loss, world, axes, replicas=replicas)
 
     mesh = build_mesh(axes, world)
@@ -104,19 +112,6 @@ def sparse_tables(decoder: Decoder) -> dict[str, nn.Parameter]:
     if ngrams is None or not ngrams.sparse_gradients:
         return {}
     return {f"ngrams.{name}": table for name, table in ngrams.named_parameters()}
-
-
-def _replicate(lm_loss: LMLoss, world: World) -> DistributedDataParallel:
-    """Wrap a loss module, so that backward averages its dense gradients over all processes, while
-    it runs: torch's DistributedDataParallel ("PyTorch Distributed", Li et al., 2020)."""
-    ddp_ignore_parameters(lm_loss, [f"decoder.{name}" for name in sparse_tables(lm_loss.decoder)])
-    return DistributedDataParallel(
-        lm_loss,
-        device_ids=[world.device] if world.device.type == "cuda" else None,
-        # Initial weights are a function of the seed, the same on all ranks.
-        init_sync=False,
-        gradient_as_bucket_view=True,
-    )
 
 
 def apply_activation_checkpointing(decoder: Decoder, kind: ActivationCheckpointing) -> None:

@@ -19,8 +19,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from pretrain.distributed import World
 from pretrain.model.decoder import Decoder
-from pretrain.model.dropout import DropoutRng
-from pretrain.model.layers import KeyValueCache
 from pretrain.model.loss import IGNORE_INDEX, LMLoss
 from pretrain.parallel.sharded import LocalShard
 from pretrain.parallel.tensor import full_logits
@@ -55,15 +53,9 @@ class StageDecoder(Decoder):
         self.final_norm = decoder.final_norm if self.is_last else None
         self.head = decoder.head if self.is_last else None
 
-    def embed(
-        self,
-        ids_BT: Tensor,
-        positions_T: Tensor,
-        cache: KeyValueCache | None,
-        dropout_rng: DropoutRng | None,
-    ) -> Tensor:
+    def embed(self, ids_BT: Tensor, *context: Any) -> Tensor:
         if self.is_first:
-            return super().embed(ids_BT, positions_T, cache, dropout_rng)
+            return super().embed(ids_BT, *context)
         assert self.received is not None
         return self.received
 

@@ -66,6 +66,11 @@ def symbol_bytes() -> dict[str, int]:
     return {symbol: value for value, symbol in enumerate(byte_symbols())}
 
 
+def spelled(data: bytes) -> str:
+    """Bytes in the characters of `byte_symbols`."""
+    return "".join(map(byte_symbols().__getitem__, data))
+
+
 def pre_tokenizer(split: Split) -> Any:
     """The library's pre-tokenizer, which also writes words in GPT-2's byte alphabet."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

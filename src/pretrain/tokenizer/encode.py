@@ -315,9 +315,10 @@ def create_encoder(
     if prefix is None and not (
         is_bpe and '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
     ):
+        before = ", ".join(step["type"] for step in steps_of(description["pre_tokenizer"]))
         raise ValueError(
-            f"the tokenizer's type is {model.get('type')}; it must be byte-level BPE or single "
-            "characters"
+            f"the tokenizer's type is {model.get('type')} (pre-tokenizer: {before}); it must be "
+            "byte-level BPE, SentencePiece's BPE with byte_fallback, or single characters"
         )
 
     names = byte_symbols() if prefix is None else [f"<0x{byte:02X}>" for byte in range(256)]

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,13 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers
 
 from pretrain import missing_package, needs_package
-from pretrain.fileio import check_not_pointer, read_json, unique_keys
+from pretrain.fileio import check_not_pointer, read_json
 from pretrain.tokenizer.byte_level import (
     Split,
     byte_level_bpe,
-    byte_symbols,
     merges_of,
     special_token,
+    spelled,
 )
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.encode import SPACE, steps_of
@@ -65,25 +63,32 @@ _TIKTOKEN_VOCABULARIES: dict[int, tuple[Split, int, dict[str, int]]] = {
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a name, a folder or a file; ValueError with the reason."""
-    files = tokenizer_files(path)
-    contents = [_read(file) for file in files]
-    file, content = files[0], contents[0]
-    # Llama 3 calls its tiktoken ranks tokenizer.model, like the SentencePiece model of Llama 2;
-    # Mistral's tokenizer.model.v1 is one too.
-    is_model = SENTENCEPIECE_SUFFIX in file.suffixes
+    file, *merges = files = tokenizer_files(path)
     try:
-        if len(files) == 2:
-            library = _read_gpt2(files, contents)
-        elif file.suffix == TIKTOKEN_SUFFIX or (is_model and _FIRST_RANK.match(content)):
-            library = _read_tiktoken(content)
-        elif is_model:
-            library = _read_sentencepiece(content)
+        for each in files:
+            n_bytes = os.stat(each).st_size
+            if n_bytes > MAX_FILE_BYTES:
+                raise ValueError(
+                    f"{each} has {n_bytes:,} bytes; it must have at most {MAX_FILE_BYTES:,}"
+                )
+            check_not_pointer(each)
+        if merges:
+            library = _read_gpt2(file, merges[0])
+        elif file.suffix == TIKTOKEN_SUFFIX or SENTENCEPIECE_SUFFIX in file.suffixes:
+            # Llama 3 calls its tiktoken ranks tokenizer.model, like the SentencePiece model of
+            # Llama 2; Mistral's tokenizer.model.v1 is one too.
+            content = file.read_bytes()
+            has_ranks = file.suffix == TIKTOKEN_SUFFIX or _FIRST_RANK.match(content)
+            library = _read_tiktoken(content) if has_ranks else _read_sentencepiece(content)
         else:
-            library = _read_tokenizer_json(content)
+            library = _read_tokenizer_json(file)
         end, start = (_named_token(name, file.parent, library) for name in ("eos", "bos"))
         return Tokenizer(library, end=end, start=start)
+    except OSError as error:
+        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{str(file)!r}: {error}") from error
+        has_name = str(file.parent) in str(error)
+        raise ValueError(str(error) if has_name else f"{str(file)!r}: {error}") from error
     except BaseException as error:
         # The library raises plain Exception, and on some files PanicException, a BaseException.
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
@@ -91,20 +96,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(
             f"{str(file)!r} is not a {FILE_NAME} or another known vocabulary: {error!s:.300}"
         ) from None
-
-
-def _read(file: Path) -> bytes:
-    try:
-        n_bytes = os.stat(file).st_size
-        if n_bytes > MAX_FILE_BYTES:
-            raise ValueError(
-                f"tokenizer file {str(file)!r} has {n_bytes:,} bytes; it must have at most "
-                f"{MAX_FILE_BYTES:,}"
-            )
-        check_not_pointer(file)
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
 
 
 def _named_token(kind: str, folder: Path, library: LibraryTokenizer) -> str | None:
@@ -157,19 +148,15 @@ def tokenizer_files(path: str | Path) -> tuple[Path, ...]:
     )
 
 
-def _read_tokenizer_json(content: bytes) -> LibraryTokenizer:
+def _read_tokenizer_json(file: Path) -> LibraryTokenizer:
     """Read a tokenizer.json, and check what the library does not: a duplicate key or merge, of
     which it would silently ignore one, and ids that are far apart, for which it needs memory."""
-    try:
-        text = content.decode("utf-8")
-        description = json.loads(text, object_pairs_hook=unique_keys)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"the file is not a {FILE_NAME}, for it cannot be read: {error}") from None
-    model = description.get("model") if isinstance(description, dict) else None
+    description = read_json(file)
+    model = description.get("model")
     if not isinstance(model, dict):
         raise ValueError(
-            f"the file is not a {FILE_NAME}, for it has no 'model'; a tekken.json of Mistral is "
-            f"not read, the {FILE_NAME} of the same model is"
+            f"the file is not a {FILE_NAME}: it has no 'model'; a tekken.json of Mistral is not "
+            f"read, the {FILE_NAME} of the same model is"
         )
     if isinstance(merges := model.get("merges"), list):
         counts = Counter(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
@@ -184,31 +171,25 @@ def _read_tokenizer_json(content: bytes) -> LibraryTokenizer:
         if all(type(id_) is int for id_ in id_of.values()):  # else the library raises the error
             token_list(id_of)
 
-    library = LibraryTokenizer.from_str(text)
+    library = LibraryTokenizer.from_file(str(file))
     before = steps_of(description.get("pre_tokenizer"))
-    if [step["type"] for step in before] == ["Metaspace"]:
+    kinds = [(step["type"], step.get("split")) for step in before]
+    if kinds == [("Metaspace", False)] and model.get("byte_fallback"):
         # SentencePiece as transformers 5 writes it: the same vocabulary and merges.
-        if before[0].get("split", True) or not model.get("byte_fallback"):
-            raise ValueError(
-                "the tokenizer has Metaspace, which must be without split and with byte_fallback, "
-                "as Llama's; the tokenizer.model of the same model is read too"
-            )
         library.pre_tokenizer = None
-        return _with_spaces(library, has_prefix=before[0].get("prepend_scheme") != "never")
+        _write_spaces(library, has_prefix=before[0].get("prepend_scheme") != "never")
     return library
 
 
-def _read_gpt2(files: Sequence[Path], contents: Sequence[bytes]) -> LibraryTokenizer:
+def _read_gpt2(vocabulary_file: Path, merges_file: Path) -> LibraryTokenizer:
     """Read encoder.json and vocab.bpe, also called vocab.json and merges.txt."""
-    (vocabulary_file, merges_file), number = files, 0
+    vocabulary = read_json(vocabulary_file)
     try:
-        vocabulary = json.loads(contents[0].decode("utf-8"))
-        number = 1
-        lines = contents[1].decode("utf-8").replace("\r\n", "\n").split("\n")
-    except ValueError as error:
-        raise ValueError(f"{files[number].name} cannot be read: {error}") from None
-    if not (isinstance(vocabulary, dict) and all(type(i) is int for i in vocabulary.values())):
-        raise ValueError(f"{vocabulary_file.name} must be a JSON object of tokens and their ids")
+        lines = merges_file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{merges_file} cannot be read: {error}") from None
+    if not all(type(id_) is int for id_ in vocabulary.values()):
+        raise ValueError(f"{vocabulary_file} must be a JSON object of tokens and their ids")
     token_list(vocabulary)
 
     merges: dict[tuple[str, str], int] = {}
@@ -216,7 +197,7 @@ def _read_gpt2(files: Sequence[Path], contents: Sequence[bytes]) -> LibraryToken
         if not line or (number == 1 and line.startswith("#version")):
             continue
         left, _, right = line.partition(" ")
-        place = f"{merges_file.name}, line {number}: merges {left!r} and {right!r}"
+        place = f"{merges_file}, line {number}: merges {left!r} and {right!r}"
         for token in (left, right, left + right):
             if token not in vocabulary:
                 raise ValueError(f"{place}, but {token!r} is not in {vocabulary_file.name}")
@@ -263,8 +244,7 @@ def _read_tiktoken(content: bytes) -> LibraryTokenizer:
         )
 
     split, vocab_size, special = _TIKTOKEN_VOCABULARIES[len(ranks)]
-    symbols = byte_symbols()
-    name_of = {token: "".join(symbols[byte] for byte in token) for token in ranks}
+    name_of = {token: spelled(token) for token in ranks}
     by_rank = [token for _, token in sorted(token_of.items())]
     merges = [(name_of[left], name_of[right]) for left, right in merges_of(by_rank, ranks)]
     vocabulary = {name_of[token]: rank for token, rank in ranks.items()}
@@ -284,16 +264,8 @@ def _read_tiktoken(content: bytes) -> LibraryTokenizer:
 _BPE = 2
 
 
-class PieceType(IntEnum):
-    """Type of a piece, with the numbers of SentencePiece's files."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
+PieceType = IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
+"""Type of a piece, with the numbers of SentencePiece's files, from 1."""
 
 Piece = tuple[str, float, int]
 """Text, score and type of a token; SentencePiece calls its tokens pieces."""
@@ -353,10 +325,11 @@ def bpe_from_pieces(pieces: list[Piece], *, has_prefix: bool) -> LibraryTokenize
     )
     special = (PieceType.UNKNOWN, PieceType.CONTROL)
     library.add_special_tokens([special_token(text) for text, _, t in pieces if t in special])
-    return _with_spaces(library, has_prefix=has_prefix)
+    _write_spaces(library, has_prefix=has_prefix)
+    return library
 
 
-def _with_spaces(library: LibraryTokenizer, *, has_prefix: bool) -> LibraryTokenizer:
+def _write_spaces(library: LibraryTokenizer, *, has_prefix: bool) -> None:
     """Set the normalizer and decoder that write a space as SPACE, with one before a text."""
     prepend = [normalizers.Prepend(SPACE)] if has_prefix else []
     library.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
@@ -364,4 +337,3 @@ def _with_spaces(library: LibraryTokenizer, *, has_prefix: bool) -> LibraryToken
     library.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    return library

@@ -12,9 +12,9 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +29,7 @@ from pretrain.tokenizer.byte_level import (
     byte_symbols,
     pre_tokenizer,
     special_token,
+    spelled,
 )
 from pretrain.tokenizer.config import TRAINED_NAMES, TokenizerConfig
 from pretrain.tokenizer.encode import END_OF_WORD, split_text
@@ -80,26 +81,29 @@ def train_tokenizer(
     size = vocab_size if vocab_size is not None else default_vocab_size(n_bytes)
     # A pair that occurs once teaches nothing, but a requested size should be reached.
     min_frequency = 2 if vocab_size is None else 1
-    n_megabytes = sum(map(len, sample)) / 1e6
-    with _log_time(log, f"training a tokenizer on {n_megabytes:,.1f} MB of text"):
-        library = None
-        if name == "gpt":
-            library = train_gpt(sample, size)
-        elif fast:
-            library = _train_gigatoken(sample, size, split, min_frequency)
-        if library is None:
-            library = LibraryTokenizer(models.BPE())
-            library.pre_tokenizer = pre_tokenizer(split)
-            library.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(
-                vocab_size=size,
-                min_frequency=min_frequency,
-                special_tokens=[special_token(END_OF_TEXT)],
-                initial_alphabet=list(byte_symbols()),
-                show_progress=False,
-            )
-            chunks = (chunk.decode() for chunk in sample)
-            library.train_from_iterator(chunks, trainer=trainer, length=len(sample))
+    library = None
+    if name == "gpt":
+        library = train_gpt(sample, size)
+    elif fast:
+        library = _train_gigatoken(sample, size, split, min_frequency)
+    if library is None:
+        library = LibraryTokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizer(split)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=min_frequency,
+            special_tokens=[special_token(END_OF_TEXT)],
+            initial_alphabet=list(byte_symbols()),
+            show_progress=False,
+        )
+        chunks, start = (chunk.decode() for chunk in sample), time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            training = pool.submit(library.train_from_iterator, chunks, trainer, len(sample))
+            while wait([training], LOG_SECONDS).not_done:
+                n_bytes, seconds = sum(map(len, sample)), time.monotonic() - start
+                log(f"training a tokenizer on {n_bytes / 1e6:,.1f} MB of text, {seconds:.0f} s")
+        training.result()
     tokenizer = Tokenizer(library)
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
         raise ValueError(
@@ -232,12 +236,8 @@ def _train_gigatoken(
     data = b"\0".join(sample)
     with _silent_output():
         _, pairs = gigatoken.train_bpe(data, vocab_size - 1, [], separator=b"\0")
-    symbols = byte_symbols()
-    merges = [
-        ("".join(symbols[b] for b in left), "".join(symbols[b] for b in right))
-        for left, right in pairs
-    ]
-    tokens = [END_OF_TEXT, *sorted(symbols)] + [left + right for left, right in merges]
+    merges = [(spelled(left), spelled(right)) for left, right in pairs]
+    tokens = [END_OF_TEXT, *sorted(byte_symbols())] + [left + right for left, right in merges]
     id_of = {token: id_ for id_, token in enumerate(dict.fromkeys(tokens))}
     library = byte_level_bpe(id_of, merges, split="gpt2", added={END_OF_TEXT: 0})
 
@@ -252,22 +252,6 @@ def _train_gigatoken(
         if n_uses < min_frequency:
             return None
     return library if len(set(merges)) == len(merges) else None
-
-
-@contextmanager
-def _log_time(log: Callable[[str], object], what: str) -> Iterator[None]:
-    """Log what the block does and for how long, every ten seconds."""
-    is_done, start = threading.Event(), time.monotonic()
-
-    def report() -> None:
-        while not is_done.wait(LOG_SECONDS):
-            log(f"{what}, {time.monotonic() - start:.0f} seconds")
-
-    threading.Thread(target=report, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_done.set()
 
 
 @contextmanager
