@@ -29,7 +29,7 @@ def test_a_separator_divides_a_text_file(tmp_path: Path, between: str, encoding:
     assert [document.text for document in found] == STORIES
     assert [document.id for document in found] == ["a.txt", "a.txt#2", "a.txt#3", "a.txt#4"]
     assert not report.problems
-    assert not report.marks
+    assert not report.omitted
     if encoding == "utf-8":
         for document in found[1:]:
             assert path.read_bytes()[document.offset :].startswith(document.text.encode())
@@ -54,9 +54,10 @@ def test_marks_are_counted_where_nobody_named_a_separator(
     words = ["prepare", str(path), "--tokenizer", "bytes", "--out"]
     assert main([*words, str(tmp_path / "p")]) == 0
     advice = "--data.document_separator '<|endoftext|>'"
-    assert f"<|endoftext|> 59 times; if it divides documents: {advice}" in capsys.readouterr().out
+    expected = f"59 marks: <|endoftext|> as letters; if it divides documents: {advice} (stories.txt"
+    assert expected in capsys.readouterr().out
     assert main([*words, str(tmp_path / "q"), "--document-separator", "<|endoftext|>"]) == 0
-    assert "times" not in capsys.readouterr().out
+    assert "as letters" not in capsys.readouterr().out
     assert json.loads((tmp_path / "q" / "report.json").read_text())["n_kept_documents"] == 60
     manifests = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in "pq"]
     first, second = (manifest["settings"] for manifest in manifests)

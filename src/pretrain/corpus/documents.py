@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter as Counts
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -132,8 +131,6 @@ class ReadingReport:
     """The field that the user named as text."""
     document_separator: str | None = None
     """What divides the documents of a text file."""
-    marks: dict[str, int] = field(default_factory=dict)
-    """Number of marks such as <|endoftext|> that are read as letters."""
     text_fields: dict[str, str] = field(default_factory=dict)
     """For each of the first files of records: the field that was read as text, or several, joined
     by a comma."""
@@ -178,7 +175,8 @@ class ReadingReport:
         total = self.omitted.setdefault(kind, empty)
         total.n += omission.n
         total.n_bytes += omission.n_bytes
-        total.places += omission.places[: MAX_PLACES - len(total.places)]
+        new = [place for place in omission.places if place not in total.places]
+        total.places += new[: MAX_PLACES - len(total.places)]
 
     def of_source(self, argument: str) -> dict[str, int]:
         """The totals of one source argument, to be added to."""
@@ -192,7 +190,6 @@ class ReadingReport:
             if type(count) is int:
                 setattr(self, each.name, getattr(self, each.name) + count)
         self.text_field = self.text_field or other.text_field
-        self.marks = dict(Counts(self.marks) + Counts(other.marks))
         for kind, omission in other.omitted.items():
             self.omit(kind, omission)
         self.problems += other.problems[: MAX_DETAILED_PROBLEMS - len(self.problems)]
@@ -224,11 +221,6 @@ class ReadingReport:
             names = {name: file for file, name in reversed(self.text_fields.items())}
             fields = (self._field(name, file) for name, file in reversed(names.items()))
             facts["field"] = f"{how}: {'; '.join(fields)}"
-        if self.marks:
-            frequent = Counts(self.marks).most_common(5)
-            counts = ", ".join(f"{mark} {n:,} times" for mark, n in frequent)
-            advice = f"--data.document_separator '{frequent[0][0]}'"
-            facts["marks"] = f"read as letters: {counts}; if it divides documents: {advice}"
         if 2 * n_omitted > self.n_read_bytes:
             facts["warning"] = f"most of the source is not in the text: {share} was skipped"
         return facts
@@ -246,15 +238,14 @@ class ReadingReport:
         return text
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values for JSON, and the facts."""
-        content = asdict(self) | {"facts": self.facts()}
+        """Return all fields as plain values for JSON."""
+        content = asdict(self)
         del content["on_problem"], content["strict"]
         return content
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> ReadingReport:
         """Restore a report from `as_dict`."""
-        content = {key: value for key, value in content.items() if key != "facts"}
-        content["problems"] = [Problem(**problem) for problem in content["problems"]]
-        content["omitted"] = {kind: Omission(**o) for kind, o in content["omitted"].items()}
-        return ReadingReport(**content)
+        problems = [Problem(**problem) for problem in content["problems"]]
+        omitted = {kind: Omission(**each) for kind, each in content["omitted"].items()}
+        return ReadingReport(**content | {"problems": problems, "omitted": omitted})

@@ -21,19 +21,21 @@ import json
 import lzma
 import os
 import re
+import shutil
 import stat
+import tempfile
+import tomllib
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pretrain import needs_package
 from pretrain.corpus.documents import Counter, Omission, Problem, ReadingReport
-from pretrain.corpus.signatures import kind_of, promised_kind
 
 BUNDLED = "bundled"
 """Name of the corpus that is installed with the package; `./bundled` forces a path."""
@@ -243,6 +245,16 @@ _HTML = re.compile(
 _OBJECT = re.compile(rb'\s*\{\s*"')
 
 
+@cache
+def _kinds() -> list[dict[str, Any]]:
+    """The entries of signatures.toml, which explains their fields."""
+    text = importlib.resources.files("pretrain.corpus").joinpath("signatures.toml").read_text()
+    kinds: list[dict[str, Any]] = tomllib.loads(text)["kind"]
+    for kind in kinds:
+        kind["magic"] = re.compile(kind.get("magic", "").encode("latin-1"), re.S)
+    return kinds
+
+
 def compression_of(head: bytes) -> str:
     """gzip, bzip2, xz, zstandard or "", detected from the first bytes."""
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
@@ -259,12 +271,16 @@ def format_of(head: bytes, name: str) -> tuple[Format | None, str]:
     stem, suffix = os.path.splitext(name.lower())
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
-    kind, promised = kind_of(head, suffix), promised_kind(suffix)
-    note = "; ".join(kind[key] for key in ("name", "how") if key in kind)
-    if kind and not kind.get("as_written"):
-        return kind.get("format"), note
-    if promised:
-        return None, f"its name is that of {promised}, but it does not begin like one"
+    note = ""
+    for kind in _kinds():
+        if suffix in kind.get("names", (suffix,)) and kind["magic"].match(head):
+            note = "; ".join(kind[key] for key in ("name", "how") if key in kind)
+            if "as_written" not in kind:
+                return kind.get("format"), note
+            break
+    for kind in _kinds():
+        if suffix in kind.get("promises", ()):
+            return None, f"its name is that of {kind['name']}, but it does not begin like one"
     if b"\0" in head:
         is_wide = 3 * head.count(0) > len(head) and len(head.strip(b"\0")) > len(head) // 2
         advice = "; if it is UTF-16, convert it first (iconv -f utf-16le -t utf-8 FILE)" * is_wide
@@ -355,10 +371,24 @@ class FileStream(io.BufferedReader):
         if counter != "n_repaired":
             self.omitted[problem.kind] = self.omitted.get(problem.kind, 0) + n_bytes
 
-    def note(self, reason: str) -> None:
-        """Record that the file is read as it stands, and what its text is full of."""
-        file = self.file
-        self.report.omit(reason, Omission(reason, "file", 1, file.n_bytes, [file.name], True))
+    @contextmanager
+    def unpacked(self) -> Iterator[str]:
+        """The path of a file with the (decompressed) bytes, for formats that are read from their
+        end."""
+        with open(self.file.path, "rb") as raw, tempfile.NamedTemporaryFile() as copy:
+            is_compressed = compression_of(raw.read(8)) != ""
+            if is_compressed:
+                shutil.copyfileobj(self, copy)
+                copy.flush()
+            yield copy.name if is_compressed else str(self.file.path)
+
+    def skip_file(self, reason: object, *, offset: int | None = None) -> None:
+        """Report that the file is not text; ValueError if the user named it."""
+        problem = Problem(self.file.name, str(reason), offset=offset)
+        if self.file.is_named:
+            raise ValueError(f"{problem}; {SUPPORTED_FORMATS}")
+        # A picture between the texts is not an error of the texts, so strict mode allows it.
+        self.add_problem(problem.reason, offset=offset, counter="n_skipped_files", is_allowed=True)
 
     def skip_record(self, reason: str, number: int, offset: int | None, n_bytes: int) -> None:
         """Report a record that is not a document."""

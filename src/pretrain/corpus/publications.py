@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import posixpath
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,67 +17,57 @@ from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-from pretrain import missing_package
-from pretrain.corpus.documents import Document, StrictError
+from pretrain import needs_package
+from pretrain.corpus.documents import Document, StrictError, with_newlines
 from pretrain.corpus.files import FileStream
+from pretrain.corpus.pages import page_text
 
 MAX_PART_BYTES = 1 << 26
 """Of a chapter, a message, a page."""
 MAX_FILE_BYTES = 1 << 29
-"""Of a file that is read from its end, packed and unpacked."""
-HtmlText = Callable[[bytes], tuple[str, str]]
+"""Of a PDF document, and of an archive when it is unpacked."""
 Texts = Iterator[tuple[str, str]]
 
 
-class CannotRead(Exception):
-    """Why a file is skipped."""
-
-
-def read_publication(stream: FileStream, format: str, html_text: HtmlText) -> Iterator[Document]:
-    """Yield the documents of a file of one of the formats READERS. `html_text` returns title and
-    text of a page. CannotRead for a file that is damaged, locked or too large."""
+def read_publication(stream: FileStream, format: str, kind: str) -> Iterator[Document]:
+    """Yield the documents of a file of one of the formats READERS; one that is damaged, locked or
+    too large is skipped. `kind` is what the user calls such a file."""
     name = stream.file.name
     try:
-        for number, (title, text) in enumerate(READERS[format](stream, html_text), start=1):
+        for number, (title, text) in enumerate(READERS[format](stream), start=1):
             if text.strip():
                 id_ = name if number == 1 else f"{name}#{number}"
-                yield Document(id_, text.replace("\r\n", "\n"), title, name)
+                yield Document(id_, with_newlines(text), title, name)
             else:
                 stream.omit("without text: pictures only, or empty", 0, unit="document")
-    except (StrictError, CannotRead):
+    except StrictError:
         raise
-    except ImportError as error:
-        raise CannotRead(missing_package("it", str(error.name), extra="documents")) from error
     except Exception as error:  # of a library, about a damaged file
-        raise CannotRead(f"it cannot be read: {type(error).__name__}: {error}"[:300]) from error
+        reason = error if type(error) is ValueError else f"it cannot be read: {error!r}"
+        stream.skip_file(f"{kind}; {reason}"[:400])
 
 
-def _copy(stream: FileStream, copy: Any) -> Any:
-    """Copy the (decompressed) bytes to a file that can be read from its end."""
-    shutil.copyfileobj(stream, copy)
-    if copy.tell() > MAX_FILE_BYTES:
-        raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes")
-    return copy
-
-
-def _pdf(stream: FileStream, html_text: HtmlText) -> Texts:
-    from pypdf import PdfReader
+def _pdf(stream: FileStream) -> Texts:
+    with needs_package("it", "pypdf", extra="documents"):
+        from pypdf import PdfReader
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # else it prints what it repairs
-    with tempfile.TemporaryFile() as copy:
-        reader = PdfReader(_copy(stream, copy))
+    with stream.unpacked() as path:
+        if os.path.getsize(path) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
+        reader = PdfReader(path)
         title = reader.metadata.title if reader.metadata else None
         yield str(title or ""), "\n\n".join(page.extract_text() for page in reader.pages)
 
 
-def _zip(stream: FileStream, html_text: HtmlText) -> Texts:
+def _zip(stream: FileStream) -> Texts:
     """A book (EPUB 3.3) or a text of an office (ECMA-376, OpenDocument 1.3)."""
-    with tempfile.TemporaryFile() as copy, zipfile.ZipFile(_copy(stream, copy)) as archive:
+    with stream.unpacked() as path, zipfile.ZipFile(path) as archive:
         if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
-            raise CannotRead(f"more than {MAX_FILE_BYTES:,} bytes when it is unpacked")
+            raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes when it is unpacked")
         names = archive.namelist()
         if "META-INF/container.xml" in names:
-            yield _epub(archive, html_text)
+            yield _epub(archive)
         elif "word/document.xml" in names:
             root = _xml(archive, "word/document.xml")
             yield "", "\n".join(map(_words, root.iterfind(".//{*}p")))
@@ -87,14 +76,14 @@ def _zip(stream: FileStream, html_text: HtmlText) -> Texts:
             texts = ("".join(e.itertext()) for e in elements if e.tag.endswith(("}p", "}h")))
             yield "", "\n".join(texts)
         else:
-            raise CannotRead("unpack it (unzip FILE); save sheets as CSV, slides as PDF")
+            raise ValueError("unpack it (unzip FILE); save sheets as CSV, slides as PDF")
 
 
 def _part(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as file:
         data = file.read(MAX_PART_BYTES + 1)
     if len(data) > MAX_PART_BYTES or b"<!ENTITY" in data:
-        raise CannotRead(f"{name} is too large, or declares entities")
+        raise ValueError(f"{name} is too large, or declares entities")
     return data
 
 
@@ -102,7 +91,7 @@ def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
     return ElementTree.fromstring(_part(archive, name))
 
 
-def _epub(archive: zipfile.ZipFile, html_text: HtmlText) -> tuple[str, str]:
+def _epub(archive: zipfile.ZipFile) -> tuple[str, str]:
     """Title and text of a book: its chapters in the order of its spine."""
     (file, *_) = _xml(archive, "META-INF/container.xml").iterfind(".//{*}rootfile")
     path = file.attrib["full-path"]
@@ -111,7 +100,7 @@ def _epub(archive: zipfile.ZipFile, html_text: HtmlText) -> tuple[str, str]:
     # Each once: a small file could name a large chapter again and again.
     chapters = dict.fromkeys(hrefs[item.get("idref")] for item in package.iterfind(".//{*}itemref"))
     paths = (posixpath.join(posixpath.dirname(path), unquote(href)) for href in chapters)
-    text = "\n\n".join(html_text(_part(archive, path))[1] for path in paths)
+    text = "\n\n".join(page_text(_part(archive, path))[1] for path in paths)
     return package.findtext(".//{*}title") or "", text
 
 
@@ -122,7 +111,7 @@ def _words(paragraph: ElementTree.Element) -> str:
     return "".join(signs[name] or text or "" for name, text in parts if name in signs)
 
 
-def _mail(stream: FileStream, html_text: HtmlText) -> Texts:
+def _mail(stream: FileStream) -> Texts:
     """The messages of a mailbox, or the only one of a file, each with its subject."""
     for data in _messages(stream):
         title = text = ""
@@ -132,7 +121,7 @@ def _mail(stream: FileStream, html_text: HtmlText) -> Texts:
             body = message.get_body(("plain", "html"))
             text = body.get_content()
             if body.get_content_subtype() == "html":
-                text = html_text(text.encode())[1]
+                text = page_text(text.encode())[1]
         yield title, text
 
 
@@ -156,7 +145,7 @@ def _elements(stream: FileStream, tag: str) -> Iterator[ElementTree.Element]:
     while chunk := stream.read(1 << 16):
         n_bytes += len(chunk)
         if n_bytes > MAX_PART_BYTES or b"<!ENTITY" in chunk:
-            raise CannotRead("a part is too large, or it declares entities")
+            raise ValueError("a part is too large, or it declares entities")
         parser.feed(chunk)
         for event, element in parser.read_events():
             root = element if root is None else root
@@ -166,9 +155,10 @@ def _elements(stream: FileStream, tag: str) -> Iterator[ElementTree.Element]:
                 n_bytes = 0
 
 
-def _mediawiki(stream: FileStream, html_text: HtmlText) -> Texts:
+def _mediawiki(stream: FileStream) -> Texts:
     """The articles of a dump, without redirects and pages about pages."""
-    from mwparserfromhell import parse
+    with needs_package("it", "mwparserfromhell", extra="documents"):
+        from mwparserfromhell import parse
 
     for page in _elements(stream, "page"):
         text = page.findtext(".//{*}text") or ""
@@ -178,13 +168,13 @@ def _mediawiki(stream: FileStream, html_text: HtmlText) -> Texts:
             stream.omit("a redirect, or no article", len(text.encode()), unit="page")
 
 
-def _stack_exchange(stream: FileStream, html_text: HtmlText) -> Texts:
+def _stack_exchange(stream: FileStream) -> Texts:
     for row in _elements(stream, "row"):
         body = row.get("Body", "").encode()
-        yield row.get("Title", ""), html_text(body)[1] if body else row.get("Text", "")
+        yield row.get("Title", ""), page_text(body)[1] if body else row.get("Text", "")
 
 
-def _notebook(stream: FileStream, html_text: HtmlText) -> Texts:
+def _notebook(stream: FileStream) -> Texts:
     """Prose and code, without outputs."""
     data = stream.read(MAX_PART_BYTES)
     text = "\n\n".join("".join(cell["source"]) for cell in json.loads(data)["cells"])
@@ -192,7 +182,7 @@ def _notebook(stream: FileStream, html_text: HtmlText) -> Texts:
     yield "", text
 
 
-READERS: dict[str, Callable[[FileStream, HtmlText], Texts]] = {
+READERS: dict[str, Callable[[FileStream], Texts]] = {
     "pdf": _pdf,
     "zip": _zip,
     "mail": _mail,

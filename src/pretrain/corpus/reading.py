@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from pretrain.corpus.documents import (
-    MAX_DETAILED_PROBLEMS,
-    Counter,
     Document,
-    Problem,
+    Omission,
     ReadingReport,
     with_newlines,
 )
 from pretrain.corpus.files import (
     HEAD_BYTES,
-    SUPPORTED_FORMATS,
     FileStream,
     Format,
     Source,
@@ -30,9 +28,8 @@ from pretrain.corpus.files import (
     format_of,
     list_files,
 )
-from pretrain.corpus.gutenberg import without_notices
-from pretrain.corpus.pages import page_text, read_html, read_warc
-from pretrain.corpus.publications import CannotRead, read_publication
+from pretrain.corpus.pages import read_html, read_warc
+from pretrain.corpus.publications import read_publication
 from pretrain.corpus.records import Row, json_rows, jsonl_rows, read_records
 from pretrain.corpus.tables import arrow_rows, csv_rows
 from pretrain.fileio import without_surrogates
@@ -40,9 +37,18 @@ from pretrain.fileio import without_surrogates
 MAX_DOCUMENT_BYTES = 1 << 24
 """A longer text file is split into documents of about this size, so that memory stays bounded."""
 _MARK = re.compile(r"<\|\w{1,40}\|>")
+_SEPARATOR = "--data.document_separator"
 _MAX_INVALID_FRACTION = 0.01
 # The number and the times of a subtitle.
 _CUE = re.compile(r"^WEBVTT.*\n|^(\d+\n)?[\d:.,]+ --> .*\n", re.M)
+# The notices around a book of Project Gutenberg (gutenberg.org/help/file_formats.html), 20,000
+# characters each; before 2003 the first ended with the small print.
+_START = (
+    r"(?:^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG[^*]{0,300}\*\*\*.*$"
+    r"|^\*END[* ]+THE SMALL PRINT!.*$)"
+)
+_END = r"^(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:Th[ei]s? )?Project Gutenberg)"
+_NOTICE = re.compile(rf"\A[\s\S]{{0,65536}}?{_START}|{_END}[\s\S]{{0,65536}}?(?:{_START}|\Z)", re.M)
 RECORD_FORMATS: dict[Format, Callable[[FileStream, str | None], Iterator[Row]]] = {
     "jsonl": jsonl_rows,
     "json": json_rows,
@@ -78,14 +84,14 @@ def read_files(
         n_bytes_before = report.n_read_bytes
         with FileStream(file, report) as stream:
             for document in _read_stream(stream, text_field):
-                text = without_notices(document.text)
+                text = _without_notices(document.text)
                 n_bytes = len(text.encode())
                 if text is not document.text:
                     n_omitted = len(document.text.encode()) - n_bytes
                     stream.omit("notices of Project Gutenberg", n_omitted, unit="book")
-                if "<|" in text and len(report.marks) < MAX_DETAILED_PROBLEMS:
-                    for mark in _MARK.findall(text):
-                        report.marks[mark] = report.marks.get(mark, 0) + 1
+                for mark, n in Counter(_MARK.findall(text) if "<|" in text else ()).items():
+                    reason = f"{mark} as letters; if it divides documents: {_SEPARATOR} '{mark}'"
+                    report.omit(mark, Omission(reason, "mark", n, 0, [file.name], is_read=True))
                 report.n_documents += 1
                 report.n_text_bytes += n_bytes
                 counts["n_documents"] += 1
@@ -107,19 +113,21 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
     try:
         head = stream.peek()[:HEAD_BYTES]
     except OSError as error:
-        _skip_file(stream, f"cannot be read: {error.strerror}")
+        stream.skip_file(f"cannot be read: {error.strerror}")
         return
     format, note = format_of(head, stream.file.path.name)
     match format:
         case None:
-            _skip_file(stream, note, offset=head.index(0) if note.startswith("binary") else None)
+            stream.skip_file(note, offset=head.index(0) if note.startswith("binary") else None)
         case "html":
             yield from read_html(stream)
         case "warc":
             yield from read_warc(stream)
         case "text":
             if note:
-                stream.note(note)
+                file = stream.file
+                as_it_is = Omission(note, "file", 1, file.n_bytes, [file.name], is_read=True)
+                stream.report.omit(note, as_it_is)
             yield from _read_text(stream)
         case "subtitles":
             for document in _read_text(stream):
@@ -127,10 +135,7 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
         case _ if reader := RECORD_FORMATS.get(format):
             yield from read_records(reader(stream, text_field), stream, text_field)
         case _:
-            try:
-                yield from read_publication(stream, format, page_text)
-            except CannotRead as error:
-                _skip_file(stream, f"{note}; {error}")
+            yield from read_publication(stream, format, note)
 
 
 def _read_text(stream: FileStream) -> Iterator[Document]:
@@ -154,7 +159,10 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
                     "first here; if it is text in another encoding, convert it first (iconv -f "
                     "latin1 -t utf-8 FILE)"
                 )
-                _skip_file(stream, reason, offset=place, n_bytes=len(data), is_start=number == 1)
+                if number == 1:
+                    stream.skip_file(reason, offset=place)
+                else:
+                    stream.add_problem(reason, offset=place, n_bytes=len(data))
                 continue
             stream.add_problem(
                 f"{n_invalid:,} invalid UTF-8 sequences, the first here, were replaced by U+FFFD",
@@ -168,6 +176,15 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
             yield Document(id=id_, text=text, source=name, offset=offset)
         elif number == 1:
             stream.add_problem("skipped: empty text", offset=0, counter="n_skipped_files")
+
+
+def _without_notices(text: str) -> str:
+    """The books of Project Gutenberg in a text; another text as it is."""
+    # So many ends are of no book, and would take long.
+    if not 0 < text.count("PROJECT GUTENBERG") + text.count("Project Gutenberg") < 100:
+        return text
+    books, n_notices = _NOTICE.subn("\n", text)
+    return books.strip() + "\n" if n_notices and books.strip() else text
 
 
 def _divide_text(stream: FileStream) -> Iterator[tuple[int, bytes]]:
@@ -209,20 +226,3 @@ def _split_text(stream: FileStream, last: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[stop:] + stream.read(stop)
     if data or not offset:
         yield offset, data
-
-
-def _skip_file(
-    stream: FileStream,
-    reason: str,
-    *,
-    offset: int | None = None,
-    n_bytes: int = 0,
-    is_start: bool = True,
-) -> None:
-    """Report a file that is not text; ValueError if the user named it and this is its start."""
-    name = stream.file.name
-    if stream.file.is_named and is_start:
-        raise ValueError(f"{Problem(name, reason, offset=offset)}; {SUPPORTED_FORMATS}")
-    # A picture between the texts is not an error of the texts, so strict mode allows it.
-    counter: Counter = "n_skipped_files"
-    stream.add_problem(reason, offset=offset, counter=counter, n_bytes=n_bytes, is_allowed=True)

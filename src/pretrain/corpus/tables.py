@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pretrain import needs_package
 from pretrain.corpus.documents import MAX_RECORD_BYTES
-from pretrain.corpus.files import FileStream, compression_of
+from pretrain.corpus.files import FileStream
 from pretrain.corpus.records import (
     EVERY_FIELD,
     Line,
@@ -182,15 +180,10 @@ def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
                     for start in range(0, batch.num_rows, _BATCH_ROWS):
                         yield batch.select(columns(batch.schema)).slice(start, _BATCH_ROWS)
             return
-        with open(stream.file.path, "rb") as raw, tempfile.TemporaryFile() as copy:
-            # Parquet is read from its end, so a compressed file is decompressed to a temporary one.
-            is_compressed = compression_of(raw.read(8)) != ""
-            if is_compressed:
-                shutil.copyfileobj(stream, copy)
-                copy.seek(0)
+        with stream.unpacked() as path:
             if stream.damage:
                 return
-            with parquet.ParquetFile(copy if is_compressed else stream.file.path) as table:
+            with parquet.ParquetFile(path) as table:
                 # Other columns are not read from the disk.
                 selected = columns(table.schema_arrow)
                 yield from table.iter_batches(batch_size=_BATCH_ROWS, columns=selected)

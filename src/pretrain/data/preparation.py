@@ -332,7 +332,8 @@ def _total_report(job: Job) -> dict[str, Any]:
     """The reports of all tasks added up: report.json without the sizes of the streams."""
     compressions: list[Compression] = []
     counts = Counter[str]()
-    content = reading_report(job).as_dict()
+    reading = reading_report(job)
+    content = reading.as_dict() | {"facts": reading.facts()}
     for source in content["sources"].values():
         source["n_tokens"] = 0
     for task, shard in enumerate(job.shards):
