@@ -278,6 +278,8 @@ def is_fixed(folder: Path) -> bool:
     """Whether an empty folder can be neither removed nor renamed: a mount point, as the volume of a
     container, or a folder in one that this process may not write to. To find out, remove it and
     make it again."""
+    if not folder.is_dir():
+        return False
     try:
         os.rmdir(folder)
     except OSError as error:

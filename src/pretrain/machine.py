@@ -128,8 +128,8 @@ def _limits(controller: str, *files: Sequence[str]) -> Iterator[list[int]]:
         if controllers and controller not in controllers.split(","):
             continue
         # Seen from within a container the path may be missing, and its last parent be the group.
-        own = _CONTROL_GROUPS / (controller if controllers else "") / path.strip("/")
-        for group, names in product((own, *own.parents), files):
+        both = [_CONTROL_GROUPS / name / path.strip("/") for name in (controllers, controller)]
+        for group, names in product([each for own in both for each in (own, *own.parents)], files):
             with suppress(OSError, ValueError):  # no such file, or "max"
                 yield [int(n) for name in names for n in (group / name).read_text().split()]
 

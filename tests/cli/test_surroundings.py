@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.cli import main
 from tiny import TINY
@@ -203,6 +204,24 @@ def test_training_with_half_of_the_variables_of_a_launcher_is_rejected(
     assert "environment variables, RANK below WORLD_SIZE (got WORLD_SIZE '2', RANK None" in error
     assert "to run one process: unset WORLD_SIZE" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_memory_that_is_full_is_one_sentence(
+    corpus: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Errors of Python, and of torch 2.13 on a CPU and on a GPU."""
+    on_cpu = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 536870912 bytes"
+    errors = [MemoryError(), RuntimeError(on_cpu), torch.OutOfMemoryError("CUDA out of memory")]
+    for error in errors:
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("pretrain.cli.commands.prepare.prepare", fail)
+        assert main(["prepare", str(corpus), "--out", "out"]) == 75
+        message = capsys.readouterr().err
+        assert message.startswith("pretrain: out of memory: ")
+        assert message.endswith("; a smaller model, micro-batch or text needs less\n")
 
 
 @pytest.mark.parametrize(

@@ -254,13 +254,10 @@ def test_damaged_json_is_rejected_with_the_name_of_the_file(
     assert str(path) in str(error.value)
 
 
-def test_json_larger_than_any_of_ours_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fileio, "MAX_JSON_BYTES", 10)
+def test_json_larger_than_any_of_ours_is_not_read(tmp_path: Path) -> None:
     write_json(tmp_path / "large.json", {"key": "a long value"})
     with pytest.raises(ValueError, match=r"large\.json has 27 bytes; it must have at most 10"):
-        read_json(tmp_path / "large.json")
+        read_json(tmp_path / "large.json", most_bytes=10)
 
 
 def test_json_is_written_once_unless_it_is_to_be_replaced(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ V1_FILES = {
         # The host's name of a group that the container sees as the root.
         ("0::/docker/1a2b", {"cpu.max": "300000 100000", "memory.max": "5000"}, 3, 5000),
         (V1_GROUPS, V1_FILES, 3, 1_000_000),
+        (V1_GROUPS, {k.replace("cpu/", "cpu,cpuacct/"): v for k, v in V1_FILES.items()}, 3, 10**6),
         ("4:cpu,cpuacct:/docker/1a", {k[4:]: v for k, v in V1_FILES.items()}, 64, None),
         ("0::/nowhere", {}, 64, None),
     ],

@@ -48,6 +48,14 @@ def test_a_correct_resume_is_exact(run: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads((run / "verification.json").read_text())["verdict"] == "exact"
 
 
+def test_halves_of_one_step_are_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run is killed after step 2 of 2, which is not saved yet."""
+    assert main(["verify", str(run), "--steps", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == [1, 2]
+    assert "SIGKILL after step 2, resumed from step 1" in result["checks"]["killed"]["found"]
+
+
 def test_an_evaluation_that_one_run_lacks_is_a_difference(run: Path, tmp_path: Path) -> None:
     assert verify.compare(run, run, 30)["evaluations"].verdict == EXACT
     other = tmp_path / "other"

@@ -187,6 +187,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, OSError) and error.errno is not None:  # what the system does not allow
         return 75 if error.errno in NO_SPACE else 2, message
+    is_torch_out = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in message
+    if isinstance(error, MemoryError) or is_torch_out:
+        return 75, f"out of memory: {message}; a smaller model, micro-batch or text needs less"
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     is_ours = innermost.f_globals.get("__name__", "").partition(".")[0] == "pretrain"
     return (2 if isinstance(error, ValueError) and is_ours else 1), message

@@ -61,6 +61,9 @@ def train(run: Run) -> int:
                 run.optimizer.step()
             run.world.synchronize()
             log_step(run, report, anomaly, seconds=time.perf_counter() - start)
+            if run.step == run.planned_stop.kill_after:
+                run.saver.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
 
             improved = evaluate_if_due(run, stop)
             stopping = stop.requested(run.world) or run.step == run.planned_stop.stop_after
@@ -68,9 +71,6 @@ def train(run: Run) -> int:
             if improved or stopping or is_kept:
                 run.save(wait=stopping or run.step == run.n_steps)
             run.saver.poll()
-            if run.step == run.planned_stop.kill_after:
-                run.saver.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
             if stopping and (run.step < run.n_steps or not is_evaluated(run)):
                 return stop.exit_code
             if run.patience_exhausted:

@@ -34,7 +34,7 @@ class PlannedStop(NamedTuple):
     stop_after: int | None = None
     """save and stop after this step, as after a signal"""
     kill_after: int | None = None
-    """send SIGKILL to this process after this step"""
+    """send SIGKILL to this process after this step, before it is evaluated or saved"""
 
 
 class Stopped(KeyboardInterrupt):
