@@ -214,7 +214,10 @@ def test_evaluate_does_not_overwrite_its_input(
     file.write_text("The people of the United States.\n")
     words = ["evaluate", str(finished_run), "--text", str(file), "--heat-map", str(file)]
     assert main(words) == 2
-    assert "mine.txt is also an input, and would be overwritten" in capsys.readouterr().err
+    assert (
+        "mine.txt is also an input or another output, and would be overwritten"
+        in capsys.readouterr().err
+    )
     assert file.read_text().startswith("The people")
 
 

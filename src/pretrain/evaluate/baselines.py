@@ -45,18 +45,17 @@ def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> di
         "trigram": "given the two tokens before",
     }
     all_nats = count_model_nats(train_ids, val_ids, vocab_size=tokenizer.vocab_size)
-    rows: list[dict[str, object]] = []
-    for (name, note), nats in zip(notes.items(), all_nats, strict=True):
-        score = Score(nats, n_targets, n_bytes)
-        rows.append(
-            {
-                "name": name,
-                "nats_per_token": score.nats_per_token,
-                "perplexity": score.perplexity,
-                "bits_per_byte": score.bits_per_byte,
-                "note": note + limit,
-            }
-        )
+    scores = [Score(nats, n_targets, n_bytes) for nats in all_nats]
+    rows: list[dict[str, object]] = [
+        {
+            "name": name,
+            "nats_per_token": score.nats_per_token,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "note": note + limit,
+        }
+        for (name, note), score in zip(notes.items(), scores, strict=True)
+    ]
 
     token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
     token_bytes[tokenizer.end_of_text] = b""

@@ -17,11 +17,12 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pretrain.evaluate.metrics import Array, largest_value, value
+from pretrain.evaluate.metrics import Array, value
 
 RESAMPLES = 2000
 LEVEL = 0.05
 POWER = 0.8
+_SHARES = ("accuracy", "f1", "exact_match", "final_answer", "rouge")  # from 0 to 1
 # Weights of resamples that exist at once.
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -99,7 +100,8 @@ def _detectable(metric: str, stderr: float) -> float | None:
     2020). None for a difference that the metric cannot have."""
     normal = NormalDist()
     difference = (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) * stderr
-    return difference if difference <= largest_value(metric) else None
+    largest = 1.0 if metric.startswith(_SHARES) else math.inf
+    return difference if difference <= largest else None
 
 
 def _finite_std(values: Array) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.corpus.documents import Document
 from pretrain.data.batches import resolve_stride
 from pretrain.data.format import TokenStream
 from pretrain.evaluate.bootstrap import estimate
@@ -20,7 +21,7 @@ from pretrain.evaluate.loss import Model, Score, score_each, score_stream
 from pretrain.evaluate.metrics import Array
 from pretrain.evaluate.overlap import document_texts
 from pretrain.evaluate.run_tasks import TaskResults, condition_metrics, evaluate_task
-from pretrain.evaluate.task_files import EvalTask, load_tasks, read_texts
+from pretrain.evaluate.task_files import EvalTask, load_tasks, read_whole
 
 
 @dataclass(slots=True)
@@ -37,6 +38,8 @@ class Evaluation:
     """The statistics and the answer to each example"""
     statistics: dict[tuple[str, str], Array] = field(default_factory=dict)
     """By text or task, and metric: a row for each document or example, to compare models by"""
+    documents: dict[str, list[Document]] = field(default_factory=dict)
+    """Those of each file"""
 
     def to_json(self) -> dict[str, Any]:
         return {"text": self.text, "tasks": self.tasks, "protocol": self.protocol}
@@ -78,7 +81,8 @@ def evaluate(
             score_stream(model, held_out, stride=stride), (text for _, text in documents)
         )
     for file in files:
-        texts, facts = read_texts(file, text_field)
+        evaluation.documents[file], facts = read_whole(file, text_field)
+        texts = [document.text for document in evaluation.documents[file]]
         scores = score_each(model, texts, stride=stride)
         evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), texts)
         bits = [(score.nats / math.log(2), score.bytes) for score in scores]

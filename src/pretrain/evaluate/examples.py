@@ -287,14 +287,8 @@ def _strings(record: Record, name: str) -> tuple[str, ...]:
 def _gold(task: Task, record: Record, options: Sequence[str]) -> int:
     """The number of the right option, given as a number or as one of the task's labels."""
     value = record.get(task.gold)
-    label = str(value)
-    number = None
-    if task.labels:
-        if label in task.labels:
-            number = task.labels.index(label)
-    elif not isinstance(value, bool) and label.isdecimal():
-        number = int(label)
-    if number is None or number >= len(options):
+    labels = task.labels or tuple(map(str, range(len(options))))
+    if str(value) not in labels[: len(options)]:
         valid = ", ".join(task.labels) or f"0 to {len(options) - 1}"
         raise ValueError(f"{task.gold} must be one of {valid} (got {value!r:.60})")
-    return number
+    return labels.index(str(value))

@@ -31,20 +31,13 @@ EVALUATION_TOKENS = 4096
 class Model(Protocol):
     """A model that can be evaluated; `pretrain.load_model` returns one."""
 
-    @property
-    def decoder(self) -> Decoder: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def world(self) -> World: ...
-
-    @property
-    def precision(self) -> str: ...
+    decoder: Decoder
+    tokenizer: Tokenizer
+    world: World
+    precision: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScoredModel:
     """A `Model` that was not loaded, such as that of a run in training."""
 
@@ -128,17 +121,6 @@ def score_batches(
     return Score(nats, *map(int, world.all_sum(*own)))
 
 
-def score(model: Model, batches: Iterable[MicroBatch]) -> Score:
-    """The exactly rounded sum of the losses of all batches, whatever their order."""
-    return score_batches(
-        LMLoss(model.decoder).train(model.decoder.training),  # a new module is in training mode
-        batches,
-        byte_lengths_V=torch.from_numpy(model.tokenizer.byte_lengths),
-        world=model.world,
-        precision=model.precision,
-    )
-
-
 def score_stream(
     model: Model, stream: Stream, *, context_length: int | None = None, stride: int | None = None
 ) -> Score:
@@ -148,7 +130,13 @@ def score_stream(
     context_length = context_length or model.decoder.config.window_tokens
     rows = max(1, EVALUATION_TOKENS // context_length)
     batches = evaluation_batches(stream, context_length=context_length, rows=rows, stride=stride)
-    return score(model, batches)
+    return score_batches(
+        LMLoss(model.decoder).train(model.decoder.training),  # a new module is in training mode
+        batches,
+        byte_lengths_V=torch.from_numpy(model.tokenizer.byte_lengths),
+        world=model.world,
+        precision=model.precision,
+    )
 
 
 def score_each(model: Model, texts: Sequence[str], *, stride: int | None = None) -> list[Score]:

@@ -8,7 +8,6 @@ command that installs it.
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
@@ -39,14 +38,6 @@ def value(metric: str, sums: Array) -> Array:
     if metric.endswith("perplexity"):
         return np.exp(np.minimum(mean, MAX_EXPONENT))
     return mean
-
-
-def largest_value(metric: str) -> float:
-    """The largest value that a metric can have."""
-    if metric in ("bleu", "chrf"):
-        return 100.0
-    is_share = metric.startswith(("accuracy", "f1", "exact_match", "final_answer", "rouge"))
-    return 1.0 if is_share else math.inf
 
 
 def normalized(answer: str) -> str:
@@ -94,18 +85,14 @@ def statistics_of_answer(metric: str, answer: str, references: Sequence[str]) ->
     Sources: "BLEU" (Papineni et al., 2002), as in sacrebleu: "A Call for Clarity in Reporting BLEU
     Scores" (Post, 2018); "chrF" (Popovic, 2015), 0 to 100; "ROUGE" (Lin, 2004), 0 to 1.
     """
-    match metric:
-        case "bleu":
-            bleu = _sacrebleu().corpus_bleu([answer], [[reference] for reference in references])
-            return (*map(float, bleu.counts), *map(float, bleu.totals), bleu.sys_len, bleu.ref_len)
-        case "chrf":
-            return float(_sacrebleu().sentence_chrf(answer, list(references)).score), 1.0
-        case "exact_match":
-            return exact_match(answer, references), 1.0
-        case "final_answer":
-            return final_answer(answer, references), 1.0
-        case "f1":
-            return f1(answer, references), 1.0
+    own = {"exact_match": exact_match, "final_answer": final_answer, "f1": f1}
+    if metric in own:
+        return own[metric](answer, references), 1.0
+    if metric == "bleu":
+        bleu = _sacrebleu().corpus_bleu([answer], [[reference] for reference in references])
+        return (*map(float, bleu.counts), *map(float, bleu.totals), bleu.sys_len, bleu.ref_len)
+    if metric == "chrf":
+        return float(_sacrebleu().sentence_chrf(answer, list(references)).score), 1.0
     scorer = _rouge_scorer(metric)
     return max(float(scorer.score(r, answer)[metric].fmeasure) for r in references), 1.0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.corpus.documents import Document
 from pretrain.corpus.overlap import (
     BloomFilter,
     Match,
@@ -24,7 +25,6 @@ from pretrain.corpus.overlap import (
     measure_overlap,
     ngram_share,
 )
-from pretrain.corpus.reading import read_documents
 from pretrain.corpus.words import split_words
 from pretrain.data.format import PreparedData, TokenStream
 from pretrain.evaluate.loss import Model
@@ -48,8 +48,7 @@ def training_overlap(
     model: Model,
     data: PreparedData,
     *,
-    files: Sequence[str],
-    text_field: str | None,
+    documents: Mapping[str, Sequence[Document]],
     results: Iterable[tuple[EvalTask, TaskResults]],
     samples: Sequence[str],
     seed: int,
@@ -66,9 +65,8 @@ def training_overlap(
     texts = document_texts(held_out, data.tokenizer(), chunk_tokens=held_out.n_tokens)
     named = zip(ids, (text for _, text in texts), strict=True)
     rows = {"held-out split": overlap_row(measure_overlap(named, corpus))}
-    for file in files:
-        documents = read_documents(file, text_field=text_field)
-        rows[file] = overlap_row(measure_overlap(((d.id, d.text) for d in documents), corpus))
+    for file, of_file in documents.items():
+        rows[file] = overlap_row(measure_overlap(((d.id, d.text) for d in of_file), corpus))
     for eval_task, task_results in results:
         metric = eval_task.task.metric
         overlaps = measure_overlap(_numbered(eval_task.solved_texts), corpus)

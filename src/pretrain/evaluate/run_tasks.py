@@ -34,7 +34,6 @@ _Evaluated = tuple[dict[str, Any], dict[str, Statistics], bool]
 
 # Examples of each task that are timed before a run starts.
 _N_TIMED_EXAMPLES = 10
-_CONDITION_METRIC = "nats_per_byte"
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,11 +289,11 @@ def condition_metrics(
         ]
         baselines[name] = float(value(task.metric, np.sum(rows, 0, np.float64)))
     return {
-        _CONDITION_METRIC: {
-            name: float(value(_CONDITION_METRIC, each.sum(0))) for name, each in nats.items()
+        "nats_per_byte": {
+            name: float(value("nats_per_byte", each.sum(0))) for name, each in nats.items()
         },
         "p": {
-            name: compare(_CONDITION_METRIC, nats["task"], nats[name], seed=eval_task.seed).p
+            name: compare("nats_per_byte", nats["task"], nats[name], seed=eval_task.seed).p
             for name in ("wrong", "none")
         },
         "baselines": baselines,

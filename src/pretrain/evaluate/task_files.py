@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.documents import Document, ReadingReport
 from pretrain.corpus.files import DamagedStreamError, FileStream, list_files
 from pretrain.corpus.reading import read_documents
 from pretrain.evaluate.config import EvaluateConfig
@@ -174,16 +174,16 @@ def read_task_file(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_texts(file: str, text_field: str | None) -> tuple[list[str], dict[str, str]]:
-    """The texts of a file, and what a user should know of the reading: which field was read, what
-    was skipped. ValueError for a truncated file, and for one without any text."""
+def read_whole(file: str, text_field: str | None) -> tuple[list[Document], dict[str, str]]:
+    """The documents of a file, and what a user should know of the reading: which field was read,
+    what was skipped. ValueError for a truncated file, and for one without any text."""
     report = ReadingReport()
-    texts = [each.text for each in read_documents(file, text_field=text_field, report=report)]
+    documents = list(read_documents(file, text_field=text_field, report=report))
     reject_partial_files(report)
-    if not any(texts):
+    if not any(document.text for document in documents):
         first_problem = f"; {report.problems[0]}" if report.problems else ""
         raise ValueError(f"{file} contains no text{first_problem}")
-    return texts, report.facts()
+    return documents, report.facts()
 
 
 def reject_partial_files(report: ReadingReport) -> None:

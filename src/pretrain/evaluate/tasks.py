@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -87,8 +88,9 @@ def task_of_kind(kind: Kind, file: str, **fields: Any) -> Task:
     return Task(kind=kind, file=file, **values)
 
 
-def task_named(name: str) -> Task:
-    """The task of this name in the table. ValueError with the nearest name for an unknown one."""
+def task_named(name: str, among: Iterable[str] = ()) -> Task:
+    """The task of this name in the table. ValueError with the nearest name, `among` those that a
+    command takes, for an unknown one."""
     if name not in tasks():
-        raise ValueError(f"unknown task {name!r}; {suggestion(name, sorted(tasks()))}")
+        raise ValueError(f"unknown task {name!r}; {suggestion(name, among or sorted(tasks()))}")
     return tasks()[name]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pretrain.corpus.reading import read_documents
+from pretrain.corpus.documents import Document
 from pretrain.data.batches import resolve_stride
 from pretrain.evaluate.loglikelihood import Pair, logit_chunks, windows_of
 from pretrain.evaluate.loss import Model
@@ -104,14 +104,14 @@ def annotated_text(tokenizer: Tokenizer, losses: Sequence[TokenLoss]) -> list[di
 
 
 def annotated_documents(
-    model: Model, files: Iterable[str], *, text_field: str | None, stride: int | None
+    model: Model, documents: Mapping[str, Sequence[Document]], *, stride: int | None
 ) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """The first MAX_HEAT_MAP_TOKENS tokens of the documents of files as `annotated_text`, by name,
     and the number of tokens. Documents without a token are left out."""
     annotated: dict[str, list[dict[str, Any]]] = {}
     n_tokens = 0
-    for file in files:
-        for number, document in enumerate(read_documents(file, text_field=text_field), start=1):
+    for file, of_file in documents.items():
+        for number, document in enumerate(of_file, start=1):
             ids = model.tokenizer.encode(document.text).tolist()[: MAX_HEAT_MAP_TOKENS - n_tokens]
             if not ids:
                 continue

@@ -59,14 +59,9 @@ class LoadedModel:
     """None for a foreign model"""
     world: World
     """the device that the weights are on"""
+    precision: str = "fp32"
+    """the run's own on the device type it was trained on; fp32 elsewhere, on every device"""
     _is_optimized: bool = field(default=False, repr=False)
-
-    @property
-    def precision(self) -> str:
-        """The run's own precision on the device type it was trained on; fp32 elsewhere, which every
-        device supports."""
-        same_device = self.config.train.device == self.world.device.type
-        return self.config.train.precision if same_device else "fp32"
 
     @property
     def lm_loss(self) -> LMLoss:
@@ -163,7 +158,11 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     tokenizer.carried = checkpoint.state.get("carried", {})
     decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
     load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
-    return LoadedModel(decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world)
+    same_device = config.train.device == world.device.type
+    precision = config.train.precision if same_device else "fp32"
+    return LoadedModel(
+        decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world, precision
+    )
 
 
 def settings_of_model(config: RunConfig) -> dict[str, Any]:

@@ -10,9 +10,8 @@ import argparse
 from pretrain.cli.options import DEVICE, MODEL, Option
 from pretrain.cli.output import Output
 from pretrain.evaluate.examples import prompt, promptable_tasks
-from pretrain.evaluate.tasks import task_named, tasks
+from pretrain.evaluate.tasks import task_named
 from pretrain.runner.open import load_model
-from pretrain.validation import suggestion
 
 OPTIONS = (
     MODEL,
@@ -23,10 +22,7 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, output: Output) -> None:
-    if args.task not in tasks():
-        hint = suggestion(args.task, promptable_tasks())
-        raise ValueError(f"unknown task {args.task!r}; {hint}")
-    task = task_named(args.task)
+    task = task_named(args.task, promptable_tasks())
     context = prompt(task, args.input)
 
     from pretrain.evaluate.run_tasks import generate_answer

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
             statistics_only=True,
             log=output.log,
         )
+        evaluations[name].documents.clear()  # the texts of one model at a time
     protocol = {}
     for name, evaluation in evaluations.items():
         lines = dict(evaluation.protocol)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
 from pretrain.cli.options import MODEL, Option
@@ -23,6 +23,9 @@ from pretrain.fileio import nan_to_null
 from pretrain.run.directory import OVERLAP, write_json
 from pretrain.runner.open import LoadedModel
 from pretrain.runner.text import cache_folder, text_of_run
+
+if TYPE_CHECKING:
+    from pretrain.evaluate.evaluation import Evaluation
 
 OPTIONS = (
     MODEL,
@@ -65,8 +68,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         ]
         write_output(args.answers, "".join(lines))
     if args.heat_map:
-        n_tokens = sum(row["tokens"] for row in evaluation.text.values())
-        _draw_heat_map(model, args, output, n_tokens)
+        _draw_heat_map(model, evaluation, args, output)
     content = evaluation.to_json()
     if args.overlap:
         from pretrain.evaluate.overlap import row_message, training_overlap
@@ -78,8 +80,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         overlap |= training_overlap(
             model,
             data,
-            files=args.text or (),
-            text_field=args.text_field,
+            documents=evaluation.documents,
             results=evaluation.results,
             samples=[
                 str(sample.get("text")).removeprefix(str(sample.get("prompt") or ""))
@@ -99,30 +100,29 @@ def run(args: argparse.Namespace, output: Output) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """Reject output files that cannot be written, or that are also input."""
+    """Reject output files that cannot be written, or that are named twice."""
     if args.heat_map and args.text is None:
         raise ValueError("--heat-map is for texts; give --text with it")
-    inputs = [*(args.text or ()), *(args.task_file or ())]
-    taken = {os.path.realpath(name): "an input" for name in inputs}
-    for name in filter(None, (args.answers, args.heat_map)):
-        path = os.path.realpath(name)
-        if path in taken:
+    outputs = [name for name in (args.answers, args.heat_map) if name]
+    names = [*outputs, *(args.text or ()), *(args.task_file or ())]
+    paths = [os.path.realpath(name) for name in names]
+    for name in outputs:
+        if paths.count(os.path.realpath(name)) > 1:
             raise ValueError(
-                f"{name} is also {taken[path]}, and would be overwritten; use another name"
+                f"{name} is also an input or another output, and would be overwritten; use "
+                "another name"
             )
-        taken[path] = "another output"
         require_writable(name)
 
 
 def _draw_heat_map(
-    model: LoadedModel, args: argparse.Namespace, output: Output, n_tokens: int
+    model: LoadedModel, evaluation: Evaluation, args: argparse.Namespace, output: Output
 ) -> None:
     from pretrain.evaluate.token_stats import annotated_documents
     from pretrain.report.html import heat_map_page
 
-    annotated, n_drawn = annotated_documents(
-        model, args.text, text_field=args.text_field, stride=args.stride
-    )
+    annotated, n_drawn = annotated_documents(model, evaluation.documents, stride=args.stride)
+    n_tokens = sum(row["tokens"] for row in evaluation.text.values())
     shown = f"all {n_drawn:,} tokens"
     if n_drawn < n_tokens:
         shown = f"the first {n_drawn:,} of {n_tokens:,} tokens; the other ones are left out"
