@@ -237,7 +237,7 @@ def test_a_damaged_record_of_changes_is_named(
         ["trace", str(run), "--step", "3"],
         ["next", str(run)],
     ):
-        assert f"{run / 'changes.jsonl'} is damaged in line 1: it must be" in error_of(
+        assert f"{run / 'changes.jsonl'}, line 1, is damaged: it must have" in error_of(
             capsys, *args
         )
 

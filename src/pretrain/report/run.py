@@ -73,10 +73,6 @@ class RunFiles:
         last = self.train[-1:] + self.evaluations[-1:] or [{"step": self.summary.get("steps")}]
         return round(max(number(record.get("step")) or 0 for record in last))
 
-    def setting(self, section: str, key: str) -> float | None:
-        """One number of config.yaml, or None."""
-        return number(fields(self.config.get(section)).get(key))
-
     def figure(self, key: str) -> float | None:
         """A number of summary.json by its key; before the end of the run, from its log so far."""
         if (value := number(self.summary.get(key))) is not None:

@@ -100,28 +100,26 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
+def check_fields(content: Mapping[str, Any], place: str, **types: type) -> None:
+    """ValueError if a field of a file is missing or has another type."""
+    if any(key not in content or type(content[key]) is not types[key] for key in types):
+        raise ValueError(f"{place} is damaged: it must have {', '.join(types)}; restore it")
+
+
 def read_environment(folder: Path) -> dict[str, Any]:
     """The content of environment.json; ValueError if it is damaged."""
     content = fileio.read_json(folder / ENVIRONMENT)
-    fingerprint = content.get("fingerprint")
-    known = fingerprint if isinstance(fingerprint, dict) else {}
-    kinds = [type(each) for each in (content.get("run"), known.get("training text"))]
-    if kinds != [str, str] or not isinstance(known.get("settings", {}), dict):
-        raise ValueError(
-            f"{folder / ENVIRONMENT} is damaged: it must have the name of the run, and a "
-            "fingerprint with the hash of its training text; restore it"
-        )
+    check_fields(content, str(folder / ENVIRONMENT), run=str, fingerprint=dict)
+    fingerprint = {"settings": {}, **content["fingerprint"]}
+    types = {"training text": str, "settings": dict}
+    check_fields(fingerprint, str(folder / ENVIRONMENT), **types)
     return content
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The content of summary.json; ValueError if it is damaged."""
     content = fileio.read_json(folder / SUMMARY)
-    if [type(content.get(key)) for key in ("steps", "checkpoint")] != [int, str]:
-        raise ValueError(
-            f"{folder / SUMMARY} is damaged: it must have steps and a checkpoint; restore it, or "
-            "delete it and --resume the run, which writes it again"
-        )
+    check_fields(content, str(folder / SUMMARY), steps=int, checkpoint=str)
     return content
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.fileio import replace_file
-from pretrain.run.directory import CHANGES, CONFIG
+from pretrain.run.directory import CHANGES, CONFIG, check_fields
 from pretrain.run.log import parse_line
 
 # The code that determines what a step computes: packages, and modules of the root.
@@ -182,13 +182,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         record = parse_line(line) or {}
-        kinds = [type(record.get(key)) for key in ("step", "what", "by")]
-        if kinds != [int, str, str] or not {"old", "new"} <= record.keys():
-            raise ValueError(
-                f"{path} is damaged in line {number}: it must be a JSON object with step, what, "
-                "old, new and by; restore it, or remove this line"
-            )
-        records.append(record)
+        check_fields(record, f"{path}, line {number},", step=int, what=str, by=str)
+        records.append({"old": None, "new": None} | record)
     return records
 
 
