@@ -232,7 +232,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
-        free = 10
+        total, free = 100, 10
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(OSError, match="bytes, but only 10 are free") as caught:
@@ -340,7 +340,9 @@ def test_readers_of_a_run_that_saves_and_deletes_find_a_checkpoint(tmp_path: Pat
         read.add(checkpoint.step)
     writer.join()
     assert len(read) > 10
-    (tmp_path / "summary.json").write_text(json.dumps({"checkpoint": "checkpoints/step-00000001"}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"steps": 1, "checkpoint": "checkpoints/step-00000001"})
+    )
     with pytest.raises(DamagedCheckpoint):  # and no endless retry
         open_checkpoint_of(tmp_path)
     shutil.rmtree(folder)

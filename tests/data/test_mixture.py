@@ -122,7 +122,7 @@ def test_impossible_weights_are_rejected() -> None:
         ("[{path: a, weight: 1}, {path: b, epochs: 1}]", "both weights and epochs"),
         ("[{path: a, weight: 1}, {path: a, weight: 2}]", "has the same path twice"),
         ("[{path: a, weihgt: 1}]", r"did you mean 'data.source\[0\].weight'"),
-        ("[a, b]", "data.source is 'a'"),
+        ("[a, {path: b, weight: 1}]", "data.source is 'a'"),
         ("{path: a}", "must be"),
     ],
 )

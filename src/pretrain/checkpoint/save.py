@@ -37,39 +37,35 @@ from pretrain.distributed import World
 _RESERVE_BYTES = 16 << 20
 
 
-class SaveGroup:
-    """The processes that save together; without a world there is one.
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), threads=1)
+"""The world of a process that saves by itself."""
 
-    All processes make each call. If the work of one raises an OSError, all of them raise it, so
-    that none waits for one that has given up.
+
+def on_each(world: World, work: Callable[[], str | None]) -> list[str]:
+    """Run `work` in each process of those that save together; returns the results of all, by rank.
+
+    If the work of one raises an OSError, all of them raise it, so that none waits for one that has
+    given up.
     """
+    own_error: OSError | None = None
+    try:
+        answer = json.dumps({"result": work() or ""})
+    except OSError as error:
+        own_error = error
+        answer = json.dumps({"errno": error.errno, "error": str(error)})
+    texts = world.all_gather_str(answer, group=world.save_group)
+    if own_error is not None:
+        raise own_error
+    answers = [json.loads(text) for text in texts]
+    for rank, other in enumerate(answers):
+        if "error" in other:
+            raise OSError(other["errno"], f"rank {rank}: {other['error']}")
+    return [other["result"] for other in answers]
 
-    def __init__(self, world: World | None) -> None:
-        self._world = world
-        self.rank, self.size = (0, 1) if world is None else (world.rank, world.size)
 
-    def on_each(self, work: Callable[[], str | None]) -> list[str]:
-        """Run `work` in each process; returns the results of all, by rank."""
-        if self._world is None or self.size == 1:
-            return [work() or ""]
-        own_error: OSError | None = None
-        try:
-            answer = json.dumps({"result": work() or ""})
-        except OSError as error:
-            own_error = error
-            answer = json.dumps({"errno": error.errno, "error": str(error)})
-        texts = self._world.all_gather_str(answer, group=self._world.save_group)
-        if own_error is not None:
-            raise own_error
-        answers = [json.loads(text) for text in texts]
-        for rank, other in enumerate(answers):
-            if "error" in other:
-                raise OSError(other["errno"], f"rank {rank}: {other['error']}")
-        return [other["result"] for other in answers]
-
-    def on_main(self, work: Callable[[], str | None]) -> str:
-        """Run `work` in rank 0; returns its result in every process."""
-        return self.on_each(work if self.rank == 0 else str)[0]
+def on_main(world: World, work: Callable[[], str | None]) -> str:
+    """Run `work` in rank 0; returns its result in every process."""
+    return on_each(world, work if world.is_main else str)[0]
 
 
 def save_checkpoint(
@@ -79,7 +75,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     shards: Mapping[str, TensorShard] | None = None,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN with tensors named GROUP/NAME (a file a group) and a JSON state.
 
@@ -90,10 +86,9 @@ def save_checkpoint(
     the last fsync failed, a complete checkpoint whose name may be lost with the power. A step is
     saved once: FileExistsError if it exists.
     """
-    group = SaveGroup(world)
     final = folder / checkpoint_name(step)
     own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    n_bytes = sum(map(int, group.on_each(lambda: str(own_bytes))))
+    n_bytes = sum(map(int, on_each(world, lambda: str(own_bytes))))
 
     def create_temporary() -> str:
         fileio.make_folder(folder)
@@ -102,24 +97,24 @@ def save_checkpoint(
             raise FileExistsError(
                 errno.EEXIST, "this step is already saved; delete it first", str(final)
             )
-        n_files = 2 + group.size * len({name.partition("/")[0] for name in tensors})
+        n_files = 2 + world.size * len({name.partition("/")[0] for name in tensors})
         needed = int(1.05 * n_bytes) + _RESERVE_BYTES
         fileio.check_free_space(folder, n_bytes=needed, n_files=n_files)
         name = f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         os.mkdir(folder / name)
         return name
 
-    temporary = folder / group.on_main(create_temporary)
+    temporary = folder / on_main(world, create_temporary)
     try:
-        parts = group.on_each(
-            lambda: json.dumps(_write_part(temporary, group.rank, tensors, shards or {}))
+        parts = on_each(
+            world, lambda: json.dumps(_write_part(temporary, world.rank, tensors, shards or {}))
         )
-        group.on_main(lambda: _commit(temporary, final, step, parts, state))
+        on_main(world, lambda: _commit(temporary, final, step, parts, state))
     except BaseException:
-        if group.rank == 0:
+        if world.rank == 0:
             fileio.remove_flat_folder(temporary)
         raise
-    group.on_main(lambda: fileio.sync_folder(folder))
+    on_main(world, lambda: fileio.sync_folder(folder))
     return final
 
 
@@ -176,21 +171,20 @@ def _rename(temporary: Path, final: Path) -> None:
             raise
 
 
-def verify_saved(path: Path, world: World | None = None) -> None:
+def verify_saved(path: Path, world: World = ALONE) -> None:
     """Read back a checkpoint that was just saved, each process its own files. OSError, and the
     checkpoint is renamed, if the disk has not kept what was written."""
-    group = SaveGroup(world)
 
     def read_back() -> str:
         try:
-            Checkpoint(path).verify(rank=group.rank)
+            Checkpoint(path).verify(rank=world.rank)
         except DamagedCheckpoint as error:
             return str(error)
         return ""
 
-    errors = [text for text in group.on_each(read_back) if text]
+    errors = [text for text in on_each(world, read_back) if text]
     if errors:
-        name = group.on_main(lambda: quarantine(path).name)
+        name = on_main(world, lambda: quarantine(path).name)
         raise OSError(errno.EIO, f"{errors[0]} (renamed to {name})", str(path))
 
 
@@ -202,7 +196,7 @@ class BackgroundSaver:
     the process it may die at any moment without harm to an existing checkpoint.
     """
 
-    def __init__(self, folder: Path, world: World | None = None) -> None:
+    def __init__(self, folder: Path, world: World = ALONE) -> None:
         self.folder, self._world = folder, world
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -232,15 +226,14 @@ class BackgroundSaver:
             torch.cuda.synchronize()
 
         def work() -> None:
-            group = SaveGroup(self._world)
             world = self._world
             try:
-                group.on_main(before)
+                on_main(world, before)
                 path = save_checkpoint(
                     self.folder, step=step, tensors=copies, state=state, shards=shards, world=world
                 )
                 verify_saved(path, world)
-                group.on_main(after)
+                on_main(world, after)
             except BaseException as error:
                 self._error = error
 

@@ -17,7 +17,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -372,12 +372,10 @@ class ConcatenatedStream:
     """Several streams one after the other, with the methods of a `TokenStream`."""
 
     def __init__(self, streams: Sequence[TokenStream]) -> None:
-        self._streams = streams
-        self._ends = np.cumsum([stream.n_tokens for stream in streams])
-        self.n_tokens = int(self._ends[-1])
+        *starts, self.n_tokens = accumulate((s.n_tokens for s in streams), initial=0)
+        self._parts = list(zip(starts, streams, strict=True))
         self.n_documents = sum(stream.n_documents for stream in streams)
         self.n_bytes = sum(stream.n_bytes for stream in streams)
-        self.sources: list[SourceShare] = [s for stream in streams for s in stream.sources]
         hashes = "".join(stream.sha256 for stream in streams)
         self.sha256 = hashlib.sha256(hashes.encode()).hexdigest()
 
@@ -385,28 +383,22 @@ class ConcatenatedStream:
     def document_offsets(self) -> NDArray[np.int64]:
         """As of a `TokenStream`; the end-of-text token between two streams is counted as the end of
         the document before it."""
-        pieces = []
-        start = 0
-        for stream in self._streams:
-            offsets = stream.document_offsets + start
-            pieces.append(offsets[:-1])
-            start += stream.n_tokens
-        pieces.append(offsets[-1:])
-        return np.concatenate(pieces)
+        pieces = [stream.document_offsets[:-1] + start for start, stream in self._parts]
+        return np.concatenate([*pieces, [self.n_tokens]])
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Ids [start, stop)."""
         assert 0 <= start <= stop <= self.n_tokens, (start, stop)
         pieces = [np.empty(0, np.int64)]
-        for stream, end in zip(self._streams, self._ends.tolist(), strict=True):
-            begin = end - stream.n_tokens
-            if start < end and stop > begin:
-                pieces.append(stream.read(max(start, begin) - begin, min(stop, end) - begin))
+        for begin, stream in self._parts:
+            first, end = max(0, start - begin), min(stop - begin, stream.n_tokens)
+            if first < end:
+                pieces.append(stream.read(first, end))
         return np.concatenate(pieces)
 
     def origins(self) -> Iterator[Origin]:
         """As of a `TokenStream`."""
-        return chain.from_iterable(stream.origins() for stream in self._streams)
+        return chain.from_iterable(stream.origins() for _, stream in self._parts)
 
 
 class MixedData(PreparedData):
@@ -438,7 +430,7 @@ class MixedData(PreparedData):
                 spans[path] = SourceSpan(path, end, n_tokens)
                 end += n_tokens
         else:
-            for share in self._streams["train"].sources:
+            for share in first.split("train").sources:
                 if share.n_documents:
                     # A source's first input is the end-of-text token before its first document.
                     spans[share.source] = SourceSpan(share.source, end, share.n_tokens + 1)

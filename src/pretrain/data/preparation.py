@@ -30,7 +30,7 @@ import numpy as np
 
 from pretrain import __version__
 from pretrain.corpus.config import CorpusConfig
-from pretrain.corpus.files import Source, list_files
+from pretrain.corpus.files import Source, SourceFile, list_files
 from pretrain.corpus.filters import language_of
 from pretrain.corpus.overlap import EvaluationNgrams
 from pretrain.data.format import (
@@ -438,17 +438,14 @@ def _key(settings: Settings) -> str:
             (f.source_argument, os.path.realpath(f.path), f.n_bytes, os.stat(f.path).st_mtime_ns)
             for f in files
         ]
-        content[f"first and last bytes, {name}"] = [
-            _hash_of_ends(f.path, f.n_bytes) for f in files[:MAX_OPENED_FILES]
-        ]
+        content[f"ends of {name}"] = [_ends(f) for f in files[:MAX_OPENED_FILES]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_of_ends(path: Path, n_bytes: int) -> str:
-    """The hash of the first and the last bytes of a file; of nothing if it cannot be read."""
-    ends = b""
-    with suppress(OSError), open(path, "rb") as file:
-        ends = file.read(_END_BYTES)
-        file.seek(max(0, n_bytes - _END_BYTES))
-        ends += file.read(_END_BYTES)
-    return hashlib.sha256(ends).hexdigest()
+def _ends(source: SourceFile) -> str:
+    """A checksum of the first and the last bytes of a file; empty if it cannot be read."""
+    with suppress(OSError), open(source.path, "rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(max(0, source.n_bytes - _END_BYTES))
+        return hashlib.sha256(first + file.read(_END_BYTES)).hexdigest()
+    return ""

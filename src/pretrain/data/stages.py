@@ -49,7 +49,13 @@ from pretrain.data.jobs import (
     write_document_shards,
 )
 from pretrain.data.order import ceil_div
-from pretrain.data.writer import Compression, TaskWriter, compression_of, extremes
+from pretrain.data.writer import (
+    Compression,
+    TaskWriter,
+    compression_of,
+    extremes,
+    file_chunks,
+)
 from pretrain.fileio import read_json, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.load import load_tokenizer
@@ -246,8 +252,11 @@ def _join(job: Job, task: int, out: Path) -> None:
     # Exact duplicates come last: a document that is both is marked equal.
     for name, mark in (("near", NEARLY_EQUAL), ("exact", EQUAL)):
         files = [job.task_folder("compare", number) / name for number in range(_n_compare(job))]
+        n_bytes = DUPLICATE_PAIR.itemsize << 20
+        chunks = (chunk for file in files for chunk in file_chunks(file, n_bytes))
+        pairs = (np.frombuffer(chunk, DUPLICATE_PAIR) for chunk in chunks)
         scratch = out / "roots.npy"
-        roots = component_roots(_read_pairs(files), n_documents=n_documents, scratch=scratch)
+        roots = component_roots(pairs, n_documents=n_documents, scratch=scratch)
         for start in range(0, n_documents, 1 << 20):
             chunk = roots[start : start + (1 << 20)]
             numbers = np.arange(start, start + len(chunk), dtype=np.uint64)
@@ -259,13 +268,6 @@ def _join(job: Job, task: int, out: Path) -> None:
     marks.flush()
     counts = {DUPLICATE_REASONS[mark]: int(n_marks[mark]) for mark in (EQUAL, NEARLY_EQUAL)}
     write_json(out / "report.json", {"removed": counts})
-
-
-def _read_pairs(files: Iterable[Path]) -> Iterator[NDArray[np.void]]:
-    for path in files:
-        with open(path, "rb") as file:
-            while data := file.read(DUPLICATE_PAIR.itemsize << 20):
-                yield np.frombuffer(data, DUPLICATE_PAIR)
 
 
 def removed_documents(job: Job) -> Counter[str]:

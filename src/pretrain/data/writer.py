@@ -113,7 +113,7 @@ def join_stream(
         write(1, np.array([1], "<i8").tobytes())
         for part, source in parts:
             ids, lengths_path, origins = task_files(part, name)
-            for chunk in _chunks(ids):
+            for chunk in file_chunks(ids):
                 max_id = max(max_id, int(np.frombuffer(chunk, dtype).max()))
                 block += chunk
                 if len(block) >= BLOCK_BYTES:
@@ -122,7 +122,7 @@ def join_stream(
                     block = block[BLOCK_BYTES:]
             lengths = np.fromfile(lengths_path, LENGTH)
             write(1, (n_tokens + np.cumsum(lengths["tokens"])).astype("<i8").tobytes())
-            for chunk in _chunks(origins):
+            for chunk in file_chunks(origins):
                 write(2, chunk)
             if not sources or sources[-1].source != source:
                 sources.append(SourceShare(source=source))
@@ -154,9 +154,10 @@ def join_stream(
     )
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def file_chunks(path: Path, n_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Yield the content of a file in pieces of `n_bytes`."""
     with open(path, "rb") as file:
-        while chunk := file.read(BLOCK_BYTES):
+        while chunk := file.read(n_bytes):
             yield chunk
 
 
