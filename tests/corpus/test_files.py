@@ -40,7 +40,7 @@ def test_folder_is_read_in_order_of_relative_paths(tmp_path: Path) -> None:
     names = ["a.txt", "a/b/c.txt", "a/z.md", "b.txt", "c.jsonl:1", "c.jsonl:2"]
     assert [document.id for document in found] == names
     name = "a/b/c.txt"
-    assert found[1] == Document(id=name, text=name, source=name, source_argument=str(tmp_path))
+    assert found[1] == Document(id=name, text=name, source=name)
 
 
 def test_files_behind_links_are_read_once(tmp_path: Path) -> None:

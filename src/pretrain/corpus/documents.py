@@ -41,8 +41,6 @@ class Document:
     """Path of the file, relative to the source that was read."""
     offset: int = 0
     """First byte of the document in its (decompressed) file."""
-    source_argument: str = ""
-    """The source that contains the file, as the user wrote it."""
 
     def place(self) -> dict[str, Any]:
         """Where the document is, as JSON."""
@@ -137,8 +135,6 @@ class ReadingReport:
     field_details: dict[str, dict[str, Any]] = field(default_factory=dict)
     """For the same files: `percent` of the letters of the first records that these fields have,
     other fields with letters that are `left_out`, and whether all texts are `html`."""
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source argument its own n_files, n_documents and n_text_bytes."""
     omitted: dict[str, Omission] = field(default_factory=dict)
     """What is not in the text, by `Problem.kind`."""
     problems: list[Problem] = field(default_factory=list)
@@ -178,11 +174,6 @@ class ReadingReport:
         new = [place for place in omission.places if place not in total.places]
         total.places += new[: MAX_PLACES - len(total.places)]
 
-    def of_source(self, argument: str) -> dict[str, int]:
-        """The totals of one source argument, to be added to."""
-        counts = {"n_files": 0, "n_documents": 0, "n_text_bytes": 0}
-        return self.sources.setdefault(argument, counts)
-
     def merge(self, other: ReadingReport) -> None:
         """Add the report of other files, as if they had been read after these."""
         for each in fields(other):
@@ -197,10 +188,6 @@ class ReadingReport:
             if len(self.text_fields) < MAX_DETAILED_PROBLEMS:
                 self.text_fields[file] = name
                 self.field_details[file] = other.field_details[file]
-        for name, counts in other.sources.items():
-            total = self.of_source(name)
-            for key, count in counts.items():
-                total[key] += count
 
     def facts(self) -> dict[str, str]:
         """What a user should know of a reading, as labels and values of one or more lines."""

@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -154,7 +154,7 @@ def _list_one(source: str | Path, report: ReadingReport) -> list[SourceFile]:
     files: list[SourceFile] = []
     links: list[SourceFile] = []
     for file in _walk(path, "", report):
-        (links if file.path.is_symlink() else files).append(file)
+        (links if file.n_bytes < 0 else files).append(file)
     # Caches of the hub, DVC and git-annex consist of links. No file is read twice.
     targets = {os.path.realpath(file.path) for file in files} if links else set()
     for link in links:
@@ -173,7 +173,7 @@ def _list_one(source: str | Path, report: ReadingReport) -> list[SourceFile]:
 
 
 def _walk(folder: Path, prefix: str, report: ReadingReport) -> Iterator[SourceFile]:
-    """Yield the files of a folder, and links as they are."""
+    """Yield the files of a folder, and links with -1 as their size."""
     # lstat, never stat: a link to a folder is not followed, because it may lead into a loop; and a
     # pipe is not opened, because that would block.
     with os.scandir(folder) as iterator:
@@ -202,8 +202,9 @@ def _walk(folder: Path, prefix: str, report: ReadingReport) -> Iterator[SourceFi
         elif entry.name in notes:
             problem = Problem(_printable(name), "skipped: it describes a data set")
             report.add(problem, counter="n_skipped_files", is_allowed=True)
-        elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
-            yield SourceFile(Path(entry.path), name, status.st_size)
+        elif stat.S_ISREG(status.st_mode) or entry.is_symlink():
+            n_bytes = -1 if entry.is_symlink() else status.st_size
+            yield SourceFile(Path(entry.path), name, n_bytes)
         else:
             problem = Problem(_printable(name), f"skipped: a {_file_type(status.st_mode)}")
             report.add(problem, counter="n_skipped_files")
@@ -223,9 +224,11 @@ Format = str
 HEAD_BYTES = 1 << 16
 """Bytes of a file from which its format is detected."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstandard"}
-# Skippable frames (RFC 8878, section 3.1.2), with which pzstd and .warc.zst files begin.
-_MAGIC |= {bytes([number]) + b"*M\x18": "zstandard" for number in range(0x50, 0x60)}
+# Also skippable frames (RFC 8878, section 3.1.2), with which pzstd and .warc.zst files begin.
+_MAGIC = re.compile(
+    rb"(?P<gzip>\x1f\x8b)|(?P<bzip2>BZh)|(?P<xz>\xfd7zXZ\0)"
+    rb"|(?P<zstandard>\(\xb5/\xfd|[\x50-\x5f]\*M\x18)"
+)
 _ZSTD_DICTIONARY = b"\x5d*M\x18"
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -255,9 +258,18 @@ def _kinds() -> list[dict[str, Any]]:
     return kinds
 
 
+@lru_cache(1000)
+def _kinds_of(suffix: str) -> tuple[list[dict[str, Any]], re.Pattern[bytes], str]:
+    """What a file with this suffix can be, one pattern for all of that, and what it must be."""
+    kinds = [kind for kind in _kinds() if suffix in kind.get("names", (suffix,))]
+    promised = next((k["name"] for k in _kinds() if suffix in k.get("promises", ())), "")
+    return kinds, re.compile(b"|".join(kind["magic"].pattern for kind in kinds), re.S), promised
+
+
 def compression_of(head: bytes) -> str:
     """gzip, bzip2, xz, zstandard or "", detected from the first bytes."""
-    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+    magic = _MAGIC.match(head)
+    return str(magic.lastgroup) if magic else ""
 
 
 def format_of(head: bytes, name: str) -> tuple[Format | None, str]:
@@ -272,15 +284,14 @@ def format_of(head: bytes, name: str) -> tuple[Format | None, str]:
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
     note = ""
-    for kind in _kinds():
-        if suffix in kind.get("names", (suffix,)) and kind["magic"].match(head):
-            note = "; ".join(kind[key] for key in ("name", "how") if key in kind)
-            if "as_written" not in kind:
-                return kind.get("format"), note
-            break
-    for kind in _kinds():
-        if suffix in kind.get("promises", ()):
-            return None, f"its name is that of {kind['name']}, but it does not begin like one"
+    kinds, any_magic, promised = _kinds_of(suffix)
+    if any_magic.match(head):
+        kind = next(kind for kind in kinds if kind["magic"].match(head))
+        note = "; ".join(kind[key] for key in ("name", "how") if key in kind)
+        if "as_written" not in kind:
+            return kind.get("format"), note
+    if promised:
+        return None, f"its name is that of {promised}, but it does not begin like one"
     if b"\0" in head:
         is_wide = 3 * head.count(0) > len(head) and len(head.strip(b"\0")) > len(head) // 2
         advice = "; if it is UTF-16, convert it first (iconv -f utf-16le -t utf-8 FILE)" * is_wide
@@ -304,13 +315,16 @@ def _is_json_lines(head: bytes) -> bool:
 
     If the head is shorter than one line, its beginning decides.
     """
+    if not _OBJECT.match(head):
+        return False
     lines = head.split(b"\n")
-    partial_line = lines.pop() if len(head) >= HEAD_BYTES else b""
-    lines = [line for line in lines if line.strip()][:2]
-    if not lines:
-        return _OBJECT.match(partial_line) is not None
+    if len(head) >= HEAD_BYTES:
+        lines.pop()  # a part of a line
     try:
-        return all(_OBJECT.match(line) and json.loads(line) for line in lines)
+        return all(
+            _OBJECT.match(line) and json.loads(line)
+            for line in [line for line in lines if line.strip()][:2]
+        )
     except (ValueError, RecursionError):
         return False
 

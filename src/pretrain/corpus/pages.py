@@ -24,6 +24,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that are in compressed data, and not in text."""
 _LONE_CHARACTER = re.compile(r">(\s*[^\s<>&]?(?:[^\x00-\x7f<>]|&#?\w+;))(?=\s*<)")
 """All of the text between two tags."""
+_BODY = re.compile(r"</head\s*>|<body\b[^>]*>", re.I)
 _GUARD = "\ufdd0"
 """A code point that no text has."""
 
@@ -35,18 +36,10 @@ def html_text(html: str, *, is_page: bool = False) -> tuple[str, str]:
         from resiliparse.parse.html import HTMLTree
 
     # Resiliparse 2.0 drops most texts that consist of one character, and lists near the root.
-    tree: Any = HTMLTree.parse(_LONE_CHARACTER.sub(rf">\1{_GUARD}", html))
-    if is_page and (body := tree.body):
-        outer = inner = tree.create_element("div")
-        for _ in range(2):
-            inner = inner.append_child(tree.create_element("div"))
-        while child := body.first_child:
-            inner.append_child(child)
-        body.append_child(outer)
-    text = extract_plain_text(
-        tree, main_content=is_page, alt_texts=False, preserve_formatting=True
-    ).replace(_GUARD, "")
-    return (tree.title or "").strip(), without_surrogates(text)
+    html = _LONE_CHARACTER.sub(rf">\1{_GUARD}", _BODY.sub(r"\g<0><div><div><div>", html, count=1))
+    tree = HTMLTree.parse(html)
+    text = extract_plain_text(tree, main_content=is_page, alt_texts=False, preserve_formatting=True)
+    return (tree.title or "").strip(), without_surrogates(text.replace(_GUARD, ""))
 
 
 def page_text(data: bytes) -> tuple[str, str]:

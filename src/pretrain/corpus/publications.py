@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from pretrain import needs_package
 from pretrain.corpus.documents import Document, StrictError, with_newlines
 from pretrain.corpus.files import FileStream
-from pretrain.corpus.pages import page_text
+from pretrain.corpus.pages import html_text, page_text
 
 MAX_PART_BYTES = 1 << 26
 """Of a chapter, a message, a page."""
@@ -170,8 +170,8 @@ def _mediawiki(stream: FileStream) -> Texts:
 
 def _stack_exchange(stream: FileStream) -> Texts:
     for row in _elements(stream, "row"):
-        body = row.get("Body", "").encode()
-        yield row.get("Title", ""), page_text(body)[1] if body else row.get("Text", "")
+        body = row.get("Body")
+        yield row.get("Title", ""), html_text(body)[1] if body else row.get("Text", "")
 
 
 def _notebook(stream: FileStream) -> Texts:

@@ -78,14 +78,12 @@ def read_files(
     report.text_field = text_field
     for file in files:
         report.n_files += 1
-        counts = report.of_source(file.source_argument)
-        counts["n_files"] += 1
         n_before, n_problems_before = report.n_documents, report.n_problems
         n_bytes_before = report.n_read_bytes
         with FileStream(file, report) as stream:
             for document in _read_stream(stream, text_field):
                 text = _without_notices(document.text)
-                n_bytes = len(text.encode())
+                n_bytes = len(text if text.isascii() else text.encode())
                 if text is not document.text:
                     n_omitted = len(document.text.encode()) - n_bytes
                     stream.omit("notices of Project Gutenberg", n_omitted, unit="book")
@@ -94,14 +92,11 @@ def read_files(
                     report.omit(mark, Omission(reason, "mark", n, 0, [file.name], is_read=True))
                 report.n_documents += 1
                 report.n_text_bytes += n_bytes
-                counts["n_documents"] += 1
-                counts["n_text_bytes"] += n_bytes
                 yield replace(
                     document,
                     text=text,
                     id=without_surrogates(document.id),
                     title=without_surrogates(document.title),
-                    source_argument=file.source_argument,
                 )
             if report.n_documents + report.n_problems == n_before + n_problems_before:
                 stream.add_problem("contains no document")
@@ -209,7 +204,8 @@ def _split_text(stream: FileStream, last: bytes) -> Iterator[tuple[int, bytes]]:
     else between two characters.
     """
     offset = 0
-    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    data = stream.read(HEAD_BYTES)  # without memory for a long text
+    data += stream.read(MAX_DOCUMENT_BYTES + 1 - len(data)) if len(data) == HEAD_BYTES else b""
     while len(data) > MAX_DOCUMENT_BYTES:
         stop = MAX_DOCUMENT_BYTES
         for separator in (*filter(None, [last]), b"\n\n", b"\n", b" "):

@@ -201,20 +201,18 @@ def _text_of(value: Any, depth: int = _MAX_DEPTH) -> str | None:
 
 def _details(records: list[dict[str, Any]], fields: list[str]) -> dict[str, Any]:
     """What the report says of the chosen fields: see `ReadingReport.field_details`."""
-    names = field_names(",".join(fields))
-    found = [_text(record, fields) for record in records]
-    texts = [text for text in found if not isinstance(text, Skipped)]
-    others = Counter[str]()
+    n_letters = Counter[str]()
     for path, value in chain.from_iterable(map(_fields, records)):
-        if path not in names:
-            values = value if isinstance(value, list) else [value]
-            others[path] += sum(len(each) for each in values if isinstance(each, str))
-    n_letters = sum(map(len, texts))
-    n_all = max(1, n_letters + others.total())
+        n_letters[path] += len(_text_of(value) or "")
+    n_all = max(1, n_letters.total())
+    others = Counter(n_letters)
+    for field in fields:
+        others.pop(field.removeprefix(AS_HTML), None)
+    values = [_lookup(record, fields[0]) for record in records]
     return {
-        "percent": round(100 * n_letters / n_all, 1),
+        "percent": round(100 - 100 * others.total() / n_all, 1),
         "left_out": [path for path, n in others.most_common(8) if 20 * n > n_all],
-        "html": bool(texts) and all(map(_HTML_TAG.search, texts)),
+        "html": all(isinstance(each, str) and _HTML_TAG.search(each) for each in values),
     }
 
 

@@ -206,7 +206,7 @@ def write_document_shards(documents: Iterable[Document], folder: Path) -> list[i
         with open(folder / f"{number}.part", "xb") as file:
             for document in chain([first], iterator):
                 data = document.text.encode()
-                place = (document.source, document.offset, document.source_argument)
+                place = (document.source, document.offset)
                 header = [document.id, document.title, *place, len(data)]
                 file.write(json.dumps(header, ensure_ascii=False).encode() + b"\n")
                 file.write(data)
@@ -223,8 +223,8 @@ def read_document_shard(path: Path) -> Iterator[Document]:
     """Yield the documents of one file of `write_document_shards`."""
     with open(path, "rb") as file:
         while line := file.readline():
-            id_, title, source, offset, source_argument, n_bytes = json.loads(line)
+            id_, title, source, offset, n_bytes = json.loads(line)
             data = file.read(n_bytes)
             if len(data) < n_bytes:
                 raise ValueError(f"{path} ends in the middle of a document; prepare the data again")
-            yield Document(id_, data.decode(), title, source, offset, source_argument)
+            yield Document(id_, data.decode(), title, source, offset)

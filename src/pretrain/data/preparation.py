@@ -328,19 +328,26 @@ def _write_folder(job: Job, progress: Progress) -> Path:
     return folder
 
 
+_SOURCE_COUNTS = ("n_files", "n_documents", "n_text_bytes")
+
+
 def _total_report(job: Job) -> dict[str, Any]:
     """The reports of all tasks added up: report.json without the sizes of the streams."""
     compressions: list[Compression] = []
     counts = Counter[str]()
     reading = reading_report(job)
     content = reading.as_dict() | {"facts": reading.facts()}
-    for source in content["sources"].values():
-        source["n_tokens"] = 0
+    sources: dict[str, Counter[str]] = {}
+    for task in range(job.n_groups):
+        group = job.task_report("read", task)
+        of_group = {key: group["reading"][key] for key in _SOURCE_COUNTS}
+        sources.setdefault(group["source"], Counter(n_tokens=0)).update(of_group)
     for task, shard in enumerate(job.shards):
         encoded = job.task_report("encode", task)
-        content["sources"][shard.source]["n_tokens"] += encoded["counts"].get("n_tokens", 0)
+        sources[shard.source]["n_tokens"] += encoded["counts"].get("n_tokens", 0)
         counts.update(encoded["counts"])
         compressions = extremes(compressions + [(r, d) for r, d in encoded["compressions"]])
+    content["sources"] = sources
     removed = removed_documents(job) + Counter({UNENCODABLE: counts["n_unencodable"]})
     content["removed"] = dict(removed.most_common())
     if job.settings.corpus.evaluation_texts:
