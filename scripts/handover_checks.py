@@ -131,20 +131,24 @@ def check_torchao() -> str:
 
 
 def check_mergekit() -> str:
-    """A linear merge of a model with itself is that model."""
+    """A linear merge of a model with its copy is that model."""
+    import shutil
     import subprocess
 
     import transformers
 
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    part = f"  - model: {FOLDER}\n    parameters:\n      weight: 0.5\n"
+    shutil.copytree(FOLDER, SCRATCH / "copy", dirs_exist_ok=True)
+    weight = "    parameters:\n      weight: 0.5\n"
+    parts = [f"  - model: {folder}\n{weight}" for folder in (FOLDER, SCRATCH / "copy")]
     (SCRATCH / "merge.yml").write_text(
-        f"models:\n{part}{part}merge_method: linear\ndtype: float32\n"
+        f"models:\n{parts[0]}{parts[1]}merge_method: linear\ndtype: float32\n"
     )
     tool = Path(sys.executable).with_name("mergekit-yaml")
     command = [str(tool), str(SCRATCH / "merge.yml"), str(SCRATCH / "out")]
     command += ["--trust-remote-code"] if TRUST else []
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER, **TRUST)
     model = transformers.AutoModelForCausalLM.from_pretrained(SCRATCH / "out", **TRUST).eval()
     return continued(tokenizer, model)

@@ -51,6 +51,7 @@ _GPT2_KEYS = {
     "norm_epsilon": "layer_norm_epsilon",
     "dropout": "resid_pdrop",
 }
+_GPT2_DEFAULTS = {"layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}
 _GPT2_BLOCK = {
     "h.{}.ln_1": "attention_norm",
     "h.{}.attn.c_attn": "attention.query attention.key attention.value",
@@ -107,7 +108,7 @@ FORMATS: dict[str, FamilyFormat] = {
         model_type="openai-gpt",
         architecture="OpenAIGPTLMHeadModel",
         keys=_GPT2_KEYS,
-        defaults={"n_positions": 512, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
+        defaults={**_GPT2_DEFAULTS, "n_positions": 512},
         fixed={"afn": "gelu", "tie_word_embeddings": True},
         layout=Layout(
             {
@@ -125,12 +126,7 @@ FORMATS: dict[str, FamilyFormat] = {
         model_type="gpt2",
         architecture="GPT2LMHeadModel",
         keys={**_GPT2_KEYS, "d_ff": "n_inner"},
-        defaults={
-            "n_positions": 1024,
-            "n_inner": None,
-            "layer_norm_epsilon": 1e-5,
-            "resid_pdrop": 0.1,
-        },
+        defaults={**_GPT2_DEFAULTS, "n_positions": 1024, "n_inner": None},
         fixed={
             "activation_function": "gelu_new",
             "scale_attn_weights": True,

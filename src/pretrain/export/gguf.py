@@ -11,7 +11,6 @@ tokenizer `llama`. An unknown pre-split is a FormatError, because text would get
 from __future__ import annotations
 
 import errno
-import importlib.util
 import math
 import mmap
 import struct
@@ -24,13 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain import missing_package
+from pretrain import needs_package
 from pretrain.export.families import FORMATS, GgufFormat, checked_config, is_native
 from pretrain.export.layouts import (
     FormatError,
     ImportedModel,
     Shape,
-    checked_vocab_size,
     matched_model,
     stored_tensors,
     to_parameters,
@@ -91,8 +89,8 @@ def write_gguf(file: Path, *, decoder: Decoder, tokenizer: Tokenizer, numbers: s
 
     Vectors and learned positions stay float32; rows that are not full blocks of 32 become float16.
     """
-    _require_package()
-    import gguf
+    with needs_package("gguf files", "gguf", extra="gguf"):
+        import gguf
 
     config, names = decoder.config, gguf_format(decoder.config.family)
     if not is_native(config):
@@ -158,23 +156,20 @@ def rope_factors(config: ModelConfig) -> NDArray[np.float32]:
 
 def open_gguf(file: Path) -> ImportedModel:
     """Open and check a model file. FormatError if it is damaged, or of another architecture."""
-    _require_package()
     values, tensors = _read_file(file)
     try:
         config = _config_of(values, tensors)
         tokenizer = read_vocabulary(values)
-        vocab_size = tokenizer.vocab_size
-        if "token_embd.weight" in tensors:
-            vocab_size = checked_vocab_size(tensors["token_embd.weight"].shape[0])
     except FormatError as error:
         raise FormatError(f"{file}: {error}") from None
+    embedding = tensors.get("token_embd.weight")
     return matched_model(
         "GGUF",
         (file,),
         config=config,
         layout=gguf_format(config.family).layout,
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=embedding.shape[0] if embedding else tokenizer.vocab_size,
         tensors={name: (tensor.shape, tensor.type) for name, tensor in tensors.items()},
         readable=_READABLE,
         read=lambda name: torch.from_numpy(tensors[name].read()),
@@ -205,7 +200,8 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, _FileTensor]]:
     The reader of the package gguf trusts the counts (an array of 10^12 elements in a file of 49
     bytes keeps it busy for days), and makes several objects of each element.
     """
-    import gguf
+    with needs_package("gguf files", "gguf", extra="gguf"):
+        import gguf
 
     place, n_elements = 4, 0  # after the magic number
     with open(file, "rb") as opened:
@@ -451,8 +447,3 @@ def read_vocabulary(values: Mapping[str, Any]) -> Tokenizer:
     if isinstance(template, str):
         tokenizer.carried["chat_template"] = template
     return tokenizer
-
-
-def _require_package() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_package("gguf files", "gguf", extra="gguf")

@@ -10,6 +10,7 @@ value; nothing is guessed, and nothing is silently dropped.
 from __future__ import annotations
 
 import importlib.resources
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,6 @@ from pretrain.export.layouts import (
     FormatError,
     ImportedModel,
     StoredTensor,
-    checked_vocab_size,
     matched_model,
     stored_tensors,
     to_parameters,
@@ -90,13 +90,13 @@ def write_hugging_face(
         source = importlib.resources.files("pretrain.export") / _MODELING
         (folder / _MODELING).write_bytes(source.read_bytes())
     tokenizer.save(folder, bos_template=True)
-    eos_token = tokenizer.id_to_token(stops[0])
+    description, eos_token = tokenizer.description, tokenizer.id_to_token(stops[0])
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.id_to_token(tokenizer.start_of_text),
         "eos_token": eos_token,
         # CTranslate2 needs one; OpenAI's GPT-2 has its end-of-text token here.
-        "unk_token": tokenizer.description["model"].get("unk_token") or eos_token,
+        "unk_token": description["model"].get("unk_token") or eos_token,
         # transformers takes the template of tokenizer.json; transformers.js and onnxruntime-genai
         # put a start token only where this says so, and the latter an end token without the other.
         "add_bos_token": tokenizer.add_bos,
@@ -107,22 +107,20 @@ def write_hugging_face(
         "clean_up_tokenization_spaces": False,
         **tokenizer.carried,
     }
+    named = content.values()
+    added = [each["content"] for each in description["added_tokens"] if each["special"]]
+    content["additional_special_tokens"] = [name for name in added if name not in named]
     write_json(folder / "tokenizer_config.json", content, indent=2)
 
-    files: list[list[StoredTensor]] = [[]]
-    file_bytes = total_bytes = 0
+    n_bytes, groups = 0, dict[int, list[StoredTensor]]()
     for stored in stored_tensors(config, hf_layout(config), vocab_size=tokenizer.vocab_size):
-        n_bytes = torch.Size(stored.shape).numel() * dtype.itemsize
-        if files[-1] and file_bytes + n_bytes > largest_file_bytes:
-            files.append([])
-            file_bytes = 0
-        files[-1].append(stored)
-        file_bytes += n_bytes
-        total_bytes += n_bytes
+        groups.setdefault(n_bytes // largest_file_bytes, []).append(stored)
+        n_bytes += math.prod(stored.shape) * dtype.itemsize
     file_of: dict[str, str] = {}
     own = {name: p.detach() for name, p in decoder.named_parameters()}
-    for number, group in enumerate(files, start=1):
-        name = _WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+    n_files = len(groups)
+    for number, group in enumerate(groups.values(), start=1):
+        name = _WEIGHTS if n_files == 1 else f"model-{number:05}-of-{n_files:05}.safetensors"
         tensors = {stored.name: to_stored(stored, own).to(dtype) for stored in group}
         write_tensors(folder / name, tensors, metadata={"format": "pt"})
         if dtype != torch.float32:
@@ -131,8 +129,8 @@ def write_hugging_face(
                     own[own_name].copy_(values)
         file_of |= dict.fromkeys(tensors, name)
         del tensors  # before those of the next file exist
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
+    if n_files > 1:
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": file_of}
         write_json(folder / _INDEX, index, indent=2)
 
 
@@ -164,7 +162,6 @@ def open_hugging_face(folder: Path) -> ImportedModel:
             readers[name] = reader
     try:
         config = from_hf_config(content)
-        vocab_size = checked_vocab_size(content.get("vocab_size"))
     except FormatError as error:
         raise FormatError(f"{folder / 'config.json'}: {error}") from None
     slices = {name: reader.get_slice(name) for name, reader in readers.items()}
@@ -174,7 +171,7 @@ def open_hugging_face(folder: Path) -> ImportedModel:
         config=config,
         layout=hf_layout(config),
         tokenizer=_tokenizer_of(folder),
-        vocab_size=vocab_size,
+        vocab_size=content.get("vocab_size"),
         tensors={name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()},
         readable=_FLOATS,
         read=lambda name: readers[name].get_tensor(name),
@@ -197,31 +194,21 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def _carried(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The chat template and the named tokens of a folder, as keys of tokenizer_config.json."""
+    """The chat template and the padding token of a folder, as keys of tokenizer_config.json."""
     settings: dict[str, Any] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         settings |= _read_json(file) if file.is_file() else {}
-
-    def known(values: Any) -> list[str]:
-        values = list(values.values()) if isinstance(values, dict) else values
-        values = values if isinstance(values, list) else []
-        spelled = [value.get("content") if isinstance(value, dict) else value for value in values]
-        return [s for s in spelled if isinstance(s, str) and tokenizer.token_to_id(s) is not None]
-
-    carried: dict[str, Any] = {}
-    for key in ("pad_token", "unk_token"):
-        if names := known([settings.get(key)]):
-            carried[key] = names[0]
-    # The second is the key of transformers 5, which reads the first one too.
-    keys = ("additional_special_tokens", "extra_special_tokens")
-    if listed := [name for key in keys for name in known(settings.get(key))]:
-        carried[keys[0]] = listed
-    template, jinja = settings.get("chat_template"), folder / "chat_template.jinja"
-    if jinja.is_file() and jinja.stat().st_size <= _MAX_SETTINGS_BYTES:
-        template = jinja.read_text(encoding="utf-8", errors="replace")
-    if isinstance(template, str | list):
-        carried["chat_template"] = template
-    return carried
+    padding, template = settings.get("pad_token"), settings.get("chat_template")
+    if isinstance(padding, dict):
+        padding = padding.get("content")
+    if (file := folder / "chat_template.jinja").is_file():
+        template = file.read_text(encoding="utf-8", errors="replace")
+    found = {"pad_token": padding, "chat_template": template}
+    is_known = {
+        "pad_token": isinstance(padding, str) and tokenizer.token_to_id(padding) is not None,
+        "chat_template": isinstance(template, str | list),
+    }
+    return {key: value for key, value in found.items() if is_known[key]}
 
 
 def _adds_bos(folder: Path) -> bool:

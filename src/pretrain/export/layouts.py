@@ -175,7 +175,7 @@ def matched_model(
     config: ModelConfig,
     layout: Layout,
     tokenizer: Tokenizer,
-    vocab_size: int,
+    vocab_size: Any,
     tensors: Mapping[str, tuple[Shape, str]],
     readable: Sequence[str],
     read: Callable[[str], Tensor],
@@ -187,6 +187,11 @@ def matched_model(
     if not tensors:
         raise FormatError(
             f"{where} has no weights; it must be the file of a model, not of its vocabulary alone"
+        )
+    if type(vocab_size) is not int or not 1 <= vocab_size <= _MAX_VOCAB_SIZE:
+        raise FormatError(
+            f"{where}: vocab_size must be a whole number from 1 to {_MAX_VOCAB_SIZE:,} (got "
+            f"{vocab_size!r:.60})"
         )
     if config.n_layers * _LEAST_OF_A_LAYER > len(tensors):  # before that many layers are made
         raise FormatError(
@@ -226,7 +231,14 @@ def matched_model(
                 f"{where}: the type of {tensor.name} must be one of {', '.join(readable)} (got "
                 f"{type_})"
             )
-    return ImportedModel(format, files, config, padded_to(tokenizer, vocab_size), found, read)
+    if tokenizer.vocab_size > vocab_size:
+        raise FormatError(
+            f"{where}: the model must have at least the {tokenizer.vocab_size:,} tokens of its "
+            f"tokenizer (got {vocab_size:,})"
+        )
+    if tokenizer.vocab_size < vocab_size:  # the model's last tokens are unused
+        tokenizer = tokenizer.padded(vocab_size)
+    return ImportedModel(format, files, config, tokenizer, found, read)
 
 
 def interleave(x: Tensor, n_heads: int) -> Tensor:
@@ -239,29 +251,9 @@ def deinterleave(x: Tensor, n_heads: int) -> Tensor:
     return x.view(n_heads, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
-def checked_vocab_size(value: Any) -> int:
-    """The vocabulary size in a file. FormatError if it is not a possible one."""
-    if type(value) is not int or not 1 <= value <= _MAX_VOCAB_SIZE:
-        raise FormatError(
-            f"vocab_size must be a whole number from 1 to {_MAX_VOCAB_SIZE:,} (got {value!r:.60})"
-        )
-    return value
-
-
 def valid_stop_ids(tokenizer: Tokenizer, value: Any) -> list[int]:
     """The ids of a file's `eos_token_id`, one or a list, that are in the vocabulary; if there are
     none, the tokenizer's own."""
     ids = value if isinstance(value, list) else [value]
     valid = [id_ for id_ in ids if type(id_) is int and 0 <= id_ < tokenizer.vocab_size]
     return valid or tokenizer.stop_ids
-
-
-def padded_to(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """The tokenizer with the model's vocabulary size, whose last tokens may be unused. FormatError
-    if the model has fewer tokens than the tokenizer."""
-    if tokenizer.vocab_size > vocab_size:
-        raise FormatError(
-            f"the model must have at least the {tokenizer.vocab_size:,} tokens of its tokenizer "
-            f"(got {vocab_size:,})"
-        )
-    return tokenizer if tokenizer.vocab_size == vocab_size else tokenizer.padded(vocab_size)

@@ -63,7 +63,7 @@ class Tokenizer:
     """Ids at which generation ends: end_of_text, or those of an imported model's files."""
     carried: dict[str, Any]
     """What an export of an imported model has again, as keys of tokenizer_config.json: the chat
-    template, the padding token and other named tokens. Nothing here uses them."""
+    template and the padding token. Nothing here uses them."""
     sha256: str
     """Hash of the canonical tokenizer.json, which `save` writes."""
 
