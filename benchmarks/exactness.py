@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    config = compose(read_target(None)[1])
+    config = compose(read_target()[1])
     config = replace(config, train=replace(config.train, steps=1000, minutes=None))
     world = open_world("cpu", threads=args.threads)
     data = prepared_text(config)

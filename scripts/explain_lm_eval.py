@@ -470,8 +470,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="as for pretrain evaluate")
     parser.add_argument("samples", metavar="SAMPLES", type=Path, help="samples_*.jsonl of the task")
-    for option in scoring.OPTIONS:
-        option.add_to(parser)
+    for flag, words in scoring.OPTIONS:
+        parser.add_argument(flag, **words)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
     output = Output(json=args.json)

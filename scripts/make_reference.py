@@ -24,12 +24,20 @@ from pretrain.cli.options import field_docstrings
 from pretrain.config import SECTIONS
 from pretrain.evaluate.loss import Score
 from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS
-from pretrain.runner.checks import OTHER_ERRORS, RESUME_CHECKS
+from pretrain.runner.checks import RESUME_CHECKS
 from pretrain.runner.open import LoadedModel
 from pretrain.runner.start import RunResult
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/make_reference.py; edit the source, then run `make docs`. -->"
+OTHER_ERRORS = (
+    "Other functions of a resume can find an error too: before requested_config, "
+    "`n_processes_of_run` (the number of processes is not valid) and `launch` (there is no memory "
+    "for this number); before only_writer, or after open_text in one process, `open_world` (the "
+    "device is not available here); before check_text_settings, `load_previous` (changes.jsonl "
+    "cannot be read); and before check_same_on_all_ranks, `_with_task_interval` (several processes "
+    "resume with their first in-loop tasks, without evaluate.every)."
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -165,11 +165,11 @@ def test_resume_combines_stored_and_requested_axes(
     assert n_processes_of_run(stored, {"parallel": {"tensor": 1}}) == 3
     assert n_processes_of_run(stored, {"parallel": {"processes": 6}}) == 6
     monkeypatch.setenv("WORLD_SIZE", "6")
-    requested = requested_config(stored, None, {"parallel": {"processes": 6, "data": 2}})
+    requested = requested_config(stored, (), {"parallel": {"processes": 6, "data": 2}})
     assert (requested.parallel.processes, requested.parallel.data) == (6, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match=r"parallel.tensor 3 is 3, and there are 1 processes"):
-        check_axes(requested_config(stored, None, {}))
+        check_axes(requested_config(stored, (), {}))
 
 
 def test_extend_with_impossible_axes_changes_no_file(
@@ -479,6 +479,6 @@ def test_restarts_without_progress_are_limited(
 
     monkeypatch.setattr(start_module, "launch", fail)
     with pytest.raises(ProcessFailed):
-        start_module._launch(Request(target="a.txt"), tmp_path, 2)
+        start_module._launch(Request(targets=["a.txt"]), tmp_path, 2)
     args = ["train", "--run", str(tmp_path)]
     assert launches == [[*args, "a.txt"], *[[*args, "--resume"]] * (starts - 1)]

@@ -23,7 +23,7 @@ from tiny import TINY
 )
 def test_overrides_survive_the_command_line(value: object) -> None:
     overrides: dict[str, dict[str, Any]] = {"train": {"steps": value}, "model": {"d_model": 64}}
-    request = start.Request(target="my text.txt", overrides=overrides, accepted=("code",))
+    request = start.Request(targets=["my text.txt"], overrides=overrides, accepted=("code",))
     args: list[str] = []
     words = start._command_line(request, Path("runs/a"))
     assert parse_overrides(words, others=args) == overrides
@@ -63,7 +63,7 @@ def test_a_torchrun_that_restarts_with_fewer_processes_launches_none(
         return start.RunResult(request.folder)
 
     monkeypatch.setattr(start, "_continued_run", resume)
-    request = start.Request(target="english", folder=tmp_path)
+    request = start.Request(targets=["english"], folder=tmp_path)
     assert start.start(request).folder == tmp_path
     assert [(each.kind, each.overrides) for each in requests] == [
         ("resume", {"parallel": {"processes": 1}})

@@ -110,8 +110,8 @@ def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for option in module.OPTIONS:
-        option.add_to(parser)
+    for flag, words in module.OPTIONS:
+        parser.add_argument(flag, **words)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; other text goes to stderr"
     )
@@ -125,8 +125,6 @@ def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
         if "-h" in args or "--help" in args:
             parser.epilog = module.epilog()
     parsed = parser.parse_args(args)
-    for option in module.OPTIONS:
-        option.check(parsed)
     _reject_urls(parsed, overrides)
     parsed.overrides = overrides
     return module, parsed

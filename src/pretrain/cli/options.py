@@ -7,8 +7,7 @@ import ast
 import inspect
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from pretrain.config import SECTIONS
@@ -17,77 +16,54 @@ from pretrain.runner.open import MODEL_HELP
 _HELP_COLUMN = 34
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """An option or an argument of a command, as a row of a table."""
+def option(
+    name: str, help: str | None, default: Any = None, *, least: float | None = None, **words: Any
+) -> tuple[str, dict[str, Any]]:
+    """Return an option or argument as argparse's `add_argument` takes it.
 
-    name: str
-    """`--flag METAVAR`; `--flag`, which is a switch without `choices`; or `METAVAR`, an argument"""
-    help: str | None
-    """without the default, which is added in brackets"""
-    default: Any = None
-    type: Callable[[str], Any] | None = None
-    """needed if there is no default of that type"""
-    choices: Sequence[str] | None = None
-    nargs: str | None = None
-    """argparse's, or "append": the option may be repeated"""
-    required: bool = False
-    least: float | None = None
-    """the smallest number that is accepted"""
+    `name` is `--flag METAVAR`; `--flag`, a switch unless it has choices; or `METAVAR`, an argument.
+    The default, whose type the value has, is added to the help in brackets. A number below `least`
+    is an error. Other words are argparse's.
+    """
+    flag, _, metavar = name.partition(" ")
+    if help and default not in (None, "") and not help.endswith("]"):
+        help += f" [{default}]"
+    if not flag.startswith("-"):
+        words.setdefault("metavar", None if "choices" in words else flag)
+        return flag.lower(), {"help": help, **words}
+    if not metavar and "choices" not in words:
+        return flag, {"help": help, "action": "store_true"}
+    kind = words.pop("type", str if default is None else type(default))
 
-    @property
-    def key(self) -> str:
-        """The name of the value in the parsed arguments."""
-        return self.name.split()[0].lstrip("-").replace("-", "_").lower()
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least {least}")
+        return value
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Declare it to argparse."""
-        flag, _, metavar = self.name.partition(" ")
-        help = self.help
-        if help and self.default not in (None, "", ()) and not help.endswith("]"):
-            help += f" [{self.default}]"
-        if flag.startswith("-") and not metavar and not self.choices:
-            parser.add_argument(flag, action="store_true", help=help)
-            return
-        options: dict[str, Any] = {"help": help, "default": self.default, "choices": self.choices}
-        if flag.startswith("-"):
-            options |= {"metavar": metavar or None, "required": self.required}
-        else:
-            flag, options["metavar"] = self.key, None if self.choices else flag
-        if self.nargs == "append":
-            options |= {"action": "append", "default": []}
-        else:
-            options["nargs"] = self.nargs
-        kind = self.type or (type(self.default) if self.default is not None else str)
-        parser.add_argument(flag, type=kind, **options)
-
-    def check(self, args: argparse.Namespace) -> None:
-        """Raise ValueError for a number below the least."""
-        value = getattr(args, self.key)
-        if self.least is not None and value is not None and value < self.least:
-            raise ValueError(
-                f"--{self.key.replace('_', '-')} is {value}; it must be at least {self.least}"
-            )
+    convert.__name__ = kind.__name__  # argparse names it in its errors
+    own = {"help": help, "default": default, "metavar": metavar or None, "type": convert}
+    return flag, {**own, **words}
 
 
-MODEL = Option("MODEL", MODEL_HELP)
-RUN = Option("RUN", "a run directory")
-OUT = Option("--out DIR", "a new or empty folder", required=True)
-DEVICE = Option("--device DEVICE", "auto, cpu, cuda or mps", "auto")
-TEXT_FIELD = Option(
+MODEL = option("MODEL", MODEL_HELP)
+RUN = option("RUN", "a run directory")
+OUT = option("--out DIR", "a new or empty folder", required=True)
+DEVICE = option("--device DEVICE", "auto, cpu, cuda or mps", "auto")
+TEXT_FIELD = option(
     "--text-field F,...",
     "field of a record that contains the text, or several that are joined, as in "
     "title,post.body or html:body (its text without tags)",
 )
-SPECIAL = Option(
+SPECIAL = option(
     "--special",
     "names of special tokens in the text, such as <|endoftext|>, become those tokens",
 )
-ACCEPT = Option(
+ACCEPT = option(
     "--accept CHANGE",
     "continue although CHANGE differs, and record it in changes.jsonl; the error message names the "
     "changes; may be repeated",
-    nargs="append",
+    action="append",
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import DEVICE, TEXT_FIELD, Option, names
+from pretrain.cli.options import DEVICE, TEXT_FIELD, names, option
 from pretrain.corpus.files import list_files
 from pretrain.evaluate.task_files import TASKS_VARIABLE, EvalTask, load_tasks
 from pretrain.runner.open import LoadedModel, load_model
@@ -13,22 +13,22 @@ STARTS = {"model": None, "always": True, "never": False}
 # Options that only tasks have.
 _OF_TASKS = ("metric", "limit", "answers", "shots", "start_of_text")
 OPTIONS = (
-    Option("--text FILE", "texts to score, in any format that prepare reads", nargs="+"),
+    option("--text FILE", "texts to score, in any format that prepare reads", nargs="+"),
     TEXT_FIELD,
-    Option(
+    option(
         "--stride N",
         "tokens from one window to the next [the context: windows do not overlap]",
         type=int,
         least=1,
     ),
-    Option("--tasks NAME,...", "tasks of the table in docs/how-to/tasks.md"),
-    Option("--task-data DIR", f"folder with the tasks' files [${TASKS_VARIABLE}]"),
-    Option("--task-file FILE", "your own tasks: docs/how-to/tasks.md", nargs="+"),
-    Option("--metric M", "metric of the tasks [each task's own]"),
-    Option("--shots K", "solved examples before each question", 0, least=0),
-    Option("--limit N", "first N examples of each task [all]", type=int, least=1),
-    Option("--seed S", "seed of shots and of resampling", 1, least=0),
-    Option(
+    option("--tasks NAME,...", "tasks of the table in docs/how-to/tasks.md"),
+    option("--task-data DIR", f"folder with the tasks' files [${TASKS_VARIABLE}]"),
+    option("--task-file FILE", "your own tasks: docs/how-to/tasks.md", nargs="+"),
+    option("--metric M", "metric of the tasks [each task's own]"),
+    option("--shots K", "solved examples before each question", 0, least=0),
+    option("--limit N", "first N examples of each task [all]", type=int, least=1),
+    option("--seed S", "seed of shots and of resampling", 1, least=0),
+    option(
         "--start-of-text",
         "put a start-of-text token before a context [model: its own setting]",
         "model",

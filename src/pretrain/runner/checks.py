@@ -3,8 +3,8 @@
 RESUME_CHECKS lists the checks before the first step. `start` calls these functions in this order;
 each raises a ValueError that names what differs and what to do. The last checks are made by
 `Run.open` in `train.state`, while it loads the checkpoint. No file of the run is changed before all
-checks have passed, except that a damaged checkpoint is renamed. OTHER_ERRORS says what other
-functions find on the way.
+checks have passed, except that a damaged checkpoint is renamed.
+docs/reference/resume-checks.md also has the errors that other functions find on the way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pretrain.run.identity import Change, check_accepted, differences, record
 from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.request import (
-    Target,
     by_name,
     compose_target,
     layer_of,
@@ -188,17 +187,17 @@ def read_run_config(folder: Path) -> RunConfig:
     return config
 
 
-def requested_config(stored: RunConfig, target: Target, overrides: Layer) -> RunConfig:
+def requested_config(stored: RunConfig, targets: Sequence[str], overrides: Layer) -> RunConfig:
     """The settings of the command are valid, and the weights of train.init_from fit them."""
     # Of a text that is named again, not the recipe that a new run on it would have.
-    layers = [*(read_target(target)[1][-1:] if target else []), overrides]
+    layers = [*(read_target(*targets)[1][-1:] if targets else []), overrides]
     # The axes of `parallel` depend on the processes started here and on the run's own model.
     other_layers: list[Layer] = [
         {section: keys for section, keys in layer.items() if section != "parallel"}
         for layer in layers
     ]
     *below, above = other_layers
-    composed = with_absolute_paths(compose_target(target, below, above))
+    composed = with_absolute_paths(compose_target(targets, below, above))
     values, explicit = by_name(to_dict(composed)), {}
     for layer in other_layers:
         for name in by_name(layer):
@@ -329,39 +328,14 @@ RESUME_CHECKS: tuple[Callable[..., Any], ...] = (
 """The checks of a resume in the order in which they are made; `Run.open` makes the last ones."""
 
 
-OTHER_ERRORS = (
-    "Other functions of a resume can find an error too: before requested_config, "
-    "`n_processes_of_run` (the number of processes is not valid) and `launch` (there is no memory "
-    "for this number); before only_writer, or after open_text in one process, `open_world` (the "
-    "device is not available here); before check_text_settings, `load_previous` (changes.jsonl "
-    "cannot be read); and before check_same_on_all_ranks, `_with_task_interval` (several processes "
-    "resume with their first in-loop tasks, without evaluate.every)."
-)
-
-
 # --- more steps for a finished run -------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """More steps for a finished run, under another schedule."""
-
-    command: str
-    """extend or anneal"""
-    settings: dict[str, Any]
-    """for the added steps, by full name"""
-    other_overrides: Layer
-    """the command's other settings, which are changes of the run as in a resume"""
-
-    @property
-    def steps(self) -> int:
-        """The new total."""
-        return int(self.settings["train.steps"])
-
-
-def requested_extension(command: str, stored: RunConfig, overrides: Layer) -> Extension:
-    """Separate the settings for the added steps from the command's other ones. ValueError without
-    train.steps."""
+def split_overrides(
+    command: str, stored: RunConfig, overrides: Layer
+) -> tuple[dict[str, Any], Layer]:
+    """Separate an extension, which is the settings for the added steps by full name, from the
+    command's other overrides, which are changes as in a resume. ValueError without train.steps."""
     takes = EXTENSION_SETTINGS[command]
     values = by_name(overrides)
     own = {name: value for name, value in values.items() if name in takes}
@@ -373,41 +347,48 @@ def requested_extension(command: str, stored: RunConfig, overrides: Layer) -> Ex
         raise ValueError(
             f"{command} needs --train.steps N, the new total (above {stored.train.steps})"
         )
-    return Extension(command, settings, others)
+    return settings, others
 
 
-def extended_config(config: RunConfig, extension: Extension, done: int) -> RunConfig:
+def extended_config(
+    config: RunConfig, command: str, extension: Mapping[str, Any], done: int
+) -> RunConfig:
     """Return the settings for all steps, the `done` and the added ones."""
     schedule = {
         name.partition(".")[2]: value
-        for name, value in extension.settings.items()
+        for name, value in extension.items()
         if not name.startswith("train.")
     }
     old = lr_schedule_of(config)
-    if extension.command == "extend":
-        new = extend(old, start_step=done, steps=extension.steps, overrides=schedule)
+    steps = extension["train.steps"]
+    if command == "extend":
+        new = extend(old, start_step=done, steps=steps, overrides=schedule)
     else:
-        new = anneal(old, start_step=done, steps=extension.steps, **schedule)
+        new = anneal(old, start_step=done, steps=steps, **schedule)
     optimizer = replace(config.optimizer, learning_rate=new.learning_rate)
-    train = {name: v for name, v in extension.settings.items() if name.startswith("train.")}
+    train = {name: v for name, v in extension.items() if name.startswith("train.")}
     return replace(with_settings(config, train), schedule=new.schedule, optimizer=optimizer)
 
 
-def is_under_way(folder: Path, stored: RunConfig, extension: Extension) -> bool:
+def is_under_way(
+    folder: Path, stored: RunConfig, command: str, extension: Mapping[str, Any]
+) -> bool:
     """Return whether this very command was given before, and its steps are not finished: it may be
     repeated, and then resumes."""
     schedule, values = stored.schedule, settings_of(stored)
     return (
         not is_finished(folder, stored)
         and schedule.origin_step > 0  # the run was extended or annealed before
-        and schedule.anneal == (extension.command == "anneal")
-        and all(values[name] == value for name, value in extension.settings.items())
+        and schedule.anneal == (command == "anneal")
+        and all(values[name] == value for name, value in extension.items())
     )
 
 
-def check_extension(folder: Path, config: RunConfig, extension: Extension) -> None:
+def check_extension(
+    folder: Path, config: RunConfig, command: str, extension: Mapping[str, Any]
+) -> None:
     """The run is finished, and the extension adds steps that train.patience would not stop."""
-    command, steps = extension.command, extension.steps
+    steps = extension["train.steps"]
     if not is_finished(folder, config):
         raise ValueError(
             f"{folder} must be a finished run, to {command} it; finish it first: pretrain train "
@@ -419,7 +400,7 @@ def check_extension(folder: Path, config: RunConfig, extension: Extension) -> No
             f"train.steps must be more than the {done} steps of {folder} (got {steps}); it is the "
             "new total"
         )
-    patience = extension.settings.get("train.patience", config.train.patience)
+    patience = extension.get("train.patience", config.train.patience)
     n_worse = BestEvaluation.from_log(RunLog(folder).metrics()).n_evaluations_since
     if patience is not None and n_worse >= patience:
         raise ValueError(

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import RunConfig
-from pretrain.machine import RENDEZVOUS_FILE, memory_bytes, n_processes
+from pretrain.machine import RENDEZVOUS_FILE, memory_bytes
 from pretrain.train.signals import REPEATED, STOP_SIGNALS, stop_signals
 
 if TYPE_CHECKING:
@@ -159,14 +159,6 @@ def _message_of(rank: int, folder: Path) -> str:
 # --- in each process ---------------------------------------------------------------------------
 
 
-def join_processes(config: RunConfig) -> World | None:
-    """Join the other processes of the run. None for a single process, which opens a world later."""
-    if n_processes() == 1:
-        return None
-    _die_with_parent()
-    return open_world_of(config)
-
-
 def open_world_of(config: RunConfig, *, alone: bool = False) -> World:
     """Open the world (device, threads, other ranks) that a run's settings name."""
     from pretrain.distributed import open_world
@@ -211,7 +203,7 @@ def check_same_on_all_ranks(world: World, facts: Mapping[str, Any]) -> None:
             raise ValueError(f"rank 0 and rank {rank} must not differ: {shown}")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Be killed together with the elastic agent: nobody else would end a process that waits for
     others."""
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -45,30 +45,20 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-Target = str | Sequence[str] | None
-"""A recipe, a YAML file, or one or more texts; None or an empty list for the default recipe."""
-
-
-def targets_of(target: Target) -> list[str]:
-    """Return a target as a list."""
-    return [target] if isinstance(target, str) else list(target or ())
-
-
-def is_yaml(target: Target) -> bool:
+def is_yaml(*targets: str) -> bool:
     """Return whether a target is a config file."""
-    targets = targets_of(target)
     return len(targets) == 1 and targets[0].lower().endswith((".yaml", ".yml"))
 
 
-def read_target(target: Target) -> tuple[str, list[Layer]]:
+def read_target(*targets: str) -> tuple[str, list[Layer]]:
     """Return a name for the run, and the config layers below the command line's: those of a
-    recipe, of a YAML file, or of the default recipe with `target` as its texts."""
+    recipe, of a YAML file, or of the default recipe with one or more texts."""
     known = recipes()
-    first, *others = targets_of(target) or [DEFAULT_RECIPE]
+    first, *others = targets or [DEFAULT_RECIPE]
     if not others and (first in known or is_yaml(first)):
         return Path(first).stem, _read_layers(first)
     paths = []
-    for each in (first, *others):
+    for each in targets:
         if each in known or is_yaml(each):
             raise ValueError(f"{each} must stand alone: several targets must all be texts")
         path = Path(each)
@@ -113,14 +103,14 @@ def _read_layers(name: str, above: Sequence[str] = ()) -> list[Layer]:
 
 
 def compose_target(
-    target: Target, layers: list[Layer], overrides: Layer, *, rules: Rules | None = None
+    targets: Sequence[str], layers: list[Layer], overrides: Layer, *, rules: Rules | None = None
 ) -> RunConfig:
     """Compose the layers of a target with the command's overrides; `rules`: see `compose`.
 
     With train.init_from, architecture and tokenizer are those of that model, whatever a recipe
     names. ValueError where the user's own settings, of which a YAML file is one, do not fit them.
     """
-    n_recipe = len(layers) - is_yaml(target)
+    n_recipe = len(layers) - is_yaml(*targets)
     recipe, user = layers[:n_recipe], [*layers[n_recipe:], overrides]
     config = compose([*recipe, *user], rules=rules)
     if config.train.init_from is None:
@@ -162,11 +152,9 @@ def compose_target(
     return compose([*rest, inherited, *user, absolute], rules=misfits)
 
 
-def notes_of(
-    target: Target, layers: list[Layer], overrides: Layer, config: RunConfig
-) -> Iterator[str]:
+def notes_of(layers: list[Layer], overrides: Layer, config: RunConfig) -> Iterator[str]:
     """Yield what a user may not expect: where a file starts from, and a length without effect."""
-    if is_yaml(target) and len(layers) == 1 and not layers[0].keys() >= to_dict(config).keys():
+    if not {"model", "optimizer"} <= layers[0].keys():  # a config file that extends no recipe
         yield (
             f"what this file leaves out has its default (family {config.model.family}, optimizer "
             f"{config.optimizer.name}); `extends: {DEFAULT_RECIPE}` in it starts from that recipe"

@@ -51,13 +51,12 @@ from pretrain.runner import checks
 from pretrain.runner.launch import (
     ProcessFailed,
     check_same_on_all_ranks,
-    join_processes,
+    die_with_parent,
     launch,
     naming_lost_ranks,
     open_world_of,
 )
 from pretrain.runner.request import (
-    Target,
     by_name,
     compose_target,
     errors_of_machine,
@@ -69,7 +68,6 @@ from pretrain.runner.request import (
     newest_run,
     notes_of,
     read_target,
-    targets_of,
     with_absolute_paths,
     with_settings,
 )
@@ -91,7 +89,8 @@ class Request:
     """What a command, or a call of the library, requests."""
 
     kind: Literal["new", "resume", "extend", "anneal"] = "new"
-    target: Target = None
+    targets: Sequence[str] = ()
+    """a recipe, a YAML file, or one or more texts; none for the default recipe"""
     overrides: Layer = field(default_factory=dict)
     """settings over those of the target, or over those of the run that continues"""
     folder: Path | None = None
@@ -161,7 +160,7 @@ def train(
         return start(
             Request(
                 kind="resume" if resume else "new",
-                target=[str(each) for each in targets],
+                targets=[str(each) for each in targets],
                 overrides=layer_of({**given, **(settings or {})}),
                 folder=None if run is None else Path(run),
                 stream=nowhere if quiet else sys.stdout,
@@ -283,10 +282,13 @@ def _open(
 def _joined(config: RunConfig, request: Request) -> tuple[World | None, Request]:
     """Join the other processes of the run, if there are any: the world (None for a single process,
     which opens one later), and the request, whose messages only rank 0 prints."""
-    if n_processes() > 1 and RENDEZVOUS_FILE not in os.environ and rank_of_process() == 0:
+    if n_processes() == 1:
+        return None, request
+    if RENDEZVOUS_FILE not in os.environ and rank_of_process() == 0:
         log_to(request.stream)(f"WORLD_SIZE is {n_processes()}: waiting for the other processes")
-    world = join_processes(config)
-    if world is not None and not world.is_main:
+    die_with_parent()
+    world = open_world_of(config)
+    if not world.is_main:
         nowhere = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
         request = replace(request, stream=nowhere)
     return world, request
@@ -299,8 +301,8 @@ def _new_run(request: Request, held: ExitStack) -> Run | RunResult:
     """Open a new run, or continue it where torchrun starts it again."""
     if request.accepted:
         raise ValueError("--accept must come with --resume: a new run has nothing that changed")
-    name, layers = read_target(request.target)
-    config = compose_target(request.target, layers, request.overrides, rules=errors_of_machine)
+    name, layers = read_target(*request.targets)
+    config = compose_target(request.targets, layers, request.overrides, rules=errors_of_machine)
     if config.parallel.processes > 1 and n_processes() == 1:
         folder = new_run_folder(name, request.folder)
         return _launch(request, folder, config.parallel.processes)
@@ -322,7 +324,7 @@ def _new_run(request: Request, held: ExitStack) -> Run | RunResult:
 
     world, request = _joined(config, request)
     is_main = world is None or world.is_main
-    for note in notes_of(request.target, layers, request.overrides, config):
+    for note in notes_of(layers, request.overrides, config):
         log_to(request.stream)(f"note: {note}")
     folder = new_run_folder(name, request.folder) if is_main else Path()
     if world is not None:
@@ -396,14 +398,15 @@ def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
     if n_processes() == 1 and (n := n_processes_of_run(stored, request.overrides)) > 1:
         return _launch(request, folder, n)
 
-    accepted, overrides, extension = request.accepted, request.overrides, None
-    if request.kind != "resume":
-        extension = checks.requested_extension(request.kind, stored, overrides)
-        if checks.is_under_way(folder, stored, extension):
-            extension = None
+    command, accepted, overrides = request.kind, request.accepted, request.overrides
+    extension = None
+    if command != "resume":
+        extension, others = checks.split_overrides(command, stored, overrides)
+        if checks.is_under_way(folder, stored, command, extension):
+            command, extension = "resume", None
         else:
-            overrides = extension.other_overrides
-    requested = checks.requested_config(stored, request.target, overrides)
+            overrides = others
+    requested = checks.requested_config(stored, request.targets, overrides)
     checks.check_axes(requested)
     if is_unresolved(folder):
         world, request = _joined(requested, request)
@@ -413,7 +416,7 @@ def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
         return _from_scratch(request, folder, requested, world, held)
     tasks = checks.check_packages_and_tasks(requested)
     if extension is not None:
-        checks.check_extension(folder, requested, extension)
+        checks.check_extension(folder, requested, command, extension)
     elif checks.is_finished(folder, stored):
         checks.check_finished_run(stored, requested, accepted)
         return _report_finished(request, folder, requested)
@@ -425,16 +428,15 @@ def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
     held.enter_context(checks.only_writer(folder, log))
     environment = read_environment(folder)
     if extension is None:
-        command = "resume"
         checkpoint = checks.newest_checkpoint(folder, environment["run"], log)
     else:
-        command, checkpoint = extension.command, checks.last_checkpoint(folder)
+        checkpoint = checks.last_checkpoint(folder)
     previous = checks.load_previous(
         folder, stored, checkpoint, started_with=environment["fingerprint"], command=command
     )
     config = requested = checks.with_schedule_history(requested, previous)
     if extension is not None:
-        config = checks.extended_config(requested, extension, previous.step)
+        config = checks.extended_config(requested, command, extension, previous.step)
     checks.check_text_settings(previous, requested, accepted)
     data = open_text(requested, log, run=folder)
     world = joined or open_world_of(requested)
@@ -558,8 +560,7 @@ def _command_line(request: Request, folder: Path) -> list[str]:
     if request.kind in ("extend", "anneal"):
         args = [request.kind, str(folder)]
     else:
-        args = ["train", "--run", str(folder)]
-        args += targets_of(request.target)
+        args = ["train", "--run", str(folder), *request.targets]
         if request.kind == "resume":
             args.append("--resume")
     # JSON is YAML in one line, except for infinity and NaN.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import DEVICE, MODEL, Option
+from pretrain.cli.options import DEVICE, MODEL, option
 from pretrain.cli.output import Output
 from pretrain.evaluate.examples import prompt, promptable_tasks
 from pretrain.evaluate.tasks import task_named
@@ -15,8 +15,8 @@ from pretrain.runner.open import load_model
 
 OPTIONS = (
     MODEL,
-    Option("--task NAME", "translate-en-fr, answer, summarize, ...", required=True),
-    Option("--input TEXT", "the input of the task", required=True),
+    option("--task NAME", "translate-en-fr, answer, summarize, ...", required=True),
+    option("--input TEXT", "the input of the task", required=True),
     DEVICE,
 )
 

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 from pretrain.cli import scoring
-from pretrain.cli.options import Option
+from pretrain.cli.options import option
 from pretrain.cli.output import Output
 from pretrain.runner.open import MODEL_HELP
 
 OPTIONS = (
-    Option("MODEL", f"two or more; the others minus the first; {MODEL_HELP}", nargs="+"),
+    option("MODEL", f"two or more; the others minus the first; {MODEL_HELP}", nargs="+"),
     *scoring.OPTIONS,
 )
 

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from pretrain.cli.options import Option
+from pretrain.cli.options import option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.corpus.demonstrations import (
@@ -36,16 +36,16 @@ _TRANSLATIONS_PER_DOCUMENT = 4
 _ALIGNED = re.compile(r"(?P<name>.*(?P<split>train|test).*)\.(?P<language>en|fr|de)(\.\w+)?")
 
 OPTIONS = (
-    Option(
+    option(
         "ARTICLES",
         "records with a title and a text, such as an encyclopedia as JSON lines",
         nargs="+",
     ),
-    Option(
+    option(
         "--translations DIR",
         "folder of files NAME.train.en, .fr, .de and NAME.test.en, ...: one sentence a line",
     ),
-    Option("--out DIR", "new folder", "demonstrations"),
+    option("--out DIR", "new folder", "demonstrations"),
 )
 
 

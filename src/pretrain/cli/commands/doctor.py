@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import DEVICE, Option
+from pretrain.cli.options import DEVICE, option
 from pretrain.cli.output import Output
 from pretrain.machine import n_processes
 from pretrain.runner.launch import launch
 from pretrain.selftest.doctor import check_machine, check_processes
 
-OPTIONS = (DEVICE, Option("--processes N", "number of processes to start", 1, least=1))
+OPTIONS = (DEVICE, option("--processes N", "number of processes to start", 1, least=1))
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

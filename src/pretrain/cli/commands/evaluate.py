@@ -17,7 +17,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from pretrain.cli import scoring
-from pretrain.cli.options import MODEL, Option
+from pretrain.cli.options import MODEL, option
 from pretrain.cli.output import Output, require_writable, write_output
 from pretrain.fileio import nan_to_null
 from pretrain.run.directory import OVERLAP, write_json
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 OPTIONS = (
     MODEL,
     *scoring.OPTIONS,
-    Option("--answers FILE", "write the answers, one JSON line for each example"),
-    Option("--heat-map FILE", "write the texts as HTML, tokens coloured by their nats"),
-    Option(
+    option("--answers FILE", "write the answers, one JSON line for each example"),
+    option("--heat-map FILE", "write the texts as HTML, tokens coloured by their nats"),
+    option(
         "--overlap",
         "also measure the share of these texts, and of generated text, that the training text "
         "contains",

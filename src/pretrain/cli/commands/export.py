@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import MODEL, OUT, Option
+from pretrain.cli.options import MODEL, OUT, option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.fileio import nan_to_null, write_json
@@ -25,16 +25,16 @@ _VERIFIERS = {"hf": ("transformers", "hf"), "gguf": ("llama-cpp-python", "llamac
 
 OPTIONS = (
     MODEL,
-    Option("--format", "hf or gguf", choices=tuple(_NUMBERS), required=True),
+    option("--format", "hf or gguf", choices=tuple(_NUMBERS), required=True),
     OUT,
-    Option(
+    option(
         "--type",
         "number format; bf16 for hf only, q8_0 for gguf only",
         "f32",
         choices=("f32", "f16", "bf16", "q8_0"),
     ),
-    Option("--text FILE", "text to compare perplexity on [bundled corpus]"),
-    Option("--unverified", "exit with 0 if the library that verifies is missing"),
+    option("--text FILE", "text to compare perplexity on [bundled corpus]"),
+    option("--unverified", "exit with 0 if the library that verifies is missing"),
 )
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from functools import partial
 
 from pretrain.cli.commands import train
-from pretrain.cli.options import ACCEPT, Option
+from pretrain.cli.options import ACCEPT, option
 
 USAGE = "pretrain extend RUN --train.steps N [--SECTION.KEY VALUE ...] [options]"
-OPTIONS = (Option("RUN", "a finished run; new steps are added to it"), ACCEPT)
+OPTIONS = (option("RUN", "a finished run; new steps are added to it"), ACCEPT)
 run = partial(train.run, kind="extend")
 
 

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli.options import DEVICE, MODEL, SPECIAL, Option
+from pretrain.cli.options import DEVICE, MODEL, SPECIAL, option
 from pretrain.cli.output import Output
 from pretrain.runner.open import load_model
 
 OPTIONS = (
     MODEL,
-    Option("--prompt TEXT", "text to continue [none]", ""),
+    option("--prompt TEXT", "text to continue [none]", ""),
     SPECIAL,
-    Option("--max-tokens N", "length limit", 200, least=1),
-    Option("--temperature T", "0: greedy decoding", 0.8),
-    Option("--top-k K", "sample from the K most probable tokens", type=int),
-    Option(
+    option("--max-tokens N", "length limit", 200, least=1),
+    option("--temperature T", "0: greedy decoding", 0.8),
+    option("--top-k K", "sample from the K most probable tokens", type=int),
+    option(
         "--top-p P",
         "sample from the most probable tokens whose probabilities add up to P",
         type=float,
     ),
-    Option("--seed S", "seed of sampling", 1),
-    Option("--n N", "number of completions", 1, least=1),
+    option("--seed S", "seed of sampling", 1),
+    option("--n N", "number of completions", 1, least=1),
     DEVICE,
 )
 

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.cli.options import OUT, Option
+from pretrain.cli.options import OUT, option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.config import compose, to_yaml
@@ -19,9 +19,9 @@ from pretrain.fileio import file_sha256
 from pretrain.runner.open import settings_of_model
 
 OPTIONS = (
-    Option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
+    option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
     OUT,
-    Option("--tokenizer FILE", "for llama2.c: the model's tokenizer, if it is in another folder"),
+    option("--tokenizer FILE", "for llama2.c: the model's tokenizer, if it is in another folder"),
 )
 
 

@@ -10,16 +10,16 @@ import argparse
 import math
 from typing import Any
 
-from pretrain.cli.options import DEVICE, MODEL, SPECIAL, Option
+from pretrain.cli.options import DEVICE, MODEL, SPECIAL, option
 from pretrain.cli.output import Output
 from pretrain.runner.open import LoadedModel, load_model
 
 OPTIONS = (
     MODEL,
-    Option("--prompt TEXT", "text before the token [none]", ""),
+    option("--prompt TEXT", "text before the token [none]", ""),
     SPECIAL,
-    Option("--top K", "number of tokens", 10, least=1),
-    Option("--answer TEXT", "the true continuation: probability and rank of each of its tokens"),
+    option("--top K", "number of tokens", 10, least=1),
+    option("--answer TEXT", "the true continuation: probability and rank of each of its tokens"),
     DEVICE,
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.options import TEXT_FIELD, Option, names
+from pretrain.cli.options import TEXT_FIELD, names, option
 from pretrain.cli.output import Output
 from pretrain.corpus.config import CorpusConfig
 from pretrain.data.preparation import prepare
@@ -18,41 +18,41 @@ from pretrain.fileio import read_json
 from pretrain.runner.text import stage_progress
 
 OPTIONS = (
-    Option(
+    option(
         "SOURCE",
         "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC",
         nargs="+",
     ),
-    Option("--out DIR", "new folder", required=True),
-    Option(
+    option("--out DIR", "new folder", required=True),
+    option(
         "--tokenizer NAME|DIR",
         "bpe, gpt, characters, bytes, gpt2, or a folder or file of a tokenizer",
         "bpe",
     ),
-    Option("--vocab-size N", "size of a new BPE vocabulary", type=int),
+    option("--vocab-size N", "size of a new BPE vocabulary", type=int),
     TEXT_FIELD,
-    Option("--document-separator TEXT", "what divides the documents of a text file"),
-    Option("--val-fraction F", "fraction of the documents to hold out", type=float),
-    Option(
+    option("--document-separator TEXT", "what divides the documents of a text file"),
+    option("--val-fraction F", "fraction of the documents to hold out", type=float),
+    option(
         "--deduplicate",
         "of equal documents, or of nearly equal ones too, keep only the first",
         "exact",
         choices=("none", "exact", "near"),
     ),
-    Option("--filters NAME,...", "rules that documents must pass: gopher,c4,fineweb"),
-    Option("--languages CODE,...", "remove documents in other languages, as in en,de"),
-    Option(
+    option("--filters NAME,...", "rules that documents must pass: gopher,c4,fineweb"),
+    option("--languages CODE,...", "remove documents in other languages, as in en,de"),
+    option(
         "--evaluation-text FILE",
         "a text that the model will be evaluated on: its overlap with the corpus is reported; may "
         "be given several times",
-        nargs="append",
+        action="append",
     ),
-    Option(
+    option(
         "--remove-overlap",
         "remove documents that share 13 consecutive words with an --evaluation-text",
     ),
-    Option("--workers N", "processes", 1),
-    Option("--strict", "stop at the first bad record instead of skipping it"),
+    option("--workers N", "processes", 1),
+    option("--strict", "stop at the first bad record instead of skipping it"),
 )
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         deduplicate=args.deduplicate,
         filters=names(args.filters),
         languages=names(args.languages),
-        evaluation_texts=tuple(args.evaluation_text),
+        evaluation_texts=tuple(args.evaluation_text or ()),
         remove_overlap=args.remove_overlap,
     )
     try:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain.cli.options import SPECIAL, TEXT_FIELD, Option
+from pretrain.cli.options import SPECIAL, TEXT_FIELD, option
 from pretrain.cli.output import Output
 from pretrain.fileio import require_empty
 from pretrain.tokenizer.config import TRAINED_NAMES
@@ -28,25 +28,25 @@ from pretrain.tokenizer.train import MAX_SAMPLE_BYTES, train_tokenizer
 _ID = re.compile(r"\d{1,10}")
 
 OPTIONS = (
-    Option("ACTION", None, choices=("train", "encode", "decode", "inspect")),
-    Option(
+    option("ACTION", None, choices=("train", "encode", "decode", "inspect")),
+    option(
         "SOURCE",
         "text: files or folders to train on; one file, or - for stdin, for the rest",
         nargs="*",
     ),
-    Option("--tokenizer NAME|DIR", "a folder with tokenizer.json, or a run's"),
-    Option("--kind", "what to train", "bpe", choices=TRAINED_NAMES),
-    Option("--vocab-size N", "vocabulary size, bpe only", type=int),
-    Option(
+    option("--tokenizer NAME|DIR", "a folder with tokenizer.json, or a run's"),
+    option("--kind", "what to train", "bpe", choices=TRAINED_NAMES),
+    option("--vocab-size N", "vocabulary size, bpe only", type=int),
+    option(
         "--split",
         "how text is split into words before BPE merges",
         "gpt2",
         choices=("gpt2", "cl100k", "o200k", "llama3", "smollm"),
     ),
-    Option("--fast", "train by gigatoken (extra fast): six times as fast, split gpt2 only"),
+    option("--fast", "train by gigatoken (extra fast): six times as fast, split gpt2 only"),
     TEXT_FIELD,
     SPECIAL,
-    Option("--out DIR", "folder for the new tokenizer.json"),
+    option("--out DIR", "folder for the new tokenizer.json"),
 )
 
 

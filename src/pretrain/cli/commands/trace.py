@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.cli.options import RUN, Option
+from pretrain.cli.options import RUN, option
 from pretrain.cli.output import Output
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
@@ -28,8 +28,8 @@ from pretrain.train.monitor import rollbacks_of
 
 OPTIONS = (
     RUN,
-    Option("--step N", "a step, past or future", type=int),
-    Option("--document ID", "the id of a document, or the file that it came from"),
+    option("--step N", "a step, past or future", type=int),
+    option("--document ID", "the id of a document, or the file that it came from"),
 )
 
 

@@ -19,20 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from pretrain.cli.options import ACCEPT, Option, settings_help
+from pretrain.cli.options import ACCEPT, option, settings_help
 from pretrain.cli.output import Output
 
 USAGE = "pretrain train [TEXT ... | RECIPE | FILE.yaml] [--SECTION.KEY VALUE ...] [options]"
 OPTIONS = (
-    Option(
+    option(
         "TARGET",
         "one or more texts; or a recipe (characters, english, multitask, transformer); or a .yaml "
         "file [english]",
         nargs="*",
     ),
-    Option("--run DIR", "run directory; default runs/<recipe>-<n>"),
-    Option("--resume", "continue --run, or the newest run"),
-    Option("--profile", "show where a step's time goes"),
+    option("--run DIR", "run directory; default runs/<recipe>-<n>"),
+    option("--resume", "continue --run, or the newest run"),
+    option("--profile", "show where a step's time goes"),
     ACCEPT,
 )
 epilog = settings_help
@@ -52,10 +52,10 @@ def run(
 
     request = Request(
         kind="resume" if is_new and args.resume else kind,
-        target=args.target if is_new else None,
+        targets=args.target if is_new else (),
         overrides=args.overrides,
         folder=Path(args.run) if args.run else None,
-        accepted=tuple(args.accept),
+        accepted=tuple(args.accept or ()),
         json=args.json,
         stream=output.stream,
         start_time=start_time,
@@ -72,7 +72,7 @@ def _profile(args: argparse.Namespace, output: Output) -> int:
     from pretrain.runner.request import compose_target, errors_of_machine, read_target
     from pretrain.runner.text import open_text
 
-    _, layers = read_target(args.target)
+    _, layers = read_target(*args.target)
     config = compose_target(args.target, layers, args.overrides, rules=errors_of_machine)
     data = open_text(config, output.log)
     # Torch's profiler prints to standard error when it starts and ends.

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.options import RUN, Option
+from pretrain.cli.options import RUN, option
 from pretrain.cli.output import Output
 from pretrain.selftest import DIFFERS
 from pretrain.selftest.verify import verify
 
-OPTIONS = (RUN, Option("--steps K", "steps of each half", 10))
+OPTIONS = (RUN, option("--steps K", "steps of each half", 10))
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
