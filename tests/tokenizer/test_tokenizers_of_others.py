@@ -3,6 +3,7 @@ files that only look like a tokenizer."""
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
@@ -116,6 +117,7 @@ def test_nested_normalizers_of_sentencepiece_are_read(tmp_path: Path) -> None:
     content = plain.description
     parts = content["normalizer"]["normalizers"]
     empty = {"type": "Sequence", "normalizers": []}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
     content["normalizer"] = {
         "type": "Sequence",
         "normalizers": [{"type": "Sequence", "normalizers": [parts[0], empty]}, parts[1]],
@@ -322,6 +324,19 @@ def test_ids_are_checked_before_the_library_reads_a_file(
     n = len(vocabulary)
     message = f"id {n - 1} is missing; the ids of {n} tokens must be 0 to {n - 1}"
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_ranks_of_tiktoken_must_be_a_whole_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {256: ("gpt2", 257, {"<|endoftext|>": 256})}
+    monkeypatch.setattr("pretrain.tokenizer.load._TIKTOKEN_VOCABULARIES", table)
+    lines = [base64.b64encode(bytes([byte])).decode() + f" {byte}" for byte in range(256)]
+    (tmp_path / "a.tiktoken").write_text("\n".join(lines))
+    assert load_tokenizer(tmp_path).vocab_size == 257
+    (tmp_path / "a.tiktoken").write_text("\n".join([*lines[:255], lines[255] + "9"]))
+    with pytest.raises(ValueError, match="id 257 is missing; the ids of 258 tokens must be 0 to"):
         load_tokenizer(tmp_path)
 
 

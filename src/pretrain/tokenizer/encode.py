@@ -262,7 +262,8 @@ def space_prefix(description: Description) -> str | None:
         return None
     prepend = {"type": "Prepend", "prepend": SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if description.get("pre_tokenizer") or steps not in ([prepend, replace], [replace]):
+    before = steps_of(description.get("pre_tokenizer"))
+    if before or steps not in ([prepend, replace], [replace]):
         return None
     return SPACE if prepend in steps else ""
 

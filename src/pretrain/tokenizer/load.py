@@ -251,6 +251,7 @@ def _read_tiktoken(content: bytes) -> LibraryTokenizer:
     # Ids that the original does not use are special tokens too.
     used = {*token_of, *special.values()}
     unused = {f"<|reserved_{id_}|>": id_ for id_ in range(vocab_size) if id_ not in used}
+    token_list(vocabulary | special | unused)
     # tiktoken uses a word that is a token as it is, even if no merges lead to it.
     return byte_level_bpe(
         vocabulary, merges, split=split, added=special | unused, ignore_merges=True

@@ -303,8 +303,8 @@ def token_list(id_of: Mapping[str, int]) -> list[str]:
 
 def template_adds_bos(description: Mapping[str, Any]) -> bool:
     """Whether other programs put a special token before a text."""
-    templates = [step.get("single") for step in steps_of(description.get("post_processor"))]
-    return any("SpecialToken" in template[0] for template in templates if template)
+    steps = steps_of(description.get("post_processor"))  # "cls": BERT's and RoBERTa's
+    return any("cls" in step or "SpecialToken" in (step.get("single") or [{}])[0] for step in steps)
 
 
 # Statistics
