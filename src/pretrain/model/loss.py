@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,31 +40,17 @@ CPU_ROW_PADDING = 16
 GPU_ROW_MULTIPLE = 64
 
 
-class Batch(Protocol):
-    """The fields of a micro-batch that the loss reads."""
-
-    @property
-    def inputs(self) -> Tensor: ...  # ids (B, T)
-    @property
-    def targets(self) -> Tensor: ...  # the next id of each input (B, T), or IGNORE_INDEX
-    @property
-    def samples(self) -> Tensor: ...  # global numbers of the rows (B), for dropout
-
-
 class LMLoss(nn.Module):
     """The decoder and its loss: the module that is compiled, sharded and trained.
 
-    `seed` is that of the dropout masks. Dropout, `label_smoothing` and `z_loss` are used in
-    training mode only; the last two change the gradients and never the value.
+    A batch has `inputs`, ids (B, T), `targets`, the next id of each input (B, T) or IGNORE_INDEX,
+    and `samples`, the global numbers of its rows (B). `seed` is that of the dropout masks. Dropout,
+    `label_smoothing` and `z_loss` are used in training mode only; the last two change the gradients
+    and never the value.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        seed: int = 0,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
+        self, decoder: Decoder, *, seed: int = 0, label_smoothing: float = 0.0, z_loss: float = 0.0
     ) -> None:
         super().__init__()
         self.decoder, self.seed = decoder, seed
@@ -72,7 +58,7 @@ class LMLoss(nn.Module):
         # Tensor parallelism replaces this function by one for a sharded head.
         self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of -log p(target | context) in nats, and the number of valid targets."""
         hidden_BTD = self.decoder(batch.inputs, dropout_rng=self.dropout_rng(batch))
         targets_N = batch.targets.flatten()
@@ -85,7 +71,7 @@ class LMLoss(nn.Module):
         )
         return nats, (targets_N != IGNORE_INDEX).sum()
 
-    def dropout_rng(self, batch: Batch) -> DropoutRng | None:
+    def dropout_rng(self, batch: Any) -> DropoutRng | None:
         """Return the source of a micro-batch's dropout masks; None if nothing is dropped."""
         has_dropout = self.training and self.decoder.config.dropout > 0
         return DropoutRng(self.seed, batch.samples) if has_dropout else None

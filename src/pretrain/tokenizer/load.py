@@ -22,13 +22,7 @@ from tokenizers import decoders, models, normalizers
 
 from pretrain import missing_package, needs_package
 from pretrain.fileio import check_not_pointer, read_json
-from pretrain.tokenizer.byte_level import (
-    Split,
-    byte_level_bpe,
-    merges_of,
-    special_token,
-    spelled,
-)
+from pretrain.tokenizer.byte_level import Split, byte_level_bpe, merges_of, special_token, spelled
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.encode import SPACE, steps_of
 from pretrain.tokenizer.tokenizer import FILE_NAME, Tokenizer, token_list
