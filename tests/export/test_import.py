@@ -150,7 +150,7 @@ def test_a_prompt_begins_as_in_transformers(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
     (tmp_path / "config.json").write_text("{}")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("the ship")["input_ids"]
-    if theirs[-1] == 2:  # RoBERTa's puts </s> at the end too, which is no part of a prompt
+    if theirs[-1] == 2:  # RoBERTa's puts </s> at the end too, and a prompt lacks it
         theirs.pop()
     assert tokenizer_of(tmp_path).encode_prompt("the ship") == theirs
 
