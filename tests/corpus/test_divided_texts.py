@@ -81,6 +81,7 @@ BOOK = "CHAPTER I\n\nThe ship sails to Bergen.\n"
         (START.replace("THE PROJECT", "THIS PROJECT").format("A LONG\nTITLE"), END.format("A")),
         (OLD_START, OLD_END),
         (START.format("SHIPS"), ""),
+        (START.format("A"), "\nEnd of the Project Gutenberg EBook of Ships" + END.format("A")),
     ],
 )
 def test_notices_of_project_gutenberg_are_left_out(tmp_path: Path, start: str, end: str) -> None:

@@ -47,8 +47,12 @@ _START = (
     r"(?:^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG[^*]{0,300}\*\*\*.*$"
     r"|^\*END[* ]+THE SMALL PRINT!.*$)"
 )
-_END = r"^(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:Th[ei]s? )?Project Gutenberg)"
-_NOTICE = re.compile(rf"\A[\s\S]{{0,65536}}?{_START}|{_END}[\s\S]{{0,65536}}?(?:{_START}|\Z)", re.M)
+_END = (
+    r"\n(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:[Tt]h[ei]s? )?Project Gutenberg)"
+)
+# Two patterns, of which the second begins with one character: Python searches 16 times as fast.
+_FIRST_NOTICE = re.compile(rf"[\s\S]{{0,65536}}?{_START}", re.M)
+_LATER_NOTICE = re.compile(rf"{_END}[\s\S]{{0,65536}}?(?:{_START}|\Z)", re.M)
 RECORD_FORMATS: dict[Format, Callable[[FileStream, str | None], Iterator[Row]]] = {
     "jsonl": jsonl_rows,
     "json": json_rows,
@@ -178,8 +182,9 @@ def _without_notices(text: str) -> str:
     # So many ends are of no book, and would take long.
     if not 0 < text.count("PROJECT GUTENBERG") + text.count("Project Gutenberg") < 100:
         return text
-    books, n_notices = _NOTICE.subn("\n", text)
-    return books.strip() + "\n" if n_notices and books.strip() else text
+    first = _FIRST_NOTICE.match(text)
+    books = _LATER_NOTICE.sub("\n", text[first.end() :] if first else text)
+    return books.strip() + "\n" if books.strip() and len(books) < len(text) else text
 
 
 def _divide_text(stream: FileStream) -> Iterator[tuple[int, bytes]]:
