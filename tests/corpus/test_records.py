@@ -125,7 +125,20 @@ def test_what_was_guessed_and_left_out_is_recorded(tmp_path: Path) -> None:
     text, field, details = fields_read(tmp_path, QUESTION, QUESTION)
     assert (text, field) == ("Where does the ship lie?", "question")
     percent = round(100 * 24 / (24 + 11), 1)
-    assert details == {"percent": percent, "left_out": ["answer"], "html": False}
+    joined = {"left_out": ["answer"], "joined": "question,answer", "html": False}
+    assert details == {"percent": percent} | joined
+    report = ReadingReport()
+    path = write_records(
+        tmp_path / "b.jsonl", {"url": ADDRESS, "a": "one two", "b": "one two three"}
+    )
+    assert read_texts(path, report=report) == ["one two three"]
+    assert report.facts()["field"] == (
+        "guessed: 'b', 65 % of the letters, without a (text_field a,b joins them)"
+    )
+    # Text that no field can name is counted.
+    record = {"title": "A title", "paragraphs": [{"context": "one two " * 9, "n": 1}]}
+    details = fields_read(tmp_path, record)[2]
+    assert (details["percent"], details["left_out"]) == (8.9, ["paragraphs"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +157,7 @@ def test_several_fields_are_joined_in_the_given_order(
     found, _, details = fields_read(tmp_path, QUESTION, text_field=text_field)
     assert found.startswith(text)
     if text_field == "question,answer":
-        assert details == {"percent": 100.0, "left_out": [], "html": False}
+        assert (details["percent"], details["left_out"]) == (100.0, [])
     record = {"a": {"b,c": "one"}, "d,e": "two", "f.g": "three"}
     assert fields_read(tmp_path, record, text_field="d,e")[0] == "two"
     assert fields_read(tmp_path, record, text_field="f.g")[0] == "three"

@@ -133,8 +133,8 @@ class ReadingReport:
     """For each of the first files of records: the field that was read as text, or several, joined
     by a comma."""
     field_details: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For the same files: `percent` of the letters of the first records that these fields have,
-    other fields with letters that are `left_out`, and whether all texts are `html`."""
+    """For the same files: `percent` of the letters of the first records that these fields have, the
+    other fields that are `left_out`, all as a text_field (`joined`), and whether it is `html`."""
     omitted: dict[str, Omission] = field(default_factory=dict)
     """What is not in the text, by `Problem.kind`."""
     problems: list[Problem] = field(default_factory=list)
@@ -218,8 +218,8 @@ class ReadingReport:
         place = f" (first in {file})" if self.n_files > 1 else ""
         text = f"{name!r}{place}, {details['percent']:.3g} % of the letters"
         if details["left_out"]:
-            others = ",".join(details["left_out"])
-            text += f", without {others} (text_field {name},{others} joins them)"
+            others = ", ".join(details["left_out"])
+            text += f", without {others} (text_field {details['joined']} joins them)"
         if details["html"]:
             text += f", as HTML (text_field html:{name} takes its text)"
         return text

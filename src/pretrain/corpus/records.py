@@ -203,15 +203,18 @@ def _details(records: list[dict[str, Any]], fields: list[str]) -> dict[str, Any]
     """What the report says of the chosen fields: see `ReadingReport.field_details`."""
     n_letters = Counter[str]()
     for path, value in chain.from_iterable(map(_fields, records)):
-        n_letters[path] += len(_text_of(value) or "")
+        text = _text_of(value)
+        strings = _strings(value, _MAX_DEPTH) if text is None else [text]
+        n_letters[path] += sum(len(each) for each in strings if _is_prose(each))
+    names = field_names(",".join(fields))
     n_all = max(1, n_letters.total())
-    others = Counter(n_letters)
-    for field in fields:
-        others.pop(field.removeprefix(AS_HTML), None)
+    n_left_out = sum(n for path, n in n_letters.items() if path not in names)
+    large = [path for path, n in n_letters.items() if path in names or 20 * n > n_all]
     values = [_lookup(record, fields[0]) for record in records]
     return {
-        "percent": round(100 - 100 * others.total() / n_all, 1),
-        "left_out": [path for path, n in others.most_common(8) if 20 * n > n_all],
+        "percent": round(100 - 100 * n_left_out / n_all, 1),
+        "left_out": [path for path in large if path not in names],
+        "joined": ",".join(large),
         "html": all(isinstance(each, str) and _HTML_TAG.search(each) for each in values),
     }
 
@@ -244,12 +247,12 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(map(repr, list(record)[:8])) or "none"
 
 
-def _strings(value: object) -> Iterator[str]:
+def _strings(value: object, depth: int = 1000) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list) and depth:
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _strings(each)
+            yield from _strings(each, depth - 1)
 
 
 # JSON lines and JSON
