@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -257,6 +258,20 @@ def test_progress_and_key(tmp_path: Path, many: list[str]) -> None:
     assert key != prepared_key(source, tokenizer="bytes")
     write_jsonl(source, many[:-1])
     assert key != prepared_key(source)
+
+
+@pytest.mark.parametrize("place", [0, 5000, 19_999])
+def test_the_key_of_a_text_changes_with_letters_that_size_and_time_do_not_show(
+    tmp_path: Path, place: int
+) -> None:
+    source = tmp_path / "a.txt"
+    source.write_bytes(b"a" * 20_000)
+    key, stat = prepared_key(source), source.stat()
+    source.write_bytes(b"a" * place + b"b" + b"a" * (19_999 - place))
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert source.stat().st_size == stat.st_size
+    # Of a large file only the first and the last 4,096 bytes are looked at.
+    assert (key == prepared_key(source)) == (place == 5000)
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
