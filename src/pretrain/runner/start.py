@@ -197,13 +197,7 @@ def start(request: Request) -> RunResult:
             run.console.line(f"stopped and saved; continue with: {command}")
             return RunResult(folder, exit_code)
         summary = read_summary(folder)
-        seconds = {
-            "training": run.train_seconds,
-            "evaluation": run.evaluation_seconds,
-            "checkpoints": run.stalled_seconds,
-            "count tables": run.baseline_seconds,
-        }
-        show_summary(run.console, summary, folder=folder, report=report, seconds=seconds)
+        show_summary(run.console, summary, folder=folder, report=report, seconds=run.seconds)
         return RunResult(folder, summary=summary, report=report)
 
 

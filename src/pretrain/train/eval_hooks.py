@@ -6,7 +6,6 @@ signal interrupts them without a record, so the resume begins with what is missi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
@@ -39,12 +38,10 @@ def evaluate_if_due(run: Run, stop: StopSignals) -> bool:
     """Evaluate what is due after this step and has no result yet; True for a new best score."""
     if is_evaluated(run):
         return False
-    start = time.perf_counter()
-    with uncompiled():
+    with uncompiled(), run.timed("evaluation"):
         is_best = held_out_is_due(run) and evaluate(run, stop)
         if tasks := due_tasks(run):
             evaluate_tasks(run, tasks, stop)
-    run.evaluation_seconds += time.perf_counter() - start
     return is_best
 
 
@@ -86,7 +83,7 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
         "val_perplexity": score.perplexity,
         "val_bits_per_byte": score.bits_per_byte,
         "val_tokens": score.tokens,
-        "seconds": run.train_seconds,
+        "seconds": run.seconds["training"],
     }
     run.log.append_metrics(record)
     run.console.evaluation(record, steps=run.n_steps, is_best=is_best)

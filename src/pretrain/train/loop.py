@@ -160,7 +160,7 @@ def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: 
     """
     lr = run.lr_at(run.step)
     run.step += 1
-    run.train_seconds += seconds
+    run.seconds["training"] += seconds
     run.spike_detector.record(report.nats_per_token, anomaly)
 
     own = (run.batches.n_bytes, run.batches.checksum, run.model.forward_seconds)
@@ -181,7 +181,7 @@ def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: 
         "grad_norm": report.grad_norm,
         "ids": int(sum(checksums)) * n_readers // size,
         "tokens_per_second": report.count / seconds,
-        "seconds": run.train_seconds,
+        "seconds": run.seconds["training"],
         "epoch": run.epochs,
     }
     if sources := run.batches.sources(run.step):
@@ -216,20 +216,17 @@ def finish(run: Run) -> None:
     if best != checkpoint and best.exists():
         checkpoint = best
         load_weights(run.model, Checkpoint(best))
-    start = time.perf_counter()
-    with uncompiled():
+    with uncompiled(), run.timed("evaluation"):
         score = evaluate_split(run)
         predictions = token_losses(run)
-    run.evaluation_seconds += time.perf_counter() - start
     peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
         return
 
     run.console.line("scoring count tables and xz on the same held-out tokens ...")
-    start = time.perf_counter()
     train_split, val_split = run.data.split("train"), run.data.split("val")
-    baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
-    run.baseline_seconds = time.perf_counter() - start
+    with run.timed("count tables"):
+        baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
     write_json(run.folder / BASELINES, baselines)
     write_json(run.folder / PREDICTIONS, predictions)
 
@@ -244,9 +241,9 @@ def finish(run: Run) -> None:
         "val_bits_per_byte": score.bits_per_byte,
         "val_tokens": score.tokens,
         "val_bytes": score.bytes,
-        "tokens_per_second": run.tokens / run.train_seconds,
-        "train_seconds": run.train_seconds,
-        "stalled_seconds": run.stalled_seconds,
+        "tokens_per_second": run.tokens / run.seconds["training"],
+        "train_seconds": run.seconds["training"],
+        "stalled_seconds": run.seconds["checkpoints"],
         "total_seconds": time.perf_counter() - run.start_time,
         "peak_memory_bytes": int(max(peak for (peak,) in peak_memory)),
         "checkpoint": checkpoint.relative_to(run.folder).as_posix(),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -97,13 +99,8 @@ class Run:
     saver: Saver = field(init=False)
     step: int = 0
     """updates made so far"""
-    train_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    """of held-out text, samples and tasks"""
-    baseline_seconds: float = 0.0
-    """of count tables and xz, after the last step"""
-    stalled_seconds: float = 0.0
-    """time for which this process waited for checkpoints"""
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """by what they were spent on: training, evaluation, checkpoints (waiting), count tables"""
     repeated_ids: dict[int, int] = field(default_factory=dict)
     """checksums of the ids that steps have read before a resume, and must read again"""
     best: BestEvaluation = field(default_factory=BestEvaluation)
@@ -124,10 +121,17 @@ class Run:
         if checkpoint is not None:
             self.restore(checkpoint)
             self.start_time -= checkpoint.state["total_seconds"]
-            self.evaluation_seconds = checkpoint.state.get("evaluation_seconds", 0.0)
+            self.seconds["evaluation"] = checkpoint.state.get("evaluation_seconds", 0.0)
         else:
             self.load_first_weights()
         self.load_log(checkpoint)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
 
     @property
     def checkpoints(self) -> Path:
@@ -181,15 +185,14 @@ class Run:
         Training continues meanwhile, unless `wait`. CannotSave once the disk has failed several
         times, or has failed to keep what must be kept now.
         """
-        start = time.perf_counter()
         train = self.config.train
         # Keep the best by held-out text, and the one that a rollback would return to.
         save_every = filled(train.save_every)
         protected_steps = (self.best.step or 0, self.step // save_every * save_every)
         protected = [self.checkpoints / checkpoint_name(step) for step in protected_steps]
         state = {
-            "train_seconds": self.train_seconds,
-            "evaluation_seconds": self.evaluation_seconds,
+            "train_seconds": self.seconds["training"],
+            "evaluation_seconds": self.seconds["evaluation"],
             "total_seconds": time.perf_counter() - self.start_time,
             "position": self.batches.position(self.step),
             "records": self.log.hashes() if self.world.is_main else {},
@@ -200,8 +203,10 @@ class Run:
             keep, every = train.keep_checkpoints, train.keep_every
             prune(self.checkpoints, keep=keep, protect=protected, every=every)
 
-        self.saver.wait()  # for the previous save, whose failure is not this one's
-        if not (self.checkpoints / checkpoint_name(self.step)).exists():
+        with self.timed("checkpoints"):
+            self.saver.wait()  # for the previous save, whose failure is not this one's
+            if (self.checkpoints / checkpoint_name(self.step)).exists():
+                return
             tensors, shards = self.snapshot()
             self.saver.save(
                 step=self.step,
@@ -213,7 +218,6 @@ class Run:
             )
             if wait:
                 self.saver.wait(is_needed=True)
-        self.stalled_seconds += time.perf_counter() - start
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, TensorShard]]:
         """All tensors that the next step depends on and that this process saves, and the positions
@@ -238,7 +242,7 @@ class Run:
         if checkpoint is None:
             self.model.initialize(self.config.train.seed)
             self.load_first_weights()
-            self.step, self.train_seconds = 0, 0.0
+            self.step, self.seconds["training"] = 0, 0.0
             return
         load_weights(self.model, checkpoint)
         parameters = self.model.named_parameters()
@@ -254,7 +258,7 @@ class Run:
                 tensors[name] = tensor.to(self.world.device)
         restore_optimizer_state(self.optimizer, parameters, tensors)
         self.step = checkpoint.step
-        self.train_seconds = checkpoint.state["train_seconds"]
+        self.seconds["training"] = checkpoint.state["train_seconds"]
 
     def load_first_weights(self) -> None:
         """Load the weights of train.init_from, if it is set. ValueError if it has other ones than
