@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from pretrain import needs_package
@@ -24,7 +25,6 @@ from pretrain.corpus.records import (
 
 _LOOK_LINES = 50
 """Lines of a quoted cell after which it is decided whether its quotation mark opened it."""
-_MIN_SWALLOWED_CELLS = 8
 _BATCH_ROWS = 256
 _ARROW_MAGIC = b"ARROW1\0\0"
 _TEXT_TYPE = re.compile(
@@ -33,11 +33,11 @@ _TEXT_TYPE = re.compile(
 """Names of pyarrow's types that may contain text, but no pictures; also matches `string_view`."""
 
 
-class _CsvLines:
-    """The lines of a table for csv.reader, which pulls lines until a quoted cell ends.
+class _Table:
+    """The lines of a table, for csv.reader, which pulls lines until a quoted cell ends.
 
-    A cell of a broken table may begin with a quotation mark that no other one closes; it would
-    swallow all rows up to the next mark. `restart` gives them again.
+    A cell may begin with a quotation mark that no other one closes; it would swallow all rows up to
+    the next mark. `restart` gives them again.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -48,11 +48,10 @@ class _CsvLines:
         self.end = 0
         self.invalid: Skipped | None = None
         """Why a line of the record is not text."""
-        self.is_row: Callable[[str], bool] = lambda text: False
-        self.n_needed = 1.0
-        self.closing = ""
+        self.delimiter = ","
+        self.header: list[str] = []
 
-    def __iter__(self) -> _CsvLines:
+    def __iter__(self) -> _Table:
         return self
 
     def __next__(self) -> str:
@@ -68,13 +67,23 @@ class _CsvLines:
             text = data.decode("utf-8", "replace")
         return text + "\n"
 
+    def parse(self, texts: Iterable[str]) -> Any:
+        return csv.reader(texts, delimiter=self.delimiter, strict=True)
+
     def swallows_rows(self, *, is_error: bool = False) -> bool:
-        """Whether nine in ten lines after the first one are rows, and at least `n_needed`; one is
-        enough in a record that csv.reader rejects."""
+        """Whether nine in ten lines after the first one are rows, with eight cells or more. One row
+        is enough in TSV, as prose hardly has tabs, and in a record that csv.reader rejects."""
         texts = [text for *_, text in self.record[1:] if text.strip()]
-        # The last line of a quoted cell may look like a row, but it has the closing mark.
-        n_rows = sum(self.is_row(text) for text in texts if is_error or self.closing not in text)
-        return n_rows >= max(1 if is_error else self.n_needed, 0.9 * len(texts))
+        if len(self.header) < 2:
+            return False
+        n_needed = 1 if is_error or self.delimiter == "\t" else 8 / (len(self.header) - 1)
+        n_rows = 0
+        for text in texts:
+            # The last line of a quoted cell may look like a row, but it has the closing mark.
+            if is_error or f'"{self.delimiter}' not in text:
+                with suppress(csv.Error):
+                    n_rows += len(next(self.parse([text]))) == len(self.header)
+        return n_rows >= max(n_needed, 0.9 * len(texts))
 
     def restart(self, first: int) -> None:
         """Begin a record, with the lines of the current one from this index on."""
@@ -86,27 +95,16 @@ class _CsvLines:
 def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     """Yield a row for each record below the header; its place is that of its first line."""
     csv.field_size_limit(MAX_RECORD_BYTES)
-    lines = _CsvLines(read_lines(stream))
+    table = _Table(read_lines(stream))
     header_line = ""
-    for header_line in lines:
+    for header_line in table:
         if header_line.strip():
             break
-        lines.restart(1)
-    lines.restart(0)
+        table.restart(1)
+    table.restart(0)
     is_tsv = ".tsv" in stream.file.path.suffixes
-    delimiter = "\t" if is_tsv else max(",;\t|", key=header_line.count)
-
-    def parse(texts: Iterable[str]) -> Any:
-        return csv.reader(texts, delimiter=delimiter, strict=True)
-
-    def is_row(text: str) -> bool:
-        try:
-            return len(next(parse([text]))) == len(header)
-        except csv.Error:
-            return False
-
-    header: list[str] = []
-    reader = parse(lines)
+    table.delimiter = "\t" if is_tsv else max(",;\t|", key=header_line.count)
+    reader = table.parse(table)
     while True:
         error = None
         try:
@@ -116,39 +114,35 @@ def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
             error = Skipped(f"invalid CSV: {raised}")
         if cells is None:
             return
-        number, offset, data, text = lines.record[0]
-        n_lines = len(lines.record)
-        is_short = 1 < n_lines <= _LOOK_LINES
-        is_plain = is_short and lines.swallows_rows(is_error=error is not None)
-        if is_plain:
+        number, offset, data, text = table.record[0]
+        n_lines = len(table.record)
+        is_plain = False
+        if 1 < n_lines <= _LOOK_LINES and table.swallows_rows(is_error=error is not None):
+            is_plain = True
             reason = "a quotation mark that no other one closes was read as it stands"
             stream.add_problem(reason, line=number, offset=offset, counter="n_repaired")
-        elif error and delimiter == "\t" and n_lines == 1 and header:
+        elif error and table.delimiter == "\t" and n_lines == 1 and table.header:
             is_plain = True  # TSV has no quotation marks, but some programs write them
         if is_plain:
-            error, cells = None, text.split(delimiter)
-            lines.invalid = text if isinstance(text, Skipped) else None
-            lines.end = offset + len(data)
-        error = (lines.invalid or error) if header else error
-        n_bytes = lines.end - offset
+            error, cells = None, text.split(table.delimiter)
+            table.invalid = text if isinstance(text, Skipped) else None
+            table.end = offset + len(data)
+        header = table.header
+        error = (table.invalid or error) if header else error
+        n_bytes = table.end - offset
         if error:
             yield Row(number, offset, error, n_bytes)
         elif not header:  # its invalid bytes are kept as U+FFFD
             # A name that repeats an earlier one gets its column's number.
             names = [cell.strip() for cell in cells]
-            header = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
-            if len(header) > 1:
-                lines.is_row = is_row
-                lines.closing = '"' + delimiter
-                # Prose may have a comma in each line, but hardly a tab.
-                needed = 1 if delimiter == "\t" else _MIN_SWALLOWED_CELLS
-                lines.n_needed = needed / (len(header) - 1)
+            for i, name in enumerate(names):
+                header.append(f"{name}_{i}" if name in names[:i] else name)
         elif cells and len(cells) != len(header):
             reason = f"{len(cells)} cells, but the header has {len(header)}"
             yield Row(number, offset, Skipped(reason), n_bytes)
         elif cells:
             yield Row(number, offset, dict(zip(header, cells, strict=True)), n_bytes)
-        lines.restart(1 if is_plain else n_lines)
+        table.restart(1 if is_plain else n_lines)
 
 
 def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
@@ -198,6 +192,6 @@ def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if not stream.damage:
             kind = "Parquet" if is_parquet else "Arrow"
-            message = str(error).splitlines()[0][:200]
+            message = str(error).partition("\n")[0][:200]
             reason = f"the {kind} file is broken: {message}; kept the {number:,} records before it"
             stream.add_problem(reason, counter="n_partial_files")
