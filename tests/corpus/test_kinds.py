@@ -171,6 +171,9 @@ def test_archives_that_grow_or_declare_entities_are_refused_unread(
     monkeypatch.setattr(publications, "MAX_FILE_BYTES", 4500)
     with pytest.raises(ValueError, match="more than 4,500 bytes when it is unpacked"):
         read_texts(path)
+    path.write_bytes(zip_of({"META-INF/container.xml": "<x/>", "META-INF/rights.xml": "<x/>"}))
+    with pytest.raises(ValueError, match=r"locked \(DRM\)"):
+        read_texts(path)
     path.write_bytes(docx("")[:-40])
     with pytest.raises(ValueError, match="a zip archive; it cannot be read: BadZipFile"):
         read_texts(path)

@@ -218,9 +218,6 @@ def _file_type(mode: int) -> str:
 
 # Formats
 
-Format = str
-"""text, html, warc, subtitles, or a key of `reading.RECORD_FORMATS` or `publications.READERS`."""
-
 HEAD_BYTES = 1 << 16
 """Bytes of a file from which its format is detected."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstandard"}
@@ -230,7 +227,7 @@ _MAGIC = re.compile(
     rb"|(?P<zstandard>\(\xb5/\xfd|[\x50-\x5f]\*M\x18)"
 )
 _ZSTD_DICTIONARY = b"\x5d*M\x18"
-_FORMAT_OF_SUFFIX: dict[str, Format] = {
+_FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -272,8 +269,9 @@ def compression_of(head: bytes) -> str:
     return str(magic.lastgroup) if magic else ""
 
 
-def format_of(head: bytes, name: str) -> tuple[Format | None, str]:
-    """Detect the format from the (decompressed) head and the name of a file; None if it cannot be
+def format_of(head: bytes, name: str) -> tuple[str | None, str]:
+    """Detect the format from the (decompressed) head and the name of a file: text, html, warc,
+    subtitles, a key of `reading.RECORD_FORMATS` or of `publications.READERS`; None if it cannot be
     read. Also returns what the user must know: why not, or what its text is full of.
 
     A .txt of JSON lines is read as JSON lines, and a Parquet file may have any name. But a table

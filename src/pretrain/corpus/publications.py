@@ -66,6 +66,8 @@ def _zip(stream: FileStream) -> Texts:
         if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
             raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes when it is unpacked")
         names = archive.namelist()
+        if {"META-INF/rights.xml", "META-INF/sinf.xml"} & set(names):
+            raise ValueError("its text is locked (DRM)")
         if "META-INF/container.xml" in names:
             yield _epub(archive)
         elif "word/document.xml" in names:

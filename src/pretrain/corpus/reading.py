@@ -22,7 +22,6 @@ from pretrain.corpus.documents import (
 from pretrain.corpus.files import (
     HEAD_BYTES,
     FileStream,
-    Format,
     Source,
     SourceFile,
     format_of,
@@ -53,7 +52,7 @@ _END = (
 # Two patterns, of which the second begins with one character: Python searches 16 times as fast.
 _FIRST_NOTICE = re.compile(rf"[\s\S]{{0,65536}}?{_START}", re.M)
 _LATER_NOTICE = re.compile(rf"{_END}[\s\S]{{0,65536}}?(?:{_START}|\Z)", re.M)
-RECORD_FORMATS: dict[Format, Callable[[FileStream, str | None], Iterator[Row]]] = {
+RECORD_FORMATS: dict[str, Callable[[FileStream, str | None], Iterator[Row]]] = {
     "jsonl": jsonl_rows,
     "json": json_rows,
     "csv": csv_rows,
