@@ -151,7 +151,7 @@ def test_names_on_a_page_exist(page: Path) -> None:
         assert "://" not in target, f"{target}: the docs are read offline"
         assert (page.parent / target).exists(), target
     for command in re.findall(r"(?:`|^)pretrain ([a-z]+)", text, re.MULTILINE):
-        assert command in COMMANDS, command
+        assert command in {*COMMANDS, "help"}, command
     for section, key in re.findall(r"--([a-z]+)\.([a-z_]+)", text):
         assert key in {field.name for field in fields(SECTIONS[section])}, f"--{section}.{key}"
     for name in re.findall(r"\b[a-z_]+(?:/[a-z_]+)*/[a-z_]+\.py\b", text):

@@ -118,13 +118,14 @@ class LoadedModel:
             for id_, probability in zip(ids.tolist(), values.tolist(), strict=True)
         ]
 
-    def score(self, texts: Sequence[str], *, stride: int | None = None) -> Score:
-        """Return the nats, tokens and bytes of all texts; perplexity and bits per byte are its
-        properties. Windows have the context's length and start every `stride` tokens (default: they
-        do not overlap); every token is counted once."""
+    def score(self, text: str | Sequence[str], *, stride: int | None = None) -> Score:
+        """Return the nats, tokens and bytes of a text, or of several documents together;
+        `perplexity` and `bits_per_byte` are properties of the result. Windows have the context's
+        length and start every `stride` tokens (default: they do not overlap); every token is
+        counted once. Files and tasks: `pretrain.evaluate.evaluate`."""
         from pretrain.evaluate.loss import score_texts
 
-        return score_texts(self, texts, stride=stride)
+        return score_texts(self, [text] if isinstance(text, str) else text, stride=stride)
 
 
 def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
@@ -229,19 +230,5 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-# --- functions of the library -------------------------------------------------------------------
-
-
-def evaluate(model: LoadedModel, text: str | Sequence[str], *, stride: int | None = None) -> Score:
-    """Return the nats, tokens and bytes of a text, or of several documents together.
-
-    `perplexity` and `bits_per_byte` are properties of the result. Windows have the length of the
-    model's context and start every `stride` tokens (default: they do not overlap). Files and tasks:
-    `pretrain.evaluate.evaluate`.
-    """
-    return model.score([text] if isinstance(text, str) else text, stride=stride)
-
-
-def generate(model: LoadedModel, prompt: str = "", **options: Any) -> list[str]:
-    """Return continuations of a prompt; options are those of `LoadedModel.generate`."""
-    return model.generate(prompt, **options)
+# What `import pretrain` offers for a model.
+evaluate, generate = LoadedModel.score, LoadedModel.generate
