@@ -111,8 +111,11 @@ def test_an_accepted_precision_is_that_of_the_run(
 ) -> None:
     run = copy_run(stopped)
     accept = ["--train.precision", "bf16", "--accept", "train.precision"]
+    accept += ["--train.keep_checkpoints", "9", "--accept", "train.keep_checkpoints"]
     assert train("--resume", "--run", str(run), *accept) == 0
-    for path in (run, *sorted((run / "checkpoints").iterdir())):
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    assert checkpoints[0].name == "step-00000003"  # saved in fp32
+    for path in (run, *checkpoints):
         assert load_model(path, device="cpu").precision == "bf16"
 
 
