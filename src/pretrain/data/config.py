@@ -45,7 +45,7 @@ class DataConfig(Checked):
     section = "data"
 
     source: Annotated[str, _PATH] | tuple[TextPath, ...] | tuple[SourceConfig, ...] = "bundled"
-    """a file, folder or pattern of text, HTML, JSON, CSV, Parquet or WARC, plain or compressed; a
+    """a file, folder or pattern of text, HTML, JSON, CSV, Parquet, PDF, EPUB, mail or the like; a
     prepared folder; "bundled"; a list of these, read as one corpus; or a mixture: a list of {path,
     weight or epochs, stage}"""
     exhausted: Literal["repeat", "error"] = "repeat"

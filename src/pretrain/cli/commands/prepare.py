@@ -20,7 +20,7 @@ from pretrain.runner.text import stage_progress
 OPTIONS = (
     option(
         "SOURCE",
-        "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC",
+        "files, folders or patterns: text, HTML, JSON, CSV, Parquet, WARC, PDF, EPUB, mail",
         nargs="+",
     ),
     option("--out DIR", "new folder", required=True),
