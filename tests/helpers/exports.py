@@ -75,7 +75,7 @@ def change_before_verification(
 
     def run_on_changed_files(request: dict[str, Any]) -> Any:
         change(Path(request["path"]))
-        answer, logits = run_worker(request)
-        return answer, logits if n_rows is None else logits[:n_rows]
+        answer: dict[str, Any] = run_worker(request)
+        return answer if n_rows is None else {**answer, "logits": answer["logits"][:n_rows]}
 
     monkeypatch.setattr(verification, "_run_worker", run_on_changed_files)

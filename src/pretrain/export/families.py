@@ -8,7 +8,7 @@ must have the family's own value. To add a family that transformers has, add it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pretrain.export.layouts import FormatError, Layout
@@ -16,15 +16,6 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.families import FAMILIES
 from pretrain.validation import ConfigError
 from pretrain.validation import build as build_config
-
-
-@dataclass(frozen=True, slots=True)
-class GgufFormat:
-    """A family in GGUF; the name of its architecture is the family's."""
-
-    keys: Mapping[str, str]
-    """Field of ModelConfig -> key, after the name of the architecture."""
-    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +31,9 @@ class FamilyFormat:
     fixed: Mapping[str, Any]
     """Keys for which any other value is another architecture."""
     layout: Layout
-    gguf: GgufFormat | None = None
+    gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    """Field of ModelConfig -> key of GGUF, after the family's name; none if llama.cpp lacks it."""
+    gguf_layout: Layout = field(default_factory=Layout)
 
 
 _GPT2_KEYS = {
@@ -146,14 +139,12 @@ FORMATS: dict[str, FamilyFormat] = {
             optional_prefix="transformer.",
             ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
         ),
-        gguf=GgufFormat(
-            keys={**_GGUF_KEYS, "norm_epsilon": "attention.layer_norm_epsilon"},
-            layout=Layout(
-                {
-                    **_GGUF_MODULES,
-                    "blk.{}.attn_qkv": "attention.query attention.key attention.value",
-                }
-            ),
+        gguf_keys={**_GGUF_KEYS, "norm_epsilon": "attention.layer_norm_epsilon"},
+        gguf_layout=Layout(
+            {
+                **_GGUF_MODULES,
+                "blk.{}.attn_qkv": "attention.query attention.key attention.value",
+            }
         ),
     ),
     "llama": FamilyFormat(
@@ -168,25 +159,23 @@ FORMATS: dict[str, FamilyFormat] = {
         },
         fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
         layout=Layout(_LLAMA_MODULES, ignored=("model.*rotary_emb.inv_freq",)),
-        gguf=GgufFormat(
-            keys={
-                **_GGUF_KEYS,
-                "n_kv_heads": "attention.head_count_kv",
-                "norm_epsilon": "attention.layer_norm_rms_epsilon",
-                "rope_theta": "rope.freq_base",
-                "rope_original_context": "rope.scaling.original_context_length",
+        gguf_keys={
+            **_GGUF_KEYS,
+            "n_kv_heads": "attention.head_count_kv",
+            "norm_epsilon": "attention.layer_norm_rms_epsilon",
+            "rope_theta": "rope.freq_base",
+            "rope_original_context": "rope.scaling.original_context_length",
+        },
+        gguf_layout=Layout(
+            {
+                **_GGUF_MODULES,
+                "blk.{}.attn_q": "attention.query",
+                "blk.{}.attn_k": "attention.key",
+                "blk.{}.attn_v": "attention.value",
+                "blk.{}.ffn_gate": "feed_forward.gate",
             },
-            layout=Layout(
-                {
-                    **_GGUF_MODULES,
-                    "blk.{}.attn_q": "attention.query",
-                    "blk.{}.attn_k": "attention.key",
-                    "blk.{}.attn_v": "attention.value",
-                    "blk.{}.ffn_gate": "feed_forward.gate",
-                },
-                interleaved=True,
-                ignored=("rope_freqs.weight",),
-            ),
+            interleaved=True,
+            ignored=("rope_freqs.weight",),
         ),
     ),
 }

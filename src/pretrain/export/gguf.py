@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain import needs_package
-from pretrain.export.families import FORMATS, GgufFormat, checked_config, is_native
+from pretrain.export.families import FORMATS, FamilyFormat, checked_config, is_native
 from pretrain.export.layouts import (
     FormatError,
     ImportedModel,
@@ -71,9 +71,9 @@ _SPLITS: dict[str, tuple[Split, bool]] = {
 }
 
 
-def gguf_format(family: object) -> GgufFormat:
+def gguf_format(family: object) -> FamilyFormat:
     """The names of a family. FormatError for one that llama.cpp does not have."""
-    known = {name: formats.gguf for name, formats in FORMATS.items() if formats.gguf is not None}
+    known = {name: names for name, names in FORMATS.items() if names.gguf_keys}
     if family not in list(known):  # which may be unhashable
         raise FormatError(
             f"a GGUF file must be of one of the families {', '.join(known)} (got {family!r:.60}); "
@@ -104,7 +104,7 @@ def write_gguf(file: Path, *, decoder: Decoder, tokenizer: Tokenizer, numbers: s
     writer.add_name("pretrain")
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[numbers]])
     settings = {**asdict(config), "d_ff": config.feed_forward_width, "n_kv_heads": config.kv_heads}
-    for field, key in names.keys.items():
+    for field, key in names.gguf_keys.items():
         add = writer.add_float32 if isinstance(settings[field], float) else writer.add_uint32
         add(f"{config.family}.{key}", settings[field])
     writer.add_vocab_size(tokenizer.vocab_size)
@@ -115,7 +115,7 @@ def write_gguf(file: Path, *, decoder: Decoder, tokenizer: Tokenizer, numbers: s
     if config.rope_factor != 1.0:
         writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     tensors = []
-    for stored in stored_tensors(config, names.layout, vocab_size=tokenizer.vocab_size):
+    for stored in stored_tensors(config, names.gguf_layout, vocab_size=tokenizer.vocab_size):
         name = numbers.upper()
         if len(stored.shape) == 1 or stored.parameters == ("position_embedding.weight",):
             name = "F32"
@@ -167,7 +167,7 @@ def open_gguf(file: Path) -> ImportedModel:
         "GGUF",
         (file,),
         config=config,
-        layout=gguf_format(config.family).layout,
+        layout=gguf_format(config.family).gguf_layout,
         tokenizer=tokenizer,
         vocab_size=embedding.shape[0] if embedding else tokenizer.vocab_size,
         tensors={name: (tensor.shape, tensor.type) for name, tensor in tensors.items()},
@@ -278,7 +278,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, _FileTensor]]:
 
 def _config_of(values: Mapping[str, Any], tensors: Mapping[str, _FileTensor]) -> ModelConfig:
     family = values.get("general.architecture")
-    keys = gguf_format(family).keys
+    keys = gguf_format(family).gguf_keys
     fields = dict(FAMILIES[str(family)])
     for field, key in keys.items():
         value = values.get(f"{family}.{key}", _DEFAULTS.get(field))
@@ -307,10 +307,11 @@ def _check_settings(values: Mapping[str, Any], config: ModelConfig) -> None:
         "rope.scaling.attn_factor": (0.0, 1.0),
         "expert_count": (0,),
     }
+    # Whether the model was finetuned after scaling changes nothing.
+    free = (*gguf_format(family).gguf_keys.values(), "rope.scaling.finetuned")
     for key, value in values.items():
         name = key.removeprefix(f"{family}.")
-        # Whether the model was finetuned after scaling changes nothing.
-        if name == key or name in (*gguf_format(family).keys.values(), "rope.scaling.finetuned"):
+        if name == key or name in free:
             continue
         changes = name.startswith(("rope.", "attention.")) or name.endswith("_scale")
         if value not in known[name] if name in known else changes:

@@ -40,8 +40,12 @@ from pretrain.tokenizer.tokenizer import Tokenizer, template_adds_bos
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_FILE_BYTES = 5 << 30
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Of ONNX, OpenVINO, TensorFlow and Flax.
-_CONVERTED = ("*.onnx", "onnx/*.onnx", "openvino_*.xml", "*.h5", "*.msgpack")
+_OTHER_WEIGHTS = {
+    ("*.onnx", "onnx/*.onnx", "openvino_*.xml", "*.h5", "*.msgpack"): "converted for another "
+    "program); import the folder that it was converted from",
+    ("*.bin", "*.pt", "*.pth"): "a pickle, which can run any code when it is opened); save them as "
+    "safetensors with the program that wrote it",
+}
 _MODELING = "modeling_pretrain.py"
 _MAX_SETTINGS_BYTES, _MAX_INDEX_BYTES = 1 << 20, 1 << 24
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -224,16 +228,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if not (folder / _INDEX).is_file():
-        if others := sorted(p.name for s in _CONVERTED for p in folder.glob(s)):
-            raise FormatError(
-                f"{folder} must have its weights as safetensors (got {others[0]}, converted for "
-                "another program); import the folder that it was converted from"
-            )
-        if pickles := sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s)):
-            raise FormatError(
-                f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when "
-                "it is opened; save them as safetensors with the program that wrote it"
-            )
+        for patterns, reason in _OTHER_WEIGHTS.items():
+            if others := sorted(p.name for pattern in patterns for p in folder.glob(pattern)):
+                raise FormatError(
+                    f"{folder} must have its weights as safetensors (got {others[0]}, {reason}"
+                )
         raise FormatError(f"{folder} must have a file {_WEIGHTS} or {_INDEX}")
     places = _read_json(folder / _INDEX, most_bytes=_MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):

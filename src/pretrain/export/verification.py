@@ -28,7 +28,7 @@ from pretrain import __version__
 from pretrain.evaluate.loss import Score
 from pretrain.export.families import is_native
 from pretrain.export.verification_worker import CANNOT_RUN
-from pretrain.fileio import file_sha256
+from pretrain.fileio import file_sha256, read_json
 from pretrain.model.decoder import Decoder
 from pretrain.rng import uniform
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -102,11 +102,11 @@ def verify_export(
     if library is None:
         return content
     request = make_request(exported, text, library=library, threads=threads)
-    answer, logits = _run_worker(request)
-    if logits is None:
+    answer = _run_worker(request)
+    if "logits" not in answer:
         return {**content, "library": library, **answer}
     checks = {
-        "logits": _compare_logits(exported, request, logits),
+        "logits": _compare_logits(exported, request, answer["logits"]),
         "greedy": _compare_greedy(exported, request, answer["greedy"]),
         "tokenizer": _compare_ids(exported.tokenizer, request["texts"], answer),
         "perplexity": _compare_scores(exported, score, answer),
@@ -190,7 +190,7 @@ def make_request(exported: Exported, text: str, *, library: str, threads: int) -
     }
 
 
-def _run_worker(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def _run_worker(request: dict[str, Any]) -> dict[str, Any]:
     worker = Path(__file__).with_name("verification_worker.py")
     with tempfile.TemporaryDirectory(prefix="pretrain-certificate-") as name:
         folder = Path(name)
@@ -199,14 +199,14 @@ def _run_worker(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         command = [sys.executable, "-P", str(worker), name]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode == 0:
-            answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-            return answer, np.load(folder / "logits.npy", allow_pickle=False)
+            logits = np.load(folder / "logits.npy", allow_pickle=False)
+            return {**read_json(folder / "answer.json"), "logits": logits}
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:500]
     if done.returncode < 0:
         last = f"{request['library']} was killed by signal {-done.returncode}: {last}"
     if done.returncode < 0 or done.returncode == CANNOT_RUN:
-        return {"unable": last}, None
-    return {"verdict": DISAGREES, "refusal": last}, None
+        return {"unable": last}
+    return {"verdict": DISAGREES, "refusal": last}
 
 
 @torch.no_grad()
