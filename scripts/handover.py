@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +110,7 @@ def ask(tool: str) -> dict[str, str]:
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-        return dict.fromkeys(FAMILIES, f"not run: not installed ({reason:.80})")
+        return dict.fromkeys(FAMILIES, f"not run: not installed ({shorten(reason, 90)})")
     results = {}
     for family in FAMILIES:
         script = ROOT / "scripts/handover_checks.py"
@@ -123,11 +124,9 @@ def ask(tool: str) -> dict[str, str]:
             results[family] = "not run: more than 15 minutes"
             continue
         (WORK / f"{tool}-{family}.log").write_text(done.stdout + done.stderr)
-        line = (done.stdout.strip().splitlines() or [""])[-1]
+        found = re.findall("^RESULT (.*)$", done.stdout, re.MULTILINE)
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        results[family] = (
-            line.removeprefix("RESULT ") if "RESULT " in line else f"fails: {last:.90}"
-        )
+        results[family] = found[-1] if found else f"fails: {shorten(last, 90)}"
     return results
 
 

@@ -188,7 +188,12 @@ def check_onnx() -> str:
         def forward(self, input_ids: Any) -> Any:
             return model(input_ids=input_ids, use_cache=False).logits
 
-    torch.onnx.export(Logits().eval(), (ids,), str(file), input_names=["input_ids"], dynamo=True)
+    try:
+        torch.onnx.export(
+            Logits().eval(), (ids,), str(file), input_names=["input_ids"], dynamo=True
+        )
+    except Exception as error:  # its reason is in the error before it
+        raise RuntimeError(str(error.__cause__ or error).partition("\n")[0]) from None
     found = onnxruntime.InferenceSession(str(file)).run(None, {"input_ids": ids.numpy()})[0]
     off = float((torch.from_numpy(found) - model(ids).logits).abs().max())
     return "equal" if off < 1e-3 else f"logits {off:.1e} off"
