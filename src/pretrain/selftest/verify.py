@@ -9,7 +9,6 @@ python -m pretrain.selftest.verify FOLDER --stop-after N | --kill-after N.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
@@ -187,25 +186,20 @@ def main(args: Sequence[str]) -> int:
     """Train a run until a step, and stop there or be killed; in the processes that its config
     requests."""
     start_time = time.perf_counter()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--stop-after", type=int)
-    parser.add_argument("--kill-after", type=int)
-    options = parser.parse_args(args)
-
-    n = read_run_config(options.folder).parallel.processes
+    folder, is_killed, step = Path(args[0]), args[1] == "--kill-after", int(args[2])
+    n = read_run_config(folder).parallel.processes
     if n > 1 and n_processes() == 1:
         try:
             return launch(args, n, program=_PROGRAM)
         except ProcessFailed as error:
-            if options.kill_after is None or error.signal != signal.SIGKILL:
+            if not is_killed or error.signal != signal.SIGKILL:
                 print(error, file=sys.stderr)
                 return error.exit_code
             os.kill(os.getpid(), signal.SIGKILL)  # like the processes that it launched
     request = Request(
         kind="resume",
-        folder=options.folder,
-        planned_stop=PlannedStop(options.stop_after, options.kill_after),
+        folder=folder,
+        planned_stop=PlannedStop(kill_after=step) if is_killed else PlannedStop(stop_after=step),
         start_time=start_time,
     )
     return start(request).exit_code
@@ -277,17 +271,14 @@ def _same_tensors(one: Checkpoint, other: Checkpoint, group: str) -> Check:
         return Check(DIFFERS, f"{len(names)} tensors against {len(other.names(group))}")
     import torch
 
-    digest = hashlib.sha256()
-    n_numbers = 0
+    digest, n_numbers = hashlib.sha256(), 0
     for name in names:
         first, second = (each.read(f"{group}/{name}").contiguous() for each in (one, other))
-        first_bytes, second_bytes = (
-            bytes(tensor.reshape(-1).view(torch.uint8).numpy().data) for tensor in (first, second)
-        )
-        if first_bytes != second_bytes or first.dtype != second.dtype:
+        views = [tensor.reshape(-1).view(torch.uint8) for tensor in (first, second)]
+        if not torch.equal(*views) or first.dtype != second.dtype:
             difference = float((first.double() - second.double()).abs().max())
             return Check(DIFFERS, f"{name}: by up to {difference:.3g}")
-        digest.update(first_bytes)
+        digest.update(views[0].numpy().data)
         n_numbers += first.numel()
     return Check(
         EXACT, f"{len(names)} tensors, {n_numbers:,} numbers, sha256 {digest.hexdigest()[:16]}"
