@@ -322,9 +322,10 @@ def test_ids_are_checked_before_the_library_reads_a_file(
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     monkeypatch.setattr("pretrain.tokenizer.load.LibraryTokenizer", None)
     n = len(vocabulary)
-    message = f"id {n - 1} is missing; the ids of {n} tokens must be 0 to {n - 1}"
+    message = f"'tokenizer.json': id {n - 1} is missing; the ids of {n} tokens must be 0 to {n - 1}"
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(tmp_path)
+        load_tokenizer("tokenizer.json")
 
 
 def test_ranks_of_tiktoken_must_be_a_whole_vocabulary(

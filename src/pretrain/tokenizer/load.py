@@ -81,7 +81,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise ValueError(f"tokenizer file {str(file)!r} cannot be read: {error}") from error
     except ValueError as error:
-        has_name = str(file.parent) in str(error)
+        has_name = any(str(each) in str(error) for each in files)
         raise ValueError(str(error) if has_name else f"{str(file)!r}: {error}") from error
     except BaseException as error:
         # The library raises plain Exception, and on some files PanicException, a BaseException.
@@ -256,9 +256,6 @@ def _read_tiktoken(content: bytes) -> LibraryTokenizer:
 # leave the text as it is. The package `sentencepiece` parses the file. Source: Kudo and Richardson,
 # "SentencePiece: A simple and language independent subword tokenizer", 2018.
 
-_BPE = 2
-
-
 PieceType = IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
 """Type of a piece, with the numbers of SentencePiece's files, from 1."""
 
@@ -276,7 +273,7 @@ def _read_sentencepiece(content: bytes) -> LibraryTokenizer:
         pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     except (DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the file must be a SentencePiece model: {error}") from None
-    is_bpe = model.trainer_spec.model_type == _BPE
+    is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
     n_bytes = sum(type_ == PieceType.BYTE for _, _, type_ in pieces)
     if not is_bpe or n_bytes != 256:
         raise ValueError(
