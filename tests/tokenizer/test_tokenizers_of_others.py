@@ -257,6 +257,8 @@ def test_a_folder_that_transformers_5_saved_has_its_ids(tmp_path: Path) -> None:
         expected = theirs(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.encode(text).tolist() == expected, repr(text)
     assert tokenizer.encode(" sea").tolist() == load_tokenizer(path).encode(" sea").tolist()
+    # tokenizer.json has none there; a GGUF needs it.
+    assert tokenizer.description["model"]["unk_token"] == "<unk>"
 
 
 @pytest.mark.parametrize("fault", ["split", "no byte_fallback"])

@@ -39,7 +39,7 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import Decoder
 from pretrain.model.families import FAMILIES
 from pretrain.model.layers import rope_frequencies
-from pretrain.tokenizer.byte_level import Split, byte_level_bpe
+from pretrain.tokenizer.byte_level import Split, byte_level_bpe, split_of
 from pretrain.tokenizer.load import PieceType, bpe_from_pieces
 from pretrain.tokenizer.tokenizer import Tokenizer
 
@@ -363,7 +363,7 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_add_space_prefix(bool(tokenizer.space_prefix))
     else:
         names: dict[Any, str] = {known: name for name, known in reversed(_SPLITS.items())}
-        split, whole_words = tokenizer.split, bool(description["model"].get("ignore_merges"))
+        split, whole_words = split_of(description), bool(description["model"].get("ignore_merges"))
         name = names.get((split, whole_words)) or names.get((split, not whole_words))
         if name is None:
             known_splits = ", ".join(dict.fromkeys(split for split, _ in _SPLITS.values()))

@@ -93,7 +93,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _named_token(kind: str, folder: Path, library: LibraryTokenizer) -> str | None:
-    """The token that transformers' files next to a tokenizer name as its `kind`, eos or bos."""
+    """The token that transformers' files next to a tokenizer name as its `kind`: eos, bos, unk."""
     for name in NAMING_FILES:
         key = f"{kind}_token" if name in _TOKEN_FILES else f"{kind}_token_id"
         try:
@@ -170,6 +170,9 @@ def _read_tokenizer_json(file: Path) -> LibraryTokenizer:
     kinds = [(step["type"], step.get("split")) for step in before]
     if kinds == [("Metaspace", False)] and model.get("byte_fallback"):
         # SentencePiece as transformers 5 writes it: the same vocabulary and merges.
+        # Another file there names the unknown token, which only an export to GGUF needs.
+        unknown = model.get("unk_token") or _named_token("unk", file.parent, library)
+        library.model.unk_token = unknown
         library.pre_tokenizer = None
         _write_spaces(library, has_prefix=before[0].get("prepend_scheme") != "never")
     return library

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from pretrain.fileio import replace_file, without_surrogates
-from pretrain.tokenizer.byte_level import Split, special_token, split_of
+from pretrain.tokenizer.byte_level import special_token
 from pretrain.tokenizer.encode import PROBE, Ids, Kind, create_encoder, split_text, steps_of
 
 FILE_NAME = "tokenizer.json"
@@ -219,11 +219,6 @@ class Tokenizer:
         """The content of tokenizer.json, parsed at each call: it is large as Python objects."""
         content: dict[str, Any] = json.loads(self._canonical)
         return content
-
-    @property
-    def split(self) -> Split | None:
-        """Name of the pre-tokenizer; None for one that is not known here."""
-        return split_of(self.description)
 
     def padded(self, vocab_size: int) -> Tokenizer:
         """This tokenizer with unused special tokens at the end, for models that have more embedding
