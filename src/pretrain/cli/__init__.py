@@ -100,8 +100,8 @@ def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
     """Return the module of a command, and its arguments."""
     if command not in COMMANDS:
         raise ValueError(f"there is no command {command!r}; {suggestion(command, COMMANDS)}")
-    # `import` is a keyword, which cannot be the name of a module.
-    name = "importing" if command == "import" else command
+    # `import` is a keyword, which cannot be the name of a module; two commands share one.
+    name = {"import": "importing", "anneal": "extend"}.get(command, command)
     module = import_module(f"pretrain.cli.commands.{name}")
     parser = _Parser(
         prog=f"pretrain {command}",
@@ -126,7 +126,7 @@ def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
             parser.epilog = module.epilog()
     parsed = parser.parse_args(args)
     _reject_urls(parsed, overrides)
-    parsed.overrides = overrides
+    parsed.command, parsed.overrides = command, overrides
     return module, parsed
 
 
