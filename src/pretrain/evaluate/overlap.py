@@ -131,23 +131,21 @@ def _generated_text_rows(
     all_texts = [text for texts in sets.values() for text in texts]
     # One pass over the training text serves all sets.
     matches = iter(longest_matches(all_texts, document_texts(train, data.tokenizer())))
-    longest: dict[str, tuple[str, Match]] = {}
+    longest: list[tuple[dict[str, Any], str, Match]] = []
     for name, texts in sets.items():
+        rows[name]["longest"] = None
         found = [(text, match) for text in texts if (match := next(matches)) is not None]
         if found:
-            longest[name] = max(found, key=lambda pair: pair[1].n_words)
-    documents = {match.document for _, match in longest.values()}
+            longest.append((rows[name], *max(found, key=lambda pair: pair[1].n_words)))
+    documents = {match.document for _, _, match in longest}
     origins = {n: origin for n, origin in enumerate(train.origins()) if n in documents}
-    for name, row in rows.items():
-        row["longest"] = None
-        if name in longest:
-            text, match = longest[name]
-            words = split_words(text)[match.first_word : match.first_word + match.n_words]
-            row["longest"] = {
-                "words": match.n_words,
-                "text": " ".join(words),
-                "document": asdict(origins[match.document]),
-            }
+    for row, text, match in longest:
+        words = split_words(text)[match.first_word : match.first_word + match.n_words]
+        row["longest"] = {
+            "words": match.n_words,
+            "text": " ".join(words),
+            "document": asdict(origins[match.document]),
+        }
     return rows
 
 
