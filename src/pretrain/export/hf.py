@@ -205,14 +205,17 @@ def _carried(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     padding, template = settings.get("pad_token"), settings.get("chat_template")
     if isinstance(padding, dict):
         padding = padding.get("content")
-    if (file := folder / "chat_template.jinja").is_file():
+    file, carried = folder / "chat_template.jinja", dict[str, Any]()
+    if file.is_file() and file.stat().st_size <= _MAX_SETTINGS_BYTES:
         template = file.read_text(encoding="utf-8", errors="replace")
-    found = {"pad_token": padding, "chat_template": template}
-    is_known = {
-        "pad_token": isinstance(padding, str) and tokenizer.token_to_id(padding) is not None,
-        "chat_template": isinstance(template, str | list),
-    }
-    return {key: value for key, value in found.items() if is_known[key]}
+    if isinstance(padding, str) and tokenizer.token_to_id(padding) is not None:
+        carried["pad_token"] = padding
+    named = template if isinstance(template, list) else []  # several, each with a name
+    if isinstance(template, str) or (
+        named and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in named)
+    ):
+        carried["chat_template"] = template
+    return carried
 
 
 def _adds_bos(folder: Path) -> bool:
