@@ -147,7 +147,7 @@ def resume_checks() -> str:
         GENERATED,
         "",
         "`pretrain train --resume` makes these checks, in this order, before its first step. They"
-        " are the functions of `runner/checks.py`; a failed one is an error that says what differs"
+        " are functions of the named files; a failed one is an error that says what differs"
         " and what to do ([resume after a crash](../how-to/resume.md)). After the last one, what"
         " changes is recorded, and a tokenizer folder that is damaged or of another text is written"
         " again.",
@@ -156,15 +156,17 @@ def resume_checks() -> str:
     checks = {}
     for check in RESUME_CHECKS:
         first_paragraph = (inspect.getdoc(check) or "").partition("\n\n")[0]
-        checks[check.__name__] = " ".join(first_paragraph.split())
+        file = check.__module__.removeprefix("pretrain.").replace(".", "/") + ".py"
+        checks[f"{check.__name__}** (`{file}`)"] = " ".join(first_paragraph.split())
     checks |= {  # those of `Run.open`, while it loads the checkpoint
-        "check_disk": "The disk has space for the next checkpoints.",
-        "restore": "Every byte of weights and optimizer state is as it was saved.",
-        "load_log": "metrics.jsonl has the rollbacks that the position of the checkpoint counts"
-        " with.",
+        "check_disk** (`train/state.py`)": "The disk has space for the next checkpoints.",
+        "restore** (`train/state.py`)": "Every byte of weights and optimizer state is as it was"
+        " saved.",
+        "load_log** (`train/state.py`)": "metrics.jsonl has the rollbacks that the"
+        " position of the checkpoint counts with.",
     }
     for number, (name, description) in enumerate(checks.items(), start=1):
-        lines.append(f"{number}. **{name}**: {description}")
+        lines.append(f"{number}. **{name}: {description}")
     lines += ["", OTHER_ERRORS]
     return "\n".join(lines) + "\n"
 

@@ -62,6 +62,8 @@ class MixedOptimizer(torch.optim.AdamW):
                     for parameter in parameters:
                         squares = self._state_of(parameter, "squares", parameter.shape[:1], initial)
                         adagrad_update(parameter, squares, parameter.grad, lr=group["lr"])
+                case unknown:
+                    raise AssertionError(f"no code for the rule {unknown!r} of a group")
             for parameter in parameters:
                 parameter.grad = None
         # AdamW skips parameters without a gradient.
@@ -142,7 +144,7 @@ def build_optimizer(
     groups: dict[str, dict[str, Any]] = {
         "hidden": {
             "lr_mult": batch_scale * width_scale,
-            "rule": "muon" if uses_muon else "adamw",
+            "rule": config.name,
             "momentum": config.momentum,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },

@@ -154,9 +154,9 @@ def write_post_mortem(run: Run, anomaly: Anomaly, report: StepReport) -> Path | 
 def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: float) -> None:
     """Count a step that took `seconds`, and add its line to metrics.jsonl and to the console.
 
-    A new metric is one line here and one in `run.log.METRICS_KEYS`; what needs all weights is a
-    method of `ParallelModel`, as `gradient_norms`. ValueError after too many losses in a row that
-    are not finite.
+    A new metric is one line here and one in `run.log.METRICS_KEYS`; what is counted over the batch
+    is a field of `TrainingBatches`, what needs all weights a method of `ParallelModel`. ValueError
+    after too many losses in a row that are not finite.
     """
     lr = run.lr_at(run.step)
     run.step += 1
