@@ -85,7 +85,6 @@ _OTHER_NAMES = {
     for name in names.split()
 }
 _MAX_FILE_BYTES = 1 << 18
-_MAX_DEPTH = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,11 +319,6 @@ class _CoreLoader(yaml.SafeLoader):
         **yaml.SafeLoader.yaml_constructors,
         _FLOAT[0]: _construct_number,
     }
-
-    def fetch_flow_collection_start(self, kind: Any) -> None:
-        if self.flow_level > _MAX_DEPTH:  # PyYAML would need a second to reach Python's own limit
-            raise RecursionError
-        super().fetch_flow_collection_start(kind)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]

@@ -72,7 +72,6 @@ from pretrain.runner.request import (
     with_settings,
 )
 from pretrain.runner.text import LastingStream, log_to, open_text, prepared_text
-from pretrain.train.signals import PlannedStop
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -101,7 +100,8 @@ class Request:
     """whether processes that are launched print the result as JSON"""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     """where messages go"""
-    planned_stop: PlannedStop = field(default_factory=PlannedStop)
+    planned_stop: tuple[str, int] = ("", 0)
+    """where the run is interrupted on purpose: `Run.planned_stop`"""
     start_time: float = field(default_factory=time.perf_counter)
 
 
@@ -479,7 +479,7 @@ def _with_task_interval(config: RunConfig, run: Run) -> RunConfig:
     """Return the config with an interval for in-loop tasks, if the run had no tasks before."""
     if not run.tasks or config.evaluate.every is not None:
         return config
-    from pretrain.train.resolve import measure_pace, task_interval
+    from pretrain.train.resolve import fit_steps, measure_pace
 
     if run.world.size > 1:  # rank 0 cannot time a step of all ranks by itself
         raise ValueError(
@@ -488,8 +488,7 @@ def _with_task_interval(config: RunConfig, run: Run) -> RunConfig:
         )
     alone = replace(config, parallel=ParallelConfig())
     pace = measure_pace(alone, run.data, run.world.single_process(), run.tasks)
-    every = task_interval(config.train, pace)
-    return replace(config, evaluate=replace(config.evaluate, every=every))
+    return fit_steps(config, run.data, pace)
 
 
 def _report_finished(request: Request, folder: Path, config: RunConfig) -> RunResult:

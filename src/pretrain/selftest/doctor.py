@@ -10,20 +10,33 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
 
 from pretrain import __version__
+from pretrain.checkpoint.save import save_checkpoint, verify_saved
+from pretrain.config import compose
+from pretrain.corpus.reading import read_documents
+from pretrain.data.order import Order
+from pretrain.data.preparation import prepare
+from pretrain.distributed import World, describe_machine, open_world
+from pretrain.evaluate.loss import Ids
+from pretrain.model.decoder import build
+from pretrain.model.loss import LMLoss
+from pretrain.optim.config import OptimizerConfig
+from pretrain.optim.param_groups import build_optimizer
 from pretrain.parallel.config import ParallelConfig
+from pretrain.parallel.model import parallelize
 from pretrain.run.identity import code_hash
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.text import Log
 from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Report, max_difference
 from pretrain.selftest.verify import compare_runs, run_process
-
-if TYPE_CHECKING:
-    from pretrain.data.batches import MicroBatch
-    from pretrain.distributed import World
+from pretrain.train.build import TrainingBatches, rows_of
+from pretrain.train.step import training_steps
 
 # The small model that is trained, with dropout, on fixed random ids.
 _STEPS = 8
@@ -38,6 +51,7 @@ _SIZES = {
 }
 _BATCH_ROWS = 16
 _VOCAB_SIZE = 211
+_N_IDS = 5000
 _SEED = 1
 _SAVED_BYTES = 64 << 20
 _REDUCED_BYTES = 16 << 20
@@ -51,8 +65,6 @@ _CLOCK_TOLERANCE_SECONDS = 1.0
 
 def check_machine(device: str, log: Log) -> dict[str, Any]:
     """Run all checks on one device, and return what --json prints."""
-    from pretrain.distributed import describe_machine, open_world
-
     world = open_world(device)
     machine = {**describe_machine(), "device": world.device.type, "threads": world.threads}
     for name, value in machine.items():
@@ -79,10 +91,6 @@ def check_machine(device: str, log: Log) -> dict[str, Any]:
 def _measure_disk() -> Check:
     """Measure how fast a checkpoint is saved and verified in the current folder, where runs are
     written."""
-    import torch
-
-    from pretrain.checkpoint.save import save_checkpoint, verify_saved
-
     tensors = {"model/w": torch.arange(_SAVED_BYTES // 4, dtype=torch.int32)}
     with tempfile.TemporaryDirectory(dir=".", prefix=".doctor-") as name:
         start_time = time.perf_counter()
@@ -135,9 +143,6 @@ def check_compile(world: World) -> Check:
 
 def _check_resume(device: str, log: Log) -> dict[str, Any]:
     """Verify a small run on some of the bundled text."""
-    from pretrain.corpus.reading import read_documents
-    from pretrain.data.preparation import prepare
-
     with tempfile.TemporaryDirectory(prefix="pretrain-doctor-") as name:
         folder = Path(name)
         documents = list(read_documents("bundled"))[::8]
@@ -166,10 +171,6 @@ def _check_resume(device: str, log: Log) -> dict[str, Any]:
 def check_processes(device: str, log: Log) -> dict[str, Any] | None:
     """Check in each process that they can train together, and return what --json prints; None on
     ranks other than 0, which print nothing."""
-    import torch
-
-    from pretrain.distributed import open_world
-
     start_time = time.perf_counter()
     world = open_world(device, timeout_seconds=60)
     hosts = sorted(set(world.all_gather_str(platform.node())))
@@ -223,8 +224,6 @@ def _check_folder(world: World) -> Check:
 
 def _check_sums(world: World) -> Check:
     """Compare an all-reduce with its known result, and measure its bandwidth."""
-    import torch
-
     n = _REDUCED_BYTES // 4
     numbers = torch.arange(n, dtype=torch.float32, device=world.device) % 1000
     best_seconds = float("inf")
@@ -274,17 +273,6 @@ def losses(
     parallel: ParallelConfig | None = None,
 ) -> list[float]:
     """Train on all processes of `world`, and return the loss of each step in nats per token."""
-    import torch
-
-    from pretrain.config import compose
-    from pretrain.model.decoder import build
-    from pretrain.model.loss import LMLoss
-    from pretrain.optim.config import OptimizerConfig
-    from pretrain.optim.param_groups import build_optimizer
-    from pretrain.parallel.model import parallelize
-    from pretrain.train.build import rows_of
-    from pretrain.train.step import training_steps
-
     axes = (parallel or ParallelConfig()).resolve(world.size)
     # Weights of shards are initialised when each process has its own.
     device = torch.device("meta") if axes.shard > 1 else world.device
@@ -298,33 +286,21 @@ def losses(
     optimizer = build_optimizer(
         model.named_parameters(), config=OptimizerConfig(), orthogonalizer=model.orthogonalizer
     )
-    own_rows = rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows)
+    ids = Ids(np.random.default_rng(_SEED).integers(0, _VOCAB_SIZE, _N_IDS))
+    batches = TrainingBatches(
+        stream=ids,  # type: ignore[arg-type]
+        order=Order(_N_IDS, _CONTEXT, _SEED),
+        batch_size=_BATCH_ROWS,
+        micro_batch_rows=micro_batch_rows,
+        byte_lengths_V=torch.ones(_VOCAB_SIZE, dtype=torch.int64),
+        own_rows=rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows),
+    )
     reports = training_steps(
         model,
         optimizer,
-        lambda step: _batches(step, micro_batch_rows, own_rows),
+        batches.at,
         lr_at=lambda step: 3e-3,
         steps=_STEPS,
         world=world,
     )
     return [report.nats_per_token for report in reports]
-
-
-def _batches(step: int, micro_batch_rows: int, rows: range) -> list[MicroBatch]:
-    """Return this process's rows of the batch of a step, in micro-batches."""
-    import torch
-
-    from pretrain.data.batches import IGNORE_INDEX, MicroBatch
-
-    # Padding rows, where the processes do not divide the batch, have no valid targets.
-    n_rows = max(_BATCH_ROWS, rows.stop)
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, _VOCAB_SIZE, (n_rows, _CONTEXT + 1), generator=generator)
-    targets = ids[:, 1:].clone()
-    targets[_BATCH_ROWS:] = IGNORE_INDEX
-    samples = _BATCH_ROWS * step + torch.arange(n_rows)
-    batches = []
-    for first in range(rows.start, rows.stop, micro_batch_rows):
-        part = slice(first, min(first + micro_batch_rows, rows.stop))
-        batches.append(MicroBatch(ids[part, :-1].contiguous(), targets[part], samples[part]))
-    return batches

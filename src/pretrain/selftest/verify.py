@@ -10,7 +10,6 @@ python -m pretrain.selftest.verify FOLDER --stop-after N | --kill-after N.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import signal
@@ -22,9 +21,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from pretrain import __version__
+from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoints
 from pretrain.config import RunConfig, to_yaml
 from pretrain.machine import n_processes
 from pretrain.run.directory import (
@@ -38,16 +40,15 @@ from pretrain.run.directory import (
     read_environment,
     write_json,
 )
+from pretrain.run.identity import code_hash
 from pretrain.run.log import METRICS_KEYS, TIMES, RunLog
 from pretrain.runner.checks import read_run_config, settings_of
 from pretrain.runner.launch import ProcessFailed, launch
 from pretrain.runner.start import Request, start
 from pretrain.runner.text import Log
 from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Report, max_difference
-from pretrain.train.signals import PlannedStop
-
-if TYPE_CHECKING:
-    from pretrain.checkpoint.load import Checkpoint
+from pretrain.train.build import rows_of
+from pretrain.train.config import filled
 
 _PROGRAM = ("-m", "pretrain.selftest.verify")
 # A test replaces it by a worker with a planted fault.
@@ -151,10 +152,6 @@ def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str,
 
 def _copy_run(run: Path, folder: Path, config: RunConfig) -> Path:
     """Create a run with the same text and tokenizer that has no steps yet."""
-    import torch
-
-    from pretrain.run.identity import code_hash
-
     folder.mkdir()
     shutil.copytree(run / TOKENIZER, folder / TOKENIZER)
     environment = read_environment(run)
@@ -199,7 +196,7 @@ def main(args: Sequence[str]) -> int:
     request = Request(
         kind="resume",
         folder=folder,
-        planned_stop=PlannedStop(kill_after=step) if is_killed else PlannedStop(stop_after=step),
+        planned_stop=("kill" if is_killed else "stop", step),
         start_time=start_time,
     )
     return start(request).exit_code
@@ -210,8 +207,6 @@ def main(args: Sequence[str]) -> int:
 
 def _check_kill(folder: Path, k: int) -> Check:
     """Check that the process was killed after the checkpoint of step k, not at it."""
-    from pretrain.checkpoint.load import checkpoint_name, list_checkpoints
-
     last_step = max((record["step"] for record in RunLog(folder).metrics()), default=0)
     saved = [path.name for path in list_checkpoints(folder / CHECKPOINTS)]
     if saved[-1:] != [checkpoint_name(k)] or last_step <= k:
@@ -221,8 +216,6 @@ def _check_kill(folder: Path, k: int) -> Check:
 
 def compare(one: Path, other: Path, step: int) -> dict[str, Check]:
     """Compare two runs up to a step, bit by bit."""
-    from pretrain.checkpoint.load import Checkpoint, checkpoint_name
-
     folders = (one, other)
     first, second = (Checkpoint(f / CHECKPOINTS / checkpoint_name(step)) for f in folders)
     numbers = METRICS_KEYS["train"].keys() - {"ids", *TIMES}
@@ -269,8 +262,6 @@ def _same_tensors(one: Checkpoint, other: Checkpoint, group: str) -> Check:
     names = one.names(group)
     if names != other.names(group):
         return Check(DIFFERS, f"{len(names)} tensors against {len(other.names(group))}")
-    import torch
-
     digest, n_numbers = hashlib.sha256(), 0
     for name in names:
         first, second = (each.read(f"{group}/{name}").contiguous() for each in (one, other))
@@ -286,15 +277,11 @@ def _same_tensors(one: Checkpoint, other: Checkpoint, group: str) -> Check:
 
 
 def _other_micro_batch(config: RunConfig) -> int | None:
-    """Return the next smaller micro-batch that divides a process's rows, else the next larger."""
-    current = config.train.micro_batch_rows
-    assert config.train.batch_tokens is not None
-    assert current is not None
-    _, n_parts = config.parallel.resolve(config.parallel.processes).batch_part(0)
-    rows = math.ceil(config.train.batch_tokens // config.model.window_tokens / n_parts)
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    larger = min((n for n in divisors if n > current), default=None)
-    return max((n for n in divisors if n < current), default=larger)
+    """Return half a micro-batch, or two windows in place of one, if a process has two."""
+    axes = config.parallel.resolve(config.parallel.processes)
+    batch_size = filled(config.train.batch_tokens) // config.model.window_tokens
+    n_own = len(rows_of(0, axes, batch_size, micro_batch_rows=1))
+    return min(filled(config.train.micro_batch_rows), n_own) // 2 or (2 if n_own > 1 else None)
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ def train(run: Run) -> int:
                 run.optimizer.step()
             run.world.synchronize()
             log_step(run, report, anomaly, seconds=time.perf_counter() - start)
-            if run.step == run.planned_stop.kill_after:
+            if run.planned_stop == ("kill", run.step):
                 run.saver.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
 
             improved = evaluate_if_due(run, stop)
-            stopping = stop.requested(run.world) or run.step == run.planned_stop.stop_after
+            stopping = stop.requested(run.world) or run.planned_stop == ("stop", run.step)
             is_kept = run.due(config.save_every) or run.due(config.keep_every)
             if improved or stopping or is_kept:
                 run.save(wait=stopping or run.step == run.n_steps)

@@ -76,9 +76,6 @@ def resolve(
     from pretrain.train.build import training_batches
 
     training_batches(config, data, world)  # raises ValueError for an order that cannot be
-    if pace is not None and tasks and config.evaluate.every is None:
-        every = task_interval(config.train, pace)
-        config = replace(config, evaluate=replace(config.evaluate, every=every))
     return config
 
 
@@ -194,12 +191,12 @@ def resolve_precision(train: TrainConfig, world: World) -> Precision:
 def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunConfig:
     """Fill the number of steps, for train.minutes from a measured pace, and what depends on it:
     intervals and warm-up."""
-    train, schedule = config.train, config.schedule
+    train, schedule, evaluate = config.train, config.schedule, config.evaluate
     if train.steps is None:
         assert pace is not None
         step_and_tasks = pace.step_seconds
-        if config.evaluate.every is not None:
-            step_and_tasks += pace.task_seconds / config.evaluate.every
+        if evaluate.every is not None:
+            step_and_tasks += pace.task_seconds / evaluate.every
         elif pace.task_seconds:
             step_and_tasks += TASK_TIME_SHARE * pace.step_seconds
         evaluating = _evaluating_steps(data, train) * pace.step_seconds
@@ -211,7 +208,9 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
-    return replace(config, train=train, schedule=schedule)
+    if evaluate.every is None and pace is not None and pace.task_seconds:
+        evaluate = replace(evaluate, every=task_interval(train, pace))
+    return replace(config, train=train, schedule=schedule, evaluate=evaluate)
 
 
 def max_steps(config: RunConfig, data: PreparedData) -> int | None:

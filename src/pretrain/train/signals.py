@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
@@ -26,15 +26,6 @@ def stop_signals() -> list[signal.Signals]:
     """Return the STOP_SIGNALS that this system has, without SIGHUP where nohup has it ignored."""
     known = [signal.Signals[name] for name in STOP_SIGNALS if hasattr(signal, name)]
     return [n for n in known if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
-
-
-class PlannedStop(NamedTuple):
-    """Where a run is interrupted on purpose, so that `pretrain verify` can test its resume."""
-
-    stop_after: int | None = None
-    """save and stop after this step, as after a signal"""
-    kill_after: int | None = None
-    """send SIGKILL to this process after this step, before it is evaluated or saved"""
 
 
 class Stopped(KeyboardInterrupt):

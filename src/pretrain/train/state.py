@@ -36,7 +36,6 @@ from pretrain.train.build import TrainingBatches, build_model, training_batches
 from pretrain.train.config import filled
 from pretrain.train.console import Console, show_plan
 from pretrain.train.monitor import MOST_ROLLBACKS, SpikeDetector, StragglerDetector, rollbacks_of
-from pretrain.train.signals import PlannedStop
 
 # A disk that fails once may have space again at the next checkpoint; after this many failures in a
 # row it is full.
@@ -88,7 +87,9 @@ class Run:
     """tasks that are evaluated every config.evaluate.every steps, and after the last one"""
     first_weights: Callable[[], Checkpoint | None] = lambda: None
     """opens the checkpoint of another run that this one started from"""
-    planned_stop: PlannedStop = field(default_factory=PlannedStop)
+    planned_stop: tuple[str, int] = ("", 0)
+    """("stop", step): save and stop after the step, as after a signal; ("kill", step): send SIGKILL
+    to this process before the step is evaluated or saved; for `pretrain verify`"""
     start_time: float = 0.0
     """on time.perf_counter, shifted back by the seconds of earlier, resumed processes"""
 

@@ -14,12 +14,13 @@ from pretrain.cli.options import DEVICE, option
 from pretrain.cli.output import Output
 from pretrain.machine import n_processes
 from pretrain.runner.launch import launch
-from pretrain.selftest.doctor import check_machine, check_processes
 
 OPTIONS = (DEVICE, option("--processes N", "number of processes to start", 1, least=1))
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
+    from pretrain.selftest.doctor import check_machine, check_processes
+
     if n_processes() > 1:
         result = check_processes(args.device, output.log)
     elif args.processes > 1:

@@ -16,12 +16,13 @@ from pathlib import Path
 from pretrain.cli.options import RUN, option
 from pretrain.cli.output import Output
 from pretrain.selftest import DIFFERS
-from pretrain.selftest.verify import verify
 
 OPTIONS = (RUN, option("--steps K", "steps of each half", 10))
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
+    from pretrain.selftest.verify import verify
+
     result = verify(Path(args.run), args.steps, output.log)
     output.result(result)
     return 1 if result["verdict"] == DIFFERS else 0
