@@ -30,6 +30,12 @@ def max_difference(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
 
 
+def judge(difference: float, tolerance: float, what: str) -> Check:
+    """Judge such a difference of two runs, which `what` describes."""
+    verdict = AGREES if difference <= tolerance else DIFFERS
+    return Check(verdict, f"{what}: losses differ by {difference:.1e} (tolerance {tolerance:.0e})")
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """Checks by name, each printed as soon as it is added."""

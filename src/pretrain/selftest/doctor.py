@@ -33,7 +33,7 @@ from pretrain.run.identity import code_hash
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.text import Log
-from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Report, max_difference
+from pretrain.selftest import AGREES, DIFFERS, NOT_JUDGED, Check, Report, judge, max_difference
 from pretrain.selftest.verify import compare_runs, run_process
 from pretrain.train.build import TrainingBatches, rows_of
 from pretrain.train.step import training_steps
@@ -72,13 +72,8 @@ def check_machine(device: str, log: Log) -> dict[str, Any]:
 
     report = Report(log)
     report.add("disk", _measure_disk())
-    first, second = losses(world, "float32", 16), losses(world, "float32", 16)
-    if first == second:
-        check = Check(AGREES, f"{_STEPS} steps twice, with dropout: the same losses bit for bit")
-    else:
-        difference = max_difference(first, second)
-        check = Check(DIFFERS, f"losses differ by {difference:.1e} from one run to the next")
-    report.add("repeat", check)
+    difference = max_difference(losses(world, "float32", 16), losses(world, "float32", 16))
+    report.add("repeat", judge(difference, 0.0, f"{_STEPS} steps twice, with dropout"))
     report.add("micro-batch", _check_micro_batch(world))
     report.add("compile", check_compile(world))
     resume = _check_resume(device, log)
@@ -134,11 +129,7 @@ def check_compile(world: World) -> Check:
         return Check(NOT_JUDGED, f"torch.compile fails here: {message}")
     seconds = time.perf_counter() - start_time
     difference = max_difference(losses(world, "float32", 16), compiled)
-    return Check(
-        AGREES if difference <= 1e-5 else DIFFERS,
-        f"losses differ by {difference:.1e} from eager ones (tolerance 1e-05), {seconds:.0f} s to "
-        "compile",
-    )
+    return judge(difference, 1e-5, f"compiled in {seconds:.0f} s, against not compiled")
 
 
 def _check_resume(device: str, log: Log) -> dict[str, Any]:
@@ -254,11 +245,7 @@ def _check_axes(world: World, parallel: ParallelConfig) -> Check:
     together = losses(world, dtype, 2, parallel=parallel)
     own_difference = max_difference(alone, together)
     difference = max(each for (each,) in world.all_gather([own_difference]))
-    return Check(
-        AGREES if difference <= tolerance else DIFFERS,
-        f"losses of {_STEPS} steps: {difference:.1e} from those of one process (tolerance "
-        f"{tolerance:.0e})",
-    )
+    return judge(difference, tolerance, f"{_STEPS} steps, against one process")
 
 
 # --- a tiny run --------------------------------------------------------------------------------

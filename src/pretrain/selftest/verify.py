@@ -46,7 +46,7 @@ from pretrain.runner.checks import read_run_config, settings_of
 from pretrain.runner.launch import ProcessFailed, launch
 from pretrain.runner.start import Request, start
 from pretrain.runner.text import Log
-from pretrain.selftest import AGREES, DIFFERS, EXACT, NOT_JUDGED, Check, Report, max_difference
+from pretrain.selftest import DIFFERS, EXACT, NOT_JUDGED, Check, Report, judge, max_difference
 from pretrain.train.build import rows_of
 from pretrain.train.config import filled
 
@@ -122,13 +122,8 @@ def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str,
             other = _copy_run(folder, work / "micro-batch", changed)
             _train(other, "--stop-after", 2 * k)
             losses = [[r["loss"] for r in _records(f, is_train=True)] for f in (reference, other)]
-            difference = max_difference(*losses)
-            checks["micro-batch"] = Check(
-                AGREES if difference <= _MAX_DIFFERENCE else DIFFERS,
-                f"micro-batches of {rows} rows instead of {train.micro_batch_rows}, in float32: "
-                f"losses differ by at most {difference:.1e}, relative (tolerance "
-                f"{_MAX_DIFFERENCE:.0e})",
-            )
+            what = f"{rows} rows at once instead of {train.micro_batch_rows}, in float32"
+            checks["micro-batch"] = judge(max_difference(*losses), _MAX_DIFFERENCE, what)
 
         for name, check in checks.items():
             report.add(name, check)
