@@ -67,31 +67,25 @@ class HashingFile(NewFile):
         super().__init__(path)
         self.n_bytes = 0
         self.hashes: list[str] = []
-        self._block = hashlib.sha256()
-        self._block_filled = 0
+        """the SHA-256 of each block, once the file is closed"""
+        self._blocks: list[Any] = []
 
     def write(self, data: bytes | memoryview) -> int:
         rest = memoryview(data)
         while rest:
-            part = rest[: BLOCK_BYTES - self._block_filled]
+            n_filled = self.n_bytes % BLOCK_BYTES
+            if not n_filled:
+                self._blocks.append(hashlib.sha256())
+            part = rest[: BLOCK_BYTES - n_filled]
             super().write(part)
-            self._block.update(part)
-            self._block_filled += len(part)
-            if self._block_filled == BLOCK_BYTES:
-                self._end_block()
+            self._blocks[-1].update(part)
+            self.n_bytes += len(part)
             rest = rest[len(part) :]
-        self.n_bytes += len(data)
         return len(data)
 
     def close(self) -> None:
-        if self._block_filled:
-            self._end_block()
+        self.hashes = [block.hexdigest() for block in self._blocks]
         super().close()
-
-    def _end_block(self) -> None:
-        self.hashes.append(self._block.hexdigest())
-        self._block = hashlib.sha256()
-        self._block_filled = 0
 
 
 def write_tensors(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -339,8 +339,12 @@ class ParallelModel:
         if self.pipeline is not None and self.lm_loss.decoder.config.tied_head:
             self.pipeline.sum_tied_grads(self.shards)
         if self.replicas is not None:
-            tables = sparse_tables(self.lm_loss.decoder).values()
-            average_sparse_grads_(list(tables), self.world.size)
+            for table in sparse_tables(self.lm_loss.decoder).values():
+                if table.grad is not None:
+                    # gloo sends only the rows that a process has read; all get the same bits.
+                    mean = table.grad.coalesce() / self.world.size
+                    dist.all_reduce(mean)
+                    table.grad = mean.coalesce()
 
         # Read once a step: to read them after each micro-batch would make a GPU wait.
         if self.world.size > 1:
@@ -368,42 +372,3 @@ class ParallelModel:
         names = sorted({name for slices in self.slices for name in slices})
         totals = self.world.all_sum(*(shares.get(name, 0.0) for name in names))
         return dict(zip(names, totals, strict=True))
-
-
-def average_sparse_grads_(tables: Sequence[nn.Parameter], size: int) -> None:
-    """Replace the sparse gradients of `tables` (R, D) by their mean over `size` processes.
-
-    The result has the same bits on all ranks. Only the rows that a process has read are sent, those
-    of all tables of one width D together.
-    """
-    for width in sorted({table.shape[1] for table in tables}):
-        same_width = [table for table in tables if table.shape[1] == width]
-        grads = [table.grad.coalesce() for table in same_width if table.grad is not None]
-        n_rows = torch.tensor([len(grad.values()) for grad in grads])
-        n_rows_of_rank = n_rows.new_empty(size, len(grads))
-        dist.all_gather(list(n_rows_of_rank.unbind()), n_rows)
-
-        # all_gather needs equal sizes: pad to the longest.
-        longest = int(n_rows_of_rank.sum(1).max())
-        values_ND = torch.cat([grad.values() for grad in grads]) / size
-        all_values = _all_gather_padded(values_ND, longest, size)
-        rows_N = torch.cat([grad.indices()[0] for grad in grads])
-        all_rows = _all_gather_padded(rows_N, longest, size)
-
-        stops = n_rows_of_rank.cumsum(1)
-        starts = stops - n_rows_of_rank
-        for i, table in enumerate(same_width):
-            spans = [slice(int(a), int(b)) for a, b in zip(starts[:, i], stops[:, i], strict=True)]
-            rows = torch.cat([all_rows[rank, span] for rank, span in enumerate(spans)])
-            values = torch.cat([all_values[rank, span] for rank, span in enumerate(spans)])
-            mean = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)
-            table.grad = mean.coalesce()
-
-
-def _all_gather_padded(tensor: Tensor, length: int, size: int) -> Tensor:
-    """The tensors (N, ...) of all processes, padded with zeros: (size, length, ...)."""
-    padded = tensor.new_zeros(length, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    gathered = padded.new_empty(size, *padded.shape)
-    dist.all_gather(list(gathered.unbind()), padded)
-    return gathered

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, get_args
 
-from pretrain.machine import install_command
+from pretrain import missing_package
 from pretrain.validation import Checked
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -30,7 +30,4 @@ def require_packages(to: Iterable[str]) -> None:
     for name in to:
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name is not a package
-            raise ValueError(
-                f"report.to contains {name!r}, but its package is not installed; "
-                f"install it with: {install_command(name, extra=name)}"
-            )
+            raise missing_package(f"report.to {name}", name, extra=name)

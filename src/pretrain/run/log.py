@@ -163,10 +163,8 @@ class RunLog:
     def hash_of_start(self, name: str, n_bytes: int) -> str:
         """The SHA-256 of the first `n_bytes` of a file, or of all of it if it is shorter."""
         path = self.folder / name
-        if not path.exists():
-            return hashlib.sha256().hexdigest()
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read(n_bytes)).hexdigest()
+        content = path.read_bytes()[:n_bytes] if path.exists() else b""
+        return hashlib.sha256(content).hexdigest()
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
