@@ -324,14 +324,13 @@ def remove_flat_folder(path: Path) -> None:
 def check_free_space(folder: Path, *, n_bytes: int, n_files: int) -> None:
     """OSError (ENOSPC) unless the disk of `folder` has space for `n_bytes` in `n_files` files."""
     disk = shutil.disk_usage(folder)
-    # Some file systems report no size, or have no table of files: 0 of 0.
-    if disk.total and disk.free < n_bytes:
-        message = f"a checkpoint needs {n_bytes:,} bytes, but only {disk.free:,} are free"
-        raise OSError(errno.ENOSPC, message, str(folder))
+    counts = [(n_bytes, disk.free, disk.total, "bytes")]
     if hasattr(os, "statvfs"):
         table = os.statvfs(folder)
-        if table.f_files and table.f_favail < n_files:
-            message = f"a checkpoint needs {n_files} inodes, but only {table.f_favail} are free"
+        counts.append((n_files, table.f_favail, table.f_files, "inodes"))
+    for needed, free, total, unit in counts:
+        if total and free < needed:  # some file systems do not report a size or a table: 0 of 0
+            message = f"a checkpoint needs {needed:,} {unit}, but only {free:,} are free"
             raise OSError(errno.ENOSPC, message, str(folder))
 
 
