@@ -150,7 +150,8 @@ def test_memory_check_counts_the_shards_on_one_machine(monkeypatch: pytest.Monke
 
 def written(folder: Path, **parallel: int) -> Path:
     """A run's folder that says no more than how it is laid."""
-    config = {"model": {"n_heads": 3, "d_model": 48, "d_ff": 96}, "parallel": parallel}
+    model = {"n_heads": 3, "d_model": 48, "d_ff": 96}
+    config = {"train": {"steps": 10}, "model": model, "parallel": parallel}
     (folder / "config.yaml").write_text(json.dumps(config))
     (folder / "environment.json").write_text("{}")
     return folder
