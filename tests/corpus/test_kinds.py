@@ -13,6 +13,7 @@ from odd_files import (
     AS_WRITTEN,
     MEDIAWIKI,
     READ,
+    SAVED_PAGE,
     SENTENCE,
     SKIPPED,
     docx,
@@ -23,6 +24,7 @@ from odd_files import (
 )
 from pretrain.corpus import publications
 from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.files import format_of
 from pretrain.corpus.reading import read_documents
 
 
@@ -111,6 +113,36 @@ def test_messages_are_decoded_and_divided(tmp_path: Path) -> None:
     assert first.title == "H\xe4fen"
     assert second.text == "The ship sails to Bergen."
     assert "1 document: without text" in report.facts()["skipped"]
+
+
+@pytest.mark.parametrize("code", ["UTF-16le", "UTF-16be", "UTF-32le", "UTF-32be"])
+def test_wide_text_without_its_mark_is_named_by_its_code(code: str) -> None:
+    assert f"iconv -f {code} " in format_of(SENTENCE.encode(code), "a.txt")[1]
+
+
+def test_a_saved_page_is_read_in_its_own_encoding(tmp_path: Path) -> None:
+    """Chrome's MHTML; `From` at the start of a line divides mailboxes only."""
+    pytest.importorskip("resiliparse")
+    (tmp_path / "a.mht").write_bytes(SAVED_PAGE.encode())
+    (document,) = read_documents(tmp_path / "a.mht")
+    expected = "From H\xe4fen, Geb\xe4ude, Gew\xe4sser, gr\xf6\xdfere Fl\xfcsse."
+    assert (document.title, document.text) == ("Ships", expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"data": {"text": "The ship sails."}}'),
+        ("a.json", '{"text": "train", "train": {"steps": 9}}'),
+        ("a.toml", '[model]\nname = "ship"\n'),
+        ("a.toml", "[ship]\nsteps = 9\n\n[train]\nsteps = 9\n"),
+    ],
+)
+def test_settings_of_others_are_no_config(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    report = ReadingReport()
+    list(read_documents(tmp_path, report=report))
+    assert report.n_skipped_files == 0
 
 
 def test_a_dump_of_mediawiki_gives_its_articles_as_plain_text(tmp_path: Path) -> None:

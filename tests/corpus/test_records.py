@@ -431,3 +431,50 @@ def test_json_objects_and_nested_lists(tmp_path: Path) -> None:
     report = ReadingReport()
     assert read_texts(path, report=report) == []
     assert "invalid JSON" in report.problems[0].reason
+
+
+def test_json_in_several_lines_names_jq(tmp_path: Path) -> None:
+    """As jq 1.7 prints objects; those of a JSON text sequence (RFC 7464) in one line are read."""
+    one, two = {"text": "a ship"}, {"text": "a sea"}
+    pretty = "\n".join(json.dumps(each, indent=2) for each in (one, two))
+    for name, text in (
+        ("a.json", pretty),
+        ("a.jsonl", pretty),
+        ("a.json", json.dumps(one) + json.dumps(two)),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        report = ReadingReport()
+        assert read_texts(tmp_path / name, report=report) == []
+        assert "jq -c . FILE" in report.problems[0].reason
+    for name in ("a.json", "a.jsonl"):
+        sequence = "".join(f"\x1e{json.dumps(each)}\n" for each in (one, two))
+        (tmp_path / name).write_text(sequence, encoding="utf-8")
+        assert read_texts(tmp_path / name) == ["a ship", "a sea"]
+    (tmp_path / "a.json").write_text("\x1e" + pretty.replace("\n{", "\n\x1e{"), encoding="utf-8")
+    report = ReadingReport()
+    assert read_texts(tmp_path / "a.json", report=report) == []
+    assert "jq --seq -c . FILE" in report.problems[0].reason
+
+
+@pytest.mark.parametrize("mark", ["sep=;", '"sep=^"', "sep=\t"])
+def test_the_delimiter_line_of_excel_is_no_header(tmp_path: Path, mark: str) -> None:
+    delimiter = mark.strip('"').removeprefix("sep=")
+    rows = [["id", "text"], ["1", "a ship, a sea"]]
+    text = "\r\n".join([mark, *map(delimiter.join, rows)])
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    (document,) = read_documents(tmp_path / "a.csv")
+    assert (document.id, document.text) == ("1", "a ship, a sea")
+
+
+def test_a_first_line_that_looks_like_a_record_is_a_warning(tmp_path: Path) -> None:
+    for text, is_warned in (
+        ("0,a ship\n1,a sea\n", True),
+        ("a ship " * 20 + ",yes\na sea,no\n", True),
+        ("country,1960,1961\na sea,1,2\n", False),
+    ):
+        (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+        report = ReadingReport()
+        assert len(read_texts(tmp_path / "a.csv", report=report)) == 1
+        facts = report.facts()
+        assert ("looks like a record" in facts.get("warning", "")) == is_warned
+        assert "as it is" not in facts

@@ -132,6 +132,14 @@ NOTEBOOK = {
     "nbformat": 4,
     "nbformat_minor": 5,
 }
+# As Chrome saves a page: the part names no charset, the page does.
+SAVED_PAGE = (
+    "From: <Saved by Blink>\r\nSubject: Ships\r\nMIME-Version: 1.0\r\nContent-Type: "
+    'multipart/related; type="text/html"; boundary="b"\r\n\r\n--b\r\nContent-Type: text/html\r\n'
+    'Content-Transfer-Encoding: quoted-printable\r\n\r\n<html><head><meta charset=3D"utf-8">'
+    "</head><body>\r\n\r\nFrom H=C3=A4fen, Geb=C3=A4ude, Gew=C3=A4sser, gr=C3=B6=C3=9Fere "
+    "Fl=C3=BCsse.</body></html>\r\n--b--\r\n"
+)
 SUBTITLES = (
     "1\n00:00:01,000 --> 00:00:02,000\nA ship.\n\n2\n00:00:03,000 --> 00:00:04,500\nIt sails.\n"
 )
@@ -193,6 +201,7 @@ READ: dict[str, Callable[[], bytes]] = {
     "list.mbox": lambda: mailbox(SENTENCE, "Second."),
     "packed.mbox.gz": lambda: gzip.compress(mailbox(SENTENCE)),
     "one.eml": lambda: b"Subject: Ships\nTo: b@example.org\n\nThe ship sails.\n",
+    "saved.mhtml": SAVED_PAGE.encode,
     "film.srt": SUBTITLES.encode,
     "film.vtt": lambda: b"WEBVTT\n\n00:01.000 --> 00:02.000\nA ship.\n",
     "work.ipynb": lambda: json.dumps(NOTEBOOK).encode(),
@@ -206,6 +215,11 @@ AS_WRITTEN: dict[str, Callable[[], bytes]] = {
     "feed.xml": lambda: b'<?xml version="1.0"?>\n<rss><title>A ship</title></rss>\n',
     "drawing.svg": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><text>A ship</text></svg>\n',
     "tree.conllu": lambda: b"# sent_id = 1\n1\tA\ta\tDET\n2\tship\tship\tNOUN\n",
+    "film.ass": lambda: b"[Script Info]\nTitle: A\n[Events]\nDialogue: 0,0:00:01.00,A ship.\n",
+    "film.sub": lambda: b"{0}{25}A ship.\n",
+    "film.sbv": lambda: b"0:00:01.000,0:00:02.000\nA ship.\n",
+    "film.smi": lambda: b"<SAMI><BODY><SYNC Start=1>A ship.</BODY></SAMI>\n",
+    "song.lrc": lambda: b"[ar:Anna]\n[00:01.00]A ship.\n",
     "dump.sql": lambda: b"-- MySQL dump 10.13\nINSERT INTO t VALUES ('A ship');\n",
 }
 """Files that are read with their marks, and named."""
@@ -235,10 +249,16 @@ SKIPPED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "picture.png": ("a picture", lambda: b"\x89PNG\r\n\x1a\n" + b"\0" * 30),
     "picture.jpg": ("a picture", lambda: b"\xff\xd8\xff\xe0" + b"x" * 30),
     "sound.wav": ("sound or film", _wav),
+    "sound.mp3": ("sound or film", lambda: b"ID3\x09\0" + b"x" * 30),
+    "old.mov": ("sound or film", lambda: b"\0\0\0\x30moov" + b"x" * 30),
+    "train.json": ("must be YAML", lambda: b'{"data": {"source": "a"},\n "train": {"steps": 9}}\n'),
+    "train.toml": ("must be YAML", lambda: b'# ships\n[data]\nsource = "a"\n[train]\nsteps = 9\n'),
     "program": ("a program", lambda: b"\x7fELF" + b"\0" * 30),
     "crawl.arc": ("an ARC archive", lambda: b"filedesc://a.arc 0.0.0.0 2003 text/plain 9\n1 0 A\n"),
     "crawl.wat": ("the WET file", as_warc),
     "wide-without-mark.txt": ("if it is UTF-16", lambda: SENTENCE.encode("utf-16-le")),
+    "wide-big.txt": ("-f UTF-16be", lambda: SENTENCE.encode("utf-16-be")),
+    "named.txt.gz": ("does not start like a gzip file", lambda: b"A ship.\n"),
     "latin.txt": ("not UTF-8 text", lambda: ("caf\xe9 " * 9).encode("latin-1")),
     "rows.parquet": ("its name is that of a Parquet file", lambda: b"no table\n"),
     "empty.parquet": ("its name is that of a Parquet file", lambda: b""),

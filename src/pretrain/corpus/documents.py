@@ -198,7 +198,9 @@ class ReadingReport:
         share = f"{_percent(n_omitted, self.n_read_bytes)} of the bytes of {self.n_files:,} files"
         if omissions:
             facts["skipped"] = "\n".join([f"{share}:"][: len(omissions) - 1] + omissions)
-        if marks := [each.line(self.n_read_bytes) for each in notes if each.is_read]:
+        warnings = [e.line(self.n_read_bytes) for e in notes if e.unit == "header"]
+        marks = [e.line(self.n_read_bytes) for e in notes if e.is_read and e.unit != "header"]
+        if marks:
             facts["as it is"] = "\n".join(marks)
         if self.n_repaired:
             how = "bytes replaced by U+FFFD, or a stray quotation mark kept"
@@ -209,7 +211,9 @@ class ReadingReport:
             fields = (self._field(name, file) for name, file in reversed(names.items()))
             facts["field"] = f"{how}: {'; '.join(fields)}"
         if 2 * n_omitted > self.n_read_bytes:
-            facts["warning"] = f"most of the source is not in the text: {share} was skipped"
+            warnings.append(f"most of the source is not in the text: {share} was skipped")
+        if warnings:
+            facts["warning"] = "\n".join(warnings)
         return facts
 
     def _field(self, name: str, file: str) -> str:

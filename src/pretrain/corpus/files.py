@@ -291,9 +291,13 @@ def format_of(head: bytes, name: str) -> tuple[str | None, str]:
     if promised:
         return None, f"its name is that of {promised}, but it does not begin like one"
     if b"\0" in head:
-        is_wide = 3 * head.count(0) > len(head) and len(head.strip(b"\0")) > len(head) // 2
-        advice = "; if it is UTF-16, convert it first (iconv -f utf-16le -t utf-8 FILE)" * is_wide
-        return None, f"binary, not text: a NUL byte{advice}"
+        n = head.count(0)
+        if 3 * n <= len(head) or len(head.strip(b"\0")) <= len(head) // 2:
+            return None, "binary, not text: a NUL byte"
+        order = "be" if head[::2].count(0) > head[1::2].count(0) else "le"
+        code = f"UTF-{32 if 5 * n > 3 * len(head) else 16}{order}"
+        how = f"if it is {code}, convert it first (iconv -f {code} -t utf-8 FILE)"
+        return None, f"binary, or {code}: a NUL byte; {how}"
 
     by_name = _FORMAT_OF_SUFFIX.get(suffix)
     is_html = _HTML.match(head) is not None

@@ -123,15 +123,18 @@ def _mail(stream: FileStream) -> Texts:
             body = message.get_body(("plain", "html"))
             text = body.get_content()
             if body.get_content_subtype() == "html":
-                text = page_text(text.encode())[1]
+                # A page whose charset the mail does not name, names it itself.
+                page = None if body.get_content_charset() else body.get_payload(decode=True)
+                text = (page_text(page) if page else html_text(text, is_page=True))[1]
         yield title, text
 
 
 def _messages(stream: FileStream) -> Iterator[bytes]:
-    """A message begins with a line `From ...` after an empty line (RFC 4155)."""
+    """A message of a mailbox begins with a line `From ...` after an empty line (RFC 4155)."""
     message = bytearray()
+    is_box = stream.peek().startswith(b"From ")
     while line := stream.readline(MAX_PART_BYTES):
-        if line.startswith(b"From ") and message.endswith((b"\n\n", b"\n\r\n")):
+        if is_box and line.startswith(b"From ") and message.endswith((b"\n\n", b"\n\r\n")):
             yield bytes(message)
             message.clear()
         if len(message) < MAX_PART_BYTES:

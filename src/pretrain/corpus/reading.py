@@ -13,20 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from pretrain.corpus.documents import (
-    Document,
-    Omission,
-    ReadingReport,
-    with_newlines,
-)
-from pretrain.corpus.files import (
-    HEAD_BYTES,
-    FileStream,
-    Source,
-    SourceFile,
-    format_of,
-    list_files,
-)
+from pretrain.corpus.documents import Document, Omission, ReadingReport, with_newlines
+from pretrain.corpus.files import HEAD_BYTES, FileStream, Source, SourceFile, format_of, list_files
 from pretrain.corpus.pages import read_html, read_warc
 from pretrain.corpus.publications import read_publication
 from pretrain.corpus.records import Row, json_rows, jsonl_rows, read_records
@@ -112,6 +100,8 @@ def _read_stream(stream: FileStream, text_field: str | None) -> Iterator[Documen
         head = stream.peek()[:HEAD_BYTES]
     except OSError as error:
         stream.skip_file(f"cannot be read: {error.strerror}")
+        return
+    if stream.damage and not head:
         return
     format, note = format_of(head, stream.file.path.name)
     match format:

@@ -320,12 +320,16 @@ def _parse_json(text: str) -> Any:
 
     if isinstance(text, Skipped):
         return text
+    plain = text.removeprefix("\x1e")  # before each text of a sequence, RFC 7464
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=reject_constant)
+        return json.loads(plain, object_pairs_hook=unique_keys, parse_constant=reject_constant)
     except RecursionError:
         return Skipped("invalid JSON: nested too deeply")
     except ValueError as error:
-        return Skipped(f"invalid JSON: {error}")
+        is_more = plain.startswith(("{", "\x1e"), getattr(error, "pos", 0))
+        is_jq = plain.strip() == "{" or (str(error).startswith("Extra data") and is_more)
+        hint = f"; jq {'--seq ' * (plain != text)}-c . FILE writes each object in one line"
+        return Skipped(f"invalid JSON: {error}{hint * is_jq}")
 
 
 def json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:

@@ -12,21 +12,16 @@ from contextlib import suppress
 from typing import Any
 
 from pretrain import needs_package
-from pretrain.corpus.documents import MAX_RECORD_BYTES
+from pretrain.corpus.documents import MAX_RECORD_BYTES, Omission
 from pretrain.corpus.files import FileStream
-from pretrain.corpus.records import (
-    EVERY_FIELD,
-    Line,
-    Row,
-    Skipped,
-    field_names,
-    read_lines,
-)
+from pretrain.corpus.records import EVERY_FIELD, Line, Row, Skipped, field_names, read_lines
 
 _LOOK_LINES = 50
 """Lines of a quoted cell after which it is decided whether its quotation mark opened it."""
 _BATCH_ROWS = 256
 _ARROW_MAGIC = b"ARROW1\0\0"
+_DELIMITER_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*')
+"""The first line of a CSV of Excel, which names its delimiter."""
 _TEXT_TYPE = re.compile(
     r"(dictionary<values=)?(large_)?(string|binary)|[a-z_]*(list|struct)<(?!.*binary).*string"
 )
@@ -97,13 +92,15 @@ def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     table = _Table(read_lines(stream))
     header_line = ""
+    delimiter = "\t" if ".tsv" in stream.file.path.suffixes else ""
     for header_line in table:
-        if header_line.strip():
+        mark = _DELIMITER_LINE.fullmatch(header_line)
+        if header_line.strip() and not mark:
             break
+        delimiter = mark[1] if mark else delimiter
         table.restart(1)
     table.restart(0)
-    is_tsv = ".tsv" in stream.file.path.suffixes
-    table.delimiter = "\t" if is_tsv else max(",;\t|", key=header_line.count)
+    table.delimiter = delimiter or max(",;\t|", key=header_line.count)
     reader = table.parse(table)
     while True:
         error = None
@@ -137,6 +134,11 @@ def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
             names = [cell.strip() for cell in cells]
             for i, name in enumerate(names):
                 header.append(f"{name}_{i}" if name in names[:i] else name)
+            if max(map(len, names)) > 100 or names[0].replace(".", "").isdecimal():
+                reason = "the first line, read as names of columns, looks like a record, which is "
+                reason += "then not in the text; write names such as id,text into a line above it"
+                file = stream.file.name
+                stream.report.omit(reason, Omission(reason, "header", 1, 0, [file], is_read=True))
         elif cells and len(cells) != len(header):
             reason = f"{len(cells)} cells, but the header has {len(header)}"
             yield Row(number, offset, Skipped(reason), n_bytes)
