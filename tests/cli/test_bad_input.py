@@ -125,6 +125,14 @@ def test_paths_that_are_not_models_are_rejected(
     assert "no model at" in rejection(capsys, "generate", "missing")
     assert "neither a run directory" in rejection(capsys, "generate", "empty")
     assert "binary.txt is not a model; a model must be" in rejection(capsys, "next", "binary.txt")
+    for command, flag in (("generate", "--prompt"), ("evaluate", "--text"), ("next", "--prompt")):
+        message = rejection(capsys, command, run, "the sea")
+        assert f"a value must follow its option, such as {flag}" in message
+    assert "--help" in rejection(capsys, "report", run, "the sea")
+    message = rejection(capsys, "import", "of/the-hub", "--out", "new")
+    assert "must be downloaded first (hf download" in message
+    for command in ("finetune", "fine-tune", "sft"):
+        assert "did you mean 'train --train.init_from" in rejection(capsys, command, run)
     assert "missing.txt" in rejection(capsys, "evaluate", run, "--text", "missing.txt")
     assert "top-p is 3.0" in rejection(capsys, "generate", run, "--top-p", "3")
     assert "at least 1" in rejection(capsys, "generate", run, "--max-tokens", "0")

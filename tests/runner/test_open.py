@@ -90,3 +90,15 @@ def test_what_is_not_a_model_is_named(
         train_tokenizer([PROMPT], vocab_size=270).save(folder / "tokenizer")
     with pytest.raises(ValueError, match=message):
         load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["../run/checkpoints/step-00000001", "checkpoints/..", "/"])
+def test_a_summary_names_a_checkpoint_of_its_own_run(
+    finished_run: Path, tmp_path: Path, name: str
+) -> None:
+    """summary.json has no hash: an edit would evaluate another model."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "checkpoint": name}))
+    with pytest.raises(ValueError, match="it must be a folder in checkpoints/"):
+        load_model(run, device="cpu")

@@ -99,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(command: str, args: list[str]) -> tuple[Any, argparse.Namespace]:
     """Return the module of a command, and its arguments."""
     if command not in COMMANDS:
-        raise ValueError(f"there is no command {command!r}; {suggestion(command, COMMANDS)}")
+        is_tuning = re.fullmatch("(fine.?)?tun(e|ing)|sft", command)
+        tune = "train --train.init_from MODEL TEXT"
+        hint = did_you_mean(tune) if is_tuning else suggestion(command, COMMANDS)
+        raise ValueError(f"there is no command {command!r}; {hint}")
     # `import` is a keyword, which cannot be the name of a module; two commands share one.
     name = {"import": "importing", "anneal": "extend"}.get(command, command)
     module = import_module(f"pretrain.cli.commands.{name}")
@@ -141,6 +144,9 @@ class _Parser(argparse.ArgumentParser):
             close = setting or nearest(match[1], [o[2:] for o in self._option_string_actions])
             if close:
                 raise ValueError(f"{message}; {did_you_mean(f'--{close}')} See {self.prog} --help")
+        elif re.match("unrecognized arguments: [^-]", message):
+            flags = [o for o, action in self._option_string_actions.items() if action.metavar]
+            message += f"; a value must follow its option, such as {flags[0]}" if flags else ""
         raise ValueError(f"{message}; see {self.prog} --help")
 
 

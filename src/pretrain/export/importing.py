@@ -9,7 +9,8 @@ from pretrain.fileio import check_not_pointer, file_sha256, read_json
 
 _MODELS = (
     "a model must be a folder with config.json, model.safetensors and tokenizer.json, a GGUF file, "
-    "or a .bin of llama2.c"
+    "or a .bin of llama2.c; one of the Hugging Face Hub must be downloaded first (hf download NAME "
+    "--local-dir DIR)"
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -120,6 +121,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The content of summary.json; ValueError if it is damaged."""
     content = fileio.read_json(folder / SUMMARY)
     check_fields(content, str(folder / SUMMARY), steps=int, checkpoint=str)
+    if not re.fullmatch(rf"{CHECKPOINTS}/[\w-]+", content["checkpoint"]):
+        place = f"the checkpoint in {folder / SUMMARY} is {content['checkpoint']!r}"
+        raise ValueError(f"{place}; it must be a folder in {CHECKPOINTS}/; restore the file")
     return content
 
 
