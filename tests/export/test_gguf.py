@@ -463,7 +463,7 @@ def test_values_are_counted_over_all_keys_and_read_without_the_package(
     monkeypatch.setattr(gguf, "GGUFReader", None)
     assert same_weights(import_model(file).build(), decoder)
     monkeypatch.setattr("pretrain.export.gguf._MAX_ELEMENTS", 700)
-    with pytest.raises(FormatError, match=r"values must be at most 700 in all .got \d\d\d"):
+    with pytest.raises(FormatError, match=r"all values together must be at most 700 .got \d\d\d"):
         import_model(file)
 
 

@@ -66,7 +66,7 @@ HARMLESS_CALLS = frozenset(
     functools.partial functools.wraps
     struct.Struct struct.calcsize types.MappingProxyType typing.TypeVar enum.auto
     np.dtype np.uint8 np.uint16 np.uint32 np.uint64 np.int64 np.float32 np.float64
-    torch.no_grad torch.inference_mode
+    torch.no_grad torch.inference_mode enumerate object IntEnum option
     """.split()
 )
 # Methods of strings, bytes and dicts that give a new constant from constants.

@@ -123,13 +123,13 @@ class Oracle:
         self.stored = stored_tensors(config, layout, vocab_size=vocab_size)
         with torch.no_grad():
             for stored in self.stored:
-                self._parameter(stored.name).copy_(to_stored(stored, own))
+                self.parameter(stored.name).copy_(to_stored(stored, own))
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        parameter: nn.Parameter = self.model.get_parameter(
-            name.replace("proj_.weight", "proj_weight")
-        )
-        return parameter
+    def parameter(self, name: str) -> nn.Parameter:
+        name = name.replace("proj_.weight", "proj_weight")
+        names: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
+        # GPT-2 is published without the prefix that its class has.
+        return names[name] if name in names else names[f"transformer.{name}"]
 
     def logits(self, ids: Tensor) -> Tensor:
         output = self.model(ids)
@@ -138,4 +138,4 @@ class Oracle:
 
     def gradients(self, own: Mapping[str, Tensor]) -> list[tuple[str, Tensor | None, Tensor]]:
         """Return name, the oracle's gradient, and our gradient in its layout."""
-        return [(s.name, self._parameter(s.name).grad, to_stored(s, own)) for s in self.stored]
+        return [(s.name, self.parameter(s.name).grad, to_stored(s, own)) for s in self.stored]

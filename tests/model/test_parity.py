@@ -89,7 +89,7 @@ def test_initial_weights_have_the_std_of_transformers(family: str) -> None:
     oracle = Oracle(decoder)
     oracle.model.init_weights()
     for name, _, actual in oracle.gradients(dict(decoder.named_parameters())):
-        expected = oracle.model.get_parameter(name).detach()
+        expected = oracle.parameter(name).detach()
         assert float(actual.detach().mean()) == pytest.approx(float(expected.mean()), abs=2e-3)
         assert float(actual.detach().std()) == pytest.approx(float(expected.std()), rel=0.06), name
 

@@ -391,7 +391,8 @@ def test_save_that_fails_on_one_rank_fails_on_all(pool: Pool, tmp_path: Path, fa
 def test_process_without_its_own_gpu_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+    launched = {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, **launched}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match="this machine has 2 processes and 1 GPUs"):
         open_world("cuda", threads=1)

@@ -37,8 +37,9 @@ from pretrain.distributed import World
 _RESERVE_BYTES = 16 << 20
 
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"), threads=1)
-"""The world of a process that saves by itself."""
+def _alone() -> World:
+    """The world of a process that saves by itself."""
+    return World(rank=0, size=1, device=torch.device("cpu"), threads=1)
 
 
 def on_each(world: World, work: Callable[[], str | None]) -> list[str]:
@@ -75,7 +76,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     shards: Mapping[str, TensorShard] | None = None,
-    world: World = ALONE,
+    world: World | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN with tensors named GROUP/NAME (a file a group) and a JSON state.
 
@@ -86,6 +87,7 @@ def save_checkpoint(
     the last fsync failed, a complete checkpoint whose name may be lost with the power. A step is
     saved once: FileExistsError if it exists.
     """
+    world = world or _alone()
     final = folder / checkpoint_name(step)
     own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     n_bytes = sum(map(int, on_each(world, lambda: str(own_bytes))))
@@ -171,9 +173,11 @@ def _rename(temporary: Path, final: Path) -> None:
             raise
 
 
-def verify_saved(path: Path, world: World = ALONE) -> None:
+def verify_saved(path: Path, world: World | None = None) -> None:
     """Read back a checkpoint that was just saved, each process its own files. OSError, and the
     checkpoint is renamed, if the disk has not kept what was written."""
+
+    world = world or _alone()
 
     def read_back() -> str:
         try:
@@ -196,8 +200,8 @@ class BackgroundSaver:
     the process it may die at any moment without harm to an existing checkpoint.
     """
 
-    def __init__(self, folder: Path, world: World = ALONE) -> None:
-        self.folder, self._world = folder, world
+    def __init__(self, folder: Path, world: World | None = None) -> None:
+        self.folder, self._world = folder, world or _alone()
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

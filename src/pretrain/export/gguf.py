@@ -214,22 +214,21 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, _FileTensor]]:
         place += n_bytes
         return mapped[place - n_bytes : place]
 
+    def bounded(value: int, most: int, what: str = "a count") -> int:
+        if value > most:
+            raise ValueError(f"{what} must be at most {most:,} (got {value:,})")
+        return value
+
     def number(form: str, most: int = 1 << 64) -> int:
         (value,) = struct.unpack(form, take(struct.calcsize(form)))
-        if value > most:
-            raise ValueError(f"a count must be at most {most:,} (got {value:,})")
-        return int(value)
+        return bounded(int(value), most)
 
     def text() -> str:
         return take(int.from_bytes(take(8), "little")).decode()
 
     def elements(kind: int, n: int) -> list[Any]:
         nonlocal n_elements
-        n_elements += n
-        if n_elements > _MAX_ELEMENTS:
-            raise ValueError(
-                f"values must be at most {_MAX_ELEMENTS:,} in all (got {n_elements:,})"
-            )
+        n_elements = bounded(n_elements + n, _MAX_ELEMENTS, "all values together")
         if kind == _STRING:
             return [text() for _ in range(n)]
         if kind not in _DTYPES:

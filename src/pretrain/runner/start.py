@@ -376,15 +376,20 @@ def _from_scratch(
 # --- a run that continues ----------------------------------------------------------------------
 
 
-def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
-    """Open a run that continues: from its newest checkpoint, or with more steps from the last one
-    of a finished run. The order is that of `checks.RESUME_CHECKS`."""
+def _folder_to_continue(request: Request) -> Path:
     folder = newest_run() if request.folder is None else request.folder
     if request.kind != "resume" and (folder / directory.CHECKPOINT_MANIFEST).is_file():
         raise ValueError(
             f"{folder} is a checkpoint; {request.kind} continues a full run, from its last step. "
             f"Start another run from an earlier state: pretrain train --train.init_from {folder}"
         )
+    return folder
+
+
+def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
+    """Open a run that continues: from its newest checkpoint, or with more steps from the last one
+    of a finished run. The order is that of `checks.RESUME_CHECKS`."""
+    folder = _folder_to_continue(request)
     if request.kind == "resume" and is_unresolved(folder):
         stored = compose([read_file(folder / REQUESTED)])
     else:

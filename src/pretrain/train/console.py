@@ -196,19 +196,25 @@ def show_plan(
         facts["tasks"] = f"{names}, {often}"
     first, *others = facts.items()
     console.facts([first, *(fact for r in data.readings for fact in r["facts"].items()), *others])
+    remedy = "--model.ngram_rows 0" if tables else "a smaller --model.d_model"
+    _show_notes(console, n_all, text.n_tokens, epochs, ends_early=ends_early, remedy=remedy)
 
+
+def _show_notes(
+    console: Console, n_all: int, n_tokens: int, epochs: float, *, ends_early: bool, remedy: str
+) -> None:
     if ends_early:
         console.line(
             "note: n-gram tables overfit after the first epoch, so this run may end before its "
             "minutes do. --train.steps makes it longer; more text or a larger --model.size uses "
             "the time better."
         )
-    if n_all > MANY_PARAMETERS * text.n_tokens:
-        remedy = "--model.ngram_rows 0" if tables else "a smaller --model.d_model"
-        line = (
-            f"note: {n_all:,} parameters are many for {text.n_tokens:,} tokens of text; {remedy} "
+    if n_all > MANY_PARAMETERS * n_tokens:
+        console.line(
+            f"note: {n_all:,} parameters are many for {n_tokens:,} tokens of text; {remedy} "
+            "saves disk and time.",
+            style="yellow",
         )
-        console.line(line + "saves disk and time.", style="yellow")
     if epochs > MANY_EPOCHS:
         console.line(
             f"note: the text will be read {epochs:.0f} times; beyond {MANY_EPOCHS} epochs a model "

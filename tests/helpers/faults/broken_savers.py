@@ -64,7 +64,7 @@ def no_fsync_of_files() -> Edit:
 
 def no_fsync_of_folders() -> Edit:
     """Folders are not fsynced, so names and renames may be lost."""
-    return mock.patch.object(fileio, "sync_folder")
+    return mock.patch.object(fileio, "sync_folder", return_value=None)
 
 
 def manifest_first() -> Edit:
