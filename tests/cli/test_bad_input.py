@@ -129,8 +129,8 @@ def test_paths_that_are_not_models_are_rejected(
         message = rejection(capsys, command, run, "the sea")
         assert f"a value must follow its option, such as {flag}" in message
     assert "--help" in rejection(capsys, "report", run, "the sea")
-    message = rejection(capsys, "import", "of/the-hub", "--out", "new")
-    assert "must be downloaded first (hf download" in message
+    for words in (["import", "of/the-hub", "--out", "new"], ["next", "of/the-hub"]):
+        assert "must be downloaded first (hf download" in rejection(capsys, *words)
     for command in ("finetune", "fine-tune", "sft"):
         assert "did you mean 'train --train.init_from" in rejection(capsys, command, run)
     assert "missing.txt" in rejection(capsys, "evaluate", run, "--text", "missing.txt")

@@ -211,7 +211,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """Return the run directory and the checkpoint directory that MODEL means; ValueError where it
     is neither a run nor a checkpoint."""
     if not path.exists():
-        raise ValueError(f"there is no model at {path}: neither a run directory nor a checkpoint")
+        raise ValueError(
+            f"there is no model at {path}: neither a run directory nor a checkpoint; one of the "
+            "Hugging Face Hub must be downloaded first (hf download NAME --local-dir DIR)"
+        )
     if (path / CHECKPOINT_MANIFEST).is_file() and (path.parent.parent / CONFIG).is_file():
         return path.parent.parent, path
     if not (path / CONFIG).is_file():
