@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from odd_files import (
     SKIPPED,
     docx,
     epub,
+    odt,
     pdf,
     write_odd_folder,
     zip_of,
@@ -64,6 +67,22 @@ def test_each_of_many_kinds_is_read_or_named(tmp_path: Path) -> None:
         'abcdefgh{"a": 1} is not a model\n',
         "% a sign\nof its own\n",
         "RIFF, ORC, GIF and Obj\n",
+        *[
+            f"{mark} is how a file begins, and has a meaning.\n"
+            for mark in [
+                *["PAR1", "WARC/1.0", "%PDF-1.4", "From", "LZIP", "MSCF", "!<arch>", "xar!"],
+                *["{\\rtf1", "AT&TFORM", "%!PS", "%!PS-Adobe-3.0", "FEA1", "ORC", "Obj", "GGUF"],
+                *["version https://git-lfs.github.com/spec/v1", "SQLite format 3", "GIF89a"],
+                *["RIFFabcdWEBP", "RIFFabcdWAVE", "8BPS", "fLaC", "OggS", "ID3", "MZ", "OTTO"],
+                *["wOFF", "wOF2", "filedesc://a.arc", "The ftyp", "The ftypavif", "WEBVTT", "BM"],
+            ]
+        ],
+        "OTTO VON BISMARCK was a statesman.\n",
+        "WEBVTT is a format.\nAnother line.\n\nA 00:01 --> B.\n",
+        "a" * 256 + " ustar\n" + "b" * 59 + "\n",
+        "a" * 257 + "ustar, the mark of tar\n",
+        "a" * 60 + "BOOKMOBI is a mark\n",
+        "From the BBC, Mon Jan 10 10:10:10 2020 by a reporter\nLondon: a ship.\n",
     ],
 )
 def test_prose_that_begins_like_another_kind_is_text(tmp_path: Path, text: str) -> None:
@@ -71,6 +90,38 @@ def test_prose_that_begins_like_another_kind_is_text(tmp_path: Path, text: str) 
     report = ReadingReport()
     assert read_texts(tmp_path / "a.txt", report=report) == [text]
     assert not report.omitted
+
+
+@pytest.mark.parametrize("mark", ["OTTO", "GGUF", "FEA1"])
+def test_a_table_that_begins_like_another_kind_is_a_table(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{mark},text\n1,The ship sails.\n", encoding="utf-8")
+    assert read_texts(tmp_path / "a.csv") == ["The ship sails."]
+
+
+@pytest.mark.parametrize("name", ["Tatoeba.br-en.br", "notes.lzma"])
+def test_text_in_breton_is_not_packed_by_brotli(tmp_path: Path, name: str) -> None:
+    """The sides of a pair of OPUS are called by their languages."""
+    (tmp_path / name).write_text("Ar vag a ya e\u00f1voret.\n", encoding="utf-8")
+    assert read_texts(tmp_path / name) == ["Ar vag a ya e\u00f1voret.\n"]
+    (tmp_path / name).write_bytes(b"\x1b\x11\x00\xf8\x8d\xd4\x6e\x1e\x9c")
+    with pytest.raises(ValueError, match="packed by brotli or lzma; unpack it"):
+        read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("start", "format"),
+    [
+        (b"From joe at example.org  Mon Jan 10 10:10:10 2020\nSubject: a\n", "mail"),
+        (b"From - Mon Jan 10 10:10:10 2020\nX-Status: a\n", "mail"),
+        (b"WEBVTT - a film\nKind: captions\n\n1\n00:01.000 --> 00:02.000\nA ship.\n", "subtitles"),
+        (b"WEBVTT\r\n\r\n00:01.000 --> 00:02.000\r\nA ship.\r\n", "subtitles"),
+        (b"%PDF-1.7 %\xe2\xe3\n1 0 obj\n", "pdf"),
+        (b"%PDF-1.4\r%\xe2\xe3\r1 0 obj\r", "pdf"),
+        (b"WARC/1.1\nWARC-Type: warcinfo\n", "warc"),
+    ],
+)
+def test_spellings_of_a_kind_are_known(start: bytes, format: str) -> None:
+    assert format_of(start, "a")[0] == format
 
 
 def test_many_comments_before_no_page_are_text(tmp_path: Path) -> None:
@@ -93,6 +144,46 @@ def test_a_book_is_its_chapters_in_the_order_of_its_spine(tmp_path: Path) -> Non
 def test_deleted_words_and_commands_of_word_are_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_bytes(docx("One.", "Two."))
     assert read_texts(tmp_path / "a.docx") == ["One.\nTwo."]
+
+
+def test_a_box_of_word_is_read_once_after_its_paragraph(tmp_path: Path) -> None:
+    """Word 2010 writes a text box twice: as Choice, and as Fallback for older programs."""
+    box = docx("Boxed.</w:t></w:r></w:p><w:p><w:r><w:t>Second.")
+    with zipfile.ZipFile(io.BytesIO(box)) as archive:
+        xml = archive.read("word/document.xml").decode()
+    start, stop = xml.index("<w:p>"), xml.index("</w:body>")
+    inner = xml[start:stop]
+    compatible = "xmlns:mc='http://schemas.openxmlformats.org/markup-compatibility/2006'"
+    both = f"<mc:Choice>{inner}</mc:Choice><mc:Fallback>{inner}</mc:Fallback>"
+    box_xml = f"<w:r><mc:AlternateContent {compatible}>{both}</mc:AlternateContent></w:r>"
+    tabs = (
+        "<w:pPr><w:tabs><w:tab/></w:tabs></w:pPr><w:moveFrom><w:r><w:t>x</w:t></w:r></w:moveFrom>"
+    )
+    end = "<w:r><w:tab/><w:t>after.</w:t><w:br/></w:r>"
+    before = "<w:r><w:t>Before,</w:t></w:r>"
+    outer = f"<w:p>{tabs}{before}{box_xml}{end}</w:p>"
+    xml = xml[:start] + outer + xml[stop:]
+    (tmp_path / "a.docx").write_bytes(zip_of({"word/document.xml": xml}))
+    assert read_texts(tmp_path / "a.docx") == ["Before,\tafter.\n\nBoxed.\nSecond."]
+
+
+def test_text_grows_with_the_file_where_paragraphs_are_nested(tmp_path: Path) -> None:
+    """Ten levels around one word: it was there ten times."""
+    (tmp_path / "a.odt").write_bytes(odt("<t:p>" * 9 + "word" + "</t:p>" * 9))
+    (text,) = read_texts(tmp_path / "a.odt")
+    assert text.split() == ["word"]
+
+
+def test_deleted_words_notes_and_spaces_of_opendocument(tmp_path: Path) -> None:
+    """Signs of OpenDocument 1.3, 6.1: text:s with its number, text:tab, text:line-break."""
+    deleted = (
+        "x</t:p><t:tracked-changes><t:changed-region><t:deletion><t:p>deleted</t:p></t:deletion>"
+        "</t:changed-region></t:tracked-changes><t:p>"
+    )
+    note = "<t:note><t:note-body><t:p>A <t:span>note</t:span>.</t:p></t:note-body></t:note>"
+    line = f"A<t:s/>ship{note} sails<t:tab/>to<t:line-break/>the<t:s t:c='3'/>sea."
+    (tmp_path / "a.odt").write_bytes(odt(deleted + line))
+    assert read_texts(tmp_path / "a.odt") == ["x\nA ship sails\tto\nthe   sea.\nA note."]
 
 
 def test_messages_are_decoded_and_divided(tmp_path: Path) -> None:
@@ -143,6 +234,31 @@ def test_settings_of_others_are_no_config(tmp_path: Path, name: str, text: str) 
     report = ReadingReport()
     list(read_documents(tmp_path, report=report))
     assert report.n_skipped_files == 0
+
+
+@pytest.mark.parametrize("charset", ["x-unknown", "iso-8859-8-i-x"])
+def test_a_mail_of_an_unknown_charset_is_read_as_utf_8(tmp_path: Path, charset: str) -> None:
+    (tmp_path / "a.eml").write_text(
+        f"Subject: a\nContent-Type: text/plain; charset={charset}\n\nThe ship sails \u2013 now.\n",
+        encoding="utf-8",
+    )
+    report = ReadingReport()
+    assert read_texts(tmp_path / "a.eml", report=report) == ["The ship sails \u2013 now.\n"]
+    assert not report.omitted
+
+
+def test_a_dump_with_a_bad_character_is_read_up_to_there(tmp_path: Path) -> None:
+    pytest.importorskip("resiliparse")
+    rows = "".join(f'<row Id="{n}" Text="A ship, {n}." />\n' for n in (1, 2))
+    (tmp_path / "so.xml").write_text(f"<comments>\n{rows}<row Text='a & b' />\n</comments>\n")
+    report = ReadingReport()
+    assert read_texts(tmp_path / "so.xml", report=report) == ["A ship, 1.", "A ship, 2."]
+    (problem,) = report.problems
+    assert "a Stack Exchange dump; it cannot be read: ParseError" in problem.reason
+    assert "bytes before that were read" in problem.reason
+    (tmp_path / "so.xml").write_text("<comments>\n<row Text='a & b' />\n</comments>\n")
+    with pytest.raises(ValueError, match="it cannot be read: ParseError"):
+        read_texts(tmp_path / "so.xml")
 
 
 def test_a_dump_of_mediawiki_gives_its_articles_as_plain_text(tmp_path: Path) -> None:

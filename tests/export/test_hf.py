@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from exports import load_hf, same_weights, write_hf
 from oracles import CASES, config_of, random_decoder
@@ -88,7 +89,11 @@ def test_export_and_import_keep_every_bit(
     decoder: Decoder, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     folder = write_hf(tmp_path / "out", decoder, tokenizer, largest_file_bytes=30_000)
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    files = list(folder.glob("model-*.safetensors"))
+    assert len(files) > 1
+    for file in files:  # as transformers 5.23: larger only if it is one tensor
+        sizes = [p.nbytes for p in load_file(file).values()]
+        assert sum(sizes) <= 30_000 or len(sizes) == 1
     imported = import_model(folder)
     assert same_weights(imported.build(), decoder)
     assert imported.tokenizer.sha256 == tokenizer.sha256

@@ -284,6 +284,41 @@ def test_metaspace_is_read_and_the_sentencepiece_file_next_to_it_is_not(
         ]
 
 
+def test_metaspace_that_splits_names_the_sentencepiece_file_as_the_way(tmp_path: Path) -> None:
+    """As transformers 4 wrote it, without `split`: runs of spaces would get other ids."""
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **LLAMA_OPTIONS))
+    decoder = random_decoder(config_of("llama"), vocab_size=tokenizer.vocab_size)
+    folder = write_hf(tmp_path / "out", decoder, tokenizer)
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}
+    content |= {"normalizer": None, "pre_tokenizer": metaspace}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        FormatError, match=r"remove tokenizer\.json to use tokenizer\.model instead"
+    ):
+        import_model(folder)
+    (folder / "tokenizer.json").unlink()
+    assert import_model(folder).tokenizer.sha256 == tokenizer.sha256
+
+
+def test_notes_next_to_a_model_may_be_large_or_damaged(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """tokenizer_config.json of Llama 3 with all its added tokens is beyond 1 MiB."""
+    folder = write_hf(
+        tmp_path / "out", random_decoder(config_of("llama"), vocab_size=400), tokenizer
+    )
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content |= {"chat_template": "a template", "added_tokens_decoder": {"1": "x" * (1 << 20)}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    for other in ("[]", "{"):
+        (folder / "special_tokens_map.json").write_text(other)
+        assert import_model(folder).tokenizer.carried == {"chat_template": "a template"}
+    (folder / "tokenizer_config.json").write_text("[]")
+    assert import_model(folder).tokenizer.carried == {}
+
+
 def test_quotes_in_messages_are_short(tokenizer: Tokenizer, tmp_path: Path) -> None:
     decoder = random_decoder(config_of("llama"), vocab_size=400)
     folder = write_hf(tmp_path / "out", decoder, tokenizer)

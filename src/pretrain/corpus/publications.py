@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from pretrain import needs_package
 from pretrain.corpus.documents import Document, StrictError, with_newlines
-from pretrain.corpus.files import FileStream
+from pretrain.corpus.files import DamagedStreamError, FileStream
 from pretrain.corpus.pages import html_text, page_text
 
 MAX_PART_BYTES = 1 << 26
@@ -31,8 +31,8 @@ Texts = Iterator[tuple[str, str]]
 
 def read_publication(stream: FileStream, format: str, kind: str) -> Iterator[Document]:
     """Yield the documents of a file of one of the formats READERS; one that is damaged, locked or
-    too large is skipped. `kind` is what the user calls such a file."""
-    name = stream.file.name
+    too large is skipped, or ends there. `kind` is what the user calls such a file."""
+    name, number = stream.file.name, 0
     try:
         for number, (title, text) in enumerate(READERS[format](stream), start=1):
             if text.strip():
@@ -44,7 +44,11 @@ def read_publication(stream: FileStream, format: str, kind: str) -> Iterator[Doc
         raise
     except Exception as error:  # of a library, about a damaged file
         reason = error if type(error) is ValueError else f"it cannot be read: {error!r}"
-        stream.skip_file(f"{kind}; {reason}"[:400])
+        damage = DamagedStreamError(f"{kind}; {reason}"[:400])
+        if number:
+            stream.end(damage, stream.raw.tell())
+        else:
+            stream.skip_file(damage)
 
 
 def _pdf(stream: FileStream) -> Texts:
@@ -71,12 +75,9 @@ def _zip(stream: FileStream) -> Texts:
         if "META-INF/container.xml" in names:
             yield _epub(archive)
         elif "word/document.xml" in names:
-            root = _xml(archive, "word/document.xml")
-            yield "", "\n".join(map(_words, root.iterfind(".//{*}p")))
+            yield "", _paragraphs(_xml(archive, "word/document.xml"), is_word=True)
         elif "content.xml" in names:
-            elements = _xml(archive, "content.xml").iter()
-            texts = ("".join(e.itertext()) for e in elements if e.tag.endswith(("}p", "}h")))
-            yield "", "\n".join(texts)
+            yield "", _paragraphs(_xml(archive, "content.xml"), is_word=False)
         else:
             raise ValueError("unpack it (unzip FILE); save sheets as CSV, slides as PDF")
 
@@ -106,22 +107,44 @@ def _epub(archive: zipfile.ZipFile) -> tuple[str, str]:
     return package.findtext(".//{*}title") or "", text
 
 
-def _words(paragraph: ElementTree.Element) -> str:
-    """The text of a paragraph of Word, without deleted words and commands."""
-    signs = {"t": None, "tab": "\t", "br": "\n", "cr": "\n"}
-    parts = ((e.tag.rpartition("}")[2], e.text) for e in paragraph.iterfind(".//{*}r/*"))
-    return "".join(signs[name] or text or "" for name, text in parts if name in signs)
+# Deleted, moved away, a copy for old programs, comments; settings of a paragraph.
+_NO_TEXT = {"tracked-changes", "moveFrom", "Fallback", "annotation", "pPr"}
+_SIGNS = {"tab": "\t", "br": "\n", "cr": "\n", "line-break": "\n"}
+_COUNT = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}c"
+
+
+def _paragraphs(root: ElementTree.Element, *, is_word: bool) -> str:
+    """The lines of Word or OpenDocument; a note or a text box follows its paragraph."""
+    paragraphs: list[list[str]] = []
+
+    def walk(element: ElementTree.Element, words: list[str]) -> None:
+        name = element.tag.rpartition("}")[2]
+        if name in ("p", "h"):
+            paragraphs.append(words := [])
+        text = "" if is_word and name != "t" else element.text or ""
+        if name == "s":
+            text = " " * min(int(element.get(_COUNT, 1)), 99)
+        words.append(_SIGNS.get(name, text))
+        for child in element:
+            if child.tag.rpartition("}")[2] not in _NO_TEXT:
+                walk(child, words)
+            words.append("" if is_word else child.tail or "")
+
+    walk(root, [])
+    return "\n".join(map("".join, paragraphs))
 
 
 def _mail(stream: FileStream) -> Texts:
     """The messages of a mailbox, or the only one of a file, each with its subject."""
     for data in _messages(stream):
         title = text = ""
-        with suppress(Exception):  # an unknown charset or a damaged part: without text
+        with suppress(Exception):  # a damaged part: without text
             message: Any = message_from_bytes(data, policy=policy.default)
             title = str(message["subject"] or "")
             body = message.get_body(("plain", "html"))
-            text = body.get_content()
+            text = body.get_payload(decode=True).decode("utf-8", "replace")
+            with suppress(LookupError):  # an unknown charset
+                text = body.get_content()
             if body.get_content_subtype() == "html":
                 # A page whose charset the mail does not name, names it itself.
                 page = None if body.get_content_charset() else body.get_payload(decode=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,19 @@ def write_hugging_face(
     content["additional_special_tokens"] = [name for name in added if name not in named]
     write_json(folder / "tokenizer_config.json", content, indent=2)
 
-    n_bytes, groups = 0, dict[int, list[StoredTensor]]()
+    groups, total_bytes, left_bytes = list[list[StoredTensor]](), 0, 0
     for stored in stored_tensors(config, hf_layout(config), vocab_size=tokenizer.vocab_size):
-        groups.setdefault(n_bytes // largest_file_bytes, []).append(stored)
-        n_bytes += math.prod(stored.shape) * dtype.itemsize
+        n_bytes = math.prod(stored.shape) * dtype.itemsize
+        if not groups or n_bytes > left_bytes:
+            groups.append([])
+            left_bytes = largest_file_bytes
+        groups[-1].append(stored)
+        left_bytes -= n_bytes
+        total_bytes += n_bytes
     file_of: dict[str, str] = {}
     own = {name: p.detach() for name, p in decoder.named_parameters()}
     n_files = len(groups)
-    for number, group in enumerate(groups.values(), start=1):
+    for number, group in enumerate(groups, start=1):
         name = _WEIGHTS if n_files == 1 else f"model-{number:05}-of-{n_files:05}.safetensors"
         tensors = {stored.name: to_stored(stored, own).to(dtype) for stored in group}
         write_tensors(folder / name, tensors, metadata={"format": "pt"})
@@ -134,7 +140,7 @@ def write_hugging_face(
         file_of |= dict.fromkeys(tensors, name)
         del tensors  # before those of the next file exist
     if n_files > 1:
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": file_of}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
         write_json(folder / _INDEX, index, indent=2)
 
 
@@ -187,7 +193,11 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(folder)
     except ValueError as error:
-        raise FormatError(f"{folder}: the tokenizer cannot be used: {error!s:.300}") from error
+        has_model = (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file()
+        advice = "; remove tokenizer.json to use tokenizer.model instead" if has_model else ""
+        raise FormatError(
+            f"{folder}: the tokenizer cannot be used: {error!s:.300}{advice}"
+        ) from error
     tokenizer.add_bos = _adds_bos(folder)
     files = [folder / name for name in ("generation_config.json", "config.json")]
     eos_ids = [_read_json(file).get("eos_token_id") for file in files if file.is_file()]
@@ -201,7 +211,8 @@ def _carried(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """The chat template and the padding token of a folder, as keys of tokenizer_config.json."""
     settings: dict[str, Any] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        settings |= _read_json(file) if file.is_file() else {}
+        with suppress(FormatError):  # none, or damaged: the model does not need it
+            settings |= _read_json(file, most_bytes=MAX_FILE_BYTES)
     padding, template = settings.get("pad_token"), settings.get("chat_template")
     if isinstance(padding, dict):
         padding = padding.get("content")
@@ -224,7 +235,8 @@ def _adds_bos(folder: Path) -> bool:
     file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if file.is_file():
         return template_adds_bos(_read_json(file, most_bytes=MAX_FILE_BYTES))
-    return settings.is_file() and _read_json(settings).get("add_bos_token") is True
+    content = _read_json(settings, most_bytes=MAX_FILE_BYTES) if settings.is_file() else {}
+    return content.get("add_bos_token") is True
 
 
 def _weight_files(folder: Path) -> list[Path]:
