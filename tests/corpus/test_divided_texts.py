@@ -35,6 +35,13 @@ def test_a_separator_divides_a_text_file(tmp_path: Path, between: str, encoding:
             assert path.read_bytes()[document.offset :].startswith(document.text.encode())
 
 
+def test_a_separator_of_several_lines_divides_a_file_with_other_line_ends(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "a.txt").write_bytes(f"one{end}---{end}two{end}---{end}three".encode())
+        report = ReadingReport(document_separator="\n---\n")
+        assert read_texts(tmp_path, report=report) == ["one", "two", "three"]
+
+
 def test_no_document_is_cut_where_a_long_file_is_divided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +101,25 @@ def test_notices_of_project_gutenberg_are_left_out(tmp_path: Path, start: str, e
     assert (
         "of the bytes: notices of Project Gutenberg (a.txt, b.jsonl)" in report.facts()["skipped"]
     )
+
+
+def test_notices_of_long_licences_and_texts_that_quote_one(tmp_path: Path) -> None:
+    """The text of book 1342 has its last notice indented; a licence has about 70 mentions."""
+    licence = "Section 1. Terms of Use of Project Gutenberg electronic works.\n" * 70
+    one = HEAD.format("Ships") + START.format("SHIPS") + BOOK
+    one += "\n" + " " * 12 + END.lstrip().format("SHIPS") + licence
+    (tmp_path / "a.txt").write_text(one * 3, encoding="utf-8")
+    (text,) = read_texts(tmp_path / "a.txt")
+    assert text.split() == BOOK.split() * 3
+    for quoted in (
+        "Notes.\nEnd of Project Gutenberg support in our reader.\nNow the rest.\n",
+        "Books of Project Gutenberg begin with:\n"
+        + START.format("X")
+        + "It ends"
+        + END.format("X"),
+    ):
+        (tmp_path / "a.txt").write_text(quoted, encoding="utf-8")
+        assert read_texts(tmp_path / "a.txt") == [quoted]
 
 
 def test_several_books_in_one_file_and_texts_about_project_gutenberg(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from corpus_files import (
 )
 from pretrain.corpus import records, tables
 from pretrain.corpus.documents import ReadingReport
+from pretrain.corpus.files import FileStream, list_files
 from pretrain.corpus.reading import read_documents
 
 
@@ -110,6 +111,11 @@ def test_addresses_and_codes_are_not_taken_for_the_text(tmp_path: Path) -> None:
     )
 
 
+def test_the_only_field_is_the_text_whatever_it_contains(tmp_path: Path) -> None:
+    molecule = "C1=CC=CC=C1"
+    assert fields_read(tmp_path, {"smiles": molecule})[:2] == (molecule, "smiles")
+
+
 def test_text_that_is_null_in_the_first_records_is_waited_for(tmp_path: Path) -> None:
     nothing = {"title": "A title", "text": None}
     report = ReadingReport()
@@ -190,6 +196,22 @@ def test_json_lines_are_found_under_any_name_however_long_they_are(
     report = ReadingReport()
     assert read_texts(path, report=report) == ["short", *texts]
     assert [problem.line for problem in report.problems] == [7]
+
+
+@pytest.mark.parametrize(
+    ("first", "line"),
+    [('{"text": "x", "n": NaN}', 1), ('{"text": "x", "text": "y"}', 1), ("\n", 0)],
+)
+def test_the_first_line_of_json_lines_called_json_may_be_blank_or_invalid(
+    tmp_path: Path, first: str, line: int
+) -> None:
+    (tmp_path / "a.json").write_text(first + '\n{"text": "one"}\n{"text": "two"}\n')
+    report = ReadingReport()
+    found = list(read_documents(tmp_path / "a.json", report=report))
+    assert [(document.text, document.id[-2:]) for document in found] == (
+        [("one", ":2"), ("two", ":3")] if line else [("one", ":3"), ("two", ":4")]
+    )
+    assert [problem.line for problem in report.problems] == [1] * line
 
 
 def test_lines_end_at_newline_bytes_only(tmp_path: Path) -> None:
@@ -323,6 +345,31 @@ def test_quoted_cells_of_many_lines_are_read_whole(tmp_path: Path, comma: str) -
         assert [problem.reason for problem in report.problems] == ["skipped: field 'text' is empty"]
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "line", "n_lines"),
+    [
+        ("title,poem", "Oh", "Oh, my love {}", 11),
+        ("id,code", "1", "total = add(total, n{})", 12),
+        ("id,code", "1", "total = add(total, n{})", 60),
+        ("id,lang,text", "1,sw", "walk {}, walks, walked", 8),
+        ("a,b,c,d,text", "1,2,3,4", "red, blue, green, black, {}", 3),
+        ("id\ttext", "1", "def f{0}():\n\treturn {0}", 1),
+    ],
+)
+def test_lines_of_a_valid_quoted_cell_are_no_rows(
+    tmp_path: Path, name: str, first: str, line: str, n_lines: int
+) -> None:
+    """The text of such cells is what csv.reader gives."""
+    comma = "\t" if "\t" in name else ","
+    texts = ["\n".join(map(line.format, range(n_lines))), "last"]
+    path = tmp_path / ("a.tsv" if comma == "\t" else "a.csv")
+    with open(path, "w", newline="") as file:
+        rows = [name.split(comma), *([*first.split(","), text] for text in texts)]
+        csv.writer(file, delimiter=comma).writerows(rows)
+    found = read_texts(path, text_field=name.split(comma)[-1], report=ReadingReport(strict=True))
+    assert found == texts
+
+
 def test_last_line_of_spaces_is_not_a_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text\none\n \n ")
     report = ReadingReport()
@@ -366,6 +413,25 @@ def test_parquet_text_may_be_binary_or_a_list(tmp_path: Path, kind: str) -> None
     report = ReadingReport(strict=True)
     assert read_texts(tmp_path / "a.parquet", report=report) == texts
     assert report.text_fields == {"a.parquet": "text"}
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("caption", "image"), {"caption"}),
+        (("id", "data"), {"data"}),
+        (("url", "text", "image"), {"url", "text"}),
+    ],
+)
+def test_pictures_next_to_strings_are_not_read(
+    tmp_path: Path, names: tuple[str, ...], columns: set[str]
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = {n: ["a ship"] if n in ("caption", "id", "url") else [b"a text"] for n in names}
+    parquet.write_table(pyarrow.table(values), tmp_path / "a.parquet")
+    with FileStream(list_files(tmp_path)[0], ReadingReport()) as stream:
+        (row,) = tables.arrow_rows(stream, None)
+    assert set(row.record) - {"id"} == columns
 
 
 @pytest.mark.parametrize(("suffix", "compress"), PACKING)
@@ -427,6 +493,8 @@ def test_json_objects_and_nested_lists(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(value), encoding="utf-8")
         assert read_texts(path) == expected
+    path.write_text('{"post": {"body": "inner"}, "comments": [{"by": "A B"}]}', encoding="utf-8")
+    assert read_texts(path, text_field="post.body") == ["inner"]
     path.write_text('[{"text": "a"}, ', encoding="utf-8")
     report = ReadingReport()
     assert read_texts(path, report=report) == []

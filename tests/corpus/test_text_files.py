@@ -15,6 +15,7 @@ import pytest
 from corpus_files import (
     COMPRESSORS,
     FORMATS,
+    PACKING,
     PAGE,
     WIDE,
     as_parquet,
@@ -49,6 +50,17 @@ def test_lines_of_old_macintosh_files_end_at_a_carriage_return(tmp_path: Path, n
     mac, unix = (read_texts(tmp_path / f"{kind}-{name}") for kind in ("mac", "unix"))
     assert mac == unix
     assert len(unix) == 2
+
+
+@pytest.mark.parametrize(("suffix", "compress"), PACKING)
+@pytest.mark.parametrize("n_bytes", [4094, 4095, 8191, files.HEAD_BYTES - 1, files.CHUNK_BYTES - 1])
+def test_a_carriage_return_far_from_its_newline_is_none_of_old_macintosh(
+    tmp_path: Path, n_bytes: int, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"x" * n_bytes + b"\r\nsecond\r\nthird\r\n"))
+    assert read_texts(tmp_path) == ["x" * n_bytes + "\nsecond\nthird\n"]
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"\r" + b"x" * n_bytes + b"\r\nb\r\nc\r"))
+    assert read_texts(tmp_path) == ["\n" + "x" * n_bytes + "\nb\nc\n"]
 
 
 @pytest.mark.parametrize("number", [0x50, 0x5F])

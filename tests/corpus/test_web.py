@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from corpus_files import (
     read_texts,
     zstd_compress,
 )
+from pretrain.corpus import pages
 from pretrain.corpus.documents import ReadingReport
 from pretrain.corpus.reading import read_documents
 
@@ -38,6 +40,18 @@ def test_main_text_of_pages(
     assert (plain.id, plain.text) == ("http://b/", "Plain tëxt.")
     assert as_warc()[answer.offset :].startswith(b"WARC/1.0\r\nWARC-Type: response")
     assert (report.n_other_records, report.n_problems) == (1, 0)
+
+
+def test_a_title_of_one_character_and_pages_that_would_take_long() -> None:
+    pytest.importorskip("resiliparse")
+    for title in ("\u6211", "\u3000\u6211"):
+        page = f"<html><head><title>{title}</title></head><body><p>\u6211</p></body></html>"
+        assert pages.html_text(page) == ("\u6211", "\u6211")
+    for piece, end in (("\u3000", "x"), ("\xa0", "x"), ("<body ", "")):
+        start = time.process_time()
+        text = ">" + piece * 20_000 + end  # was quadratic
+        pages._LONE_CHARACTER.sub("", pages._BODY.sub("", text))
+        assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("cut", [20, 300, -40])

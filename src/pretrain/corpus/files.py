@@ -307,26 +307,23 @@ def format_of(head: bytes, name: str) -> tuple[str | None, str]:
         return by_name, ""
     if is_html:
         return "html", ""
-    if by_name != "json" and _is_json_lines(head):
+    if _is_json_lines(head, min_lines=2 if by_name == "json" else 1):
         return "jsonl", ""
     return by_name or "text", note
 
 
-def _is_json_lines(head: bytes) -> bool:
+def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
     """Whether the first two non-blank lines are JSON objects, or the only one.
 
     If the head is shorter than one line, its beginning decides.
     """
-    if not _OBJECT.match(head):
+    lines = [line for line in head.split(b"\n") if line.strip()]
+    if not _OBJECT.match(head) or len(lines) < min_lines:
         return False
-    lines = head.split(b"\n")
     if len(head) >= HEAD_BYTES:
         lines.pop()  # a part of a line
     try:
-        return all(
-            _OBJECT.match(line) and json.loads(line)
-            for line in [line for line in lines if line.strip()][:2]
-        )
+        return all(_OBJECT.match(line) and json.loads(line) for line in lines[:2])
     except (ValueError, RecursionError):
         return False
 
@@ -497,22 +494,31 @@ def _read_chunks(file: SourceFile, report: ReadingReport) -> Generator[bytes, No
 def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Convert UTF-16 and UTF-32 with a byte order mark to UTF-8; pass on everything else, with
     newlines for carriage returns if there are only those."""
-    first = next(chunks, b"")
-    encoding = next((e for mark, e in _WIDE_ENCODINGS.items() if first.startswith(mark)), None)
-    if encoding is None:
-        if b"\r" in first and not (b"\n" in first or b"\0" in first):
-            # Lines of old Macintosh files end at a carriage return alone.
-            chunks = (chunk.replace(b"\r", b"\n") for chunk in chain([first], chunks))
-            first = b""
-        yield first
-        yield from chunks
-        return
+    head = b""
+    damage = None
     try:
-        for text in codecs.iterdecode(chain([first], chunks), encoding):
-            yield text.encode()
+        while len(head) < HEAD_BYTES and b"\n" not in head and (chunk := next(chunks, b"")):
+            head += chunk
+    except DamagedStreamError as error:
+        damage = error
+    chunks = chain([head], chunks)
+    encoding = next((e for mark, e in _WIDE_ENCODINGS.items() if head.startswith(mark)), None)
+    try:
+        if encoding:
+            yield from (text.encode() for text in codecs.iterdecode(chunks, encoding))
+        elif b"\r" in head[:-1] and not (b"\n" in head or b"\0" in head):
+            # Lines of old Macintosh files end at a carriage return alone.
+            newlines = io.IncrementalNewlineDecoder(None, translate=True)
+            for chunk in chunks:
+                yield newlines.decode(chunk.decode("latin-1")).encode("latin-1")
+            yield newlines.decode("", final=True).encode("latin-1")
+        else:
+            yield from chunks
     except UnicodeDecodeError as error:
         reason = f"it starts with the byte order mark of {encoding}, but {error.reason}"
-        raise DamagedStreamError(reason) from error
+        raise damage or DamagedStreamError(reason) from error
+    if damage:
+        raise damage
 
 
 def _decompress(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:

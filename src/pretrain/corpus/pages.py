@@ -22,9 +22,9 @@ _HTTP_CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]{1,8})[^\r\n]{0,99}\r\n")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that are in compressed data, and not in text."""
-_LONE_CHARACTER = re.compile(r">(\s*[^\s<>&]?(?:[^\x00-\x7f<>]|&#?\w+;))(?=\s*<)")
+_LONE_CHARACTER = re.compile(r">(\s*+[^\s<>&]?(?:[^\x00-\x7f\s]|&#?\w+;))(?=\s*<)")
 """All of the text between two tags."""
-_BODY = re.compile(r"</head\s*>|<body\b[^>]*>", re.I)
+_BODY = re.compile(r"</head\s*>|<body\b[^<>]*>", re.I)
 _GUARD = "\ufdd0"
 """A code point that no text has."""
 
@@ -39,7 +39,8 @@ def html_text(html: str, *, is_page: bool = False) -> tuple[str, str]:
     html = _LONE_CHARACTER.sub(rf">\1{_GUARD}", _BODY.sub(r"\g<0><div><div><div>", html, count=1))
     tree = HTMLTree.parse(html)
     text = extract_plain_text(tree, main_content=is_page, alt_texts=False, preserve_formatting=True)
-    return (tree.title or "").strip(), without_surrogates(text.replace(_GUARD, ""))
+    title = (tree.title or "").replace(_GUARD, "").strip()
+    return title, without_surrogates(text.replace(_GUARD, ""))
 
 
 def page_text(data: bytes) -> tuple[str, str]:

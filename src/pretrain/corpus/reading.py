@@ -35,8 +35,15 @@ _START = (
     r"|^\*END[* ]+THE SMALL PRINT!.*$)"
 )
 _END = (
-    r"\n(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:[Tt]h[ei]s? )?Project Gutenberg)"
+    r"\n[ \t]{0,99}(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG"
+    r"|End of (?:[Tt]h[ei]s? )?Project Gutenberg(?:['\u2019]s| E-?(?:[Bb]ook|[Tt]ext)| e[Bb]ook))"
 )
+_FIRST_LINES = re.compile(
+    r"\s*\*\*\* ?START|[\s\S]{0,500}?(?<!(?:ART|END) OF THE )(?<!(?:ART|END) OF THIS )"
+    r"project gutenberg(?:['\u2019]s| e-?(?:book|text))",
+    re.I,
+)
+_ENDS = re.compile(_END)
 # Two patterns, of which the second begins with one character: Python searches 16 times as fast.
 _FIRST_NOTICE = re.compile(rf"[\s\S]{{0,65536}}?{_START}", re.M)
 _LATER_NOTICE = re.compile(rf"{_END}[\s\S]{{0,65536}}?(?:{_START}|\Z)", re.M)
@@ -168,10 +175,13 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
 
 def _without_notices(text: str) -> str:
     """The books of Project Gutenberg in a text; another text as it is."""
-    # So many ends are of no book, and would take long.
-    if not 0 < text.count("PROJECT GUTENBERG") + text.count("Project Gutenberg") < 100:
+    if "PROJECT GUTENBERG" not in text and "Project Gutenberg" not in text:
         return text
     first = _FIRST_NOTICE.match(text)
+    # A text that quotes a notice stays whole. So many ends belong to other texts, and take long.
+    is_quoted = first and not _FIRST_LINES.match(text)
+    if is_quoted or len(_ENDS.findall(text)) > 500:
+        return text
     books = _LATER_NOTICE.sub("\n", text[first.end() :] if first else text)
     return books.strip() + "\n" if books.strip() and len(books) < len(text) else text
 
@@ -179,7 +189,9 @@ def _without_notices(text: str) -> str:
 def _divide_text(stream: FileStream) -> Iterator[tuple[int, bytes]]:
     """Yield the documents of a text with the first byte of each: its parts, or, with a separator,
     what is between separators and the empty lines around them."""
-    separator = (stream.report.document_separator or "").encode()
+    separator = (stream.report.document_separator or "").replace("\r\n", "\n").encode()
+    if b"\r\n" in stream.peek():
+        separator = separator.replace(b"\n", b"\r\n")
     for offset, data in _split_text(stream, separator):
         if not separator:
             yield offset, data

@@ -140,7 +140,7 @@ def field_names(text_field: str | None) -> list[str]:
 
 def _find_text_field(records: list[dict[str, Any]]) -> list[str]:
     """The field with the text, if any: one with a preferred name that is text in most records, or
-    text or null; else the one with the longest strings that are not addresses or the like."""
+    text or null; else the only one, or the one with the longest strings other than addresses."""
     n_texts, n_nulls, n_letters = Counter[str](), Counter[str](), Counter[str]()
     for record in records:
         for path, value in _fields(record):
@@ -155,7 +155,7 @@ def _find_text_field(records: list[dict[str, Any]]) -> list[str]:
         if found:
             rank = PREFERRED_TEXT_FIELDS.index
             return [min(found, key=lambda path: (path.count("."), *map(rank, path.split("."))))]
-    return [path for path, n in n_letters.most_common(1) if n]
+    return [path for path, n in n_letters.most_common(1) if n or len(n_nulls) == 1]
 
 
 def _is_prose(text: str) -> bool:
@@ -356,7 +356,9 @@ def json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     if isinstance(value, dict):
         lists = [each for each in value.values() if isinstance(each, list)]
         names = field_names(text_field) or PREFERRED_TEXT_FIELDS
-        has_text = text_field == EVERY_FIELD or any(isinstance(value.get(n), str) for n in names)
+        has_text = text_field == EVERY_FIELD or any(
+            isinstance(_lookup(value, n), str) for n in names
+        )
         if not has_text and len(lists) == 1 and any(isinstance(each, dict) for each in lists[0]):
             values = lists[0]
     n_bytes = len(data) // max(1, len(values))

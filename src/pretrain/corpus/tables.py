@@ -14,10 +14,20 @@ from typing import Any
 from pretrain import needs_package
 from pretrain.corpus.documents import MAX_RECORD_BYTES, Omission
 from pretrain.corpus.files import FileStream
-from pretrain.corpus.records import EVERY_FIELD, Line, Row, Skipped, field_names, read_lines
+from pretrain.corpus.records import (
+    EVERY_FIELD,
+    PREFERRED_TEXT_FIELDS,
+    Line,
+    Row,
+    Skipped,
+    field_names,
+    read_lines,
+)
 
 _LOOK_LINES = 50
 """Lines of a quoted cell after which it is decided whether its quotation mark opened it."""
+_NUMBER = re.compile(r'[^\s"\d]*+\d[^\s"]*+')
+"""A cell that is a number or a code."""
 _BATCH_ROWS = 256
 _ARROW_MAGIC = b"ARROW1\0\0"
 _DELIMITER_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*')
@@ -66,10 +76,13 @@ class _Table:
         return csv.reader(texts, delimiter=self.delimiter, strict=True)
 
     def swallows_rows(self, *, is_error: bool = False) -> bool:
-        """Whether nine in ten lines after the first one are rows, with eight cells or more. One row
-        is enough in TSV, as prose hardly has tabs, and in a record that csv.reader rejects."""
+        """Whether nine in ten lines after the first one are rows, with eight cells or more, that
+        begin or end with a number as it does. One row is enough in TSV, as prose hardly has tabs,
+        and in a record that csv.reader rejects; there the first line may be without a number."""
         texts = [text for *_, text in self.record[1:] if text.strip()]
-        if len(self.header) < 2:
+        opening = self.record[0][-1].split(self.delimiter)
+        numbered = [i for i in (0, -1) if _NUMBER.fullmatch(opening[i])]
+        if len(self.header) < 2 or not (numbered or is_error or self.delimiter == "\t"):
             return False
         n_needed = 1 if is_error or self.delimiter == "\t" else 8 / (len(self.header) - 1)
         n_rows = 0
@@ -77,7 +90,9 @@ class _Table:
             # The last line of a quoted cell may look like a row, but it has the closing mark.
             if is_error or f'"{self.delimiter}' not in text:
                 with suppress(csv.Error):
-                    n_rows += len(next(self.parse([text]))) == len(self.header)
+                    cells = next(self.parse([text]))
+                    is_like = all(_NUMBER.fullmatch(cells[i]) for i in numbered)
+                    n_rows += len(cells) == len(self.header) and is_like and not text[0].isspace()
         return n_rows >= max(n_needed, 0.9 * len(texts))
 
     def restart(self, first: int) -> None:
@@ -158,13 +173,12 @@ def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     names = {name.partition(".")[0] for name in field_names(text_field)} | {"id"}
 
     def columns(schema: Any) -> list[str]:
-        return [
-            column.name
-            for column in schema
-            if text_field == EVERY_FIELD
-            or column.name in names
-            or _TEXT_TYPE.match(str(column.type))
-        ]
+        texts = [each for each in schema if _TEXT_TYPE.match(str(each.type))]
+        # If there are strings, other columns of bytes are pictures or sound.
+        strings = {each.name for each in texts if "binary" not in str(each.type)} - {"id"}
+        preferred = {each.name for each in texts if each.name in PREFERRED_TEXT_FIELDS}
+        chosen = names | ((strings | preferred) or {each.name for each in texts})
+        return [each.name for each in schema if text_field == EVERY_FIELD or each.name in chosen]
 
     def batches() -> Iterator[Any]:
         if not is_parquet:
