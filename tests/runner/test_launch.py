@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from launched_runs import (
     start_training,
     wait_for,
 )
-from pretrain.runner.launch import NEW_LAUNCH_SETTINGS
+from pretrain.runner.launch import NEW_LAUNCH_SETTINGS, launch
 
 PRETRAIN = (sys.executable, "-m", "pretrain")
 TWO = ("--parallel.processes", "2")
@@ -49,6 +50,17 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_this_torch_has_all_settings_of_its_launcher_that_are_used() -> None:
     """Names that a release lacks are ignored, and so would be a name with a typo."""
     assert NEW_LAUNCH_SETTINGS.keys() <= {field.name for field in fields(LaunchConfig)}
+
+
+def test_a_launch_works_in_any_thread_and_leaves_no_handlers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    before = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+    assert launch(["-c", "pass"], 1, program=()) == 0
+    assert [signal.getsignal(number) for number in range(1, signal.NSIG)] == before
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(launch, ["-c", "pass"], 1, program=()).result() == 0
 
 
 def test_two_processes_train_what_one_trains(

@@ -39,6 +39,8 @@ def test_train_then_load_then_generate_and_evaluate(
     assert pretrain.generate(model, "The sea", max_tokens=5) == [text]
     score = pretrain.evaluate(model, text="The sea was wide.")
     assert score.bytes == len("The sea was wide.")
+    assert pretrain.generate(model=model, prompt="The sea", max_tokens=5) == [text]
+    assert pretrain.evaluate(model=model, text="The sea was wide.") == score
     assert 0 < score.bits_per_byte < 16, f"{score.bits_per_byte} bits per byte"
 
     again = pretrain.train(run="runs/sea", resume=True, quiet=True)

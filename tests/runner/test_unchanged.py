@@ -205,6 +205,18 @@ def test_a_damaged_cached_text_is_set_aside_and_prepared_again(
         shutil.rmtree(damaged)
 
 
+def test_an_error_in_the_config_does_not_set_a_cached_text_aside(
+    corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    paths = (corpus, shutil.copy(corpus, tmp_path / "again.jsonl"))  # all of it are duplicates
+    sources = "[" + ", ".join(f"{{path: '{path}', weight: 1}}" for path in paths) + "]"
+    for n in range(2):
+        start = ["train", "--run", str(tmp_path / str(n)), "--data.source", sources]
+        error = error_of(capsys, *start, "--tokenizer.name", "bytes", "--train.steps", "2")
+        assert "again.jsonl' has no text left to train on" in error
+    assert not [*(cache_folder() / "prepared").glob("damaged-*")]
+
+
 def test_a_run_goes_on_without_the_model_and_the_text_it_started_from(
     finished: Path, copy_run: Callable[..., Path], corpus: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -101,16 +101,20 @@ def launch(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pret
             signal.signal(number, signal.SIG_IGN)
             raise SignalException(f"stopped by signal {number}", signal.Signals(number))
 
-        for number in stop_signals():
-            if number.name in REPEATED:
-                signal.signal(number, pass_on_once)
+        previous = {number: signal.getsignal(number) for number in stop_signals()}
         try:
+            for number in previous:
+                if number.name in REPEATED:
+                    signal.signal(number, pass_on_once)
             elastic_launch(config, sys.executable)(*program, *args)
         except SignalException as stopped:
             return 128 + stopped.sigval
         except ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             raise _failure_of(exit_codes, error.get_first_failure()[0], Path(folder)) from None
+        finally:  # the agent leaves handlers of its own
+            for number, handler in previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)
     return 0
 
 

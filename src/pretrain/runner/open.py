@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -233,5 +234,14 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-# What `import pretrain` offers for a model.
-evaluate, generate = LoadedModel.score, LoadedModel.generate
+# What `import pretrain` offers for a model: the methods as functions, with their help.
+
+
+@wraps(LoadedModel.score)
+def evaluate(model: LoadedModel, *args: Any, **options: Any) -> Score:
+    return model.score(*args, **options)
+
+
+@wraps(LoadedModel.generate)
+def generate(model: LoadedModel, *args: Any, **options: Any) -> list[str]:
+    return model.generate(*args, **options)

@@ -117,12 +117,14 @@ def prepared_text(
     folder = cache_folder() / "prepared" / prepared_key(data.paths, **settings)
     if folder.exists():
         try:
-            return _mixed(config, [open_prepared(folder)])
+            part = open_prepared(folder)
         except ValueError as error:
             damaged = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(2)}")
             with suppress(FileNotFoundError):  # another process was faster
                 folder.rename(damaged)
             log(f"note: {error}: this is done now; the damaged folder is {damaged}")
+        else:
+            return _mixed(config, [part])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(folder.parent, os.W_OK):

@@ -10,6 +10,7 @@ a compiler may work for minutes, and after the last checkpoint.
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,10 @@ REPEATED = ("SIGHUP", "SIGXCPU")
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the STOP_SIGNALS that this system has, without SIGHUP where nohup has it ignored."""
+    """Return the STOP_SIGNALS that this system has, without SIGHUP where nohup has it ignored; none
+    outside of the main thread, which alone may handle them."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
     known = [signal.Signals[name] for name in STOP_SIGNALS if hasattr(signal, name)]
     return [n for n in known if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
 
