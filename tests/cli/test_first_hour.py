@@ -191,6 +191,36 @@ def test_a_config_file_says_what_it_starts_from(
 
 
 @pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("a.txt", "--model.size 1 --model.ngram_rows 1024 --optimizer.momentum 0.9"),
+        ("", "--data.source a.txt --model.size 1 --model.ngram_rows 1024 --optimizer.momentum 0.9"),
+        ("child.yaml", "--data.source a.txt"),
+        ("fast.yaml", "--data.source a.txt --model.size 1"),
+    ],
+)
+def test_a_repeated_command_resumes_with_the_settings_of_all_its_files(
+    texts: list[str], target: str, settings: str, capsys: Capture
+) -> None:
+    base = "model: {n_heads: 6, d_model: 48}\noptimizer: {learning_rate: 1e-3}\n"
+    Path("base.yaml").write_text(base)
+    Path("child.yaml").write_text("extends: base.yaml\nmodel: {n_kv_heads: 3, n_layers: 1}\n")
+    Path("fast.yaml").write_text("extends: english\noptimizer: {momentum: 0.8}\n")
+    words = "--model.context_length 32 --train.batch_tokens 256 --train.steps 2 --train.threads 1"
+    args = ["train", *target.split(), *settings.split(), *words.split(), "--run", "run"]
+    args += ["--train.device", "cpu", "--tokenizer.vocab_size", "400"]
+    assert main(args) == 0
+    capsys.readouterr()
+    assert main([*args, "--resume"]) == 0
+    assert "run is finished" in capsys.readouterr().out
+    if target == "child.yaml":
+        Path("base.yaml").write_text(base.replace("1e-3", "2e-3"))
+        assert main([*args, "--resume"]) == 2
+        message = "optimizer.learning_rate: 0.001 -> 0.002   (--accept optimizer.learning_rate)"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("base", "message"),
     [
         ("mine.yaml", "mine.yaml extends itself"),

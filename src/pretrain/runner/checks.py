@@ -189,25 +189,27 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def requested_config(stored: RunConfig, targets: Sequence[str], overrides: Layer) -> RunConfig:
     """The settings of the command are valid, and the weights of train.init_from fit them."""
-    # Of a text that is named again, not the recipe that a new run on it would have.
-    layers = [*(read_target(*targets)[1][-1:] if targets else []), overrides]
+    target = read_target(*targets)[1] if targets else []
+    # Not the recipe that a text or a file starts from, if the target is not a recipe itself.
+    layers = [*(target[1:] or target), overrides]
+    own = to_dict(stored)
+    # What is not given again stays, but the weights of train.init_from may be gone by now.
+    below: Layer = {**own, "train": {**own["train"], "init_from": None}}
     # The axes of `parallel` depend on the processes started here and on the run's own model.
-    other_layers: list[Layer] = [
+    run_layer, *other_layers = [
         {section: keys for section, keys in layer.items() if section != "parallel"}
-        for layer in layers
+        for layer in (below, *layers)
     ]
-    *below, above = other_layers
-    composed = with_absolute_paths(compose_target(targets, below, above))
+    *files, above = other_layers
+    composed = with_absolute_paths(compose_target(targets, [run_layer, *files], above))
     values, explicit = by_name(to_dict(composed)), {}
     for layer in other_layers:
         for name in by_name(layer):
             # Elsewhere an empty value means "resolve it", and it was resolved at the start.
             if values[name] not in (None, "auto") or name == "train.patience":
                 explicit[name] = values[name]
-    if composed.train.steps is not None:
-        explicit.pop("train.minutes", None)  # of a recipe; steps replace it
-
-    own = to_dict(stored)
+    if "train.steps" in explicit:
+        explicit.pop("train.minutes", None)  # steps replace it
     parallel = compose(
         [
             {"model": own["model"], "parallel": own["parallel"]},

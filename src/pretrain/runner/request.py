@@ -78,7 +78,8 @@ def read_target(*targets: str) -> tuple[str, list[Layer]]:
 
 
 def _read_layers(name: str, above: Sequence[str] = ()) -> list[Layer]:
-    """Return the layer of a recipe or a config file, after those of what it `extends`."""
+    """Return the layer of a recipe or a config file, after those of what it `extends`; the first
+    one is that of a recipe, or empty."""
     known = recipes()
     path = known.get(name, Path(name))
     if not path.is_file():
@@ -92,7 +93,7 @@ def _read_layers(name: str, above: Sequence[str] = ()) -> list[Layer]:
         return [{**layer, "data": {"source": here or source}}]
     base = layer.pop("extends", None)
     if base is None:
-        return [layer]
+        return [{}, layer]
     if not isinstance(base, str) or not (base in known or is_yaml(base)):
         raise ValueError(
             f"{name}: extends is {shown(base)}; it must be a recipe ({', '.join(known)}) or a "
@@ -154,7 +155,8 @@ def compose_target(
 
 def notes_of(layers: list[Layer], overrides: Layer, config: RunConfig) -> Iterator[str]:
     """Yield what a user may not expect: where a file starts from, and a length without effect."""
-    if not {"model", "optimizer"} <= layers[0].keys():  # a config file that extends no recipe
+    lowest = {name for layer in layers[:2] for name in layer}
+    if not {"model", "optimizer"} <= lowest:  # a config file that extends no recipe
         yield (
             f"what this file leaves out has its default (family {config.model.family}, optimizer "
             f"{config.optimizer.name}); `extends: {DEFAULT_RECIPE}` in it starts from that recipe"
