@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +17,7 @@ from pretrain.config import RunConfig, parse_overrides, to_yaml
 from pretrain.parallel.config import ParallelConfig
 from pretrain.runner import start
 from pretrain.runner.request import is_started, is_unresolved, new_run_folder
+from pretrain.runner.text import cache_folder
 from tiny import TINY
 
 
@@ -45,6 +49,27 @@ def test_run_without_resolved_settings_starts_from_scratch(
     assert (run / "summary.json").is_file()
     assert not (run / "requested.yaml").exists()
     assert not is_unresolved(run)
+
+
+@pytest.mark.parametrize("kind", ["new", "resume"])
+def test_a_run_that_fails_before_it_is_resolved_can_be_resumed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run, text = tmp_path / "run", Path(shutil.copy(corpus, tmp_path / "text.jsonl"))
+    args = ["train", str(text), *TINY, "--train.steps", "2", "--run", str(run)]
+    with monkeypatch.context() as patch:  # the tokenizer is written by then
+        failure = OSError(errno.EIO, "Input/output error")
+        patch.setattr("pretrain.run.directory.write_environment", Mock(side_effect=failure))
+        assert main(args) != 0
+    assert is_unresolved(run)
+    again = ["train", "--resume", "--run", str(run)]
+    if kind == "resume":
+        shutil.rmtree(run / "tokenizer")
+        shutil.rmtree(cache_folder() / "prepared")
+        text.rename(tmp_path / "elsewhere.jsonl")  # as on a disk that is not mounted
+        assert main(again) == 2
+        (tmp_path / "elsewhere.jsonl").rename(text)
+    assert main(again) == 0
 
 
 def test_a_torchrun_that_restarts_with_fewer_processes_launches_none(

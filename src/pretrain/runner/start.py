@@ -360,13 +360,14 @@ def _from_scratch(
             (folder / REQUESTED).unlink()
         world.wait_for_main()
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        # After a full disk the run is resumed.
-        if (
-            is_main and getattr(error, "errno", None) not in NO_SPACE
-        ):  # remove its files, and the folders that were made for it
-            for name in (REQUESTED, directory.LOCK):
-                (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):
+        # A resume may be repeated, and after a full disk a new run is resumed.
+        is_kept = request.kind == "resume" or getattr(error, "errno", None) in NO_SPACE
+        files = {folder / REQUESTED, folder / directory.LOCK}
+        with suppress(OSError):
+            # Else remove its files, and the folders that were made for it, if there is no more.
+            if is_main and not is_kept and files >= {*folder.iterdir()}:
+                for path in files:
+                    path.unlink(missing_ok=True)
                 for path in new_folders:
                     path.rmdir()
         raise
