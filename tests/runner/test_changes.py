@@ -17,6 +17,7 @@ from pretrain.cli import main
 from pretrain.run.identity import differences, read_records
 from pretrain.runner import checks, start
 from pretrain.runner.checks import load_previous, read_run_config, settings_of
+from pretrain.runner.open import load_model
 from pretrain.train import state
 from runs import assert_same_run, stop_after
 
@@ -143,6 +144,21 @@ def test_kill_while_a_change_is_written_loses_nothing(
     assert_same_run(uninterrupted, killed)
     assert config_of(uninterrupted) == config_of(killed)
     assert len(read_records(uninterrupted)) == len(read_records(killed)) == 2
+
+
+def test_a_change_that_was_recorded_by_a_killed_resume_is_not_damage(
+    stopped: Path, copy_run: CopyRun, monkeypatch: Patch
+) -> None:
+    run = copy_run(stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.runner.checks.replace_file", kill)
+        with pytest.raises(Killed):
+            resume(run, "--train.precision", "bf16", "--accept", "train.precision")
+    assert load_model(run, device="cpu").precision == "fp32"
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("precision: fp32", "precision: auto"))
+    with pytest.raises(ValueError, match="changed or damaged"):
+        load_model(run, device="cpu")
 
 
 def test_changed_learning_rate_is_used_from_its_step_on(

@@ -199,8 +199,12 @@ def check_config(
 ) -> None:
     """ValueError if settings of config.yaml, `now`, are not those that the run had at `step`, with
     what was accepted since."""
-    had = with_records({**now, **values}, read_records(folder), step=step)
-    if changes := differences({name: had[name] for name in now}, now):
+    records = read_records(folder)
+    had = with_records({**now, **values}, records, step=step)
+    # A process may have died after it recorded a change, and before it wrote config.yaml.
+    before = {each["what"]: each["old"] for each in records if each["step"] >= step}
+    changes = differences({name: had[name] for name in now}, now)
+    if changes := [each for each in changes if (each.word, each.new) not in before.items()]:
         raise ValueError(
             f"{folder / CONFIG} is not that of the run: it was changed or damaged "
             f"({'; '.join(map(str, changes))}); restore it"
