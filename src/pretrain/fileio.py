@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -278,15 +279,17 @@ def require_empty(folder: Path) -> None:
 
 def is_fixed(folder: Path) -> bool:
     """Whether an empty folder can be neither removed nor renamed: a mount point, as the volume of a
-    container, or a folder in one that this process may not write to. To find out, remove it and
-    make it again."""
+    container, or a folder in one that this process may not write to. To find out, rename it to a
+    folder that is not empty: this fails too, for another reason, and changes nothing."""
     if not folder.is_dir():
         return False
     try:
-        os.rmdir(folder)
+        with tempfile.TemporaryDirectory(prefix=f"{WORK}-", dir=folder.parent) as full:
+            os.mkdir(os.path.join(full, "full"))
+            os.rename(folder, full)
     except OSError as error:
-        return error.errno in {errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS}
-    os.mkdir(folder)
+        fixed = {errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS}
+        return error.errno in fixed or os.path.ismount(folder)
     return False
 
 

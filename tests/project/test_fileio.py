@@ -181,32 +181,28 @@ def test_a_folder_that_cannot_be_replaced_gets_the_files_themselves(
     """A volume of Docker or Kubernetes (EBUSY): QwenPaw issue 3827 (2026); or a folder in one of
     others. The file by which a reader knows that all are there comes last."""
     out = tmp_path / "my volume"
-    out.mkdir()
+    out.mkdir(mode=0o700)
+    inode = out.stat().st_ino
     assert not is_fixed(out)
-    assert out.is_dir()
+    assert (out.stat().st_ino, out.stat().st_mode & 0o777) == (inode, 0o700)
+    assert [*tmp_path.iterdir()] == [out]
     assert not is_fixed(tmp_path / "new")
-    remove = os.rmdir
+    moved: list[str] = []
+    real = os.rename
 
-    def fail(path: Path) -> None:
-        if Path(path) == out:
+    def rename(old: Path, new: Path) -> None:
+        if old == out:
             raise OSError(number, os.strerror(number))
-        remove(path)
+        real(old, new)
+        moved.append(old.name)
 
-    monkeypatch.setattr(os, "rmdir", fail)
+    monkeypatch.setattr(os, "rename", rename)
     assert is_fixed(out)
 
     work = out / f"{fileio.WORK}-1" / "finished"
     (work / "tokenizer").mkdir(parents=True)
     for name in ("a.bin", "manifest.json", "train.bin", "tokenizer/tokenizer.json"):
         (work / name).write_text(name)
-    moved: list[str] = []
-    real = os.rename
-
-    def rename(old: Path, new: Path) -> None:
-        moved.append(old.name)
-        real(old, new)
-
-    monkeypatch.setattr(os, "rename", rename)
     move_into_place(work, out)
     assert moved[-1] == "manifest.json"
     assert sorted(moved) == ["a.bin", "manifest.json", "tokenizer", "train.bin"]
