@@ -71,10 +71,11 @@ FILE_RENAMED: dict[str, str] = {}
 """Files of a prepared folder, as paths below it."""
 TENSOR_RENAMED: list[tuple[str, str]] = []
 """Tensors of a checkpoint: a pattern of the whole name and its replacement, as of re.sub."""
-ADDED = frozenset(
-    {"config.json/pad_token_id", "config.json/n_ctx", "generation_config.json/max_length"}
+ADDED = re.compile(
+    r"config\.json/(pad_token_id|n_ctx)|generation_config\.json/max_length"
+    r"|summary\.json/reading/.*|(report\.json)?/(document_separator|text_field|facts|field_details|omitted)(/.*)?"
 )
-"""What only new exports have."""
+"""What only new exports, summaries and reports of preparations have."""
 EXPORT_RENAMED: list[tuple[str, str]] = [(r"transformer\.(.*)", r"\1")]
 """Tensors of an export, as TENSOR_RENAMED: GPT-2 is written as it was published."""
 
@@ -217,8 +218,7 @@ class Judge:
         self.compare(f"{run}: final tensors", *map(final_tensors, self.folders(run)))
 
     def compare(self, what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        added = ADDED - old.keys()
-        new = {name: value for name, value in new.items() if name not in added}
+        new = {n: value for n, value in new.items() if n in old or not ADDED.fullmatch(n)}
         difference = first_difference(old, new) if old else "nothing was found to compare"
         self.add(Row(case=self.case, what=what, values=len(old), difference=difference))
 
