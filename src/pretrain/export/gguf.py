@@ -220,8 +220,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, _FileTensor]]:
         return value
 
     def number(form: str, most: int = 1 << 64) -> int:
-        (value,) = struct.unpack(form, take(struct.calcsize(form)))
-        return bounded(int(value), most)
+        return bounded(int(struct.unpack(form, take(struct.calcsize(form)))[0]), most)
 
     def text() -> str:
         return take(int.from_bytes(take(8), "little")).decode()

@@ -112,9 +112,8 @@ def write_hugging_face(
         "clean_up_tokenization_spaces": False,
         **tokenizer.carried,
     }
-    named = content.values()
     added = [each["content"] for each in description["added_tokens"] if each["special"]]
-    content["additional_special_tokens"] = [name for name in added if name not in named]
+    content["additional_special_tokens"] = [name for name in added if name not in content.values()]
     write_json(folder / "tokenizer_config.json", content, indent=2)
 
     groups, total_bytes, left_bytes = list[list[StoredTensor]](), 0, 0
