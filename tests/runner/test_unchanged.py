@@ -129,9 +129,10 @@ def test_steps_taken_again_must_read_the_same_ids(
         if (record["kind"], record["step"]) == ("train", 6):
             lines[number] = json.dumps({**record, "ids": record["ids"] + 1}) + "\n"
     (run / "metrics.jsonl").write_text("".join(lines))
-    error = error_of(capsys, "train", "--resume", "--run", str(run))
-    assert "step 6 has read other ids than before the resume" in error
-    assert [r["step"] for r in records(run) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
+    for _ in range(2):
+        error = error_of(capsys, "train", "--resume", "--run", str(run))
+        assert "step 6 has read other ids than before the resume" in error
+        assert [r["step"] for r in records(run) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
 
 
 def test_steps_taken_again_may_read_other_ids_after_an_accepted_change(

@@ -121,13 +121,20 @@ class RunLog:
         if not self.writes:
             self._copy[:] = records
 
-    def truncate(self, step: int) -> list[dict[str, Any]]:
-        """Remove the lines after step `step`; the full file is copied to NAME.cut-1, ... Returns
-        the removed lines of metrics.jsonl."""
-        removed = [record for record in self.metrics() if record["step"] > step]
+    def removed(self) -> list[list[dict[str, Any]]]:
+        """The lines that follow those of metrics.jsonl, of each copy that `truncate` left."""
+        path = self.folder / METRICS
+        kept = path.read_bytes() if path.exists() else b""
+        copies = [copy.read_bytes() for copy in sorted(self.folder.glob(f"{METRICS}.cut-*"))]
+        tails = [copy[len(kept) :].split(b"\n") for copy in copies if copy.startswith(kept)]
+        parsed = [[parse_line(line) or {} for line in tail] for tail in tails]
+        return [[record for record in tail if "kind" in record] for tail in parsed]
+
+    def truncate(self, step: int) -> None:
+        """Remove the lines after step `step`; the full file is copied to NAME.cut-1, ..."""
         if not self.writes:
             self._copy[:] = [record for record in self._copy if record["step"] <= step]
-            return removed
+            return
         for name in (METRICS, SAMPLES):
             path = self.folder / name
             kept = [text for record, text in read_lines(path) if record["step"] <= step]
@@ -137,7 +144,6 @@ class RunLog:
                 shutil.copyfile(path, unused_name(path, suffix=".cut-"))
                 replace_file(path, content)
                 self._hashes.pop(name, None)
-        return removed
 
     def sync(self) -> None:
         """Flush lines and names to the disk itself, before a checkpoint that depends on them."""

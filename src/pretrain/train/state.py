@@ -296,12 +296,14 @@ class Run:
                 f"{next_position:,} by the rollbacks in the log. Restore the original "
                 f"{METRICS}, or delete that checkpoint to resume from an older one"
             )
-        removed = self.log.truncate(self.step)
-        # What was read after a rollback is read again only if the run rolls back again.
-        before_rollback = takewhile(lambda record: record.get("kind") != "rollback", removed)
+        self.log.truncate(self.step)
         if self.world.is_main:  # which knows whether a change of the text was accepted
+            # What was read after a rollback is read again only if the run rolls back again.
             self.repeated_ids = {
-                record["step"]: record["ids"] for record in before_rollback if "ids" in record
+                record["step"]: record["ids"]
+                for removed in self.log.removed()
+                for record in takewhile(lambda record: record["kind"] != "rollback", removed)
+                if "ids" in record
             }
 
 
