@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -234,14 +233,31 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-# What `import pretrain` offers for a model: the methods as functions, with their help.
+def evaluate(model: LoadedModel, text: str | Sequence[str], *, stride: int | None = None) -> Score:
+    """Return the nats, tokens and bytes of a text, or of several: `LoadedModel.score`."""
+    return model.score(text, stride=stride)
 
 
-@wraps(LoadedModel.score)
-def evaluate(model: LoadedModel, *args: Any, **options: Any) -> Score:
-    return model.score(*args, **options)
-
-
-@wraps(LoadedModel.generate)
-def generate(model: LoadedModel, *args: Any, **options: Any) -> list[str]:
-    return model.generate(*args, **options)
+def generate(
+    model: LoadedModel,
+    prompt: str = "",
+    *,
+    max_tokens: int = 200,
+    n: int = 1,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1,
+    special: bool = False,
+) -> list[str]:
+    """Return `n` continuations of a prompt: `LoadedModel.generate`."""
+    return model.generate(
+        prompt,
+        max_tokens=max_tokens,
+        n=n,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        special=special,
+    )
