@@ -200,7 +200,12 @@ def test_json_lines_are_found_under_any_name_however_long_they_are(
 
 @pytest.mark.parametrize(
     ("first", "line"),
-    [('{"text": "x", "n": NaN}', 1), ('{"text": "x", "text": "y"}', 1), ("\n", 0)],
+    [
+        ('{"text": "x", "n": NaN}', 1),
+        pytest.param('{"n": NaN, "text": "%s"}' % ("x " * 40_000), 1, id="long"),
+        ('{"text": "x", "text": "y"}', 1),
+        ("\n", 0),
+    ],
 )
 def test_the_first_line_of_json_lines_called_json_may_be_blank_or_invalid(
     tmp_path: Path, first: str, line: int

@@ -342,8 +342,9 @@ def json_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     """
     data = stream.readline(MAX_RECORD_BYTES + 1)
     value = _parse_json(_decode(data.removeprefix(codecs.BOM_UTF8), 0))
-    if stream.peek(1).strip():
-        if isinstance(value, dict):
+    if rest := stream.peek(1).strip():
+        # The first line may be invalid, but no JSON value has two opening braces in a row.
+        if isinstance(value, dict) or (data.startswith(b"{") and rest.startswith(b"{")):
             yield from jsonl_rows(stream, text_field, data)
             return
         data += stream.read(MAX_JSON_BYTES + 1 - len(data))

@@ -60,9 +60,9 @@ def train_tokenizer(
 
     bpe and gpt are trained on a uniform sample of at most `sample_bytes` of the text; bpe cuts it
     into words by the pre-tokenizer `split`. Without a `vocab_size`, `default_vocab_size` computes
-    one, and the vocabulary is smaller if fewer pairs occur twice. `fast` uses another trainer, see
-    `_train_gigatoken`. `log` gets a line every ten seconds, for text without spaces takes minutes.
-    ValueError for an impossible vocab_size, or if there is no text.
+    one. Text with fewer pairs to merge (by default: that occur twice) gets a smaller vocabulary.
+    `fast` uses another trainer, see `_train_gigatoken`. `log` gets a line every ten seconds, for
+    text without spaces takes minutes. ValueError for an impossible vocab_size, or no text.
     """
     TokenizerConfig(name=name, vocab_size=vocab_size)  # raises an error for a wrong size
     if name not in TRAINED_NAMES:
@@ -106,10 +106,7 @@ def train_tokenizer(
         training.result()
     tokenizer = Tokenizer(library)
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
-        raise ValueError(
-            f"tokenizer.vocab_size must be at most {tokenizer.vocab_size} for this text, "
-            f"not {vocab_size}: it has no more pairs to merge"
-        )
+        log(f"vocabulary {tokenizer.vocab_size:,}, not {vocab_size:,}: no more pairs to merge")
     return tokenizer
 
 

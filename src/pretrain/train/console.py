@@ -159,10 +159,12 @@ def show_plan(
     in_tables = model.table_rows(vocab_size) * model.d_model
     tables = f", {in_tables:,} of them in lookup tables" if in_tables else ""
     n_all = n_parameters(model, vocab_size=vocab_size)
+    requested = config.tokenizer.vocab_size or vocab_size
+    of = f" of {requested:,}: the text has no more pairs" if vocab_size < requested else ""
     facts["model"] = (
         f"{model.family}, {n_all:,} parameters{tables} "
         f"({model.n_layers} layers, width {model.d_model}, context {context}, vocabulary "
-        f"{vocab_size:,})"
+        f"{vocab_size:,}{of})"
     )
     if train.init_from is not None:
         facts["start"] = f"weights of {train.init_from}"
