@@ -178,12 +178,12 @@ def test_a_config_file_says_what_it_starts_from(
 
     Path("base.yaml").write_text("extends: english\noptimizer: {momentum: 0.8}\n")
     Path("deep").mkdir()
-    Path("deep/own.yaml").write_text("extends: ../base.yaml\nmodel: {size: 1, ngram_rows: 0}\n")
+    Path("deep/own.yaml").write_text("extends: ../base.yaml\nmodel: {size: 1, induction: 1}\n")
     data = ["--data.source", "a.txt", *SHORT]
     assert main(["train", "deep/own.yaml", *data, "--run", "own"]) == 0
     assert "note: " not in capsys.readouterr().out
     config = read_file(tmp_path / "own/config.yaml")
-    assert (config["model"]["family"], config["model"]["ngram_rows"]) == ("fast", 0)
+    assert (config["model"]["family"], config["model"]["induction"]) == ("fast", 1)
     assert (config["optimizer"]["name"], config["optimizer"]["momentum"]) == ("muon", 0.8)
     # A run's own config has everything.
     assert main(["train", "own/config.yaml", "--run", "again"]) == 0
