@@ -37,6 +37,7 @@ COMMANDS = {
     "ask": "answer a task with a model, such as a translation or a summary",
     "generate": "continue a prompt",
     "next": "show the distribution over the next token",
+    "mix": "average the probabilities of several models: a model like any other",
     "export": "write a model for transformers or llama.cpp, and verify the files",
     "import": "read a model of transformers, llama.cpp or llama2.c",
     "verify": "verify that a resume of a run equals an uninterrupted run",

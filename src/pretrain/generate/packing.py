@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.compat import speed_up_attribute_access
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import Block, PackedWeights
+from pretrain.model.mixture import Mixture
 
 # Matrices are aligned to the lines of the CPU's cache.
 _LINE_BYTES = 64
@@ -32,6 +33,10 @@ def pack_weights(decoder: Decoder) -> None:
     are only looked up stay.
     """
     if decoder.device.type != "cpu":
+        return
+    if isinstance(decoder, Mixture):
+        for part in decoder.decoders:
+            pack_weights(part)
         return
     head = decoder.token_embedding if decoder.head is None else decoder.head
     layers = [m for m in decoder.blocks.modules() if isinstance(m, nn.Linear)]

@@ -102,11 +102,16 @@ class KeyValueCache:
     # Buffers are twice as long as needed, so that most new positions are written without a copy.
     _buffers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
+    _parts: dict[int, KeyValueCache] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """The number of positions S."""
-        return next(iter(self._lengths.values()), 0)
+        return self._parts[0].length if self._parts else next(iter(self._lengths.values()), 0)
+
+    def of_part(self, index: int) -> KeyValueCache:
+        """Return the cache of one of the decoders of a mixture."""
+        return self._parts.setdefault(index, KeyValueCache())
 
     def append_ids(self, ids_BT: Tensor) -> Tensor:
         """Append the ids of new positions; returns the ids before them (B, S)."""

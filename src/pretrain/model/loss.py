@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pretrain.model.decoder import Decoder
 from pretrain.model.dropout import DropoutRng
+from pretrain.model.mixture import Mixture
 
 # Targets with this value are ignored: padding at the end of an evaluation.
 IGNORE_INDEX = -100
@@ -62,6 +63,9 @@ class LMLoss(nn.Module):
         """Return the sum of -log p(target | context) in nats, and the number of valid targets."""
         hidden_BTD = self.decoder(batch.inputs, dropout_rng=self.dropout_rng(batch))
         targets_N = batch.targets.flatten()
+        if isinstance(self.decoder, Mixture):
+            nats = nats_of_mixture(self.decoder, hidden_BTD.flatten(0, 1), targets_N)
+            return nats, (targets_N != IGNORE_INDEX).sum()
         nats = self.cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.decoder.head_weight,
@@ -81,6 +85,19 @@ class LMLoss(nn.Module):
         self.cross_entropy = partial(chunked_cross_entropy, compiled=True)
         for module in self.decoder.blocks.values() if by_block else [self.decoder]:
             module.compile(dynamic=False)
+
+
+@torch.no_grad()
+def nats_of_mixture(mixture: Mixture, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the summed cross-entropy (a scalar, nats) of a mixture, chunk by chunk."""
+    chunks = zip(
+        *(torch.split(each, MIN_CHUNK_ROWS) for each in (hidden_ND, targets_N)), strict=True
+    )
+    nats = [
+        F.cross_entropy(mixture.logits(hidden), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        for hidden, targets in chunks
+    ]
+    return torch.stack(nats).sum()
 
 
 def chunked_cross_entropy(

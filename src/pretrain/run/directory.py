@@ -42,6 +42,8 @@ REPORT = "report.html"
 # Written by other commands.
 OVERLAP = "overlap.json"
 VERIFICATION = "verification.json"
+# The parts of a mix: in a folder with CONFIG, TOKENIZER and CHECKPOINTS.
+MIX = "mix.json"
 
 
 class CannotSave(Exception):

@@ -29,6 +29,7 @@ from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.runner.launch import check_same_on_all_ranks
 from pretrain.runner.request import (
     by_name,
+    check_is_one_model,
     compose_target,
     layer_of,
     read_target,
@@ -172,6 +173,7 @@ def read_run_config(folder: Path) -> RunConfig:
     """The folder is a run that was trained here (not imported), and its config.yaml is valid."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run directory: it has no {CONFIG}")
+    check_is_one_model(folder, "trained")
     if not (folder / directory.ENVIRONMENT).is_file():
         raise ValueError(
             f"{folder} was imported, not trained; train from its weights with "

@@ -1,22 +1,25 @@
 """MODEL -> a loaded model: `load_model` is the front door of the library.
 
-MODEL is a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF
-file, or a .bin file of llama2.c. ValueError for other paths, and for a run whose config.yaml or
-tokenizer are not those that it was trained with.
+MODEL is a run directory, one checkpoint in it, an imported model, a mix, a Hugging Face folder, a
+GGUF file, or a .bin file of llama2.c. ValueError for other paths, and for a run whose config.yaml
+or tokenizer are not those that it was trained with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pretrain.config import RunConfig, compose, read_file, to_dict
+from pretrain.config import RunConfig, compose, read_file, to_dict, to_yaml
+from pretrain.fileio import read_json
 from pretrain.run.directory import (
     CHECKPOINT_MANIFEST,
     CHECKPOINTS,
     CONFIG,
+    MIX,
     SUMMARY,
     TOKENIZER,
     read_summary,
@@ -24,6 +27,8 @@ from pretrain.run.directory import (
 from pretrain.run.identity import check_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pretrain.checkpoint.load import Checkpoint
     from pretrain.distributed import World
     from pretrain.evaluate.loss import Score
@@ -32,8 +37,8 @@ if TYPE_CHECKING:
     from pretrain.tokenizer.tokenizer import Tokenizer
 
 MODEL_HELP = (
-    "a run directory, one checkpoint in it, an imported model, a Hugging Face folder, a GGUF file, "
-    "or a .bin file of llama2.c"
+    "a run directory, one checkpoint in it, an imported model, a mix, a Hugging Face folder, "
+    "a GGUF file, or a .bin file of llama2.c"
 )
 
 
@@ -52,7 +57,8 @@ class LoadedModel:
     decoder: Decoder
     tokenizer: Tokenizer
     config: RunConfig
-    """the run's settings; of a foreign model only `model` is set"""
+    """the run's settings; of a foreign model only `model` is set; of a mix those of the part with
+    the shortest context"""
     path: Path
     """the checkpoint directory, or the foreign file or folder"""
     checkpoint: Checkpoint | None
@@ -138,10 +144,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
         find_checkpoint(path)  # before torch is imported, which takes seconds
 
     from pretrain.distributed import open_world
-    from pretrain.model.decoder import build
-    from pretrain.model.loss import LMLoss
-    from pretrain.parallel.model import ParallelModel
-    from pretrain.train.state import load_weights
+    from pretrain.train.build import load_decoder
 
     if is_foreign:
         from pretrain.export.importing import import_model
@@ -157,13 +160,11 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
     tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
     tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
     tokenizer.carried = checkpoint.state.get("carried", {})
-    decoder = build(config.model, vocab_size=tokenizer.vocab_size, seed=None, device=world.device)
-    load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
+    size = tokenizer.vocab_size
+    decoder = load_decoder(checkpoint, config.model, vocab_size=size, world=world)
     same_device = config.train.device == world.device.type
     precision = config.train.precision if same_device else "fp32"
-    return LoadedModel(
-        decoder.eval(), tokenizer, config, checkpoint.path, checkpoint, world, precision
-    )
+    return LoadedModel(decoder, tokenizer, config, checkpoint.path, checkpoint, world, precision)
 
 
 def settings_of_model(config: RunConfig) -> dict[str, Any]:
@@ -173,8 +174,8 @@ def settings_of_model(config: RunConfig) -> dict[str, Any]:
 
 
 def read_unchanged(run: Path, checkpoint: Checkpoint) -> tuple[RunConfig, Tokenizer]:
-    """Read config.yaml and the tokenizer of a run. ValueError if they are not those that the
-    checkpoint, which has their hashes, was trained or imported with."""
+    """Read config.yaml and the tokenizer of a run. ValueError if they, or the parts of a mix, are
+    not those that the checkpoint, which has their hashes, was trained or imported with."""
     from pretrain.tokenizer.load import load_tokenizer
 
     config, tokenizer = compose([read_file(run / CONFIG)]), load_tokenizer(run / TOKENIZER)
@@ -184,9 +185,40 @@ def read_unchanged(run: Path, checkpoint: Checkpoint) -> tuple[RunConfig, Tokeni
             f"{run / TOKENIZER} is not the tokenizer that {checkpoint.path.name} was trained "
             "with: it was changed or damaged"
         )
+    parts = checkpoint.state.get("parts")
+    if parts is not None and read_json(run / MIX).get("parts") != parts:
+        raise ValueError(
+            f"{run / MIX} is not that of the mix: it was changed or damaged; restore it"
+        )
     values = {**fingerprint.pop("settings", {}), **fingerprint}
     check_config(run, settings_of_model(config), values, step=checkpoint.step)
     return config, tokenizer
+
+
+def write_model(
+    folder: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    parameters: Iterable[tuple[str, Tensor]],
+    *,
+    texts: Mapping[str, str] = MappingProxyType({}),
+    **origin: Any,
+) -> None:
+    """Write a folder that `load_model` opens, of weights that were not trained in it. `texts` are
+    hashes of the text that they were trained on; `origin` is what else the checkpoint says."""
+    from pretrain.checkpoint.save import save_checkpoint
+
+    tokenizer.save(folder / TOKENIZER)
+    (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    state = {
+        "fingerprint": {**settings_of_model(config), "tokenizer": tokenizer.sha256, **texts},
+        "begins_texts": tokenizer.add_bos,
+        "ends": tokenizer.stop_ids,
+        "carried": tokenizer.carried,
+        **origin,
+    }
+    tensors = {f"model/{name}": values for name, values in parameters}
+    save_checkpoint(folder / CHECKPOINTS, step=0, tensors=tensors, state=state)
 
 
 def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:

@@ -22,7 +22,7 @@ from pretrain.corpus.files import list_files
 from pretrain.data.format import is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report.config import require_packages
-from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, REQUESTED, TOKENIZER
+from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, MIX, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint, open_checkpoint_of, read_unchanged
 from pretrain.validation import did_you_mean, nearest, shown
 
@@ -122,6 +122,7 @@ def compose_target(
             f"train.init_from must be a run or a checkpoint (got {source}); import a model of "
             f"another library first: pretrain import {source} --out DIR"
         )
+    check_is_one_model(source, "trained")
     run, checkpoint = find_checkpoint(source)
     old_model = compose([read_file(run / CONFIG)]).model
     inherited: Layer = {
@@ -164,6 +165,16 @@ def notes_of(layers: list[Layer], overrides: Layer, config: RunConfig) -> Iterat
     for train in (layer.get("train", {}) for layer in (layers[-1], overrides)):
         if None not in (train.get("steps"), train.get("minutes")):
             yield f"train.minutes has no effect, because train.steps is {train['steps']}"
+
+
+def check_is_one_model(path: Path, action: str) -> None:
+    """ValueError if MODEL is a mix, with which `action` cannot be done."""
+    folder = path.parent.parent if (path / CHECKPOINT_MANIFEST).is_file() else path
+    if (folder / MIX).is_file():
+        raise ValueError(
+            f"{path} is a mix of models, which cannot be {action}; train one model that learns "
+            f"from it: pretrain train TEXT --train.teacher {folder}"
+        )
 
 
 def initial_checkpoint(config: RunConfig) -> Checkpoint | None:

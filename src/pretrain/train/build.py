@@ -11,18 +11,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.config import RunConfig
+from pretrain.checkpoint.load import Checkpoint
+from pretrain.config import RunConfig, compose
 from pretrain.data.batches import MicroBatch, micro_batch_at
 from pretrain.data.format import PreparedData, TokenStream
 from pretrain.data.order import MixtureOrder, Order, Rollback, batch_of_step, ceil_div
 from pretrain.distributed import World
-from pretrain.model.decoder import build
+from pretrain.model.config import ModelConfig
+from pretrain.model.decoder import Decoder, build
 from pretrain.model.loss import LMLoss
+from pretrain.model.mixture import Mixture
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
@@ -72,6 +76,27 @@ def build_model(
         orthogonalizer=model.orthogonalizer,
     )
     return model, optimizer
+
+
+def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into a model of the same shapes, of each the shard of this
+    process."""
+    model.reshard()
+    with torch.no_grad():
+        for name, shard in model.shards.items():
+            shard.local.copy_(checkpoint.read(f"model/{name}", shard.bounds))
+
+
+def load_decoder(
+    checkpoint: Checkpoint, config: ModelConfig, *, vocab_size: int, world: World
+) -> Decoder:
+    """The decoder of a checkpoint, or the mixture of its parts, in evaluation mode."""
+    new = partial(build, vocab_size=vocab_size, seed=None, device=world.device)
+    parts = checkpoint.state.get("parts", ())
+    decoders = [new(compose([{"model": part["model"]}]).model) for part in parts]
+    decoder = Mixture(decoders, [part["weight"] for part in parts]) if parts else new(config)
+    load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
+    return decoder.eval()
 
 
 @dataclass(slots=True)

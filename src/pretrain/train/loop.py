@@ -16,7 +16,7 @@ from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.parallel.model import StepReport
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
-from pretrain.train.build import uncompiled
+from pretrain.train.build import load_weights, uncompiled
 from pretrain.train.eval_hooks import (
     evaluate_if_due,
     evaluate_split,
@@ -26,7 +26,7 @@ from pretrain.train.eval_hooks import (
 )
 from pretrain.train.monitor import MOST_IN_A_ROW, NOT_FINITE, SPIKE, Anomaly
 from pretrain.train.signals import StopSignals
-from pretrain.train.state import Run, load_weights, roll_back
+from pretrain.train.state import Run, roll_back
 
 MOST_POST_MORTEMS = 20
 # Steps before an anomaly that its post-mortem has the losses of.

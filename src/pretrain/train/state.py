@@ -32,7 +32,7 @@ from pretrain.optim.schedule import LRSchedule
 from pretrain.parallel.model import ParallelModel
 from pretrain.run.directory import CHECKPOINTS, METRICS, POST_MORTEMS, CannotSave
 from pretrain.run.log import BestEvaluation, RunLog
-from pretrain.train.build import TrainingBatches, build_model, training_batches
+from pretrain.train.build import TrainingBatches, build_model, load_weights, training_batches
 from pretrain.train.config import filled
 from pretrain.train.console import Console, show_plan
 from pretrain.train.monitor import MOST_ROLLBACKS, SpikeDetector, StragglerDetector, rollbacks_of
@@ -305,15 +305,6 @@ class Run:
                 for record in takewhile(lambda record: record["kind"] != "rollback", removed)
                 if "ids" in record
             }
-
-
-def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same shapes, of each the shard of this
-    process."""
-    model.reshard()
-    with torch.no_grad():
-        for name, shard in model.shards.items():
-            shard.local.copy_(checkpoint.read(f"model/{name}", shard.bounds))
 
 
 # --- rollback -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ The family `fast` runs here and in transformers; for vLLM, llama.cpp, ONNX, Open
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from pretrain.cli.options import MODEL, OUT, option
 from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
@@ -17,6 +18,7 @@ from pretrain.cli.output import Output
 from pretrain.fileio import nan_to_null, write_json
 from pretrain.machine import install_command
 from pretrain.runner.open import load_model
+from pretrain.runner.request import check_is_one_model
 
 # Of each text that is scored on both sides.
 _TEXT_CHARACTERS = 16_384
@@ -40,6 +42,7 @@ OPTIONS = (
 
 def run(args: argparse.Namespace, output: Output) -> int:
     out = resolve_out(args.out)
+    check_is_one_model(Path(args.model), "exported")
     if args.type not in _NUMBERS[args.format]:
         types = ", ".join(_NUMBERS[args.format])
         raise ValueError(f"--type {args.type} is not for {args.format}; it must be one of {types}")

@@ -14,9 +14,9 @@ from pathlib import Path
 from pretrain.cli.options import OUT, option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
-from pretrain.config import compose, to_yaml
+from pretrain.config import compose
 from pretrain.fileio import file_sha256
-from pretrain.runner.open import settings_of_model
+from pretrain.runner.open import write_model
 
 OPTIONS = (
     option("SOURCE", "a folder, a .gguf or a llama2.c .bin"),
@@ -37,23 +37,12 @@ def run(args: argparse.Namespace, output: Output) -> None:
         "files": {file.name: file_sha256(file) for file in model.files},
     }
 
-    from pretrain.checkpoint.save import save_checkpoint
     from pretrain.model.config import n_parameters
 
     n = n_parameters(model.config, vocab_size=model.tokenizer.vocab_size)
+    config = compose([{"model": asdict(model.config)}])
     with work_folder(out) as work:
-        model.tokenizer.save(work / "tokenizer")
-        config = compose([{"model": asdict(model.config)}])
-        (work / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        tensors = {f"model/{name}": values for name, values in model.parameters()}
-        state = {
-            "imported": origin,
-            "fingerprint": {**settings_of_model(config), "tokenizer": model.tokenizer.sha256},
-            "begins_texts": model.tokenizer.add_bos,
-            "ends": model.tokenizer.stop_ids,
-            "carried": model.tokenizer.carried,
-        }
-        save_checkpoint(work / "checkpoints", step=0, tensors=tensors, state=state)
+        write_model(work, config, model.tokenizer, model.parameters(), imported=origin)
     output.log(
         f"{args.out}: {model.config.family} of {n:,} parameters, {model.config.n_layers} "
         f"layers of {model.config.d_model}, context {model.config.window_tokens:,}, vocabulary "

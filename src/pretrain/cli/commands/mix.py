@@ -1,0 +1,75 @@
+"""Average the probabilities of several models: the result is a MODEL like any other.
+
+pretrain mix runs/a runs/b runs/c --out runs/mix              each with the same weight
+pretrain mix runs/a runs/b --out runs/mix --weights 3 1
+
+The models may differ in family and size; they must have the same tokenizer. What they have learned
+is copied: the mix does not need their runs. It is neither trained nor exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pretrain.cli.options import OUT, option
+from pretrain.cli.out_folder import resolve_out, work_folder
+from pretrain.cli.output import Output
+from pretrain.config import to_dict
+from pretrain.fileio import write_json
+from pretrain.run.directory import MIX
+from pretrain.run.identity import TEXTS
+from pretrain.runner.open import MODEL_HELP, load_model, write_model
+from pretrain.runner.request import check_is_one_model
+
+OPTIONS = (
+    option("MODEL", f"two or more; {MODEL_HELP}", nargs="+"),
+    OUT,
+    option("--weights W", "a number above 0 for each model [equal]", nargs="+", type=float),
+)
+
+
+def run(args: argparse.Namespace, output: Output) -> None:
+    out, n = resolve_out(args.out), len(args.model)
+    weights = args.weights or [1.0] * n
+    if n < 2:
+        raise ValueError(f"{args.model[0]} is one model; mix needs two or more")
+    if len(weights) != n or not all(0 < each < float("inf") for each in weights):
+        raise ValueError(f"--weights must be {n} numbers above 0, one for each model")
+    for name in args.model:
+        check_is_one_model(Path(name), "a part of another mix")
+    models = [load_model(name, device="cpu") for name in args.model]
+    tokenizer = models[0].tokenizer
+    for name, model in zip(args.model, models, strict=True):
+        if model.tokenizer.sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"models of a mix must have the same tokenizer: that of {args.model[0]} has "
+                f"{tokenizer.vocab_size:,} tokens and SHA-256 {tokenizer.sha256[:12]}, that of "
+                f"{name} {model.tokenizer.vocab_size:,} and {model.tokenizer.sha256[:12]}"
+            )
+
+    from pretrain.model.mixture import Mixture
+
+    parts = [
+        {
+            "path": str(model.path.resolve()),
+            "sha256": model.checkpoint and model.checkpoint.sha256,
+            "weight": weight / sum(weights),
+            "model": to_dict(model.config)["model"],
+        }
+        for model, weight in zip(models, weights, strict=True)
+    ]
+    mixture = Mixture([model.decoder for model in models], weights)
+    # The settings of a part that reads the window of the mix, and the text if all have the same.
+    config = next(model.config for model in models if model.decoder.config is mixture.config)
+    prints = [m.checkpoint.state.get("fingerprint", {}) if m.checkpoint else {} for m in models]
+    texts = {name: prints[0].get(name) for name in TEXTS}
+    shared = texts if all(texts.items() <= each.items() for each in prints) else {}
+    with work_folder(out) as work:
+        write_json(work / MIX, {"parts": parts}, indent=2)
+        parameters = mixture.named_parameters()
+        write_model(work, config, tokenizer, parameters, texts=shared, parts=parts)
+    for name, part in zip(args.model, parts, strict=True):
+        output.log(f"{part['weight']:.4f}  {name}")
+    output.log(f"{args.out}: the weighted mean of their probabilities")
+    output.result({"model": args.out, "parts": parts})
