@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyppmd
 import pytest
 import torch
 
 from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
 from pretrain.data.batches import evaluation_batches
-from pretrain.evaluate.baselines import count_model_nats, measure_baselines
+from pretrain.evaluate.baselines import measure_baselines
+from pretrain.evaluate.counts import kneser_ney
 from pretrain.evaluate.loss import Ids, Score, score_each, score_texts
 from pretrain.runner.open import load_model
+from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer
 from tiny import TINY
 
@@ -162,22 +165,26 @@ def test_skipped_documents_and_the_field_are_reported(
     assert capsys.readouterr().out.endswith(" tokens, 8 bytes\n")
 
 
-def reference_kneser_ney(train: list[int], val: list[int], v: int, order: int) -> float:
-    """The textbook recursion on dictionaries, one probability at a time."""
+def reference_kneser_ney(train: list[int], val: list[int], v: int, order: int) -> list[float]:
+    """p of val[1:], from the formulas of Chen and Goodman (1999) over dictionaries."""
 
-    def table(n: int, highest: bool) -> Counter[tuple[int, ...]]:
+    def table(n: int, *, highest: bool) -> Counter[tuple[int, ...]]:
         grams = Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1))
         if highest:
             return grams
         above = {tuple(train[i : i + n + 1]) for i in range(len(train) - n)}
         return Counter(gram[1:] for gram in above)
 
-    tables = {n: table(n, n == order) for n in range(1, order + 1)}
+    tables = {n: table(n, highest=n == order) for n in range(1, order + 1)}
     discounts = {}
     for n, counts in tables.items():
-        ones = sum(c == 1 for c in counts.values())
-        twos = sum(c == 2 for c in counts.values())
-        discounts[n] = ones / (ones + 2 * twos) if ones and twos else 0.5
+        n1, n2, n3, n4 = (sum(c == times for c in counts.values()) for times in (1, 2, 3, 4))
+        discounts[n] = [0.0, 0.5, 1.0, 1.5]
+        if n1 and n2 and n3:
+            y = n1 / (n1 + 2 * n2)
+            estimated = [1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+            if min(estimated) > 0:
+                discounts[n] = [0.0, *estimated]
 
     def probability(gram: tuple[int, ...]) -> float:
         if not gram:
@@ -186,45 +193,99 @@ def reference_kneser_ney(train: list[int], val: list[int], v: int, order: int) -
         followers = [c for g, c in tables[n].items() if g[:-1] == gram[:-1]]
         if not followers:
             return lower
-        total, d = sum(followers), discounts[n]
-        kept = max(tables[n][gram] - d, 0) / total
-        return kept + d * len(followers) / total * lower
+        freed = sum(discounts[n][min(c, 3)] for c in followers)
+        count = tables[n][gram]
+        kept = count - discounts[n][min(count, 3)]
+        return (kept + freed * lower) / sum(followers)
 
-    places = range(2, len(val))
-    return -sum(math.log(probability(tuple(val[i - order + 1 : i + 1]))) for i in places)
+    return [probability(tuple(val[max(0, i - order + 1) : i + 1])) for i in range(1, len(val))]
+
+
+def chain_with_memory(n: int) -> list[int]:
+    """Ids below 11 of which the two before say much, so that longer contexts help."""
+    rng = np.random.default_rng(0)
+    chain = [0, 0]
+    while len(chain) < n:
+        chain.append(int((chain[-1] * 3 + chain[-2] + rng.integers(0, 3)) % 11))
+    return chain
 
 
 def test_count_models_equal_textbook_kneser_ney() -> None:
-    rng = np.random.default_rng(0)
-    chain = [0, 0]
-    for _ in range(2500):  # a chain with memory, so that longer contexts help
-        chain.append(int((chain[-1] * 3 + chain[-2] + rng.integers(0, 3)) % 11))
+    chain = chain_with_memory(2500)
     train, val = chain[:2300], chain[2300:]
     val[50] = 11  # a word that training never saw
-    found = count_model_nats(np.array(train), np.array(val), vocab_size=12)
-    seen = Counter(train)
-    unigram = -sum(math.log((seen[w] + 1) / (2300 + 12)) for w in val[2:])
-    assert found[0] == pytest.approx(unigram)
-    assert found[1] == pytest.approx(reference_kneser_ney(train, val, 12, 2))
-    assert found[2] == pytest.approx(reference_kneser_ney(train, val, 12, 3))
-    assert found[2] < min(found[:2])
+    found = kneser_ney(np.array(train), np.array(val), vocab_size=12, order=5)
+    nats = [-np.log(p).sum() for p in found]
+    for order, p in enumerate(found, start=1):
+        assert p[1:].tolist() == pytest.approx(reference_kneser_ney(train, val, 12, order))
+    assert nats[2] < min(nats[:2])
 
 
-def test_xz_is_given_the_training_text() -> None:
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 20])
+def test_count_models_of_a_tiny_text_equal_the_textbook(n: int) -> None:
+    train, val = chain_with_memory(n)[:n], [3, 0, 0, 0, 2, 7]
+    *_, found = kneser_ney(np.array(train), np.array(val), vocab_size=12, order=5)
+    expected = reference_kneser_ney(train, val, 12, min(n, 5))
+    assert found[1:].tolist() == pytest.approx(expected)
+
+
+def test_probabilities_of_a_count_model_add_up_to_1() -> None:
+    train = np.array(chain_with_memory(300))
+    for context in ([1, 2, 3], [0, 0, 0], [11, 1, 2]):  # 11 was never seen
+        p = [
+            kneser_ney(train, np.array([*context, last]), vocab_size=12, order=4)[-1][-1]
+            for last in range(12)
+        ]
+        assert sum(p) == pytest.approx(1)
+
+
+def byte_tokenizer_and_ids(*texts: bytes) -> tuple[Tokenizer, list[Ids]]:
+    tokenizer = train_tokenizer([], name="bytes")
+    id_of = {tokenizer.token_bytes(id_): id_ for id_ in range(tokenizer.vocab_size)}
+    return tokenizer, [Ids(np.array([id_of[bytes([b])] for b in text])) for text in texts]
+
+
+def test_of_bytes_as_tokens_both_count_models_say_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = " ".join(d.text for d in list(read_documents("bundled"))[:9]).encode()[:9000]
+    tokenizer, (train, val) = byte_tokenizer_and_ids(text[:8000], text[8000:])
+    monkeypatch.setattr("pretrain.evaluate.baselines.BYTE_ORDER", 5)
+    measured: Any = measure_baselines(train, val, tokenizer=tokenizer)
+    rows = {row["name"]: row for row in measured["baselines"]}
+    assert measured["val_tokens"] == measured["val_bytes"] == 999
+    of_bytes, of_tokens = (rows[name]["bits_per_byte"] for name in ("byte six-gram", "five-gram"))
+    assert of_bytes == pytest.approx(of_tokens, rel=1e-3)  # of 257 numbers, and of the vocabulary
+    names = "unigram bigram trigram five-gram".split()
+    bits = [rows[name]["bits_per_byte"] for name in names]
+    assert bits == sorted(bits, reverse=True)
+    assert 2 < bits[-1] < 3.2
+
+
+def test_without_its_package_ppmd_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, (train, val) = byte_tokenizer_and_ids(b"the cat and the dog " * 9, b"and the cat")
+    found: Any = measure_baselines(train, val, tokenizer=tokenizer)["baselines"]
+    assert [row["name"] for row in found][-2:] == ["PPMd", "xz"]
+    assert "pyppmd" not in found[-1]["note"]
+    monkeypatch.setattr("pretrain.evaluate.baselines.find_spec", lambda name: None)
+    found = measure_baselines(train, val, tokenizer=tokenizer)["baselines"]
+    assert [row["name"] for row in found][-2:] == ["byte six-gram", "xz"]
+    assert "[ppmd]" in found[-1]["note"]
+
+
+@pytest.mark.parametrize("name", ["PPMd", "xz"])
+def test_a_compressor_is_given_the_training_text(name: str) -> None:
     val = next(iter(read_documents("bundled"))).text[:3000].encode()
     other = bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8))
-    alone = 8 * len(lzma.compress(val)) / len(val)
-    tokenizer = train_tokenizer([], name="bytes")
-    ids = {id_: tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)}
-    id_of = {value: id_ for id_, value in ids.items()}
 
-    def xz_bits_per_byte(train: bytes) -> float:
-        train_ids, val_ids = (Ids(np.array([id_of[bytes([b])] for b in t])) for t in (train, val))
-        baselines: Any = measure_baselines(train_ids, val_ids, tokenizer=tokenizer)["baselines"]
-        return float(baselines[-1]["bits_per_byte"])
+    def bits_per_byte(train: bytes) -> float:
+        tokenizer, (train_ids, val_ids) = byte_tokenizer_and_ids(train, val)
+        rows: Any = measure_baselines(train_ids, val_ids, tokenizer=tokenizer)["baselines"]
+        return next(float(row["bits_per_byte"]) for row in rows if row["name"] == name)
 
-    assert xz_bits_per_byte(val) < 0.3  # it has seen it before
-    assert xz_bits_per_byte(other) == pytest.approx(alone, rel=0.1)
+    assert bits_per_byte(val) < 0.5  # it has seen it before
+    alone = len(lzma.compress(val)) if name == "xz" else len(pyppmd.compress(val, max_order=6))
+    assert bits_per_byte(other) == pytest.approx(8 * alone / len(val), rel=0.15)
 
 
 def test_a_changed_text_of_a_run_is_rejected(

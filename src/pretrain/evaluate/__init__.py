@@ -6,7 +6,7 @@ model comes from one of these two. A task (`tasks`) has examples, read from a fi
 `task_files`); `run_tasks` evaluates a model on them, and `metrics` and `bootstrap` turn the
 statistics into a value, a standard error, or a comparison of two models. `token_stats` gives the
 loss of each token of a text, `overlap` what of it was in the training text, `baselines` the loss of
-simple models.
+simple models, such as `counts` of n-grams.
 """
 
 from pretrain import make_callable

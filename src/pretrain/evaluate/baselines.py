@@ -1,31 +1,40 @@
-"""The loss of simple models on the same tokens: counts of one, two and three tokens, and a file
-compressor.
+"""The loss of simple models on the same held-out text: counts of tokens and of bytes, compressors.
 
-A language model that is not better than them has learned nothing beyond a table of counts. The
-count models are interpolated Kneser-Ney ("Improved backing-off for m-gram language modeling",
-Kneser and Ney, 1995; interpolated as in "An empirical study of smoothing techniques for language
-modeling", Chen and Goodman, 1999) with one discount per order, estimated from the counts.
+A language model that is not better than them has learned nothing beyond a table of counts.
 """
 
 from __future__ import annotations
 
 import lzma
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain.data.batches import Stream
+from pretrain.evaluate.counts import Ids, Probabilities, kneser_ney
 from pretrain.evaluate.loss import Score
+from pretrain.machine import install_command
 from pretrain.tokenizer.tokenizer import Tokenizer
-
-Array = NDArray[np.int64]
 
 # Tables of more training tokens would not fit a small machine's memory; the note reports it.
 MAX_COUNTED_TOKENS = 10_000_000
+# Of more text, bytes are counted for longer than tokens, and know less.
+MAX_COUNTED_BYTES = 1_000_000
 # The window of xz at its default level is 8 MiB, so more training text cannot help it.
 XZ_BYTES = 8 << 20
+# PPMd has no window, but needs a second for each 4 MB.
+PPMD_BYTES = 16 << 20
+
+TOKEN_MODELS = (
+    ("unigram", 1, "how often each token occurs"),
+    ("bigram", 2, "given the token before"),
+    ("trigram", 3, "given the two tokens before"),
+    ("five-gram", 5, "given the four tokens before"),
+)
+TOKEN_ORDER, BYTE_ORDER = 5, 6
 
 
 def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> dict[str, object]:
@@ -33,48 +42,33 @@ def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> di
     train_ids = train.read(0, min(train.n_tokens, MAX_COUNTED_TOKENS))
     val_ids = val.read(0, val.n_tokens)
     lengths = tokenizer.byte_lengths
-    n_targets = len(val_ids) - 2
-    n_bytes = int(lengths[val_ids[2:]].sum())
+    # The targets are those of a model: every id but the first.
+    n_targets, n_bytes = len(val_ids) - 1, int(lengths[val_ids[1:]].sum())
+    token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
 
-    limit = ""
-    if len(train_ids) < train.n_tokens:
-        limit = f", from the first {len(train_ids):,} training tokens"
-    notes = {
-        "unigram": "how often each token occurs",
-        "bigram": "given the token before",
-        "trigram": "given the two tokens before",
-    }
-    all_nats = count_model_nats(train_ids, val_ids, vocab_size=tokenizer.vocab_size)
-    scores = [Score(nats, n_targets, n_bytes) for nats in all_nats]
-    rows: list[dict[str, object]] = [
-        {
+    def row(name: str, probabilities: Probabilities, note: str) -> dict[str, object]:
+        score = Score(-float(np.log(probabilities).sum()), n_targets, n_bytes)
+        return {
             "name": name,
             "nats_per_token": score.nats_per_token,
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
-            "note": note + limit,
+            "note": note,
         }
-        for (name, note), score in zip(notes.items(), scores, strict=True)
-    ]
 
-    token_bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.vocab_size)]
-    token_bytes[tokenizer.end_of_text] = b""
-    # Enough ids for XZ_BYTES of text, then cut to the byte.
-    mean_length = max(1.0, float(lengths[train_ids].mean()))
-    last_ids = train_ids[-math.ceil(1.2 * XZ_BYTES / mean_length) :]
-    train_text = b"".join(token_bytes[id_] for id_ in last_ids)[-XZ_BYTES:]
-    val_text = b"".join(token_bytes[id_] for id_ in val_ids)
-    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
-        alone, both = pool.map(lambda t: len(lzma.compress(t)), (train_text, train_text + val_text))
-    rows.append(
-        {
-            "name": "xz",
-            "nats_per_token": None,
-            "perplexity": None,
-            "bits_per_byte": 8 * (both - alone) / len(val_text),
-            "note": f"the compressor, after {len(train_text):,} bytes of training text",
-        }
-    )
+    limit = ""
+    if len(train_ids) < train.n_tokens:
+        limit = f", from the first {len(train_ids):,} training tokens"
+    v = tokenizer.vocab_size
+    by_order = kneser_ney(train_ids, val_ids, vocab_size=v, order=TOKEN_ORDER)
+    rows = [row(name, by_order[order - 1][1:], note + limit) for name, order, note in TOKEN_MODELS]
+    if int(lengths[train_ids].sum()) <= MAX_COUNTED_BYTES:
+        train_bytes, val_bytes = (_ids_of_bytes(ids, token_bytes) for ids in (train_ids, val_ids))
+        *_, highest = kneser_ney(train_bytes, val_bytes, vocab_size=257, order=BYTE_ORDER)
+        first = len(_ids_of_bytes(val_ids[:1], token_bytes))
+        note = "given the five bytes before"
+        rows.append(row("byte six-gram", highest[first:], note))
+    rows += _compressor_rows(train_ids, val_ids, token_bytes)
     return {
         "val_tokens": n_targets,
         "val_bytes": n_bytes,
@@ -83,64 +77,49 @@ def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> di
     }
 
 
-def count_model_nats(train: Array, val: Array, *, vocab_size: int) -> list[float]:
-    """Nats of val[2:] under the unigram, bigram and trigram model of `train`.
-
-    The first two ids are context for all three models, so that they have the same targets. An
-    n-gram of ids (a, b, c) is the number (a * V + b) * V + c.
-    """
-    v = vocab_size
-    targets = val[2:]
-    train_bigrams = train[:-1] * v + train[1:]
-    train_trigrams = train_bigrams[:-1] * v + train[2:]
-    val_bigrams = val[1:-1] * v + targets
-    val_trigrams = (val[:-2] * v + val[1:-1]) * v + targets
-
-    trigrams, trigram_counts = np.unique(train_trigrams, return_counts=True)
-    bigrams, bigram_counts = np.unique(train_bigrams, return_counts=True)
-    # Below the highest order an n-gram counts once for each distinct id before it (Kneser and Ney).
-    lower_bigrams, lower_bigram_counts = np.unique(trigrams % (v * v), return_counts=True)
-    lower_unigram_counts = np.bincount(bigrams % v, minlength=v)
-    lower_unigrams = np.flatnonzero(lower_unigram_counts)
-
-    counts = np.bincount(train, minlength=v)
-    unigram_p = ((counts + 1) / (counts.sum() + v))[targets]
-    uniform_p = np.full(len(targets), 1 / v)
-    lower_unigram_p = _interpolated(
-        lower_unigrams, lower_unigram_counts[lower_unigrams], targets, vocab_size=v, lower=uniform_p
-    )
-    bigram_p, lower_bigram_p = (
-        _interpolated(grams, counts, val_bigrams, vocab_size=v, lower=lower_unigram_p)
-        for grams, counts in ((bigrams, bigram_counts), (lower_bigrams, lower_bigram_counts))
-    )
-    trigram_p = _interpolated(
-        trigrams, trigram_counts, val_trigrams, vocab_size=v, lower=lower_bigram_p
-    )
-    return [float(-np.log(p).sum()) for p in (unigram_p, bigram_p, trigram_p)]
+def _ids_of_bytes(ids: Ids, token_bytes: Sequence[bytes]) -> Ids:
+    """The text of the ids as numbers of bytes, 256 for a special token, which has none."""
+    pieces = [np.frombuffer(each, np.uint8) if each else np.array([256]) for each in token_bytes]
+    return np.concatenate([pieces[id_] for id_ in ids.tolist()]).astype(np.int64)
 
 
-def _interpolated(
-    grams: Array, counts: Array, queries: Array, *, vocab_size: int, lower: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """p(last id | ids before it) of the n-grams in `queries`, from sorted distinct `grams` with
-    their `counts`.
+def _compressor_rows(
+    train_ids: Ids, val_ids: Ids, token_bytes: Sequence[bytes]
+) -> list[dict[str, object]]:
+    """What the held-out text adds to the compressed training text."""
+    compressors: dict[str, tuple[int, Callable[[bytes], bytes]]]
+    compressors = {"PPMd": (PPMD_BYTES, _ppmd), "xz": (XZ_BYTES, lzma.compress)}
+    missing = ""
+    if find_spec("pyppmd") is None:
+        del compressors["PPMd"]
+        missing = f"; for PPMd: {install_command('pyppmd', extra='ppmd')}"
 
-    `lower` is the same probability one order below, which receives the discounted mass.
-    """
-    n_once = int((counts == 1).sum())
-    n_twice = int((counts == 2).sum())
-    discount = n_once / (n_once + 2 * n_twice) if n_once and n_twice else 0.5
+    # Enough ids for the longest text, then cut to the byte.
+    n_bytes = np.cumsum(np.array([len(each) for each in token_bytes])[train_ids[::-1]])
+    n_ids = 1 + int(np.searchsorted(n_bytes, PPMD_BYTES))
+    train_text = b"".join(token_bytes[id_] for id_ in train_ids[-n_ids:])
+    val_text = b"".join(token_bytes[id_] for id_ in val_ids)
+    rows: list[dict[str, object]] = []
+    with ThreadPoolExecutor(2) as pool:  # both compressors release the GIL
+        for name, (limit, compress) in compressors.items():
+            before = train_text[-limit:]
+            alone, both = map(len, pool.map(compress, (before, before + val_text)))
+            note = f"the compressor, after {len(before):,} bytes of training text; it learns from "
+            rows.append(
+                {
+                    "name": name,
+                    "nats_per_token": None,
+                    "perplexity": None,
+                    "bits_per_byte": 8 * (both - alone) / (len(val_text) or math.nan),
+                    "note": f"{note}the held-out text as it reads it{missing}",
+                }
+            )
+    return rows
 
-    contexts, first_places = np.unique(grams // vocab_size, return_index=True)
-    context_totals = np.add.reduceat(counts, first_places)
-    n_distinct = np.diff(np.append(first_places, len(grams)))
 
-    places = np.searchsorted(grams, queries).clip(max=len(grams) - 1)
-    query_counts = np.where(grams[places] == queries, counts[places], 0)
-    query_contexts = queries // vocab_size
-    context_places = np.searchsorted(contexts, query_contexts).clip(max=len(contexts) - 1)
-    is_known = contexts[context_places] == query_contexts
+def _ppmd(text: bytes) -> bytes:
+    """PPMd of order 6. Random bytes need the most memory, and in this much nothing is forgotten."""
+    import pyppmd
 
-    discounted = np.maximum(query_counts - discount, 0) / context_totals[context_places]
-    freed = discount * n_distinct[context_places] / context_totals[context_places]
-    return np.where(is_known, discounted + freed * lower, lower)
+    compressed: bytes = pyppmd.compress(text, max_order=6, mem_size=(1 << 20) + 16 * len(text))
+    return compressed

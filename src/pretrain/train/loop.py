@@ -223,7 +223,7 @@ def finish(run: Run) -> None:
     if not run.world.is_main:
         return
 
-    run.console.line("scoring count tables and xz on the same held-out tokens ...")
+    run.console.line("scoring count tables and compressors on the same held-out text ...")
     train_split, val_split = run.data.split("train"), run.data.split("val")
     with run.timed("count tables"):
         baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
