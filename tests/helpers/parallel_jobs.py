@@ -19,7 +19,7 @@ from pretrain.parallel.config import ParallelConfig
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"dropout": 0.1, "tied_head": True},
     "llama": {"n_kv_heads": 2},
-    "fast": {"ngram_rows": 256, "longest_ngram": 2},
+    "fast": {"ngram_rows": 256, "longest_ngram": 2, "table_dropout": 0.2},
 }
 # Of a matrix of five rows the last of four processes has none.
 THIN: dict[str, dict[str, Any]] = {"thin llama": {"d_ff": 5}}

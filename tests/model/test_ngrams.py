@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model_variants import V, compiler_works, small_config
+from pretrain.model.dropout import DropoutRng
 from pretrain.model.ngrams import NgramEmbedding, induction_ids, ngram_hashes
 from pretrain.rng import normal
 
@@ -29,6 +30,31 @@ def test_ngram_embeddings_depend_on_the_last_ids_alone(longest: int) -> None:
             changed[0, t - back] = (changed[0, t - back] + 1) % V
             is_equal = torch.equal(embedding(changed, no_ids)[0, t], expected[0, t])
             assert is_equal is (back == longest)
+
+
+def test_table_dropout_drops_whole_embeddings_by_sample_in_training_alone() -> None:
+    config = small_config("fast", d_model=8, ngram_rows=1009, longest_ngram=4, table_dropout=0.4)
+    embedding = NgramEmbedding(config, V)
+    with torch.no_grad():
+        for name, p in embedding.named_parameters():
+            p.copy_(normal(2, name, 0, p.numel(), device=p.device).view_as(p))
+    ids = torch.randint(0, V, (3, 30), generator=torch.Generator().manual_seed(6))
+    no_ids = ids[:, :0]
+    rng = DropoutRng(1, torch.tensor([5, 6, 7]))
+    dropped = embedding(ids, no_ids, rng)
+    alone = embedding(ids[1:2], no_ids[1:2], DropoutRng(1, torch.tensor([6])))
+    torch.testing.assert_close(dropped[1:2], alone)
+    # Each of the three tables is there, 1 / 0.6 times as large, or not; induction always is.
+    without = NgramEmbedding(small_config("fast", d_model=8, ngram_rows=0), V)
+    without.recalled.load_state_dict(embedding.recalled.state_dict())
+    mask = rng.mask((3, 30, 3), 0.4, layer=0, dropout_id=4)
+    assert float((mask == 0).float().mean()) == pytest.approx(0.4, abs=0.1)
+    is_bare = (mask == 0).all(-1)
+    assert is_bare.any()
+    bare = without(ids, no_ids)[is_bare]
+    torch.testing.assert_close(dropped[is_bare], bare)
+    assert not torch.isclose(dropped, without(ids, no_ids))[~is_bare].all(-1).any()
+    assert torch.equal(embedding(ids, no_ids), embedding(ids, no_ids, None))
 
 
 def test_ngrams_that_share_one_part_share_no_other() -> None:

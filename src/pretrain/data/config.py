@@ -48,6 +48,10 @@ class DataConfig(Checked):
     """a file, folder or pattern of text, HTML, JSON, CSV, Parquet, PDF, EPUB, mail or the like; a
     prepared folder; "bundled"; a list of these, read as one corpus; or a mixture: a list of {path,
     weight or epochs, stage}"""
+    base: Annotated[str | None, Matching(NON_EMPTY, "a path of a file or folder")] = None
+    """a larger text of the same language for a run to stand on, such as bundled: it is read alone
+    first, and then together with data.source, whose held-out text alone is scored; the tokenizer
+    is that of the larger text; empty: none"""
     exhausted: Literal["repeat", "error"] = "repeat"
     """what to do when a run needs more than one epoch of a source in a list: read it again, or
     stop"""
@@ -62,6 +66,12 @@ class DataConfig(Checked):
     """fraction of the documents kept for validation; empty: 400 kB to 2 MB of text"""
 
     def conflicts(self) -> Iterator[FieldError]:
+        if self.base is not None and (self.mixture or self.base in self.paths):
+            yield (
+                "base source",
+                f"data.base is {self.base!r}; data.source must be another text, or several without "
+                "weights",
+            )
         if isinstance(self.source, str):
             return
         if not self.source:

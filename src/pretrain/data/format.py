@@ -16,7 +16,7 @@ import struct
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -24,8 +24,8 @@ from typing import Annotated, Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.config import DataConfig
-from pretrain.data.order import MixtureOrder, Order, SourceSpan, ceil_div
+from pretrain.data.config import DataConfig, SourceConfig
+from pretrain.data.order import BLOCK_SAMPLES, MixtureOrder, Order, SourceSpan, ceil_div
 from pretrain.fileio import file_sha256, read_json
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -366,6 +366,9 @@ def open_prepared(folder: str | Path) -> PreparedData:
 
 UNKNOWN_STEPS = 1 << 40
 """In place of a number of training steps that is not known yet."""
+# How often a text is read that stands on a larger one, and its share of the second half at most.
+OWN_EPOCHS = 10
+OWN_SHARE = 0.5
 
 
 class ConcatenatedStream:
@@ -502,3 +505,37 @@ class MixedData(PreparedData):
                         "data.exhausted repeat"
                     )
         return mixture
+
+
+class StandingData(MixedData):
+    """A text, and a larger one that the run stands on: that is read alone in the first half of the
+    steps, and together with the text in the second. Only the text is held out.
+
+    "2 OLMo 2 Furious" (OLMo team, 2025) ends a pre-training like this on chosen texts; what is
+    repeated of the larger text keeps the model from forgetting it.
+    """
+
+    def __init__(self, config: DataConfig, base: PreparedData, own: PreparedData) -> None:
+        assert config.base is not None
+        self.names, self.base, self.own = (config.base, config.paths[0]), base, own
+        stages = [SourceConfig(path=name, weight=1.0) for name in self.names]
+        super().__init__(replace(config, base=None, source=tuple(stages)), [base, own])
+        self._streams = {**self._streams, "val": own.split("val")}
+
+    def order(
+        self, *, context_length: int, seed: int, steps: int = UNKNOWN_STEPS, batch_size: int = 1
+    ) -> MixtureOrder:
+        """As of a mixture in which the text is read OWN_EPOCHS times in the second half."""
+        (base, own), half = self.names, 0.5
+        n_samples = half * steps * batch_size
+        share = min(OWN_SHARE, OWN_EPOCHS * self.spans[own].n_tokens / context_length / n_samples)
+        share = max(share, 1 / BLOCK_SAMPLES)
+        stages = (
+            SourceConfig(path=base, weight=1.0),
+            SourceConfig(path=base, weight=1.0 - share, stage=half),
+            SourceConfig(path=own, weight=share, stage=half),
+        )
+        self._config = replace(self._config, source=stages)
+        return super().order(
+            context_length=context_length, seed=seed, steps=steps, batch_size=batch_size
+        )

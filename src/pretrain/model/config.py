@@ -76,6 +76,9 @@ class ModelConfig(Checked):
     branches"""
     attention_dropout: bool = True
     """apply dropout to attention weights too"""
+    table_dropout: Annotated[float, Range(0, lt=1)] = 0.0
+    """fraction of n-gram embeddings set to zero in training, so that the model does not learn to
+    trust what its tables remember of a text that is read several times"""
     norm: Norm = "rms"
     """kind of normalisation: layer (mean and variance) or rms"""
     norm_place: NormPlace = "before"

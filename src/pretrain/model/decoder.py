@@ -92,7 +92,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         if self.ngrams is not None:
             previous_ids_BP = ids_BT[:, :0] if cache is None else cache.append_ids(ids_BT)
-            x_BTD = x_BTD + self.ngrams(ids_BT, previous_ids_BP)
+            x_BTD = x_BTD + self.ngrams(ids_BT, previous_ids_BP, dropout_rng)
 
         match self.config.position:
             case "learned":

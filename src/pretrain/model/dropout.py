@@ -21,6 +21,7 @@ ATTENTION_DROPOUT_ID = 0
 ATTENTION_OUTPUT_DROPOUT_ID = 1
 FEED_FORWARD_DROPOUT_ID = 2
 EMBEDDING_DROPOUT_ID = 3
+TABLE_DROPOUT_ID = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,9 @@ class DropoutRng:
 def dropout(
     x: Tensor, p: float, dropout_rng: DropoutRng | None, *, layer: int, dropout_id: int
 ) -> Tensor:
-    """Apply dropout (Srivastava et al., 2014) to x (B, ..., D); without an rng return x."""
-    if dropout_rng is None:
+    """Apply dropout (Srivastava et al., 2014) to x (B, ..., D); without an rng, or for p 0, return
+    x."""
+    if dropout_rng is None or p == 0.0:
         return x
     return x * dropout_rng.mask(x.shape, p, layer=layer, dropout_id=dropout_id).to(x.dtype)
 

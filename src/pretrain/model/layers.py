@@ -178,8 +178,9 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
 
-        if dropout_rng is not None and self.config.attention_dropout:
-            shape, p = (*query.shape[:3], key.shape[2]), self.config.dropout
+        p = self.config.dropout if self.config.attention_dropout else 0.0
+        if dropout_rng is not None and p > 0.0:
+            shape = (*query.shape[:3], key.shape[2])
             mask = dropout_rng.mask(shape, p, layer=self.layer, dropout_id=ATTENTION_DROPOUT_ID)
             y_BHTE = reference_attention(query, key, value, mask)
         else:

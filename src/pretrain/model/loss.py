@@ -77,8 +77,8 @@ class LMLoss(nn.Module):
 
     def dropout_rng(self, batch: Any) -> DropoutRng | None:
         """Return the source of a micro-batch's dropout masks; None if nothing is dropped."""
-        has_dropout = self.training and self.decoder.config.dropout > 0
-        return DropoutRng(self.seed, batch.samples) if has_dropout else None
+        has_dropout = self.decoder.config.dropout > 0 or self.decoder.config.table_dropout > 0
+        return DropoutRng(self.seed, batch.samples) if self.training and has_dropout else None
 
     def compile_parts(self, *, by_block: bool = False) -> None:
         """Compile the decoder, or each of its blocks, and the loss, for batches of one shape."""

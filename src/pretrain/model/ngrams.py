@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model.config import LONGEST_NGRAM, ModelConfig
+from pretrain.model.dropout import TABLE_DROPOUT_ID, DropoutRng
 from pretrain.model.layers import Embedding
 
 # Odd 32-bit multipliers of the ids of an n-gram, the last id first.
@@ -48,6 +49,7 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.rows, self.n_parts = config.ngram_rows, config.n_heads
+        self.table_dropout = config.table_dropout
         self.parts = nn.ModuleDict(
             {
                 str(n): Embedding(self.n_parts * self.rows, config.d_head)
@@ -62,10 +64,12 @@ class NgramEmbedding(nn.Module):
             }
         )
 
-    def forward(self, ids_BT: Tensor, previous_ids_BP: Tensor) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, previous_ids_BP: Tensor, dropout_rng: DropoutRng | None = None
+    ) -> Tensor:
         """Return the sum of all embeddings (B, T, D) at `ids_BT`, which follow `previous_ids_BP`.
 
-        Before the first id of a text an n-gram is padded.
+        Before the first id of a text an n-gram is padded. With an rng some are dropped whole.
         """
         T = ids_BT.shape[1]
         ids_BS = torch.cat([previous_ids_BP, ids_BT], dim=1)
@@ -75,6 +79,13 @@ class NgramEmbedding(nn.Module):
             F.embedding(rows_BSP[:, -T:], table, sparse=self.sparse_gradients).flatten(2)
             for table, rows_BSP in zip(self.parameters(), rows, strict=True)
         ]
+        if dropout_rng is not None and self.table_dropout:
+            shape = (*ids_BT.shape, len(self.parts))
+            mask_BTN = dropout_rng.mask(
+                shape, self.table_dropout, layer=0, dropout_id=TABLE_DROPOUT_ID
+            )
+            for i, kept_BT in enumerate(mask_BTN.unbind(-1)):
+                embeddings[i] = embeddings[i] * kept_BT[..., None].to(embeddings[i].dtype)
         return sum(embeddings[1:], embeddings[0])
 
     def _table_rows(self, hashes_BS: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ METRICS_KEYS: Mapping[str, Mapping[str, str]] = {
         "val_perplexity": "exp of it",
         "val_bits_per_byte": "held-out loss in bits per byte of text",
         "val_tokens": "number of held-out targets, always the same ones",
+        "base_bits_per_byte": "held-out loss of the larger text that the run stands on (data.base)",
         "seconds": "in training steps so far",
     },
     "task": {

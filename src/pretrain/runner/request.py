@@ -221,7 +221,7 @@ def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 def errors_of_machine(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield an error (its fields, message) for each text, package or task that is missing here,
     and for a run without an end."""
-    for path in config.data.paths:
+    for path in (*config.data.paths, *filter(None, [config.data.base])):
         try:
             if not is_prepared(path):
                 list_files(path)
@@ -257,6 +257,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     else:
         is_one = isinstance(source, str)
         absolute["data.source"] = _absolute(source) if is_one else [*map(_absolute, source)]
+    if config.data.base is not None:
+        absolute["data.base"] = _absolute(config.data.base)
     # With tasks, the folder may come from the environment of this process.
     if config.evaluate.tasks and (folder := task_folder(config.evaluate.task_data)) is not None:
         absolute["evaluate.task_data"] = _absolute(str(folder))

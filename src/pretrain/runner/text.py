@@ -9,14 +9,20 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import RunConfig
-from pretrain.data.format import MixedData, PreparedData, is_prepared, open_prepared
+from pretrain.data.format import (
+    MixedData,
+    PreparedData,
+    StandingData,
+    is_prepared,
+    open_prepared,
+)
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.run.directory import TOKENIZER
 from pretrain.tokenizer.config import TRAINED_NAMES
@@ -106,25 +112,36 @@ def prepared_text(
     is_path = tokenizer not in (*TRAINED_NAMES, "gpt2")
     if is_path and run is not None and not Path(tokenizer).exists():
         tokenizer = str(run / TOKENIZER)
+    cached = partial(_cached, config, log=log)
+    vocab_size = config.tokenizer.vocab_size
+    if data.base is None:
+        return _mixed(config, [cached(data.paths, tokenizer, vocab_size)])
+    base = cached([data.base], tokenizer, vocab_size)
+    return StandingData(data, base, cached(data.paths, str(base.folder / TOKENIZER), None))
+
+
+def _cached(
+    config: RunConfig, paths: Sequence[str], tokenizer: str, vocab_size: int | None, *, log: Log
+) -> PreparedData:
+    """Open the ids of texts in the cache, prepared first if they are not there."""
+    data = config.data
     settings: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "vocab_size": config.tokenizer.vocab_size,
+        "vocab_size": vocab_size,
         "text_field": data.text_field,
         "document_separator": data.document_separator,
         "val_fraction": data.val_fraction,
         "corpus": config.corpus,
     }
-    folder = cache_folder() / "prepared" / prepared_key(data.paths, **settings)
+    folder = cache_folder() / "prepared" / prepared_key(paths, **settings)
     if folder.exists():
         try:
-            part = open_prepared(folder)
+            return open_prepared(folder)
         except ValueError as error:
             damaged = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(2)}")
             with suppress(FileNotFoundError):  # another process was faster
                 folder.rename(damaged)
             log(f"note: {error}: this is done now; the damaged folder is {damaged}")
-        else:
-            return _mixed(config, [part])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(folder.parent, os.W_OK):
@@ -133,8 +150,8 @@ def prepared_text(
         message = f"{error.strerror}; {_SET_CACHE}"
         raise OSError(error.errno, message, str(folder.parent)) from None
     with suppress(FileExistsError):  # another run has prepared the same text meanwhile
-        prepare(data.paths, folder, progress=stage_progress(log), **settings)
-    return _mixed(config, [open_prepared(folder)])
+        prepare(paths, folder, progress=stage_progress(log), **settings)
+    return open_prepared(folder)
 
 
 def _mixed(config: RunConfig, parts: list[PreparedData]) -> PreparedData:

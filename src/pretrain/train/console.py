@@ -221,7 +221,8 @@ def _show_notes(
         console.line(
             f"note: the text will be read {epochs:.0f} times; beyond {MANY_EPOCHS} epochs a model "
             "memorises it rather than learning from it. The checkpoint with the best held-out loss "
-            "is kept; --train.patience 3 stops early.",
+            "is kept; --train.patience 3 stops early. If the text is English, --from bundled lets "
+            "it stand on the bundled corpus.",
             style="yellow",
         )
 
@@ -250,6 +251,11 @@ def show_summary(
         f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
         "baselines": f"{baselines} bits/byte",
     }
+    if base := summary.get("base"):
+        results["larger text"] = (
+            f"{base['bits_per_byte']:.3f} bits/byte of its held-out text, "
+            f"{base['best_bits_per_byte']:.3f} at best"
+        )
     tasks = {  # of any name, also one of the other labels
         name: f"{row['metric']} {with_error(row)}" for name, row in summary.get("tasks", {}).items()
     }

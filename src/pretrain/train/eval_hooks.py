@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.data.batches import evaluation_batches
+from pretrain.data.batches import Stream, evaluation_batches
+from pretrain.data.format import StandingData
 from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, ScoredModel, score_batches
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
@@ -85,6 +86,9 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
         "val_tokens": score.tokens,
         "seconds": run.seconds["training"],
     }
+    if isinstance(run.data, StandingData):
+        base = evaluate_split(run, run.data.base.split("val"), limit_tokens=train.evaluate_tokens)
+        record["base_bits_per_byte"] = base.bits_per_byte
     run.log.append_metrics(record)
     run.console.evaluation(record, steps=run.n_steps, is_best=is_best)
 
@@ -113,16 +117,17 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
 
 def evaluate_split(
     run: Run,
+    stream: Stream | None = None,
     *,
     limit_tokens: int | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Score the held-out split, all of it or its fixed part of `limit_tokens`; each process scores
-    some batches, and all return the sum. It ends early once it `is_interrupted`."""
+    """Score a stream, by default the held-out split, all of it or its first `limit_tokens`; each
+    process scores some batches, and all return the sum. It ends early once it `is_interrupted`."""
     rank, size = run.model.axes.batch_part(run.world.rank, evaluation=True)
     context = run.model.lm_loss.decoder.config.window_tokens
     batches = evaluation_batches(
-        run.data.split("val"),
+        stream or run.data.split("val"),
         context_length=context,
         rows=max(1, EVALUATION_TOKENS // context),
         limit_tokens=limit_tokens,

@@ -254,4 +254,7 @@ def finish(run: Run) -> None:
         summary["tasks"] = last_task_results(run)
     if sources := run.batches.sources(run.step):
         summary["sources"] = sources
+    of_base = [r["base_bits_per_byte"] for r in run.log.metrics() if "base_bits_per_byte" in r]
+    if of_base:
+        summary["base"] = {"bits_per_byte": of_base[-1], "best_bits_per_byte": min(of_base)}
     write_json(run.folder / SUMMARY, summary)

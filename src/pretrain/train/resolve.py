@@ -14,12 +14,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pretrain.config import RunConfig
-from pretrain.data.format import MixedData, PreparedData
+from pretrain.data.format import MixedData, PreparedData, StandingData
 from pretrain.data.order import Order, ceil_div
 from pretrain.machine import memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig, n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.config import Device, Precision, TrainConfig, batch_errors, filled
+from pretrain.train.fit import check_base
 from pretrain.validation import raise_errors
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def resolve(
 ) -> RunConfig:
     """Fill every empty field. Takes seconds where `train.minutes` must be converted to steps, or
     in-loop tasks have no interval; otherwise nothing is timed."""
+    if isinstance(data, StandingData):
+        check_base(data)
     config = fit_batch(config, data, world)
     train = config.train
     if train.steps is None and train.minutes is None:

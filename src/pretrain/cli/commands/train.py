@@ -4,6 +4,7 @@ pretrain train                        the recipe `english`: a small model of the
                                       English in a few minutes
 pretrain train my.txt                 the same settings on your own file or folder
 pretrain train a.txt b.txt books/     ... or on several, as one corpus
+pretrain train my.txt --from bundled  ... standing on the bundled English corpus: for small texts
 pretrain train --resume               continue the run that was started last
 pretrain train --resume --accept threads      ... although this has changed
 pretrain train --train.steps 200 --model.d_model 64
@@ -21,6 +22,7 @@ from typing import Literal
 
 from pretrain.cli.options import ACCEPT, option, settings_help
 from pretrain.cli.output import Output
+from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG
 
 USAGE = "pretrain train [TEXT ... | RECIPE | FILE.yaml] [--SECTION.KEY VALUE ...] [options]"
 OPTIONS = (
@@ -31,6 +33,12 @@ OPTIONS = (
         nargs="*",
     ),
     option("--run DIR", "run directory; default runs/<recipe>-<n>"),
+    option(
+        "--from MODEL|TEXT",
+        "stand on a model (train.init_from), or on a larger text of the same language (data.base), "
+        "such as bundled",
+        dest="base",
+    ),
     option("--resume", "continue --run, or the newest run"),
     option("--profile", "show where a step's time goes"),
     ACCEPT,
@@ -50,10 +58,15 @@ def run(
         return _profile(args, output)
     from pretrain.runner.start import Request, start
 
+    overrides = args.overrides
+    if is_new and args.base:
+        is_model = any((Path(args.base) / name).is_file() for name in (CONFIG, CHECKPOINT_MANIFEST))
+        section, key = ("train", "init_from") if is_model else ("data", "base")
+        overrides = {**overrides, section: {**overrides.get(section, {}), key: args.base}}
     request = Request(
         kind="resume" if is_new and args.resume else kind,
         targets=args.target if is_new else (),
-        overrides=args.overrides,
+        overrides=overrides,
         folder=Path(args.run) if args.run else None,
         accepted=tuple(args.accept or ()),
         json=args.json,

@@ -1,0 +1,99 @@
+"""Training that stands on a larger text (data.base): what is read, scored, refused and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import main
+from pretrain.config import compose, read_file
+from pretrain.corpus.reading import read_documents
+from pretrain.validation import ConfigError
+from runs import assert_same_run, records, stop_after, train
+from tiny import TINY
+
+Capture = pytest.CaptureFixture[str]
+STEPS = [*TINY, "--train.steps", "12", "--train.evaluate_every", "3"]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    text = list(read_documents("bundled"))[1].text
+    (tmp_path / "own.txt").write_text(text[:6000])
+    return tmp_path / "own.txt"
+
+
+def test_the_larger_text_is_read_alone_first_and_only_the_text_is_scored(
+    corpus: Path, own: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    assert train(str(own), "--from", str(corpus), *STEPS, "--run", str(run)) == 0
+    sources = [r["sources"] for r in records(run) if r["kind"] == "train"]
+    assert sources[5] == {str(corpus): 6 * 256, str(own): 0}
+    # 10 epochs of the text would be more than half of six steps: about half of them are its own.
+    assert 2 * 256 < sources[-1][str(own)] < 4 * 256
+    out = capsys.readouterr().out
+    assert f"mixed  {corpus.name} 7" in out
+    summary = json.loads((run / "summary.json").read_text())
+    of_base = [r["base_bits_per_byte"] for r in records(run) if r["kind"] == "evaluate"]
+    assert summary["base"] == {
+        "bits_per_byte": of_base[-1],
+        "best_bits_per_byte": min(of_base),
+    }
+    assert f"larger text    {of_base[-1]:.3f} bits/byte of its held-out text" in out
+    # A tenth of the text alone is scored.
+    assert 500 < summary["val_bytes"] < 1300
+    assert main(["evaluate", str(run)]) == 0
+    assert f"{summary['val_tokens']:,} tokens" in capsys.readouterr().out
+
+
+def test_a_run_that_stands_on_a_larger_text_is_resumed_exactly(
+    corpus: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(own), "--from", str(corpus), *STEPS]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(*words, "--run", str(whole)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert train(*words, "--run", str(parts)) == 143
+    assert train("--resume", "--run", str(parts)) == 0
+    assert_same_run(whole, parts)
+
+
+def test_a_model_may_be_stood_on_too(finished_run: Path, own: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--train.steps", "1", "--train.batch_tokens", "256", "--train.threads", "1"]
+    assert train(str(own), "--from", str(finished_run), *words, "--run", str(run)) == 0
+    config = compose([read_file(run / "config.yaml")])
+    assert config.train.init_from is not None
+    assert config.train.init_from.startswith(str(finished_run))
+    assert config.data.base is None
+
+
+def test_a_text_in_another_alphabet_is_refused_before_training(
+    corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = "море лес гора река небо поле дом окно дверь стол книга слово".split()
+    lines = [" ".join(words[(i * k) % 12] for k in range(1, 9)) for i in range(400)]
+    (tmp_path / "other.txt").write_text("\n".join(lines), encoding="utf-8")
+    run = tmp_path / "run"
+    assert train(str(tmp_path / "other.txt"), "--from", str(corpus), *STEPS, "--run", str(run)) == 2
+    message = capsys.readouterr().err
+    assert f"data.base {corpus} does not help here: counts of its tokens give" in message
+    assert "train without it" in message
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "source", ["bundled", [{"path": "a.txt", "weight": 1}], ["a.txt", "bundled"]]
+)
+def test_the_larger_text_must_be_another_one(source: object) -> None:
+    with pytest.raises(ConfigError, match=r"data.base is 'bundled'; data.source must be another"):
+        compose([{"data": {"source": source, "base": "bundled"}}])
+
+
+def test_a_larger_text_that_is_missing_is_named(own: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert train(str(own), "--from", str(tmp_path / "nothing.txt"), *STEPS) == 2
+    assert "nothing.txt" in capsys.readouterr().err
