@@ -41,10 +41,10 @@ def test_train_says_what_it_skipped_also_from_the_cache(
         after = captured.err[captured.err.index("\n  text ") :]
         assert "of the bytes of 3 files:" in after
         assert "10 records, " in after
-        assert "no field 'text'; its fields are 'text_2' (a.jsonl, line 1, byte 0, ...)" in after
+        assert "no field 'text'; its fields are 'text_2' (a.jsonl, line 1, byte 0; ...)" in after
         assert "1 cut-off file: the gzip file is truncated" in after
         assert "(c.png)" in after
-        assert "guessed: 'text' (first in a.jsonl)" in after
+        assert "guessed: 'text' (least in a.jsonl)" in after
         (reading,) = json.loads(captured.out)["reading"]
         assert reading == json.loads((run / "summary.json").read_text())["reading"][0]
         shares = {o["unit"]: o["n_bytes"] for o in reading["omitted"].values() if o["n_bytes"]}

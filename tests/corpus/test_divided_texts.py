@@ -113,6 +113,8 @@ def test_notices_of_long_licences_and_texts_that_quote_one(tmp_path: Path) -> No
     assert text.split() == BOOK.split() * 3
     for quoted in (
         "Notes.\nEnd of Project Gutenberg support in our reader.\nNow the rest.\n",
+        "A book ends with this line:" + END[:60] + "\n" + "Then our notes follow. " * 20 + "\n",
+        "# Cleaning\n```" + OLD_END[:40] + "```\n" + "Take it out. " * 20 + "\n",
         "Books of Project Gutenberg begin with:\n"
         + START.format("X")
         + "It ends"

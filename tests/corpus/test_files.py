@@ -78,7 +78,7 @@ def test_links_to_folders_and_pipes_in_a_folder_are_skipped(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="pipe") as raised:
         list_files(tmp_path / "pipe.txt")
     assert str(raised.value) == (
-        f"source '{tmp_path}/pipe.txt' is a pipe, not a regular file; copy it to a file first"
+        f"source '{tmp_path}/pipe.txt' is a pipe or a device, not a file; copy it to a file first"
     )
 
 

@@ -63,6 +63,8 @@ def test_each_of_many_kinds_is_read_or_named(tmp_path: Path) -> None:
         "ID3 and MZ and OggS\n",
         "1\n2\n3\n",
         "Subject: a poem\n\nThe ship sails.\n",
+        "From: Anna\nTo: Ben\n\nYour Message-ID: <1@a> came.\n",
+        "<p>A list of <b>ships</b></p>\n",
         "A paper begins with %PDF-1.4, an archive with PK.\n",
         'abcdefgh{"a": 1} is not a model\n',
         "% a sign\nof its own\n",
@@ -143,6 +145,18 @@ def test_a_book_is_its_chapters_in_the_order_of_its_spine(tmp_path: Path) -> Non
 
 def test_deleted_words_and_commands_of_word_are_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_bytes(docx("One.", "Two."))
+    assert read_texts(tmp_path / "a.docx") == ["One.\nTwo."]
+
+
+def test_notes_of_word_follow_its_text(tmp_path: Path) -> None:
+    names = "xmlns:w='http://schemas.openxmlformats.org/wordprocessingml/2006/main'"
+    note = "<w:p><w:r><w:t>{}</w:t></w:r></w:p>"
+    parts = {
+        "word/document.xml": f"<w:document {names}>{note.format('One.')}</w:document>",
+        "word/footnotes.xml": f"<w:footnotes {names}>{note.format('Two.')}</w:footnotes>",
+        "word/endnotes.xml": f"<w:endnotes {names}><w:p/></w:endnotes>",
+    }
+    (tmp_path / "a.docx").write_bytes(zip_of(parts))
     assert read_texts(tmp_path / "a.docx") == ["One.\nTwo."]
 
 

@@ -145,6 +145,26 @@ def test_what_was_guessed_and_left_out_is_recorded(tmp_path: Path) -> None:
     record = {"title": "A title", "paragraphs": [{"context": "one two " * 9, "n": 1}]}
     details = fields_read(tmp_path, record)[2]
     assert (details["percent"], details["left_out"]) == (8.9, ["paragraphs"])
+    assert details["joined"] == "title"
+
+
+def test_the_file_of_which_a_field_is_the_smallest_part_is_named(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.jsonl", {"text": "one two"})
+    write_records(tmp_path / "b.jsonl", {"text": "one <p>two", "notes": "three four five six"})
+    write_records(tmp_path / "c.jsonl", {"text": "one two", "n": 1})
+    report = ReadingReport()
+    read_texts(tmp_path, report=report)
+    assert report.facts()["field"].startswith("guessed: 'text' (least in b.jsonl), 34.5 % of the")
+    assert "as HTML" in report.facts()["field"]
+
+
+def test_every_file_with_skipped_records_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('["one"]\n["two"]\n{"text": "three"}\n')
+    report = ReadingReport()
+    assert len(read_texts(tmp_path, report=report)) == 2
+    places = "(a.jsonl, line 1, byte 0; b.jsonl, line 1, byte 0; ...)"
+    assert report.facts()["skipped"].endswith(f"a list, not an object {places}")
 
 
 @pytest.mark.parametrize(
@@ -357,6 +377,7 @@ def test_quoted_cells_of_many_lines_are_read_whole(tmp_path: Path, comma: str) -
         ("id,code", "1", "total = add(total, n{})", 12),
         ("id,code", "1", "total = add(total, n{})", 60),
         ("id,lang,text", "1,sw", "walk {}, walks, walked", 8),
+        ("id,text", "1", "{0},{0}\n" * 20 + "A table", 1),
         ("a,b,c,d,text", "1,2,3,4", "red, blue, green, black, {}", 3),
         ("id\ttext", "1", "def f{0}():\n\treturn {0}", 1),
     ],

@@ -200,6 +200,35 @@ def test_single_characters_and_lists_of_a_page_stay(tmp_path: Path, html: str, t
     assert "Menu" not in found
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding", "declared"),
+    [
+        ("Café", "utf-8", ""),
+        ("A ship… at sea", "utf-8", ""),
+        ("Straße", "utf-8", "iso-8859-1"),
+        ("彼は海", "shift_jis", "shift_jis"),
+        ("彼は海", "iso-2022-jp", "iso-2022-jp"),
+        ("그는 바다를 보았다", "euc-kr", "ks_c_5601-1987"),
+        ("Größe über “alles”", "cp1252", "iso-8859-1"),
+        ("Größe und Übermut", "latin-1", "utf-8"),
+    ],
+)
+def test_short_pages_are_utf_8_if_valid_else_as_they_declare(
+    tmp_path: Path, text: str, encoding: str, declared: str
+) -> None:
+    """Resiliparse 2.0.1 guesses cp1250 for one é in UTF-8, and cp1252 for a line of Shift JIS."""
+    pytest.importorskip("resiliparse")
+    page = f"<html><head><meta charset='{declared}'></head><body><p>{text}</p></body></html>"
+    (tmp_path / "a.html").write_bytes(page.encode(encoding))
+    assert read_texts(tmp_path / "a.html") == [text]
+
+
+def test_a_list_in_a_piece_of_a_page_stays(tmp_path: Path) -> None:
+    pytest.importorskip("resiliparse")
+    (tmp_path / "a.html").write_text("<p>A ship.</p><ul><li>It sails.</li></ul>\n")
+    assert read_texts(tmp_path / "a.html")[0].split() == ["A", "ship.", "•", "It", "sails."]
+
+
 def test_an_invalid_byte_does_not_change_the_encoding_of_a_page(tmp_path: Path) -> None:
     """Resiliparse 2.0.1 reads the whole page as windows-1252 then."""
     pytest.importorskip("resiliparse")

@@ -201,6 +201,10 @@ READ: dict[str, Callable[[], bytes]] = {
     "list.mbox": lambda: mailbox(SENTENCE, "Second."),
     "packed.mbox.gz": lambda: gzip.compress(mailbox(SENTENCE)),
     "one.eml": lambda: b"Subject: Ships\nTo: b@example.org\n\nThe ship sails.\n",
+    "1700000000.M1P1.host:2,S": lambda: (
+        b"Return-Path: <a@example.org>\nFrom: a@example.org\nMessage-ID:\n <1@example.org>\n\n"
+        b"A ship.\n"
+    ),
     "saved.mhtml": SAVED_PAGE.encode,
     "film.srt": SUBTITLES.encode,
     "film.vtt": lambda: b"WEBVTT\n\n00:01.000 --> 00:02.000\nA ship.\n",
@@ -214,6 +218,12 @@ AS_WRITTEN: dict[str, Callable[[], bytes]] = {
     "memory.tmx": lambda: b'<?xml version="1.0"?>\n<tmx version="1.4"><body/></tmx>\n',
     "feed.xml": lambda: b'<?xml version="1.0"?>\n<rss><title>A ship</title></rss>\n',
     "drawing.svg": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><text>A ship</text></svg>\n',
+    "article.nxml": lambda: b'<article xml:lang="en"><p>A ship.</p></article>\n',
+    "article": lambda: b'<!DOCTYPE article PUBLIC "JATS" "a.dtd">\n<article>A ship.</article>\n',
+    "wiki_00": lambda: (
+        b'<doc id="1" url="https://a/wiki?curid=1" title="A "ship"">\nA ship.\n</doc>\n'
+    ),
+    "tweets.js": lambda: b'window.YTD.tweets.part0 = [{"tweet": {"full_text": "A ship."}}]\n',
     "tree.conllu": lambda: b"# sent_id = 1\n1\tA\ta\tDET\n2\tship\tship\tNOUN\n",
     "film.ass": lambda: b"[Script Info]\nTitle: A\n[Events]\nDialogue: 0,0:00:01.00,A ship.\n",
     "film.sub": lambda: b"{0}{25}A ship.\n",
@@ -258,6 +268,7 @@ SKIPPED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "crawl.wat": ("the WET file", as_warc),
     "wide-without-mark.txt": ("if it is UTF-16", lambda: SENTENCE.encode("utf-16-le")),
     "wide-big.txt": ("-f UTF-16be", lambda: SENTENCE.encode("utf-16-be")),
+    "old-japanese.txt": ("text in ISO 2022", lambda: "船が行く。".encode("iso-2022-jp")),
     "named.txt.gz": ("does not start like a gzip file", lambda: b"A ship.\n"),
     "latin.txt": ("not UTF-8 text", lambda: ("caf\xe9 " * 9).encode("latin-1")),
     "rows.parquet": ("its name is that of a Parquet file", lambda: b"no table\n"),

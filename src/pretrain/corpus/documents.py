@@ -14,7 +14,7 @@ MAX_DETAILED_PROBLEMS = 100
 is wrong cannot fill the memory."""
 Counter = Literal["n_skipped_files", "n_skipped_records", "n_repaired", "n_partial_files"]
 """Fields of a report that count problems."""
-MAX_PLACES = 8
+MAX_PLACES = 20
 """Files that are named for one reason why something is not in the text."""
 
 
@@ -88,14 +88,14 @@ class Omission:
     n_bytes: int = 0
     """On disk; of records an estimate; 0 if it is unknown, as of a file that is cut off."""
     places: list[str] = field(default_factory=list)
-    """The first MAX_PLACES."""
+    """The first in each of the first MAX_PLACES files."""
     is_read: bool = False
     """Whether it is in the text as it stands, marks and all."""
 
     def line(self, n_all_bytes: int) -> str:
         """The number, the share of all bytes, the reason and the places."""
-        places = self.places[:1] if self.unit == "record" else self.places
-        names = ", ".join(places) + (", ..." if self.n > len(places) else "")
+        comma = "; " if self.unit == "record" else ", "
+        names = comma.join([*self.places, "..."][: self.n])
         share = f", {_percent(self.n_bytes, n_all_bytes)} of the bytes" if self.n_bytes else ""
         reason = self.reason.removeprefix("skipped: ")
         return f"{self.n:,} {self.unit}{'s' * (self.n != 1)}{share}: {reason} ({names})"
@@ -171,7 +171,8 @@ class ReadingReport:
         total = self.omitted.setdefault(kind, empty)
         total.n += omission.n
         total.n_bytes += omission.n_bytes
-        new = [place for place in omission.places if place not in total.places]
+        files = {place.partition(", line ")[0] for place in total.places}
+        new = [place for place in omission.places if place.partition(", line ")[0] not in files]
         total.places += new[: MAX_PLACES - len(total.places)]
 
     def merge(self, other: ReadingReport) -> None:
@@ -207,9 +208,12 @@ class ReadingReport:
             facts["repaired"] = f"{self.n_repaired:,} documents: {how}"
         if self.text_fields:
             how = f"named as {self.text_field!r}" if self.text_field else "guessed"
-            names = {name: file for file, name in reversed(self.text_fields.items())}
-            fields = (self._field(name, file) for name, file in reversed(names.items()))
-            facts["field"] = f"{how}: {'; '.join(fields)}"
+            percent = {file: each["percent"] for file, each in self.field_details.items()}
+            names: dict[str, str] = {}  # of each field the file of which it leaves out the most
+            for file, name in self.text_fields.items():
+                names[name] = min(names.get(name, file), file, key=percent.__getitem__)
+            fields = (self._field(name, file) for name, file in names.items())
+            facts["field"] = f"{how}: " + "\n".join(fields)
         if 2 * n_omitted > self.n_read_bytes:
             warnings.append(f"most of the source is not in the text: {share} was skipped")
         if warnings:
@@ -219,12 +223,14 @@ class ReadingReport:
     def _field(self, name: str, file: str) -> str:
         details = self.field_details[file]
         # Without the name of a single file: a run whose text was moved has equal facts.
-        place = f" (first in {file})" if self.n_files > 1 else ""
+        place = f" (least in {file})" if self.n_files > 1 else ""
         text = f"{name!r}{place}, {details['percent']:.3g} % of the letters"
         if details["left_out"]:
             others = ", ".join(details["left_out"])
-            text += f", without {others} (text_field {details['joined']} joins them)"
-        if details["html"]:
+            joins = f" (text_field {details['joined']} joins them)"
+            text += f", without {others}{joins * (details['joined'] != name)}"
+        files = (file for file, each in self.text_fields.items() if each == name)
+        if any(self.field_details[file]["html"] for file in files):
             text += f", as HTML (text_field html:{name} takes its text)"
         return text
 

@@ -147,8 +147,7 @@ def _list_one(source: str | Path, report: ReadingReport) -> list[SourceFile]:
         return [SourceFile(path, path.name, status.st_size, is_named=True)]
     if not stat.S_ISDIR(mode):
         raise ValueError(
-            f"source {str(path)!r} is a {_file_type(mode)}, not a regular file; copy it to a file "
-            "first"
+            f"source {str(path)!r} is a pipe or a device, not a file; copy it to a file first"
         )
 
     files: list[SourceFile] = []
@@ -206,14 +205,8 @@ def _walk(folder: Path, prefix: str, report: ReadingReport) -> Iterator[SourceFi
             n_bytes = -1 if entry.is_symlink() else status.st_size
             yield SourceFile(Path(entry.path), name, n_bytes)
         else:
-            problem = Problem(_printable(name), f"skipped: a {_file_type(status.st_mode)}")
+            problem = Problem(_printable(name), "skipped: a pipe or a device")
             report.add(problem, counter="n_skipped_files")
-
-
-def _file_type(mode: int) -> str:
-    names = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    names |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
-    return names.get(stat.S_IFMT(mode), "special file")
 
 
 # Formats
@@ -227,16 +220,6 @@ _MAGIC = re.compile(
     rb"|(?P<zstandard>\(\xb5/\xfd|[\x50-\x5f]\*M\x18)"
 )
 _ZSTD_DICTIONARY = b"\x5d*M\x18"
-_FORMAT_OF_SUFFIX = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".html": "html",
-    ".htm": "html",
-    ".xhtml": "html",
-}
 _HTML = re.compile(
     # Atomic: else the time doubles with each comment.
     rb"\s*(<\?xml[^>]*>\s*)?(?>(<!--.*?-->\s*)*)<(!doctype\s+html|html[\s>])",
@@ -246,20 +229,21 @@ _OBJECT = re.compile(rb'\s*\{\s*"')
 
 
 @cache
-def _kinds() -> list[dict[str, Any]]:
-    """The entries of signatures.toml, which explains their fields."""
+def _signatures() -> dict[str, Any]:
+    """The content of signatures.toml, which explains it."""
     text = importlib.resources.files("pretrain.corpus").joinpath("signatures.toml").read_text()
-    kinds: list[dict[str, Any]] = tomllib.loads(text)["kind"]
-    for kind in kinds:
+    signatures = tomllib.loads(text)
+    for kind in signatures["kind"]:
         kind["magic"] = re.compile(kind.get("magic", "").encode("latin-1"), re.S)
-    return kinds
+    return signatures
 
 
 @lru_cache(1000)
 def _kinds_of(suffix: str) -> tuple[list[dict[str, Any]], re.Pattern[bytes], str]:
     """What a file with this suffix can be, one pattern for all of that, and what it must be."""
-    kinds = [kind for kind in _kinds() if suffix in kind.get("names", (suffix,))]
-    promised = next((k["name"] for k in _kinds() if suffix in k.get("promises", ())), "")
+    every = _signatures()["kind"]
+    kinds = [kind for kind in every if suffix in kind.get("names", (suffix,))]
+    promised = next((kind["name"] for kind in every if suffix in kind.get("promises", ())), "")
     return kinds, re.compile(b"|".join(kind["magic"].pattern for kind in kinds), re.S), promised
 
 
@@ -299,7 +283,7 @@ def format_of(head: bytes, name: str) -> tuple[str | None, str]:
         how = f"if it is {code}, convert it first (iconv -f {code} -t utf-8 FILE)"
         return None, f"binary, or {code}: a NUL byte; {how}"
 
-    by_name = _FORMAT_OF_SUFFIX.get(suffix)
+    by_name = _signatures()["suffixes"].get(suffix)
     is_html = _HTML.match(head) is not None
     if is_html and by_name in ("jsonl", "json", "csv"):
         return None, f"its name ends with {suffix}, but it is a page of HTML"

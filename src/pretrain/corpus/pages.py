@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from pretrain import needs_package
@@ -24,7 +25,10 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that are in compressed data, and not in text."""
 _LONE_CHARACTER = re.compile(r">(\s*+[^\s<>&]?(?:[^\x00-\x7f\s]|&#?\w+;))(?=\s*<)")
 """All of the text between two tags."""
-_BODY = re.compile(r"</head\s*>|<body\b[^<>]*>", re.I)
+_BODY = re.compile(
+    r"</head\s*>|<body\b[^<>]*>|\A(?![\s\S]*<(?:/?head|body|html|title|!doctype)\b)", re.I
+)
+_WIDE = re.compile(rb"\x1b\$|\0")  # of ISO 2022 and UTF-16, which are valid UTF-8
 _GUARD = "\ufdd0"
 """A code point that no text has."""
 
@@ -44,15 +48,20 @@ def html_text(html: str, *, is_page: bool = False) -> tuple[str, str]:
 
 
 def page_text(data: bytes) -> tuple[str, str]:
-    """Extract title and main text of an HTML page, in its declared or detected encoding."""
+    """Extract title and main text of an HTML page: UTF-8 if it is valid, else in its declared or a
+    detected encoding."""
     with needs_package("HTML", "resiliparse"):
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-    encoding = detect_encoding(data) or "utf-8"
-    html = bytes_to_str(data, encoding, "replace", ())
-    n_not_ascii = len(html) - len(html.encode("ascii", "ignore"))
-    if 2 * html.count("\ufffd") > n_not_ascii:
-        html = bytes_to_str(data, encoding)  # in another encoding
+    is_utf8 = data.decode("utf-8", "ignore").encode() == data and not _WIDE.search(data)
+    others = (detect_encoding(data, from_html_meta=meta) or "utf-8" for meta in (True, False))
+    for encoding in chain(["utf-8"] * is_utf8, others):
+        html = bytes_to_str(data, encoding, "replace", ())
+        n_not_ascii = len(html) - len(html.encode("ascii", "ignore"))
+        if 2 * html.count("\ufffd") <= n_not_ascii:
+            break
+    else:
+        html = bytes_to_str(data, encoding)
     return html_text(html, is_page=True)
 
 

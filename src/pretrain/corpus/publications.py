@@ -75,7 +75,9 @@ def _zip(stream: FileStream) -> Texts:
         if "META-INF/container.xml" in names:
             yield _epub(archive)
         elif "word/document.xml" in names:
-            yield "", _paragraphs(_xml(archive, "word/document.xml"), is_word=True)
+            parts = [name for name in _WORD_PARTS if name in names]
+            texts = [_paragraphs(_xml(archive, part), is_word=True) for part in parts]
+            yield "", "\n".join(filter(str.strip, texts))
         elif "content.xml" in names:
             yield "", _paragraphs(_xml(archive, "content.xml"), is_word=False)
         else:
@@ -107,6 +109,7 @@ def _epub(archive: zipfile.ZipFile) -> tuple[str, str]:
     return package.findtext(".//{*}title") or "", text
 
 
+_WORD_PARTS = ("word/document.xml", "word/footnotes.xml", "word/endnotes.xml")
 # Deleted, moved away, a copy for old programs, comments; settings of a paragraph.
 _NO_TEXT = {"tracked-changes", "moveFrom", "Fallback", "annotation", "pPr"}
 _SIGNS = {"tab": "\t", "br": "\n", "cr": "\n", "line-break": "\n"}

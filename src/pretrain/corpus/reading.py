@@ -46,7 +46,13 @@ _FIRST_LINES = re.compile(
 _ENDS = re.compile(_END)
 # Two patterns, of which the second begins with one character: Python searches 16 times as fast.
 _FIRST_NOTICE = re.compile(rf"[\s\S]{{0,65536}}?{_START}", re.M)
-_LATER_NOTICE = re.compile(rf"{_END}[\s\S]{{0,65536}}?(?:{_START}|\Z)", re.M)
+# Up to the next book, or the end. There the licence follows, or nothing: else the end is quoted.
+_LAST = (
+    r"(?=[\s\S]{0,200}\Z|[\s\S]{0,2000}?(?:Updated editions|This file should be named|Section 1\.))"
+)
+_LATER_NOTICE = re.compile(
+    rf"{_END}(?:[\s\S]{{0,65536}}?{_START}|{_LAST}[\s\S]{{0,65536}}\Z)", re.M
+)
 RECORD_FORMATS: dict[str, Callable[[FileStream, str | None], Iterator[Row]]] = {
     "jsonl": jsonl_rows,
     "json": json_rows,

@@ -28,10 +28,9 @@ from pretrain.corpus.pages import html_text
 from pretrain.fileio import unique_keys, without_surrogates
 
 MAX_JSON_BYTES = 1 << 28
-_CHAT_FIELDS = ("messages", "conversations", "conversation")
 PREFERRED_TEXT_FIELDS = (
     *("text", "content", "body", "document", "story", "raw_content", "passage"),
-    *_CHAT_FIELDS,
+    *("messages", "conversations", "conversation"),
 )
 _MESSAGE_FIELDS = ("content", "value", "text")
 """Fields with the text of a message of a chat, or of a part of one."""
@@ -202,10 +201,12 @@ def _text_of(value: Any, depth: int = _MAX_DEPTH) -> str | None:
 def _details(records: list[dict[str, Any]], fields: list[str]) -> dict[str, Any]:
     """What the report says of the chosen fields: see `ReadingReport.field_details`."""
     n_letters = Counter[str]()
+    nested = set()
     for path, value in chain.from_iterable(map(_fields, records)):
         text = _text_of(value)
         strings = _strings(value, _MAX_DEPTH) if text is None else [text]
         n_letters[path] += sum(len(each) for each in strings if _is_prose(each))
+        nested |= {path} if text is None and value is not None else set()
     names = field_names(",".join(fields))
     n_all = max(1, n_letters.total())
     n_left_out = sum(n for path, n in n_letters.items() if path not in names)
@@ -214,7 +215,7 @@ def _details(records: list[dict[str, Any]], fields: list[str]) -> dict[str, Any]
     return {
         "percent": round(100 - 100 * n_left_out / n_all, 1),
         "left_out": [path for path in large if path not in names],
-        "joined": ",".join(large),
+        "joined": ",".join(path for path in large if path not in nested),
         "html": all(isinstance(each, str) and _HTML_TAG.search(each) for each in values),
     }
 

@@ -85,15 +85,21 @@ class _Table:
         if len(self.header) < 2 or not (numbered or is_error or self.delimiter == "\t"):
             return False
         n_needed = 1 if is_error or self.delimiter == "\t" else 8 / (len(self.header) - 1)
-        n_rows = 0
-        for text in texts:
-            # The last line of a quoted cell may look like a row, but it has the closing mark.
-            if is_error or f'"{self.delimiter}' not in text:
-                with suppress(csv.Error):
-                    cells = next(self.parse([text]))
-                    is_like = all(_NUMBER.fullmatch(cells[i]) for i in numbered)
-                    n_rows += len(cells) == len(self.header) and is_like and not text[0].isspace()
-        return n_rows >= max(n_needed, 0.9 * len(texts))
+
+        def is_row(text: str) -> bool:
+            with suppress(csv.Error):
+                cells = next(self.parse([text]))
+                is_like = all(_NUMBER.fullmatch(cells[i]) for i in numbered)
+                return len(cells) == len(self.header) and is_like and not text[0].isspace()
+            return False
+
+        # The last line of a quoted cell may look like a row, but it has the closing mark.
+        n_rows = sum(is_row(text) for text in texts if is_error or f'"{self.delimiter}' not in text)
+        # In a record that ends, a stray mark closes at the end of another row, and not of prose.
+        is_open = is_error or len(self.record) == _LOOK_LINES
+        return n_rows >= max(n_needed, 0.9 * len(texts)) and (
+            is_open or is_row(texts[-1].replace('"', ""))
+        )
 
     def restart(self, first: int) -> None:
         """Begin a record, with the lines of the current one from this index on."""

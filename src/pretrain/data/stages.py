@@ -49,13 +49,7 @@ from pretrain.data.jobs import (
     write_document_shards,
 )
 from pretrain.data.order import ceil_div
-from pretrain.data.writer import (
-    Compression,
-    TaskWriter,
-    compression_of,
-    extremes,
-    file_chunks,
-)
+from pretrain.data.writer import Compression, TaskWriter, compression_of, extremes, file_chunks
 from pretrain.fileio import read_json, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.load import load_tokenizer

@@ -29,23 +29,11 @@ from pretrain.config import Layer, RunConfig, compose, read_file, to_dict, to_ya
 from pretrain.data.format import PreparedData
 from pretrain.evaluate.task_files import read_in_loop_tasks
 from pretrain.fileio import NO_SPACE, replace_file
-from pretrain.machine import (
-    RENDEZVOUS_FILE,
-    n_processes,
-    n_restarts,
-    rank_of_process,
-    this_command,
-)
+from pretrain.machine import RENDEZVOUS_FILE, n_processes, n_restarts, rank_of_process, this_command
 from pretrain.parallel.config import ParallelConfig
 from pretrain.report.page import write_report
 from pretrain.run import directory, identity
-from pretrain.run.directory import (
-    CHECKPOINTS,
-    REQUESTED,
-    SUMMARY,
-    read_environment,
-    read_summary,
-)
+from pretrain.run.directory import CHECKPOINTS, REQUESTED, SUMMARY, read_environment, read_summary
 from pretrain.run.log import RunLog
 from pretrain.runner import checks
 from pretrain.runner.launch import (
