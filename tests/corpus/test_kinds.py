@@ -126,6 +126,17 @@ def test_spellings_of_a_kind_are_known(start: bytes, format: str) -> None:
     assert format_of(start, "a")[0] == format
 
 
+def test_marks_within_subtitles_are_left_out(tmp_path: Path) -> None:
+    """The captions of YouTube have a head of three lines, and the time of each word."""
+    head = "WEBVTT\nKind: captions\nLanguage: en\n\n"
+    cue = "00:01.000 --> 00:02.000 align:start\nA<00:00:01.320><c> ship</c>, a < b.\n"
+    (tmp_path / "a.vtt").write_text(head + cue + "\n" + cue.replace("A<", "<v Anna>A<"))
+    (tmp_path / "b.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\n<i>A <b>ship</b>.</i>\n")
+    one, two = read_texts(tmp_path)
+    assert one.split("\n") == ["", "A ship, a < b.", "", "A ship, a < b.", ""]
+    assert two == "A ship.\n"
+
+
 def test_many_comments_before_no_page_are_text(tmp_path: Path) -> None:
     """The time to tell a page from text doubled with each comment."""
     text = "<!-- a comment -->\n" * 200 + "The ship sails.\n"

@@ -304,6 +304,34 @@ def test_no_field_of_a_document_has_a_lone_surrogate(tmp_path: Path) -> None:
     assert second.id == second.source == "caf\\xe9.txt"
 
 
+def test_a_sequence_of_json_texts_is_known_under_any_name(tmp_path: Path) -> None:
+    """RFC 7464: a record separator precedes each text."""
+    (tmp_path / "a.json-seq").write_text('\x1e{"text": "one"}\n\x1e{"text": "two"}\n')
+    assert read_texts(tmp_path / "a.json-seq") == ["one", "two"]
+
+
+def test_rows_with_long_texts_are_converted_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"{n} " + "ab" * 5000 for n in range(40)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=20)
+    sizes = []
+    read = parquet.ParquetFile.iter_batches
+
+    def spied(table: Any, batch_size: int, **rest: Any) -> Any:
+        sizes.append(batch_size)
+        return read(table, batch_size, **rest)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spied)
+    assert read_texts(path) == texts
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 100_000)
+    assert read_texts(path) == texts
+    assert sizes[0] == 256
+    assert 5 <= sizes[1] <= 10
+
+
 def test_too_long_line_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     path = write_records(
@@ -325,6 +353,7 @@ def test_invalid_csv_rows_are_reported_with_their_place(tmp_path: Path) -> None:
     reasons = [p.reason for p in report.problems]
     assert "3 cells, but the header has 2" in reasons[0]
     assert "invalid UTF-8" in reasons[1]
+    assert "convert it first (iconv -f latin1 -t utf-8 FILE)" in reasons[1]
     assert "is empty" in reasons[2]
 
 

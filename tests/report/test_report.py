@@ -84,9 +84,9 @@ def test_report_of_a_finished_run_is_one_offline_page(tmp_path: Path) -> None:
         "better than trigram (1.83), bigram (1.98), xz (2.16)."
     ) in page.flat
     for figure in ("1.42", "34.3", "3.536", "4.21 M", "4,212,992", "81,920", "11,640", "3 min 2 s"):
-        assert figure in page.text
+        assert figure in page.flat
     for figure in ("4 min in all", "812 MB", "finished", "40", "0.04 epochs", "of 2,048 tokens"):
-        assert figure in page.text
+        assert figure in page.flat
     assert "pretrain train english --a 'b'" in page.text
     assert f"pretrain generate {run.as_posix()}" in page.text
     labels = [value for name, value in page.attributes if name == "aria-label"]
@@ -138,6 +138,11 @@ def test_report_warns_of_a_rising_held_out_loss(tmp_path: Path) -> None:
         "though better than xz (2.16)."
     ) in page.flat
     assert "held-out loss was lowest at step 1 (4.90) and has risen since" in page.flat
+
+
+def test_a_number_and_its_unit_stay_on_one_line(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "3\xa0min\xa02\xa0s" in page
 
 
 def test_score_is_shown_with_the_step_of_its_weights(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ _HTML = re.compile(
     rb"\s*(<\?xml[^>]*>\s*)?(?>(<!--.*?-->\s*)*)<(!doctype\s+html|html[\s>])",
     re.I | re.S,
 )
-_OBJECT = re.compile(rb'\s*\{\s*"')
+_OBJECT = re.compile(rb'[\s\x1e]*\{\s*"')
 
 
 @cache
@@ -307,7 +307,7 @@ def _is_json_lines(head: bytes, *, min_lines: int) -> bool:
     if len(head) >= HEAD_BYTES:
         lines.pop()  # a part of a line
     try:
-        return all(_OBJECT.match(line) and json.loads(line) for line in lines[:2])
+        return all(_OBJECT.match(line) and json.loads(line.lstrip(b"\x1e")) for line in lines[:2])
     except (ValueError, RecursionError):
         return False
 

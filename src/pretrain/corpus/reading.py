@@ -26,8 +26,12 @@ MAX_DOCUMENT_BYTES = 1 << 24
 _MARK = re.compile(r"<\|\w{1,40}\|>")
 _SEPARATOR = "--data.document_separator"
 _MAX_INVALID_FRACTION = 0.01
-# The number and the times of a subtitle.
-_CUE = re.compile(r"^WEBVTT.*\n|^(\d+\n)?[\d:.,]+ --> .*\n", re.M)
+# The head of WebVTT; the number and the times of a subtitle; italics, speakers, times of words.
+_CUE = re.compile(
+    r"\AWEBVTT.*\n((?!.*-->).+\n)*|^(\d+\n)?[\d:.,]+ --> .*\n"
+    r"|<(/?([biuvc]|font|lang|ruby|rt)\b[^<>\n]{0,99}|[\d:.]+)>",
+    re.M,
+)
 # The notices around a book of Project Gutenberg (gutenberg.org/help/file_formats.html), 20,000
 # characters each; before 2003 the first ended with the small print.
 _START = (

@@ -264,7 +264,10 @@ def _decode(data: bytes, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Skipped(f"invalid UTF-8 at byte {offset + error.start}: {error.reason}")
+        reason = f"invalid UTF-8 at byte {offset + error.start}: {error.reason}; if all of it is in"
+        return Skipped(
+            f"{reason} another encoding, convert it first (iconv -f latin1 -t utf-8 FILE)"
+        )
 
 
 def read_lines(stream: FileStream, first: bytes = b"") -> Iterator[tuple[int, int, bytes, str]]:

@@ -29,6 +29,7 @@ _LOOK_LINES = 50
 _NUMBER = re.compile(r'[^\s"\d]*+\d[^\s"]*+')
 """A cell that is a number or a code."""
 _BATCH_ROWS = 256
+_BATCH_BYTES = 1 << 26
 _ARROW_MAGIC = b"ARROW1\0\0"
 _DELIMITER_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*')
 """The first line of a CSV of Excel, which names its delimiter."""
@@ -186,6 +187,9 @@ def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
         chosen = names | ((strings | preferred) or {each.name for each in texts})
         return [each.name for each in schema if text_field == EVERY_FIELD or each.name in chosen]
 
+    def batch_rows(n_bytes: int, n_rows: int) -> int:
+        return min(_BATCH_ROWS, max(1, _BATCH_BYTES * max(1, n_rows) // max(1, n_bytes)))
+
     def batches() -> Iterator[Any]:
         if not is_parquet:
             # After its magic, an Arrow file is an Arrow stream.
@@ -193,8 +197,9 @@ def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
                 stream.read(len(_ARROW_MAGIC))
             with ipc.open_stream(stream) as reader:
                 for batch in reader:
-                    for start in range(0, batch.num_rows, _BATCH_ROWS):
-                        yield batch.select(columns(batch.schema)).slice(start, _BATCH_ROWS)
+                    n_rows = batch_rows(batch.nbytes, batch.num_rows)
+                    for start in range(0, batch.num_rows, n_rows):
+                        yield batch.select(columns(batch.schema)).slice(start, n_rows)
             return
         with stream.unpacked() as path:
             if stream.damage:
@@ -202,7 +207,9 @@ def arrow_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
             with parquet.ParquetFile(path) as table:
                 # Other columns are not read from the disk.
                 selected = columns(table.schema_arrow)
-                yield from table.iter_batches(batch_size=_BATCH_ROWS, columns=selected)
+                groups = map(table.metadata.row_group, range(table.num_row_groups))
+                n_rows = min((batch_rows(g.total_byte_size, g.num_rows) for g in groups), default=1)
+                yield from table.iter_batches(batch_size=n_rows, columns=selected)
 
     try:
         for batch in batches():

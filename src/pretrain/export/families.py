@@ -141,10 +141,7 @@ FORMATS: dict[str, FamilyFormat] = {
         ),
         gguf_keys={**_GGUF_KEYS, "norm_epsilon": "attention.layer_norm_epsilon"},
         gguf_layout=Layout(
-            {
-                **_GGUF_MODULES,
-                "blk.{}.attn_qkv": "attention.query attention.key attention.value",
-            }
+            {**_GGUF_MODULES, "blk.{}.attn_qkv": "attention.query attention.key attention.value"}
         ),
     ),
     "llama": FamilyFormat(

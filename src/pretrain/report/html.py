@@ -50,8 +50,10 @@ def _environment() -> Environment:
     )
     css = files("pretrain.report").joinpath("page.css").read_text(encoding="utf-8")
     environment.globals |= {"css": Markup(css), "UNKNOWN": units.UNKNOWN}
-    for function in (units.count, units.decimal, units.duration, units.short_count, units.size):
+    for function in (units.count, units.decimal, units.short_count, units.size):
         environment.filters[function.__name__] = function
+    # A browser breaks no line between a number and its unit.
+    environment.filters["duration"] = lambda s: units.duration(s).replace(" ", "\xa0")
     environment.filters |= {"percent": units.percent, "number": units.number, "repr": repr}
     return environment
 

@@ -36,10 +36,7 @@ def write_report(run_dir: str | Path) -> Path:
     held_out = curve(run.evaluations, "val_nats_per_token")
     best = min(held_out, key=lambda point: point[1], default=(0.0, 0.0))
     diverged = list(takewhile(lambda record: number(record.get("loss")) is None, run.train[::-1]))
-    losses = (
-        Series("training", curve(run.train, "loss")),
-        Series("held-out", held_out, "dots"),
-    )
+    losses = (Series("training", curve(run.train, "loss")), Series("held-out", held_out, "dots"))
     overlap = [fields(run.overlap.get(part)) for part in ("sets", "writing")]
     facts = {k: v for k, v in run.environment.items() if isinstance(v, str | int | float)}
     facts.pop("command", None)

@@ -454,12 +454,7 @@ def check_seen_samples(data: PreparedData, old: RunConfig, new: RunConfig) -> No
 
 
 def write_changes(
-    previous: Previous,
-    config: RunConfig,
-    accepted: Sequence[Change],
-    *,
-    command: str,
-    log: Log,
+    previous: Previous, config: RunConfig, accepted: Sequence[Change], *, command: str, log: Log
 ) -> None:
     """Log and record what changes at the checkpoint's step, then write config.yaml. A process that
     dies between the two leaves a run that can be resumed or extended again."""

@@ -283,11 +283,6 @@ def losses(
         own_rows=rows_of(world.rank, axes, _BATCH_ROWS, micro_batch_rows=micro_batch_rows),
     )
     reports = training_steps(
-        model,
-        optimizer,
-        batches.at,
-        lr_at=lambda step: 3e-3,
-        steps=_STEPS,
-        world=world,
+        model, optimizer, batches.at, lr_at=lambda step: 3e-3, steps=_STEPS, world=world
     )
     return [report.nats_per_token for report in reports]
