@@ -73,7 +73,7 @@ TENSOR_RENAMED: list[tuple[str, str]] = []
 """Tensors of a checkpoint: a pattern of the whole name and its replacement, as of re.sub."""
 ADDED = re.compile(
     r"config\.json/(pad_token_id|n_ctx)|generation_config\.json/max_length"
-    r"|summary\.json/reading/.*"
+    r"|summary\.json/(reading/.*|val_bits_per_byte_stderr)"
     r"|(report\.json)?/(document_separator|text_field|facts|field_details|omitted)(/.*)?"
 )
 """What only new exports, summaries and reports of preparations have."""

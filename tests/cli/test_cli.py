@@ -255,7 +255,7 @@ def test_evaluate_scores_files(finished_run: Path, tmp_path: Path, capsys: Captu
     (tmp_path / "a.txt").write_text(text)
     name = str(tmp_path / "a.txt")
     row = run_json(capsys, "evaluate", str(finished_run), "--text", name)["text"][name]
-    keys = "nats tokens bytes words perplexity word_perplexity bits_per_byte"
+    keys = "nats tokens bytes words perplexity word_perplexity bits_per_byte bits_per_byte_stderr"
     assert set(row) == set(keys.split())
     assert row["bytes"] == len(text)
     assert row["words"] == 6

@@ -214,7 +214,12 @@ def test_val_fraction_out_of_range(tmp_path: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("n_bytes", "fraction"),
     [
-        (5_000, 0.1),
+        # Of a small text a tenth, but 6 kB if these are at most a fifth.
+        (1_000, 0.2),
+        (30_000, 0.2),
+        (40_000, 0.15),
+        (60_000, 0.1),
+        (4_000_000, 0.1),
         (12_000_000, 1 / 30),
         (5 * 10**8, 0.002),
         # The validation text is limited, however much text there is.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,8 +19,13 @@ from pages import Page, assert_harmless
 from pretrain.cli import main
 from pretrain.evaluate import token_stats
 from pretrain.evaluate.loglikelihood import Pair
-from pretrain.evaluate.loss import score_texts
-from pretrain.evaluate.token_stats import TokenLoss, annotated_text, token_losses
+from pretrain.evaluate.loss import Ids, score_texts
+from pretrain.evaluate.token_stats import (
+    TokenLoss,
+    annotated_text,
+    bits_per_byte_error,
+    token_losses,
+)
 from pretrain.generate.sampling import next_distribution
 from pretrain.report.html import heat_map_page
 from pretrain.report.page import write_report
@@ -58,6 +64,32 @@ def test_nats_of_all_tokens_add_up_to_the_score_of_the_text(
     assert len(found) == whole.tokens
     assert math.fsum(each.nats for each in found) == pytest.approx(whole.nats, rel=1e-12)
     assert [each.id for each in found] == model.tokenizer.encode(text).tolist()
+
+
+def test_the_error_of_a_stream_is_the_spread_of_its_blocks(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(0).integers(2, model.tokenizer.vocab_size, 2049)
+    found = bits_per_byte_error(model, Ids(ids))
+    losses = [  # windows of 32 ids, blocks of two windows
+        each
+        for n in range(0, 2048, 32)
+        for each in token_losses(model, Pair(tuple(ids[n : n + 33]), 1))
+    ]
+    bits = np.reshape([each.nats / math.log(2) for each in losses], (32, 64)).sum(1)
+    n_bytes = model.tokenizer.byte_lengths[ids[1:]].reshape(32, 64).sum(1)
+    # The error of a ratio, by linearisation.
+    residuals = bits - bits.sum() / n_bytes.sum() * n_bytes
+    expected = residuals.std(ddof=1) * math.sqrt(32) / n_bytes.sum()
+    assert found == pytest.approx(expected, rel=0.1)
+
+    monkeypatch.setattr("pretrain.evaluate.token_stats.ERROR_TOKENS", 1024)
+    assert bits_per_byte_error(model, Ids(ids)) == pytest.approx(expected, rel=0.4)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 30])
+def test_too_short_a_stream_has_no_error(model: LoadedModel, n_tokens: int) -> None:
+    assert bits_per_byte_error(model, Ids(np.arange(n_tokens) + 5)) is None
 
 
 def test_ranks_and_most_probable_tokens_equal_the_distribution(model: LoadedModel) -> None:

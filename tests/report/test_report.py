@@ -29,6 +29,7 @@ SUMMARY: Record = {
     "val_nats_per_token": 3.5361,
     "val_perplexity": 34.3333,
     "val_bits_per_byte": 1.4171,
+    "val_bits_per_byte_stderr": 0.0213,
     "tokens_per_second": 11_640.2,
     "train_seconds": 182.4,
     "total_seconds": 240.0,
@@ -85,6 +86,8 @@ def test_report_of_a_finished_run_is_one_offline_page(tmp_path: Path) -> None:
     ) in page.flat
     for figure in ("1.42", "34.3", "3.536", "4.21 M", "4,212,992", "81,920", "11,640", "3 min 2 s"):
         assert figure in page.flat
+    assert "held out; ± 0.021, one standard error" in page.flat
+    assert "1.417 ± 0.021" in page.flat
     for figure in ("4 min in all", "812 MB", "finished", "40", "0.04 epochs", "of 2,048 tokens"):
         assert figure in page.flat
     assert "pretrain train english --a 'b'" in page.text

@@ -43,6 +43,7 @@ def test_run_writes_its_files_and_summary(finished_run: Path) -> None:
     assert summary["steps"] == 12
     assert summary["tokens"] == 12 * 256
     assert summary["val_perplexity"] == pytest.approx(math.exp(summary["val_nats_per_token"]))
+    assert 0.005 < summary["val_bits_per_byte_stderr"] / summary["val_bits_per_byte"] < 0.05
     names = {p.name for p in finished_run.iterdir()}
     assert names == {
         *"config.yaml tokenizer metrics.jsonl samples.jsonl checkpoints environment.json".split(),
@@ -327,10 +328,29 @@ def test_the_cost_is_divided_into_what_it_was_spent_on(
     assert sum(map(float, shown.values())) == pytest.approx(total, abs=2.0)
 
 
+def summary_of_ones() -> dict[str, Any]:
+    numbers = "val_bits_per_byte val_bits_per_byte_stderr val_perplexity val_tokens total_seconds"
+    keys = [*numbers.split(), "tokens_per_second", "peak_memory_bytes"]
+    return dict.fromkeys(keys, 1.0) | {"baselines": [], "checkpoint": "step"}
+
+
+@pytest.mark.parametrize(
+    ("stderr", "shown"),
+    [(0.02, None), (0.0, None), (0.1, "is 10.0 %; --data.val_fraction"), (None, "is unknown; ")],
+)
+def test_a_large_error_of_the_held_out_loss_is_said(
+    stderr: float | None, shown: str | None
+) -> None:
+    output, summary = io.StringIO(), summary_of_ones() | {"val_bits_per_byte_stderr": stderr}
+    show_summary(Console(output), summary, folder=Path("run"), report=Path("r"), seconds={})
+    line, rest = output.getvalue().split("  held-out text  ")[1].split("\n", 1)
+    assert line.startswith("1.000 bits" if stderr is None else f"1.000 +- {stderr:.3f} bits")
+    assert (f"its error {shown}" in rest) == (shown is not None)
+
+
 def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:
     row = {"metric": "accuracy", "value": 0.5, "stderr": None}
-    numbers = "val_bits_per_byte val_perplexity val_tokens total_seconds tokens_per_second"
-    summary = dict.fromkeys([*numbers.split(), "peak_memory_bytes"], 1.0) | {
+    summary = summary_of_ones() | {
         "baselines": [{"name": "xz", "bits_per_byte": 2.0}],
         "checkpoint": "checkpoints/step-00000001",
         "tasks": {"report": row, "cost": row},

@@ -22,6 +22,7 @@ from pretrain.evaluate.metrics import Array
 from pretrain.evaluate.overlap import document_texts
 from pretrain.evaluate.run_tasks import TaskResults, condition_metrics, evaluate_task
 from pretrain.evaluate.task_files import EvalTask, load_tasks, read_whole
+from pretrain.evaluate.token_stats import bits_per_byte_error
 
 
 @dataclass(slots=True)
@@ -29,7 +30,8 @@ class Evaluation:
     """Everything that was measured of a model: the content of `pretrain evaluate --json`."""
 
     text: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By file: nats, tokens, bytes, words, perplexity, word_perplexity, bits_per_byte"""
+    """By file: nats, tokens, bytes, words, perplexity, word_perplexity, bits_per_byte and
+    its bits_per_byte_stderr, over documents or, of held-out text, over blocks of it"""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By task: metric, value, stderr, detectable, examples, and `metrics` with all of its kind"""
     protocol: dict[str, str] = field(default_factory=dict)
@@ -78,22 +80,27 @@ def evaluate(
     if held_out is not None:
         documents = document_texts(held_out, model.tokenizer, chunk_tokens=held_out.n_tokens)
         evaluation.text["held-out split"] = _text_row(
-            score_stream(model, held_out, stride=stride), (text for _, text in documents)
+            score_stream(model, held_out, stride=stride),
+            (text for _, text in documents),
+            stderr=bits_per_byte_error(model, held_out),
         )
     for file in files:
         evaluation.documents[file], facts = read_whole(file, text_field)
         texts = [document.text for document in evaluation.documents[file]]
         scores = score_each(model, texts, stride=stride)
-        evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), texts)
-        bits = [(score.nats / math.log(2), score.bytes) for score in scores]
-        evaluation.statistics[file, "bits_per_byte"] = np.array(bits, np.float64)
+        bits = np.array([(score.nats / math.log(2), score.bytes) for score in scores], np.float64)
+        evaluation.statistics[file, "bits_per_byte"] = bits
+        stderr = estimate("bits_per_byte", bits, seed=0).stderr  # over the documents
+        evaluation.text[file] = _text_row(sum(scores, Score(0.0, 0, 0)), texts, stderr=stderr)
         if facts:
             evaluation.text[file]["reading"] = facts
     for name, row in evaluation.text.items():
+        error = row["bits_per_byte_stderr"]
+        error = "" if error is None else f" +- {error:.4f}"
         log(
-            f"{name}: {row['bits_per_byte']:.4f} bits/byte, perplexity {row['perplexity']:,.2f} a "
-            f"token and {row['word_perplexity']:,.1f} a word, {row['tokens']:,} tokens, "
-            f"{row['bytes']:,} bytes"
+            f"{name}: {row['bits_per_byte']:.4f}{error} bits/byte, perplexity "
+            f"{row['perplexity']:,.2f} a token and {row['word_perplexity']:,.1f} a word, "
+            f"{row['tokens']:,} tokens, {row['bytes']:,} bytes"
         )
         for label, fact in row.get("reading", {}).items():
             log(f"  {label:<9} " + fact.replace("\n", "\n" + " " * 12))
@@ -110,7 +117,7 @@ def evaluate(
     return evaluation
 
 
-def _text_row(text_score: Score, texts: Iterable[str]) -> dict[str, Any]:
+def _text_row(text_score: Score, texts: Iterable[str], *, stderr: float | None) -> dict[str, Any]:
     n_words = sum(len(text.split()) for text in texts)
     return {
         **asdict(text_score),
@@ -118,6 +125,7 @@ def _text_row(text_score: Score, texts: Iterable[str]) -> dict[str, Any]:
         "perplexity": text_score.perplexity,
         "word_perplexity": text_score.word_perplexity(n_words),
         "bits_per_byte": text_score.bits_per_byte,
+        "bits_per_byte_stderr": stderr,
     }
 
 

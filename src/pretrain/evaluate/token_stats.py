@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pretrain.corpus.documents import Document
-from pretrain.data.batches import resolve_stride
+from pretrain.data.batches import Stream, resolve_stride
+from pretrain.data.order import ceil_div
+from pretrain.evaluate.bootstrap import estimate
 from pretrain.evaluate.loglikelihood import Pair, logit_chunks, windows_of
 from pretrain.evaluate.loss import Model
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -25,6 +28,8 @@ N_CARDS = 6
 CARD_CONTEXT_TOKENS = 60
 MAX_HEAT_MAP_TOKENS = 20_000
 """A page of more tokens is too slow to look at."""
+ERROR_TOKENS, ERROR_BLOCKS, MIN_BLOCK_TOKENS = 16_384, 32, 16
+"""What a standard error is computed from: targets, and blocks of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,27 @@ def token_losses(
                     for id_, nats, rank, ids, probabilities in rows
                 ]
     return losses
+
+
+def bits_per_byte_error(model: Model, stream: Stream) -> float | None:
+    """The standard error of a stream's bits per byte: a bootstrap over blocks of consecutive
+    targets, because neighbours are alike. None where it cannot be told.
+
+    Of a stream of more than ERROR_TOKENS, windows that are evenly spread stand for the others.
+    """
+    context, n_targets = model.decoder.config.window_tokens, stream.n_tokens - 1
+    losses: list[TokenLoss] = []
+    for start in range(0, n_targets, context * max(1, ceil_div(n_targets, ERROR_TOKENS))):
+        ids = stream.read(start, min(start + context, n_targets) + 1).tolist()
+        losses += token_losses(model, Pair(tuple(ids), 1), top=1)
+    lengths = model.tokenizer.byte_lengths
+    rows = [(each.nats / math.log(2), lengths[each.id]) for each in losses]
+    n_blocks = min(ERROR_BLOCKS, len(rows) // MIN_BLOCK_TOKENS)
+    starts = np.linspace(0, len(rows), n_blocks, endpoint=False, dtype=np.int64)
+    stderr = estimate(
+        "bits_per_byte", np.add.reduceat(np.reshape(rows, (-1, 2)), starts), seed=0
+    ).stderr
+    return None if stderr is None else stderr * math.sqrt(len(rows) / n_targets)
 
 
 def annotated_text(tokenizer: Tokenizer, losses: Sequence[TokenLoss]) -> list[dict[str, Any]]:

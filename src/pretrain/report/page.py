@@ -78,6 +78,7 @@ def ranking(run: RunFiles) -> list[tuple[float, Record]]:
     model: Record = {
         "name": MODEL,
         "bits_per_byte": run.figure("val_bits_per_byte"),
+        "stderr": run.figure("val_bits_per_byte_stderr"),
         "perplexity": run.figure("val_perplexity"),
         "note": f"after {count(run.scored_step)} steps",
     }

@@ -35,10 +35,12 @@ LINE_SECONDS = 10.0
 MANY_EPOCHS = 4
 # Parameters for each token of the text beyond which a smaller model is suggested.
 MANY_PARAMETERS = 100
+# The share of the held-out loss beyond which its standard error is said in words.
+MAX_ERROR = 0.03
 
 
 def with_error(row: Mapping[str, Any]) -> str:
-    """`0.412 +- 0.035`: a task's value, and its standard error where there is one."""
+    """`0.412 +- 0.035`: a value, and its standard error where there is one."""
     value, error = row["value"], row["stderr"]
     return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"
 
@@ -246,9 +248,14 @@ def show_summary(
     )
     console.line()
     console.line("done", style="bold green")
+    bits, stderr = summary["val_bits_per_byte"], summary["val_bits_per_byte_stderr"]
+    is_rough = stderr is None or stderr > MAX_ERROR * bits
+    error = "unknown" if stderr is None else f"{100 * stderr / bits:.1f} %"
     results = {
-        "held-out text": f"{summary['val_bits_per_byte']:.3f} bits/byte, perplexity "
-        f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens",
+        "held-out text": f"{with_error({'value': bits, 'stderr': stderr})} bits/byte, perplexity "
+        f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens"
+        + f"\nits error is {error}; --data.val_fraction holds out more text"
+        * is_rough,
         "baselines": f"{baselines} bits/byte",
     }
     if base := summary.get("base"):

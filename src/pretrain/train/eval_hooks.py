@@ -19,7 +19,7 @@ from pretrain.data.format import StandingData
 from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, ScoredModel, score_batches
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
-from pretrain.evaluate.token_stats import sample_text_predictions
+from pretrain.evaluate.token_stats import bits_per_byte_error, sample_text_predictions
 from pretrain.generate.sampling import Sampling, generate
 from pretrain.train.build import uncompiled
 from pretrain.train.signals import StopSignals
@@ -142,6 +142,11 @@ def evaluate_split(
         precision=run.config.train.precision,
         counts=run.model.axes.reports_loss(run.world.rank),
     )
+
+
+def held_out_error(run: Run) -> float | None:
+    """The standard error of the bits per byte of the held-out split."""
+    return bits_per_byte_error(_scored_model(run), run.data.split("val"))
 
 
 # --- in-loop tasks --------------------------------------------------------------------------------

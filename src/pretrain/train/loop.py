@@ -20,6 +20,7 @@ from pretrain.train.build import load_weights, uncompiled
 from pretrain.train.eval_hooks import (
     evaluate_if_due,
     evaluate_split,
+    held_out_error,
     is_evaluated,
     last_task_results,
     token_losses,
@@ -217,7 +218,7 @@ def finish(run: Run) -> None:
         checkpoint = best
         load_weights(run.model, Checkpoint(best))
     with uncompiled(), run.timed("evaluation"):
-        score = evaluate_split(run)
+        score, stderr = evaluate_split(run), held_out_error(run)
         predictions = token_losses(run)
     peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
@@ -239,6 +240,7 @@ def finish(run: Run) -> None:
         "val_nats_per_token": score.nats_per_token,
         "val_perplexity": score.perplexity,
         "val_bits_per_byte": score.bits_per_byte,
+        "val_bits_per_byte_stderr": stderr,
         "val_tokens": score.tokens,
         "val_bytes": score.bytes,
         "tokens_per_second": run.tokens / run.seconds["training"],
