@@ -19,8 +19,8 @@ from pretrain.cli import main
 from pretrain.corpus.reading import read_documents
 from pretrain.data.batches import evaluation_batches
 from pretrain.evaluate.baselines import measure_baselines
-from pretrain.evaluate.counts import kneser_ney
 from pretrain.evaluate.loss import Ids, Score, score_each, score_texts
+from pretrain.model.counts import kneser_ney
 from pretrain.runner.open import load_model
 from pretrain.tokenizer.tokenizer import Tokenizer
 from pretrain.tokenizer.train import train_tokenizer

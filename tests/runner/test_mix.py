@@ -149,3 +149,34 @@ def test_a_changed_mix_is_not_opened(mix: Path, copy_run: Callable[..., Path]) -
     file.write_bytes(content)
     with pytest.raises(ValueError, match="was changed after it was written"):
         load_model(damaged)
+
+
+def test_counts_of_the_training_text_are_a_part(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.txt").write_text("The people of the United States are free. " * 9)
+    out = str(tmp_path / "mix")
+    words = ["mix", str(finished_run), "--counts", "4", "--fit", str(tmp_path / "own.txt")]
+    parts = json_of(capsys, *words, "--out", out)["parts"]
+    assert [part["path"] for part in parts[1:]] == [f"counts of {load_model(finished_run).path}"]
+    assert sum(part["weight"] for part in parts) == pytest.approx(1)
+    assert parts[1]["weight"] > 0.5  # the network had a few steps
+    assert len(parts[1]["sizes"]) == 4
+    scores = [
+        json_of(capsys, "evaluate", name)["text"]["held-out split"]["bits_per_byte"]
+        for name in (str(finished_run), out)
+    ]
+    assert scores[1] < 0.9 * scores[0]
+    assert main(["generate", out, "--max-tokens", "9"]) == 0
+    assert main(["next", out, "--prompt", PROMPT]) == 0
+
+
+def test_counts_need_the_text_of_the_first_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    write_llama(tmp_path / "theirs", context_length=16)
+    words = ["mix", str(tmp_path / "theirs"), "--counts", "3", "--out", str(tmp_path / "mix")]
+    assert main(words) == 2
+    assert "was not trained here, so there is no training text" in capsys.readouterr().err
+    assert not (tmp_path / "mix").exists()

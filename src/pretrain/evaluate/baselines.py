@@ -14,9 +14,9 @@ from importlib.util import find_spec
 import numpy as np
 
 from pretrain.data.batches import Stream
-from pretrain.evaluate.counts import Ids, Probabilities, kneser_ney
 from pretrain.evaluate.loss import Score
 from pretrain.machine import install_command
+from pretrain.model.counts import Ids, Probabilities, kneser_ney
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Tables of more training tokens would not fit a small machine's memory; the note reports it.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.compat import speed_up_attribute_access
+from pretrain.model.counts import CountDecoder
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import Block, PackedWeights
 from pretrain.model.mixture import Mixture
@@ -37,6 +38,8 @@ def pack_weights(decoder: Decoder) -> None:
     if isinstance(decoder, Mixture):
         for part in decoder.decoders:
             pack_weights(part)
+        return
+    if isinstance(decoder, CountDecoder):
         return
     head = decoder.token_embedding if decoder.head is None else decoder.head
     layers = [m for m in decoder.blocks.modules() if isinstance(m, nn.Linear)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.model.counts import CountDecoder
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import KeyValueCache
 
@@ -39,12 +40,38 @@ class Mixture(Decoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the log of the mean probability (..., V), in float32 or more."""
-        widths = [decoder.config.d_model for decoder in self.decoders]
-        log_p = []
-        for decoder, log_weight, own_hidden in zip(
-            self.decoders, self.log_weights, torch.split(hidden, widths, dim=-1), strict=True
-        ):
-            logits = decoder.logits(own_hidden)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            log_p.append(logits.log_softmax(-1) + log_weight)
-        return torch.stack(log_p).logsumexp(0)
+        parts = zip(self.log_p_of_parts(hidden), self.log_weights, strict=True)
+        return torch.stack([log_p + log_weight for log_p, log_weight in parts]).logsumexp(0)
+
+    def log_p_of_parts(self, hidden: Tensor) -> list[Tensor]:
+        """Compute the log of the probability (..., V) of each decoder, in float32 or more."""
+        widths = [
+            decoder.width if isinstance(decoder, CountDecoder) else decoder.config.d_model
+            for decoder in self.decoders
+        ]
+        logits = [
+            decoder.logits(own_hidden)
+            for decoder, own_hidden in zip(
+                self.decoders, torch.split(hidden, widths, dim=-1), strict=True
+            )
+        ]
+        return [x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in logits]
+
+    @torch.no_grad()
+    def fit_weights(self, batches: Iterable[Any], *, steps: int = 50) -> list[float]:
+        """Return the weights under which the targets of batches are most probable, by expectation
+        maximisation from the present ones (Jelinek and Mercer, 1980)."""
+        columns = []
+        for batch in batches:
+            is_valid_BT = batch.targets >= 0
+            hidden_ND = self.forward(batch.inputs)[is_valid_BT]
+            targets_N1 = batch.targets[is_valid_BT][:, None]
+            log_p = [each.gather(1, targets_N1) for each in self.log_p_of_parts(hidden_ND)]
+            columns.append(torch.cat(log_p, 1).double().exp())
+        p_NP = torch.cat(columns)
+        weights_P = torch.tensor(self.log_weights, dtype=torch.float64).exp()
+        for _ in range(steps):
+            shares_NP = p_NP * weights_P
+            weights_P = (shares_NP / shares_NP.sum(1, keepdim=True)).mean(0)
+        fitted: list[float] = weights_P.tolist()
+        return fitted

@@ -24,6 +24,7 @@ from pretrain.data.format import PreparedData, TokenStream
 from pretrain.data.order import MixtureOrder, Order, Rollback, batch_of_step, ceil_div
 from pretrain.distributed import World
 from pretrain.model.config import ModelConfig
+from pretrain.model.counts import CountDecoder
 from pretrain.model.decoder import Decoder, build
 from pretrain.model.loss import LMLoss
 from pretrain.model.mixture import Mixture
@@ -93,7 +94,14 @@ def load_decoder(
     """The decoder of a checkpoint, or the mixture of its parts, in evaluation mode."""
     new = partial(build, vocab_size=vocab_size, seed=None, device=world.device)
     parts = checkpoint.state.get("parts", ())
-    decoders = [new(compose([{"model": part["model"]}]).model) for part in parts]
+    decoders: list[Decoder] = []
+    for part in parts:
+        own = compose([{"model": part["model"]}]).model
+        if sizes := part.get("sizes"):
+            counts = CountDecoder(own, vocab_size=vocab_size, sizes=sizes)
+            decoders.append(counts.to(world.device))
+        else:
+            decoders.append(new(own))
     decoder = Mixture(decoders, [part["weight"] for part in parts]) if parts else new(config)
     load_weights(ParallelModel(LMLoss(decoder), world), checkpoint)
     return decoder.eval()

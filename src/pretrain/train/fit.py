@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pretrain.data.format import StandingData
-from pretrain.evaluate.counts import kneser_ney
+from pretrain.model.counts import kneser_ney
 
 _MOST_COUNTED = 1 << 20
 
