@@ -384,6 +384,14 @@ def test_a_stray_quotation_mark_swallows_no_rows(
         assert len(found) == 298
 
 
+@pytest.mark.parametrize("numbers", [(5, 7), (5, 6), (5, 30, 31)])
+def test_several_stray_marks_cost_no_row(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    cells = ['"' * (n in numbers) + SEA.format(n) for n in range(300)]
+    rows = [f"{cell}\t{n % 2}" for n, cell in enumerate(cells)]
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    assert read_texts(tmp_path / "a.tsv") == cells
+
+
 @pytest.mark.parametrize("comma", ["\t", ","])
 def test_quoted_cells_of_many_lines_are_read_whole(tmp_path: Path, comma: str) -> None:
     draw = random.Random(0)

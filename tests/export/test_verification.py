@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -312,6 +313,14 @@ def test_two_exports_at_once_have_their_own_work_folders(tmp_path: Path) -> None
     with work_folder(tmp_path / "out") as one, work_folder(tmp_path / "out") as other:
         assert one != other
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_full_disk_is_named_by_the_folder_on_it(tmp_path: Path) -> None:
+    from pretrain.cli.out_folder import work_folder
+
+    with pytest.raises(OSError, match="No space left") as raised, work_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as safetensors does
+    assert raised.value.filename == str(tmp_path / "out")
 
 
 def test_the_worker_never_imports_pretrain() -> None:

@@ -13,11 +13,12 @@ from unittest.mock import Mock
 import pytest
 
 from pretrain.cli import main
-from pretrain.config import RunConfig, parse_overrides, to_yaml
+from pretrain.config import RunConfig, compose, parse_overrides, to_yaml
+from pretrain.data.preparation import prepare
 from pretrain.parallel.config import ParallelConfig
 from pretrain.runner import start
 from pretrain.runner.request import is_started, is_unresolved, new_run_folder
-from pretrain.runner.text import cache_folder
+from pretrain.runner.text import cache_folder, prepared_text
 from tiny import TINY
 
 
@@ -49,6 +50,18 @@ def test_run_without_resolved_settings_starts_from_scratch(
     assert (run / "summary.json").is_file()
     assert not (run / "requested.yaml").exists()
     assert not is_unresolved(run)
+
+
+@pytest.mark.parametrize("second", ["a prepared folder", "a text"])
+def test_prepared_folders_need_weights_and_are_not_mixed_with_texts(
+    corpus: Path, tmp_path: Path, second: str
+) -> None:
+    prepare(corpus, tmp_path / "one", tokenizer="bytes")
+    other = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"))
+    sources = [str(tmp_path / "one"), str(other if second == "a prepared folder" else corpus)]
+    is_named = "each must have its weight" if second == "a prepared folder" else "must not mix"
+    with pytest.raises(ValueError, match=is_named):
+        prepared_text(compose([{"data": {"source": sources}}]))
 
 
 @pytest.mark.parametrize("kind", ["new", "resume"])

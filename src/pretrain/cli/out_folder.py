@@ -46,6 +46,9 @@ def work_folder(out: Path) -> Iterator[Path]:
         yield work
         if work.exists():
             move_into_place(work, out)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # libraries do not say what is full
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -88,11 +88,11 @@ class _Table:
         n_needed = 1 if is_error or self.delimiter == "\t" else 8 / (len(self.header) - 1)
 
         def is_row(text: str) -> bool:
+            cells = text.replace('"', "").split(self.delimiter) if is_error else [""]
             with suppress(csv.Error):
                 cells = next(self.parse([text]))
-                is_like = all(_NUMBER.fullmatch(cells[i]) for i in numbered)
-                return len(cells) == len(self.header) and is_like and not text[0].isspace()
-            return False
+            is_like = all(_NUMBER.fullmatch(cells[i]) for i in numbered)
+            return len(cells) == len(self.header) and is_like and not text[0].isspace()
 
         # The last line of a quoted cell may look like a row, but it has the closing mark.
         n_rows = sum(is_row(text) for text in texts if is_error or f'"{self.delimiter}' not in text)
