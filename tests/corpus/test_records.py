@@ -152,9 +152,12 @@ def test_the_file_of_which_a_field_is_the_smallest_part_is_named(tmp_path: Path)
     write_records(tmp_path / "a.jsonl", {"text": "one two"})
     write_records(tmp_path / "b.jsonl", {"text": "one <p>two", "notes": "three four five six"})
     write_records(tmp_path / "c.jsonl", {"text": "one two", "n": 1})
+    write_records(tmp_path / "d.jsonl", {"text": "one two", "notes": "three four"})
     report = ReadingReport()
     read_texts(tmp_path, report=report)
-    assert report.facts()["field"].startswith("guessed: 'text' (least in b.jsonl), 34.5 % of the")
+    assert report.facts()["field"].startswith(
+        "guessed: 'text' (least in b.jsonl, d.jsonl), 34.5 % of the"
+    )
     assert "as HTML" in report.facts()["field"]
 
 

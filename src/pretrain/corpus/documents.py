@@ -208,11 +208,7 @@ class ReadingReport:
             facts["repaired"] = f"{self.n_repaired:,} documents: {how}"
         if self.text_fields:
             how = f"named as {self.text_field!r}" if self.text_field else "guessed"
-            percent = {file: each["percent"] for file, each in self.field_details.items()}
-            names: dict[str, str] = {}  # of each field the file of which it leaves out the most
-            for file, name in self.text_fields.items():
-                names[name] = min(names.get(name, file), file, key=percent.__getitem__)
-            fields = (self._field(name, file) for name, file in names.items())
+            fields = map(self._field, dict.fromkeys(self.text_fields.values()))
             facts["field"] = f"{how}: " + "\n".join(fields)
         if 2 * n_omitted > self.n_read_bytes:
             warnings.append(f"most of the source is not in the text: {share} was skipped")
@@ -220,17 +216,21 @@ class ReadingReport:
             facts["warning"] = "\n".join(warnings)
         return facts
 
-    def _field(self, name: str, file: str) -> str:
-        details = self.field_details[file]
+    def _field(self, name: str) -> str:
+        every = self.field_details
+        files = [file for file, each in self.text_fields.items() if each == name]
+        # First the file of which the field is the smallest part; others if it is not half of them.
+        files.sort(key=lambda file: every[file]["percent"])
+        details = every[files[0]]
+        named = files[:1] + [f for f in files[1:MAX_PLACES] if every[f]["percent"] < 50]
         # Without the name of a single file: a run whose text was moved has equal facts.
-        place = f" (least in {file})" if self.n_files > 1 else ""
+        place = f" (least in {', '.join(named)})" if self.n_files > 1 else ""
         text = f"{name!r}{place}, {details['percent']:.3g} % of the letters"
         if details["left_out"]:
             others = ", ".join(details["left_out"])
             joins = f" (text_field {details['joined']} joins them)"
             text += f", without {others}{joins * (details['joined'] != name)}"
-        files = (file for file, each in self.text_fields.items() if each == name)
-        if any(self.field_details[file]["html"] for file in files):
+        if any(every[file]["html"] for file in files):
             text += f", as HTML (text_field html:{name} takes its text)"
         return text
 

@@ -16,13 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pretrain.config import RunConfig
-from pretrain.data.format import (
-    MixedData,
-    PreparedData,
-    StandingData,
-    is_prepared,
-    open_prepared,
-)
+from pretrain.data.format import MixedData, PreparedData, StandingData, is_prepared, open_prepared
 from pretrain.data.preparation import prepare, prepared_key
 from pretrain.run.directory import TOKENIZER
 from pretrain.tokenizer.config import TRAINED_NAMES
