@@ -278,8 +278,8 @@ _NUMBER = re.compile(
 )
 _YAML_HINTS = {
     r"found character '\t'": "it is indented with a tab; it must be indented with spaces",
-    "mapping values are not allowed": "a colon too many, or none in the line before; a text with a "
-    "colon must be in quotes",
+    "mapping values are not allowed": "a colon too many, or none in the line before, or indented "
+    "further than that; a text with a colon must be in quotes",
     "could not find expected ':'": "a colon is missing in the line before",
     "expected <block end>": "it must be indented as the other keys of its section are",
 }
@@ -341,10 +341,12 @@ def read_yaml(text: str, *, name: str) -> Any:
     try:
         return _CoreLoader(text).get_single_data()
     except yaml.YAMLError as error:
-        known = (hint for problem, hint in _YAML_HINTS.items() if problem in str(error))
+        parts = (getattr(error, part, None) for part in ("context", "problem"))
+        hint: Any = ", ".join(filter(None, parts)) or error
+        hint = next((h for problem, h in _YAML_HINTS.items() if problem in str(error)), hint)
         if mark := getattr(error, "problem_mark", None):
-            known = (f"line {mark.line + 1}: {hint}" for hint in known)
-        raise ValueError(f"{name} is not valid YAML: {next(known, error)}") from None
+            hint = f"line {mark.line + 1}: {hint}"
+        raise ValueError(f"{name} is not valid YAML: {hint}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
 

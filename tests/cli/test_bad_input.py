@@ -56,7 +56,7 @@ STEPS = ["--train.steps", "1"]
         (["binary.txt"], "binary"),
         (["empty.txt", *STEPS], "empty.txt"),
         (["blank.txt", *STEPS], "blank.txt"),
-        (["bad.yaml"], "bad.yaml is not valid YAML: while parsing"),
+        (["bad.yaml"], "bad.yaml is not valid YAML: line 1: while parsing"),
         (["twice.yaml"], "duplicate key 'steps'"),
         (["wrong.yaml"], "did you mean 'train.steps'"),
         (["endless.yaml"], "train.steps or train.minutes must be given"),

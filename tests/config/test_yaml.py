@@ -41,7 +41,8 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: 1\na: 2", "duplicate key 'a'"),
+        ("a: 1\na: 2", "line 2: duplicate key 'a'"),
+        ("a:\n b: 1\n  c: 2", "or indented further than that"),
         ("train: {steps: 1}\ntrain: {seed: 2}", "duplicate key 'train'"),
         ("a: &x 1\nb: *x", "aliases (*) and tags (!) are not supported"),
         ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases (*) and tags (!) are not supported"),
@@ -63,6 +64,7 @@ def test_invalid_yaml_is_rejected_with_the_place(text: str, problem: str) -> Non
     with pytest.raises(ValueError, match=r"^config.yaml is not valid YAML: ") as raised:
         read_yaml(text, name="config.yaml")
     assert problem in str(raised.value)
+    assert "unicode string" not in str(raised.value) or "special characters" in problem
     assert "line " in str(raised.value) or "position " in str(raised.value)
 
 
@@ -101,5 +103,5 @@ def test_invalid_args_are_reported_all_at_once() -> None:
     message = str(raised.value)
     assert "'steps' is not a setting; settings look like --train.steps 100" in message
     assert "'3' is not a setting; settings look like --train.steps 100" in message
-    assert "--train.seed is not valid YAML: while parsing a flow sequence" in message
+    assert "--train.seed is not valid YAML: line 1: while parsing a flow sequence" in message
     assert message.endswith("--model.n_heads needs a value after it")
