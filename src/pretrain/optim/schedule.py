@@ -7,7 +7,7 @@ A run whose schedule was changed, by `extend` or `anneal`, keeps its earlier sch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, assert_never
 
@@ -44,11 +44,14 @@ def lr_fraction(step: int, shape: ScheduleConfig | ScheduleSegment, steps: int) 
         case "cosine":
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
-            # The decay starts at the end of the warm-up at the earliest.
-            decay_steps = max(1.0, min(shape.decay_fraction * steps, steps - warmup))
-            return floor + (1 - floor) * min(1.0, (steps - step) / decay_steps)
+            return floor + (1 - floor) * min(1.0, (steps - step) / _decay_steps(shape, steps))
         case _:
             assert_never(shape.name)
+
+
+def _decay_steps(shape: ScheduleConfig | ScheduleSegment, steps: int) -> float:
+    """The steps in which wsd falls: from the end of the warm-up at the earliest."""
+    return max(1.0, min(shape.decay_fraction * steps, steps - (shape.warmup_steps or 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,31 @@ class LRSchedule:
             **{name: getattr(self.schedule, name) for name in names},
         )
         return (*self.schedule.history, last)
+
+    @property
+    def fall_start(self) -> float:
+        """The step at which wsd begins to fall."""
+        return self.steps - _decay_steps(self.schedule, self.steps)
+
+    def falls_at(self, step: int) -> bool:
+        """Whether update `step` has a lower learning rate than the one before it."""
+        return self.at(step) < self.at(step - 1)
+
+    def decided(self, decisions: Iterable[Mapping[str, Any]]) -> LRSchedule:
+        """Return this schedule with what the clock has decided (`train.clock`): before update
+        `step` that the run has `steps` in all, and that the rate `falls` linearly from where it
+        is, or stays at the peak for its part of the new number of steps."""
+        schedule, is_extended = self, self.schedule.origin_step > 0  # then its history has them
+        changed_at = max((segment.until_step for segment in self.schedule.history), default=0)
+        for decision in () if is_extended else decisions:
+            step, steps = max(decision["step"], changed_at), decision["steps"]
+            if not decision["falls"]:
+                schedule = replace(schedule, steps=steps)
+            elif steps != schedule.steps or not schedule.falls_at(step):
+                # It begins a step earlier than an annealing: decided again, it must fall further.
+                fall = schedule.changed(step, steps, peak=self.learning_rate, anneal=True)
+                schedule = replace(fall, schedule=replace(fall.schedule, origin_step=step - 1))
+        return schedule
 
     def history_until(self, step: int) -> tuple[ScheduleSegment, ...]:
         """Return the schedules of the steps before `step`, for a schedule that changes there."""

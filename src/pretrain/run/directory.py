@@ -30,6 +30,7 @@ LOCK = "run.lock"
 # Written during training.
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+CLOCK = "clock.jsonl"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_MANIFEST = "manifest.json"
 POST_MORTEMS = "post-mortem"

@@ -31,7 +31,7 @@ _BY_EXTENSION = (
 _WRITTEN = "it is written by pretrain extend and anneal"
 _NEVER_ACCEPTED = {
     "train.steps": _BY_EXTENSION,
-    "train.minutes": f"it was converted to train.steps at the start, and {_BY_EXTENSION}",
+    "train.minutes": f"the steps were planned by it at the start, and {_BY_EXTENSION}",
     "train.seed": "the order of the data depends on it, and so which samples are still to come",
     "train.batch_tokens": "the position in the data is counted in batches of this size",
     "train.init_from": "it names the weights that the run started from; start another run instead",

@@ -1,7 +1,8 @@
-"""The log of a run: the only reader and writer of metrics.jsonl and samples.jsonl.
+"""The log of a run: the only reader and writer of metrics.jsonl, samples.jsonl and clock.jsonl.
 
-Both files have a JSON object per line and are truncated when a run is resumed, so that they are
-those of an uninterrupted run, except for times; a copy keeps all lines.
+They have a JSON object per line. The first two are truncated when a run is resumed, so that they
+are those of an uninterrupted run, except for times; a copy keeps all lines. The decisions in
+clock.jsonl stay, for the steps that are made again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.fileio import nan_to_null, replace_file, sync_folder
-from pretrain.run.directory import METRICS, SAMPLES, cannot_save_on_error, unused_name
+from pretrain.run.directory import CLOCK, METRICS, SAMPLES, cannot_save_on_error, unused_name
 
 METRICS_KEYS: Mapping[str, Mapping[str, str]] = {
     "train": {
@@ -116,6 +117,19 @@ class RunLog:
             return self._copy
         return [record for record, _ in read_lines(self.folder / METRICS) if "kind" in record]
 
+    def append_decision(self, record: Mapping[str, Any]) -> None:
+        """Add a line to clock.jsonl, on the disk itself: the next step depends on it."""
+        path = self.folder / CLOCK
+        if self.writes:
+            lines = [text for _, text in read_lines(path)]  # without one that a crash has cut
+            with cannot_save_on_error(path):
+                replace_file(path, "".join([*lines, json.dumps(record) + "\n"]).encode())
+            self._hashes.pop(CLOCK, None)
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """The lines of clock.jsonl."""
+        return [record for record, _ in read_lines(self.folder / CLOCK)]
+
     def copy_from_main(self, broadcast: Callable[[str], str]) -> None:
         """Copy the metrics of rank 0 to the other ranks; `broadcast` returns the text of rank 0."""
         records = json.loads(broadcast(json.dumps(self.metrics() if self.writes else [])))
@@ -158,7 +172,7 @@ class RunLog:
     def hashes(self) -> dict[str, tuple[int, str]]:
         """Size and SHA-256 of each file now, for a checkpoint."""
         result = {}
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, *([CLOCK] if self.decisions() else [])):
             path = self.folder / name
             if name not in self._hashes:
                 content = path.read_bytes() if path.exists() else b""

@@ -79,10 +79,11 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def lr_schedule_of(config: RunConfig) -> LRSchedule:
-    """Return the learning rates of all steps of a resolved config."""
+def lr_schedule_of(folder: Path, config: RunConfig) -> LRSchedule:
+    """Return the learning rates of all steps of a run with this resolved config."""
     assert config.train.steps is not None
-    return LRSchedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
+    plan = LRSchedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
+    return plan.decided(RunLog(folder).decisions())
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
@@ -158,11 +159,11 @@ def load_previous(
 def with_schedule_history(requested: RunConfig, previous: Previous) -> RunConfig:
     """Return the requested config, whose schedule holds from the checkpoint's step on: if it was
     changed, the steps before keep the learning rates that they had."""
-    before = lr_schedule_of(previous.config)
+    before, peak = previous.config, requested.optimizer.learning_rate
     schedule = replace(requested.schedule, history=before.schedule.history)
-    peak = requested.optimizer.learning_rate
-    if (schedule, peak) != (before.schedule, before.learning_rate):
-        schedule = replace(schedule, history=before.history_until(previous.step))
+    if (schedule, peak) != (before.schedule, before.optimizer.learning_rate):
+        past = lr_schedule_of(previous.folder, before).history_until(previous.step)
+        schedule = replace(schedule, history=past)
     return replace(requested, schedule=schedule)
 
 
@@ -355,7 +356,7 @@ def split_overrides(
 
 
 def extended_config(
-    config: RunConfig, command: str, extension: Mapping[str, Any], done: int
+    folder: Path, config: RunConfig, command: str, extension: Mapping[str, Any], done: int
 ) -> RunConfig:
     """Return the settings for all steps, the `done` and the added ones."""
     schedule = {
@@ -363,7 +364,7 @@ def extended_config(
         for name, value in extension.items()
         if not name.startswith("train.")
     }
-    old = lr_schedule_of(config)
+    old = lr_schedule_of(folder, config)
     steps = extension["train.steps"]
     if command == "extend":
         new = extend(old, start_step=done, steps=steps, overrides=schedule)
@@ -467,7 +468,7 @@ def write_changes(
     others = [change for change in changes if change.name not in accepted_names]
     lines = [record(step, c.word, c.old, c.new, by="accept") for c in accepted]
     lines += [record(step, c.word, c.old, c.new, by=by) for c in others]
-    old_lr, new_lr = lr_schedule_of(previous.config), lr_schedule_of(config)
+    old_lr, new_lr = (lr_schedule_of(folder, each) for each in (previous.config, config))
     if command != "resume":
         lines.append(record(step, command, old_lr.steps, new_lr.steps, by=by))
     if any(identity.changes_lr(change.name) for change in changes):

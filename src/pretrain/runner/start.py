@@ -424,7 +424,7 @@ def _continued_run(request: Request, held: ExitStack) -> Run | RunResult:
     )
     config = requested = checks.with_schedule_history(requested, previous)
     if extension is not None:
-        config = checks.extended_config(requested, command, extension, previous.step)
+        config = checks.extended_config(folder, requested, command, extension, previous.step)
     checks.check_text_settings(previous, requested, accepted)
     data = open_text(requested, log, run=folder)
     world = joined or open_world_of(requested)

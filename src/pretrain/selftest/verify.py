@@ -31,6 +31,7 @@ from pretrain.config import RunConfig, to_yaml
 from pretrain.machine import n_processes
 from pretrain.run.directory import (
     CHECKPOINTS,
+    CLOCK,
     CONFIG,
     ENVIRONMENT,
     METRICS,
@@ -42,7 +43,7 @@ from pretrain.run.directory import (
 )
 from pretrain.run.identity import code_hash
 from pretrain.run.log import METRICS_KEYS, TIMES, RunLog
-from pretrain.runner.checks import read_run_config, settings_of
+from pretrain.runner.checks import lr_schedule_of, read_run_config, settings_of
 from pretrain.runner.launch import ProcessFailed, launch
 from pretrain.runner.start import Request, start
 from pretrain.runner.text import Log
@@ -67,7 +68,7 @@ def verify(folder: Path, n_steps: int, log: Log) -> dict[str, Any]:
     if n_processes() > 1:
         raise ValueError("verify starts processes itself: run it without torchrun")
     config = read_run_config(folder)
-    most = ((config.train.steps or 0) - 1) // 2
+    most = (lr_schedule_of(folder, config).steps - 1) // 2
     if most < 1:
         raise ValueError(
             f"{folder} must have at least 3 steps to be verified (it has {config.train.steps}); "
@@ -93,7 +94,8 @@ def compare_runs(folder: Path, config: RunConfig, k: int, log: Log) -> dict[str,
     report = Report(log)
     with ExitStack() as cleanup:
         cleanup.callback(shutil.rmtree, work)
-        train = replace(config.train, save_every=k, evaluate_every=k)
+        # What the run's clock decided holds for the copies, which decide nothing themselves.
+        train = replace(config.train, save_every=k, evaluate_every=k, minutes=None)
         settings = replace(
             config,
             train=train,
@@ -149,6 +151,8 @@ def _copy_run(run: Path, folder: Path, config: RunConfig) -> Path:
     """Create a run with the same text and tokenizer that has no steps yet."""
     folder.mkdir()
     shutil.copytree(run / TOKENIZER, folder / TOKENIZER)
+    if (run / CLOCK).exists():
+        shutil.copy(run / CLOCK, folder)
     environment = read_environment(run)
     # The verdict is about today's code on the run's text.
     today = {"pretrain": __version__, "code": code_hash(), "torch": torch.__version__}

@@ -23,10 +23,12 @@ class TrainConfig(Checked):
     section = "train"
 
     steps: Annotated[int | None, _COUNT] = None
-    """number of updates; empty: as many as fit into train.minutes"""
+    """number of updates; empty: as many as fit into train.minutes, which the clock may correct"""
     minutes: Annotated[float | None, Range(gt=0, le=10**7)] = None
-    """wall-clock time to train for, converted once into a number of steps by a timed calibration at
-    the start; with n-gram tables (model.ngram_rows) at most one epoch of the text, or 300 steps"""
+    """wall-clock time from the first step to the last, with the evaluations and checkpoints between
+    them, without preparing the text, compiling, and what follows the last step; a timed calibration
+    at the start plans the steps, and with schedule.name wsd and one source the clock corrects them;
+    with n-gram tables (model.ngram_rows) at most one epoch of the text, or 300 steps"""
     batch_tokens: Annotated[int | None, _COUNT] = None
     """targets in one update, over all processes; empty: 8,192, rounded to full windows"""
     micro_batch_rows: Annotated[int | None, _COUNT] = None

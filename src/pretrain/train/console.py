@@ -94,7 +94,7 @@ class Console:
             f"{record['tokens_per_second']:>7,.0f} tok/s"
         )
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, facts=facts)
+            self._bar.update(self._bar.task_ids[0], completed=step, total=steps, facts=facts)
             return
         now = time.monotonic()
         if step not in (1, steps) and now - self._last_line < LINE_SECONDS:
@@ -266,6 +266,9 @@ def show_summary(
     tasks = {  # of any name, also one of the other labels
         name: f"{row['metric']} {with_error(row)}" for name, row in summary.get("tasks", {}).items()
     }
+    if "minutes" in summary:
+        kept = f"{duration(60 * summary['minutes'])} from the first step to the last"
+        results["minutes"] = "; ".join(filter(None, [kept, summary["clock"]]))
     rest = {
         "cost": f"{duration(summary['total_seconds'])} ({parts}), "
         f"{summary['tokens_per_second']:,.0f} tokens/s in training, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from pretrain.optim.param_groups import set_learning_rate
 from pretrain.parallel.model import StepReport
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
 from pretrain.train.build import load_weights, uncompiled
+from pretrain.train.clock import describe
 from pretrain.train.eval_hooks import (
     evaluate_if_due,
     evaluate_split,
@@ -44,6 +46,7 @@ def train(run: Run) -> int:
         evaluate_if_due(run, stop)  # what a signal interrupted before a resume
         run.model.lm_loss.train()
         while run.step < run.n_steps and not run.patience_exhausted:
+            follow_clock(run)
             start = time.perf_counter()
             report = run.model.compute_gradients(
                 run.batches.at(run.step),
@@ -62,6 +65,8 @@ def train(run: Run) -> int:
                 run.optimizer.step()
             run.world.synchronize()
             log_step(run, report, anomaly, seconds=time.perf_counter() - start)
+            if run.clock is not None:
+                run.clock.end_step(run.step)
             if run.planned_stop == ("kill", run.step):
                 run.saver.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -81,6 +86,23 @@ def train(run: Run) -> int:
         stop.immediate = True
         finish(run)
     return 0
+
+
+def follow_clock(run: Run) -> None:
+    """Write down what rank 0's clock decides about the steps from here on, and follow it."""
+    if run.clock is None:
+        return
+    decision = run.clock.decide(run.step, run.schedule)
+    if run.step + 1 in run.repeated_ids:
+        decision = None  # a step that was made before a resume is made again as it was
+    decision = json.loads(run.world.broadcast_str(json.dumps(decision)))
+    if decision is None:
+        return
+    run.log.append_decision(decision)
+    run.clock.decisions.append(decision)
+    run.schedule = run.plan.decided(run.clock.decisions)
+    if text := describe(run.plan, run.clock.decisions):
+        run.console.line(text)
 
 
 def on_anomaly(run: Run, anomaly: Anomaly, report: StepReport) -> Action:
@@ -252,6 +274,9 @@ def finish(run: Run) -> None:
         "baselines": baselines["baselines"],
         "reading": run.data.readings,
     }
+    if run.clock is not None:
+        summary["minutes"] = run.clock.used / 60
+        summary["clock"] = describe(run.plan, run.clock.decisions)
     if run.tasks:
         summary["tasks"] = last_task_results(run)
     if sources := run.batches.sources(run.step):

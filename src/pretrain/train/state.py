@@ -24,6 +24,7 @@ from pretrain.checkpoint.load import Checkpoint, checkpoint_name, list_checkpoin
 from pretrain.checkpoint.save import BackgroundSaver, delete_after, prune
 from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData
+from pretrain.data.order import Order
 from pretrain.distributed import World
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.fileio import check_free_space
@@ -33,9 +34,11 @@ from pretrain.parallel.model import ParallelModel
 from pretrain.run.directory import CHECKPOINTS, METRICS, POST_MORTEMS, CannotSave
 from pretrain.run.log import BestEvaluation, RunLog
 from pretrain.train.build import TrainingBatches, build_model, load_weights, training_batches
+from pretrain.train.clock import Clock
 from pretrain.train.config import filled
 from pretrain.train.console import Console, show_plan
 from pretrain.train.monitor import MOST_ROLLBACKS, SpikeDetector, StragglerDetector, rollbacks_of
+from pretrain.train.resolve import max_steps
 
 # A disk that fails once may have space again at the next checkpoint; after this many failures in a
 # row it is full.
@@ -98,6 +101,10 @@ class Run:
     batches: TrainingBatches = field(init=False)
     log: RunLog = field(init=False)
     saver: Saver = field(init=False)
+    schedule: LRSchedule = field(init=False)
+    """the planned one with what the clock has decided"""
+    clock: Clock | None = None
+    """of a run that ends with its minutes"""
     step: int = 0
     """updates made so far"""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -113,6 +120,7 @@ class Run:
         another, or one that continues from a checkpoint. OSError without space on the disk."""
         config, data, world = self.config, self.data, self.world
         self.log = RunLog(self.folder, writes=world.is_main)
+        self.schedule = self.plan.decided(self.log.decisions())
         self.saver = Saver(self.checkpoints, world, self.console)
         self.batches = training_batches(config, data, world)
         show_plan(self.console, config, data, world, self.batches, self.tasks)
@@ -126,6 +134,12 @@ class Run:
         else:
             self.load_first_weights()
         self.load_log(checkpoint)
+        # Stages of a mixture begin at planned steps; extend and anneal add a number of steps.
+        is_free = isinstance(self.batches.order, Order) and not config.schedule.origin_step
+        if config.train.minutes is not None and config.schedule.name == "wsd" and is_free:
+            used = 0.0 if checkpoint is None else checkpoint.state.get("clock_seconds", 0.0)
+            most, decisions = max_steps(config, data), self.log.decisions()
+            self.clock = Clock(config.train, self.plan, most, decisions, used)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -139,8 +153,14 @@ class Run:
         return self.folder / CHECKPOINTS
 
     @property
+    def plan(self) -> LRSchedule:
+        config = self.config
+        peak = config.optimizer.learning_rate
+        return LRSchedule(config.schedule, peak, filled(config.train.steps))
+
+    @property
     def n_steps(self) -> int:
-        return filled(self.config.train.steps)
+        return self.schedule.steps
 
     @property
     def tokens(self) -> int:
@@ -153,8 +173,7 @@ class Run:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
-        peak = self.config.optimizer.learning_rate
-        return LRSchedule(self.config.schedule, peak, self.n_steps).at(step)
+        return self.schedule.at(step)
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every `every` steps (None: never) happens now; everything
@@ -195,6 +214,7 @@ class Run:
             "train_seconds": self.seconds["training"],
             "evaluation_seconds": self.seconds["evaluation"],
             "total_seconds": time.perf_counter() - self.start_time,
+            **({} if self.clock is None else {"clock_seconds": self.clock.used}),
             "position": self.batches.position(self.step),
             "records": self.log.hashes() if self.world.is_main else {},
             **self.identity,

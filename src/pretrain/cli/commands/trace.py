@@ -21,7 +21,7 @@ from pretrain.data.order import Occurrence, Tracer
 from pretrain.run.directory import read_environment
 from pretrain.run.identity import check_config, read_records, word_of
 from pretrain.run.log import RunLog
-from pretrain.runner.checks import read_run_config, settings_of
+from pretrain.runner.checks import lr_schedule_of, read_run_config, settings_of
 from pretrain.runner.text import prepared_text
 from pretrain.train.config import filled
 from pretrain.train.monitor import rollbacks_of
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     now = {name: value for name, value in settings_of(config).items() if name.startswith(names)}
     started = read_environment(folder)["fingerprint"].get("settings", {})
     check_config(folder, now, started, step=0)
-    context, n_steps = config.model.window_tokens, filled(config.train.steps)
+    context, n_steps = config.model.window_tokens, lr_schedule_of(folder, config).steps
     batch_size = filled(config.train.batch_tokens) // context
     order = data.order(
         context_length=context, seed=config.train.seed, steps=n_steps, batch_size=batch_size
