@@ -105,6 +105,10 @@ class RunConfig:
     def conflicts(self) -> Iterator[FieldError]:
         """Yield what does not fit between sections: full names of fields, and a message."""
         yield from self.parallel.model_errors(self.model)
+        for axis in ("tensor", "context", "pipeline") if self.train.teacher else ():
+            if (size := getattr(self.parallel, axis)) > 1:
+                message = f"parallel.{axis} is {size}; it must be 1 with train.teacher"
+                yield f"train.teacher parallel.{axis}", message
         context, batch = self.model.context_length, self.train.batch_tokens
         # A context longer than a batch may be shortened later, if the text is shorter still.
         if context is not None and batch is not None and context <= batch:

@@ -11,7 +11,8 @@ from torch import nn
 
 from model_variants import VARIANTS, T, V, batch_of, compiler_works, random_variant
 from pretrain.model.decoder import Decoder
-from pretrain.model.loss import IGNORE_INDEX, LMLoss, chunked_cross_entropy
+from pretrain.model.loss import IGNORE_INDEX, LMLoss, Teacher, chunked_cross_entropy
+from pretrain.model.mixture import Mixture
 from reference import reference_cross_entropy
 
 
@@ -129,6 +130,61 @@ def test_smoothing_and_z_loss_are_for_training_only(
     without_extra = gradient(LMLoss(decoder).eval())
     assert torch.equal(gradient(with_extra.eval()), without_extra)
     assert not torch.allclose(gradient(with_extra.train()), without_extra)
+
+
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}])
+def test_the_gradient_with_a_teacher_is_that_of_the_plain_formula(
+    extra: dict[str, float], path: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(1 - W) x cross-entropy of the text + W x cross-entropy to the teacher's distribution; the
+    value is that of the text."""
+    if path["compiled"] and extra:
+        pytest.skip("one compilation is enough")
+    for name, rows in (("CPU_CHUNK_BYTES", 7 * V * 8), ("GPU_CHUNK_LOGITS_EAGER", 7 * V)):
+        monkeypatch.setattr(f"pretrain.model.loss.{name}", rows)  # 24 targets in 4 chunks
+    monkeypatch.setattr("pretrain.model.loss.MIN_CHUNK_ROWS", 1)
+    student = random_variant("gpt2").double()
+    parts = [random_variant("llama").double(), random_variant("fast").double()]
+    teacher = Teacher(Mixture([part.eval() for part in parts], [2.0, 1.0]), 0.3)
+    ids = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(9))
+    batch = batch_of(ids)
+    targets = batch.targets.clone()
+    targets[1, 9:] = IGNORE_INDEX
+
+    lm_loss = LMLoss(student, **extra)  # type: ignore[arg-type]
+    lm_loss.teacher = teacher
+    lm_loss.cross_entropy = partial(chunked_cross_entropy, **path)
+    nats, count = lm_loss(batch._replace(targets=targets))
+    actual = torch.autograd.grad(nats, list(student.parameters()))
+
+    hidden = student(batch.inputs).flatten(0, 1)
+    log_p = student.logits(hidden).log_softmax(-1)
+    with torch.no_grad():
+        q = teacher.decoder.logits(teacher.decoder(batch.inputs)).flatten(0, 1).exp()
+    is_valid = targets.flatten() >= 0
+    options = {"smoothing": extra.get("label_smoothing", 0.0)}
+    of_text, with_z_loss = (
+        reference_cross_entropy(hidden, student.head_weight, targets.flatten(), **options, **z)
+        for z in ({}, {"z_loss": extra.get("z_loss", 0.0)})
+    )
+    of_teacher = -((q * log_p).sum(-1) * is_valid).sum()
+    plain = 0.7 * of_text + 0.3 * of_teacher + (with_z_loss - of_text)
+    expected = torch.autograd.grad(plain, list(student.parameters()))
+
+    assert count == is_valid.sum() == T + 9
+    value = reference_cross_entropy(hidden, student.head_weight, targets.flatten())
+    torch.testing.assert_close(nats, value, rtol=1e-12, atol=0)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert all(p.grad is None for part in parts for p in part.parameters())
+
+    lm_loss.eval()
+    without = torch.autograd.grad(lm_loss(batch)[0], list(student.parameters()))
+    lm_loss.teacher = None
+    for a, b in zip(
+        without, torch.autograd.grad(lm_loss(batch)[0], list(student.parameters())), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("vocab_size", [67, 500])

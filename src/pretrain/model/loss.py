@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -41,13 +42,37 @@ CPU_ROW_PADDING = 16
 GPU_ROW_MULTIPLE = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A model whose distribution, at temperature 1, is the fraction `weight` of the target:
+    "Distilling the Knowledge in a Neural Network" (Hinton et al., 2015)."""
+
+    decoder: Decoder
+    weight: float
+
+    @torch.no_grad()
+    def read(self, ids_BT: Tensor) -> Callable[..., None]:
+        """Return `mix_target_` for the positions of a micro-batch."""
+        return partial(self.mix_target_, self.decoder.forward(ids_BT).flatten(0, 1))
+
+    def mix_target_(
+        self, hidden_ND: Tensor, rows: slice, grad_NV: Tensor, targets_N: Tensor, smoothing: float
+    ) -> None:
+        """Mix this distribution into the target of some rows of a gradient by logits, in place."""
+        logits_NV = self.decoder.logits(hidden_ND[rows])
+        p_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).softmax(-1)
+        grad_NV.sub_(p_NV - smoothing / p_NV.shape[1], alpha=self.weight)
+        one_hot_N1 = grad_NV.new_full((len(grad_NV), 1), self.weight * (1 - smoothing))
+        grad_NV.scatter_add_(1, targets_N.clamp(min=0)[:, None], one_hot_N1)
+
+
 class LMLoss(nn.Module):
     """The decoder and its loss: the module that is compiled, sharded and trained.
 
     A batch has `inputs`, ids (B, T), `targets`, the next id of each input (B, T) or IGNORE_INDEX,
     and `samples`, the global numbers of its rows (B). `seed` is that of the dropout masks. Dropout,
-    `label_smoothing` and `z_loss` are used in training mode only; the last two change the gradients
-    and never the value.
+    `label_smoothing`, `z_loss` and the `teacher` are used in training mode only; the last three
+    change the gradients and never the value.
     """
 
     def __init__(
@@ -56,6 +81,7 @@ class LMLoss(nn.Module):
         super().__init__()
         self.decoder, self.seed = decoder, seed
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.teacher: Teacher | None = None
         # Tensor parallelism replaces this function by one for a sharded head.
         self.cross_entropy: Callable[..., Tensor] = chunked_cross_entropy
 
@@ -66,12 +92,15 @@ class LMLoss(nn.Module):
         if isinstance(self.decoder, Mixture):
             nats = nats_of_mixture(self.decoder, hidden_BTD.flatten(0, 1), targets_N)
             return nats, (targets_N != IGNORE_INDEX).sum()
+        teacher = self.teacher if self.training else None
+        extra = {} if teacher is None else {"mix_target_": teacher.read(batch.inputs)}
         nats = self.cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.decoder.head_weight,
             targets_N,
             smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
+            **extra,
         )
         return nats, (targets_N != IGNORE_INDEX).sum()
 
@@ -108,6 +137,7 @@ def chunked_cross_entropy(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
     compiled: bool = False,
+    mix_target_: Callable[..., None] | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy (a scalar, nats) of logits = hidden @ weight.T.
 
@@ -117,8 +147,8 @@ def chunked_cross_entropy(
     be compared; the gradient is that of a target distribution with 1 - smoothing on the target and
     the rest spread evenly over the vocabulary: "Rethinking the Inception Architecture for Computer
     Vision" (Szegedy et al., 2016). Likewise the gradient alone contains `z_loss` times the squared
-    log of the softmax's sum: "PaLM" (Chowdhery et al., 2022). `compiled`: fuse the softmax by
-    torch's compiler on a GPU; without effect on a CPU.
+    log of the softmax's sum: "PaLM" (Chowdhery et al., 2022), and what `mix_target_` changes.
+    `compiled`: fuse the softmax by torch's compiler on a GPU; without effect on a CPU.
     """
     device, V = hidden_ND.device, weight_VD.shape[0]
     if torch.is_autocast_enabled(device.type):
@@ -162,6 +192,8 @@ def chunked_cross_entropy(
             nats += chunk_nats
 
             if d_hidden_ND is not None and d_weight_VD is not None:
+                if mix_target_ is not None:
+                    mix_target_(chunk, grad_NV[:, :V], targets, smoothing)
                 # Ignored rows are set to 0 in the matrices of width D, which is less than V.
                 grad_NV = grad_NV.to(hidden.dtype)
                 is_valid_N1 = (targets != IGNORE_INDEX)[:, None]

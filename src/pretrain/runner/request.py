@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Layer, Rules, RunConfig, compose, read_file, to_dict
 from pretrain.corpus.files import list_files
-from pretrain.data.format import is_prepared
+from pretrain.data.format import PreparedData, is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
 from pretrain.report.config import require_packages
 from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, MIX, REQUESTED, TOKENIZER
@@ -109,34 +109,43 @@ def compose_target(
     """Compose the layers of a target with the command's overrides; `rules`: see `compose`.
 
     With train.init_from, architecture and tokenizer are those of that model, whatever a recipe
-    names. ValueError where the user's own settings, of which a YAML file is one, do not fit them.
+    names; with train.teacher alone, the tokenizer is. ValueError where the user's own settings, of
+    which a YAML file is one, do not fit the weights.
     """
     n_recipe = len(layers) - is_yaml(*targets)
     recipe, user = layers[:n_recipe], [*layers[n_recipe:], overrides]
     config = compose([*recipe, *user], rules=rules)
-    if config.train.init_from is None:
+    found: dict[str, tuple[Path, Path]] = {}
+    for setting in ("init_from", "teacher"):
+        if (name := getattr(config.train, setting)) is None:
+            continue
+        source = Path(name)
+        if not (source / CONFIG).is_file() and not (source / CHECKPOINT_MANIFEST).is_file():
+            raise ValueError(
+                f"train.{setting} must be a run or a checkpoint (got {source}); import a model of "
+                f"another library first: pretrain import {source} --out DIR"
+            )
+        if setting == "init_from":
+            check_is_one_model(source, "trained")
+        found[setting] = find_checkpoint(source)
+    if not found:
         return config
-    source = Path(config.train.init_from)
-    if not (source / CONFIG).is_file() and not (source / CHECKPOINT_MANIFEST).is_file():
-        raise ValueError(
-            f"train.init_from must be a run or a checkpoint (got {source}); import a model of "
-            f"another library first: pretrain import {source} --out DIR"
-        )
-    check_is_one_model(source, "trained")
-    run, checkpoint = find_checkpoint(source)
-    old_model = compose([read_file(run / CONFIG)]).model
+    run = next(iter(found.values()))[0]
+    old_model = compose([read_file(run / CONFIG)]).model if "init_from" in found else config.model
     inherited: Layer = {
-        "model": {**asdict(old_model), "preset": None},
         "tokenizer": {"name": str((run / TOKENIZER).resolve()), "vocab_size": None},
+        **({"model": {**asdict(old_model), "preset": None}} if "init_from" in found else {}),
     }
     rest: list[Layer] = [
         {section: keys for section, keys in layer.items() if section not in inherited}
         for layer in recipe
     ]
-    absolute: Layer = {"train": {"init_from": str(checkpoint.resolve())}}
+    paths = {setting: str(checkpoint.resolve()) for setting, (_, checkpoint) in found.items()}
     may_differ = _SHAPELESS | ({"context_length"} if old_model.position != "learned" else set())
 
     def misfits(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if "init_from" not in found:
+            return
         if any("tokenizer" in layer for layer in user):
             yield (
                 "train.init_from",
@@ -151,7 +160,7 @@ def compose_target(
                 f"the weights of train.init_from would not fit: {changes}",
             )
 
-    return compose([*rest, inherited, *user, absolute], rules=misfits)
+    return compose([*rest, inherited, *user, {"train": paths}], rules=misfits)
 
 
 def notes_of(layers: list[Layer], overrides: Layer, config: RunConfig) -> Iterator[str]:
@@ -184,6 +193,23 @@ def initial_checkpoint(config: RunConfig) -> Checkpoint | None:
         return None
     run, checkpoint = open_checkpoint_of(Path(config.train.init_from))
     read_unchanged(run, checkpoint)
+    return checkpoint
+
+
+def teacher_checkpoint(config: RunConfig, data: PreparedData) -> Checkpoint | None:
+    """Open the checkpoint of train.teacher, or return None where it is not set. ValueError if it
+    was changed, reads shorter windows, or has another tokenizer than the text."""
+    if config.train.teacher is None:
+        return None
+    run, checkpoint = open_checkpoint_of(Path(config.train.teacher))
+    teacher, tokenizer = read_unchanged(run, checkpoint)
+    context, hash_ = config.model.context_length or 1, data.manifest.tokenizer_sha256
+    if tokenizer.sha256 != hash_ or teacher.model.window_tokens < context:
+        raise ValueError(
+            f"train.teacher must have the tokenizer of the text, of SHA-256 {hash_[:12]}, and a "
+            f"context of at least {context} (got {tokenizer.sha256[:12]} and "
+            f"{teacher.model.window_tokens} of {run})"
+        )
     return checkpoint
 
 

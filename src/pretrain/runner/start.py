@@ -56,6 +56,7 @@ from pretrain.runner.request import (
     newest_run,
     notes_of,
     read_target,
+    teacher_checkpoint,
     with_absolute_paths,
     with_settings,
 )
@@ -231,8 +232,10 @@ def _fingerprint(run: Run, checkpoint: Checkpoint | None) -> dict[str, Any]:
     else:
         weights = run.first_weights()
         started_from = None if weights is None else weights.sha256
+    teacher = teacher_checkpoint(run.config, run.data)
     return {
         **({} if started_from is None else {"first weights": started_from}),
+        **({} if teacher is None else {"teacher": teacher.sha256}),
         "training text": run.data.split("train").sha256,
         "held-out text": run.data.split("val").sha256,
         "tokenizer": run.data.manifest.tokenizer_sha256,
@@ -330,6 +333,7 @@ def _from_scratch(
         tasks = read_in_loop_tasks(config.evaluate)
         data = open_text(config, log, world)
         checks.check_fits_text(config, data)  # before torch is imported
+        teacher_checkpoint(config, data)
         world = world or open_world_of(config)
         if config.train.steps is None and config.train.minutes is not None:
             log(f"measuring how many steps fit into {config.train.minutes:g} min ...")

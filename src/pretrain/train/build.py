@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.checkpoint.load import Checkpoint
-from pretrain.config import RunConfig, compose
+from pretrain.config import RunConfig, compose, read_file
 from pretrain.data.batches import MicroBatch, micro_batch_at
 from pretrain.data.format import PreparedData, TokenStream
 from pretrain.data.order import MixtureOrder, Order, Rollback, batch_of_step, ceil_div
@@ -26,12 +27,13 @@ from pretrain.distributed import World
 from pretrain.model.config import ModelConfig
 from pretrain.model.counts import CountDecoder
 from pretrain.model.decoder import Decoder, build
-from pretrain.model.loss import LMLoss
+from pretrain.model.loss import LMLoss, Teacher
 from pretrain.model.mixture import Mixture
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.parallel.config import ParallelConfig
 from pretrain.parallel.deterministic import ReductionTree
 from pretrain.parallel.model import ParallelModel, parallelize
+from pretrain.run.directory import CONFIG
 from pretrain.train.config import filled
 from pretrain.train.step import training_steps
 
@@ -61,6 +63,8 @@ def build_model(
     lm_loss = LMLoss(
         decoder, seed=train.seed, label_smoothing=train.label_smoothing, z_loss=train.z_loss
     )
+    if train.teacher is not None:
+        lm_loss.teacher = _load_teacher(config, data, world)
     if train.compile == "on":
         # Where weights are gathered block by block, a graph cannot span several blocks.
         lm_loss.compile_parts(by_block=is_sharded)
@@ -77,6 +81,14 @@ def build_model(
         orthogonalizer=model.orthogonalizer,
     )
     return model, optimizer
+
+
+def _load_teacher(config: RunConfig, data: PreparedData, world: World) -> Teacher:
+    checkpoint = Checkpoint(Path(config.train.teacher or ""))
+    model = compose([read_file(checkpoint.path.parent.parent / CONFIG)]).model
+    size = data.manifest.vocab_size
+    decoder = load_decoder(checkpoint, model, vocab_size=size, world=world)
+    return Teacher(decoder, config.train.teacher_weight)
 
 
 def load_weights(model: ParallelModel, checkpoint: Checkpoint) -> None:

@@ -75,6 +75,11 @@ class TrainConfig(Checked):
     steps"""
     init_from: str | None = None
     """MODEL from whose weights training starts; its architecture and tokenizer are used"""
+    teacher: str | None = None
+    """MODEL with the same tokenizer whose distribution over the next token is part of the target
+    ("Distilling the Knowledge in a Neural Network", Hinton et al., 2015); its tokenizer is used"""
+    teacher_weight: Annotated[float, Range(gt=0, le=1)] = 0.5
+    """fraction of the target that is the teacher's distribution; never part of reported nats"""
     threads: Annotated[int | None, Range(1, 4096)] = None
     """CPU threads of each process; empty: OMP_NUM_THREADS, or one for each core"""
 

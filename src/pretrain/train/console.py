@@ -170,6 +170,8 @@ def show_plan(
     )
     if train.init_from is not None:
         facts["start"] = f"weights of {train.init_from}"
+    if train.teacher is not None:
+        facts["teacher"] = f"{train.teacher}, {train.teacher_weight:.0%} of the target"
 
     micro_batch = filled(train.micro_batch_rows) * context
     # Processes of one context, tensor or pipeline axis read the same rows.
