@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from pretrain.corpus.documents import Document
-from pretrain.data.batches import Stream, resolve_stride
-from pretrain.data.order import ceil_div
+from pretrain.data.batches import Stream, evaluation_batches, resolve_stride
 from pretrain.evaluate.bootstrap import estimate
 from pretrain.evaluate.loglikelihood import Pair, logit_chunks, windows_of
-from pretrain.evaluate.loss import Model
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Model
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 N_CARDS = 6
@@ -91,24 +90,32 @@ def token_losses(
     return losses
 
 
+@torch.no_grad()
 def bits_per_byte_error(model: Model, stream: Stream) -> float | None:
     """The standard error of a stream's bits per byte: a bootstrap over blocks of consecutive
     targets, because neighbours are alike. None where it cannot be told.
 
     Of a stream of more than ERROR_TOKENS, windows that are evenly spread stand for the others.
     """
-    context, n_targets = model.decoder.config.window_tokens, stream.n_tokens - 1
-    losses: list[TokenLoss] = []
-    for start in range(0, n_targets, context * max(1, ceil_div(n_targets, ERROR_TOKENS))):
-        ids = stream.read(start, min(start + context, n_targets) + 1).tolist()
-        losses += token_losses(model, Pair(tuple(ids), 1), top=1)
-    lengths = model.tokenizer.byte_lengths
-    rows = [(each.nats / math.log(2), lengths[each.id]) for each in losses]
+    decoder, n_targets = model.decoder, stream.n_tokens - 1
+    context = decoder.config.window_tokens
+    bits: list[float] = []
+    ids: list[int] = []
+    n_rows = max(1, EVALUATION_TOKENS // context)
+    for batch in evaluation_batches(
+        stream, context_length=context, rows=n_rows, limit_tokens=ERROR_TOKENS
+    ):
+        is_target_BT = batch.targets >= 0
+        with model.world.autocast(model.precision):
+            hidden_ND = decoder.forward(batch.inputs.to(decoder.device))[is_target_BT]
+            for logits_NV, ids_N in logit_chunks(decoder, hidden_ND, batch.targets[is_target_BT]):
+                nats_N = torch.nn.functional.cross_entropy(logits_NV, ids_N, reduction="none")
+                bits += (nats_N / math.log(2)).tolist()
+                ids += ids_N.tolist()
+    rows = np.stack([bits, model.tokenizer.byte_lengths[np.array(ids, np.int64)]], axis=1)
     n_blocks = min(ERROR_BLOCKS, len(rows) // MIN_BLOCK_TOKENS)
     starts = np.linspace(0, len(rows), n_blocks, endpoint=False, dtype=np.int64)
-    stderr = estimate(
-        "bits_per_byte", np.add.reduceat(np.reshape(rows, (-1, 2)), starts), seed=0
-    ).stderr
+    stderr = estimate("bits_per_byte", np.add.reduceat(rows, starts), seed=0).stderr
     return None if stderr is None else stderr * math.sqrt(len(rows) / n_targets)
 
 
