@@ -32,7 +32,7 @@ def test_the_larger_text_is_read_alone_first_and_only_the_text_is_scored(
     assert train(str(own), "--from", str(corpus), *STEPS, "--run", str(run)) == 0
     sources = [r["sources"] for r in records(run) if r["kind"] == "train"]
     assert sources[5] == {str(corpus): 6 * 256, str(own): 0}
-    # 10 epochs of the text would be more than half of six steps: about half of them are its own.
+    # Four epochs of the text would be more than half of six steps: about half are its own.
     assert 2 * 256 < sources[-1][str(own)] < 4 * 256
     out = capsys.readouterr().out
     assert f"mixed  {corpus.name} 7" in out

@@ -366,8 +366,8 @@ def open_prepared(folder: str | Path) -> PreparedData:
 
 UNKNOWN_STEPS = 1 << 40
 """In place of a number of training steps that is not known yet."""
-# How often a text is read that stands on a larger one, and its share of the second half at most.
-OWN_EPOCHS = 10
+# How often a text is read that stands on a larger one (docs/notebook), at most half of a half.
+OWN_EPOCHS = 4
 OWN_SHARE = 0.5
 
 
