@@ -25,10 +25,9 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that are in compressed data, and not in text."""
 _LONE_CHARACTER = re.compile(r">(\s*+[^\s<>&]?(?:[^\x00-\x7f\s]|&#?\w+;))(?=\s*<)")
 """All of the text between two tags."""
-_BODY = re.compile(
-    r"</head\s*>|<body\b[^<>]*>|\A(?![\s\S]*<(?:/?head|body|html|title|!doctype)\b)", re.I
-)
-_WIDE = re.compile(rb"\x1b\$|\0")  # of ISO 2022 and UTF-16, which are valid UTF-8
+_BODY = re.compile(r"</head\s*>|<body\b[^<>]*>", re.I)
+_PAGE = re.compile(r"\s*<([!?]|(html|head|body|title|meta|link|script|style)\b)", re.I)
+_WIDE = (b"\x1b$", b"\0")  # of ISO 2022 and UTF-16, which are valid UTF-8
 _GUARD = "\ufdd0"
 """A code point that no text has."""
 
@@ -39,6 +38,7 @@ def html_text(html: str, *, is_page: bool = False) -> tuple[str, str]:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.html import HTMLTree
 
+    html = html if _PAGE.match(html) else f"<body>{html}"  # a piece of a page
     # Resiliparse 2.0 drops most texts that consist of one character, and lists near the root.
     html = _LONE_CHARACTER.sub(rf">\1{_GUARD}", _BODY.sub(r"\g<0><div><div><div>", html, count=1))
     tree = HTMLTree.parse(html)
@@ -53,12 +53,11 @@ def page_text(data: bytes) -> tuple[str, str]:
     with needs_package("HTML", "resiliparse"):
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-    is_utf8 = data.decode("utf-8", "ignore").encode() == data and not _WIDE.search(data)
+    is_utf8 = data.decode("utf-8", "ignore").encode() == data and not any(m in data for m in _WIDE)
     others = (detect_encoding(data, from_html_meta=meta) or "utf-8" for meta in (True, False))
     for encoding in chain(["utf-8"] * is_utf8, others):
         html = bytes_to_str(data, encoding, "replace", ())
-        n_not_ascii = len(html) - len(html.encode("ascii", "ignore"))
-        if 2 * html.count("\ufffd") <= n_not_ascii:
+        if is_utf8 or 2 * html.count("\ufffd") <= len(html) - len(html.encode("ascii", "ignore")):
             break
     else:
         html = bytes_to_str(data, encoding)
