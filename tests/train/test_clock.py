@@ -63,6 +63,16 @@ def test_a_run_ends_with_its_minutes(
     assert done["clock"].split(":")[0] in " ".join((run / "report.html").read_text().split())
 
 
+def test_a_trial_on_a_busy_machine_leaves_no_time_unused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the trial not even one step fits."""
+    Machine(lambda t: 1.0).install(monkeypatch, measured=100.0)
+    settings = ["--train.evaluate_every", "30"]
+    assert train_by_clock(corpus, tmp_path / "run", *settings) == 0
+    assert summary(tmp_path / "run")["minutes"] == pytest.approx(1, rel=0.05)
+
+
 def test_a_run_killed_in_its_fall_has_the_rates_and_weights_of_one_that_was_not(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,8 @@ CACHED_ACTIVATIONS = 3 << 18
 # Below this vocabulary size a token is about a character, so n-grams of tokens reach further.
 SMALL_VOCABULARY = 1024
 EVALUATIONS = 10
+# Fewer where they would take more than this part of the minutes.
+MOST_EVALUATING = 0.25
 # n-gram tables overfit in the second epoch: the recipe `english` reached 1.302 bits per byte in one
 # epoch, and 1.320 in one and a half. This many steps are made even if they are more than an epoch.
 SHORT_RUN = 300
@@ -195,6 +197,7 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
     """Fill the number of steps, for train.minutes from a measured pace, and what depends on it:
     intervals and warm-up."""
     train, schedule, evaluate = config.train, config.schedule, config.evaluate
+    n_evaluations = EVALUATIONS
     if train.steps is None:
         assert pace is not None
         step_and_tasks = pace.step_seconds
@@ -202,12 +205,16 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
             step_and_tasks += pace.task_seconds / evaluate.every
         elif pace.task_seconds:
             step_and_tasks += TASK_TIME_SHARE * pace.step_seconds
+        given = 60 * filled(train.minutes)
         evaluating = _evaluating_steps(data, train) * pace.step_seconds
-        fitting = max(1, int((60 * filled(train.minutes) - evaluating) / step_and_tasks))
+        share = min(1.0, MOST_EVALUATING * given / max(evaluating, 1e-9))
+        n_evaluations = max(1, int(share * EVALUATIONS))
+        # After one step the clock can correct the plan, so it has a second one at least.
+        fitting = max(2, int((given - share * evaluating) / step_and_tasks))
         train = replace(train, steps=min(fitting, max_steps(config, data) or fitting))
 
     steps = filled(train.steps)
-    every = train.evaluate_every or max(1, ceil_div(steps, EVALUATIONS))
+    every = train.evaluate_every or max(1, ceil_div(steps, n_evaluations))
     train = replace(train, evaluate_every=every, save_every=train.save_every or every)
     if schedule.warmup_steps is None:
         schedule = replace(schedule, warmup_steps=min(max(10, steps // 50), steps // 2))
