@@ -24,22 +24,16 @@ from runs import train
 from tiny import TINY
 
 
-@pytest.mark.parametrize("least", [1, 50])
 def test_minutes_are_at_most_one_epoch_with_ngram_tables(
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    least: int,
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pretrain.train.resolve.SHORT_RUN", least)
     args = [str(corpus), *TINY, "--train.minutes", "9", "--train.evaluate_every", "1000000"]
     args += ["--run", str(tmp_path / "run"), "--model.ngram_rows", "64"]
     assert train(*args, "--train.batch_tokens", "2048") == 0
     done = json.loads((tmp_path / "run" / "summary.json").read_text())
     once = math.ceil(done["tokens"] / done["epochs"] / 2048)
     assert 1 < once < 50
-    assert done["steps"] == max(least, once)
+    assert done["steps"] == once
     output = " ".join(capsys.readouterr().out.split())
     assert "n-gram tables overfit after the first epoch" in output
 
@@ -75,11 +69,32 @@ def test_batch_of_a_recipe_is_a_multiple_of_the_context_for_every_size(
     recipe: str, size: int
 ) -> None:
     config = compose([*read_target(recipe)[1], parse_overrides(["--model.size", str(size)])])
-    context, batch_tokens = check_batch(config.model, config.train, n_tokens=1_000_000)
-    assert batch_tokens == config.train.batch_tokens
+    sizes = {"n_tokens": 1_000_000, "n_train_tokens": 1_000_000}
+    context, batch_tokens = check_batch(config.model, config.train, **sizes)
+    assert batch_tokens == (config.train.batch_tokens or 4096)
     assert batch_tokens % context == 0
     assert context == 384 if recipe == "multitask" else size * 64 < context <= size * 128
     assert config.model.ngram_rows == (131_072 if recipe == "english" else 65_536)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "with_tables", "without"),
+    [
+        (1_300, 128, 8192),  # a context of 128
+        (22_000, 256, 8192),
+        (200_000, 1024, 8192),
+        (500_000, 2048, 8192),
+        (2_753_904, 4096, 8192),
+        (10**10, 4096, 8192),
+    ],
+)
+def test_a_small_text_that_is_read_once_has_small_batches(
+    n_tokens: int, with_tables: int, without: int
+) -> None:
+    for rows, expected in ((4096, with_tables), (0, without)):
+        config = compose([{"model": {"family": "fast", "size": 2, "ngram_rows": rows}}])
+        sizes = {"n_tokens": n_tokens, "n_train_tokens": n_tokens}
+        assert check_batch(config.model, config.train, **sizes)[1] == expected
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,8 @@ def check_fits_text(config: RunConfig, data: PreparedData) -> None:
     """Context length and batch size fit the text."""
     from pretrain.train.resolve import check_batch
 
-    check_batch(config.model, config.train, n_tokens=data.min_source_tokens)
+    n_train_tokens, n_tokens = data.split("train").n_tokens, data.min_source_tokens
+    check_batch(config.model, config.train, n_tokens=n_tokens, n_train_tokens=n_train_tokens)
 
 
 RESUME_CHECKS: tuple[Callable[..., Any], ...] = (

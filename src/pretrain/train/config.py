@@ -28,9 +28,10 @@ class TrainConfig(Checked):
     """wall-clock time from the first step to the last, with the evaluations and checkpoints between
     them, without preparing the text, compiling, and what follows the last step; a timed calibration
     at the start plans the steps, and with schedule.name wsd and one source the clock corrects them;
-    with n-gram tables (model.ngram_rows) at most one epoch of the text, or 300 steps"""
+    with n-gram tables (model.ngram_rows) at most one epoch of the text"""
     batch_tokens: Annotated[int | None, _COUNT] = None
-    """targets in one update, over all processes; empty: 8,192, rounded to full windows"""
+    """targets in one update, over all processes; empty: 8,192, with n-gram tables 4,096 and at most
+    a 128th of the text, rounded to full windows"""
     micro_batch_rows: Annotated[int | None, _COUNT] = None
     """windows in one forward and backward pass; empty: chosen for the device; changes no result
     beyond rounding"""
