@@ -295,7 +295,9 @@ _FLOAT = ("tag:yaml.org,2002:float", _NUMBER)
 def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     text = node.value.lower()
     if len(text) > MAX_DIGITS:
-        raise _yaml_error(f"a number of {len(text)} characters", node)
+        mark: Any = node.start_mark
+        key = mark.buffer[: mark.pointer].rpartition("\n")[2].strip()
+        raise _yaml_error(f"{key} a number of {len(text)} characters", node)
     if text.lstrip("+-") in (".inf", ".nan"):
         return float(text.replace(".", ""))
     if text.startswith(("0x", "0o")):

@@ -68,7 +68,7 @@ STEPS = ["--train.steps", "1"]
         (["good.jsonl", "--tokenizer.name", "wordpiece", *STEPS], "wordpiece"),
         (["good.jsonl", "--model.context_length", "999999", *STEPS], "the longest that fits"),
         (["good.jsonl", "--train.batch_tokens", "1000", *STEPS], "the nearest multiples are"),
-        (["good.jsonl", "--train.micro_batch_rows", "300", *STEPS], "it must be in [1, 16]"),
+        (["good.jsonl", "--train.micro_batch_rows", "300", *STEPS], "it must be in [1, 1]"),
         (
             ["good.jsonl", "--train.device", "cuda", *STEPS],
             "train.device cuda is not available here",
