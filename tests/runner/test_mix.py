@@ -180,3 +180,17 @@ def test_counts_need_the_text_of_the_first_model(
     assert main(words) == 2
     assert "was not trained here, so there is no training text" in capsys.readouterr().err
     assert not (tmp_path / "mix").exists()
+
+
+def test_weights_are_fitted_on_any_file_that_is_read_as_text(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"text": "We are free. "}\n' * 5)
+    words = ["mix", str(finished_run), "--counts", "2", "--out", str(tmp_path / "mix")]
+    parts = json_of(capsys, *words, "--fit", str(tmp_path / "own.jsonl"))["parts"]
+    assert parts[0]["weight"] != parts[1]["weight"]
+    again = [*words[:-1], str(tmp_path / "again"), "--fit"]
+    assert main([*again, str(tmp_path / "none.txt")]) == 2
+    assert "none.txt" in capsys.readouterr().err
+    assert main([*again, str(tmp_path / "own.jsonl"), "--weights", "1", "2"]) == 2
+    assert "--weights must come without --fit" in capsys.readouterr().err

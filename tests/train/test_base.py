@@ -97,3 +97,25 @@ def test_the_larger_text_must_be_another_one(source: object) -> None:
 def test_a_larger_text_that_is_missing_is_named(own: Path, tmp_path: Path, capsys: Capture) -> None:
     assert train(str(own), "--from", str(tmp_path / "nothing.txt"), *STEPS) == 2
     assert "nothing.txt" in capsys.readouterr().err
+
+
+def test_a_prepared_folder_cannot_stand_on_a_text(
+    corpus: Path, own: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "prepared"
+    assert main(["prepare", str(own), "--out", str(folder), "--vocab-size", "300"]) == 0
+    assert train(str(folder), "--from", str(corpus), "--train.steps", "2") == 2
+    assert "data.base must come with texts, not with a prepared folder" in capsys.readouterr().err
+
+
+def test_the_larger_text_may_be_prepared(corpus: Path, own: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "prepared", tmp_path / "run"
+    assert main(["prepare", str(corpus), "--out", str(folder), "--vocab-size", "400"]) == 0
+    assert train(str(own), "--from", str(folder), *STEPS, "--run", str(run)) == 0
+    sources = records(run)[0]["sources"]
+    assert sources == {str(folder): 256, str(own): 0}
+
+
+def test_a_profile_is_of_both_texts(corpus: Path, own: Path, capsys: Capture) -> None:
+    assert train(str(own), "--from", str(own), *STEPS, "--profile") == 2
+    assert "data.source must be another text" in capsys.readouterr().err

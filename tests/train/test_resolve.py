@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,9 @@ def test_a_part_that_tensor_parallelism_cannot_split_is_rejected_before_the_run(
     monkeypatch.delitem(tensor._STYLES, "feed_forward.gate")
     with pytest.raises(ValueError, match=r"parallel\.tensor must be 1: .* feed_forward\.gate"):
         check_model_fits(model, axes, vocab_size=300)
+
+
+def test_settings_are_checked_without_torch() -> None:
+    """Its import takes seconds, and a wrong context or batch is named before it."""
+    code = "import sys, pretrain.train.resolve; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -446,6 +446,10 @@ class MixedData(PreparedData):
                 )
         self.spans = {path: spans[path] for path in config.paths}
 
+    def _entries(self, n_tokens: int) -> Sequence[SourceConfig]:
+        """The sources of a run that reads this number of tokens."""
+        return self._config.mixture
+
     @property
     def tokens_for_epochs(self) -> int | None:
         """Tokens of a run that reads every source for the configured number of epochs; None if the
@@ -472,7 +476,7 @@ class MixedData(PreparedData):
         ValueError if the run is too short for its stages, or if it would repeat a source although
         `data.exhausted` is "error".
         """
-        entries = self._config.mixture
+        entries = self._entries(steps * batch_size * context_length)
         stages: dict[float, dict[str, float]] = {}
         for entry in entries:
             weight = entry.weight or (entry.epochs or 0) * self.spans[entry.path].n_tokens
@@ -522,20 +526,13 @@ class StandingData(MixedData):
         super().__init__(replace(config, base=None, source=tuple(stages)), [base, own])
         self._streams = {**self._streams, "val": own.split("val")}
 
-    def order(
-        self, *, context_length: int, seed: int, steps: int = UNKNOWN_STEPS, batch_size: int = 1
-    ) -> MixtureOrder:
+    def _entries(self, n_tokens: int) -> Sequence[SourceConfig]:
         """As of a mixture in which the text is read OWN_EPOCHS times in the second half."""
-        (base, own), half = self.names, 0.5
-        n_samples = half * steps * batch_size
-        share = min(OWN_SHARE, OWN_EPOCHS * self.spans[own].n_tokens / context_length / n_samples)
+        base, own = self.names
+        share = min(OWN_SHARE, OWN_EPOCHS * self.spans[own].n_tokens / (n_tokens / 2))
         share = max(share, 1 / BLOCK_SAMPLES)
-        stages = (
+        return (
             SourceConfig(path=base, weight=1.0),
-            SourceConfig(path=base, weight=1.0 - share, stage=half),
-            SourceConfig(path=own, weight=share, stage=half),
-        )
-        self._config = replace(self._config, source=stages)
-        return super().order(
-            context_length=context_length, seed=seed, steps=steps, batch_size=batch_size
+            SourceConfig(path=base, weight=1.0 - share, stage=0.5),
+            SourceConfig(path=own, weight=share, stage=0.5),
         )

@@ -8,7 +8,7 @@ and Goodman, 1999). Ids are tokens, or bytes of text. `kneser_ney` scores ids wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,32 +30,41 @@ FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 def kneser_ney(train: Ids, held_out: Ids, *, vocab_size: int, order: int) -> list[Probabilities]:
     """p(held_out[i] | the n - 1 ids before it) for each n from 1 to `order`, each of shape (M,)
-    for M held-out ids. At the beginning, where fewer ids come before it, those are used.
-
-    An n-gram is a number below the number of distinct n-grams of `train`: its place among them when
-    they are sorted by the numbers of their first n - 1 ids and their last id. So no number has to
-    hold n ids.
-    """
-    v = vocab_size
-    numbers: Ids = np.zeros(len(train) + 1, np.int32)  # of the n-gram that ends at each place
+    for M held-out ids. At the beginning, where fewer ids come before it, those are used."""
     contexts = np.zeros(len(held_out), np.int64)  # of the held-out ids; -1 if never seen
-    grams, numbers, counts = _distinct(numbers[:-1] * np.int64(v) + train)
-    lower = np.full(len(held_out), 1 / v)
-    by_order = []
-    for n in range(1, order + 1):
-        found = _places(grams, np.where(contexts < 0, -1, contexts * v + held_out))
-        table = ((grams // v).astype(np.int32), found, contexts, lower)
-        by_order.append(_interpolated(counts, *table))
-        if n == order or n >= len(train):
-            break
-        # Below the highest order an n-gram counts once for each distinct id before it.
-        suffixes = numbers[1:]
-        grams, numbers, counts = _distinct(numbers[:-1] * np.int64(v) + train[n:])
-        suffix_of_gram = np.empty(len(grams), np.int32)
-        suffix_of_gram[numbers] = suffixes
-        lower = _interpolated(np.bincount(suffix_of_gram, minlength=len(table[0])), *table)
-        contexts = np.concatenate([[-1], found[:-1]])
+    n_contexts, lower, by_order = 1, np.full(len(held_out), 1 / vocab_size), []
+    for keys, counts, continuations in _tables(train, vocab_size, order):
+        found = _places(keys, np.where(contexts < 0, -1, contexts * vocab_size + held_out))
+        for each in (counts, continuations):  # as the highest order, and below a higher one
+            if each is None:
+                break
+            shares, rests = _smoothed(keys, each, vocab_size, n_contexts)
+            rest = np.where(contexts < 0, 1.0, rests[contexts])
+            p = np.where(found < 0, 0.0, shares[found]) + rest * lower
+            by_order += [p] if each is counts else []
+        n_contexts, lower, contexts = len(keys), p, np.concatenate([[-1], found[:-1]])
     return by_order + by_order[-1:] * (order - len(by_order))  # of a text shorter than `order`
+
+
+def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids, Ids | None]]:
+    """Yield for each n from 1 the keys of the distinct n-grams, in ascending order, how often each
+    occurs, and, unless n is the last, the number of distinct ids before it.
+
+    An n-gram is a number below the number of distinct n-grams: its place among them. Its key is the
+    number of its first n - 1 ids, times vocab_size, plus its last id. So no number has to hold n
+    ids.
+    """
+    keys, numbers, counts = _distinct(train.astype(np.int64))
+    for n in range(1, min(order, len(train))):
+        # `numbers` are of the n-gram that ends at each place from n - 1 on.
+        higher_keys, higher_numbers, higher_counts = _distinct(
+            numbers[:-1] * np.int64(vocab_size) + train[n:]
+        )
+        suffix_of_higher = np.empty(len(higher_keys), np.int32)
+        suffix_of_higher[higher_numbers] = numbers[1:]
+        yield keys, counts, np.bincount(suffix_of_higher, minlength=len(keys))
+        keys, numbers, counts = higher_keys, higher_numbers, higher_counts
+    yield keys, counts, None
 
 
 def _distinct(keys: Ids) -> tuple[Ids, Ids, Ids]:
@@ -76,20 +85,18 @@ def _places(grams: Ids, queries: Ids) -> Ids:
     return np.where(grams[places] == queries, places, -1)
 
 
-def _interpolated(
-    counts: Ids, context_of_gram: Ids, found: Ids, contexts: Ids, lower: Probabilities
-) -> Probabilities:
-    """p of the n-grams `found` (-1: not in the table) in their `contexts` (-1: never seen), of a
-    table of n-grams with their counts and contexts. `lower` is the same one order below, which
-    receives the discounted mass."""
+def _smoothed(
+    keys: Ids, counts: Ids, vocab_size: int, n_contexts: int
+) -> tuple[Probabilities, Probabilities]:
+    """Of n-grams with these keys and counts: the share of its context's probability that each has
+    of its own, and for each context the rest, which goes to the shorter n-grams."""
+    contexts = (keys // vocab_size).astype(np.int32)
     discounts = _discounts(counts)[np.minimum(counts, 3)]
-    n_contexts = 1 + max(context_of_gram[-1], contexts.max())
-    totals = np.bincount(context_of_gram, weights=counts, minlength=n_contexts)[contexts]
-    freed = np.bincount(context_of_gram, weights=discounts, minlength=n_contexts)[contexts]
-    kept = np.where(found < 0, 0.0, counts[found] - discounts[found])
+    totals = np.bincount(contexts, weights=counts, minlength=n_contexts)
+    freed = np.bincount(contexts, weights=discounts, minlength=n_contexts)
     # The total is 0 after what occurs at an end of the text only.
-    is_known = (contexts >= 0) & (totals > 0)
-    return np.where(is_known, (kept + freed * lower) / np.maximum(totals, 1), lower)
+    shares = (counts - discounts) / np.maximum(totals, 1)[contexts]
+    return shares, np.where(totals > 0, freed / np.maximum(totals, 1), 1.0)
 
 
 def _discounts(counts: Ids) -> Probabilities:
@@ -127,6 +134,11 @@ class CountDecoder(Decoder):
         self.rests = parameters([1, *sizes[:-1]], torch.float32)
 
     @property
+    def tables(self) -> tuple[nn.ParameterList, nn.ParameterList, nn.ParameterList]:
+        """Keys, shares and rests of each length."""
+        return self.keys, self.shares, self.rests
+
+    @property
     def device(self) -> torch.device:
         """The device of the tables."""
         return next(self.parameters()).device
@@ -147,12 +159,11 @@ class CountDecoder(Decoder):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the log of the probabilities (..., V) of the next token."""
         numbers_NC = hidden.reshape(-1, self.width).long()
-        p_NV = torch.full((len(numbers_NC), self.vocab_size), 1 / self.vocab_size)
-        p_NV = p_NV.to(self.device)
+        p_NV = numbers_NC.new_full(
+            (len(numbers_NC), self.vocab_size), 1 / self.vocab_size, dtype=torch.float32
+        )
         contexts_N = torch.zeros_like(numbers_NC[:, 0])
-        for n, (keys, shares, rests) in enumerate(
-            zip(self.keys, self.shares, self.rests, strict=True)
-        ):
+        for n, (keys, shares, rests) in enumerate(zip(*self.tables, strict=True)):
             rows = (contexts_N >= 0).nonzero()[:, 0]
             known = contexts_N[rows]
             first = torch.searchsorted(keys, known * self.vocab_size)
@@ -177,31 +188,15 @@ def _find(keys: Tensor, contexts: Tensor, ids: Tensor, vocab_size: int) -> Tenso
 
 def count_decoder(train: Ids, config: ModelConfig, *, vocab_size: int, order: int) -> CountDecoder:
     """Count the n-grams of a text, of up to `order` ids: see `kneser_ney`."""
-    v, n_contexts = vocab_size, 1
-    grams, numbers, counts = _distinct(train.astype(np.int64))
-    tables = []
-    for n in range(1, order + 1):
-        is_last = n == order or n >= len(train)
-        own_grams = grams
-        if not is_last:
-            suffixes = numbers[1:]
-            grams, numbers, higher_counts = _distinct(numbers[:-1] * np.int64(v) + train[n:])
-            suffix_of_gram = np.empty(len(grams), np.int32)
-            suffix_of_gram[numbers] = suffixes
-            counts = np.bincount(suffix_of_gram, minlength=len(own_grams))
-        contexts, discounts = own_grams // v, _discounts(counts)[np.minimum(counts, 3)]
-        totals = np.bincount(contexts, weights=counts, minlength=n_contexts)
-        freed = np.bincount(contexts, weights=discounts, minlength=n_contexts)
-        shares = (counts - discounts) / np.maximum(totals, 1)[contexts]
-        tables.append((own_grams, shares, np.where(totals > 0, freed / np.maximum(totals, 1), 1)))
-        if is_last:
-            break
-        n_contexts, counts = len(own_grams), higher_counts
-    decoder = CountDecoder(config, vocab_size=v, sizes=[len(keys) for keys, *_ in tables])
+    tables: list[tuple[NDArray[Any], ...]] = []
+    for keys, counts, continuations in _tables(train, vocab_size, order):
+        n_contexts = len(tables[-1][0]) if tables else 1
+        used = counts if continuations is None else continuations
+        tables.append((keys, *_smoothed(keys, used, vocab_size, n_contexts)))
+    sizes = [len(keys) for keys, *_ in tables]
+    decoder = CountDecoder(config, vocab_size=vocab_size, sizes=sizes)
     with torch.no_grad():
-        for lists, table in zip(
-            zip(decoder.keys, decoder.shares, decoder.rests, strict=True), tables, strict=True
-        ):
-            for parameter, values in zip(lists, table, strict=True):
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        for number, values in enumerate(zip(*tables, strict=True)):
+            for own, each in zip(decoder.tables[number], values, strict=True):
+                own.copy_(torch.from_numpy(each))
     return decoder.eval()

@@ -99,6 +99,11 @@ def prepared_text(
             "prepare the texts too (pretrain prepare TEXT --out DIR, with the same tokenizer), or "
             "name texts only"
         )
+    if prepared and data.base is not None:
+        raise ValueError(
+            f"data.base must come with texts, not with a prepared folder ({prepared[0]!r}), which "
+            "has a tokenizer of its own; name the text that it was prepared from"
+        )
     if prepared:
         return _mixed(config, [open_prepared(path) for path in prepared])
 
@@ -110,7 +115,8 @@ def prepared_text(
     vocab_size = config.tokenizer.vocab_size
     if data.base is None:
         return _mixed(config, [cached(data.paths, tokenizer, vocab_size)])
-    base = cached([data.base], tokenizer, vocab_size)
+    is_ready = is_prepared(data.base)
+    base = open_prepared(data.base) if is_ready else cached([data.base], tokenizer, vocab_size)
     return StandingData(data, base, cached(data.paths, str(base.folder / TOKENIZER), None))
 
 

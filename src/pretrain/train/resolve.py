@@ -20,7 +20,6 @@ from pretrain.machine import memory_bytes, n_local_processes
 from pretrain.model.config import ModelConfig, n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.train.config import Device, Precision, TrainConfig, batch_errors, filled
-from pretrain.train.fit import check_base
 from pretrain.validation import raise_errors
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ SMALL_VOCABULARY = 1024
 EVALUATIONS = 10
 # Fewer where they would take more than this part of the minutes.
 MOST_EVALUATING = 0.25
+# Of a larger text, to see whether it helps.
+MOST_COUNTED_TOKENS = 1 << 20
 # Upper limits of a timed trial.
 TRIAL_SECONDS = 2.5
 TRIAL_STEPS = 20
@@ -83,6 +84,31 @@ def resolve(
 
     training_batches(config, data, world)  # raises ValueError for an order that cannot be
     return config
+
+
+def check_base(data: StandingData) -> None:
+    """ValueError if the larger text knows nothing of the text, as one in another language: if its
+    counts of three tokens predict the held-out text worse than the text's counts of one token."""
+    import numpy as np
+
+    from pretrain.model.counts import kneser_ney
+
+    train, val = {"base": data.base, "own": data.own}, data.own.split("val")
+    val_ids = val.read(0, min(val.n_tokens, MOST_COUNTED_TOKENS))
+    n_bytes = data.tokenizer().byte_lengths[val_ids].sum()
+    bits = {}
+    for name, order in (("base", 3), ("own", 1)):
+        stream = train[name].split("train")
+        ids = stream.read(0, min(stream.n_tokens, MOST_COUNTED_TOKENS))
+        *_, p = kneser_ney(ids, val_ids, vocab_size=data.manifest.vocab_size, order=order)
+        bits[name] = -np.log2(p).sum() / n_bytes
+    if bits["base"] > bits["own"]:
+        raise ValueError(
+            f"data.base {data.names[0]} does not help here: counts of its tokens give "
+            f"{bits['base']:.2f} bits/byte of the held-out text, single tokens of the text itself "
+            f"{bits['own']:.2f}; the larger text must be like the text (its language, or code); "
+            "train without it"
+        )
 
 
 # --- batch, device, precision ---------------------------------------------------------------------

@@ -43,6 +43,8 @@ OPTIONS = (
 def run(args: argparse.Namespace, output: Output) -> None:
     out, n = resolve_out(args.out), len(args.model) + bool(args.counts)
     weights = args.weights or [1.0] * n
+    if args.weights and args.fit:
+        raise ValueError("--weights must come without --fit, which chooses them")
     if n < 2:
         raise ValueError(f"{args.model[0]} is one model; mix needs two or more, or --counts")
     if len(weights) != n or not all(0 < each < float("inf") for each in weights):
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     from pretrain.data.batches import evaluation_batches
     from pretrain.evaluate.baselines import MAX_COUNTED_TOKENS
     from pretrain.evaluate.loss import EVALUATION_TOKENS, Ids
+    from pretrain.evaluate.task_files import read_whole
     from pretrain.model.counts import count_decoder
     from pretrain.model.mixture import Mixture
 
@@ -88,10 +91,11 @@ def run(args: argparse.Namespace, output: Output) -> None:
     mixture = Mixture(decoders, weights)
     if args.fit:
         context = mixture.config.window_tokens
-        ids = np.array([tokenizer.start_of_text, *tokenizer.encode(Path(args.fit).read_text())])
+        documents, _ = read_whole(args.fit, None)
+        pieces = [[tokenizer.start_of_text, *tokenizer.encode(each.text)] for each in documents]
+        text = Ids(np.concatenate(pieces).astype(np.int64))
         rows = max(1, EVALUATION_TOKENS // context)
-        batches = evaluation_batches(Ids(ids), context_length=context, rows=rows)
-        weights = mixture.fit_weights(batches)
+        weights = mixture.fit_weights(evaluation_batches(text, context_length=context, rows=rows))
     for part, weight in zip(parts, weights, strict=True):
         part["weight"] = weight / sum(weights)
     # The settings of a part that reads the window of the mix, and the text if all have the same.

@@ -52,21 +52,24 @@ def run(
     """Start, resume, extend or anneal a run, and return the exit code."""
     start_time = time.perf_counter()
     is_new = kind == "new"
+    if is_new and args.base:
+        from pretrain.data.format import is_prepared
+
+        files = (Path(args.base) / name for name in (CONFIG, CHECKPOINT_MANIFEST))
+        is_model = any(file.is_file() for file in files) and not is_prepared(args.base)
+        section, key = ("train", "init_from") if is_model else ("data", "base")
+        given = args.overrides.get(section, {})
+        args.overrides = {**args.overrides, section: {**given, key: args.base}}
     if is_new and args.profile:
         if args.resume or args.run:
             raise ValueError("--profile must come without --resume and --run: it starts no run")
         return _profile(args, output)
     from pretrain.runner.start import Request, start
 
-    overrides = args.overrides
-    if is_new and args.base:
-        is_model = any((Path(args.base) / name).is_file() for name in (CONFIG, CHECKPOINT_MANIFEST))
-        section, key = ("train", "init_from") if is_model else ("data", "base")
-        overrides = {**overrides, section: {**overrides.get(section, {}), key: args.base}}
     request = Request(
         kind="resume" if is_new and args.resume else kind,
         targets=args.target if is_new else (),
-        overrides=overrides,
+        overrides=args.overrides,
         folder=Path(args.run) if args.run else None,
         accepted=tuple(args.accept or ()),
         json=args.json,
