@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         counts = count_decoder(ids, window, vocab_size=size, order=args.counts)
         decoders.append(counts)
         sizes = [len(keys) for keys in counts.keys]
-        parts.append({"path": f"counts of {models[0].path}", "sha256": stream.sha256})
+        parts.append({"path": f"counts of {parts[0]['path']}", "sha256": stream.sha256})
         parts[-1] |= {"model": parts[0]["model"], "sizes": sizes}
     mixture = Mixture(decoders, weights)
     if args.fit:
