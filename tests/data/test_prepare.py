@@ -96,12 +96,14 @@ def test_the_split_depends_on_the_document_alone(tmp_path: Path, many: list[str]
 
 
 def test_the_tokenizer_is_trained_without_validation_text(tmp_path: Path, many: list[str]) -> None:
-    data = prepare(write_jsonl(tmp_path / "a.jsonl", many), tmp_path / "a", val_fraction=0.2)
+    source = write_jsonl(tmp_path / "a.jsonl", many)
+    data = prepare(source, tmp_path / "a", val_fraction=0.2, vocab_size=300)
     held_out = set(texts_of(data, "val"))
     changed = [text if text not in held_out else text + " zzzz" * 20 for text in many]
     train_only = [text for text in many if text not in held_out]
-    assert train_tokenizer(train_only).sha256 == data.manifest.tokenizer_sha256
-    assert train_tokenizer(changed).sha256 != data.manifest.tokenizer_sha256
+    tokenizer = train_tokenizer(train_only, vocab_size=300)
+    assert tokenizer.sha256 == data.manifest.tokenizer_sha256
+    assert train_tokenizer(changed, vocab_size=300).sha256 != data.manifest.tokenizer_sha256
 
 
 def test_few_documents_are_split_at_their_ends(tmp_path: Path) -> None:

@@ -38,9 +38,13 @@ class Machine:
         patch.setattr(ParallelModel, "compute_gradients", compute)
 
 
+# One network of a minute.
+ALONE = "--train.minutes 1 --train.members 1 --train.counts 0".split()
+
+
 def train(corpus: Path, run: Path, *settings: str) -> int:
     """Train for a minute of the machine's clock: 60 steps by the plan."""
-    return main(["train", str(corpus), *TINY, "--train.minutes", "1", "--run", str(run), *settings])
+    return main(["train", str(corpus), *TINY, *ALONE, "--run", str(run), *settings])
 
 
 def decisions(run: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from model_variants import batch_of, random_variant, small_config
 from pretrain.generate.sampling import Sampling, generate_ids
 from pretrain.model.counts import CountDecoder, count_decoder, kneser_ney
 from pretrain.model.layers import KeyValueCache
-from pretrain.model.mixture import Mixture
+from pretrain.model.mixture import Mixture, fit_weights, target_probabilities
 
 V, T = 11, 40
 CONFIG = small_config("llama", context_length=T)
@@ -78,7 +78,8 @@ def test_the_fitted_weights_of_a_mixture_are_the_best_ones() -> None:
         return Mixture([network, counts], [1, 1]).forward(inputs)
 
     with torch.no_grad():
-        fitted = Mixture([network, counts], [1, 1]).fit_weights([batch])
+        columns = [target_probabilities(decoder, [batch]) for decoder in (network, counts)]
+        fitted = fit_weights(torch.stack(columns, 1))
         assert sum(fitted) == pytest.approx(1)
         assert fitted[1] > 0.9  # the network is random
         for change in (-0.02, 0.02):

@@ -111,7 +111,8 @@ def test_ordinary_text_is_split_at_spaces_only() -> None:
 
 @pytest.mark.parametrize("name", ["bpe", "characters", "bytes"])
 def test_all_kinds_encode_nasty_strings(name: str, tmp_path: Path) -> None:
-    tokenizer = train_tokenizer([*english()[:2], *NASTY], name=name)
+    size = 300 if name == "bpe" else None
+    tokenizer = train_tokenizer([*english()[:2], *NASTY], name=name, vocab_size=size)
     assert tokenizer.kind == name
     assert tokenizer.end_of_text == 0
     assert tokenizer.token_bytes(0) == b""
@@ -197,7 +198,8 @@ def test_training_logs_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_inspection_counts_tokens() -> None:
-    tokenizer = train_tokenizer(["the cat sat on the mat " * 50 + "-" * 64 + "\u4e2d" * 9])
+    texts = ["the cat sat on the mat " * 50 + "-" * 64 + "\u4e2d" * 9]
+    tokenizer = train_tokenizer(texts, vocab_size=280)
     report = inspect(tokenizer, [("a", "the cat " * 200), ("b", "zz" * 30), ("a", "the")])
     ids = tokenizer.encode("the cat " * 200).tolist() + tokenizer.encode("the").tolist()
     assert report["sources"]["a"]["tokens"] == len(ids)
@@ -223,6 +225,14 @@ def test_inspection_counts_tokens() -> None:
 )
 def test_default_vocab_size(n_bytes: int, size: int) -> None:
     assert default_vocab_size(n_bytes) == size
+
+
+def test_a_small_text_gets_single_bytes() -> None:
+    text = english()[0]
+    small, large = (train_tokenizer([text[:60] * n]) for n in (1600, 1700))
+    assert (small.vocab_size, large.vocab_size > 257) == (257, True)
+    pieces = [small.token_bytes(id_) for id_ in small.encode(text).tolist()]
+    assert pieces == [bytes([byte]) for byte in text.encode()]
 
 
 @pytest.mark.parametrize("name", ["bpe", "gpt"])

@@ -331,7 +331,7 @@ def test_the_cost_is_divided_into_what_it_was_spent_on(
 def summary_of_ones() -> dict[str, Any]:
     numbers = "val_bits_per_byte val_bits_per_byte_stderr val_perplexity val_tokens total_seconds"
     keys = [*numbers.split(), "tokens_per_second", "peak_memory_bytes"]
-    return dict.fromkeys(keys, 1.0) | {"baselines": [], "checkpoint": "step"}
+    return dict.fromkeys(keys, 1.0) | {"baselines": [], "checkpoint": "step", "seconds": {}}
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_large_error_of_the_held_out_loss_is_said(
     stderr: float | None, shown: str | None
 ) -> None:
     output, summary = io.StringIO(), summary_of_ones() | {"val_bits_per_byte_stderr": stderr}
-    show_summary(Console(output), summary, folder=Path("run"), report=Path("r"), seconds={})
+    show_summary(Console(output), summary, folder=Path("run"), report=Path("r"))
     line, rest = output.getvalue().split("  held-out text  ")[1].split("\n", 1)
     assert line.startswith("1.000 bits" if stderr is None else f"1.000 +- {stderr:.3f} bits")
     assert (f"its error {shown}" in rest) == (shown is not None)
@@ -356,9 +356,7 @@ def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:
         "tasks": {"report": row, "cost": row},
     }
     output = io.StringIO()
-    show_summary(
-        Console(output), summary, folder=Path("run"), report=Path("run/report.html"), seconds={}
-    )
+    show_summary(Console(output), summary, folder=Path("run"), report=Path("run/report.html"))
     lines = output.getvalue().splitlines()
     assert "  report         accuracy 0.500" in lines
     assert "  report         run/report.html" in lines

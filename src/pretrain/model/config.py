@@ -39,6 +39,8 @@ from pretrain.validation import (
 MAX_PARAMETERS = 10**13
 """No machine can train more; a larger number is an error in the config."""
 LONGEST_NGRAM = 8
+# Of each n-gram table for each head, unless a text is too small to fill them.
+MAX_TABLE_ROWS = 131_072
 _SIZE = Range(1, 1000)
 _WIDTH = Range(1, 1 << 20)
 _CONTEXT = Range(1, 1 << 24)
@@ -108,8 +110,9 @@ class ModelConfig(Checked):
     """multiply token embeddings by the square root of d_model"""
     embedding_norm: bool = False
     """normalise embeddings before the first block"""
-    ngram_rows: Annotated[int, Range(0, 1 << 40)] = 0
-    """rows of each hashed n-gram table, for each head's part of the embedding; 0: no tables"""
+    ngram_rows: Annotated[int | None, Range(0, 1 << 40)] = 0
+    """rows of each hashed n-gram table, for each head's part of the embedding; 0: no tables; empty:
+    131,072, and for a small text the largest power of 2 up to a quarter of its tokens"""
     longest_ngram: Annotated[int | None, Range(1, LONGEST_NGRAM)] = None
     """longest n-gram with a table; there is one for each length from 2 to this; empty: 3, and 6 for
     a vocabulary of single characters or bytes"""
@@ -156,13 +159,13 @@ class ModelConfig(Checked):
 
         # A lower bound: positions, the vocabulary and a third matrix are added to it.
         n_least = 2 * self.n_layers * d * (d + self.feed_forward_width)
-        n_least += len(self.ngram_lengths) * self.ngram_rows * d
+        n_least += len(self.ngram_lengths) * self.rows_of_a_table * d
         if n_least > MAX_PARAMETERS:
             yield (
                 "n_layers d_model d_ff feed_forward ngram_rows longest_ngram",
                 f"a model of model.n_layers {self.n_layers}, model.d_model {d}, model.d_ff "
-                f"{self.feed_forward_width} and model.ngram_rows {self.ngram_rows} has at least "
-                f"{n_least:,} parameters; it must have at most {MAX_PARAMETERS:,}",
+                f"{self.feed_forward_width} and model.ngram_rows {self.rows_of_a_table} has at "
+                f"least {n_least:,} parameters; it must have at most {MAX_PARAMETERS:,}",
             )
 
     @property
@@ -187,11 +190,16 @@ class ModelConfig(Checked):
     def ngram_lengths(self) -> range:
         """The lengths of n-grams that have a table."""
         longest = min(self.longest_ngram or 3, LONGEST_NGRAM)
-        return range(2, longest + 1) if self.ngram_rows else range(0)
+        return range(2, longest + 1) if self.rows_of_a_table else range(0)
+
+    @property
+    def rows_of_a_table(self) -> int:
+        """The rows of a table for one head: those of a large text where none are given."""
+        return MAX_TABLE_ROWS if self.ngram_rows is None else self.ngram_rows
 
     def table_rows(self, vocab_size: int) -> int:
         """Return the number of rows of all lookup tables, d_model numbers each."""
-        return len(self.ngram_lengths) * self.ngram_rows + self.induction * (vocab_size + 1)
+        return len(self.ngram_lengths) * self.rows_of_a_table + self.induction * (vocab_size + 1)
 
     def has_bias(self, part: Literal["query_key_value", "output", "feed_forward", "norm"]) -> bool:
         """Return whether a part of each block has biases; rms norms never have."""

@@ -108,7 +108,7 @@ FAMILIES: dict[str, Values] = {
         "feed_forward": "relu2",
         "embedding_norm": True,
         "query_key_norm": True,
-        "ngram_rows": 131_072,
+        "ngram_rows": None,
         "induction": 2,
         "bias": "none",
         "tied_head": False,

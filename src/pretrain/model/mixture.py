@@ -13,6 +13,11 @@ from pretrain.model.counts import CountDecoder
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import KeyValueCache
 
+# Rows of logits in memory at once.
+_ROWS = 1024
+# A weight of 0 would have no logarithm.
+_LEAST_WEIGHT = 1e-9
+
 
 class Mixture(Decoder):
     """Decoders of one vocabulary, each with its weight, with the interface of one decoder.
@@ -57,21 +62,29 @@ class Mixture(Decoder):
         ]
         return [x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in logits]
 
-    @torch.no_grad()
-    def fit_weights(self, batches: Iterable[Any], *, steps: int = 50) -> list[float]:
-        """Return the weights under which the targets of batches are most probable, by expectation
-        maximisation from the present ones (Jelinek and Mercer, 1980)."""
-        columns = []
-        for batch in batches:
-            is_valid_BT = batch.targets >= 0
-            hidden_ND = self.forward(batch.inputs)[is_valid_BT]
-            targets_N1 = batch.targets[is_valid_BT][:, None]
-            log_p = [each.gather(1, targets_N1) for each in self.log_p_of_parts(hidden_ND)]
-            columns.append(torch.cat(log_p, 1).double().exp())
-        p_NP = torch.cat(columns)
-        weights_P = torch.tensor(self.log_weights, dtype=torch.float64).exp()
-        for _ in range(steps):
-            shares_NP = p_NP * weights_P
-            weights_P = (shares_NP / shares_NP.sum(1, keepdim=True)).mean(0)
-        fitted: list[float] = weights_P.tolist()
-        return fitted
+
+@torch.no_grad()
+def target_probabilities(decoder: Decoder, batches: Iterable[Any]) -> Tensor:
+    """Return the probability (N,), in float64, that a decoder gives each target of the batches."""
+    columns = []
+    for batch in batches:
+        is_valid_BT = batch.targets >= 0
+        hidden_ND = decoder.forward(batch.inputs.to(decoder.device))[is_valid_BT]
+        targets_N1 = batch.targets[is_valid_BT].to(decoder.device)[:, None]
+        chunks = (torch.split(each, _ROWS) for each in (hidden_ND, targets_N1))
+        for hidden, targets in zip(*chunks, strict=True):
+            logits = decoder.logits(hidden)
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            columns.append(log_p.gather(1, targets)[:, 0].cpu().double().exp())
+    return torch.cat(columns)
+
+
+def fit_weights(p_NP: Tensor, *, steps: int = 50) -> list[float]:
+    """Return the weights of P decoders under whose mean their probabilities of N targets are
+    highest, by expectation maximisation from equal ones (Jelinek and Mercer, 1980)."""
+    weights_P = torch.full((p_NP.shape[1],), 1 / p_NP.shape[1], dtype=torch.float64)
+    for _ in range(steps if len(p_NP) else 0):
+        shares_NP = p_NP * weights_P
+        weights_P = (shares_NP / shares_NP.sum(1, keepdim=True)).mean(0).clamp(min=_LEAST_WEIGHT)
+    fitted: list[float] = weights_P.tolist()
+    return fitted

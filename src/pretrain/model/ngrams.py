@@ -48,7 +48,7 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.rows, self.n_parts = config.ngram_rows, config.n_heads
+        self.rows, self.n_parts = config.rows_of_a_table, config.n_heads
         self.table_dropout = config.table_dropout
         self.parts = nn.ModuleDict(
             {

@@ -16,7 +16,7 @@ from pretrain.report.chart import Series, line_chart
 from pretrain.report.html import heat_map_data, render
 from pretrain.report.run import Record, RunFiles, curve, fields, read_run_files, records_in
 from pretrain.report.units import UNKNOWN, count, decimal, duration, number
-from pretrain.run.directory import REPORT
+from pretrain.run.directory import MIX_FOLDER, REPORT
 from pretrain.run.log import CHARTS
 
 MODEL = "this model"
@@ -75,12 +75,18 @@ def write_report(run_dir: str | Path) -> Path:
 
 def ranking(run: RunFiles) -> list[tuple[float, Record]]:
     """Bits per byte of each baseline and of the model, if it was evaluated; the best first."""
+    parts = [
+        f"{row.get('name')} {decimal(number(row.get('bits_per_byte')))}"
+        for row in records_in(run.summary.get(MIX_FOLDER))
+    ]
     model: Record = {
         "name": MODEL,
         "bits_per_byte": run.figure("val_bits_per_byte"),
         "stderr": run.figure("val_bits_per_byte_stderr"),
         "perplexity": run.figure("val_perplexity"),
-        "note": f"after {count(run.scored_step)} steps",
+        "note": f"the mean of {', '.join(parts)}"
+        if parts
+        else f"after {count(run.scored_step)} steps",
     }
     pairs = [(number(row.get("bits_per_byte")), row) for row in [*run.baselines, model]]
     ranks = [(bits, row) for bits, row in pairs if bits is not None]

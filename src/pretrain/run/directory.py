@@ -45,6 +45,9 @@ OVERLAP = "overlap.json"
 VERIFICATION = "verification.json"
 # The parts of a mix: in a folder with CONFIG, TOKENIZER and CHECKPOINTS.
 MIX = "mix.json"
+# Runs of further networks, and the mix of all, which is the result if the summary names it.
+MEMBERS = "members"
+MIX_FOLDER = "mix"
 
 
 class CannotSave(Exception):

@@ -20,6 +20,7 @@ from pretrain.run.directory import (
     CHECKPOINTS,
     CONFIG,
     MIX,
+    MIX_FOLDER,
     SUMMARY,
     TOKENIZER,
     read_summary,
@@ -68,6 +69,13 @@ class LoadedModel:
     precision: str = "fp32"
     """the run's own on the device type it was trained on; fp32 elsewhere, on every device"""
     _is_optimized: bool = field(default=False, repr=False)
+
+    @property
+    def run_folder(self) -> Path:
+        """The run directory, also where the model is the mean of the run's networks, in it."""
+        folder = self.path.parent.parent
+        is_mean = folder.name == MIX_FOLDER and (folder.parent / SUMMARY).is_file()
+        return folder.parent if is_mean else folder
 
     @property
     def lm_loss(self) -> LMLoss:
@@ -134,14 +142,15 @@ class LoadedModel:
         return score_texts(self, [text] if isinstance(text, str) else text, stride=stride)
 
 
-def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
-    """Load MODEL onto a device (auto, cpu, cuda or mps). Of a finished run this is the best
-    checkpoint, of an unfinished one the newest. ValueError where `path` is not a model."""
+def load_model(path: str | Path, *, device: str = "auto", alone: bool = False) -> LoadedModel:
+    """Load MODEL onto a device (auto, cpu, cuda or mps). Of a finished run this is the mean of its
+    networks and counts, if it has one and not the first network `alone` is wanted, else the best
+    checkpoint; of an unfinished run the newest. ValueError where `path` is not a model."""
     path = Path(path)
     foreign_files = ("config.json", "adapter_config.json")
     is_foreign = path.is_file() or any((path / name).is_file() for name in foreign_files)
     if not is_foreign:
-        find_checkpoint(path)  # before torch is imported, which takes seconds
+        find_checkpoint(path, alone=alone)  # before torch is imported, which takes seconds
 
     from pretrain.distributed import open_world
     from pretrain.train.build import load_decoder
@@ -155,7 +164,7 @@ def load_model(path: str | Path, *, device: str = "auto") -> LoadedModel:
         decoder = foreign.build(device=world.device.type).eval()
         return LoadedModel(decoder, foreign.tokenizer, config, path, None, world)
     world = open_world(device, alone=True)
-    run, checkpoint = open_checkpoint_of(path)
+    run, checkpoint = open_checkpoint_of(path, alone=alone)
     config, tokenizer = read_unchanged(run, checkpoint)
     tokenizer.add_bos = checkpoint.state.get("begins_texts", True)
     tokenizer.stop_ids = checkpoint.state.get("ends", tokenizer.stop_ids)
@@ -221,15 +230,15 @@ def write_model(
     save_checkpoint(folder / CHECKPOINTS, step=0, tensors=tensors, state=state)
 
 
-def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
-    """Return the run directory and the opened checkpoint that MODEL means. The run may be in
-    training: it saves new checkpoints and deletes old ones meanwhile."""
+def open_checkpoint_of(path: Path, *, alone: bool = False) -> tuple[Path, Checkpoint]:
+    """Return the run directory and the opened checkpoint that MODEL means: `load_model`. The run
+    may be in training: it saves new checkpoints and deletes old ones meanwhile."""
     from pretrain.checkpoint.format import DamagedCheckpoint
     from pretrain.checkpoint.load import Checkpoint
 
     last_tried = None
     while True:
-        run, checkpoint = find_checkpoint(path)
+        run, checkpoint = find_checkpoint(path, alone=alone)
         try:
             return run, Checkpoint(checkpoint)
         except DamagedCheckpoint:
@@ -239,8 +248,9 @@ def open_checkpoint_of(path: Path) -> tuple[Path, Checkpoint]:
         last_tried = checkpoint
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Return the run directory and the checkpoint directory that MODEL means; ValueError where it
+def find_checkpoint(path: Path, *, alone: bool = False) -> tuple[Path, Path]:
+    """Return the run directory and the checkpoint directory that MODEL means, of a run with a mean
+    of networks those of the mean, unless the first network `alone` is wanted; ValueError where it
     is neither a run nor a checkpoint."""
     if not path.exists():
         raise ValueError(
@@ -256,7 +266,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             "llama2.c itself"
         )
     if (path / SUMMARY).is_file():
-        return path, path / read_summary(path)["checkpoint"]
+        summary = read_summary(path)
+        if alone or MIX_FOLDER not in summary:
+            return path, path / summary["checkpoint"]
+        path /= MIX_FOLDER
     from pretrain.checkpoint.load import list_checkpoints
 
     checkpoints = list_checkpoints(path / CHECKPOINTS)

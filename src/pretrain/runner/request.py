@@ -127,7 +127,7 @@ def compose_target(
             )
         if setting == "init_from":
             check_is_one_model(source, "trained")
-        found[setting] = find_checkpoint(source)
+        found[setting] = find_checkpoint(source, alone=setting == "init_from")
     if not found:
         return config
     run = next(iter(found.values()))[0]

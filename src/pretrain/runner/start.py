@@ -35,7 +35,7 @@ from pretrain.report.page import write_report
 from pretrain.run import directory, identity
 from pretrain.run.directory import CHECKPOINTS, REQUESTED, SUMMARY, read_environment, read_summary
 from pretrain.run.log import RunLog
-from pretrain.runner import checks
+from pretrain.runner import checks, ensemble
 from pretrain.runner.launch import (
     ProcessFailed,
     check_same_on_all_ranks,
@@ -89,6 +89,8 @@ class Request:
     """whether processes that are launched print the result as JSON"""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     """where messages go"""
+    network: str = ""
+    """"network 2 of 3" of the run in whose folder this run's is; empty for a run of its own"""
     planned_stop: tuple[str, int] = ("", 0)
     """where the run is interrupted on purpose: `Run.planned_stop`"""
     start_time: float = field(default_factory=time.perf_counter)
@@ -161,13 +163,44 @@ def start(request: Request) -> RunResult:
     """Do what is requested, in this process or in several that it launches. ValueError for what the
     user can correct; ProcessFailed where a process fails."""
     request = replace(request, stream=cast(TextIO, LastingStream(request.stream)))
+    result = _start_network(request)
+    if result.summary is None or not result.is_main:
+        return result
+    folder, summary = result.folder, dict(result.summary)
+    config = compose([read_file(folder / directory.CONFIG)])
+    if ensemble.is_missing(config, summary):
+        if code := ensemble.train_members(folder, config, partial(_train_member, request, folder)):
+            return RunResult(folder, code)
+        log_to(request.stream)("scoring the mean of all parts ...")
+        summary = ensemble.average(folder, config, start_time=request.start_time)
+        result = RunResult(folder, summary=summary, report=write_report(folder))
+    if result.report is not None:
+        from pretrain.train.console import Console, show_summary
+
+        show_summary(Console(request.stream), summary, folder=folder, report=result.report)
+    return result
+
+
+def _train_member(request: Request, run: Path, folder: Path, settings: Layer, name: str) -> int:
+    """Train a further network of a run in a folder of its own, and return the exit code."""
+    log_to(request.stream)(name)
+    member = replace(request, folder=folder, network=name, start_time=time.perf_counter())
+    if is_started(folder):
+        member = replace(member, kind="resume", targets=(), overrides={}, accepted=())
+    else:
+        targets = [str(run / directory.CONFIG)]
+        member = replace(member, kind="new", targets=targets, overrides=settings, accepted=())
+    return _start_network(member).exit_code
+
+
+def _start_network(request: Request) -> RunResult:
+    """Train the one network, or the first of several, that is requested."""
     open_run = _new_run if request.kind == "new" else _continued_run
     with ExitStack() as held:  # the lock of the folder, until the report is written
         run = open_run(request, held)
         if isinstance(run, RunResult):  # launched processes trained it, or nothing was left to do
             return run
         from pretrain.train import loop
-        from pretrain.train.console import show_summary
 
         folder, world = run.folder, run.world
         if world.is_main and run.config.report.to:
@@ -182,12 +215,11 @@ def start(request: Request) -> RunResult:
             return RunResult(folder, exit_code, is_main=False)
         report = write_report(folder)
         if not (folder / SUMMARY).is_file():
-            command = f"{this_command()} train --resume --run {shlex.quote(str(folder))}"
+            whole = folder.parent.parent if request.network else folder
+            command = f"{this_command()} train --resume --run {shlex.quote(str(whole))}"
             run.console.line(f"stopped and saved; continue with: {command}")
             return RunResult(folder, exit_code)
-        summary = read_summary(folder)
-        show_summary(run.console, summary, folder=folder, report=report, seconds=run.seconds)
-        return RunResult(folder, summary=summary, report=report)
+        return RunResult(folder, summary=read_summary(folder), report=report)
 
 
 def n_processes_of_run(stored: RunConfig, overrides: Layer) -> int:
@@ -214,7 +246,7 @@ def _run_of(
         config=config,
         data=data,
         world=world,
-        console=Console(request.stream),
+        console=Console(request.stream, brief=bool(request.network)),
         tasks=tasks,
         first_weights=partial(initial_checkpoint, config),
         planned_stop=request.planned_stop,
@@ -309,7 +341,7 @@ def _new_run(request: Request, held: ExitStack) -> Run | RunResult:
 
     world, request = _joined(config, request)
     is_main = world is None or world.is_main
-    for note in notes_of(layers, request.overrides, config):
+    for note in () if request.network else notes_of(layers, request.overrides, config):
         log_to(request.stream)(f"note: {note}")
     folder = new_run_folder(name, request.folder) if is_main else Path()
     if world is not None:
@@ -323,7 +355,7 @@ def _from_scratch(
     """Fill every empty setting, and write config.yaml, from which a resume reads them. The folder
     has the requested settings from the start, so that a run that is killed before they are resolved
     can be resumed too."""
-    log = log_to(request.stream)
+    log = (lambda line: None) if request.network else log_to(request.stream)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     is_main = world is None or world.is_main
     if is_main:
@@ -494,8 +526,9 @@ def _report_finished(request: Request, folder: Path, config: RunConfig) -> RunRe
     world, request = _joined(config, request)
     is_main = world is None or world.is_main
     if is_main:
-        log_to(request.stream)(f"{folder} is finished: there is nothing left to train")
         report, summary = folder / directory.REPORT, folder / SUMMARY
+        if not ensemble.is_missing(config, read_summary(folder)):
+            log_to(request.stream)(f"{folder} is finished: there is nothing left to train")
         if not report.is_file() or report.stat().st_mtime < summary.stat().st_mtime:
             write_report(folder)
     if world is not None:

@@ -30,7 +30,7 @@ class TokenizerConfig(Checked):
     tokenizer.json, encoder.json with vocab.bpe, tiktoken's ranks, SentencePiece's model"""
     vocab_size: Annotated[int | None, Range(2, MAX_VOCAB_SIZE)] = None
     """size of a bpe vocabulary, the end-of-text token included, at least 257; empty:
-    chosen from the amount of text"""
+    chosen from the amount of text, 257 (single bytes) for less than 100 kB"""
 
     def conflicts(self) -> Iterator[FieldError]:
         size, least = self.vocab_size, N_BYTES_VOCABULARY

@@ -50,6 +50,14 @@ class TrainConfig(Checked):
     best"""
     patience: Annotated[int | None, _COUNT] = None
     """stop after this number of evaluations in a row without a new best; empty: never"""
+    members: Annotated[int | None, Range(1, 64)] = None
+    """networks that a run trains one after the other, from other random weights each, and whose
+    mean probabilities are its model; they share its minutes; empty: as many as have time for an
+    epoch with n-gram tables, or one such and some without tables that read the text many times"""
+    counts: Annotated[int | None, Range(0, 16)] = None
+    """length of the n-grams of tokens whose counts in the text are averaged with the networks
+    (Kneser-Ney); 0: none; empty: 5, of bytes 7, for a run of minutes with n-gram tables or a larger
+    text, in one process"""
     seed: Annotated[int, Range(0, lt=1 << 63)] = 1
     """seed of initial weights, data order and dropout"""
     device: Device = "auto"

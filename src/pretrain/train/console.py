@@ -24,9 +24,10 @@ from pretrain.evaluate.task_files import EvalTask
 from pretrain.machine import this_command
 from pretrain.model.config import n_parameters
 from pretrain.report.units import duration
+from pretrain.run.directory import MIX_FOLDER
 from pretrain.train.build import TrainingBatches
 from pretrain.train.config import filled
-from pretrain.train.resolve import max_steps
+from pretrain.train.resolve import fit_table_rows, max_steps
 
 # Seconds between two lines of steps where the output is not a terminal.
 LINE_SECONDS = 10.0
@@ -46,9 +47,11 @@ def with_error(row: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """Writes human-readable lines to `file`."""
+    """Writes human-readable lines to `file`; of a further network of a run only its progress, as a
+    `brief` one."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, *, brief: bool = False) -> None:
+        self.is_brief = brief
         self._rich = rich_console.Console(file=file, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._last_line = 0.0
@@ -141,6 +144,8 @@ def show_plan(
     tasks: Sequence[EvalTask],
 ) -> None:
     """Show what is about to happen, and a warning where the text will be read many times."""
+    if console.is_brief:
+        return
     model, train = config.model, config.train
     text, held_out = data.split("train"), data.split("val")
     context, vocab_size = model.window_tokens, data.manifest.vocab_size
@@ -184,12 +189,14 @@ def show_plan(
     facts["run"] = f"{steps:,} steps, {tokens:,} tokens, {epochs:.2f} epochs"
     # Whether the steps are limited by the text rather than by train.minutes.
     ends_early = steps == max_steps(config, data)
+    n, counts = train.members or 1, train.counts
     if train.minutes is not None:
-        facts["run"] += f", {'at most' if ends_early else 'about'} {train.minutes:g} min"
+        facts["run"] += f", {'at most' if ends_early else 'about'} {train.minutes / n:.3g} min"
+    if n > 1 or counts:
+        facts["result"] = _mean_of(n, counts)
     # Weights, and up to two numbers of optimizer state for each that is not in a table.
-    checkpoint_bytes = 4 * (3 * n_all - 2 * in_tables)
     facts["disk"] = (
-        f"up to {checkpoint_bytes / 1e6:,.0f} MB a checkpoint; the newest "
+        f"up to {4 * (3 * n_all - 2 * in_tables) / 1e6:,.0f} MB a checkpoint; the newest "
         f"{train.keep_checkpoints} and the best are kept"
     )
     facts["on"] = (
@@ -202,18 +209,28 @@ def show_plan(
         facts["tasks"] = f"{names}, {often}"
     first, *others = facts.items()
     console.facts([first, *(fact for r in data.readings for fact in r["facts"].items()), *others])
-    remedy = "--model.ngram_rows 0" if tables else "a smaller --model.d_model"
-    _show_notes(console, n_all, text.n_tokens, epochs, ends_early=ends_early, remedy=remedy)
+    # Tables that were fitted to the text are as small as they should be.
+    is_fitted = model.rows_of_a_table <= fit_table_rows(text.n_tokens)
+    n_many = n_all - in_tables * is_fitted
+    ends_early &= n == 1
+    _show_notes(console, n_many, text.n_tokens, epochs, ends_early=ends_early, tables=not is_fitted)
+
+
+def _mean_of(n_networks: int, counts: int | None) -> str:
+    networks = f"{n_networks} networks, one after the other" if n_networks > 1 else "the network"
+    counted = f" and the counts of up to {counts} tokens in the text" if counts else ""
+    return f"the mean of {networks}{counted}"
 
 
 def _show_notes(
-    console: Console, n_all: int, n_tokens: int, epochs: float, *, ends_early: bool, remedy: str
+    console: Console, n_all: int, n_tokens: int, epochs: float, *, ends_early: bool, tables: bool
 ) -> None:
+    remedy = "--model.ngram_rows 0" if tables else "a smaller --model.d_model"
     if ends_early:
         console.line(
-            "note: n-gram tables overfit after the first epoch, so this run may end before its "
-            "minutes do. --train.steps makes it longer; more text or a larger --model.size uses "
-            "the time better."
+            "note: n-gram tables memorise what is read twice, so this run may end before its "
+            "minutes do. Twice the time of an epoch is used for a second network; more text or a "
+            "larger --model.size uses it better."
         )
     if n_all > MANY_PARAMETERS * n_tokens:
         console.line(
@@ -240,9 +257,9 @@ def show_summary(
     *,
     folder: Path,
     report: Path,
-    seconds: Mapping[str, float],
 ) -> None:
-    """Show the results, the cost in all and by what took the `seconds`, and where the files are."""
+    """Show the results, the cost in all and by what took the time, and where the files are."""
+    seconds = summary["seconds"]
     spent = {**seconds, "the rest": summary["total_seconds"] - sum(seconds.values())}
     parts = ", ".join(f"{name} {duration(each)}" for name, each in spent.items())
     baselines = ", ".join(
@@ -260,6 +277,11 @@ def show_summary(
         * is_rough,
         "baselines": f"{baselines} bits/byte",
     }
+    if MIX_FOLDER in summary:
+        results["mean of"] = ", ".join(
+            f"{row['name']} {row['bits_per_byte']:.3f} ({100 * row['weight']:.0f} %)"
+            for row in summary[MIX_FOLDER]
+        )
     if base := summary.get("base"):
         results["larger text"] = (
             f"{base['bits_per_byte']:.3f} bits/byte of its held-out text, "

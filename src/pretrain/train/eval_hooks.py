@@ -16,7 +16,7 @@ import torch
 
 from pretrain.data.batches import Stream, evaluation_batches
 from pretrain.data.format import StandingData
-from pretrain.evaluate.loss import EVALUATION_TOKENS, Score, ScoredModel, score_batches
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Model, Score, ScoredModel, score_batches
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.token_stats import bits_per_byte_error, sample_text_predictions
@@ -102,7 +102,8 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
             max_tokens=SAMPLE_TOKENS,
             sampling=sampling,
         )
-    run.console.line("  " + " ".join(text.split()), style="italic")
+    if not run.console.is_brief:
+        run.console.line("  " + " ".join(text.split()), style="italic")
     run.log.append_sample(
         {
             "step": run.step,
@@ -146,7 +147,7 @@ def evaluate_split(
 
 def held_out_error(run: Run) -> float | None:
     """The standard error of the bits per byte of the held-out split."""
-    return bits_per_byte_error(_scored_model(run), run.data.split("val"))
+    return bits_per_byte_error(scored_model(run), run.data.split("val"))
 
 
 # --- in-loop tasks --------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def held_out_error(run: Run) -> float | None:
 def evaluate_tasks(run: Run, tasks: Sequence[EvalTask], stop: StopSignals) -> None:
     """Evaluate in-loop tasks until a signal comes."""
     rows = []
-    model = _scored_model(run)
+    model = scored_model(run)
     for task in tasks:
         if stop.interrupts_evaluation(run.world):
             break
@@ -176,9 +177,9 @@ def last_task_results(run: Run) -> dict[str, dict[str, Any]]:
 # --- losses of single tokens ----------------------------------------------------------------------
 
 
-def token_losses(run: Run) -> dict[str, Any]:
-    """The model's predictions, token by token, of the start of a held-out document."""
-    tokenizer, stream = run.data.tokenizer(), run.data.split("val")
+def token_losses(model: Model, stream: Stream) -> dict[str, Any]:
+    """The model's predictions, token by token, of the start of a document of a held-out stream."""
+    tokenizer = model.tokenizer
     ids = stream.read(0, min(stream.n_tokens, SEARCHED_TOKENS))
     borders = np.flatnonzero(np.isin(ids, [tokenizer.start_of_text, tokenizer.end_of_text]))
     documents = [ids[: borders[0]] if len(borders) else ids]
@@ -186,10 +187,10 @@ def token_losses(run: Run) -> dict[str, Any]:
     longest = max(documents, key=len)[:TOKEN_LOSS_TOKENS].tolist()
     if not longest:
         return {"passage": [], "cards": []}
-    return sample_text_predictions(_scored_model(run), longest)
+    return sample_text_predictions(model, longest)
 
 
-def _scored_model(run: Run) -> ScoredModel:
+def scored_model(run: Run) -> ScoredModel:
     """Gather the weights, and return the model with which single texts are scored."""
     run.model.unshard()
     decoder, precision = run.model.lm_loss.decoder, run.config.train.precision

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 from pretrain.data.order import Tracer
@@ -25,6 +25,7 @@ from pretrain.train.eval_hooks import (
     held_out_error,
     is_evaluated,
     last_task_results,
+    scored_model,
     token_losses,
 )
 from pretrain.train.monitor import MOST_IN_A_ROW, NOT_FINITE, SPIKE, Anomaly
@@ -241,16 +242,18 @@ def finish(run: Run) -> None:
         load_weights(run.model, Checkpoint(best))
     with uncompiled(), run.timed("evaluation"):
         score, stderr = evaluate_split(run), held_out_error(run)
-        predictions = token_losses(run)
+        predictions = token_losses(scored_model(run), run.data.split("val"))
     peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
         return
 
-    run.console.line("scoring count tables and compressors on the same held-out text ...")
-    train_split, val_split = run.data.split("train"), run.data.split("val")
-    with run.timed("count tables"):
-        baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
-    write_json(run.folder / BASELINES, baselines)
+    baselines: dict[str, Any] = {"baselines": []}
+    if not run.console.is_brief:  # those of the first network are the same
+        run.console.line("scoring count tables and compressors on the same held-out text ...")
+        train_split, val_split = run.data.split("train"), run.data.split("val")
+        with run.timed("count tables"):
+            baselines = measure_baselines(train_split, val_split, tokenizer=run.data.tokenizer())
+        write_json(run.folder / BASELINES, baselines)
     write_json(run.folder / PREDICTIONS, predictions)
 
     decoder = run.model.lm_loss.decoder
@@ -268,6 +271,7 @@ def finish(run: Run) -> None:
         "tokens_per_second": run.tokens / run.seconds["training"],
         "train_seconds": run.seconds["training"],
         "stalled_seconds": run.seconds["checkpoints"],
+        "seconds": dict(run.seconds),
         "total_seconds": time.perf_counter() - run.start_time,
         "peak_memory_bytes": int(max(peak for (peak,) in peak_memory)),
         "checkpoint": checkpoint.relative_to(run.folder).as_posix(),

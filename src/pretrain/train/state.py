@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,9 @@ class Run:
         if config.train.minutes is not None and config.schedule.name == "wsd" and is_free:
             used = 0.0 if checkpoint is None else checkpoint.state.get("clock_seconds", 0.0)
             most, decisions = max_steps(config, data), self.log.decisions()
-            self.clock = Clock(config.train, self.plan, most, decisions, used)
+            minutes = config.train.minutes / (config.train.members or 1)
+            own = replace(config.train, minutes=minutes)
+            self.clock = Clock(own, self.plan, most, decisions, used)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

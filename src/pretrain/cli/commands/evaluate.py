@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
         from pretrain.report.page import write_report
         from pretrain.report.run import read_run_files
 
-        run_folder = model.path.parent.parent
+        run_folder = model.run_folder
         overlap: dict[str, Any] = {"checkpoint": model.path.relative_to(run_folder).as_posix()}
         overlap |= training_overlap(
             model,

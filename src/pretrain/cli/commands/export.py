@@ -17,6 +17,7 @@ from pretrain.cli.out_folder import keep_aside, resolve_out, work_folder
 from pretrain.cli.output import Output
 from pretrain.fileio import nan_to_null, write_json
 from pretrain.machine import install_command
+from pretrain.run.directory import MIX_FOLDER
 from pretrain.runner.open import load_model
 from pretrain.runner.request import check_is_one_model
 
@@ -62,7 +63,12 @@ def run(args: argparse.Namespace, output: Output) -> int:
     )
 
     # On the CPU in float32: the reference that the other library is compared with.
-    model = load_model(args.model, device="cpu")
+    model = load_model(args.model, device="cpu", alone=True)
+    if (Path(args.model) / MIX_FOLDER).is_dir():
+        output.log(
+            f"{args.model} is a mean of several parts, which no other library reads: its first "
+            "network alone is exported"
+        )
     while (character := model.tokenizer.first_unencodable(text)) is not None:
         text = text.replace(character, "")
     if not len(model.tokenizer.encode(text)):
