@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import sys
 import zipfile
@@ -80,6 +81,14 @@ def test_each_of_many_kinds_is_read_or_named(tmp_path: Path) -> None:
             ]
         ],
         "OTTO VON BISMARCK was a statesman.\n",
+        "Vanity Fair\np1\nA novel.\n",
+        "(Some sail,\nothers row.)\n",
+        "cats\ndogs\np1\n(a list)\n",
+        "(d) ships\n(e) boats\n",
+        "]q is a sign, }q another.\n",
+        "begin 644 days of rain\nand no ship.\n",
+        "-----BEGIN-----\nThe ship sails.\n",
+        "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\nThe ship sails.\n",
         "WEBVTT is a format.\nAnother line.\n\nA 00:01 --> B.\n",
         "a" * 256 + " ustar\n" + "b" * 59 + "\n",
         "a" * 257 + "ustar, the mark of tar\n",
@@ -124,6 +133,44 @@ def test_text_in_breton_is_not_packed_by_brotli(tmp_path: Path, name: str) -> No
 )
 def test_spellings_of_a_kind_are_known(start: bytes, format: str) -> None:
     assert format_of(start, "a")[0] == format
+
+
+class Ship:
+    """Pickled by the name of its class."""
+
+    sails = 3
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_all_protocols_are_skipped_under_any_name(protocol: int) -> None:
+    """Protocol 0 is letters (Python's pickletools, "What's in a pickle"), and no text."""
+    texts = [f"The ship sails {i}." for i in range(3)]
+    ship = Ship()
+    ship.__dict__["texts"] = texts
+    containers = [{"text": texts[0]}, texts, [texts], [], {}, ship, [ship], set(texts), Ship]
+    values = [texts[0], tuple(texts), (1, texts[0]), (None, 2.5), ((texts[0],), -1)]
+    for content in containers + values:
+        head = pickle.dumps(content, protocol)
+        format, note = format_of(head, "notes.txt")
+        assert format is None
+        # Letters are all that hides a pickle: a value of protocol 1 has a NUL byte.
+        assert "a pickle" in note or (protocol == 1 and note.startswith("binary")), content
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "begin-base64 644 ship.bin\n" + "QUJD" * 19 + "\nQUJD\n====\n",
+        "=ybegin line=128 size=9 name=ship.bin\nabc\n",
+        "(This file must be converted with BinHex 4.0)\n\n:abc:\n",
+        "-----BEGIN CERTIFICATE-----\n" + "QUJD" * 16 + "\nQUJD\n",
+        "-----BEGIN PGP MESSAGE-----\nVersion: 1\n\n" + "QUJD" * 16 + "\nQUJD\n",
+    ],
+)
+def test_bytes_that_are_written_as_letters_are_no_text(start: str) -> None:
+    format, note = format_of(start.encode(), "letters.dat")
+    assert format is None
+    assert "decode it" in note
 
 
 def test_marks_within_subtitles_are_left_out(tmp_path: Path) -> None:

@@ -459,6 +459,32 @@ def test_unterminated_quote_costs_one_row(tmp_path: Path, monkeypatch: pytest.Mo
     assert "invalid CSV" in report.problems[0].reason
 
 
+@pytest.mark.parametrize("columns", ["title,text", "id,text", "text,title", "text"])
+@pytest.mark.parametrize("comma", [",", ";", "\t"])
+@pytest.mark.parametrize("last", ["Oh, my", "Oh, my\nOh; my", "Oh, my love\nOh; my\nsea, and sky"])
+def test_a_file_that_ends_inside_a_quoted_cell_loses_that_record_alone(
+    tmp_path: Path, columns: str, comma: str, last: str
+) -> None:
+    """A table with quoted cells whose download broke off: lines of the last cell are no rows."""
+    names = columns.split(",")
+    poems = [f'Oh, my love {i}\nred, as "roses"; blue, as ships' for i in range(20)]
+    file = io.StringIO()
+    rows = csv.DictWriter(file, names, delimiter=comma, extrasaction="ignore")
+    rows.writeheader()
+    for i, poem in enumerate(poems):
+        rows.writerow({"id": i, "title": f"Poem {i}", "text": poem})
+    before = {"id": f"20{comma}", "title": f"Last{comma}"}.get(names[0], "")
+    cut = f'{before}"{last}'
+    path = tmp_path / ("a.tsv" if comma == "\t" else "a.csv")
+    path.write_text(file.getvalue() + cut, newline="")
+    report = ReadingReport()
+    assert read_texts(path, report=report, text_field="text") == poems
+    (problem,) = report.problems
+    assert problem.reason == "skipped: the file ends inside a quoted cell"
+    share = float(report.facts()["skipped"].partition("1 record, ")[2].split(" %")[0])
+    assert share == pytest.approx(100 * len(cut) / path.stat().st_size, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "kind", ["binary", "large_binary", "binary_view", "large_string", "list", "dictionary"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import bz2
 import gzip
 import io
@@ -160,6 +161,11 @@ def _npy() -> bytes:
     return out.getvalue()
 
 
+def _uuencoded() -> bytes:
+    lines = [binascii.b2a_uu(bytes(range(start, start + 45))) for start in (0, 45, 90)]
+    return b"begin 644 ship.bin\n" + b"".join(lines) + b"`\nend\n"
+
+
 def _wav() -> bytes:
     out = io.BytesIO()
     with wave.open(out, "wb") as sound:
@@ -252,6 +258,8 @@ SKIPPED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "lfs.jsonl": ("Git LFS", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "array.npy": ("an array of NumPy", _npy),
     "object.pkl": ("a pickle", lambda: pickle.dumps({"text": SENTENCE})),
+    "notes.txt": ("a pickle", lambda: pickle.dumps({"text": SENTENCE}, protocol=0)),
+    "letter.txt": ("bytes written as letters", _uuencoded),
     "model.safetensors": (
         "weights of a model",
         lambda: len(_SAFETENSORS).to_bytes(8, "little") + _SAFETENSORS + b"\0" * 4,

@@ -178,14 +178,14 @@ def _walk(folder: Path, prefix: str, report: ReadingReport) -> Iterator[SourceFi
     with os.scandir(folder) as iterator:
         entries = sorted(iterator, key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
+    skip = partial(report.add, counter="n_skipped_files")
     if any(marks <= names for marks in _OWN_FOLDERS):
         if not prefix:
             raise ValueError(
                 f"source {str(folder)!r} was written by pretrain: it is a run or a prepared text; "
                 "resume a run with pretrain train --resume --run DIR, or with pretrain extend DIR"
             )
-        problem = Problem(_printable(prefix), "skipped: a run or a prepared text")
-        report.add(problem, counter="n_skipped_files")
+        skip(Problem(_printable(prefix), "skipped: a run or a prepared text"))
         return
 
     notes = _DATASET_NOTES | ({"state.json"} if "dataset_info.json" in names else set())
@@ -199,14 +199,12 @@ def _walk(folder: Path, prefix: str, report: ReadingReport) -> Iterator[SourceFi
         if stat.S_ISDIR(status.st_mode):
             yield from _walk(Path(entry.path), name + "/", report)
         elif entry.name in notes:
-            problem = Problem(_printable(name), "skipped: it describes a data set")
-            report.add(problem, counter="n_skipped_files", is_allowed=True)
+            skip(Problem(_printable(name), "skipped: it describes a data set"), is_allowed=True)
         elif stat.S_ISREG(status.st_mode) or entry.is_symlink():
             n_bytes = -1 if entry.is_symlink() else status.st_size
             yield SourceFile(Path(entry.path), name, n_bytes)
         else:
-            problem = Problem(_printable(name), "skipped: a pipe or a device")
-            report.add(problem, counter="n_skipped_files")
+            skip(Problem(_printable(name), "skipped: a pipe or a device"))
 
 
 # Formats
@@ -389,12 +387,9 @@ class FileStream(io.BufferedReader):
 
     def skip_record(self, reason: str, number: int, offset: int | None, n_bytes: int) -> None:
         """Report a record that is not a document."""
+        skipped = f"skipped: {reason}"
         self.add_problem(
-            f"skipped: {reason}",
-            line=number,
-            offset=offset,
-            counter="n_skipped_records",
-            n_bytes=n_bytes,
+            skipped, line=number, offset=offset, counter="n_skipped_records", n_bytes=n_bytes
         )
 
     def omit(self, reason: str, n_bytes: int, *, unit: str) -> None:

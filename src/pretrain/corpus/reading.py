@@ -169,11 +169,8 @@ def _read_text(stream: FileStream) -> Iterator[Document]:
                 else:
                     stream.add_problem(reason, offset=place, n_bytes=len(data))
                 continue
-            stream.add_problem(
-                f"{n_invalid:,} invalid UTF-8 sequences, the first here, were replaced by U+FFFD",
-                offset=place,
-                counter="n_repaired",
-            )
+            reason = f"{n_invalid:,} invalid UTF-8 sequences, the first here, are now U+FFFD"
+            stream.add_problem(reason, offset=place, counter="n_repaired")
 
         text = with_newlines(text)
         if text.strip():

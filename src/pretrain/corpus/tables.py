@@ -56,6 +56,8 @@ class _Table:
         """Why a line of the record is not text."""
         self.delimiter = ","
         self.header: list[str] = []
+        self.has_ended = self.is_quoted = False
+        """Whether there are no more lines, and whether a quoted cell was read and closed."""
 
     def __iter__(self) -> _Table:
         return self
@@ -63,7 +65,9 @@ class _Table:
     def __next__(self) -> str:
         if len(self.record) == _LOOK_LINES and self.swallows_rows():
             raise StopIteration  # an error for csv.reader, which then begins a new record
+        self.has_ended = True
         line = self._again.pop(0) if self._again else next(self._lines)
+        self.has_ended = False
         _, offset, data, text = line
         self.end = offset + len(data)
         if len(self.record) <= _LOOK_LINES:
@@ -127,20 +131,23 @@ def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
     while True:
         error = None
         try:
-            cells = next(reader, None)
+            cells = next(reader)
+        except StopIteration:
+            return
         except csv.Error as raised:
             cells = []
-            error = Skipped(f"invalid CSV: {raised}")
-        if cells is None:
-            return
+            reason = f"invalid CSV: {raised}"
+            error = Skipped("the file ends inside a quoted cell" if table.has_ended else reason)
         number, offset, data, text = table.record[0]
         n_lines = len(table.record)
         is_plain = False
-        if 1 < n_lines <= _LOOK_LINES and table.swallows_rows(is_error=error is not None):
+        # If other cells are quoted, this one was cut off; else its mark may be a character.
+        is_stray = error is not None and not (table.has_ended and table.is_quoted)
+        if 1 < n_lines <= _LOOK_LINES and table.swallows_rows(is_error=is_stray):
             is_plain = True
             reason = "a quotation mark that no other one closes was read as it stands"
             stream.add_problem(reason, line=number, offset=offset, counter="n_repaired")
-        elif error and table.delimiter == "\t" and n_lines == 1 and table.header:
+        elif is_stray and table.delimiter == "\t" and n_lines == 1 and table.header:
             is_plain = True  # TSV has no quotation marks, but some programs write them
         if is_plain:
             error, cells = None, text.split(table.delimiter)
@@ -148,9 +155,10 @@ def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
             table.end = offset + len(data)
         header = table.header
         error = (table.invalid or error) if header else error
-        n_bytes = table.end - offset
+        if header and cells and len(cells) != len(header):
+            error = error or Skipped(f"{len(cells)} cells, but the header has {len(header)}")
         if error:
-            yield Row(number, offset, error, n_bytes)
+            yield Row(number, offset, error, table.end - offset)
         elif not header:  # its invalid bytes are kept as U+FFFD
             # A name that repeats an earlier one gets its column's number.
             names = [cell.strip() for cell in cells]
@@ -161,11 +169,9 @@ def csv_rows(stream: FileStream, text_field: str | None) -> Iterator[Row]:
                 reason += "then not in the text; write names such as id,text into a line above it"
                 file = stream.file.name
                 stream.report.omit(reason, Omission(reason, "header", 1, 0, [file], is_read=True))
-        elif cells and len(cells) != len(header):
-            reason = f"{len(cells)} cells, but the header has {len(header)}"
-            yield Row(number, offset, Skipped(reason), n_bytes)
         elif cells:
-            yield Row(number, offset, dict(zip(header, cells, strict=True)), n_bytes)
+            table.is_quoted |= '"' in text and text != table.delimiter.join(cells)
+            yield Row(number, offset, dict(zip(header, cells, strict=True)), table.end - offset)
         table.restart(1 if is_plain else n_lines)
 
 
