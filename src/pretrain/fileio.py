@@ -324,7 +324,7 @@ def remove_flat_folder(path: Path) -> None:
         os.rmdir(path)
 
 
-def check_free_space(folder: Path, *, n_bytes: int, n_files: int) -> None:
+def check_free_space(folder: Path, n_bytes: int, n_files: int, what: str = "a checkpoint") -> None:
     """OSError (ENOSPC) unless the disk of `folder` has space for `n_bytes` in `n_files` files."""
     disk = shutil.disk_usage(folder)
     counts = [(n_bytes, disk.free, disk.total, "bytes")]
@@ -333,7 +333,7 @@ def check_free_space(folder: Path, *, n_bytes: int, n_files: int) -> None:
         counts.append((n_files, table.f_favail, table.f_files, "inodes"))
     for needed, free, total, unit in counts:
         if total and free < needed:  # some file systems do not report a size or a table: 0 of 0
-            message = f"a checkpoint needs {needed:,} {unit}, but only {free:,} are free"
+            message = f"{what} needs {needed:,} {unit}, but only {free:,} are free"
             raise OSError(errno.ENOSPC, message, str(folder))
 
 

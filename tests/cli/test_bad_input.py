@@ -176,6 +176,25 @@ def test_a_full_disk_is_exit_code_75(
     assert list_checkpoints(Path("run/checkpoints")) == []
 
 
+@pytest.mark.parametrize("command", ["train", "prepare"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.txt", "The ship sails.\n" * 99), ("a.jsonl", '{"text": "A ship."}\n' * 99)],
+)
+def test_a_disk_that_is_too_small_for_the_text_is_named_before_it_is_read(
+    here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str, name: str, text: str
+) -> None:
+    disk = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk._replace(free=900))
+    monkeypatch.setenv("PRETRAIN_CACHE", str(here / "cache"))
+    (here / name).write_text(text)
+    options = ["--out", "out"] if command == "prepare" else [*TINY, *STEPS, "--run", "run"]
+    message = rejection(capsys, command, name, *options, code=75)
+    assert "preparing this text (with --out, or in PRETRAIN_CACHE) needs " in message
+    assert " bytes, but only 900 are free" in message
+    assert not list(here.glob("**/read"))
+
+
 def test_bugs_are_exit_code_1(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def broken(*args: Any, **keywords: Any) -> None:
         json.loads("{")  # a ValueError from inside a library is not the user's

@@ -70,15 +70,9 @@ from pretrain.tokenizer.load import NAMING_FILES, load_tokenizer, tokenizer_file
 
 Progress = Callable[[str, float], object]
 """Called with the title of a stage and the fraction of it that is done, 0 to 1."""
-
-
 MAX_OPENED_FILES = 1000
 """Files that are opened to see whether a text has changed since it was prepared."""
 _END_BYTES = 4096
-
-
-def _no_progress(title: str, fraction: float) -> None:
-    pass
 
 
 def prepare(
@@ -93,7 +87,7 @@ def prepare(
     strict: bool = False,
     corpus: CorpusConfig | None = None,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> PreparedData:
     """Turn a file, a folder, "bundled" or several of them into a prepared folder, and open it.
 
@@ -105,7 +99,6 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1 (got {workers})")
-    progress = progress or _no_progress
     settings = _settings(
         source,
         tokenizer=tokenizer,
@@ -238,7 +231,7 @@ def _run_cluster_task(folder: Path, number: int, _: Any, rank: int, world_size: 
         job.run_task(stage, task)
 
 
-def finish(job: Job, out: str | Path, *, progress: Progress = _no_progress) -> PreparedData:
+def finish(job: Job, out: str | Path, *, progress: Progress = lambda *_: None) -> PreparedData:
     """Write the prepared folder of a job whose stages are all complete, open it, and remove the
     job."""
     out = Path(out)

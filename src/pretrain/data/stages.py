@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ from pretrain.data.jobs import (
 )
 from pretrain.data.order import ceil_div
 from pretrain.data.writer import Compression, TaskWriter, compression_of, extremes, file_chunks
-from pretrain.fileio import read_json, write_json
+from pretrain.fileio import check_free_space, read_json, write_json
 from pretrain.tokenizer.config import TRAINED_NAMES
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.train import train_tokenizer
@@ -59,6 +60,10 @@ GROUP_BYTES = 1 << 23
 """Files are read in groups of about this number of bytes on disk,"""
 GROUP_FILES = 1 << 12
 """and of at most this number of files."""
+
+# What a copy of its texts, and their ids, take at least of the bytes of a file, packed or not.
+_LEAST_SHARE = {"txt": 1.0, "md": 1.0, "jsonl": 0.5}
+_TEXT_FILE = re.compile(r"\.(txt|md|jsonl)(\.(gz|bz2|xz|zst))?$")
 
 EQUAL, NEARLY_EQUAL = 1, 2
 """Marks of documents that are duplicates of an earlier one; others have 0."""
@@ -87,6 +92,10 @@ def _list_files(job: Job, task: int, out: Path) -> None:
                 n_bytes = 0
             groups[-1].append(file)
             n_bytes += file.n_bytes
+    named = [(_TEXT_FILE.search(file.name), file) for group in groups for file in group]
+    least = int(sum(_LEAST_SHARE[match[1]] * file.n_bytes for match, file in named if match))
+    what = "preparing this text (with --out, or in PRETRAIN_CACHE)"
+    check_free_space(out, n_bytes=least, n_files=len(groups), what=what)
     for number, group in enumerate(groups):
         files = [asdict(file) | {"path": str(file.path)} for file in group]
         write_json(out / f"{number}.json", {"files": files}, ascii_only=True)
