@@ -270,6 +270,12 @@ def test_a_plan_says_what_a_run_costs(texts: list[str], capsys: Capture) -> None
     assert re.search(r"  cost +[\d.]+ s \(training [\d.]+ s, evaluation [\d.]+ s, ", out)
 
 
+def test_a_note_advises_nothing_that_is_done_already(texts: list[str], capsys: Capture) -> None:
+    wide = ["--model.ngram_rows", "0", "--model.n_heads", "4", "--model.d_model", "256"]
+    assert main(["train", "a.txt", *SHORT, *wide]) == 0
+    assert "; a smaller --model.d_model saves disk and time." in capsys.readouterr().out
+
+
 def test_the_whole_config_file_of_the_docs_is_a_run(texts: list[str], tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/config-file.md").read_text(encoding="utf-8")
     Path("mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])

@@ -277,8 +277,8 @@ def _write_folder(job: Job, progress: Progress) -> Path:
             raise ValueError(
                 f"the text is too small: {report['n_kept_text_bytes']:,} bytes in {documents}, "
                 f"and nothing is left for the {'training' if name == 'train' else 'held-out'} "
-                "text; use more text, or longer documents; removed were "
-                f"{report['removed'] or 'none'}"
+                "text; use more text, or longer documents"
+                + (f"; removed were {report['removed']}" if report["removed"] else "")
             )
     filtered = []
     if job.settings.corpus.inspects_text:
