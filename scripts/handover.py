@@ -33,7 +33,8 @@ FAMILIES = ("llama", "gpt2", "fast")
 N_NEW = 30
 PROMPTS = ("the ship", "rain and wind", "A bird of gold.", "  the house\n")
 
-# Check of handover_checks.py -> its packages, the first one is the tool of the table's row.
+# Check of handover_checks.py -> its packages, of which the first is the tool of the table's row
+# where ROWS has no other name.
 TOOLS: dict[str, tuple[str, ...]] = {
     "transformers": ("transformers==5.24.0",),
     "transformers-4": ("transformers==4.57.6",),
@@ -44,11 +45,17 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "lm-eval": ("lm-eval==0.4.13", "accelerate", "transformers==5.24.0"),
     "onnx": ("onnxruntime==1.32.0", "onnxscript", "onnx", "transformers==5.24.0"),
     "optimum": ("optimum-onnx==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6"),
+    "transformers.js": ("optimum-onnx==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6"),
+    "genai": ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx", "transformers==5.24.0"),
     "openvino": ("optimum-intel[openvino]==2.2.0",),
     "ctranslate2": ("ctranslate2==4.8.5", "transformers==5.24.0"),
     "mlx": ("mlx-lm==0.32.2", "mlx[cpu]"),
     "llama.cpp": ("llama-cpp-python==0.3.36",),
     "vllm": ("vllm==0.32.0",),
+}
+ROWS = {
+    "onnx": "torch.onnx, onnxruntime 1.32.0",
+    "transformers.js": "transformers.js 4.3.2 (node, ONNX of optimum-onnx)",
 }
 
 
@@ -136,7 +143,7 @@ def write_page(results: dict[str, Any]) -> None:
     for tool, packages in TOOLS.items():
         row = results.get(tool, {"families": {}, "date": "-"})
         cells = [row["families"].get(family, "not run") for family in FAMILIES]
-        named = packages[0] if tool != "onnx" else f"torch.onnx, {packages[0]}"
+        named = ROWS.get(tool, packages[0])
         cells = [re.sub(r"[|`]", "'", cell) for cell in cells]
         lines.append(f"| {named.replace('==', ' ')} | {' | '.join(cells)} | {row['date']} |")
     head = PAGE.read_text().partition("<!-- table -->")[0]

@@ -206,6 +206,66 @@ def check_optimum() -> str:
     return continued(tokenizer, ORTModelForCausalLM.from_pretrained(FOLDER, export=True, **TRUST))
 
 
+def check_transformers_js() -> str:
+    """The ONNX of optimum in node; pipelines of transformers.js return text and no ids."""
+    import subprocess
+
+    package = WORK / "environments/node"
+    package.mkdir(parents=True, exist_ok=True)
+    # Its install scripts fetch a runtime for GPUs.
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+    install.append("@huggingface/transformers@4.3.2")
+    subprocess.run(install, cwd=package, check=True, capture_output=True)
+    tool = Path(sys.executable).with_name("optimum-cli")
+    task = ["--task", "text-generation-with-past", *(["--trust-remote-code"] if TRUST else [])]
+    export = [str(tool), "export", "onnx", "--model", FOLDER, *task, str(SCRATCH / "onnx")]
+    done = subprocess.run(export, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    for file in Path(FOLDER).glob("*.json"):  # optimum's transformers writes its own again
+        (SCRATCH / file.name).write_bytes(file.read_bytes())
+    script = package / "check.mjs"
+    script.write_bytes(Path(__file__).with_name("handover_checks.mjs").read_bytes())
+    command = ["node", str(script), str(SCRATCH), str(WORK / "answers.json"), FAMILY]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-1]
+
+
+def check_genai() -> str:
+    """The builder of onnxruntime-genai, and its text without and with a start token."""
+    import subprocess
+
+    import onnxruntime_genai as genai
+
+    build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", FOLDER, "-e", "cpu"]
+    build += ["-o", str(SCRATCH), "-p", "fp32", "-c", str(SCRATCH / "cache")]
+    build += ["--extra_options", "hf_remote=true"] if TRUST else []
+    done = subprocess.run(build, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    # transformers 5, which the builder saves the tokenizer by, leaves add_bos_token out; then an
+    # end is put after each prompt.
+    config = Path(FOLDER, "tokenizer_config.json")
+    (SCRATCH / config.name).write_bytes(config.read_bytes())
+    model, found = genai.Model(str(SCRATCH)), []
+    tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+    for row in ANSWERS["rows"]:
+        ids = tokenizer.encode(row["prompt"])
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(ids) + N_NEW, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(ids)
+        tokens: list[int] = []
+        while not generator.is_done() and len(tokens) < N_NEW:
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        found.append(tokens)
+    return result(found)
+
+
 def check_openvino() -> str:
     from optimum.intel import OVModelForCausalLM
 
@@ -282,6 +342,8 @@ CHECKS = {
     "lm-eval": check_lm_eval,
     "onnx": check_onnx,
     "optimum": check_optimum,
+    "transformers.js": check_transformers_js,
+    "genai": check_genai,
     "openvino": check_openvino,
     "ctranslate2": check_ctranslate2,
     "mlx": check_mlx,
