@@ -465,7 +465,7 @@ def test_unterminated_quote_costs_one_row(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_file_that_ends_inside_a_quoted_cell_loses_that_record_alone(
     tmp_path: Path, columns: str, comma: str, last: str
 ) -> None:
-    """A table with quoted cells whose download broke off: lines of the last cell are no rows."""
+    """A table with quoted cells whose download broke off: lines of the last cell stay together."""
     names = columns.split(",")
     poems = [f'Oh, my love {i}\nred, as "roses"; blue, as ships' for i in range(20)]
     file = io.StringIO()
