@@ -190,7 +190,7 @@ def test_a_disk_that_is_too_small_for_the_text_is_named_before_it_is_read(
     (here / name).write_text(text)
     options = ["--out", "out"] if command == "prepare" else [*TINY, *STEPS, "--run", "run"]
     message = rejection(capsys, command, name, *options, code=75)
-    assert "preparing this text (with --out, or in PRETRAIN_CACHE) needs " in message
+    assert "preparing this text (--out or PRETRAIN_CACHE) needs " in message
     assert " bytes, but only 900 are free" in message
     assert not list(here.glob("**/read"))
 

@@ -87,7 +87,7 @@ def prepare(
     strict: bool = False,
     corpus: CorpusConfig | None = None,
     workers: int = 1,
-    progress: Progress = lambda *_: None,
+    progress: Progress | None = None,
 ) -> PreparedData:
     """Turn a file, a folder, "bundled" or several of them into a prepared folder, and open it.
 
@@ -99,6 +99,7 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1 (got {workers})")
+    progress = progress or (lambda *_: None)
     settings = _settings(
         source,
         tokenizer=tokenizer,

@@ -94,8 +94,7 @@ def _list_files(job: Job, task: int, out: Path) -> None:
             n_bytes += file.n_bytes
     named = [(_TEXT_FILE.search(file.name), file) for group in groups for file in group]
     least = int(sum(_LEAST_SHARE[match[1]] * file.n_bytes for match, file in named if match))
-    what = "preparing this text (with --out, or in PRETRAIN_CACHE)"
-    check_free_space(out, n_bytes=least, n_files=len(groups), what=what)
+    check_free_space(out, least, len(groups), "preparing this text (--out or PRETRAIN_CACHE)")
     for number, group in enumerate(groups):
         files = [asdict(file) | {"path": str(file.path)} for file in group]
         write_json(out / f"{number}.json", {"files": files}, ascii_only=True)
