@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import shlex
 import shutil
@@ -95,6 +97,14 @@ def memory_bytes() -> int | None:
     with suppress(AttributeError, OSError, ValueError):  # Windows, and systems with other names
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits, default=None)
+
+
+def free_memory() -> None:
+    """Collect unused objects, and return their memory to the system, of which glibc keeps hundreds
+    of megabytes."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:

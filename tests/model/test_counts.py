@@ -88,6 +88,15 @@ def test_the_fitted_weights_of_a_mixture_are_the_best_ones() -> None:
                 assert nats(fitted) < nats(other)
 
 
+def test_the_probability_of_one_token_is_that_of_the_whole_vocabulary() -> None:
+    config = random_variant("gpt2").config
+    counts = count_decoder(some_ids(500, 1, V_DECODER), config, vocab_size=V_DECODER, order=4)
+    ids = torch.from_numpy(some_ids(300, 2, V_DECODER))
+    hidden = counts(ids[None, :-1])[0]
+    whole = counts.logits(hidden).exp().gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(counts.target_probabilities(hidden, ids[1:]), whole)
+
+
 def test_text_is_generated_from_counts_and_a_network() -> None:
     network = random_variant("gpt2").eval()
     counts = count_decoder(

@@ -156,6 +156,18 @@ class CountDecoder(Decoder):
             numbers_BS = nn.functional.pad(numbers_BS[:, :-1], (1, 0), value=-1)
         return torch.stack(numbers, -1).float()  # exact below 2^24, more than MAX_COUNTED_TOKENS
 
+    def target_probabilities(self, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:
+        """Compute the probability (N,) of one next token after each hidden state (N, C)."""
+        p_N = torch.full(targets_N.shape, 1 / self.vocab_size, device=hidden_NC.device)
+        contexts_N = torch.zeros_like(targets_N)
+        for n, (keys, shares, rests) in enumerate(zip(*self.tables, strict=True)):
+            entries_N = _find(keys, contexts_N, targets_N, self.vocab_size)
+            own_N = torch.where(entries_N < 0, 0.0, shares[entries_N])
+            p_N = torch.where(contexts_N < 0, p_N, own_N + rests[contexts_N] * p_N)
+            if n < self.width:
+                contexts_N = hidden_NC[:, n].long()
+        return p_N
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the log of the probabilities (..., V) of the next token."""
         numbers_NC = hidden.reshape(-1, self.width).long()

@@ -73,9 +73,13 @@ def target_probabilities(decoder: Decoder, batches: Iterable[Any]) -> Tensor:
         targets_N1 = batch.targets[is_valid_BT].to(decoder.device)[:, None]
         chunks = (torch.split(each, _ROWS) for each in (hidden_ND, targets_N1))
         for hidden, targets in zip(*chunks, strict=True):
-            logits = decoder.logits(hidden)
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            columns.append(log_p.gather(1, targets)[:, 0].cpu().double().exp())
+            if isinstance(decoder, CountDecoder):  # whose logits of a whole vocabulary are slow
+                p_N = decoder.target_probabilities(hidden, targets[:, 0])
+            else:
+                logits = decoder.logits(hidden)
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                p_N = wide.softmax(-1).gather(1, targets)[:, 0]
+            columns.append(p_N.cpu().double())
     return torch.cat(columns)
 
 

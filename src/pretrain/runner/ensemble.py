@@ -9,7 +9,6 @@ and with dropout. The mean of all, in mix/, is what `load_model` opens. "Neural 
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Layer, RunConfig
+from pretrain.machine import free_memory
 from pretrain.run.directory import (
     CHECKPOINTS,
     MEMBERS,
@@ -95,7 +95,7 @@ def average(folder: Path, config: RunConfig, *, start_time: float) -> dict[str, 
     from pretrain.model.mixture import fit_weights, target_probabilities
     from pretrain.runner.mix import counts_of, parts_of, write_mix
 
-    gc.collect()  # the networks in training are a circle of references
+    free_memory()
     start = time.perf_counter()
     members = sorted((folder / MEMBERS).glob("*/"), key=lambda path: int(path.name))
     summaries = [read_summary(each) for each in (folder, *members)]

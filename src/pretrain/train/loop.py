@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 from pretrain.data.order import Tracer
 from pretrain.evaluate.baselines import measure_baselines
+from pretrain.machine import free_memory
 from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.parallel.model import StepReport
@@ -235,6 +236,7 @@ def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: 
 def finish(run: Run) -> None:
     """Score the best checkpoint on the full held-out split and write summary.json, the end of a
     run."""
+    free_memory()
     checkpoint = run.checkpoints / checkpoint_name(run.step)
     best = run.checkpoints / checkpoint_name(run.best.step or run.step)
     if best != checkpoint and best.exists():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from pretrain.config import RunConfig
 from pretrain.data.format import MixedData, PreparedData, StandingData
 from pretrain.data.order import Order, ceil_div
-from pretrain.machine import memory_bytes, n_local_processes
+from pretrain.machine import free_memory, memory_bytes, n_local_processes
 from pretrain.model.config import MAX_TABLE_ROWS, ModelConfig, n_parameters
 from pretrain.parallel.config import ParallelConfig
 from pretrain.tokenizer.config import N_BYTES_VOCABULARY
@@ -389,5 +389,6 @@ def measure_pace(
         model = ScoredModel(decoder, data.tokenizer(), world, train.precision)
         with uncompiled():
             task_seconds = evaluation_seconds(model, tasks)
+    free_memory()
     step_seconds, task_seconds = world.all_gather([step_seconds, task_seconds])[0]
     return Pace(step_seconds, task_seconds)
