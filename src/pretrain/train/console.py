@@ -273,8 +273,8 @@ def show_summary(
     results = {
         "held-out text": f"{with_error({'value': bits, 'stderr': stderr})} bits/byte, perplexity "
         f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens"
-        + f"\nits error is {error}; --data.val_fraction holds out more text"
-        * is_rough,
+        + f"\nits error is {error}; --data.val_fraction holds out more text" * is_rough
+        + "".join(f"\n{note}" for note in summary.get("held_out", {}).get("notes", ())),
         "baselines": f"{baselines} bits/byte",
     }
     if MIX_FOLDER in summary:

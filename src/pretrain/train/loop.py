@@ -279,6 +279,7 @@ def finish(run: Run) -> None:
         "checkpoint": checkpoint.relative_to(run.folder).as_posix(),
         "baselines": baselines["baselines"],
         "reading": run.data.readings,
+        "held_out": run.held_out,
     }
     if run.clock is not None:
         summary["minutes"] = run.clock.used / 60
