@@ -47,7 +47,8 @@ def train_line(step: int, loss: object = None) -> str:
     nats = 3 + 5 / step if loss is None else loss
     record = {"kind": "train", "step": step, "tokens": step * 2048, "loss": nats, "grad_norm": 1.2}
     speed = {"tokens_per_second": 12_000.0, "seconds": step * 0.17, "epoch": step / 1000}
-    return json.dumps(record | {"learning_rate": 0.003} | speed) + "\n"
+    bits = {"bits_per_byte": nats / 2.4953 if isinstance(nats, float) else nats}
+    return json.dumps(record | bits | {"learning_rate": 0.003} | speed) + "\n"
 
 
 def evaluate_line(step: int, nats: float) -> str:
@@ -96,7 +97,7 @@ def test_report_of_a_finished_run_is_one_offline_page(tmp_path: Path) -> None:
     assert len(labels) == 4
     assert re.search("this model.*trigram.*bigram.*xz", page.flat.split("simple baselines")[1])
     assert "--share:65.6%" in page.source  # of the bar of xz, the widest
-    assert "held-out 3.536 to 3.536" in labels[0]
+    assert "held-out 1.417 to 1.417" in labels[0]
     assert write_report(run).read_text(encoding="utf-8") == page.source  # a function of the files
 
 
@@ -140,7 +141,93 @@ def test_report_warns_of_a_rising_held_out_loss(tmp_path: Path) -> None:
         "not yet as good as trigram (1.83), bigram (1.98), "
         "though better than xz (2.16)."
     ) in page.flat
-    assert "held-out loss was lowest at step 1 (4.90) and has risen since" in page.flat
+    assert (
+        "held-out loss was lowest at step 1 (1.96 bits per byte) and has risen since" in page.flat
+    )
+
+
+def epochs_run(
+    folder: Path, held_out: list[float], train: list[float], *, n_epochs: float = 2.0
+) -> Path:
+    """A run of 10 steps before each of its evaluations, in bits per byte."""
+    lines, steps = "", 10 * len(held_out)
+    for step in range(1, steps + 1):
+        bits = train[(step - 1) // 10]
+        line = json.loads(train_line(step)) | {"epoch": n_epochs * step / steps}
+        lines += json.dumps(line | {"bits_per_byte": bits}) + "\n"
+        if step % 10 == 0:
+            lines += evaluate_line(step, held_out[step // 10 - 1] * 2.4953)
+    return make_run(folder, metrics=lines)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "train", "sentence"),
+    [
+        (
+            [2.0, 1.5, 1.6, 1.8],
+            [2.0, 1.5, 1.2, 1.0],
+            "Held-out text was best after 1.00 epochs (1.500 bits per byte) and is at 1.800 after "
+            "2.00. Training text continued to fall, from 1.500 to 1.100, so further epochs were "
+            "memorising; more text would help, and the best checkpoint is kept.",
+        ),
+        (
+            [2.0, 1.5, 1.6, 1.8],
+            [2.0, 1.5, 1.6, 1.8],
+            "Training text did not fall either, from 1.550 to 1.700, so the run became unstable",
+        ),
+        (
+            [2.0, 1.5, 1.505, 1.51],
+            [2.0, 1.5, 1.2, 1.0],
+            "and is less than 1 % above that after 2.00: further epochs neither helped nor harmed.",
+        ),
+        (
+            [2.0, 1.8, 1.7, 1.6],
+            [2.0, 1.7, 1.6, 1.5],
+            "best after 2.00 epochs (1.600 bits per byte), at the end: it was still falling, so "
+            "more text or a longer run would help.",
+        ),
+        (
+            [2.0, 1.8, 1.7, 1.6],
+            [2.0, 1.5, 1.0, 0.5],
+            "at the end, while training text is at 0.750: the model memorises it",
+        ),
+    ],
+)
+def test_the_epoch_where_more_epochs_stopped_helping_is_marked(
+    tmp_path: Path, held_out: list[float], train: list[float], sentence: str
+) -> None:
+    page = Page(write_report(epochs_run(tmp_path / "run", held_out, train)))
+    assert_harmless(page)
+    assert "bits per byte, by epoch" in page.flat
+    assert sentence in page.flat
+    best = min(held_out)
+    epoch = (held_out.index(best) + 1) / 2
+    assert f"best: {best:.3f}, epoch {epoch:.2f}" in page.flat
+    (mark,) = re.findall('<circle class="mark" cx="([0-9.]+)%"', page.source)
+    assert float(mark) == pytest.approx(100 * (epoch - 0.05) / (2 - 0.05), abs=0.01)
+    assert f"<title>epoch {epoch:.2f}: {best:g}</title>" in page.source
+
+
+@pytest.mark.parametrize("why", ["a fraction of an epoch", "several sources"])
+def test_a_run_without_epochs_of_its_own_is_drawn_by_step(tmp_path: Path, why: str) -> None:
+    n_epochs = 0.4 if why == "a fraction of an epoch" else 2.0
+    run = epochs_run(tmp_path / "run", [2.0, 1.5, 1.8], [2.0, 1.5, 1.2], n_epochs=n_epochs)
+    if why == "several sources":
+        metrics = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(metrics.replace('"epoch"', '"sources": {}, "epoch"'))
+    page = Page(write_report(run))
+    assert "bits per byte, by step" in page.flat
+    assert "Held-out text was best" not in page.flat
+    assert 'class="mark"' not in page.source
+    assert "lowest at step 20 (1.50 bits per byte) and has risen" in page.flat
+
+
+def test_reasons_to_doubt_the_number_are_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for notes in (["99 % of it <b>", "only 40 bytes"], 3, None):
+        (run / "summary.json").write_text(json.dumps(SUMMARY | {"held_out": {"notes": notes}}))
+        page = Page(write_report(run))
+        assert ("Note: 99 % of it <b>." in page.flat) == isinstance(notes, list)
 
 
 def test_a_number_and_its_unit_stay_on_one_line(tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ Levels = Sequence[tuple[str, float]]
 
 
 class Series(NamedTuple):
-    """One curve: `noisy` is drawn raw and smoothed, `dots` with its points marked."""
+    """One curve: `noisy` is drawn raw and smoothed, `dots` with its points, `mark` is one point."""
 
     name: str
     points: Sequence[Point]
-    kind: Literal["noisy", "dots"] = "noisy"
+    kind: Literal["noisy", "dots", "mark"] = "noisy"
     errors: Sequence[float] = ()
     """of each point, drawn as a band of one to either side"""
 

@@ -6,7 +6,9 @@ not have is left out of the text, never guessed.
 
 from __future__ import annotations
 
+import math
 import shlex
+import statistics
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into the run directory, atomically; return its path. The page is a
     function of the run's files."""
     run = read_run_files(run_dir)
-    baselines = [
-        (str(baseline.get("name")), nats)
-        for baseline in run.baselines
-        if (nats := number(baseline.get("nats_per_token"))) is not None
-    ]
-    held_out = curve(run.evaluations, "val_nats_per_token")
-    best = min(held_out, key=lambda point: point[1], default=(0.0, 0.0))
     diverged = list(takewhile(lambda record: number(record.get("loss")) is None, run.train[::-1]))
-    losses = (Series("training", curve(run.train, "loss")), Series("held-out", held_out, "dots"))
     overlap = [fields(run.overlap.get(part)) for part in ("sets", "writing")]
     facts = {k: v for k, v in run.environment.items() if isinstance(v, str | int | float)}
     facts.pop("command", None)
@@ -50,9 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
         started=str(run.environment.get("started", UNKNOWN)).replace("T", " ").replace("Z", " UTC"),
         verdict=verdict(run, ranks),
         diverged=diverged[-1:],
-        is_rising=bool(held_out) and held_out[-1][1] > best[1] * 1.01,
-        best=best,
-        loss_chart=line_chart(losses, "Loss", "nats per token, by step", baselines),
+        loss_chart=learning_curves(run),
         small_charts=[
             line_chart([Series(title, curve(run.train, key))], title, unit, is_small=True)
             for key, (title, unit) in CHARTS.items()
@@ -71,6 +63,29 @@ def write_report(run_dir: str | Path) -> Path:
     path = run.folder / REPORT
     replace_file(path, page.encode())
     return path
+
+
+def learning_curves(run: RunFiles) -> dict[str, Any]:
+    """The chart of bits per byte by epoch, or by step of less than half an epoch or of several
+    sources, which have epochs of their own; and the numbers of its best evaluation."""
+    last: Record = run.train[-1] if run.train else {}
+    epochs, step = number(last.get("epoch")) or 0.0, number(last.get("step")) or math.inf
+    by_epoch = epochs >= 0.5 and "sources" not in last
+    scale, x_name = (epochs / step, "epoch") if by_epoch else (1.0, "step")
+    train, held_out = (
+        [(x * scale, y) for x, y in curve(records, key)]
+        for records, key in ((run.train, "bits_per_byte"), (run.evaluations, "val_bits_per_byte"))
+    )
+    series = [Series("training", train), Series("held-out", held_out, "dots")]
+    facts: dict[str, Any] = {"x_name": x_name}
+    if held_out[1:] and train:
+        best, end = min(held_out, key=lambda point: point[1]), held_out[-1]
+        near = [sorted(train, key=lambda p: abs(p[0] - x))[:20] for x in (best[0], end[0])]
+        before, after = (statistics.median(y for _, y in points) for points in near)
+        facts |= {"best": best, "end": end, "before": before, "after": after}
+        series += [Series(f"best: {best[1]:.3f}, epoch {best[0]:.2f}", [best], "mark")] * by_epoch
+    levels = [(str(row.get("name")), bits) for bits, row in ranking(run) if row["name"] != MODEL]
+    return facts | line_chart(series, "Loss", f"bits per byte, by {x_name}", levels)
 
 
 def ranking(run: RunFiles) -> list[tuple[float, Record]]:
