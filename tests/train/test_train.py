@@ -41,6 +41,7 @@ def test_run_writes_its_files_and_summary(finished_run: Path) -> None:
     )
     assert set(promised.split()) <= set(summary)
     assert summary["steps"] == 12
+    assert summary["held_out"].keys() == {"copied", "difference", "notes"}
     assert summary["tokens"] == 12 * 256
     assert summary["val_perplexity"] == pytest.approx(math.exp(summary["val_nats_per_token"]))
     assert 0.005 < summary["val_bits_per_byte_stderr"] / summary["val_bits_per_byte"] < 0.05
@@ -346,6 +347,15 @@ def test_a_large_error_of_the_held_out_loss_is_said(
     line, rest = output.getvalue().split("  held-out text  ")[1].split("\n", 1)
     assert line.startswith("1.000 bits" if stderr is None else f"1.000 +- {stderr:.3f} bits")
     assert (f"its error {shown}" in rest) == (shown is not None)
+
+
+def test_reasons_to_doubt_the_held_out_loss_are_below_it() -> None:
+    output, notes = io.StringIO(), ["99 % of it is copied", "only 40 bytes"]
+    summary = summary_of_ones() | {"held_out": {"notes": notes}}
+    show_summary(Console(output), summary, folder=Path("run"), report=Path("r"))
+    lines = [line.strip() for line in output.getvalue().splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("held-out text"))
+    assert lines[first + 2 : first + 4] == notes  # after the error, which is 100 % here
 
 
 def test_a_task_may_have_the_name_of_a_line_of_the_summary() -> None:

@@ -26,7 +26,7 @@ from pretrain.config import RunConfig
 from pretrain.data.format import PreparedData, StandingData
 from pretrain.data.order import Order
 from pretrain.distributed import World
-from pretrain.evaluate.held_out import compare_with_training
+from pretrain.evaluate.held_out import compare_splits
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.fileio import check_free_space
 from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, role_of
@@ -107,7 +107,7 @@ class Run:
     clock: Clock | None = None
     """of a run that ends with its minutes"""
     held_out: Mapping[str, Any] = field(default_factory=dict)
-    """of rank 0: `compare_with_training`"""
+    """of rank 0: `compare_splits`"""
     step: int = 0
     """updates made so far"""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -127,9 +127,8 @@ class Run:
         self.saver = Saver(self.checkpoints, world, self.console)
         self.batches = training_batches(config, data, world)
         show_plan(self.console, config, data, world, self.batches, self.tasks)
-        if world.is_main:
-            own = data.own if isinstance(data, StandingData) else data
-            self.held_out = compare_with_training(own)
+        if world.is_main and not self.console.is_brief:
+            self.held_out = compare_splits(data.own if isinstance(data, StandingData) else data)
             for note in self.held_out["notes"]:
                 self.console.line(f"note: {note}.", style="yellow")
         self.model, self.optimizer = build_model(config, data, world)
