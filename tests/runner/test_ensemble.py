@@ -116,6 +116,8 @@ def test_a_run_that_was_stopped_in_any_network_ends_as_one_that_was_not(
     assert main(["train", "--resume", "--run", str(run)]) == 0
     resumed, expected = (without_times(read_summary(each)) for each in (run, whole))
     assert resumed == expected
+    summary = read_summary(run)
+    assert summary["total_seconds"] > sum(summary["seconds"].values())
     assert probabilities(run) == probabilities(whole)
 
 
@@ -178,6 +180,7 @@ def test_minutes_are_divided_among_the_networks(corpus: Path, tmp_path: Path) ->
     [
         (0.4, 1024, 1, 1),
         (3.9, 1024, 1, 3),
+        (2.3, 1024, 1, 1),
         (6.5, 1024, 1, 4),
         (6.5, 131_072, 1, 4),
         (8.0, 131_072, 1, 2),

@@ -81,7 +81,7 @@ def member_settings(config: RunConfig, done: list[dict[str, Any]]) -> Layer:
     return {"train": own, "model": model, "schedule": {"warmup_steps": None}}
 
 
-def average(folder: Path, config: RunConfig, *, start_time: float) -> dict[str, Any]:
+def average(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Write the mean of a run's networks and counts, and return its summary, in which it replaces
     the first network. Checkpoints of further networks, which it contains, are deleted.
 
@@ -135,9 +135,10 @@ def average(folder: Path, config: RunConfig, *, start_time: float) -> dict[str, 
         name: sum(each["seconds"].get(name, 0) for each in summaries) for name in summary["seconds"]
     }
     peaks = [first.world.peak_memory_bytes(), *(each["peak_memory_bytes"] for each in summaries)]
+    seconds = time.perf_counter() - start
     summary |= {
-        "seconds": {**times, "the mean": time.perf_counter() - start},
-        "total_seconds": time.perf_counter() - start_time,
+        "seconds": {**times, "the mean": seconds},
+        "total_seconds": seconds + sum(each["total_seconds"] for each in summaries),
         "peak_memory_bytes": max(peaks),
     }
     if "minutes" in summary:

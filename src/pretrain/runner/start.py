@@ -172,7 +172,7 @@ def start(request: Request) -> RunResult:
         if code := ensemble.train_members(folder, config, partial(_train_member, request, folder)):
             return RunResult(folder, code)
         log_to(request.stream)("scoring the mean of all parts ...")
-        summary = ensemble.average(folder, config, start_time=request.start_time)
+        summary = ensemble.average(folder, config)
         result = RunResult(folder, summary=summary, report=write_report(folder))
     if result.report is not None:
         from pretrain.train.console import Console, show_summary
