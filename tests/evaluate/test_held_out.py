@@ -1,4 +1,4 @@
-"""Where bits/byte of a held-out text would mislead, a sentence says so; elsewhere there is none."""
+"""Where bits/byte of a held-out text would mislead, a sentence says so, and only there."""
 
 from __future__ import annotations
 

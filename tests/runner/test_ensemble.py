@@ -229,3 +229,20 @@ def test_a_network_with_time_for_many_epochs_has_dropout_and_no_tables() -> None
     # Of a larger text fewer epochs are as many tokens.
     large = member_settings(config, [{"minutes": 5.0, "epochs": 1.0, "tokens": 10**6}])
     assert large["model"] == {"ngram_rows": 0, "dropout": 0.1}
+
+
+def test_several_processes_do_not_wait_for_a_network_that_one_of_them_trains(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", str(corpus), *TINY, *PARTS, "--run", str(tmp_path / "run")]
+    assert main([*args, "--parallel.processes", "2"]) != 0
+    captured = capsys.readouterr()
+    assert "average runs afterwards: pretrain mix" in captured.out + captured.err
+
+
+def test_a_run_of_several_networks_is_not_resumed_in_several_processes(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", "--run", str(whole), "--parallel.processes", "2"]) != 0
+    captured = capsys.readouterr()
+    assert "in 2 processes they must be 1 and 0" in captured.out + captured.err

@@ -37,6 +37,7 @@ from pretrain.runner.request import (
     with_settings,
 )
 from pretrain.runner.text import Log, open_text
+from pretrain.train.resolve import check_members
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.load import Checkpoint
@@ -224,8 +225,9 @@ def requested_config(stored: RunConfig, targets: Sequence[str], overrides: Layer
 
 
 def check_axes(config: RunConfig) -> None:
-    """The axes of `parallel` multiply to the number of processes."""
+    """The axes of `parallel` multiply to the number of processes, of which a mean allows one."""
     config.parallel.resolve(n_processes())
+    check_members(config.train, n_processes())
 
 
 def check_packages_and_tasks(config: RunConfig) -> list[EvalTask]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pretrain.runner.mix import Parts
 
 
-def is_missing(config: RunConfig, summary: dict[str, Any]) -> bool:
+def is_missing(config: RunConfig, summary: Mapping[str, Any]) -> bool:
     """Return whether a run whose first network is finished lacks its mean."""
     has_parts = (config.train.members or 1) > 1 or bool(config.train.counts)
     return has_parts and MIX_FOLDER not in summary
@@ -88,12 +88,8 @@ def average(folder: Path, config: RunConfig) -> dict[str, Any]:
     Weights are fitted to the held-out text. What is reported is not: each half of the held-out text
     is scored with the weights of the other.
     """
-    import torch
-
-    from pretrain.data.batches import evaluation_batches
-    from pretrain.evaluate.loss import EVALUATION_TOKENS
-    from pretrain.model.mixture import fit_weights, target_probabilities
-    from pretrain.runner.mix import counts_of, parts_of, write_mix
+    from pretrain.model.mixture import fit_weights
+    from pretrain.runner.mix import counts_of, parts_of, probabilities_of, write_mix
 
     free_memory()
     start = time.perf_counter()
@@ -112,16 +108,9 @@ def average(folder: Path, config: RunConfig) -> dict[str, Any]:
         parts += counts_of(first, train, order=config.train.counts, sha256=train.sha256)
         names.append("counts")
 
-    val, context = data.split("val"), first.decoder.config.window_tokens
-    rows = max(1, EVALUATION_TOKENS // context)
+    val = data.split("val")
     with first.world.autocast(first.precision):
-        columns = [
-            target_probabilities(
-                decoder, evaluation_batches(val, context_length=context, rows=rows)
-            )
-            for decoder, _ in parts
-        ]
-    p_NP = torch.stack(columns, dim=1)
+        p_NP = probabilities_of(parts, val)
     weights = fit_weights(p_NP)
     shutil.rmtree(folder / MIX_FOLDER, ignore_errors=True)
     (folder / MIX_FOLDER).mkdir()

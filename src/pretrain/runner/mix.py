@@ -13,6 +13,8 @@ from pretrain.run.identity import TEXTS
 from pretrain.runner.open import LoadedModel, write_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pretrain.data.batches import Stream
     from pretrain.model.decoder import Decoder
 
@@ -49,6 +51,24 @@ def counts_of(model: LoadedModel, train: Stream, *, order: int, sha256: str) -> 
         "sizes": [len(keys) for keys in decoder.keys],
     }
     return [(decoder.to(model.world.device), origin)]
+
+
+def probabilities_of(parts: Parts, text: Stream) -> Tensor:
+    """Return the probability (N, P) that each of P parts gives each of N targets of a text, which
+    all read in the shortest window of them."""
+    import torch
+
+    from pretrain.data.batches import evaluation_batches
+    from pretrain.evaluate.loss import EVALUATION_TOKENS
+    from pretrain.model.mixture import target_probabilities
+
+    context = min(decoder.config.window_tokens for decoder, _ in parts)
+    rows = max(1, EVALUATION_TOKENS // context)
+    columns = []
+    for decoder, _ in parts:
+        batches = evaluation_batches(text, context_length=context, rows=rows)
+        columns.append(target_probabilities(decoder, batches))
+    return torch.stack(columns, dim=1)
 
 
 def write_mix(

@@ -166,31 +166,30 @@ def start(request: Request) -> RunResult:
     result = _start_network(request)
     if result.summary is None or not result.is_main:
         return result
-    folder, summary = result.folder, dict(result.summary)
-    config = compose([read_file(folder / directory.CONFIG)])
-    if ensemble.is_missing(config, summary):
+    folder, config = result.folder, compose([read_file(result.folder / directory.CONFIG)])
+    if ensemble.is_missing(config, result.summary):
         if code := ensemble.train_members(folder, config, partial(_train_member, request, folder)):
             return RunResult(folder, code)
         log_to(request.stream)("scoring the mean of all parts ...")
-        summary = ensemble.average(folder, config)
-        result = RunResult(folder, summary=summary, report=write_report(folder))
-    if result.report is not None:
+        result = RunResult(folder, 0, ensemble.average(folder, config), write_report(folder))
+    if result.report is not None and result.summary is not None:
         from pretrain.train.console import Console, show_summary
 
-        show_summary(Console(request.stream), summary, folder=folder, report=result.report)
+        show_summary(Console(request.stream), result.summary, folder=folder, report=result.report)
     return result
 
 
 def _train_member(request: Request, run: Path, folder: Path, settings: Layer, name: str) -> int:
     """Train a further network of a run in a folder of its own, and return the exit code."""
     log_to(request.stream)(name)
-    member = replace(request, folder=folder, network=name, start_time=time.perf_counter())
     if is_started(folder):
-        member = replace(member, kind="resume", targets=(), overrides={}, accepted=())
+        one = replace(request, kind="resume", targets=(), overrides={})
     else:
-        targets = [str(run / directory.CONFIG)]
-        member = replace(member, kind="new", targets=targets, overrides=settings, accepted=())
-    return _start_network(member).exit_code
+        one = replace(
+            request, kind="new", targets=[f"{run / directory.CONFIG}"], overrides=settings
+        )
+    one = replace(one, folder=folder, network=name, accepted=(), start_time=time.perf_counter())
+    return _start_network(one).exit_code
 
 
 def _start_network(request: Request) -> RunResult:

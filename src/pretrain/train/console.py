@@ -229,7 +229,7 @@ def _show_notes(
     if ends_early:
         console.line(
             "note: n-gram tables memorise what is read twice, so this run may end before its "
-            "minutes do. Twice the time of an epoch is used for a second network; more text or a "
+            "minutes do. A second network needs 2.4 times the time of an epoch; more text or a "
             "larger --model.size uses it better."
         )
     if n_all > MANY_PARAMETERS * n_tokens:

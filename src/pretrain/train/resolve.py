@@ -253,6 +253,7 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
     """Fill the number of steps, for train.minutes from a measured pace, and what depends on it:
     intervals and warm-up."""
     train, schedule, evaluate = config.train, config.schedule, config.evaluate
+    check_members(train, config.parallel.processes)
     n_evaluations = EVALUATIONS
     most = max_steps(config, data)
     if train.steps is None:
@@ -286,6 +287,16 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
     if evaluate.every is None and pace is not None and pace.task_seconds:
         evaluate = replace(evaluate, every=task_interval(train, pace))
     return replace(config, train=train, schedule=schedule, evaluate=evaluate)
+
+
+def check_members(train: TrainConfig, n_processes: int) -> None:
+    """ValueError for a mean of networks and counts, which one process makes, in several."""
+    if n_processes > 1 and ((train.members or 1) > 1 or train.counts):
+        raise ValueError(
+            f"train.members is {train.members} and train.counts {train.counts}; in {n_processes} "
+            "processes they must be 1 and 0; average runs afterwards: pretrain mix RUN RUN "
+            "--counts 5 --out DIR"
+        )
 
 
 def max_steps(config: RunConfig, data: PreparedData) -> int | None:

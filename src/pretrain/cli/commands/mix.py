@@ -17,7 +17,7 @@ from pathlib import Path
 from pretrain.cli.options import OUT, option
 from pretrain.cli.out_folder import resolve_out, work_folder
 from pretrain.cli.output import Output
-from pretrain.runner.mix import counts_of, parts_of, write_mix
+from pretrain.runner.mix import counts_of, parts_of, probabilities_of, write_mix
 from pretrain.runner.open import MODEL_HELP, load_model
 from pretrain.runner.request import check_is_one_model
 from pretrain.runner.text import text_of_run
@@ -59,30 +59,20 @@ def run(args: argparse.Namespace, output: Output) -> None:
             )
 
     import numpy as np
-    import torch
 
-    from pretrain.data.batches import evaluation_batches
-    from pretrain.evaluate.loss import EVALUATION_TOKENS, Ids
+    from pretrain.evaluate.loss import Ids
     from pretrain.evaluate.task_files import read_whole
-    from pretrain.model.mixture import fit_weights, target_probabilities
+    from pretrain.model.mixture import fit_weights
 
     parts = parts_of(models)
     if args.counts:
         train = text_of_run(models[0], output.log).split("train")
         parts += counts_of(models[0], train, order=args.counts, sha256=train.sha256)
     if args.fit:
-        context = min(decoder.config.window_tokens for decoder, _ in parts)
         documents, _ = read_whole(args.fit, None)
         pieces = [[tokenizer.start_of_text, *tokenizer.encode(each.text)] for each in documents]
         text = Ids(np.concatenate(pieces).astype(np.int64))
-        rows = max(1, EVALUATION_TOKENS // context)
-        columns = [
-            target_probabilities(
-                decoder, evaluation_batches(text, context_length=context, rows=rows)
-            )
-            for decoder, _ in parts
-        ]
-        weights = fit_weights(torch.stack(columns, 1))
+        weights = fit_weights(probabilities_of(parts, text))
     with work_folder(out) as work:
         lines = write_mix(work, models, parts, weights)
     for line in lines:
