@@ -50,12 +50,13 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "openvino": ("optimum-intel[openvino]==2.2.0",),
     "ctranslate2": ("ctranslate2==4.8.5", "transformers==5.24.0"),
     "mlx": ("mlx-lm==0.32.2", "mlx[cpu]"),
-    "llama.cpp": ("llama-cpp-python==0.3.36",),
+    "llama.cpp": ("numpy==2.4.6",),
     "vllm": ("vllm==0.32.0",),
 }
 ROWS = {
     "onnx": "torch.onnx, onnxruntime 1.32.0",
     "transformers.js": "transformers.js 4.3.2 (node, ONNX of optimum-onnx)",
+    "llama.cpp": "llama.cpp (node-llama-cpp 3.22.1)",
 }
 
 
@@ -138,16 +139,20 @@ def ask(tool: str) -> dict[str, str]:
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Put the table after its mark in the page."""
+    """Put the table after its mark in the page; what was not asked here keeps its row."""
+    head, mark, table = PAGE.read_text().partition("<!-- table -->")
+    rows = {line.split(" | ")[0]: line for line in table.splitlines()}
     lines = ["| tool | " + " | ".join(FAMILIES) + " | run on |", "|---|---|---|---|---|"]
     for tool, packages in TOOLS.items():
+        named = f"| {ROWS.get(tool, packages[0]).replace('==', ' ')}"
+        if tool not in results and named in rows:
+            lines.append(rows[named])
+            continue
         row = results.get(tool, {"families": {}, "date": "-"})
         cells = [row["families"].get(family, "not run") for family in FAMILIES]
-        named = ROWS.get(tool, packages[0])
         cells = [re.sub(r"[|`]", "'", cell) for cell in cells]
-        lines.append(f"| {named.replace('==', ' ')} | {' | '.join(cells)} | {row['date']} |")
-    head = PAGE.read_text().partition("<!-- table -->")[0]
-    PAGE.write_text(head + "<!-- table -->\n\n" + "\n".join(lines) + "\n")
+        lines.append(f"{named} | {' | '.join(cells)} | {row['date']} |")
+    PAGE.write_text(head + mark + "\n\n" + "\n".join(lines) + "\n")
 
 
 def main(tools: list[str]) -> None:

@@ -210,12 +210,6 @@ def check_transformers_js() -> str:
     """The ONNX of optimum in node; pipelines of transformers.js return text and no ids."""
     import subprocess
 
-    package = WORK / "environments/node"
-    package.mkdir(parents=True, exist_ok=True)
-    # Its install scripts fetch a runtime for GPUs.
-    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
-    install.append("@huggingface/transformers@4.3.2")
-    subprocess.run(install, cwd=package, check=True, capture_output=True)
     tool = Path(sys.executable).with_name("optimum-cli")
     task = ["--task", "text-generation-with-past", *(["--trust-remote-code"] if TRUST else [])]
     export = [str(tool), "export", "onnx", "--model", FOLDER, *task, str(SCRATCH / "onnx")]
@@ -224,10 +218,22 @@ def check_transformers_js() -> str:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     for file in Path(FOLDER).glob("*.json"):  # optimum's transformers writes its own again
         (SCRATCH / file.name).write_bytes(file.read_bytes())
-    script = package / "check.mjs"
-    script.write_bytes(Path(__file__).with_name("handover_checks.mjs").read_bytes())
-    command = ["node", str(script), str(SCRATCH), str(WORK / "answers.json"), FAMILY]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = [str(SCRATCH), str(WORK / "answers.json"), FAMILY]
+    return in_node("@huggingface/transformers@4.3.2", "handover_checks.mjs", *words)
+
+
+def in_node(package: str, script: str, *words: str) -> str:
+    """The last line that a script of this folder prints in node, with a package from npm."""
+    import subprocess
+
+    folder = WORK / "environments/node"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Install scripts fetch runtimes for GPUs, or compile.
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", package]
+    subprocess.run(install, cwd=folder, check=True, capture_output=True)
+    copy = folder / script
+    copy.write_bytes(Path(__file__).with_name(script).read_bytes())
+    done = subprocess.run(["node", str(copy), *words], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return done.stdout.strip().splitlines()[-1]
@@ -310,17 +316,12 @@ def check_mlx() -> str:
 
 
 def check_llama_cpp() -> str:
-    import llama_cpp
-
+    """GGUF in llama.cpp, of which node's package brings a build."""
     if FAMILY == "fast":
         return "no GGUF"
     file = MODELS / f"{FAMILY}-gguf" / "model.gguf"
-    model, found = llama_cpp.Llama(str(file), n_ctx=64, verbose=False), []
-    for row in ANSWERS["rows"]:
-        ids = model.tokenize(row["prompt"].encode(), add_bos=True)
-        steps = zip(range(N_NEW), model.generate(ids, temp=0.0), strict=False)
-        found.append([token for _, token in steps])
-    return result(found)
+    words = [str(file), str(WORK / "answers.json"), FAMILY, str(N_NEW)]
+    return result(json.loads(in_node("node-llama-cpp@3.22.1", "handover_llama_cpp.mjs", *words)))
 
 
 def check_vllm() -> str:
