@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.run.log import METRICS_KEYS, SAMPLES_KEYS, BestEvaluation, RunLog, read_lines
+from pretrain.run.log import (
+    METRICS_KEYS,
+    SAMPLES_KEYS,
+    BestEvaluation,
+    RunLog,
+    nats_of_choice,
+    read_lines,
+)
 
 
 def test_best_evaluation_of_a_log() -> None:
@@ -34,6 +41,17 @@ def test_best_evaluation_ignores_nan_and_is_a_function_of_the_log() -> None:
     ]
     assert BestEvaluation.from_log(lines) == best
     assert (best.step, best.n_evaluations_since) == (2, 2)
+
+
+def test_choice_is_free_where_the_halves_agree_and_costs_what_they_differ_by() -> None:
+    def bias(*halves: tuple[float | None, float]) -> float:
+        return nats_of_choice([{"kind": "evaluate", "nats_of_halves": pair} for pair in halves])
+
+    assert bias() == bias((5, 5)) == bias((9, 9), (5, 5), (7, 8)) == 0
+    assert bias((None, 1), (5, 5)) == 0
+    # The first half is best at the second step, the other at the first: 6 + 6.5 instead of 9.
+    assert bias((6, 4), (3, 6.5), (4, 5)) == pytest.approx((6 + 6.5) - 9)
+    assert nats_of_choice([{"kind": "evaluate"}, {"kind": "train"}]) == 0
 
 
 def test_log_with_unicode_line_separators_is_truncated_by_line(tmp_path: Path) -> None:

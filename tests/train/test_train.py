@@ -24,6 +24,7 @@ import torch
 from pretrain.checkpoint.load import Checkpoint, list_checkpoints
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.parallel.config import ParallelConfig
+from pretrain.run.log import nats_of_choice
 from pretrain.runner.checks import read_run_config
 from pretrain.runner.text import prepared_text
 from pretrain.train.build import training_batches
@@ -262,7 +263,9 @@ def test_diverged_run_suggests_a_lower_lr(corpus: Path, tmp_path: Path, capsys: 
     assert "a lower optimizer.learning_rate" in capsys.readouterr().err
 
 
-def test_patience_stops_run_without_improvement(corpus: Path, tmp_path: Path) -> None:
+def test_patience_stops_run_without_improvement(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     args = [str(corpus), *TINY, "--run", str(run), "--train.steps", "60"]
     # A learning rate far too high to improve for long.
@@ -274,12 +277,25 @@ def test_patience_stops_run_without_improvement(corpus: Path, tmp_path: Path) ->
     best = min(evaluations, key=lambda r: r["val_nats_per_token"])
     assert evaluations[-1]["step"] == best["step"] + 4
     assert summary["checkpoint"] == f"checkpoints/step-{best['step']:08d}"
-    # The same if the run died before it wrote its summary.
+    # The same if the run died before it wrote its summary; and where the halves of the held-out
+    # text disagree on the best step, what is reported was not chosen by what it is measured on.
     before = records(run)
     (run / "summary.json").unlink()
+    for each in evaluations:
+        nats = each["val_nats_per_token"] * each["val_tokens"]
+        assert sum(each["nats_of_halves"]) == pytest.approx(nats, rel=1e-9)
+        assert each["val_tokens"] == 512, "both halves, each window once"
+    assert nats_of_choice(before) == 0, "or the next lines show nothing"
+    monkeypatch.setattr("pretrain.train.loop.nats_of_choice", lambda records: 1000.0)
     assert train("--resume", "--run", str(run)) == 0
     assert records(run) == before
-    assert json.loads((run / "summary.json").read_text())["steps"] == summary["steps"]
+    again = json.loads((run / "summary.json").read_text())
+    assert again["steps"] == summary["steps"]
+    n = summary["val_tokens"]
+    assert n * again["val_nats_per_token"] == pytest.approx(
+        n * summary["val_nats_per_token"] + 1000
+    )
+    assert "chosen by one half" in again["held_out"]["notes"][-1]
 
 
 def test_second_signal_stops_at_once() -> None:

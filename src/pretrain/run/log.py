@@ -43,6 +43,7 @@ METRICS_KEYS: Mapping[str, Mapping[str, str]] = {
         "val_perplexity": "exp of it",
         "val_bits_per_byte": "held-out loss in bits per byte of text",
         "val_tokens": "number of held-out targets, always the same ones",
+        "nats_of_halves": "sum of held-out nats in each half of the windows",
         "base_bits_per_byte": "held-out loss of the larger text that the run stands on (data.base)",
         "seconds": "in training steps so far",
     },
@@ -241,3 +242,15 @@ class BestEvaluation:
                 nats = record["val_nats_per_token"]  # null if it was not finite
                 best.update(record["step"], math.nan if nats is None else nats)
         return best
+
+
+def nats_of_choice(records: Iterable[Mapping[str, Any]]) -> float:
+    """Return the nats by which the best of several evaluations looks better than it is, because it
+    was chosen by the text that it is scored on: what is missing to the score in which each half of
+    that text has the step that is best on the other. 0 where all three are the same step."""
+    halves = [r["nats_of_halves"] for r in records if "nats_of_halves" in r]
+    pairs = [(a, b) for a, b in halves if a is not None and b is not None]
+    if not pairs:
+        return 0.0
+    best_a, best_b = min(pairs), min(pairs, key=lambda pair: pair[1])
+    return float(best_b[0] + best_a[1] - min(a + b for a, b in pairs))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from pretrain.data.batches import Stream, evaluation_batches
 from pretrain.data.format import StandingData
+from pretrain.data.order import ceil_div
 from pretrain.evaluate.loss import EVALUATION_TOKENS, Model, Score, ScoredModel, score_batches
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
@@ -72,7 +73,12 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
     """Score the fixed part of the held-out split, and write a sample; True for a new best score."""
     train = run.config.train
     is_interrupted = partial(stop.interrupts_evaluation, run.world)
-    score = evaluate_split(run, limit_tokens=train.evaluate_tokens, is_interrupted=is_interrupted)
+    limit = min(train.evaluate_tokens, run.data.split("val").n_tokens)
+    halves = [
+        evaluate_split(run, limit_tokens=limit, half=half, is_interrupted=is_interrupted)
+        for half in (0, 1)
+    ]
+    score = halves[0] + halves[1]
     if is_interrupted():
         return False
     is_best = run.best.update(run.step, score.nats_per_token)
@@ -84,6 +90,7 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
         "val_perplexity": score.perplexity,
         "val_bits_per_byte": score.bits_per_byte,
         "val_tokens": score.tokens,
+        "nats_of_halves": [half.nats for half in halves],
         "seconds": run.seconds["training"],
     }
     if isinstance(run.data, StandingData):
@@ -121,23 +128,29 @@ def evaluate_split(
     stream: Stream | None = None,
     *,
     limit_tokens: int | None = None,
+    half: int | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Score a stream, by default the held-out split, all of it or its first `limit_tokens`; each
-    process scores some batches, and all return the sum. It ends early once it `is_interrupted`."""
+    """Score a stream, by default the held-out split: all of it or `limit_tokens` of it, every
+    second batch of them as the `half` 0 or 1. Each process scores some batches, and all return the
+    sum. It ends early once it `is_interrupted`."""
     rank, size = run.model.axes.batch_part(run.world.rank, evaluation=True)
     context = run.model.lm_loss.decoder.config.window_tokens
+    tokens = EVALUATION_TOKENS
+    if half is not None and limit_tokens is not None:
+        tokens = min(tokens, ceil_div(limit_tokens, 2 * size))  # so that there are two batches
     batches = evaluation_batches(
         stream or run.data.split("val"),
         context_length=context,
-        rows=max(1, EVALUATION_TOKENS // context),
+        rows=max(1, tokens // context),
         limit_tokens=limit_tokens,
         rank=rank,
         size=size,
     )
+    own = batches if half is None else islice(batches, half, None, 2)
     return score_batches(
         run.model.lm_loss,
-        takewhile(lambda _: not is_interrupted(), batches),
+        takewhile(lambda _: not is_interrupted(), own),
         byte_lengths_V=torch.from_numpy(run.data.tokenizer().byte_lengths),
         world=run.world,
         precision=run.config.train.precision,

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.parallel.model import StepReport
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
+from pretrain.run.log import nats_of_choice
 from pretrain.train.build import load_weights, uncompiled
 from pretrain.train.clock import describe
 from pretrain.train.eval_hooks import (
@@ -244,6 +246,8 @@ def finish(run: Run) -> None:
         load_weights(run.model, Checkpoint(best))
     with uncompiled(), run.timed("evaluation"):
         score, stderr = evaluate_split(run), held_out_error(run)
+        own, bias = score.bits_per_byte, nats_of_choice(run.log.metrics())
+        score = replace(score, nats=score.nats + bias)
         predictions = token_losses(scored_model(run), run.data.split("val"))
     peak_memory = run.world.all_gather([run.world.peak_memory_bytes()])
     if not run.world.is_main:
@@ -281,6 +285,12 @@ def finish(run: Run) -> None:
         "reading": run.data.readings,
         "held_out": run.held_out,
     }
+    if bias:
+        note = (
+            f"the checkpoint was chosen by this text, by which it has {own:.4f} bits/byte; chosen "
+            "by one half and scored on the other it has the number above"
+        )
+        summary["held_out"] = {**run.held_out, "notes": [*run.held_out.get("notes", ()), note]}
     if run.clock is not None:
         summary["minutes"] = run.clock.used / 60
         summary["clock"] = describe(run.plan, run.clock.decisions)
