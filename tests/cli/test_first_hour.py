@@ -262,7 +262,7 @@ def test_multitask_trains_on_demonstrations_without_translations(
 def test_a_plan_says_what_a_run_costs(texts: list[str], capsys: Capture) -> None:
     assert main(["train", "a.txt", *SHORT, "--model.ngram_rows", "65536"]) == 0
     out = capsys.readouterr().out
-    assert "  disk   up to " in out
+    assert re.search(r"  disk +up to [\d,]+ MB a checkpoint; .*\n  memory +about [\d,]+ MB\n", out)
     assert " parameters are many for " in out
     assert "--model.ngram_rows 0 saves disk and time." in out
     first = next(line for line in out.splitlines() if line.startswith("step      1/2 | loss"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,13 @@ from pretrain.parallel import tensor
 from pretrain.parallel.config import ParallelConfig
 from pretrain.runner.request import read_target
 from pretrain.train.config import TrainConfig
-from pretrain.train.resolve import check_batch, check_model_fits, resolve, resolve_precision
+from pretrain.train.resolve import (
+    check_batch,
+    check_model_fits,
+    expected_memory,
+    resolve,
+    resolve_precision,
+)
 from runs import train
 from tiny import TINY
 
@@ -133,3 +140,33 @@ def test_settings_are_checked_without_torch() -> None:
     """Its import takes seconds, and a wrong context or batch is named before it."""
     code = "import sys, pretrain.train.resolve; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_is_stated_before_it_is_taken(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "".join(f"{n} green bottles hanging on the wall {n * n}\n" for n in range(2000))
+    )
+    args = [str(text), "--train.steps", "2", "--run", str(tmp_path / "run"), "--train.counts", "5"]
+    args += ["--model.ngram_rows", "16384", "--train.threads", "1"]  # 63 MB of tables
+    # A process of its own: this one has had its peak in other tests.
+    command = [sys.executable, "-m", "pretrain", "train", *args]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    match = re.search(r"memory +about ([\d,]+) MB", output)
+    assert match
+    stated = 1e6 * int(match[1].replace(",", ""))
+    taken = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_bytes"]
+    assert stated == pytest.approx(taken, rel=0.25)
+
+
+def test_more_rows_or_windows_need_more_memory() -> None:
+    def needed(n: int = 1000, **settings: Any) -> int:
+        config = compose([{"train": {"micro_batch_rows": 4}}, settings])
+        model = replace(config.model, context_length=config.model.context_length or 128)
+        return expected_memory(replace(config, model=model), 512, n)
+
+    least = needed()
+    assert needed(10**6) == least, "text is read from the disk"
+    assert needed(train={"counts": 5}) < needed(10**6, train={"counts": 5})
+    for section in ({"ngram_rows": 10**6}, {"n_layers": 20}, {"context_length": 4096}):
+        assert needed(model=section) > 1.02 * least

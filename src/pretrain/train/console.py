@@ -27,7 +27,7 @@ from pretrain.report.units import duration
 from pretrain.run.directory import MIX_FOLDER
 from pretrain.train.build import TrainingBatches
 from pretrain.train.config import filled
-from pretrain.train.resolve import fit_table_rows, max_steps
+from pretrain.train.resolve import expected_memory, fit_table_rows, max_steps
 
 # Seconds between two lines of steps where the output is not a terminal.
 LINE_SECONDS = 10.0
@@ -194,11 +194,7 @@ def show_plan(
         facts["run"] += f", {'at most' if ends_early else 'about'} {train.minutes / n:.3g} min"
     if n > 1 or counts:
         facts["result"] = _mean_of(n, counts)
-    # Weights, and up to two numbers of optimizer state for each that is not in a table.
-    facts["disk"] = (
-        f"up to {4 * (3 * n_all - 2 * in_tables) / 1e6:,.0f} MB a checkpoint; the newest "
-        f"{train.keep_checkpoints} and the best are kept"
-    )
+    facts |= _costs(config, vocab_size, text.n_tokens)
     facts["on"] = (
         f"{world.device.type}, {world.threads} threads, {train.precision}, compile {train.compile}"
     )
@@ -214,6 +210,19 @@ def show_plan(
     n_many = n_all - in_tables * is_fitted
     ends_early &= n == 1
     _show_notes(console, n_many, text.n_tokens, epochs, ends_early=ends_early, tables=not is_fitted)
+
+
+def _costs(config: RunConfig, vocab_size: int, n_train_tokens: int) -> dict[str, str]:
+    n_all = n_parameters(config.model, vocab_size=vocab_size)
+    in_tables = config.model.table_rows(vocab_size) * config.model.d_model
+    # Weights, and up to two numbers of optimizer state for each that is not in a table.
+    n_bytes = 4 * (3 * n_all - 2 * in_tables)
+    kept = f"the newest {config.train.keep_checkpoints} and the best are kept"
+    facts = {"disk": f"up to {n_bytes / 1e6:,.0f} MB a checkpoint; {kept}"}
+    if config.train.device == "cpu" and config.parallel.processes == 1:
+        n_bytes = expected_memory(config, vocab_size, n_train_tokens)
+        facts["memory"] = f"about {n_bytes / 1e6:,.0f} MB"
+    return facts
 
 
 def _mean_of(n_networks: int, counts: int | None) -> str:

@@ -51,6 +51,8 @@ SURE_SHARE = 0.85
 MOST_EVALUATING = 0.25
 # Of a larger text, to see whether it helps.
 MOST_COUNTED_TOKENS = 1 << 20
+# Of Python, torch and the libraries, before a model is built.
+FIRST_BYTES = 370_000_000
 # Upper limits of a timed trial.
 TRIAL_SECONDS = 2.5
 TRIAL_STEPS = 20
@@ -224,6 +226,22 @@ def check_model_fits(model: ModelConfig, axes: ParallelConfig, *, vocab_size: in
             f"alone, and this machine has {available:,}; lower model.d_model, n_layers or "
             "ngram_rows"
         )
+
+
+def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> int:
+    """Return about how many bytes of memory a run of one process takes on a CPU, within a tenth of
+    what ten runs of 2 to 54 million parameters took: with torch, gradients, both moments, and the
+    copy that a checkpoint is saved from. Of a table few rows have a gradient."""
+    model, train = config.model, config.train
+    n_all = n_parameters(model, vocab_size=vocab_size)
+    in_tables = model.table_rows(vocab_size) * model.d_model
+    of_block = 12 * model.d_model + 2 * model.n_heads * model.window_tokens
+    activations = model.n_layers * of_block + vocab_size
+    n_rows_tokens = filled(train.micro_batch_rows) * model.window_tokens
+    needed = 28 * (n_all - in_tables) + 7 * in_tables + 4 * n_rows_tokens * activations
+    if (train.members or 1) > 1 or train.counts:
+        needed += 4 * n_all + 30 * n_train_tokens
+    return FIRST_BYTES + needed
 
 
 def fit_micro_batch(rows: int, model: ModelConfig, device_type: str) -> int:
