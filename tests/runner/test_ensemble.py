@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.config import compose
-from pretrain.run.directory import read_summary
+from pretrain.run.directory import read_summary, write_json
 from pretrain.runner import start
-from pretrain.runner.ensemble import member_settings
+from pretrain.runner.checks import read_run_config
+from pretrain.runner.ensemble import average, member_settings
 from pretrain.runner.open import load_model
 from pretrain.runner.text import text_of_run
 from pretrain.train.resolve import fit_members, fit_table_rows
@@ -45,6 +47,23 @@ def without_times(summary: dict[str, Any]) -> dict[str, Any]:
         for key, value in summary.items()
         if "second" not in key and key != "peak_memory_bytes"
     }
+
+
+def test_a_mean_of_chosen_checkpoints_gets_their_share_of_what_is_missing(
+    whole: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = read_summary(run)
+    # As if the first network had been chosen with a bias; the second's checkpoint is gone.
+    lone = {"choice": {"nats": 1000.0, "bits_per_byte": 1.0, "note": ""}}
+    write_json(run / "summary.json", before | lone)
+    after = average(run, read_run_config(run))
+    weight = after["mix"][0]["weight"]
+    assert 0 < weight < 1
+    assert after["choice"]["nats"] == pytest.approx(weight * 1000)
+    n = after["val_tokens"]
+    bits = after["choice"]["bits_per_byte"] * after["val_bytes"] * math.log(2)
+    assert n * after["val_nats_per_token"] == pytest.approx(bits + weight * 1000)
 
 
 def test_the_mean_is_better_than_each_part_and_is_what_evaluate_scores(

@@ -264,7 +264,10 @@ def test_diverged_run_suggests_a_lower_lr(corpus: Path, tmp_path: Path, capsys: 
 
 
 def test_patience_stops_run_without_improvement(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
     args = [str(corpus), *TINY, "--run", str(run), "--train.steps", "60"]
@@ -295,7 +298,11 @@ def test_patience_stops_run_without_improvement(
     assert n * again["val_nats_per_token"] == pytest.approx(
         n * summary["val_nats_per_token"] + 1000
     )
-    assert "chosen by one half" in again["held_out"]["notes"][-1]
+    assert again["choice"]["nats"] == 1000
+    assert again["choice"]["bits_per_byte"] == summary["val_bits_per_byte"]
+    assert again["held_out"] == summary["held_out"]
+    for shown in (capsys.readouterr().out, (run / "report.html").read_text()):
+        assert "chosen by one half and scored on the other" in " ".join(shown.split())
 
 
 def test_second_signal_stops_at_once() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,11 @@ def average(folder: Path, config: RunConfig) -> dict[str, Any]:
         for run, summary in zip([folder, *members], summaries, strict=True)
     ]
     models = [load_model(path, device=config.train.device) for path in paths if path.is_dir()]
+    biases = [
+        summary.pop("choice", {"nats": 0.0})["nats"]
+        for summary, path in zip(summaries, paths, strict=True)
+        if path.is_dir()
+    ]
     names = [f"network {number}" for number in range(1, len(models) + 1)]
     first, parts = models[0], parts_of(models)
     data = text_of_run(first, lambda line: None)
@@ -117,7 +123,10 @@ def average(folder: Path, config: RunConfig) -> dict[str, Any]:
     write_mix(folder / MIX_FOLDER, models, parts, weights)
 
     lengths = first.tokenizer.byte_lengths[val.read(1, val.n_tokens)]
-    summary = summaries[0] | _scores(folder, first, parts, weights, p_NP, val, int(lengths.sum()))
+    # To first order, since a part's weight is its mean share of what the mean predicts.
+    bias = sum(weight * nats for weight, nats in zip(weights, biases, strict=False))
+    n_bytes = int(lengths.sum())
+    summary = summaries[0] | _scores(folder, first, parts, weights, p_NP, val, n_bytes, bias)
     for row, name in zip(summary[MIX_FOLDER], names, strict=True):
         row["name"] = name
     times = {
@@ -146,14 +155,17 @@ def _scores(
     p_NP: Tensor,
     val: TokenStream,
     n_bytes: int,
+    bias: float,
 ) -> dict[str, Any]:
     """Return what summary.json says of the held-out text, which is N targets and `n_bytes`, and
-    write the predictions of a passage of it."""
+    write the predictions of a passage of it. The networks look better by `bias` nats than they are,
+    since their checkpoints were chosen by it (`nats_of_choice`)."""
     import torch
 
     from pretrain.evaluate.loss import Score, ScoredModel
     from pretrain.evaluate.token_stats import bits_per_byte_error
     from pretrain.model.mixture import Mixture, fit_weights
+    from pretrain.run.log import choice
     from pretrain.train.eval_hooks import token_losses
 
     def score(p_N: Tensor) -> Score:
@@ -162,11 +174,12 @@ def _scores(
     halves = (p_NP[: len(p_NP) // 2], p_NP[len(p_NP) // 2 :])
     pairs = zip(halves, reversed(halves), strict=True)
     fitted = [own @ torch.tensor(fit_weights(other), dtype=own.dtype) for own, other in pairs]
-    whole = score(torch.cat(fitted))
+    own = score(torch.cat(fitted))
+    whole = replace(own, nats=own.nats + bias)
     mixture = Mixture([decoder for decoder, _ in parts], weights)
     mean = ScoredModel(mixture, first.tokenizer, first.world, first.precision)
     write_json(folder / PREDICTIONS, token_losses(mean, val))
-    return {
+    return ({"choice": choice(bias, own.bits_per_byte)} if bias else {}) | {
         "val_nats_per_token": whole.nats_per_token,
         "val_perplexity": whole.perplexity,
         "val_bits_per_byte": whole.bits_per_byte,

@@ -278,12 +278,14 @@ def show_summary(
     console.line("done", style="bold green")
     bits, stderr = summary["val_bits_per_byte"], summary["val_bits_per_byte_stderr"]
     is_rough = stderr is None or stderr > MAX_ERROR * bits
+    notes = [*summary.get("held_out", {}).get("notes", ())]
+    notes += [summary["choice"]["note"]] if "choice" in summary else []
     error = "unknown" if stderr is None else f"{100 * stderr / bits:.1f} %"
     results = {
         "held-out text": f"{with_error({'value': bits, 'stderr': stderr})} bits/byte, perplexity "
         f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens"
         + f"\nits error is {error}; --data.val_fraction holds out more text" * is_rough
-        + "".join(f"\n{note}" for note in summary.get("held_out", {}).get("notes", ())),
+        + "".join(f"\n{note}" for note in notes),
         "baselines": f"{baselines} bits/byte",
     }
     if MIX_FOLDER in summary:

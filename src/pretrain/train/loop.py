@@ -19,7 +19,7 @@ from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.parallel.model import StepReport
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
-from pretrain.run.log import nats_of_choice
+from pretrain.run.log import choice, nats_of_choice
 from pretrain.train.build import load_weights, uncompiled
 from pretrain.train.clock import describe
 from pretrain.train.eval_hooks import (
@@ -286,11 +286,7 @@ def finish(run: Run) -> None:
         "held_out": run.held_out,
     }
     if bias:
-        note = (
-            f"the checkpoint was chosen by this text, by which it has {own:.4f} bits/byte; chosen "
-            "by one half and scored on the other it has the number above"
-        )
-        summary["held_out"] = {**run.held_out, "notes": [*run.held_out.get("notes", ()), note]}
+        summary["choice"] = choice(bias, own)
     if run.clock is not None:
         summary["minutes"] = run.clock.used / 60
         summary["clock"] = describe(run.plan, run.clock.decisions)
