@@ -60,6 +60,7 @@ def test_a_run_ends_with_its_minutes(
     assert bool(word) == bool(done["clock"])
     output = " ".join(capsys.readouterr().out.split())
     assert done["clock"] in output
+    assert output.split(" done ")[0].count("the learning rate falls from") == bool(word), "once"
     assert done["clock"].split(":")[0] in " ".join((run / "report.html").read_text().split())
 
 

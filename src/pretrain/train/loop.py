@@ -103,9 +103,11 @@ def follow_clock(run: Run) -> None:
     if decision is None:
         return
     run.log.append_decision(decision)
+    was_told = describe(run.plan, run.clock.decisions)
     run.clock.decisions.append(decision)
     run.schedule = run.plan.decided(run.clock.decisions)
-    if text := describe(run.plan, run.clock.decisions):
+    # Later corrections of the same kind are in summary.json.
+    if not was_told and (text := describe(run.plan, run.clock.decisions)):
         run.console.line(text)
 
 
