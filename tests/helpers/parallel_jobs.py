@@ -200,8 +200,13 @@ def train(
 
 
 def save(folder: str, axes: dict[str, int]) -> None:
-    """A step, and a checkpoint of it, written by all processes together."""
+    """A step, and a checkpoint of it and its average, written by all processes together."""
+    from pretrain.optim.param_groups import update_averages
+
     run = _run_of(folder, axes, fresh=True)
+    update_averages(run.optimizer, 0.5)
+    for shard in run.model.shards.values():
+        shard.local.data += 1  # the weights differ from their average
     run.save(wait=True)
 
 
@@ -245,7 +250,9 @@ def _run_of(folder: str, axes: dict[str, Any], *, fresh: bool) -> Any:
     run = Run(
         folder=Path(folder),
         data=None,  # type: ignore[arg-type]
-        config=RunConfig(train=TrainConfig(steps=1, save_every=1), parallel=trainee.layout),
+        config=RunConfig(
+            train=TrainConfig(steps=1, save_every=1, ema_decay=0.5), parallel=trainee.layout
+        ),
         world=world,
         console=console,
         identity={},

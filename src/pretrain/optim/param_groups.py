@@ -25,6 +25,8 @@ LOOKUP_LR_MULT = 4.0
 # is the initial mean square of the gradient of a loss that is summed over targets.
 INITIAL_SQUARE = 2.0
 ADAGRAD_EPSILON = 1e-10
+# A state of a parameter: its average, or itself while a model, as in checkpoints, has the average.
+AVERAGE = "average"
 
 
 class MixedOptimizer(torch.optim.AdamW):
@@ -179,6 +181,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of each group to `lr` times its multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
+
+
+@torch.no_grad()
+def update_averages(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """After an update, set the average a of each parameter p to decay a + (1 - decay) p; the first
+    one is the parameter itself."""
+    for parameter, state in optimizer.state.items():
+        if AVERAGE in state:
+            state[AVERAGE].lerp_(parameter, 1 - decay)
+        elif state:  # not of a parameter without an update: AdamW begins with an empty state
+            state[AVERAGE] = parameter.detach().clone()
+
+
+@torch.no_grad()
+def swap_averages(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> None:
+    """Exchange all parameters and their averages, bit for bit; then forget these unless `keep`."""
+    for parameter, state in optimizer.state.items():
+        if AVERAGE in state:
+            value = parameter.detach().clone()
+            parameter.copy_(state.pop(AVERAGE))
+            if keep:
+                state[AVERAGE] = value
 
 
 def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -70,6 +70,11 @@ class TrainConfig(Checked):
     time than it takes"""
     deterministic: bool = False
     """reject GPU kernels whose result varies from run to run (CPU runs never use any)"""
+    ema_decay: Annotated[float, Range(0, lt=1)] = 0.0
+    """decay rate per step of an exponential moving average of the weights, which evaluations and
+    readers of a checkpoint use in place of the last weights ("Averaging Weights Leads to Wider
+    Optima and Better Generalization", Izmailov et al., 2018); at step t at most (1 + t) / (10 + t),
+    so it reaches back over about a ninth of the steps; 0: none"""
     label_smoothing: Annotated[float, Range(0, lt=1)] = 0.0
     """fraction of each target's probability that is spread over the vocabulary (Vaswani et al.,
     2017: 0.1)"""

@@ -40,7 +40,7 @@ def evaluate_if_due(run: Run, stop: StopSignals) -> bool:
     """Evaluate what is due after this step and has no result yet; True for a new best score."""
     if is_evaluated(run):
         return False
-    with uncompiled(), run.timed("evaluation"):
+    with uncompiled(), run.timed("evaluation"), run.averaged():
         is_best = held_out_is_due(run) and evaluate(run, stop)
         if tasks := due_tasks(run):
             evaluate_tasks(run, tasks, stop)

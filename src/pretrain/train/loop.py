@@ -16,7 +16,7 @@ from pretrain.data.order import Tracer
 from pretrain.evaluate.baselines import measure_baselines
 from pretrain.machine import free_memory
 from pretrain.model.config import n_parameters
-from pretrain.optim.param_groups import set_learning_rate
+from pretrain.optim.param_groups import set_learning_rate, update_averages
 from pretrain.parallel.model import StepReport
 from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
 from pretrain.run.log import choice, nats_of_choice
@@ -67,6 +67,9 @@ def train(run: Run) -> int:
             if action == "update" and report.is_usable:
                 set_learning_rate(run.optimizer, run.lr_at(run.step))
                 run.optimizer.step()
+                if config.ema_decay:
+                    longest = (1 + run.step) / (10 + run.step)
+                    update_averages(run.optimizer, min(config.ema_decay, longest))
             run.world.synchronize()
             log_step(run, report, anomaly, seconds=time.perf_counter() - start)
             if run.clock is not None:
@@ -243,10 +246,10 @@ def finish(run: Run) -> None:
     free_memory()
     checkpoint = run.checkpoints / checkpoint_name(run.step)
     best = run.checkpoints / checkpoint_name(run.best.step or run.step)
-    if best != checkpoint and best.exists():
-        checkpoint = best
-        load_weights(run.model, Checkpoint(best))
-    with uncompiled(), run.timed("evaluation"):
+    with uncompiled(), run.timed("evaluation"), run.averaged():
+        if best != checkpoint and best.exists():
+            checkpoint = best
+            load_weights(run.model, Checkpoint(best))
         score, stderr = evaluate_split(run), held_out_error(run)
         own, bias = score.bits_per_byte, nats_of_choice(run.log.metrics())
         score = replace(score, nats=score.nats + bias)

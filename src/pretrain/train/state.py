@@ -29,7 +29,12 @@ from pretrain.distributed import World
 from pretrain.evaluate.held_out import compare_splits
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.fileio import check_free_space
-from pretrain.optim.param_groups import optimizer_state, restore_optimizer_state, role_of
+from pretrain.optim.param_groups import (
+    optimizer_state,
+    restore_optimizer_state,
+    role_of,
+    swap_averages,
+)
 from pretrain.optim.schedule import LRSchedule
 from pretrain.parallel.model import ParallelModel
 from pretrain.run.directory import CHECKPOINTS, METRICS, POST_MORTEMS, CannotSave
@@ -195,13 +200,25 @@ class Run:
         patience = self.config.train.patience
         return patience is not None and self.best.n_evaluations_since >= patience
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the averages of its weights in the block, if there are any."""
+        self.model.reshard()
+        swap_averages(self.optimizer)
+        try:
+            yield
+        finally:
+            self.model.reshard()
+            swap_averages(self.optimizer)
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     def check_disk(self) -> None:
         """OSError unless there is space for the checkpoints that a run needs."""
-        # Weights, and two numbers of optimizer state for each that is not in a lookup table.
+        # Weights, their averages, and two numbers of state for each that is not in a lookup table.
+        n = 1 + (self.config.train.ema_decay > 0)
         n_bytes = sum(
-            p.numel() * p.element_size() * (1 if role_of(name, p) == "lookup" else 3)
+            p.numel() * p.element_size() * (n if role_of(name, p) == "lookup" else n + 2)
             for name, p in self.model.lm_loss.decoder.named_parameters()
         )
         # At least two checkpoints exist at a time; a resumed run has one of them already.
@@ -237,15 +254,16 @@ class Run:
             self.saver.wait()  # for the previous save, whose failure is not this one's
             if (self.checkpoints / checkpoint_name(self.step)).exists():
                 return
-            tensors, shards = self.snapshot()
-            self.saver.save(
-                step=self.step,
-                tensors=tensors,
-                shards=shards,
-                state=state,
-                before=self.log.sync,
-                after=delete_old,
-            )
+            with self.averaged():  # what reads a checkpoint's model gets the averages
+                tensors, shards = self.snapshot()
+                self.saver.save(
+                    step=self.step,
+                    tensors=tensors,
+                    shards=shards,
+                    state=state,
+                    before=self.log.sync,
+                    after=delete_old,
+                )
             if wait:
                 self.saver.wait(is_needed=True)
 
@@ -287,6 +305,7 @@ class Run:
                 tensor = checkpoint.read(f"optimizer/{name}", bounds)
                 tensors[name] = tensor.to(self.world.device)
         restore_optimizer_state(self.optimizer, parameters, tensors)
+        swap_averages(self.optimizer, keep=self.config.train.ema_decay > 0)
         self.step = checkpoint.step
         self.seconds["training"] = checkpoint.state["train_seconds"]
 
