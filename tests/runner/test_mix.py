@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.cli import main
 from pretrain.runner.open import load_model
 from pretrain.runner.text import text_of_run
-from tiny import write_llama
+from tiny import TINY, write_llama
 
 PROMPT = "The people of the United States"
 
@@ -194,3 +195,58 @@ def test_weights_are_fitted_on_any_file_that_is_read_as_text(
     assert "none.txt" in capsys.readouterr().err
     assert main([*again, str(tmp_path / "own.jsonl"), "--weights", "1", "2"]) == 2
     assert "--weights must come without --fit" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tail(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Checkpoints of one run."""
+    run = tmp_path_factory.mktemp("tail") / "run"
+    words = [*TINY, "--train.steps", "6", "--train.save_every", "2", "--train.keep_every", "2"]
+    assert main(["train", str(corpus), *words, "--run", str(run)]) == 0
+    return [str(run / "checkpoints" / f"step-{step:08d}") for step in (2, 4, 6)]
+
+
+def test_an_average_of_weights_is_an_ordinary_model(
+    tail: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mean"
+    words = ["mix", *tail, "--average", "weights", "--weights", "2", "1", "1"]
+    parts = json_of(capsys, *words, "--out", str(out))["parts"]
+    assert [part["weight"] for part in parts] == [0.5, 0.25, 0.25]
+    saved = json.loads((out / "mix.json").read_text())
+    assert saved == {"average": "weights", "parts": parts}
+    models = [load_model(path, device="cpu").decoder for path in tail]
+    for name, mean in load_model(out, device="cpu").decoder.named_parameters():
+        a, b, c = (model.get_parameter(name).double() for model in models)
+        assert torch.equal(mean, (a / 2 + b / 4 + c / 4).float()), name
+    (row,) = json_of(capsys, "evaluate", str(out))["text"].values()
+    assert row["tokens"] > 0  # the held-out text of its parts
+    assert main(["generate", str(out), "--max-tokens", "5"]) == 0
+    assert main(["export", str(out), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
+    further = ["train", str(corpus), "--train.init_from", str(out), "--train.steps", "2"]
+    further += ["--train.device", "cpu", "--train.threads", "1", "--train.batch_tokens", "256"]
+    assert main([*further, "--run", str(tmp_path / "further")]) == 0
+    again = ["mix", str(out), tail[0], "--average", "weights", "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+
+
+def test_weights_that_cannot_be_averaged_are_rejected(
+    tail: list[str],
+    mix: Path,
+    finished: Path,
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own, out = tail[0], ["--average", "weights", "--out", str(tmp_path / "out")]
+    for words, expected in (
+        ([str(finished_run), str(finished)], "must have the same architecture"),
+        ([str(finished_run), str(finished)], "model.family: fast -> gpt2"),
+        ([own, str(write_llama(tmp_path, context_length=32))], "must have the same tokenizer"),
+        ([own, "--counts", "3"], "without --counts"),
+        ([own, own, "--fit", own], "without --fit"),
+        ([own, str(mix)], "is a mix of models"),
+    ):
+        assert main(["mix", *words, *out]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,25 @@ def probabilities_of(parts: Parts, text: Stream) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+def mean_weights(parts: Parts, lines: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the mean of each parameter of parts of one architecture, by the weights of `lines`."""
+    pairs = [(line["weight"], decoder) for line, (decoder, _) in zip(lines, parts, strict=True)]
+    for name, first in parts[0][0].named_parameters():
+        mean = sum(weight * each.get_parameter(name).detach().double() for weight, each in pairs)
+        yield name, mean.to(first.dtype)
+
+
 def write_mix(
-    folder: Path, models: Sequence[LoadedModel], parts: Parts, weights: Sequence[float]
+    folder: Path,
+    models: Sequence[LoadedModel],
+    parts: Parts,
+    weights: Sequence[float],
+    *,
+    average: str = "probabilities",
 ) -> list[dict[str, Any]]:
     """Write the mix of the parts, of which the models are the first, and return their lines in
-    mix.json. It has the text of the models, if all have the same."""
+    mix.json. It has the text of the models, if all have the same. An average of weights, instead of
+    probabilities, is an ordinary model: "Model soups" (Wortsman et al., 2022)."""
     from pretrain.model.mixture import Mixture
 
     mixture = Mixture([decoder for decoder, _ in parts], weights)
@@ -88,7 +102,9 @@ def write_mix(
     prints = [m.checkpoint.state.get("fingerprint", {}) if m.checkpoint else {} for m in models]
     texts = {name: prints[0].get(name) for name in TEXTS}
     shared = texts if all(texts.items() <= each.items() for each in prints) else {}
-    write_json(folder / MIX, {"parts": lines}, indent=2)
-    parameters = mixture.named_parameters()
-    write_model(folder, config, models[0].tokenizer, parameters, texts=shared, parts=lines)
+    write_json(folder / MIX, {"average": average, "parts": lines}, indent=2)
+    one = average == "weights"  # a model without parts
+    parameters = mean_weights(parts, lines) if one else mixture.named_parameters()
+    origin = {"averaged" if one else "parts": lines}
+    write_model(folder, config, models[0].tokenizer, parameters, texts=shared, **origin)
     return lines

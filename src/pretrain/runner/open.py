@@ -194,7 +194,7 @@ def read_unchanged(run: Path, checkpoint: Checkpoint) -> tuple[RunConfig, Tokeni
             f"{run / TOKENIZER} is not the tokenizer that {checkpoint.path.name} was trained "
             "with: it was changed or damaged"
         )
-    parts = checkpoint.state.get("parts")
+    parts = checkpoint.state.get("parts") or checkpoint.state.get("averaged")
     if parts is not None and read_json(run / MIX).get("parts") != parts:
         raise ValueError(
             f"{run / MIX} is not that of the mix: it was changed or damaged; restore it"

@@ -21,6 +21,7 @@ from pretrain.config import Layer, Rules, RunConfig, compose, read_file, to_dict
 from pretrain.corpus.files import list_files
 from pretrain.data.format import PreparedData, is_prepared
 from pretrain.evaluate.task_files import read_in_loop_tasks, task_folder
+from pretrain.fileio import read_json
 from pretrain.report.config import require_packages
 from pretrain.run.directory import CHECKPOINT_MANIFEST, CONFIG, MIX, REQUESTED, TOKENIZER
 from pretrain.runner.open import find_checkpoint, open_checkpoint_of, read_unchanged
@@ -177,9 +178,9 @@ def notes_of(layers: list[Layer], overrides: Layer, config: RunConfig) -> Iterat
 
 
 def check_is_one_model(path: Path, action: str) -> None:
-    """ValueError if MODEL is a mix, with which `action` cannot be done."""
+    """ValueError if MODEL is a mix of probabilities, with which `action` cannot be done."""
     folder = path.parent.parent if (path / CHECKPOINT_MANIFEST).is_file() else path
-    if (folder / MIX).is_file():
+    if (folder / MIX).is_file() and read_json(folder / MIX).get("average") != "weights":
         raise ValueError(
             f"{path} is a mix of models, which cannot be {action}; train one model that learns "
             f"from it: pretrain train TEXT --train.teacher {folder}"
