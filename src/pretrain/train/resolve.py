@@ -239,6 +239,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     activations = model.n_layers * of_block + vocab_size
     n_rows_tokens = filled(train.micro_batch_rows) * model.window_tokens
     needed = 28 * (n_all - in_tables) + 7 * in_tables + 4 * n_rows_tokens * activations
+    needed += 8 * n_all * (train.ema_decay > 0)
     if (train.members or 1) > 1 or train.counts:
         needed += 4 * n_all + 30 * n_train_tokens
     return FIRST_BYTES + needed
