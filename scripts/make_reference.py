@@ -203,8 +203,8 @@ def signature(name: str, function: Any) -> str:
         stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         annotation = parameter.annotation
-        if parameter.name == "self" and name.startswith("pretrain."):  # a method, as a function
-            parameter, annotation = parameter.replace(name="model"), "LoadedModel"
+        if parameter.name == "model" and not name.startswith("pretrain."):  # of a method
+            parameter, annotation = parameter.replace(name="self"), parameter.empty
         typed = "" if annotation is parameter.empty else f": {annotation}"
         parts.append(f"{stars}{parameter.name}{typed}{default}")
     text = f"{name}({', '.join(parts)}) -> {described.return_annotation}"

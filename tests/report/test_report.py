@@ -336,9 +336,9 @@ def test_downsampling_keeps_the_extremes() -> None:
     points[5000] = (5000.0, 99.0)
     buckets = downsample(points, 600)
     assert len(buckets) <= 600
-    assert max(bucket.high for bucket in buckets) == 99.0
-    assert min(bucket.low for bucket in buckets) == 0.0
-    assert [bucket.x for bucket in buckets] == sorted(bucket.x for bucket in buckets)
+    assert max(high for _, _, _, high in buckets) == 99.0
+    assert min(low for _, low, _, _ in buckets) == 0.0
+    assert [x for x, *_ in buckets] == sorted(x for x, *_ in buckets)
 
 
 def test_one_spike_does_not_flatten_the_curve() -> None:

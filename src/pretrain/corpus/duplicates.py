@@ -116,9 +116,8 @@ def _split_groups(records: Records) -> tuple[Records, NDArray[np.void]]:
     order = np.lexsort((records["document"], records["check"], records["hash"]))
     records = records[order]
     is_first = np.ones(len(records), bool)
-    is_first[1:] = (records["hash"][1:] != records["hash"][:-1]) | (
-        records["check"][1:] != records["check"][:-1]
-    )
+    keys = records[["hash", "check"]]
+    is_first[1:] = keys[1:] != keys[:-1]
     firsts = records[is_first]
     pairs = np.empty(len(records) - len(firsts), DUPLICATE_PAIR)
     pairs["document"] = records["document"][~is_first]

@@ -136,10 +136,8 @@ def _gopher_quality(text: str, words: list[str]) -> str:
 
 
 def _gopher_repetition(text: str, words: list[str]) -> str:
-    for name, items in (
-        ("paragraphs", re.split(r"\n{2,}", text.strip())),
-        ("lines", re.split(r"\n+", text)),
-    ):
+    parts = {"paragraphs": re.split(r"\n{2,}", text.strip()), "lines": re.split(r"\n+", text)}
+    for name, items in parts.items():
         n_repeated, n_characters = _repeated(items)
         if n_repeated > 0.3 * len(items) or n_characters > 0.2 * len(text):
             return f"repeated {name}"

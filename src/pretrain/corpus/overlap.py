@@ -114,9 +114,8 @@ class EvaluationNgrams:
 
     def shared(self, words: Hashes) -> Hashes:
         """The REPORT_WORDS-grams of a document that any evaluation text contains, sorted."""
-        return self._report.hashes[
-            np.unique(self._report.find(ngram_hashes(words, REPORT_WORDS))[1])
-        ]
+        slots = self._report.find(ngram_hashes(words, REPORT_WORDS))[1]
+        return self._report.hashes[np.unique(slots)]
 
     def shares(self, shared: Hashes) -> dict[str, dict[str, int | float]]:
         """For each evaluation text, the share of its distinct REPORT_WORDS-grams that is in

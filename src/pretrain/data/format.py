@@ -198,10 +198,8 @@ class TokenStream:
         """Hash of the ids as stored."""
         ids_bytes = info.n_tokens * self._dtype.itemsize
         offsets_bytes = 8 * (info.n_documents + 1)
-        for file, n_bytes in (
-            (self._path, HEADER.size + ids_bytes),
-            (self._offsets_path, offsets_bytes),
-        ):
+        sizes = {self._path: HEADER.size + ids_bytes, self._offsets_path: offsets_bytes}
+        for file, n_bytes in sizes.items():
             _expect(file, "size in bytes", os.stat(file).st_size, n_bytes)
         os.stat(self._documents_path)  # raises an error if it is missing
         with open(self._path, "rb") as opened:
@@ -214,11 +212,8 @@ class TokenStream:
         n_blocks = ceil_div(ids_bytes, info.block_bytes)
         _expect(manifest, "number of checksums", len(info.block_checksums), n_blocks)
         # A stream has one id more than its sources: the end-of-text token before the first.
-        for name, n in (
-            ("tokens", info.n_tokens - 1),
-            ("documents", info.n_documents),
-            ("bytes", info.n_bytes),
-        ):
+        counts = {"tokens": info.n_tokens - 1, "documents": info.n_documents, "bytes": info.n_bytes}
+        for name, n in counts.items():
             n_of_sources = sum(getattr(share, f"n_{name}") for share in info.sources)
             _expect(manifest, f"number of {name} of all sources", n_of_sources, n)
         if info.max_id >= vocab_size:
@@ -301,11 +296,9 @@ class PreparedData:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        infos, size = manifest.streams, manifest.vocab_size
         self._streams: Mapping[str, TokenStream] = {
-            name: TokenStream(
-                folder, getattr(manifest.streams, name), vocab_size=manifest.vocab_size
-            )
-            for name in SPLITS
+            name: TokenStream(folder, getattr(infos, name), vocab_size=size) for name in SPLITS
         }
         report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
         reading = {key: report.get(key) or {} for key in ("n_read_bytes", "omitted", "facts")}

@@ -284,10 +284,8 @@ def _write_folder(job: Job, progress: Progress) -> Path:
     filtered = []
     if job.settings.corpus.inspects_text:
         filtered = [job.task_folder("filter", task) for task in range(len(job.read_shards))]
-    for file_name, folders in (
-        ("problems.jsonl", reading_folders(job)),
-        ("removed.jsonl", [*filtered, *encoded]),
-    ):
+    listed = {"problems.jsonl": reading_folders(job), "removed.jsonl": [*filtered, *encoded]}
+    for file_name, folders in listed.items():
         with open(folder / file_name, "xb") as file:
             for each in folders:
                 with open(each / file_name, "rb") as part:
@@ -430,10 +428,8 @@ def _key(settings: Settings) -> str:
         parts = [file.read_bytes() for file in (*own, *naming) if file.is_file()]
         content["tokenizer"] = hashlib.sha256(b"".join(parts)).hexdigest()
     content["format"] = [FORMAT, FORMAT_VERSION, __version__]
-    for name, sources in (
-        ("files", settings.sources),
-        ("evaluation", settings.corpus.evaluation_texts),
-    ):
+    texts = {"files": settings.sources, "evaluation": settings.corpus.evaluation_texts}
+    for name, sources in texts.items():
         files = list_files(sources) if sources else ()
         content[name] = [
             (f.source_argument, os.path.realpath(f.path), f.n_bytes, os.stat(f.path).st_mtime_ns)

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from string import Formatter
 from typing import Any
 
@@ -45,11 +46,8 @@ class Example:
 
     def options(self, delimiter: str) -> list[tuple[str, str]]:
         """Context and continuation of each option."""
-        return [
-            (context, delimiter + continuation)
-            for context in self.contexts
-            for continuation in self.continuations
-        ]
+        pairs = product(self.contexts, self.continuations)
+        return [(context, delimiter + continuation) for context, continuation in pairs]
 
 
 def read_examples(

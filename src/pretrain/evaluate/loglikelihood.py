@@ -1,10 +1,8 @@
 """log p(continuation | context) of many pairs of texts, or of ids, at once.
 
-For each pair the result is the nats of its continuation, its number of tokens, and whether each of
-them was the most probable one. A pair longer than the model's context loses the left part of its
-context; a longer continuation is scored in windows that start every `stride` ids, each token
-counted once. Other pairs in the batch do not change the result. An empty continuation is a
-ValueError.
+A pair longer than the model's context loses the left part of its context; a longer continuation is
+scored in windows that start every `stride` ids, each token counted once. Other pairs in the batch
+do not change the result.
 """
 
 from __future__ import annotations
@@ -158,27 +156,19 @@ def _score_rows(
     hidden_BTD = decoder.forward(inputs_BT.to(decoder.device))
 
     windows = [(b, targets) for b, (_, of_row) in enumerate(rows) for targets in of_row]
-    hidden_ND = torch.cat(
-        [
-            hidden_BTD[b, len(rows[b][0]) - len(targets) : len(rows[b][0])]
-            for b, (_, targets) in windows
-        ]
-    )
+    ends = [len(inputs) for inputs, _ in rows]
+    hidden = [hidden_BTD[b, ends[b] - len(targets) : ends[b]] for b, (_, targets) in windows]
     targets_N = torch.tensor([id_ for _, (_, targets) in windows for id_ in targets])
     nats, is_greedy = [], []
-    for logits_NV, chunk_N in logit_chunks(decoder, hidden_ND, targets_N):
+    for logits_NV, chunk_N in logit_chunks(decoder, torch.cat(hidden), targets_N):
         nats.append(-logits_NV.log_softmax(-1).gather(1, chunk_N[:, None])[:, 0].cpu().double())
         is_greedy.append((logits_NV.argmax(-1) == chunk_N).cpu())
 
     lengths = [len(targets) for _, (_, targets) in windows]
+    parts = (torch.cat(each).split_with_sizes(lengths) for each in (nats, is_greedy))
     return [
         (pair, float(nats_N.sum()), bool(is_greedy_N.all()))
-        for (_, (pair, _)), nats_N, is_greedy_N in zip(
-            windows,
-            torch.cat(nats).split_with_sizes(lengths),
-            torch.cat(is_greedy).split_with_sizes(lengths),
-            strict=True,
-        )
+        for (_, (pair, _)), nats_N, is_greedy_N in zip(windows, *parts, strict=True)
     ]
 
 

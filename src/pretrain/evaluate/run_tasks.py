@@ -237,11 +237,8 @@ def stop_ids_of(tokenizer: Tokenizer, stops: tuple[str, ...]) -> set[int]:
     """Ids after which generation can stop: the tokens that begin with a stop string, and the ends
     of a text."""
     stop_bytes = tuple(stop.encode() for stop in stops)
-    ids = {
-        id_
-        for id_ in range(tokenizer.vocab_size)
-        if tokenizer.token_bytes(id_).startswith(stop_bytes)
-    }
+    tokens = enumerate(tokenizer.encoder.token_bytes)
+    ids = {id_ for id_, token in tokens if token.startswith(stop_bytes)}
     return ids | {tokenizer.start_of_text, *tokenizer.stop_ids}
 
 

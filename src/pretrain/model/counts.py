@@ -138,11 +138,6 @@ class CountDecoder(Decoder):
         """Keys, shares and rests of each length."""
         return self.keys, self.shares, self.rests
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tables."""
-        return next(self.parameters()).device
-
     def forward(self, ids_BT: Tensor, *, cache: KeyValueCache | None = None, **_: Any) -> Tensor:
         """Compute the numbers (B, T, N) of the n-grams that end at each position."""
         T = ids_BT.shape[1]

@@ -41,11 +41,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.token_embedding = Embedding(vocab_size, config.d_model)
-        self.position_embedding = (
-            Embedding(config.window_tokens, config.d_model)
-            if config.position == "learned"
-            else None
-        )
+        self.position_embedding = None
+        if config.position == "learned":
+            self.position_embedding = Embedding(config.window_tokens, config.d_model)
         self.ngrams = NgramEmbedding(config, vocab_size) if config.table_rows(vocab_size) else None
         # A ModuleDict: a block keeps its name in a pipeline stage that has some of the blocks.
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})

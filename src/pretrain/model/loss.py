@@ -207,7 +207,7 @@ def chunked_cross_entropy(
 
     if d_hidden_ND is None or d_weight_VD is None:
         return nats
-    return attach_grad(nats, hidden_ND, d_hidden_ND, weight_VD, d_weight_VD)
+    return attach_grad(hidden_ND, weight_VD, nats, d_hidden_ND, d_weight_VD)
 
 
 def nats_and_grad(
@@ -292,6 +292,9 @@ def _compiled_nats_and_grad() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 class _AttachGrad(torch.autograd.Function):
+    """Return the nats with their gradients by hidden states x and head weight w, computed
+    already."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, nats: Tensor, d_x: Tensor, d_w: Tensor) -> Tensor:
         ctx.save_for_backward(d_x, d_w)
@@ -303,14 +306,7 @@ class _AttachGrad(torch.autograd.Function):
         return d_x * d_nats.to(d_x.dtype), d_w * d_nats.to(d_w.dtype), None, None, None
 
 
-def attach_grad(
-    nats: Tensor, hidden_ND: Tensor, d_hidden_ND: Tensor, weight_VD: Tensor, d_weight_VD: Tensor
-) -> Tensor:
-    """Return the nats with their gradients by hidden states and head weight, computed already."""
-    attached: Tensor = _AttachGrad.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, nats, d_hidden_ND, d_weight_VD
-    )
-    return attached
+attach_grad: Callable[..., Tensor] = _AttachGrad.apply
 
 
 def uses_cpu_path(device: torch.device) -> bool:

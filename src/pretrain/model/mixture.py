@@ -54,12 +54,8 @@ class Mixture(Decoder):
             decoder.width if isinstance(decoder, CountDecoder) else decoder.config.d_model
             for decoder in self.decoders
         ]
-        logits = [
-            decoder.logits(own_hidden)
-            for decoder, own_hidden in zip(
-                self.decoders, torch.split(hidden, widths, dim=-1), strict=True
-            )
-        ]
+        parts = zip(self.decoders, torch.split(hidden, widths, dim=-1), strict=True)
+        logits = [decoder.logits(own_hidden) for decoder, own_hidden in parts]
         return [x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in logits]
 
 

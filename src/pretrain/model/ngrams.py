@@ -50,19 +50,11 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.rows, self.n_parts = config.rows_of_a_table, config.n_heads
         self.table_dropout = config.table_dropout
-        self.parts = nn.ModuleDict(
-            {
-                str(n): Embedding(self.n_parts * self.rows, config.d_head)
-                for n in config.ngram_lengths
-            }
-        )
+        shape = self.n_parts * self.rows, config.d_head
+        self.parts = nn.ModuleDict({str(n): Embedding(*shape) for n in config.ngram_lengths})
         # Row 0 is for n-grams without a previous occurrence.
-        self.recalled = nn.ModuleDict(
-            {
-                str(n): Embedding(vocab_size + 1, config.d_model)
-                for n in range(1, config.induction + 1)
-            }
-        )
+        shape, lengths = (vocab_size + 1, config.d_model), range(1, config.induction + 1)
+        self.recalled = nn.ModuleDict({str(n): Embedding(*shape) for n in lengths})
 
     def forward(
         self, ids_BT: Tensor, previous_ids_BP: Tensor, dropout_rng: DropoutRng | None = None

@@ -157,4 +157,4 @@ def vocab_parallel_cross_entropy(
             d_hidden_ND[chunk] = grad_NW @ weight_WD
             d_weight_WD += (grad_NW.T @ hidden).to(d_weight_WD.dtype)
         dist.all_reduce(d_hidden_ND, group=group)
-    return attach_grad(nats, hidden_ND, d_hidden_ND, local_weight, d_weight_WD)
+    return attach_grad(hidden_ND, local_weight, nats, d_hidden_ND, d_weight_WD)

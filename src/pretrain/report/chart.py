@@ -20,6 +20,8 @@ N_TICKS = 4  # of an axis, approximately
 
 Levels = Sequence[tuple[str, float]]
 """Named horizontal lines to compare with."""
+Bucket = tuple[float, float, float, float]
+"""Neighbouring points drawn as one: x, and the lowest, the median and the highest y."""
 
 
 class Series(NamedTuple):
@@ -35,15 +37,6 @@ class Series(NamedTuple):
         """The lower and the upper border of the band; empty without errors."""
         pairs = list(zip(self.points, self.errors, strict=False))
         return [[(x, y + sign * e) for (x, y), e in pairs] for sign in (-1, 1) if pairs]
-
-
-class Bucket(NamedTuple):
-    """Neighbouring points drawn as one."""
-
-    x: float
-    low: float
-    median: float
-    high: float
 
 
 class _Axes(NamedTuple):
@@ -69,11 +62,11 @@ class _Axes(NamedTuple):
 
 def downsample(points: Sequence[Point], limit: int) -> list[Bucket]:
     """At most `limit` buckets of equally many neighbours; medians ignore single spikes."""
-    width, buckets = max(1, math.ceil(len(points) / limit)), []
+    width, buckets = max(1, math.ceil(len(points) / limit)), list[Bucket]()
     for start in range(0, len(points), width):
         part = points[start : start + width]
         ys = sorted(y for _, y in part)
-        buckets.append(Bucket(part[len(part) // 2][0], ys[0], ys[len(ys) // 2], ys[-1]))
+        buckets.append((part[len(part) // 2][0], ys[0], ys[len(ys) // 2], ys[-1]))
     return buckets
 
 

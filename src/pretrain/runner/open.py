@@ -51,6 +51,49 @@ class TokenProbability(NamedTuple):
     probability: float
 
 
+def evaluate(model: LoadedModel, text: str | Sequence[str], *, stride: int | None = None) -> Score:
+    """Return the nats, tokens and bytes of a text, or of several documents together;
+    `perplexity` and `bits_per_byte` are properties of the result. Windows have the context's
+    length and start every `stride` tokens (default: they do not overlap); every token is
+    counted once. Files and tasks: `pretrain.evaluate.evaluate`."""
+    from pretrain.evaluate.loss import score_texts
+
+    return score_texts(model, [text] if isinstance(text, str) else text, stride=stride)
+
+
+def generate(
+    model: LoadedModel,
+    prompt: str = "",
+    *,
+    max_tokens: int = 200,
+    n: int = 1,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1,
+    special: bool = False,
+) -> list[str]:
+    """Return `n` continuations of `prompt`, each of at most `max_tokens` tokens, without the
+    prompt. Temperature 0 is greedy; with `special`, names of special tokens in the prompt
+    become those tokens. ValueError for counts below 1."""
+    from pretrain.generate import sampling
+    from pretrain.generate.packing import pack_weights
+
+    chosen = sampling.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if not model._is_optimized:
+        pack_weights(model.decoder)
+        model._is_optimized = True
+    return sampling.generate(
+        model.decoder,
+        model.tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        n=n,
+        sampling=chosen,
+        special=special,
+    )
+
+
 @dataclass(slots=True)
 class LoadedModel:
     """A model in evaluation mode, with its tokenizer, and where it came from."""
@@ -70,6 +113,10 @@ class LoadedModel:
     """the run's own on the device type it was trained on; fp32 elsewhere, on every device"""
     _is_optimized: bool = field(default=False, repr=False)
 
+    # As methods too.
+    score = evaluate
+    generate = generate
+
     @property
     def run_folder(self) -> Path:
         """The run directory, also where the model is the mean of the run's networks, in it."""
@@ -83,38 +130,6 @@ class LoadedModel:
         from pretrain.model.loss import LMLoss
 
         return LMLoss(self.decoder).eval()
-
-    def generate(
-        self,
-        prompt: str = "",
-        *,
-        max_tokens: int = 200,
-        n: int = 1,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 1,
-        special: bool = False,
-    ) -> list[str]:
-        """Return `n` continuations of `prompt`, each of at most `max_tokens` tokens, without the
-        prompt. Temperature 0 is greedy; with `special`, names of special tokens in the prompt
-        become those tokens. ValueError for counts below 1."""
-        from pretrain.generate.packing import pack_weights
-        from pretrain.generate.sampling import Sampling, generate
-
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        if not self._is_optimized:
-            pack_weights(self.decoder)
-            self._is_optimized = True
-        return generate(
-            self.decoder,
-            self.tokenizer,
-            prompt,
-            max_tokens=max_tokens,
-            n=n,
-            sampling=sampling,
-            special=special,
-        )
 
     def next_tokens(
         self, prompt: str = "", *, top: int = 10, special: bool = False
@@ -131,15 +146,6 @@ class LoadedModel:
             TokenProbability(id_, self.tokenizer.token_text(id_), probability)
             for id_, probability in zip(ids.tolist(), values.tolist(), strict=True)
         ]
-
-    def score(self, text: str | Sequence[str], *, stride: int | None = None) -> Score:
-        """Return the nats, tokens and bytes of a text, or of several documents together;
-        `perplexity` and `bits_per_byte` are properties of the result. Windows have the context's
-        length and start every `stride` tokens (default: they do not overlap); every token is
-        counted once. Files and tasks: `pretrain.evaluate.evaluate`."""
-        from pretrain.evaluate.loss import score_texts
-
-        return score_texts(self, [text] if isinstance(text, str) else text, stride=stride)
 
 
 def load_model(path: str | Path, *, device: str = "auto", alone: bool = False) -> LoadedModel:
@@ -276,33 +282,3 @@ def find_checkpoint(path: Path, *, alone: bool = False) -> tuple[Path, Path]:
     if not checkpoints:
         raise ValueError(f"the run {path} has no checkpoint yet")
     return path, checkpoints[-1]
-
-
-def evaluate(model: LoadedModel, text: str | Sequence[str], *, stride: int | None = None) -> Score:
-    """Return the nats, tokens and bytes of a text, or of several: `LoadedModel.score`."""
-    return model.score(text, stride=stride)
-
-
-def generate(
-    model: LoadedModel,
-    prompt: str = "",
-    *,
-    max_tokens: int = 200,
-    n: int = 1,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 1,
-    special: bool = False,
-) -> list[str]:
-    """Return `n` continuations of a prompt: `LoadedModel.generate`."""
-    return model.generate(
-        prompt,
-        max_tokens=max_tokens,
-        n=n,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        special=special,
-    )

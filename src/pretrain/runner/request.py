@@ -12,7 +12,7 @@ import glob
 import importlib.resources
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,21 +248,18 @@ def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 def errors_of_machine(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield an error (its fields, message) for each text, package or task that is missing here,
     and for a run without an end."""
-    for path in (*config.data.paths, *filter(None, [config.data.base])):
+    paths = (*config.data.paths, *filter(None, [config.data.base]))
+    tasks = "evaluate.tasks evaluate.task_files evaluate.texts evaluate.examples"
+    checks: list[tuple[str, Callable[..., object], object]] = [
+        *(("data.source", list_files, path) for path in paths if not is_prepared(path)),
+        *(("report.to", require_packages, [tracker]) for tracker in config.report.to),
+        (tasks, read_in_loop_tasks, config.evaluate),
+    ]
+    for fields, check, value in checks:
         try:
-            if not is_prepared(path):
-                list_files(path)
+            check(value)
         except ValueError as error:
-            yield "data.source", str(error)
-    for tracker in config.report.to:
-        try:
-            require_packages([tracker])
-        except ValueError as error:
-            yield "report.to", str(error)
-    try:
-        read_in_loop_tasks(config.evaluate)
-    except ValueError as error:
-        yield "evaluate.tasks evaluate.task_files evaluate.texts evaluate.examples", str(error)
+            yield fields, str(error)
     has_end = config.train.steps is not None or config.train.minutes is not None
     # A mixture may give the epochs of its sources, which is an end too.
     if not has_end and not config.data.mixture:

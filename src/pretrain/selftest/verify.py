@@ -1,9 +1,6 @@
 """Verify that a resume of a run equals an uninterrupted run, bit for bit, on this machine.
 
-The run's own settings are trained for 2 K steps without interruption; and again, killed by SIGKILL
-between K and 2 K, and resumed from the checkpoint. Both must have the same batches, losses,
-weights, optimizer state, evaluations and samples. A third run, in float32, has another micro-batch
-size. RUN/verification.json gets the verdict. Each run is a process of its own:
+The help of `pretrain verify` says which runs are compared. Each is a process of its own:
 python -m pretrain.selftest.verify FOLDER --stop-after N | --kill-after N.
 """
 

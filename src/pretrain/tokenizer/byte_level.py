@@ -78,12 +78,9 @@ def pre_tokenizer(split: Split) -> Any:
         return gpt2
     if split == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERNS[split]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_PATTERNS[split]), behavior="isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, in_bytes])
 
 
 def split_of(description: Mapping[str, Any]) -> Split | None:

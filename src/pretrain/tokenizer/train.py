@@ -27,7 +27,6 @@ from pretrain.tokenizer.byte_level import (
     Split,
     byte_level_bpe,
     byte_symbols,
-    pre_tokenizer,
     special_token,
     spelled,
 )
@@ -93,9 +92,7 @@ def train_tokenizer(
     elif fast:
         library = _train_gigatoken(sample, size, split, min_frequency)
     if library is None:
-        library = LibraryTokenizer(models.BPE())
-        library.pre_tokenizer = pre_tokenizer(split)
-        library.decoder = decoders.ByteLevel()
+        library = byte_level_bpe({}, [], split=split, added={})
         trainer = trainers.BpeTrainer(
             vocab_size=size,
             min_frequency=min_frequency,

@@ -12,7 +12,6 @@ Value = TypeVar("Value")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
-SpikeAction = Literal["off", "warn", "skip", "rollback"]
 _COUNT = Range(1, 10**10)
 
 
@@ -81,7 +80,7 @@ class TrainConfig(Checked):
     z_loss: Annotated[float, Range(0)] = 0.0
     """weight in the loss of the squared log of the softmax denominator, which keeps logits near 0
     ("PaLM", Chowdhery et al., 2022: 1e-4); never part of reported nats"""
-    spike_action: SpikeAction = "warn"
+    spike_action: Literal["off", "warn", "skip", "rollback"] = "warn"
     """what to do when the loss jumps: off (nothing), warn, skip (the update), or rollback (to the
     last scheduled checkpoint, and skip the data after it)"""
     spike_threshold: Annotated[float, Range(gt=0)] = 6.0

@@ -64,20 +64,11 @@ def run(args: argparse.Namespace, output: Output) -> None:
         evaluation_texts=tuple(args.evaluation_text or ()),
         remove_overlap=args.remove_overlap,
     )
+    settings = "tokenizer vocab_size text_field document_separator val_fraction strict workers"
+    options = {name: getattr(args, name) for name in settings.split()}
+    progress = stage_progress(output.log)
     try:
-        data = prepare(
-            args.source,
-            args.out,
-            tokenizer=args.tokenizer,
-            vocab_size=args.vocab_size,
-            text_field=args.text_field,
-            document_separator=args.document_separator,
-            val_fraction=args.val_fraction,
-            strict=args.strict,
-            corpus=corpus,
-            workers=args.workers,
-            progress=stage_progress(output.log),
-        )
+        data = prepare(args.source, args.out, corpus=corpus, progress=progress, **options)
     except KeyboardInterrupt:
         output.log("stopped; the same command continues from here")
         raise
