@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_larger_text_is_read_alone_first_and_only_the_text_is_scored(
     # Four epochs of the text would be more than half of six steps: about half are its own.
     assert 2 * 256 < sources[-1][str(own)] < 4 * 256
     out = capsys.readouterr().out
-    assert f"mixed  {corpus.name} 7" in out
+    assert f"mixed   {corpus.name} 7" in out
     summary = json.loads((run / "summary.json").read_text())
     of_base = [r["base_bits_per_byte"] for r in records(run) if r["kind"] == "evaluate"]
     assert summary["base"] == {
@@ -81,9 +82,20 @@ def test_a_text_in_another_alphabet_is_refused_before_training(
     run = tmp_path / "run"
     assert train(str(tmp_path / "other.txt"), "--from", str(corpus), *STEPS, "--run", str(run)) == 2
     message = capsys.readouterr().err
-    assert f"data.base {corpus} does not help here: counts of its tokens give" in message
+    assert f"data.base {corpus} does not help here: counts of the text alone give" in message
     assert "train without it" in message
     assert not run.exists()
+
+
+def test_a_text_of_short_lines_may_stand_on_one_of_long_paragraphs(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Each line break is news to the larger text, whose counts alone are worse than anything."""
+    text = list(read_documents("bundled"))[1].text[:9000]
+    wrapped = "\n".join(textwrap.wrap(text, 10))
+    (tmp_path / "lines.txt").write_text(wrapped, encoding="utf-8")
+    words = [*TINY, "--train.steps", "2", "--run", str(tmp_path / "run")]
+    assert train(str(tmp_path / "lines.txt"), "--from", str(corpus), *words) == 0
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,11 @@ def fit_weights(p_NP: Tensor, *, steps: int = 50) -> list[float]:
         weights_P = (shares_NP / shares_NP.sum(1, keepdim=True)).mean(0).clamp(min=_LEAST_WEIGHT)
     fitted: list[float] = weights_P.tolist()
     return fitted
+
+
+def held_out_probabilities(p_NP: Tensor) -> Tensor:
+    """Return the probability (N,) of each target by a mean that was not fitted to it: each half of
+    the targets has the weights that are best for the other."""
+    halves = p_NP[: len(p_NP) // 2], p_NP[len(p_NP) // 2 :]
+    pairs = zip(halves, reversed(halves), strict=True)
+    return torch.cat([own @ torch.tensor(fit_weights(other)).to(own) for own, other in pairs])

@@ -49,8 +49,10 @@ MOST_MEMBER_BYTES = 1 << 31
 SURE_SHARE = 0.85
 # Fewer where they would take more than this part of the minutes.
 MOST_EVALUATING = 0.25
-# Of a larger text, to see whether it helps.
+# Of a larger text, to see whether it helps. Counts of English speeches take 1.6 to 8.6 % off the
+# loss of English captions, articles and novels, 0 to 0.7 % off that of German, French and Python.
 MOST_COUNTED_TOKENS = 1 << 20
+LEAST_HELP = 0.01
 # Of Python, torch and the libraries, before a model is built.
 FIRST_BYTES = 370_000_000
 # Upper limits of a timed trial.
@@ -98,26 +100,31 @@ def resolve(
 
 def check_base(data: StandingData) -> None:
     """ValueError if the larger text knows nothing of the text, as one in another language: if its
-    counts of three tokens predict the held-out text worse than the text's counts of one token."""
-    import numpy as np
+    counts take less than LEAST_HELP off the loss of the text's own counts, in a mean of both."""
+    import torch
 
     from pretrain.model.counts import kneser_ney
+    from pretrain.model.mixture import held_out_probabilities
 
-    train, val = {"base": data.base, "own": data.own}, data.own.split("val")
+    val = data.own.split("val")
     val_ids = val.read(0, min(val.n_tokens, MOST_COUNTED_TOKENS))
-    n_bytes = data.tokenizer().byte_lengths[val_ids].sum()
-    bits = {}
-    for name, order in (("base", 3), ("own", 1)):
-        stream = train[name].split("train")
+    columns = []
+    for text, order in ((data.own, 5), (data.base, 3)):
+        stream = text.split("train")
         ids = stream.read(0, min(stream.n_tokens, MOST_COUNTED_TOKENS))
         *_, p = kneser_ney(ids, val_ids, vocab_size=data.manifest.vocab_size, order=order)
-        bits[name] = -np.log2(p).sum() / n_bytes
-    if bits["base"] > bits["own"]:
+        columns.append(torch.from_numpy(p[1:]))
+    p_NP = torch.stack(columns, dim=1)
+    n_bytes = data.tokenizer().byte_lengths[val_ids[1:]].sum()
+    own, both = (
+        -float(p.log2().sum()) / max(1, n_bytes) for p in (p_NP[:, 0], held_out_probabilities(p_NP))
+    )
+    if both > (1 - LEAST_HELP) * own:
         raise ValueError(
-            f"data.base {data.names[0]} does not help here: counts of its tokens give "
-            f"{bits['base']:.2f} bits/byte of the held-out text, single tokens of the text itself "
-            f"{bits['own']:.2f}; the larger text must be like the text (its language, or code); "
-            "train without it"
+            f"data.base {data.names[0]} does not help here: counts of the text alone give "
+            f"{own:.3f} bits/byte of what is held out, with counts of the larger text "
+            f"{both:.3f}; these must be {LEAST_HELP:.0%} less, as where both are alike (in "
+            "language, or code); train without it"
         )
 
 
