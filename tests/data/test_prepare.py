@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -293,3 +294,51 @@ def test_any_number_of_workers_writes_the_same_bytes(
             assert (tmp_path / f"{workers}" / name).read_bytes() == content
     with pytest.raises(ValueError, match=r"workers must be at least 1 \(got 0\)"):
         prepare(source, tmp_path / "0", workers=0)
+
+
+TAILS = ["word " * 900, "字" * 500, "a" * 31, " " * 500, "one\ntwo\n" * 60, "é" * 40, "x"]
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.3, 1 / 7])
+def test_folds_are_disjoint_parts_of_each_document(fraction: float) -> None:
+    n_folds = int(1 / fraction + 1e-9)
+    for text in TAILS:
+        held_out = []
+        for fold in range(n_folds):
+            parts = list(Split(fraction, "tails", 0, fold).parts(text))
+            assert "".join(part for _, part in parts) == text
+            assert sum(name == "val" for name, _ in parts) <= 1
+            assert any(name == "train" for name, _ in parts)
+            held_out += [part for name, part in parts if name == "val"]
+        if len(text) > 400 and text.strip():  # the last parts of the text, none left out
+            assert len(held_out) == n_folds
+            assert text.endswith("".join(reversed(held_out)))
+            assert max(map(len, held_out)) - min(map(len, held_out)) <= 18
+
+
+def test_folds_of_documents_are_disjoint_ranges_of_hashes(many: list[str]) -> None:
+    split = Split(0.2, "documents", 2**62)  # fold 0 is larger than the fraction
+    held_out = [
+        text
+        for fold in range(5)
+        for text in many
+        if next(replace(split, fold=fold).parts(text))[0] == "val"
+    ]
+    assert sorted(held_out) == sorted(many)
+
+
+def test_fold_0_is_the_split_of_before_and_a_large_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {n} of a text\n" for n in range(60)))
+    prepared = [
+        prepare(tmp_path / "a.txt", tmp_path / f"out{fold}", tokenizer="bytes", fold=fold)
+        for fold in (0, 1)
+    ]
+    ids = [data.split("val").read(0, 200).tolist() for data in prepared]
+    assert ids[0] != ids[1]
+    assert [data.split("train").n_documents for data in prepared] == [1, 2]
+    assert "fold" not in prepared[0].manifest.settings
+    assert prepared[1].manifest.settings["fold"] == 1
+    keys = [prepared_key(tmp_path / "a.txt", fold=fold) for fold in (0, 1)]
+    assert keys[0] == prepared_key(tmp_path / "a.txt") != keys[1]
+    with pytest.raises(ValueError, match=r"data.fold is 5; it must be in \[0, 4\]: 0.2 of the"):
+        prepare(tmp_path / "a.txt", tmp_path / "out5", tokenizer="bytes", fold=5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from pretrain.config import compose
 from pretrain.run.directory import read_summary, write_json
 from pretrain.runner import start
 from pretrain.runner.checks import read_run_config
-from pretrain.runner.ensemble import average, member_settings
+from pretrain.runner.ensemble import average, member_settings, train_members
 from pretrain.runner.open import load_model
 from pretrain.runner.text import text_of_run
 from pretrain.train.resolve import fit_members, fit_table_rows
@@ -248,6 +250,36 @@ def test_a_network_with_time_for_many_epochs_has_dropout_and_no_tables() -> None
     # Of a larger text fewer epochs are as many tokens.
     large = member_settings(config, [{"minutes": 5.0, "epochs": 1.0, "tokens": 10**6}])
     assert large["model"] == {"ngram_rows": 0, "dropout": 0.1}
+    larger = member_settings(config, [{"minutes": 5.0, "epochs": 1.0, "tokens": 4 * 10**6}])
+    assert larger["model"] == {"ngram_rows": 0, "dropout": 0.05}
+    own = replace(config, model=replace(config.model, dropout=0.3))
+    assert member_settings(own, [first])["model"]["dropout"] == 0.3
+
+
+def test_networks_end_when_another_one_does_not_pay(whole: Path, tmp_path: Path) -> None:
+    """A copy of the first network adds nothing to it."""
+    alone = shutil.ignore_patterns("members", "mix")
+    stored = read_run_config(whole)
+    made: list[str] = []
+    said: list[str] = []
+
+    def copy(folder: Path, settings: object, name: str) -> int:
+        shutil.copytree(whole, folder, ignore=alone)
+        made.append(name)
+        return 0
+
+    def train(name: str, minutes: float | None) -> int:
+        run = shutil.copytree(whole, tmp_path / name, ignore=alone)
+        own = replace(stored.train, members=4, minutes=minutes)
+        return train_members(run, replace(stored, train=own), copy, said.append)
+
+    assert train("timed", 1.0) == 0
+    assert made == ["network 2 of 4: other random weights"]
+    assert re.match(r"network 2 has taken -?0\.0\d % off the loss of the mean", said[0])
+    assert said[1:] == ["another network does not pay, so the run ends before its minutes do"]
+    # A number of networks that was asked for, with a number of steps, is kept.
+    assert train("counted", None) == 0
+    assert len(made) == 1 + 3
 
 
 def test_several_processes_do_not_wait_for_a_network_that_one_of_them_trains(

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pretrain.validation import NON_EMPTY, Checked, FieldError, Matching, Range
 
 ValFraction = Annotated[float | None, Range(gt=0, le=0.5)]
+Fold = Annotated[int, Range(0, 10**6)]
 TextPath = Annotated[str, Matching(NON_EMPTY, "a path of a file or folder")]
 _PATH = Matching(NON_EMPTY, "a path of a file or folder, 'bundled', or a list of {path, weight}")
 
@@ -65,6 +66,9 @@ class DataConfig(Checked):
     val_fraction: ValFraction = None
     """fraction of the documents kept for validation; empty: 400 kB to 2 MB of text, of less than 4
     MB a tenth, of less than 60 kB up to a fifth"""
+    fold: Fold = 0
+    """which part of this size is kept for validation: 0 is the end of each document (or the
+    documents with the lowest hashes), 1 the part before it (or the next hashes), and so on"""
 
     def conflicts(self) -> Iterator[FieldError]:
         if self.base is not None and (self.mixture or self.base in self.paths):

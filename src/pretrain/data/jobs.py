@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pretrain.corpus.config import CorpusConfig
 from pretrain.corpus.documents import Document
 from pretrain.corpus.duplicates import text_hash
-from pretrain.data.config import ValFraction
+from pretrain.data.config import Fold, ValFraction
 from pretrain.fileio import read_json, sync_tree
 from pretrain.tokenizer.load import load_tokenizer
 from pretrain.tokenizer.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class Settings(Checked):
     text_field: str | None = None
     document_separator: str | None = None
     val_fraction: ValFraction = None
+    fold: Fold = 0
     strict: bool = False
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
 

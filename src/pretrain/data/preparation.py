@@ -84,6 +84,7 @@ def prepare(
     text_field: str | None = None,
     document_separator: str | None = None,
     val_fraction: float | None = None,
+    fold: int = 0,
     strict: bool = False,
     corpus: CorpusConfig | None = None,
     workers: int = 1,
@@ -94,8 +95,8 @@ def prepare(
     `tokenizer` is bpe, gpt, characters or bytes, trained here on the training split (characters: on
     all text), gpt2, or the path of one. `corpus` configures filters and deduplication. The bytes
     depend neither on `workers`, the number of processes, nor on whether one was killed and the call
-    repeated. `stages.choose_split` chooses the validation text. Raises ValueError for text that
-    cannot be read and for impossible settings, FileExistsError if `out` is in use.
+    repeated. `stages.choose_split` chooses the validation text, part `fold`. Raises ValueError for
+    text that cannot be read and for impossible settings, FileExistsError if `out` is in use.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1 (got {workers})")
@@ -107,6 +108,7 @@ def prepare(
         text_field=text_field,
         document_separator=document_separator,
         val_fraction=val_fraction,
+        fold=fold,
         strict=strict,
         corpus=corpus or CorpusConfig(),
     )
@@ -299,6 +301,8 @@ def _write_folder(job: Job, progress: Progress) -> Path:
     del settings["sources"]
     if settings["document_separator"] is None:  # as before there was this setting
         del settings["document_separator"]
+    if not settings["fold"]:
+        del settings["fold"]
     del settings["corpus"]["evaluation_texts"]
     if job.settings.tokenizer not in TRAINED_NAMES:
         settings["tokenizer"] = "given"
@@ -422,6 +426,8 @@ def _begin(settings: Settings, out: Path) -> Job:
 
 def _key(settings: Settings) -> str:
     content: dict[str, Any] = asdict(settings)
+    if not settings.fold:  # the key of before there was this setting
+        del content["fold"]
     if settings.tokenizer not in TRAINED_NAMES:
         own = tokenizer_files(settings.tokenizer)
         naming = [own[0].parent / name for name in NAMING_FILES]

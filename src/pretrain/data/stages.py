@@ -321,28 +321,40 @@ class Split:
     policy: str
     """"documents" or "tails"."""
     bound: int
-    """Under "documents": documents whose hash is below this are validation."""
+    """Under "documents": documents whose hash is below this are validation in fold 0."""
+    fold: int = 0
+    """The part that is validation, of parts of the same size: the text of no two overlaps."""
 
     def parts(self, text: str) -> Iterator[tuple[SplitName, str]]:
         """Yield the parts of one document in order; their texts joined are the document's."""
         if self.policy == "documents":
-            yield ("val" if text_hash(text.encode())[0] < self.bound else "train"), text
+            width = int(self.val_fraction * 2**64)
+            stop = (self.fold + 1) * width if self.fold else self.bound
+            start = max(self.bound, self.fold * width) if self.fold else 0
+            yield ("val" if start <= text_hash(text.encode())[0] < stop else "train"), text
             return
-        cut = target = round(len(text) * (1 - self.val_fraction))
+        start = self._cut(text, self.fold + 1)
+        stop = self._cut(text, self.fold) if self.fold else len(text)
+        rest, part = text[:start] + text[stop:], text[start:stop]
+        if len(part.encode()) < MIN_TAIL_BYTES or not rest.strip():
+            yield "train", text
+            return
+        parts: list[tuple[SplitName, str]] = [("train", text[:start]), ("val", part)]
+        yield from (each for each in (*parts, ("train", text[stop:])) if each[1])
+
+    def _cut(self, text: str, n_parts: int) -> int:
+        """The place in a document at which its last `n_parts` parts begin."""
+        target = max(0, round(len(text) * (1 - n_parts * self.val_fraction)))
         for place in range(target, max(0, target - _CUT_SEARCH_CHARACTERS), -1):
             # The whitespace goes to the tail, so that the head ends like a text and the tail's
             # tokens are usual ones.
             if place < len(text) and text[place].isspace():
-                cut = place
-                break
-        has_tail = len(text[cut:].encode()) >= MIN_TAIL_BYTES and text[:cut].strip()
-        yield "train", text[:cut] if has_tail else text
-        if has_tail:
-            yield "val", text[cut:]
+                return place
+        return target
 
 
 def choose_split(
-    keys: Callable[[], Iterable[NDArray[np.void]]], *, val_fraction: float | None
+    keys: Callable[[], Iterable[NDArray[np.void]]], *, val_fraction: float | None, fold: int = 0
 ) -> Split:
     """Divide by documents if there are at least MIN_DOCUMENTS different ones, else by the end of
     each: a pure function of the texts and the fraction.
@@ -350,8 +362,8 @@ def choose_split(
     A document is validation if the 64-bit BLAKE2b of its text, as a fraction of 2^64, is below
     `val_fraction`, or if it has the smallest hash. So equal documents are never on both sides, and,
     if `val_fraction` is given, a document added later moves no other one. If that made most of the
-    text validation (one document is nearly everything), the ends are used too. `keys` yields the
-    documents' `jobs.KEY`s, in arrays, each time it is called.
+    text validation (one document is nearly everything), the ends are used too. All folds have the
+    policy of fold 0. `keys` yields the documents' `jobs.KEY`s, in arrays, each time it is called.
     """
     n_bytes = 0
     smallest: set[int] = set()
@@ -364,14 +376,20 @@ def choose_split(
         n_val_bytes = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
         most = min(max(0.1, SMALL_VAL_BYTES / max(n_bytes, 1)), 0.2)
         fraction = min(n_val_bytes / max(n_bytes, 1), most)
+    n_folds = int(1 / fraction + 1e-9)
+    if fold >= n_folds:
+        raise ValueError(
+            f"data.fold is {fold}; it must be in [0, {n_folds - 1}]: {fraction:.3g} of the text is "
+            f"held out, so there are {n_folds} such parts; a smaller data.val_fraction gives more"
+        )
     if len(smallest) == MIN_DOCUMENTS:
         bound = max(int(fraction * 2**64), min(smallest) + 1)
         n_val_bytes = sum(
             int(chunk["n_bytes"][chunk["hash"] < np.uint64(bound)].sum()) for chunk in keys()
         )
         if n_val_bytes <= max(0.5, 1.5 * fraction) * n_bytes:
-            return Split(val_fraction=fraction, policy="documents", bound=bound)
-    return Split(val_fraction=fraction, policy="tails", bound=0)
+            return Split(fraction, "documents", bound, fold)
+    return Split(fraction, "tails", 0, fold)
 
 
 def _split(job: Job, task: int, out: Path) -> None:
@@ -390,7 +408,8 @@ def _split(job: Job, task: int, out: Path) -> None:
         counts = removed_documents(job).most_common(5)
         reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts)
         raise ValueError(f"every document was removed; use fewer filters: {reasons}")
-    split = choose_split(keys, val_fraction=job.settings.val_fraction)
+    settings = job.settings
+    split = choose_split(keys, val_fraction=settings.val_fraction, fold=settings.fold)
     name = job.settings.tokenizer
     shards = job.shards if name != "bytes" else []
 

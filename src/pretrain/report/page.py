@@ -18,7 +18,7 @@ from pretrain.report.chart import Series, line_chart
 from pretrain.report.html import heat_map_data, render
 from pretrain.report.run import Record, RunFiles, curve, fields, read_run_files, records_in
 from pretrain.report.units import UNKNOWN, count, decimal, duration, number
-from pretrain.run.directory import MIX_FOLDER, REPORT
+from pretrain.run.directory import CROSS_VALIDATION, MIX_FOLDER, REPORT
 from pretrain.run.log import CHARTS
 
 MODEL = "this model"
@@ -35,14 +35,15 @@ def write_report(run_dir: str | Path) -> Path:
     facts = {k: v for k, v in run.environment.items() if isinstance(v, str | int | float)}
     facts.pop("command", None)
     cards = records_in(run.predictions.get("cards"))
-    ranks = ranking(run)
+    crossed = fields(run.summary.get(CROSS_VALIDATION))
+    ranks = ranking(run, crossed)
     readings = [fields(each.get("facts")) for each in records_in(run.summary.get("reading"))]
     page = render(
         "report.html",
         MODEL=MODEL,
         run=run,
         started=str(run.environment.get("started", UNKNOWN)).replace("T", " ").replace("Z", " UTC"),
-        verdict=verdict(run, ranks),
+        verdict=verdict(run, ranks, crossed),
         diverged=diverged[-1:],
         loss_chart=learning_curves(run),
         small_charts=[
@@ -88,8 +89,9 @@ def learning_curves(run: RunFiles) -> dict[str, Any]:
     return facts | line_chart(series, "Loss", f"bits per byte, by {x_name}", levels)
 
 
-def ranking(run: RunFiles) -> list[tuple[float, Record]]:
-    """Bits per byte of each baseline and of the model, if it was evaluated; the best first."""
+def ranking(run: RunFiles, crossed: Record | None = None) -> list[tuple[float, Record]]:
+    """Bits per byte of each baseline and of the model, if it was evaluated; the best first. Of a
+    cross-validation, `crossed`, those over all its parts."""
     parts = [
         f"{row.get('name')} {decimal(number(row.get('bits_per_byte')))}"
         for row in records_in(run.summary.get(MIX_FOLDER))
@@ -103,12 +105,18 @@ def ranking(run: RunFiles) -> list[tuple[float, Record]]:
         if parts
         else f"after {count(run.scored_step)} steps",
     }
-    pairs = [(number(row.get("bits_per_byte")), row) for row in [*run.baselines, model]]
+    baselines = run.baselines
+    if crossed:
+        baselines = records_in(crossed.get("baselines"))
+        bits, stderr = (number(crossed.get(key)) for key in ("bits_per_byte", "stderr"))
+        note = f"over {len(records_in(crossed.get('parts')))} parts of the text"
+        model |= {"bits_per_byte": bits, "stderr": stderr, "perplexity": None, "note": note}
+    pairs = [(number(row.get("bits_per_byte")), row) for row in [*baselines, model]]
     ranks = [(bits, row) for bits, row in pairs if bits is not None]
     return sorted(ranks, key=lambda rank: rank[0])
 
 
-def verdict(run: RunFiles, ranks: list[tuple[float, Record]]) -> tuple[str, str]:
+def verdict(run: RunFiles, ranks: list[tuple[float, Record]], crossed: Record) -> tuple[str, str]:
     """One sentence in two parts, of which the first is emphasised."""
     bits, loss = run.figure("val_bits_per_byte"), run.figure("loss")
     seconds = run.figure("train_seconds")
@@ -122,6 +130,10 @@ def verdict(run: RunFiles, ranks: list[tuple[float, Record]]) -> tuple[str, str]
     if bits is None:
         rest = f" {after}; there is no evaluation on held-out text yet."
         return f"Training loss {decimal(loss)} nats per token", rest
+    if crossed:
+        value, error = (number(crossed.get(key)) for key in ("bits_per_byte", "stderr"))
+        after += f", and {decimal(value)} ± {decimal(error, 3)} over all "
+        after += f"{len(records_in(crossed.get('parts')))} parts that were held out in turn"
     names = [f"{baseline.get('name')} ({decimal(bits)})" for bits, baseline in ranks]
     place = [baseline.get("name") for _, baseline in ranks].index(MODEL)
     better, worse = ", ".join(names[:place]), ", ".join(names[place + 1 :])

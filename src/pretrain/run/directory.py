@@ -48,6 +48,9 @@ MIX = "mix.json"
 # Runs of further networks, and the mix of all, which is the result if the summary names it.
 MEMBERS = "members"
 MIX_FOLDER = "mix"
+# Runs that hold out other parts of a tiny text, and what the summary says of all of them.
+FOLDS = "folds"
+CROSS_VALIDATION = "cross_validation"
 
 
 class CannotSave(Exception):

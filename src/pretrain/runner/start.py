@@ -90,7 +90,7 @@ class Request:
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     """where messages go"""
     network: str = ""
-    """"network 2 of 3" of the run in whose folder this run's is; empty for a run of its own"""
+    """"network 2 of 3" or "part 2" of the run whose folder has this one's; empty for another run"""
     planned_stop: tuple[str, int] = ("", 0)
     """where the run is interrupted on purpose: `Run.planned_stop`"""
     start_time: float = field(default_factory=time.perf_counter)
@@ -168,10 +168,10 @@ def start(request: Request) -> RunResult:
         return result
     folder, config = result.folder, compose([read_file(result.folder / directory.CONFIG)])
     if ensemble.is_missing(config, result.summary):
-        if code := ensemble.train_members(folder, config, partial(_train_member, request, folder)):
+        train_one, log = partial(_train_member, request, folder), log_to(request.stream)
+        if code := ensemble.train_rest(folder, config, train_one, log):
             return RunResult(folder, code)
-        log_to(request.stream)("scoring the mean of all parts ...")
-        result = RunResult(folder, 0, ensemble.average(folder, config), write_report(folder))
+        result = RunResult(folder, 0, read_summary(folder), write_report(folder))
     if result.report is not None and result.summary is not None:
         from pretrain.train.console import Console, show_summary
 
@@ -180,7 +180,7 @@ def start(request: Request) -> RunResult:
 
 
 def _train_member(request: Request, run: Path, folder: Path, settings: Layer, name: str) -> int:
-    """Train a further network of a run in a folder of its own, and return the exit code."""
+    """Train a further network, or with another part held out, in a folder of its own."""
     log_to(request.stream)(name)
     if is_started(folder):
         one = replace(request, kind="resume", targets=(), overrides={})

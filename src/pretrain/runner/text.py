@@ -104,6 +104,11 @@ def prepared_text(
             f"data.base must come with texts, not with a prepared folder ({prepared[0]!r}), which "
             "has a tokenizer of its own; name the text that it was prepared from"
         )
+    if prepared and data.fold:
+        raise ValueError(
+            f"data.fold must be 0 with a prepared folder ({prepared[0]!r}), whose held-out text is "
+            "fixed; name the text that it was prepared from"
+        )
     if prepared:
         return _mixed(config, [open_prepared(path) for path in prepared])
 
@@ -131,6 +136,7 @@ def _cached(
         "text_field": data.text_field,
         "document_separator": data.document_separator,
         "val_fraction": data.val_fraction,
+        "fold": data.fold if tuple(paths) == data.paths else 0,  # of a larger text always 0
         "corpus": config.corpus,
     }
     folder = cache_folder() / "prepared" / prepared_key(paths, **settings)

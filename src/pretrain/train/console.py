@@ -24,10 +24,16 @@ from pretrain.evaluate.task_files import EvalTask
 from pretrain.machine import this_command
 from pretrain.model.config import n_parameters
 from pretrain.report.units import duration
-from pretrain.run.directory import MIX_FOLDER
+from pretrain.run.directory import CROSS_VALIDATION, MIX_FOLDER
 from pretrain.train.build import TrainingBatches
 from pretrain.train.config import filled
-from pretrain.train.resolve import expected_memory, fit_table_rows, max_steps
+from pretrain.train.resolve import (
+    MAX_ERROR,
+    expected_memory,
+    fit_table_rows,
+    is_tiny,
+    max_steps,
+)
 
 # Seconds between two lines of steps where the output is not a terminal.
 LINE_SECONDS = 10.0
@@ -36,8 +42,6 @@ LINE_SECONDS = 10.0
 MANY_EPOCHS = 4
 # Parameters for each token of the text beyond which a smaller model is suggested.
 MANY_PARAMETERS = 100
-# The share of the held-out loss beyond which its standard error is said in words.
-MAX_ERROR = 0.03
 
 
 def with_error(row: Mapping[str, Any]) -> str:
@@ -208,7 +212,7 @@ def show_plan(
     # Tables that were fitted to the text are as small as they should be.
     is_fitted = model.rows_of_a_table <= fit_table_rows(text.n_tokens)
     n_many = n_all - in_tables * is_fitted
-    ends_early &= n == 1
+    ends_early &= n == 1 and not is_tiny(config, data)
     _show_notes(console, n_many, text.n_tokens, epochs, ends_early=ends_early, tables=not is_fitted)
 
 
@@ -271,23 +275,33 @@ def show_summary(
     seconds = summary["seconds"]
     spent = {**seconds, "the rest": summary["total_seconds"] - sum(seconds.values())}
     parts = ", ".join(f"{name} {duration(each)}" for name, each in spent.items())
+    crossed = summary.get(CROSS_VALIDATION)
     baselines = ", ".join(
-        f"{row['name']} {row['bits_per_byte']:.3f}" for row in summary["baselines"]
+        f"{row['name']} {row['bits_per_byte']:.3f}" for row in (crossed or summary)["baselines"]
     )
     console.line()
     console.line("done", style="bold green")
     bits, stderr = summary["val_bits_per_byte"], summary["val_bits_per_byte_stderr"]
-    is_rough = stderr is None or stderr > MAX_ERROR * bits
-    notes = [*summary.get("held_out", {}).get("notes", ())]
-    notes += [summary["choice"]["note"]] if "choice" in summary else []
-    error = "unknown" if stderr is None else f"{100 * stderr / bits:.1f} %"
     results = {
         "held-out text": f"{with_error({'value': bits, 'stderr': stderr})} bits/byte, perplexity "
         f"{summary['val_perplexity']:,.1f} over {summary['val_tokens']:,} tokens"
-        + f"\nits error is {error}; --data.val_fraction holds out more text" * is_rough
-        + "".join(f"\n{note}" for note in notes),
-        "baselines": f"{baselines} bits/byte",
     }
+    remedy = "--data.val_fraction holds out more text"
+    if crossed:
+        bits, stderr, held_out = (crossed[key] for key in ("bits_per_byte", "stderr", "parts"))
+        results["cross-validated"] = (
+            f"{with_error({'value': bits, 'stderr': stderr})} bits/byte over {len(held_out)} parts "
+            f"of the text, {sum(part['bytes'] for part in held_out):,} bytes, each held out from a "
+            "training of its own"
+        )
+        remedy = "more text lowers it, and more --train.minutes where parts are left"
+    if stderr is None or stderr > MAX_ERROR * bits:
+        error = "unknown" if stderr is None else f"{100 * stderr / bits:.1f} %"
+        results[list(results)[-1]] += f"\nits error is {error}; {remedy}"
+    notes = [*summary.get("held_out", {}).get("notes", ())]
+    notes += [summary["choice"]["note"]] if "choice" in summary else []
+    results["held-out text"] += "".join(f"\n{note}" for note in notes)
+    results["baselines"] = f"{baselines} bits/byte" + " of the same parts" * bool(crossed)
     if MIX_FOLDER in summary:
         results["mean of"] = ", ".join(
             f"{row['name']} {row['bits_per_byte']:.3f} ({100 * row['weight']:.0f} %)"

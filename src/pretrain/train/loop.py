@@ -106,11 +106,11 @@ def follow_clock(run: Run) -> None:
     if decision is None:
         return
     run.log.append_decision(decision)
-    was_told = describe(run.plan, run.clock.decisions)
+    before = describe(run.plan, run.clock.decisions)
     run.clock.decisions.append(decision)
     run.schedule = run.plan.decided(run.clock.decisions)
     # Later corrections of the same kind are in summary.json.
-    if not was_told and (text := describe(run.plan, run.clock.decisions)):
+    if not before and (text := describe(run.plan, run.clock.decisions)):
         run.console.line(text)
 
 
@@ -259,7 +259,8 @@ def finish(run: Run) -> None:
         return
 
     baselines: dict[str, Any] = {"baselines": []}
-    if not run.console.is_brief:  # those of the first network are the same
+    # Those of the first network are the same, but not those of another part of the text.
+    if not run.console.is_brief or run.config.data.fold:
         run.console.line("scoring count tables and compressors on the same held-out text ...")
         train_split, val_split = run.data.split("train"), run.data.split("val")
         with run.timed("count tables"):

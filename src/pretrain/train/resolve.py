@@ -45,6 +45,12 @@ MOST_WITH_TABLES, MOST_MEMBERS = 4, 8
 # Epochs of a network without tables, which has dropout.
 MEAN_EPOCHS, MOST_EPOCHS = 10, 16
 MOST_MEMBER_BYTES = 1 << 31
+# The share of the held-out loss beyond which its standard error is too large, so that it is said,
+# and other parts of the text are held out too, if there is time.
+MAX_ERROR = 0.03
+# Of fewer held-out bytes the error is above it: times the root of the bytes it is 0.7 to 1.6 in
+# four novels, 1.1 to 2.1 in Wikipedia, 2 to 4 in Python code (counts of bytes, 3 to 50 kB of each).
+ROUGH_VAL_BYTES = 2500
 # Of the networks that would fit by the trial: one that misses the end of its epoch is worth less.
 SURE_SHARE = 0.85
 # Fewer where they would take more than this part of the minutes.
@@ -122,8 +128,8 @@ def check_base(data: StandingData) -> None:
     if both > (1 - LEAST_HELP) * own:
         raise ValueError(
             f"data.base {data.names[0]} does not help here: counts of the text alone give "
-            f"{own:.3f} bits/byte of what is held out, with counts of the larger text "
-            f"{both:.3f}; these must be {LEAST_HELP:.0%} less, as where both are alike (in "
+            f"{own:.3f} bits/byte of the held-out text, with counts of the larger text "
+            f"{both:.3f}; these must be {LEAST_HELP:.0%} less, as where both are of one kind (in "
             "language, or code); train without it"
         )
 
@@ -337,14 +343,28 @@ def max_steps(config: RunConfig, data: PreparedData) -> int | None:
 def fit_members(config: RunConfig, data: PreparedData, n_fitting: float) -> int:
     """The networks of a run whose minutes suffice for an epoch of `n_fitting` with tables: as many,
     or one and some without tables, which need many epochs. More of them help less and less, and all
-    are in memory when the model is used."""
-    if config.parallel.processes > 1:
+    are in memory when the model is used. One of a text whose other parts will be held out: others
+    add nothing to the counts of so small a text, and the parts need the time."""
+    if config.parallel.processes > 1 or is_tiny(config, data):
         return 1
     if n_fitting > 1 + least_epochs(data.split("train").n_tokens):
         return 1 + max(1, min(round((n_fitting - 1) / MEAN_EPOCHS), MOST_MEMBERS - 1))
     n_bytes = 4 * n_parameters(config.model, vocab_size=data.manifest.vocab_size)
     n = int(SURE_SHARE * n_fitting)
     return max(1, min(n, MOST_WITH_TABLES, MOST_MEMBER_BYTES // n_bytes))
+
+
+def is_tiny(config: RunConfig, data: PreparedData) -> bool:
+    """Whether a run is expected to hold out further parts of its text."""
+    return can_hold_out_others(config) and data.split("val").n_bytes < ROUGH_VAL_BYTES
+
+
+def can_hold_out_others(config: RunConfig) -> bool:
+    """Whether a run may hold out further parts of its text in the minutes that it does not need:
+    one process, one text, and no other model, which may have read it."""
+    data, train = config.data, config.train
+    others = (data.fold, data.mixture, data.base, train.init_from, train.teacher)
+    return not any(others) and config.parallel.processes == 1 and train.minutes is not None
 
 
 def least_epochs(n_train_tokens: int) -> float:
