@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 from pretrain.cli import main
 from pretrain.config import compose, read_file
 from pretrain.corpus.reading import read_documents
+from pretrain.evaluate.loss import score_stream
+from pretrain.runner.open import load_model
+from pretrain.runner.text import prepared_text
 from pretrain.validation import ConfigError
 from runs import assert_same_run, records, stop_after, train
 from tiny import TINY
@@ -71,6 +75,31 @@ def test_a_model_may_be_stood_on_too(finished_run: Path, own: Path, tmp_path: Pa
     assert config.train.init_from is not None
     assert config.train.init_from.startswith(str(finished_run))
     assert config.data.base is None
+
+
+def test_a_model_is_measured_before_it_is_trained_on(
+    finished_run: Path, own: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["--train.steps", "1", "--train.batch_tokens", "256", "--train.threads", "1"]
+    settings = ["--data.val_fraction", "0.5"]
+    other = tmp_path / "other.txt"
+    other.write_text("".join(chr(0x430 + i * i % 31) for i in range(9000)), encoding="utf-8")
+    found = {}
+    for name, text in (("own", own), ("other", other)):
+        args = [str(text), "--from", str(finished_run), *words, *settings]
+        assert train(*args, "--run", str(tmp_path / name)) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        first = re.search(r"before the first step the weights have ([\d.]+) bits/byte", out)
+        single = re.search(r"single tokens of the text ([\d.]+): the model knows nothing", out)
+        assert first
+        found[name] = float(first[1])
+        if name == "other":
+            assert single
+            assert float(single[1]) < found[name]
+    val = prepared_text(compose([read_file(tmp_path / "own" / "config.yaml")])).split("val")
+    assert found["own"] == pytest.approx(
+        score_stream(load_model(finished_run), val).bits_per_byte, rel=0.02
+    )
 
 
 def test_a_text_in_another_alphabet_is_refused_before_training(

@@ -22,7 +22,9 @@ from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.token_stats import bits_per_byte_error, sample_text_predictions
 from pretrain.generate.sampling import Sampling, generate
+from pretrain.model.counts import kneser_ney
 from pretrain.train.build import uncompiled
+from pretrain.train.resolve import MOST_COUNTED_TOKENS
 from pretrain.train.signals import StopSignals
 from pretrain.train.state import Run
 
@@ -121,6 +123,26 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
         }
     )
     return is_best
+
+
+def show_first_score(run: Run) -> None:
+    """Say how well the weights that a run starts from know its held-out text."""
+    val = run.data.split("val")
+    limit = min(run.config.train.evaluate_tokens, val.n_tokens)
+    with uncompiled():
+        bits = evaluate_split(run, limit_tokens=limit).bits_per_byte
+    ids, train = val.read(0, limit), run.data.split("train")
+    counted = train.read(0, min(train.n_tokens, MOST_COUNTED_TOKENS))
+    single, *_ = kneser_ney(counted, ids, vocab_size=run.data.manifest.vocab_size, order=1)
+    n_bytes = run.data.tokenizer().byte_lengths[ids[1:]].sum()
+    of_single = -np.log2(single[1:]).sum() / max(1, n_bytes)
+    text = f"before the first step the weights have {bits:.3f} bits/byte of the held-out text"
+    if bits > of_single:
+        text += (
+            f", and single tokens of the text {of_single:.3f}: the model knows nothing of it (its "
+            "language?), so a run without it may end better"
+        )
+    run.console.line(text, style="yellow" if bits > of_single else "")
 
 
 def evaluate_split(

@@ -29,6 +29,7 @@ from pretrain.train.eval_hooks import (
     is_evaluated,
     last_task_results,
     scored_model,
+    show_first_score,
     token_losses,
 )
 from pretrain.train.monitor import MOST_IN_A_ROW, NOT_FINITE, SPIKE, Anomaly
@@ -47,6 +48,8 @@ def train(run: Run) -> int:
     config = run.config.train
     progress = run.console.progress(steps=run.n_steps, step=run.step)
     with StopSignals(immediate=True) as stop, progress:
+        if config.init_from is not None and run.step == 0:
+            show_first_score(run)
         evaluate_if_due(run, stop)  # what a signal interrupted before a resume
         run.model.lm_loss.train()
         while run.step < run.n_steps and not run.patience_exhausted:
