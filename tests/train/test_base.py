@@ -77,6 +77,23 @@ def test_a_model_may_be_stood_on_too(finished_run: Path, own: Path, tmp_path: Pa
     assert config.data.base is None
 
 
+@pytest.mark.parametrize("own_bytes", [6000, 60_000])
+def test_minutes_are_at_most_one_reading_of_the_larger_text(
+    corpus: Path, tmp_path: Path, own_bytes: int
+) -> None:
+    """Of the text four, or half of the second half of the steps."""
+    texts = [document.text for document in list(read_documents("bundled"))[1::7]]
+    (tmp_path / "own.txt").write_text("\n".join(texts)[:own_bytes], encoding="utf-8")
+    words = [*TINY, "--train.minutes", "9", "--train.evaluate_every", "100000"]
+    args = [*words, "--train.members", "1", "--run", str(tmp_path / "run")]
+    assert train(str(tmp_path / "own.txt"), "--from", str(corpus), *args) == 0
+    of_base, of_own = json.loads((tmp_path / "run/summary.json").read_text())["sources"].values()
+    assert of_base["epochs"] == pytest.approx(1, abs=0.03)
+    assert of_own["share"] == pytest.approx(0.25, abs=0.01) or of_own["epochs"] == pytest.approx(
+        4, abs=0.3
+    )
+
+
 def test_a_model_is_measured_before_it_is_trained_on(
     finished_run: Path, own: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -519,6 +519,12 @@ class StandingData(MixedData):
         super().__init__(replace(config, base=None, source=tuple(stages)), [base, own])
         self._streams = {**self._streams, "val": own.split("val")}
 
+    @property
+    def tokens_for_epochs(self) -> int:
+        """Tokens of a run that reads the larger text once."""
+        base, own = (self.spans[name].n_tokens for name in self.names)
+        return min(base + OWN_EPOCHS * own, round(base / (1 - OWN_SHARE / 2)))
+
     def _entries(self, n_tokens: int) -> Sequence[SourceConfig]:
         """As of a mixture in which the text is read OWN_EPOCHS times in the second half."""
         base, own = self.names

@@ -130,7 +130,8 @@ def member_settings(config: RunConfig, done: list[dict[str, Any]]) -> Layer:
     minutes = max(0.01, left / ((train.members or 1) - len(done)))
     own |= {"steps": None, "minutes": minutes}
     epoch, n_tokens = first["minutes"] / first["epochs"], round(first["tokens"] / first["epochs"])
-    if minutes < least_epochs(n_tokens) * epoch or not config.model.ngram_rows:
+    is_short = minutes < least_epochs(n_tokens) * epoch
+    if is_short or not config.model.ngram_rows or config.data.base:
         return {"train": own}
     own["minutes"] = min(minutes, MOST_EPOCHS * epoch)
     # More tokens than for tables, which need many updates in their one epoch.
