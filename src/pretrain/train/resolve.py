@@ -49,7 +49,7 @@ MOST_MEMBER_BYTES = 1 << 31
 # and other parts of the text are held out too, if there is time.
 MAX_ERROR = 0.03
 # Of fewer held-out bytes the error is above it: times the root of the bytes it is 0.7 to 1.6 in
-# four novels, 1.1 to 2.1 in Wikipedia, 2 to 4 in Python code (counts of bytes, 3 to 50 kB of each).
+# four novels, 1.1 to 2.5 in Wikipedia, 1.6 to 4 in Python code (docs/notebook/small-texts.md).
 ROUGH_VAL_BYTES = 2500
 # Of the networks that would fit by the trial: one that misses the end of its epoch is worth less.
 SURE_SHARE = 0.85
