@@ -72,9 +72,9 @@ class TrainConfig(Checked):
     """reject GPU kernels whose result varies from run to run (CPU runs never use any)"""
     ema_decay: Annotated[float, Range(0, lt=1)] = 0.0
     """decay rate per step of an exponential moving average of the weights, which evaluations and
-    readers of a checkpoint use in place of the last weights ("Averaging Weights Leads to Wider
-    Optima and Better Generalization", Izmailov et al., 2018); at step t at most (1 + t) / (10 + t),
-    so it reaches back over about a ninth of the steps; 0: none"""
+    readers of a checkpoint use in place of the last ones ("Averaging Weights Leads to Wider Optima
+    and Better Generalization", Izmailov et al., 2018); at step t at most (1 + t) / (10 + t), a
+    ninth of the steps; no gain with the default schedule (docs/notebook/small-texts.md); 0: none"""
     label_smoothing: Annotated[float, Range(0, lt=1)] = 0.0
     """fraction of each target's probability that is spread over the vocabulary (Vaswani et al.,
     2017: 0.1)"""
