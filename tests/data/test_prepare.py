@@ -327,6 +327,24 @@ def test_folds_of_documents_are_disjoint_ranges_of_hashes(many: list[str]) -> No
     assert sorted(held_out) == sorted(many)
 
 
+def test_a_fold_without_documents_or_with_most_of_the_text_is_refused() -> None:
+    """Fold 0 and 3 have a tenth each, 1 nothing, and 2 the rest."""
+    of_fold = {0: 10, 2: 80, 3: 10}
+    places = [(fold + (n + 0.5) / 40) / 5 for fold in of_fold for n in range(20)]
+    keys = np.zeros(len(places), KEY)
+    keys["hash"] = [int(place * 2**64) for place in places]
+    keys["n_bytes"] = [of_fold[int(5 * place)] for place in places]
+
+    def split(fold: int) -> Split:
+        return choose_split(lambda: iter([keys]), val_fraction=0.2, fold=fold)
+
+    assert split(0).policy == split(3).policy == "documents"
+    for fold, n_bytes in ((1, 0), (2, 1600)):
+        message = f"data.fold is {fold}, whose documents have {n_bytes:,} of "
+        with pytest.raises(ValueError, match=message):
+            split(fold)
+
+
 def test_fold_0_is_the_split_of_before_and_a_large_number_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(f"line {n} of a text\n" for n in range(60)))
     prepared = [

@@ -51,6 +51,29 @@ def test_a_limit_takes_the_same_evenly_spread_windows() -> None:
     assert len(taken[2]) == 100
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("n_windows", [1, 2, 9])
+def test_halves_are_the_same_windows_for_any_number_of_processes(size: int, n_windows: int) -> None:
+    ids = Ids(np.arange(10 * n_windows + 1, dtype=np.int64))
+    halves = [
+        [
+            window
+            for rank in range(size)
+            for batch in evaluation_batches(
+                ids, context_length=10, rows=2, half=half, rank=rank, size=size
+            )
+            for window, targets in zip(batch.samples.tolist(), batch.targets, strict=True)
+            if bool((targets >= 0).any())
+        ]
+        for half in (0, 1)
+    ]
+    middle = (n_windows + 1) // 2
+    assert [sorted(half) for half in halves] == [
+        list(range(middle)),
+        list(range(middle, n_windows)),
+    ]
+
+
 def test_scores_are_derived_from_the_sums() -> None:
     score = Score(nats=20.0, tokens=10, bytes=40)
     assert score.nats_per_token == 2.0

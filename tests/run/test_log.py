@@ -49,6 +49,7 @@ def test_choice_is_free_where_the_halves_agree_and_costs_what_they_differ_by() -
 
     assert bias() == bias((5, 5)) == bias((9, 9), (5, 5), (7, 8)) == 0
     assert bias((None, 1), (5, 5)) == 0
+    assert bias((9, 0), (5, 0), (7, 0)) == 0, "one window has no second half"
     # The first half is best at the second step, the other at the first: 6 + 6.5 instead of 9.
     assert bias((6, 4), (3, 6.5), (4, 5)) == pytest.approx((6 + 6.5) - 9)
     assert nats_of_choice([{"kind": "evaluate"}, {"kind": "train"}]) == 0

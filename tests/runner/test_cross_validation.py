@@ -12,9 +12,10 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.config import compose
+from pretrain.data.preparation import prepare
 from pretrain.run.directory import read_summary
 from pretrain.runner import ensemble, start
-from pretrain.train.resolve import fit_members
+from pretrain.train.resolve import can_hold_out_others, fit_members
 from runs import Killed, kill_in_step
 from tiny import TINY
 
@@ -136,6 +137,43 @@ def test_the_error_is_that_within_the_parts_or_between_them() -> None:
     apart = ensemble.pooled([part(2.0, 0.1, 100), part(4.0, 0.1, 300)])
     assert (apart["bits_per_byte"], apart["stderr"]) == pytest.approx((3.5, 1.0))
     assert ensemble.is_rough(ensemble.pooled([part(2.0, None, 100), part(2.0, 0.01, 100)]))
+
+
+def test_a_text_that_has_changed_is_not_cross_validated(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, run = tmp_path / "own.txt", tmp_path / "run"
+    shutil.copy(text, own)
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble, "cross_validate", lambda *args: 1)
+        assert main(["train", str(own), *TINY, *MINUTES, "--run", str(run)]) == 1
+    own.write_text("zq xj vk " * 400)
+    assert main(["train", "--resume", "--run", str(run)]) == 0
+    assert "no other part of the text is held out: it has changed" in capsys.readouterr().out
+    assert read_summary(run)["cross_validation"] is None
+    assert not (run / "folds").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("data", {"fold": 1}),
+        ("data", {"base": "bundled"}),
+        ("train", {"minutes": None}),
+        ("train", {"teacher": "run"}),
+        ("schedule", {"name": "cosine"}),
+        ("parallel", {"processes": 2}),
+    ],
+)
+def test_what_no_other_parts_are_held_out_of(
+    section: str, settings: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    layer: Any = {"data": {"source": [str(text)]}, "train": {"minutes": 1.0}}
+    assert can_hold_out_others(compose([layer]))
+    assert not can_hold_out_others(compose([layer, {section: settings}]))
+    prepare(text, tmp_path / "prepared", tokenizer="bytes")
+    of_prepared: Any = {"data": {"source": [str(tmp_path / "prepared")]}}
+    assert not can_hold_out_others(compose([layer, of_prepared]))
 
 
 def test_a_tiny_text_has_one_network_so_that_its_parts_have_time() -> None:

@@ -277,6 +277,12 @@ def test_networks_end_when_another_one_does_not_pay(whole: Path, tmp_path: Path)
     assert made == ["network 2 of 4: other random weights"]
     assert re.match(r"network 2 has taken -?0\.0\d % off the loss of the mean", said[0])
     assert said[1:] == ["another network does not pay, so the run ends before its minutes do"]
+    # After the mean was made, which deletes their checkpoints, as `extend` finds it.
+    shutil.rmtree(tmp_path / "timed/members/2/checkpoints")
+    own = replace(stored.train, members=4, minutes=1.0)
+    assert train_members(tmp_path / "timed", replace(stored, train=own), copy, said.append) == 0
+    assert len(made) == 1
+    assert len(said) == 2
     # A number of networks that was asked for, with a number of steps, is kept.
     assert train("counted", None) == 0
     assert len(made) == 1 + 3

@@ -302,7 +302,7 @@ def test_patience_stops_run_without_improvement(
     assert again["choice"]["bits_per_byte"] == summary["val_bits_per_byte"]
     assert again["held_out"] == summary["held_out"]
     for shown in (capsys.readouterr().out, (run / "report.html").read_text()):
-        assert "chosen by one half and scored on the other" in " ".join(shown.split())
+        assert "chosen by one half of them and scored on the other" in " ".join(shown.split())
 
 
 def test_second_signal_stops_at_once() -> None:

@@ -96,6 +96,7 @@ def evaluation_batches(
     rows: int,
     stride: int | None = None,
     limit_tokens: int | None = None,
+    half: int | None = None,
     rank: int = 0,
     size: int = 1,
 ) -> Iterator[MicroBatch]:
@@ -104,7 +105,8 @@ def evaluation_batches(
 
     By default windows do not overlap; where they do, targets of an earlier window are only context
     in the next. With `limit_tokens` every n-th window is taken, always the same ones, for about
-    that number of valid targets. The last window is padded. Of `size` processes each gets every
+    that number of valid targets; of the windows taken, `half` 0 is the first half and 1 the second,
+    which one window leaves empty. The last window is padded. Of `size` processes each gets every
     `size`-th batch, and all get the same number of batches, of which the last may have no valid
     target. ValueError for a stride that would leave targets out.
     """
@@ -115,6 +117,9 @@ def evaluation_batches(
         n_windows = 1 + max(0, ceil_div(n_targets - context_length, stride))
     every = 1 if limit_tokens is None else max(1, ceil_div(n_targets, limit_tokens))
     chosen = range(0, n_windows, every)
+    if half is not None:
+        middle = ceil_div(len(chosen), 2)
+        chosen = chosen[middle:] if half else chosen[:middle]
     for first in range(0, len(chosen), rows * size):
         windows = chosen[first + rank * rows :][:rows]
         inputs = torch.zeros(max(1, len(windows)), context_length, dtype=torch.int64)

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -325,12 +325,18 @@ class Split:
     fold: int = 0
     """The part that is validation, of parts of the same size: the text of no two overlaps."""
 
+    @property
+    def hashes(self) -> tuple[int, int]:
+        """The hashes, from the first to before the second, of validation documents."""
+        if not self.fold:
+            return 0, self.bound
+        width = int(self.val_fraction * 2**64)
+        return max(self.bound, self.fold * width), min((self.fold + 1) * width, 2**64 - 1)
+
     def parts(self, text: str) -> Iterator[tuple[SplitName, str]]:
         """Yield the parts of one document in order; their texts joined are the document's."""
         if self.policy == "documents":
-            width = int(self.val_fraction * 2**64)
-            stop = (self.fold + 1) * width if self.fold else self.bound
-            start = max(self.bound, self.fold * width) if self.fold else 0
+            start, stop = self.hashes
             yield ("val" if start <= text_hash(text.encode())[0] < stop else "train"), text
             return
         start = self._cut(text, self.fold + 1)
@@ -384,12 +390,24 @@ def choose_split(
         )
     if len(smallest) == MIN_DOCUMENTS:
         bound = max(int(fraction * 2**64), min(smallest) + 1)
-        n_val_bytes = sum(
-            int(chunk["n_bytes"][chunk["hash"] < np.uint64(bound)].sum()) for chunk in keys()
-        )
-        if n_val_bytes <= max(0.5, 1.5 * fraction) * n_bytes:
-            return Split(fraction, "documents", bound, fold)
+        split, largest = Split(fraction, "documents", bound), max(0.5, 1.5 * fraction) * n_bytes
+        if _validation_bytes(keys, split) <= largest:
+            split = replace(split, fold=fold)
+            if fold and not 0 < (own := _validation_bytes(keys, split)) <= largest:
+                raise ValueError(
+                    f"data.fold is {fold}, whose documents have {own:,} of {n_bytes:,} bytes; it "
+                    "must be one that has some, and not most of the text"
+                )
+            return split
     return Split(fraction, "tails", 0, fold)
+
+
+def _validation_bytes(keys: Callable[[], Iterable[NDArray[np.void]]], split: Split) -> int:
+    start, stop = split.hashes
+    return sum(
+        int(chunk["n_bytes"][(chunk["hash"] >= start) & (chunk["hash"] < stop)].sum())
+        for chunk in keys()
+    )
 
 
 def _split(job: Job, task: int, out: Path) -> None:

@@ -249,7 +249,7 @@ def nats_of_choice(records: Iterable[Mapping[str, Any]]) -> float:
     was chosen by the text that it is scored on: what is missing to the score in which each half of
     that text has the step that is best on the other. 0 where all three are the same step."""
     halves = [r["nats_of_halves"] for r in records if "nats_of_halves" in r]
-    pairs = [(a, b) for a, b in halves if a is not None and b is not None]
+    pairs = [(a, b) for a, b in halves if a and b]  # null: not finite; 0: an empty half
     if not pairs:
         return 0.0
     best_a, best_b = min(pairs), min(pairs, key=lambda pair: pair[1])
@@ -260,7 +260,8 @@ def choice(nats: float, bits_per_byte: float) -> dict[str, Any]:
     """Return what summary.json says of the `nats_of_choice` that its number has more than the
     checkpoints themselves, which have `bits_per_byte`."""
     note = (
-        f"the checkpoint was chosen by this text, of which it has {bits_per_byte:.4f} bits/byte; "
-        "chosen by one half and scored on the other it has the number above"
+        f"the checkpoint was chosen by evaluations of this text, on which it has "
+        f"{bits_per_byte:.4f} bits/byte; chosen by one half of them and scored on the other it "
+        "has the number above"
     )
     return {"nats": nats, "bits_per_byte": bits_per_byte, "note": note}

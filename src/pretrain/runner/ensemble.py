@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from operator import mul
 from pathlib import Path
 from statistics import stdev
@@ -34,6 +33,7 @@ from pretrain.run.directory import (
     MIX_FOLDER,
     PREDICTIONS,
     SUMMARY,
+    read_environment,
     read_summary,
     write_json,
 )
@@ -78,7 +78,7 @@ def train_rest(folder: Path, config: RunConfig, train: Train, log: Callable[[str
         log("scoring the mean of all parts ...")
         average(folder, config)
     if _lacks_folds(config, read_summary(folder)):
-        return cross_validate(folder, config, train)
+        return cross_validate(folder, config, train, log)
     return 0
 
 
@@ -89,6 +89,8 @@ def train_members(folder: Path, config: RunConfig, train: Train, log: Callable[[
     for number in range(2, n + 1):
         member, runs = folder / MEMBERS / str(number), _networks(folder)[: number - 1]
         if number > 2 and config.train.minutes is not None and not member.exists():
+            if not (runs[-1] / read_summary(runs[-1])["checkpoint"]).is_dir():
+                break  # an extended run: the mean that it had ended here
             gain = 100 * _gain_of_last(runs, config)
             log(f"network {number - 1} has taken {gain:.2f} % off the loss of the mean")
             if gain < LEAST_GAIN:
@@ -130,8 +132,7 @@ def member_settings(config: RunConfig, done: list[dict[str, Any]]) -> Layer:
     minutes = max(0.01, left / ((train.members or 1) - len(done)))
     own |= {"steps": None, "minutes": minutes}
     epoch, n_tokens = first["minutes"] / first["epochs"], round(first["tokens"] / first["epochs"])
-    is_short = minutes < least_epochs(n_tokens) * epoch
-    if is_short or not config.model.ngram_rows or config.data.base:
+    if minutes < least_epochs(n_tokens) * epoch or not config.model.ngram_rows:
         return {"train": own}
     own["minutes"] = min(minutes, MOST_EPOCHS * epoch)
     # More tokens than for tables, which need many updates in their one epoch.
@@ -254,21 +255,24 @@ def _scores(
 # --- cross-validation --------------------------------------------------------------------------
 
 
-def cross_validate(folder: Path, config: RunConfig, train: Train) -> int:
+def cross_validate(
+    folder: Path, config: RunConfig, train: Train, log: Callable[[str], None]
+) -> int:
     """Hold out further parts of the text, each in a run with the steps of the first, until the
     error is small enough or no time is left for another; write the numbers of all parts into
     summary.json. Return the first exit code that is not 0."""
     first = read_summary(folder)
     done, left = [first], 60 * (filled(config.train.minutes) - first["minutes"])
     expected = sum(first["seconds"].values())  # without what a run measures at its start
-    for fold in count(1):
+    for fold in range(1, _n_folds(folder, config, log)):
         if not is_rough(pooled(done)) or expected > left:
             break
         own = folder / FOLDS / str(fold)
         try:
-            prepared_text(replace(config, data=replace(config.data, fold=fold)))
-        except ValueError:  # no more parts, or a prepared folder, whose parts are fixed
-            break
+            prepared_text(replace(config, data=replace(config.data, fold=fold)), run=folder)
+        except ValueError as error:
+            log(f"part {fold + 1} is not held out: {error}")
+            continue
         settings: Layer = {"data": {"fold": fold}, "train": {"steps": first["steps"]}}
         name = f"part {fold + 1}: a run like the first, with another part of the text held out"
         if not (own / SUMMARY).is_file() and (code := train(own, settings, name)):
@@ -292,6 +296,20 @@ def cross_validate(folder: Path, config: RunConfig, train: Train) -> int:
         }
     write_json(folder / SUMMARY, first | result)
     return 0
+
+
+def _n_folds(folder: Path, config: RunConfig, log: Callable[[str], None]) -> int:
+    """Return the number of parts of the text that may be held out: 1 if it is not the text any more
+    that the run was trained on."""
+    try:
+        data = prepared_text(config, run=folder)
+    except ValueError as error:
+        log(f"no other part of the text is held out: {error}")
+        return 1
+    if data.split("train").sha256 != read_environment(folder)["fingerprint"]["training text"]:
+        log("no other part of the text is held out: it has changed since the run was trained")
+        return 1
+    return int(1 / data.manifest.settings["val_fraction"] + 1e-9)
 
 
 def pooled(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ import torch
 
 from pretrain.data.batches import Stream, evaluation_batches
 from pretrain.data.format import StandingData
-from pretrain.data.order import ceil_div
-from pretrain.evaluate.loss import EVALUATION_TOKENS, Model, Score, ScoredModel, score_batches
+from pretrain.evaluate.loss import EVALUATION_TOKENS, Ids, Model, Score, ScoredModel, score_batches
 from pretrain.evaluate.run_tasks import evaluate_in_loop
 from pretrain.evaluate.task_files import EvalTask
 from pretrain.evaluate.token_stats import bits_per_byte_error, sample_text_predictions
@@ -75,7 +74,7 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
     """Score the fixed part of the held-out split, and write a sample; True for a new best score."""
     train = run.config.train
     is_interrupted = partial(stop.interrupts_evaluation, run.world)
-    limit = min(train.evaluate_tokens, run.data.split("val").n_tokens)
+    limit = train.evaluate_tokens
     halves = [
         evaluate_split(run, limit_tokens=limit, half=half, is_interrupted=is_interrupted)
         for half in (0, 1)
@@ -126,12 +125,13 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
 
 
 def show_first_score(run: Run) -> None:
-    """Say how well the weights that a run starts from know its held-out text."""
-    val = run.data.split("val")
-    limit = min(run.config.train.evaluate_tokens, val.n_tokens)
-    with uncompiled():
-        bits = evaluate_split(run, limit_tokens=limit).bits_per_byte
-    ids, train = val.read(0, limit), run.data.split("train")
+    """Say how well the weights that a run starts from know the beginning of its held-out text."""
+    val, train = run.data.split("val"), run.data.split("train")
+    ids = val.read(0, min(run.config.train.evaluate_tokens, val.n_tokens))
+    with uncompiled(), run.timed("evaluation"):
+        bits = evaluate_split(run, Ids(ids)).bits_per_byte
+    if not run.world.is_main or run.console.is_brief:
+        return
     counted = train.read(0, min(train.n_tokens, MOST_COUNTED_TOKENS))
     single, *_ = kneser_ney(counted, ids, vocab_size=run.data.manifest.vocab_size, order=1)
     n_bytes = run.data.tokenizer().byte_lengths[ids[1:]].sum()
@@ -153,26 +153,23 @@ def evaluate_split(
     half: int | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Score a stream, by default the held-out split: all of it or `limit_tokens` of it, every
-    second batch of them as the `half` 0 or 1. Each process scores some batches, and all return the
-    sum. It ends early once it `is_interrupted`."""
+    """Score a stream, by default the held-out split: all of it, `limit_tokens` of it, or a `half`
+    of these. Each process scores some batches, and all return the sum. It ends early once it
+    `is_interrupted`."""
     rank, size = run.model.axes.batch_part(run.world.rank, evaluation=True)
     context = run.model.lm_loss.decoder.config.window_tokens
-    tokens = EVALUATION_TOKENS
-    if half is not None and limit_tokens is not None:
-        tokens = min(tokens, ceil_div(limit_tokens, 2 * size))  # so that there are two batches
     batches = evaluation_batches(
         stream or run.data.split("val"),
         context_length=context,
-        rows=max(1, tokens // context),
+        rows=max(1, EVALUATION_TOKENS // context),
         limit_tokens=limit_tokens,
+        half=half,
         rank=rank,
         size=size,
     )
-    own = batches if half is None else islice(batches, half, None, 2)
     return score_batches(
         run.model.lm_loss,
-        takewhile(lambda _: not is_interrupted(), own),
+        takewhile(lambda _: not is_interrupted(), batches),
         byte_lengths_V=torch.from_numpy(run.data.tokenizer().byte_lengths),
         world=run.world,
         precision=run.config.train.precision,

@@ -18,7 +18,7 @@ from pretrain.machine import free_memory
 from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate, update_averages
 from pretrain.parallel.model import StepReport
-from pretrain.run.directory import BASELINES, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
+from pretrain.run.directory import BASELINES, FOLDS, POST_MORTEMS, PREDICTIONS, SUMMARY, write_json
 from pretrain.run.log import choice, nats_of_choice
 from pretrain.train.build import load_weights, uncompiled
 from pretrain.train.clock import describe
@@ -109,11 +109,11 @@ def follow_clock(run: Run) -> None:
     if decision is None:
         return
     run.log.append_decision(decision)
-    before = describe(run.plan, run.clock.decisions)
     run.clock.decisions.append(decision)
     run.schedule = run.plan.decided(run.clock.decisions)
-    # Later corrections of the same kind are in summary.json.
-    if not before and (text := describe(run.plan, run.clock.decisions)):
+    said = [describe(run.plan, run.clock.decisions[:n]) for n in range(len(run.clock.decisions))]
+    # Later corrections are in summary.json.
+    if not any(said) and (text := describe(run.plan, run.clock.decisions)):
         run.console.line(text)
 
 
@@ -263,7 +263,7 @@ def finish(run: Run) -> None:
 
     baselines: dict[str, Any] = {"baselines": []}
     # Those of the first network are the same, but not those of another part of the text.
-    if not run.console.is_brief or run.config.data.fold:
+    if not run.console.is_brief or run.folder.parent.name == FOLDS:
         run.console.line("scoring count tables and compressors on the same held-out text ...")
         train_split, val_split = run.data.split("train"), run.data.split("val")
         with run.timed("count tables"):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pretrain.config import RunConfig
-from pretrain.data.format import MixedData, PreparedData, StandingData
+from pretrain.data.format import MixedData, PreparedData, StandingData, is_prepared
 from pretrain.data.order import Order, ceil_div
 from pretrain.machine import free_memory, memory_bytes, n_local_processes
 from pretrain.model.config import MAX_TABLE_ROWS, ModelConfig, n_parameters
@@ -369,10 +369,13 @@ def is_tiny(config: RunConfig, data: PreparedData) -> bool:
 
 def can_hold_out_others(config: RunConfig) -> bool:
     """Whether a run may hold out further parts of its text in the minutes that it does not need:
-    one process, one text, and no other model, which may have read it."""
+    one process, one text that is not prepared, a schedule that the clock follows, and no other
+    model, which may have read the text."""
     data, train = config.data, config.train
-    others = (data.fold, data.mixture, data.base, train.init_from, train.teacher)
-    return not any(others) and config.parallel.processes == 1 and train.minutes is not None
+    others = [data.fold, data.mixture, data.base, train.init_from, train.teacher]
+    if any(others) or any(map(is_prepared, data.paths)) or train.minutes is None:
+        return False
+    return config.parallel.processes == 1 and config.schedule.name == "wsd"
 
 
 def least_epochs(n_train_tokens: int) -> float:
