@@ -51,9 +51,9 @@ class TrainConfig(Checked):
     """stop after this number of evaluations in a row without a new best; empty: never"""
     members: Annotated[int | None, Range(1, 64)] = None
     """networks that a run trains one after the other, from other random weights each, and whose
-    mean probabilities are its model; they share its minutes; empty: as many as have time for an
-    epoch with n-gram tables, or one such and some without tables that read the text many times; one
-    where so little text is held out that other parts of it are held out too"""
+    mean probabilities are its model; they share its minutes, and end before these where another one
+    does not pay; empty: as many as have time for an epoch with n-gram tables, or one such and some
+    without tables that read the text many times; one where other parts are held out too"""
     counts: Annotated[int | None, Range(0, 16)] = None
     """length of the n-grams of tokens whose counts in the text are averaged with the networks
     (Kneser-Ney); 0: none; empty: 5, of bytes 7, for a run of minutes with n-gram tables or a larger
