@@ -20,7 +20,7 @@ from pretrain.data.config import DataConfig
 from pretrain.data.format import PreparedData, SplitName
 from pretrain.data.jobs import KEY
 from pretrain.data.preparation import prepare, prepared_key
-from pretrain.data.stages import Split, choose_split
+from pretrain.data.stages import Split, choose_split, n_folds
 from pretrain.tokenizer.train import train_tokenizer
 
 
@@ -301,17 +301,18 @@ TAILS = ["word " * 900, "字" * 500, "a" * 31, " " * 500, "one\ntwo\n" * 60, "é
 
 @pytest.mark.parametrize("fraction", [0.2, 0.3, 1 / 7])
 def test_folds_are_disjoint_parts_of_each_document(fraction: float) -> None:
-    n_folds = int(1 / fraction + 1e-9)
+    n = n_folds(fraction)
+    assert n * fraction <= 1 + 1e-9 < (n + 1) * fraction + 2e-9
     for text in TAILS:
         held_out = []
-        for fold in range(n_folds):
+        for fold in range(n):
             parts = list(Split(fraction, "tails", 0, fold).parts(text))
             assert "".join(part for _, part in parts) == text
             assert sum(name == "val" for name, _ in parts) <= 1
             assert any(name == "train" for name, _ in parts)
             held_out += [part for name, part in parts if name == "val"]
         if len(text) > 400 and text.strip():  # the last parts of the text, none left out
-            assert len(held_out) == n_folds
+            assert len(held_out) == n
             assert text.endswith("".join(reversed(held_out)))
             assert max(map(len, held_out)) - min(map(len, held_out)) <= 18
 

@@ -37,6 +37,7 @@ def summary(run: Path) -> dict[str, Any]:
 MACHINES: dict[str, tuple[Callable[[float], float], str]] = {
     "as measured": (lambda t: 1.0, ""),
     "three times slower in the middle": (lambda t: 1.0 if t < 30 else 3.0, "slower"),
+    "slower and slower": (lambda t: 1.0 if t < 28 else 1.5 if t < 45 else 2.2, "slower"),
     "faster in the middle": (lambda t: 1.0 if t < 30 else 0.4, "faster"),
     "suspended for 10 seconds": (lambda t: 10.0 if 35 <= t < 36 else 1.0, "slower"),
 }

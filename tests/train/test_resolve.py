@@ -148,7 +148,7 @@ def test_memory_is_stated_before_it_is_taken(tmp_path: Path) -> None:
         "".join(f"{n} green bottles hanging on the wall {n * n}\n" for n in range(2000))
     )
     args = [str(text), "--train.steps", "2", "--run", str(tmp_path / "run"), "--train.counts", "5"]
-    args += ["--model.ngram_rows", "16384", "--train.threads", "1"]  # 63 MB of tables
+    args += ["--model.ngram_rows", "65536", "--train.threads", "1"]  # 252 MB of tables
     # Not a child of this process, whose peak in other tests would count as its own.
     command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "pretrain", "train", *args]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -156,7 +156,8 @@ def test_memory_is_stated_before_it_is_taken(tmp_path: Path) -> None:
     assert match
     stated = 1e6 * int(match[1].replace(",", ""))
     taken = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_bytes"]
-    assert stated == pytest.approx(taken, rel=0.25)
+    # Two steps touch few rows of a table, so this run takes less than a longer one.
+    assert 0.95 * taken < stated < 1.3 * taken
 
 
 def test_more_rows_or_windows_need_more_memory() -> None:

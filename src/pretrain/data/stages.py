@@ -382,11 +382,11 @@ def choose_split(
         n_val_bytes = min(max(VAL_BYTES, 0.002 * n_bytes), MAX_VAL_BYTES)
         most = min(max(0.1, SMALL_VAL_BYTES / max(n_bytes, 1)), 0.2)
         fraction = min(n_val_bytes / max(n_bytes, 1), most)
-    n_folds = int(1 / fraction + 1e-9)
-    if fold >= n_folds:
+    n = n_folds(fraction)
+    if fold >= n:
         raise ValueError(
-            f"data.fold is {fold}; it must be in [0, {n_folds - 1}]: {fraction:.3g} of the text is "
-            f"held out, so there are {n_folds} such parts; a smaller data.val_fraction gives more"
+            f"data.fold is {fold}; it must be in [0, {n - 1}]: {fraction:.3g} of the text is held "
+            f"out, so there are {n} such parts; a smaller data.val_fraction gives more"
         )
     if len(smallest) == MIN_DOCUMENTS:
         bound = max(int(fraction * 2**64), min(smallest) + 1)
@@ -400,6 +400,11 @@ def choose_split(
                 )
             return split
     return Split(fraction, "tails", 0, fold)
+
+
+def n_folds(val_fraction: float) -> int:
+    """Return the number of disjoint parts of a text that may be held out."""
+    return int(1 / val_fraction + 1e-9)
 
 
 def _validation_bytes(keys: Callable[[], Iterable[NDArray[np.void]]], split: Split) -> int:

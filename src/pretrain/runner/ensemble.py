@@ -23,6 +23,7 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config import Layer, RunConfig, compose, read_file
+from pretrain.data.stages import n_folds
 from pretrain.machine import free_memory
 from pretrain.run.directory import (
     CHECKPOINTS,
@@ -38,7 +39,7 @@ from pretrain.run.directory import (
     write_json,
 )
 from pretrain.runner.open import LoadedModel, load_model
-from pretrain.runner.text import prepared_text, text_of_run
+from pretrain.runner.text import Log, prepared_text, text_of_run
 from pretrain.train.config import filled
 from pretrain.train.resolve import MAX_ERROR, MOST_EPOCHS, can_hold_out_others, least_epochs
 
@@ -70,7 +71,7 @@ def _lacks_folds(config: RunConfig, summary: Mapping[str, Any]) -> bool:
     return may_have and CROSS_VALIDATION not in summary and is_rough(pooled([summary]))
 
 
-def train_rest(folder: Path, config: RunConfig, train: Train, log: Callable[[str], None]) -> int:
+def train_rest(folder: Path, config: RunConfig, train: Train, log: Log) -> int:
     """Train and score what is missing of a run, and return the first exit code that is not 0."""
     if _lacks_mean(config, read_summary(folder)):
         if code := train_members(folder, config, train, log):
@@ -82,7 +83,7 @@ def train_rest(folder: Path, config: RunConfig, train: Train, log: Callable[[str
     return 0
 
 
-def train_members(folder: Path, config: RunConfig, train: Train, log: Callable[[str], None]) -> int:
+def train_members(folder: Path, config: RunConfig, train: Train, log: Log) -> int:
     """Train the networks after the first that are not finished yet, in a run of minutes until
     another one does not pay; return the first exit code that is not 0."""
     n = config.train.members or 1
@@ -255,9 +256,7 @@ def _scores(
 # --- cross-validation --------------------------------------------------------------------------
 
 
-def cross_validate(
-    folder: Path, config: RunConfig, train: Train, log: Callable[[str], None]
-) -> int:
+def cross_validate(folder: Path, config: RunConfig, train: Train, log: Log) -> int:
     """Hold out further parts of the text, each in a run with the steps of the first, until the
     error is small enough or no time is left for another; write the numbers of all parts into
     summary.json. Return the first exit code that is not 0."""
@@ -298,7 +297,7 @@ def cross_validate(
     return 0
 
 
-def _n_folds(folder: Path, config: RunConfig, log: Callable[[str], None]) -> int:
+def _n_folds(folder: Path, config: RunConfig, log: Log) -> int:
     """Return the number of parts of the text that may be held out: 1 if it is not the text any more
     that the run was trained on."""
     try:
@@ -309,7 +308,7 @@ def _n_folds(folder: Path, config: RunConfig, log: Callable[[str], None]) -> int
     if data.split("train").sha256 != read_environment(folder)["fingerprint"]["training text"]:
         log("no other part of the text is held out: it has changed since the run was trained")
         return 1
-    return int(1 / data.manifest.settings["val_fraction"] + 1e-9)
+    return n_folds(data.manifest.settings["val_fraction"])
 
 
 def pooled(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pretrain.train.build import TrainingBatches
 from pretrain.train.config import filled
 from pretrain.train.resolve import (
     MAX_ERROR,
+    checkpoint_bytes,
     expected_memory,
     fit_table_rows,
     is_tiny,
@@ -217,10 +218,7 @@ def show_plan(
 
 
 def _costs(config: RunConfig, vocab_size: int, n_train_tokens: int) -> dict[str, str]:
-    n_all = n_parameters(config.model, vocab_size=vocab_size)
-    in_tables = config.model.table_rows(vocab_size) * config.model.d_model
-    # Weights, their averages, and up to two numbers of state for each that is not in a table.
-    n_bytes = 4 * (3 * n_all - 2 * in_tables + n_all * (config.train.ema_decay > 0))
+    n_bytes = checkpoint_bytes(config, vocab_size)
     kept = f"the newest {config.train.keep_checkpoints} and the best are kept"
     facts = {"disk": f"up to {n_bytes / 1e6:,.0f} MB a checkpoint; {kept}"}
     if config.train.device == "cpu" and config.parallel.processes == 1:

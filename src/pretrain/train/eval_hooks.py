@@ -75,10 +75,8 @@ def evaluate(run: Run, stop: StopSignals) -> bool:
     train = run.config.train
     is_interrupted = partial(stop.interrupts_evaluation, run.world)
     limit = train.evaluate_tokens
-    halves = [
-        evaluate_split(run, limit_tokens=limit, half=half, is_interrupted=is_interrupted)
-        for half in (0, 1)
-    ]
+    evaluated = partial(evaluate_split, run, limit_tokens=limit, is_interrupted=is_interrupted)
+    halves = evaluated(half=0), evaluated(half=1)
     score = halves[0] + halves[1]
     if is_interrupted():
         return False

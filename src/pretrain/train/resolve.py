@@ -241,6 +241,14 @@ def check_model_fits(model: ModelConfig, axes: ParallelConfig, *, vocab_size: in
         )
 
 
+def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Return the bytes of weights, their averages, and two numbers of optimizer state for each
+    weight that is not in a lookup table."""
+    n_all = n_parameters(config.model, vocab_size=vocab_size)
+    in_tables = config.model.table_rows(vocab_size) * config.model.d_model
+    return 4 * (3 * n_all - 2 * in_tables + n_all * (config.train.ema_decay > 0))
+
+
 def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> int:
     """Return about how many bytes of memory a run of one process takes on a CPU, within a tenth of
     what ten runs of 2 to 54 million parameters took: with torch, gradients, both moments, and the

@@ -32,7 +32,6 @@ from pretrain.fileio import check_free_space
 from pretrain.optim.param_groups import (
     optimizer_state,
     restore_optimizer_state,
-    role_of,
     swap_averages,
 )
 from pretrain.optim.schedule import LRSchedule
@@ -44,7 +43,7 @@ from pretrain.train.clock import Clock
 from pretrain.train.config import filled
 from pretrain.train.console import Console, show_plan
 from pretrain.train.monitor import MOST_ROLLBACKS, SpikeDetector, StragglerDetector, rollbacks_of
-from pretrain.train.resolve import max_steps
+from pretrain.train.resolve import checkpoint_bytes, max_steps
 
 # A disk that fails once may have space again at the next checkpoint; after this many failures in a
 # row it is full.
@@ -215,12 +214,7 @@ class Run:
 
     def check_disk(self) -> None:
         """OSError unless there is space for the checkpoints that a run needs."""
-        # Weights, their averages, and two numbers of state for each that is not in a lookup table.
-        n = 1 + (self.config.train.ema_decay > 0)
-        n_bytes = sum(
-            p.numel() * p.element_size() * (n if role_of(name, p) == "lookup" else n + 2)
-            for name, p in self.model.lm_loss.decoder.named_parameters()
-        )
+        n_bytes = checkpoint_bytes(self.config, self.data.manifest.vocab_size)
         # At least two checkpoints exist at a time; a resumed run has one of them already.
         n_new = 1 if list_checkpoints(self.checkpoints) else 2
         check_free_space(self.folder, n_bytes=n_new * n_bytes, n_files=20)
