@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def start_command(*command: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment},
     )
 
 
@@ -41,10 +43,34 @@ def start_training(corpus: Path, run: Path, *settings: str) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str], exit_code: int = 0) -> str:
-    """Wait for the exit code and return the output."""
-    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    """Wait for the exit code and return the output.
+
+    Raises TimeoutExpired, with the output and what each Python thread was doing, where that takes
+    too long; nothing that the process started is left then.
+    """
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        pids = descendants(process.pid)
+        for number in (signal.SIGABRT, signal.SIGKILL):  # PYTHONFAULTHANDLER prints at an abort
+            for pid in reversed(pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(1)
+        output, _ = process.communicate()
+        raise subprocess.TimeoutExpired(process.args, TIMEOUT_SECONDS, output) from None
     assert process.returncode == exit_code, output
     return output
+
+
+def descendants(pid: int) -> list[int]:
+    """Return a process and all that it started, and those started, each after its parent."""
+    pids = [pid]
+    for parent in pids:
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            with suppress(OSError):
+                pids += map(int, path.read_text().split())
+    return pids
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
