@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +108,24 @@ def test_text_is_generated_from_counts_and_a_network() -> None:
     length = 2 * network.config.window_tokens
     (ids,) = generate_ids(mixture, [1, 2], max_tokens=length, sampling=Sampling(temperature=0))
     assert [(b - a) % V_DECODER for a, b in zip([2, *ids], ids, strict=False)] == [1] * length
+
+
+def test_what_is_rare_in_a_large_text_goes_to_shorter_n_grams() -> None:
+    train = some_ids(500, 1)
+    options: dict[str, int] = {"vocab_size": V, "order": 5}
+    whole = count_decoder(train, CONFIG, **options, whole_tokens=500)
+    pruned = count_decoder(train, CONFIG, **options, whole_tokens=499)
+    sizes = [[len(keys) for keys in each.keys] for each in (whole, pruned)]
+    assert sizes[0][:3] == sizes[1][:3]
+    grams = [tuple(train[i : i + 5]) for i in range(len(train) - 4)]
+    assert sizes[1][4] == sum(n > 1 for n in Counter(grams).values()) < sizes[0][4]
+
+    ids = torch.from_numpy(some_ids(T, 2))[None]
+    log_p, expected = (each.logits(each(ids)) for each in (pruned, whole))
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(1, T))
+    # After five ids of which each longer n-gram is frequent, nothing has changed.
+    [(frequent, _)] = Counter(grams).most_common(1)
+    assert not torch.equal(log_p, expected)
+    context = torch.tensor(frequent[:4])[None]
+    last = [each.logits(each(context))[0, -1, frequent[4]] for each in (pruned, whole)]
+    torch.testing.assert_close(*last)

@@ -20,7 +20,8 @@ from pretrain.model.counts import Ids, Probabilities, kneser_ney
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Tables of more training tokens would not fit a small machine's memory; the note reports it.
-MAX_COUNTED_TOKENS = 10_000_000
+# `CountDecoder` has numbers below this in float32.
+MAX_COUNTED_TOKENS = 1 << 24
 # Of more text, bytes are counted for longer than tokens, and know less.
 MAX_COUNTED_BYTES = 1_000_000
 # The window of xz at its default level is 8 MiB, so more training text cannot help it.

@@ -23,6 +23,11 @@ from pretrain.model.layers import KeyValueCache
 Ids = NDArray[np.integer[Any]]
 Probabilities = NDArray[np.float64]
 
+# Of a text of more tokens, n-grams of 4 tokens or more that occur once are left out: two thirds of
+# the memory. Of 20 million tokens of Wikipedia the mean with a network lost 0.008 bits per byte of
+# the 0.056 that counts had taken off.
+WHOLE_TOKENS = 10_000_000
+RARE_LENGTH = 4
 # Where a table has too few n-grams to estimate them, as in KenLM ("Scalable Modified Kneser-Ney
 # Language Model Estimation", Heafield et al., 2013).
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
@@ -70,8 +75,8 @@ def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids,
 def _distinct(keys: Ids) -> tuple[Ids, Ids, Ids]:
     """The distinct keys in ascending order, the place of each key among them, and how often each
     occurs: np.unique with less memory."""
-    order = np.argsort(keys, kind="stable")  # half the time of the default
-    keys = keys[order]
+    # A third of the time of np.argsort.
+    keys, order = (each.numpy() for each in torch.sort(torch.from_numpy(keys)))
     is_first = np.concatenate([[True], keys[1:] != keys[:-1]])
     numbers = np.empty(len(keys), np.int32)
     numbers[order] = np.cumsum(is_first, dtype=np.int32) - 1
@@ -193,13 +198,32 @@ def _find(keys: Tensor, contexts: Tensor, ids: Tensor, vocab_size: int) -> Tenso
     return torch.where(keys[places] == queries, places, -1)
 
 
-def count_decoder(train: Ids, config: ModelConfig, *, vocab_size: int, order: int) -> CountDecoder:
-    """Count the n-grams of a text, of up to `order` ids: see `kneser_ney`."""
+def count_decoder(
+    train: Ids,
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    order: int,
+    whole_tokens: int = WHOLE_TOKENS,
+) -> CountDecoder:
+    """Count the n-grams of a text, of up to `order` ids: see `kneser_ney`. Of more than
+    `whole_tokens` ids rare ones are left out, and their probability goes to the shorter n-grams."""
     tables: list[tuple[NDArray[Any], ...]] = []
-    for keys, counts, continuations in _tables(train, vocab_size, order):
-        n_contexts = len(tables[-1][0]) if tables else 1
+    places = np.zeros(1, np.int64)  # of the n-grams one shorter, among those that are kept
+    for n, (keys, counts, continuations) in enumerate(_tables(train, vocab_size, order), 1):
         used = counts if continuations is None else continuations
-        tables.append((keys, *_smoothed(keys, used, vocab_size, n_contexts)))
+        shares, rests = _smoothed(keys, used, vocab_size, len(places))
+        if len(train) <= whole_tokens:
+            places = np.zeros(len(keys), np.int8)  # only their number matters
+        else:
+            # What begins a kept n-gram is kept too: it occurs as often, or more often.
+            is_kept, contexts = (counts > 1) | (n < RARE_LENGTH), keys // vocab_size
+            lost = np.bincount(contexts, np.where(is_kept, 0, shares), len(places))
+            keys = (places[contexts] * vocab_size + keys % vocab_size)[is_kept]
+            shares, rests = shares[is_kept], (rests + lost)[places >= 0]
+            places = np.where(is_kept, np.cumsum(is_kept) - 1, -1)
+        tables.append((keys, shares.astype(np.float32), rests.astype(np.float32)))
+        del keys, counts, continuations, used, shares, rests
     sizes = [len(keys) for keys, *_ in tables]
     decoder = CountDecoder(config, vocab_size=vocab_size, sizes=sizes)
     with torch.no_grad():

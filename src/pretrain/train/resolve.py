@@ -253,6 +253,9 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     """Return about how many bytes of memory a run of one process takes on a CPU, within a tenth of
     what ten runs of 2 to 54 million parameters took: with torch, gradients, both moments, and the
     copy that a checkpoint is saved from. Of a table few rows have a gradient."""
+    from pretrain.evaluate.baselines import MAX_COUNTED_TOKENS
+    from pretrain.model.counts import WHOLE_TOKENS
+
     model, train = config.model, config.train
     n_all = n_parameters(model, vocab_size=vocab_size)
     in_tables = model.table_rows(vocab_size) * model.d_model
@@ -262,7 +265,9 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     needed = 28 * (n_all - in_tables) + 7 * in_tables + 4 * n_rows_tokens * activations
     needed += 8 * n_all * (train.ema_decay > 0)
     if (train.members or 1) > 1 or train.counts:
-        needed += 4 * n_all + 30 * n_train_tokens
+        needed += 4 * n_all + 30 * min(n_train_tokens, WHOLE_TOKENS)
+    if train.counts:  # while they are counted the optimizer is gone
+        needed = max(needed, 4 * n_all + 85 * min(n_train_tokens, MAX_COUNTED_TOKENS))
     return FIRST_BYTES + needed
 
 
@@ -398,12 +403,7 @@ def least_epochs(n_train_tokens: int) -> float:
 
 
 def fit_counts(data: PreparedData) -> int:
-    """The length of the n-grams that are counted: 7 for a vocabulary of bytes, else 5; 0 for a text
-    of which most would not be counted."""
-    from pretrain.evaluate.baselines import MAX_COUNTED_TOKENS
-
-    if data.split("train").n_tokens > MAX_COUNTED_TOKENS:
-        return 0
+    """The length of the n-grams that are counted: 7 for a vocabulary of bytes, else 5."""
     return 7 if data.manifest.vocab_size <= N_BYTES_VOCABULARY else 5
 
 
