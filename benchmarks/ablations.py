@@ -1,11 +1,15 @@
 """What pays in the family `fast`: arms compared with the recipe `english`, at equal wall clock.
 
 python benchmarks/ablations.py --out ablations [--seconds 60 180] [--together 2]
+python benchmarks/ablations.py --out ablations --steps 600 --only "leaky squares" XSA --source TEXT
 
 Successive halving: what adds something to `fast` gets a short run of one thread at d 128; the best
 fifth of it, and all that takes something away, get a longer one at d 192 with three seeds, of which
 each has the same order of data and first weights as the recipe's own run.
 Killed or run again it continues: a result is a line of OUT/results.jsonl, and is made once.
+
+With --steps all arms, or those of --only, make as many at size 2, on another text if one is given:
+what a step costs is not timed then, so that a busy machine changes nothing.
 
 Equal wall clock means: an arm makes fewer steps by as much as its step takes longer than the
 recipe's, both timed by turns. Bits a byte are of the whole held-out text.
@@ -62,6 +66,21 @@ WITH = {
     "NorMuon": "normuon",
     "cautious decay": "cautious_decay",
     "SOAP": "soap",
+    "leaky squares": "leaky_squares",
+    "signs": "signs",
+    "query gain 1.5": "query_gain_1.5",
+    "query gain 2.5": "query_gain_2.5",
+    "XSA": "xsa",
+    "head gates": "head_gates",
+    "even rows": "even_rows",
+    "heads apart": "heads_apart",
+    "power fall 1.3": "power_fall_1.3",
+    "power fall 1.7": "power_fall_1.7",
+    "prefix tokens 0.1": "prefix_0.1",
+    "prefix tokens 0.2": "prefix_0.2",
+    "tables in values": "value_tables",
+    "fall over 80 %": "--schedule.decay_fraction 0.8",
+    "fall over 40 %": "--schedule.decay_fraction 0.4",
 }
 # Their steps are the recipe's, or would be: a softcap makes whole logits here, and need not.
 SAME_STEP = {
@@ -76,8 +95,8 @@ ARMS = {RECIPE: "", **WITHOUT, **WITH}
 class Arm:
     """A run of one arm in this process, a step at a time."""
 
-    def __init__(self, arm: str, *, size: int, seed: int, steps: int) -> None:
-        from variants import VARIANTS
+    def __init__(self, arm: str, *, size: int, seed: int, steps: int, source: str) -> None:
+        from variants import PREFIXES, VARIANTS, prefixes
 
         from pretrain.config import compose, parse_overrides
         from pretrain.distributed import open_world
@@ -90,15 +109,17 @@ class Arm:
         from pretrain.train.resolve import resolve
 
         how = ARMS[arm]
-        if how in VARIANTS:
-            VARIANTS[how]()
+        for name in how.split("+"):
+            if name in VARIANTS:
+                VARIANTS[name]()
         self.how, self.steps, self.averages = how, steps, list[Any]()
         self.world = open_world("cpu", threads=1)
         self.precision = "bf16" if self.world.has_native_bf16() else "fp32"
         fixed = f"--model.size {size} --train.seed {seed} --train.steps {steps}"
         words = [*fixed.split(), *(how.split() if how.startswith("--") else [])]
+        words += ["--data.source", source]
         self.config = compose([*read_target(RECIPE)[1], parse_overrides(words)])
-        self.data = prepared_text(self.config, progress=lambda *_: None)
+        self.data = prepared_text(self.config)
         self.config = resolve(self.config, self.data, self.world)
         self.context = self.config.model.window_tokens
         tokens = self.config.train.batch_tokens
@@ -113,6 +134,8 @@ class Arm:
             precision=self.precision,
         )
         self.batches = training_batches(self.config, self.data)
+        n_parts = len(list(self.batches.at(0)))
+        PREFIXES.update(of=prefixes(self.data.tokenizer()), calls=steps * n_parts)
 
     def step(self, step: int) -> None:
         from pretrain.optim.schedule import LRSchedule
@@ -174,9 +197,9 @@ class Arm:
         return {"bits_per_byte": result.bits_per_byte, "precision": self.precision}
 
 
-def serve(arm: str, size: int, seed: int, steps: int) -> None:
+def serve(arm: str, source: str, size: int, seed: int, steps: int) -> None:
     """Answer each line of standard input: `step` with its CPU seconds, `finish` with the score."""
-    run = Arm(arm, size=size, seed=seed, steps=steps)
+    run = Arm(arm, size=size, seed=seed, steps=steps, source=source)
     for made, line in enumerate(sys.stdin):
         if line.strip() == "finish":
             print(json.dumps(run.finish(made)), flush=True)
@@ -186,8 +209,8 @@ def serve(arm: str, size: int, seed: int, steps: int) -> None:
         print(time.process_time() - began, flush=True)
 
 
-def served(arm: str, *, size: int, seed: int, steps: int) -> LineProcess:
-    return LineProcess([__file__, "--serve", arm, str(size), str(seed), str(steps)])
+def served(arm: str, *, size: int, seed: int, steps: int, source: str = "bundled") -> LineProcess:
+    return LineProcess([__file__, "--serve", arm, source, str(size), str(seed), str(steps)])
 
 
 class Results:
@@ -261,7 +284,25 @@ def stage(
         list(pool.map(one, [(seed, arm) for seed in seeds for arm in arms]))
 
 
-def table(results: Results, *, size: int, seconds: float) -> Iterator[str]:
+def equal_steps(
+    results: Results, arms: Iterable[str], *, size: int, steps: int, source: str, n: int
+) -> None:
+    """Score arms after as many steps: each seed's recipe first."""
+
+    def one(job: tuple[int, str]) -> None:
+        seed, arm = job
+
+        def make() -> Any:
+            return served(arm, size=size, seed=seed, steps=steps, source=source).ask("finish")
+
+        what = {"arm": arm, "size": size, "seed": seed, "seconds": f"{steps} steps of {source}"}
+        results.made(make, kind="score", **what)
+
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(one, [(seed, arm) for seed in SEEDS for arm in arms]))
+
+
+def table(results: Results, *, size: int, seconds: float | str) -> Iterator[str]:
     """Each arm's bits a byte minus the recipe's of the same seed: mean, and its standard error."""
     scores = {
         (row["arm"], row["seed"]): row["bits_per_byte"]
@@ -275,7 +316,8 @@ def table(results: Results, *, size: int, seconds: float) -> Iterator[str]:
     }
     own = {seed: value for (arm, seed), value in scores.items() if arm == RECIPE}
     recipe = statistics.mean(own.values())
-    yield f"| {seconds:g} s at size {size} | seeds | bits/byte minus the recipe's | step |"
+    budget = seconds if isinstance(seconds, str) else f"{seconds:g} s"
+    yield f"| {budget} at size {size} | seeds | bits/byte minus the recipe's | step |"
     yield "|---|---|---|---|"
     yield f"| the recipe | {len(own)} | {recipe:.4f} itself | 1.00 |"
     for arm in ARMS:
@@ -285,7 +327,8 @@ def table(results: Results, *, size: int, seconds: float) -> Iterator[str]:
         text = f"{statistics.mean(differences):+.4f}"
         if len(differences) > 1:
             text += f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.4f}"
-        yield f"| {arm} | {len(differences)} | {text} | {costs[arm]:.2f} |"
+        cost = f"{costs[arm]:.2f}" if arm in costs else ""
+        yield f"| {arm} | {len(differences)} | {text} | {cost} |"
 
 
 def survivors(results: Results, *, size: int, seconds: float) -> list[str]:
@@ -305,15 +348,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ablations"))
     parser.add_argument("--seconds", type=float, nargs=2, default=[60, 180], metavar="S")
     parser.add_argument("--together", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="of all arms, in place of --seconds")
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--source", default="bundled", help="text of runs of --steps")
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        arm, *numbers = args.serve
-        serve(arm, *map(int, numbers))
+        arm, source, *numbers = args.serve
+        serve(arm, source, *map(int, numbers))
         return
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     results = Results(args.out / "results.jsonl")
     (small, large), (short, long), n = SIZES, args.seconds, args.together
+    if args.steps:
+        arms = list(dict.fromkeys([RECIPE, *args.only]))
+        equal_steps(results, arms, size=large, steps=args.steps, source=args.source, n=n)
+        what = f"{args.steps} steps of {args.source}"
+        print("\n".join(["", *table(results, size=large, seconds=what)]))
+        return
     stage(results, [RECIPE, *WITH], size=small, seeds=SEEDS[:1], seconds=short, n=n)
     kept = survivors(results, size=small, seconds=short)
     stage(results, kept, size=large, seeds=SEEDS, seconds=long, n=n)

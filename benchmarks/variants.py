@@ -7,17 +7,22 @@ that nobody should set is a burden to all who read it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.model import decoder as decoders
+from pretrain.model import layers, ngrams
 from pretrain.model import loss as losses
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import Attention, Linear, rope_cos_sin
 from pretrain.model.loss import LMLoss
-from pretrain.optim import muon, param_groups
+from pretrain.model.ngrams import NgramEmbedding
+from pretrain.optim import muon, param_groups, schedule
 
 
 def _with_parameters(make: Callable[[Decoder], dict[str, nn.Module | nn.Parameter]]) -> None:
@@ -50,13 +55,13 @@ def x0_skips() -> None:
 def smear() -> None:
     """Each embedding takes a learned share of the one before it: modded-nanogpt."""
     _with_parameters(lambda d: {"smear_bias": nn.Parameter(torch.zeros(d.config.d_model))})
-    plain = Decoder._embed
+    plain = Decoder.embed
 
     def embed(self: Any, *given: Any) -> Tensor:
         x = plain(self, *given)
         return x + self.smear_bias * F.pad(x, (0, 0, 1, 0))[:, :-1]
 
-    Decoder._embed = embed  # type: ignore[method-assign]
+    Decoder.embed = embed  # type: ignore[method-assign]
 
 
 def value_embeddings() -> None:
@@ -65,13 +70,11 @@ def value_embeddings() -> None:
     seen: dict[str, Tensor] = {}
 
     class Value(Linear):
-        embedding: nn.Embedding | None = None
-
         def forward(self, x: Tensor) -> Tensor:
-            value = super().forward(x)
-            return value if self.embedding is None else value + self.embedding(seen["ids"])
+            value, embedding = super().forward(x), getattr(self, "embedding", None)
+            return value if embedding is None else value + embedding(seen["ids"])
 
-    plain, embed = Attention.__init__, Decoder._embed
+    plain, embed = Attention.__init__, Decoder.embed
 
     def init(self: Attention, config: Any, layer: int) -> None:
         plain(self, config, layer)
@@ -82,7 +85,7 @@ def value_embeddings() -> None:
         return embed(self, ids_BT, *given)
 
     Attention.__init__ = init  # type: ignore[method-assign]
-    Decoder._embed = remember  # type: ignore[method-assign]
+    Decoder.embed = remember  # type: ignore[method-assign]
 
     def tables(decoder: Decoder) -> dict[str, nn.Module | nn.Parameter]:
         for block in list(decoder.blocks.values())[::-2]:
@@ -205,6 +208,199 @@ def soap() -> None:
     param_groups.muon_update = muon_update  # type: ignore[attr-defined]
 
 
+def leaky_squares() -> None:
+    """Squares of max(x, x / 2), so that no unit is without gradient: openai/parameter-golf."""
+
+    def forward(x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.5).square()
+
+    layers.squared_relu = forward
+
+
+def signs() -> None:
+    """Each n-gram multiplies the rows that it shares by signs of its own: modded-nanogpt."""
+
+    def forward(self: NgramEmbedding, ids_BT: Tensor, previous_BP: Tensor, *_: Any) -> Tensor:
+        T = ids_BT.shape[1]
+        ids_BS = torch.cat([previous_BP, ids_BT], dim=1)
+        total = torch.zeros(())
+        for n, table in self.parts.items():
+            hashes_BT = ngrams.ngram_hashes(ids_BS, int(n))[:, -T:]
+            rows = F.embedding(self._table_rows(hashes_BT), table.weight, sparse=True)
+            own = ngrams._mix(hashes_BT[..., None] * (2 * torch.arange(self.n_parts) + 1) ^ 0x55AA)
+            bits = own[..., None] >> torch.arange(rows.shape[-1]).clamp(max=61)
+            total = total + (rows * (1 - 2 * (bits & 1)).to(rows.dtype)).flatten(2)
+        for n, table in self.recalled.items():
+            followed = ngrams.induction_ids(ids_BS, int(n))[:, -T:]
+            total = total + F.embedding(followed, table.weight, sparse=True)
+        return total
+
+    NgramEmbedding.forward = forward  # type: ignore[method-assign]
+
+
+def _attention_by(
+    attention: Callable[..., Tensor], of_layer: Callable[[Any], tuple[int, ...]]
+) -> None:
+    """Compute the attention of each layer by a function of the layer, its queries, keys, values,
+    and a parameter of the shape `of_layer`, which starts at 0; the layer's input is `layer.x`."""
+    plain = Attention.__init__
+
+    def init(self: Any, config: Any, layer: int) -> None:
+        plain(self, config, layer)
+        self.own_bias = nn.Parameter(torch.zeros(of_layer(config)))
+
+    def forward(self: Any, x_BTD: Tensor, rope: Any, *_: Any) -> Tensor:
+        query = self._norm_and_rope(self._split_heads(self.query(x_BTD)), rope)
+        key = self._norm_and_rope(self._split_heads(self.key(x_BTD)), rope)
+        self.x = x_BTD
+        own = self.own_bias.to(query.dtype)
+        y = attention(self, query, key, self._split_heads(self.value(x_BTD)), own)
+        return self.output(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    Attention.__init__ = init  # type: ignore[method-assign]
+    Attention.forward = forward  # type: ignore[method-assign]
+
+
+def query_gain(first: float) -> None:
+    """A learned scale of each head's queries, from `first` on: openai/parameter-golf."""
+
+    def attention(_: Any, query: Tensor, key: Tensor, value: Tensor, own: Tensor) -> Tensor:
+        query = query * (first + own)[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    _attention_by(attention, lambda config: (config.n_heads,))
+
+
+def xsa() -> None:
+    """An attention's output loses a learned part of what lies along its own value:
+    modded-nanogpt."""
+
+    def attention(_: Any, query: Tensor, key: Tensor, value: Tensor, own: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        unit = F.normalize(value, dim=-1)
+        return y - (y * unit).sum(-1, keepdim=True) * own[:, None, None] * unit
+
+    _attention_by(attention, lambda config: (config.n_heads,))
+
+
+def head_gates() -> None:
+    """Each head's output is multiplied by a gate of the layer's input: modded-nanogpt."""
+
+    def attention(self: Any, query: Tensor, key: Tensor, value: Tensor, own: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        gates_BTH = 2 * torch.sigmoid(F.linear(self.x, own.view(query.shape[1], -1)))
+        return y * gates_BTH.mT[..., None]
+
+    _attention_by(attention, lambda config: (config.n_heads * config.d_model,))
+
+
+def even_rows() -> None:
+    """Rows of an update have one length before it is orthogonalized: "MuonEq-R", slowrun."""
+    plain = muon.orthogonalize
+
+    def orthogonalize(matrices_NMK: Tensor, **named: Any) -> Tensor:
+        return plain(F.normalize(matrices_NMK, dim=2), **named)
+
+    muon.orthogonalize = orthogonalize  # type: ignore[assignment]
+
+
+def heads_apart() -> None:
+    """The update of each head's query and key is orthogonalized alone."""
+    plain = muon.Orthogonalizer.orthogonalize
+
+    def orthogonalize(self: Any, parameters: Any, updates: Any, *, dtype: torch.dtype) -> Any:
+        done = list(plain(self, parameters, updates, dtype=dtype))
+        for i, parameter in enumerate(parameters):
+            if getattr(parameter, "is_query_or_key", False):
+                heads = updates[i].view(-1, 64, updates[i].shape[1])
+                # As large as an update of the whole matrix is.
+                done[i] = muon.orthogonalize(heads, dtype=dtype).reshape(updates[i].shape)
+        return done
+
+    role = param_groups.role_of
+
+    def mark(name: str, parameter: Any) -> str:
+        parameter.is_query_or_key = name.endswith(("query.weight", "key.weight"))
+        return role(name, parameter)
+
+    muon.Orthogonalizer.orthogonalize = orthogonalize  # type: ignore[method-assign]
+    param_groups.role_of = mark
+
+
+def power_fall(power: float) -> None:
+    """The rate falls by a power of what is left."""
+    plain = schedule.lr_fraction
+
+    def lr_fraction(step: int, shape: Any, steps: int) -> float:
+        fraction = plain(step, shape, steps)
+        return fraction**power if step >= (1 - shape.decay_fraction) * steps else fraction
+
+    schedule.lr_fraction = lr_fraction
+
+
+def prefix_tokens(share: float) -> None:
+    """A share of the target is the longest other token that the target begins with:
+    modded-nanogpt. It falls to 0 in the first half of the fall (of calls that train)."""
+    plain = losses.chunked_cross_entropy
+    state: dict[str, Any] = {"calls": 0}
+
+    def cross_entropy(hidden: Tensor, weight: Tensor, targets_N: Tensor, **named: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain(hidden, weight, targets_N, **named)
+        prefix_V = PREFIXES["of"]
+        state["calls"] += 1
+        now = share * max(0.0, 1 - state["calls"] / (0.7 * PREFIXES["calls"]))
+
+        def mix(rows: slice, grad_NV: Tensor, targets: Tensor, smoothing: float) -> None:
+            one = grad_NV.new_full((len(grad_NV), 1), now)
+            grad_NV.scatter_add_(1, targets[:, None], one)
+            grad_NV.scatter_add_(1, prefix_V[targets][:, None], -one)
+
+        return plain(hidden, weight, targets_N, mix_target_=mix, **named)
+
+    losses.chunked_cross_entropy = cross_entropy  # type: ignore[assignment]
+
+
+PREFIXES: dict[str, Any] = {}
+
+
+def prefixes(tokenizer: Any) -> Tensor:
+    """Return for each id that of the longest other token that it begins with, else itself."""
+    tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    ids = {token: i for i, token in reversed(list(enumerate(tokens)))}
+    found = [
+        next((ids[t[:n]] for n in range(len(t) - 1, 0, -1) if t[:n] in ids), i)
+        for i, t in enumerate(tokens)
+    ]
+    return torch.tensor(found)
+
+
+def value_tables() -> None:
+    """The values of each layer take rows of n-gram tables of their own: nanochat, 2026."""
+    seen: dict[str, Any] = {}
+    plain, embed, rows = Attention.__init__, Decoder.embed, decoders.initial_rows
+
+    def initial_rows(config: Any, name: str, *given: Any, **named: Any) -> Tensor:
+        name = name[name.find("ngrams.") :] if "ngrams." in name else name
+        return rows(config, name, *given, **named)
+
+    def init(self: Any, config: Any, layer: int) -> None:
+        plain(self, config, layer)
+        value = self.value
+        value.ngrams = NgramEmbedding(replace(config, induction=0), 1)
+        own = value.forward
+        value.forward = lambda x: own(x) + value.ngrams(seen["ids"], seen["ids"][:, :0]).to(x.dtype)
+
+    def remember(self: Decoder, ids_BT: Tensor, *given: Any) -> Tensor:
+        seen["ids"] = ids_BT
+        return embed(self, ids_BT, *given)
+
+    decoders.initial_rows = initial_rows
+    Attention.__init__ = init  # type: ignore[method-assign]
+    Decoder.embed = remember  # type: ignore[method-assign]
+    NgramEmbedding.sparse_gradients = True
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -216,5 +412,20 @@ VARIANTS: dict[str, Callable[[], None]] = {
         normuon,
         cautious_decay,
         soap,
+        leaky_squares,
+        signs,
+        xsa,
+        head_gates,
+        even_rows,
+        heads_apart,
+        value_tables,
     )
+}
+VARIANTS |= {
+    "query_gain_1.5": partial(query_gain, 1.5),
+    "query_gain_2.5": partial(query_gain, 2.5),
+    "power_fall_1.3": partial(power_fall, 1.3),
+    "power_fall_1.7": partial(power_fall, 1.7),
+    "prefix_0.1": partial(prefix_tokens, 0.1),
+    "prefix_0.2": partial(prefix_tokens, 0.2),
 }
