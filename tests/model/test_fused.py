@@ -29,6 +29,7 @@ def test_fused_functions_and_their_gradients_equal_torchs(
             fused.rms_norm(x, weight, epsilon),
             fused.rms_norm(x, None, epsilon),
             fused.squared_relu(x),
+            fused.squared_relu(x, 0.5),
             fused.apply_rope(x, *angles),
         ):
             results += [y, *torch.autograd.grad(y, (leaf, weight), grad, allow_unused=True)]
@@ -37,11 +38,20 @@ def test_fused_functions_and_their_gradients_equal_torchs(
     fused_results = outputs_and_gradients()
     with torch.no_grad():  # other code with the same bits
         assert torch.equal(fused.rms_norm(x, weight, epsilon), fused_results[0])
-        assert torch.equal(fused.apply_rope(x, *angles), fused_results[9])
+        assert torch.equal(fused.apply_rope(x, *angles), fused_results[12])
 
     monkeypatch.setattr(fused, "_is_eager_cpu", lambda x: False)
     for actual, expected in zip(fused_results, outputs_and_gradients(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_squared_relu_is_the_square_of_the_larger_part(slope: float) -> None:
+    x = torch.linspace(-3, 3, 10, dtype=torch.float64, requires_grad=True)
+    found, expected = fused.squared_relu(x, slope), torch.maximum(x, slope * x).square()
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_onednn_is_used_on_processors_other_than_intels(monkeypatch: pytest.MonkeyPatch) -> None:

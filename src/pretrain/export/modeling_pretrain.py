@@ -24,7 +24,7 @@ AXES = {
     "norm": ("layer", "rms"),
     "norm_place": ("before", "after"),
     "position": ("learned", "sinusoidal", "rotary"),
-    "feed_forward": ("gelu", "relu", "relu2", "swiglu"),
+    "feed_forward": ("gelu", "relu", "relu2", "leaky_relu2", "swiglu"),
     "bias": ("none", "all", "feed_forward", "query_key_value"),
     "query_key_norm": (False, True),
     "scaled_embedding": (False, True),
@@ -102,6 +102,8 @@ class FeedForward(nn.Module):
             return self.down(F.silu(self.gate(x)) * up)
         if self.kind == "gelu":
             return self.down(F.gelu(up, approximate="tanh"))
+        if self.kind == "leaky_relu2":
+            return self.down(F.leaky_relu(up, 0.5).square())
         return self.down(F.relu(up).square() if self.kind == "relu2" else F.relu(up))
 
 

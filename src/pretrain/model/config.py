@@ -103,7 +103,8 @@ class ModelConfig(Checked):
     """wavelengths below rope_original_context / rope_high_factor are not scaled; those between are
     interpolated"""
     feed_forward: FeedForwardKind = "swiglu"
-    """kind of feed-forward layer: gelu, relu or relu2 (two matrices), swiglu (three)"""
+    """kind of feed-forward layer: gelu, relu, relu2 (its square) or leaky_relu2 (the square of
+    max(x, x / 2)), of two matrices; swiglu, of three"""
     query_key_norm: bool = False
     """normalise queries and keys before attention"""
     scaled_embedding: bool = False

@@ -14,7 +14,7 @@ Family = Literal["transformer", "gpt", "gpt2", "llama", "fast"]
 Norm = Literal["layer", "rms"]
 NormPlace = Literal["before", "after"]
 Position = Literal["learned", "sinusoidal", "rotary"]
-FeedForwardKind = Literal["gelu", "relu", "relu2", "swiglu"]
+FeedForwardKind = Literal["gelu", "relu", "relu2", "leaky_relu2", "swiglu"]
 Bias = Literal["none", "all", "feed_forward", "query_key_value"]
 Initialization = Literal["normal", "scaled", "xavier", "zero"]
 
@@ -24,6 +24,7 @@ IS_GATED: dict[FeedForwardKind, bool] = {
     "gelu": False,
     "relu": False,
     "relu2": False,
+    "leaky_relu2": False,
     "swiglu": True,
 }
 """Whether a feed-forward layer has a third matrix, the gate."""

@@ -62,26 +62,28 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grads[0], y_XD, along_X1, value=-1).mul_(scale_X1), None
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """Return max(x, 0)^2: "Primer" (So et al., 2021)."""
+def squared_relu(x: Tensor, slope: float = 0.0) -> Tensor:
+    """Return max(x, 0)^2, "Primer" (So et al., 2021); with a slope max(x, slope x)^2, which has a
+    gradient everywhere: the code of OpenAI's contest "Parameter Golf" (2026), with 0.5."""
+    # x times max(x, slope^2 x), twice which is the gradient.
     if not _is_eager_cpu(x):
-        return F.relu(x).square()
-    y: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+        return x * F.leaky_relu(x, slope**2)
+    y: Tensor = _SquaredReLU.apply(x, slope)  # type: ignore[no-untyped-call]
     return y
 
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        relu = x.relu()
-        ctx.save_for_backward(relu)
-        return relu * relu
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        leaky = F.leaky_relu(x, slope**2)
+        ctx.save_for_backward(leaky)
+        return x * leaky
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (relu,) = ctx.saved_tensors
-        d_x: Tensor = grads[0] * relu
-        return d_x.mul_(2)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (leaky,) = ctx.saved_tensors
+        d_x: Tensor = grads[0] * leaky
+        return d_x.mul_(2), None
 
 
 def apply_rope(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
 
 class FeedForward(nn.Module):
     """ReLU (Vaswani et al., 2017), GELU in its tanh form (Hendrycks and Gimpel, 2016), squared ReLU
-    (So et al., 2021), or SwiGLU (Shazeer, 2020)."""
+    (So et al., 2021), also leaky, or SwiGLU (Shazeer, 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -271,6 +271,8 @@ class FeedForward(nn.Module):
                 hidden_BTF = F.relu(up_BTF)
             case "relu2":
                 hidden_BTF = squared_relu(up_BTF)
+            case "leaky_relu2":
+                hidden_BTF = squared_relu(up_BTF, slope=0.5)
             case _:
                 assert_never(self.kind)
         return self.down(hidden_BTF)  # type: ignore[no-any-return]
