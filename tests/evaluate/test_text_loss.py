@@ -252,6 +252,14 @@ def test_count_models_of_a_tiny_text_equal_the_textbook(n: int) -> None:
     assert found[1:].tolist() == pytest.approx(expected)
 
 
+def test_the_last_ids_of_the_largest_vocabulary_are_told_apart() -> None:
+    v = 6207  # five ids of 6,208, one of which is the end of the text, fit 63 bits
+    chain = [v - 1 - id_ for id_ in chain_with_memory(300)]
+    *_, found = kneser_ney(np.array(chain[:250]), np.array(chain[250:]), vocab_size=v, order=5)
+    expected = reference_kneser_ney(chain[:250], chain[250:], v, 5)
+    assert found[1:].tolist() == pytest.approx(expected)
+
+
 def test_probabilities_of_a_count_model_add_up_to_1() -> None:
     train = np.array(chain_with_memory(300))
     for context in ([1, 2, 3], [0, 0, 0], [11, 1, 2]):  # 11 was never seen

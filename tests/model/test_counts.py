@@ -11,7 +11,7 @@ import torch
 from model_variants import V as V_DECODER
 from model_variants import batch_of, random_variant, small_config
 from pretrain.generate.sampling import Sampling, generate_ids
-from pretrain.model.counts import CountDecoder, count_decoder, kneser_ney
+from pretrain.model.counts import CountDecoder, count_decoder, kneser_ney, longest_counted
 from pretrain.model.layers import KeyValueCache
 from pretrain.model.mixture import Mixture, fit_weights, target_probabilities
 
@@ -129,3 +129,10 @@ def test_what_is_rare_in_a_large_text_goes_to_shorter_n_grams() -> None:
     context = torch.tensor(frequent[:4])[None]
     last = [each.logits(each(context))[0, -1, frequent[4]] for each in (pruned, whole)]
     torch.testing.assert_close(*last)
+
+
+def test_ngrams_longer_than_63_bits_are_rejected() -> None:
+    sizes = {2: 16, 65: 10, 257: 7, 4096: 5, 6207: 5, 6208: 4, 50_257: 4, 128_256: 3}
+    assert {size: longest_counted(size) for size in sizes} == sizes
+    with pytest.raises(ValueError, match=r"counts of 5 tokens in a row: there must be at most 4, "):
+        count_decoder(some_ids(50, 1), CONFIG, vocab_size=6208, order=5)

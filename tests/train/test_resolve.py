@@ -48,6 +48,16 @@ def test_minutes_are_at_most_one_epoch_with_ngram_tables(
     assert "n-gram tables memorise what is read twice" in output
 
 
+def test_counts_that_do_not_fit_63_bits_are_rejected_before_the_first_step(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    args = [str(corpus), "--run", str(run), *TINY, "--train.steps", "3", "--train.counts", "8"]
+    assert train(*args) == 2
+    assert "train.counts is 8; it must be at most 7" in " ".join(capsys.readouterr().err.split())
+    assert not list(run.glob("checkpoints/*"))
+
+
 @pytest.mark.parametrize(
     ("family", "size", "vocab_size", "expected"),
     [

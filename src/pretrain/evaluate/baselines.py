@@ -16,7 +16,7 @@ import numpy as np
 from pretrain.data.batches import Stream
 from pretrain.evaluate.loss import Score
 from pretrain.machine import install_command
-from pretrain.model.counts import Ids, Probabilities, kneser_ney
+from pretrain.model.counts import Ids, Probabilities, kneser_ney, longest_counted
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # Tables of more training tokens would not fit a small machine's memory; the note reports it.
@@ -33,9 +33,10 @@ TOKEN_MODELS = (
     ("unigram", 1, "how often each token occurs"),
     ("bigram", 2, "given the token before"),
     ("trigram", 3, "given the two tokens before"),
+    ("four-gram", 4, "given the three tokens before"),
     ("five-gram", 5, "given the four tokens before"),
 )
-TOKEN_ORDER, BYTE_ORDER = 5, 6
+BYTE_ORDER = 6
 
 
 def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> dict[str, object]:
@@ -61,8 +62,13 @@ def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> di
     if len(train_ids) < train.n_tokens:
         limit = f", from the first {len(train_ids):,} training tokens"
     v = tokenizer.vocab_size
-    by_order = kneser_ney(train_ids, val_ids, vocab_size=v, order=TOKEN_ORDER)
-    rows = [row(name, by_order[order - 1][1:], note + limit) for name, order, note in TOKEN_MODELS]
+    longest = min(5, longest_counted(v))
+    by_order = kneser_ney(train_ids, val_ids, vocab_size=v, order=longest)
+    rows = [
+        row(name, by_order[order - 1][1:], note + limit)
+        for name, order, note in TOKEN_MODELS
+        if order in (1, 2, 3, longest)
+    ]
     if int(lengths[train_ids].sum()) <= MAX_COUNTED_BYTES:
         train_bytes, val_bytes = (_ids_of_bytes(ids, token_bytes) for ids in (train_ids, val_ids))
         *_, highest = kneser_ney(train_bytes, val_bytes, vocab_size=257, order=BYTE_ORDER)

@@ -267,7 +267,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     if (train.members or 1) > 1 or train.counts:
         needed += 4 * n_all + 30 * min(n_train_tokens, WHOLE_TOKENS)
     if train.counts:  # while they are counted the optimizer is gone
-        needed = max(needed, 4 * n_all + 85 * min(n_train_tokens, MAX_COUNTED_TOKENS))
+        needed = max(needed, 4 * n_all + 110 * min(n_train_tokens, MAX_COUNTED_TOKENS))
     return FIRST_BYTES + needed
 
 
@@ -322,6 +322,7 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
         has_epochs = most is not None or isinstance(data, StandingData)
         if train.counts is None and has_epochs and config.parallel.processes == 1:
             train = replace(train, counts=fit_counts(data))
+    check_counts(train, data.manifest.vocab_size)
 
     steps = filled(train.steps)
     every = train.evaluate_every or max(1, ceil_div(steps, n_evaluations))
@@ -341,6 +342,17 @@ def check_members(train: TrainConfig, n_processes: int) -> None:
             f"train.members is {train.members} and train.counts {train.counts}; in {n_processes} "
             "processes they must be 1 and 0; average runs afterwards: pretrain mix RUN RUN "
             "--counts 5 --out DIR"
+        )
+
+
+def check_counts(train: TrainConfig, vocab_size: int) -> None:
+    """ValueError for n-grams that are too long to be counted."""
+    from pretrain.model.counts import longest_counted
+
+    if (train.counts or 0) > (most := longest_counted(vocab_size)):
+        raise ValueError(
+            f"train.counts is {train.counts}; it must be at most {most}: of a vocabulary of "
+            f"{vocab_size:,} no more tokens in a row can be counted"
         )
 
 
@@ -403,8 +415,12 @@ def least_epochs(n_train_tokens: int) -> float:
 
 
 def fit_counts(data: PreparedData) -> int:
-    """The length of the n-grams that are counted: 7 for a vocabulary of bytes, else 5."""
-    return 7 if data.manifest.vocab_size <= N_BYTES_VOCABULARY else 5
+    """The length of the n-grams that are counted: 7 for a vocabulary of bytes, else 5, if so many
+    ids can be."""
+    from pretrain.model.counts import longest_counted
+
+    vocab_size = data.manifest.vocab_size
+    return min(7 if vocab_size <= N_BYTES_VOCABULARY else 5, longest_counted(vocab_size))
 
 
 def task_interval(train: TrainConfig, pace: Pace) -> int:
