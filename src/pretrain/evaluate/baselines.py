@@ -19,9 +19,8 @@ from pretrain.machine import install_command
 from pretrain.model.counts import Ids, Probabilities, kneser_ney, longest_counted
 from pretrain.tokenizer.tokenizer import Tokenizer
 
-# Tables of more training tokens would not fit a small machine's memory; the note reports it.
-# `CountDecoder` has numbers below this in float32.
-MAX_COUNTED_TOKENS = 1 << 24
+# More training tokens would take long; the note reports it.
+MAX_COUNTED_TOKENS = 10_000_000
 # Of more text, bytes are counted for longer than tokens, and know less.
 MAX_COUNTED_BYTES = 1_000_000
 # The window of xz at its default level is 8 MiB, so more training text cannot help it.

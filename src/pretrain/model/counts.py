@@ -23,14 +23,20 @@ from pretrain.model.layers import KeyValueCache
 Ids = NDArray[np.integer[Any]]
 Probabilities = NDArray[np.float64]
 
+# The first tokens of a text that are counted; counting takes 75 bytes of memory for each.
+MAX_COUNTED_TOKENS = 1 << 25
 # Of a text of more tokens, n-grams of 4 tokens or more that occur once are left out: two thirds of
 # the memory. Of 20 million tokens of Wikipedia the mean with a network lost 0.008 bits per byte of
 # the 0.056 that counts had taken off.
 WHOLE_TOKENS = 10_000_000
 RARE_LENGTH = 4
+# Hidden states have the numbers of n-grams in float32. No more of MAX_COUNTED_TOKENS occur twice.
+_MOST_NUMBERS = 1 << 24
 # Where a table has too few n-grams to estimate them, as in KenLM ("Scalable Modified Kneser-Ney
 # Language Model Estimation", Heafield et al., 2013).
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
+# N-grams that are smoothed at a time: what is not in memory at once.
+_SLICE = 1 << 22
 
 
 def kneser_ney(train: Ids, held_out: Ids, *, vocab_size: int, order: int) -> list[Probabilities]:
@@ -77,27 +83,26 @@ def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids,
         codes, counts = codes[firsts], np.add.reduceat(counts, firsts, dtype=np.int32)
         levels.append((codes, counts))
         codes = codes // radix
+    del codes, counts, firsts
 
     shorter = np.zeros(1, np.int64)
     while levels:
         codes, counts = levels.pop()
         is_there = codes % radix != end
         codes, counts = codes[is_there], counts[is_there]
-        continuations = None
-        if levels:
-            longer = levels[-1][0]
-            suffixes = longer[longer % radix != end] % radix ** (order - len(levels))
-            suffixes.sort()
-            firsts = _firsts(suffixes)
-            continuations = np.zeros(len(codes), np.int32)
-            places = np.searchsorted(codes, suffixes[firsts])
-            continuations[places] = np.diff(firsts, append=len(suffixes))
         keys = np.searchsorted(shorter, codes // radix)
         keys *= vocab_size
         keys += codes % radix
-        shorter = codes
+        continuations = None
+        if levels:
+            longer, shorter = levels[-1][0], codes
+            suffixes = longer[longer % radix != end]
+            suffixes %= radix ** (order - len(levels))
+            continuations = _occurrences(codes, suffixes)
+            del longer, suffixes
         del codes, is_there
         yield keys, counts, continuations
+        del keys, counts, continuations
 
 
 def _firsts(ascending: Ids) -> Ids:
@@ -105,6 +110,15 @@ def _firsts(ascending: Ids) -> Ids:
     is_first = np.ones(len(ascending), bool)
     np.not_equal(ascending[1:], ascending[:-1], out=is_first[1:])
     return np.flatnonzero(is_first)
+
+
+def _occurrences(ascending: Ids, numbers: Ids) -> Ids:
+    """How often each of some distinct numbers is among others, which are sorted."""
+    numbers.sort()
+    firsts = _firsts(numbers)
+    counts = np.zeros(len(ascending), np.int32)
+    counts[np.searchsorted(ascending, numbers[firsts])] = np.diff(firsts, append=len(numbers))
+    return counts
 
 
 def _places(grams: Ids, queries: Ids) -> Ids:
@@ -123,25 +137,33 @@ def _smoothed(
     """Of n-grams with these keys and counts: the share of its context's probability that each, or
     each that is kept, has of its own, and for each context the rest, which goes to the shorter
     n-grams."""
-    contexts = (keys // vocab_size).astype(np.int32)
-    discounts = _discounts(counts)[np.minimum(counts, 3)]
-    totals = np.bincount(contexts, weights=counts, minlength=n_contexts)
-    if is_kept is not None:
-        np.copyto(discounts, counts, where=~is_kept)
-    rests = np.bincount(contexts, weights=discounts, minlength=n_contexts).astype(np.float64)
+    by_count = _discounts(counts)
+
+    def slices() -> Iterator[tuple[Ids, Ids, Probabilities, Any]]:
+        """Contexts and counts of some n-grams, what these give away, and which of them are kept."""
+        for first in range(0, len(keys), _SLICE):
+            part = slice(first, first + _SLICE)
+            given = by_count[np.minimum(counts[part], 3)]
+            kept: Any = slice(None) if is_kept is None else is_kept[part]
+            if is_kept is not None:
+                np.copyto(given, counts[part], where=~kept)
+            yield keys[part] // vocab_size, counts[part], given, kept
+
+    totals, rests = np.zeros(n_contexts), np.zeros(n_contexts)
+    for contexts, own, given, _ in slices():
+        span, places = slice(contexts[0], contexts[-1] + 1), contexts - contexts[0]
+        totals[span] += np.bincount(places, weights=own)
+        rests[span] += np.bincount(places, weights=given)
     rests[totals == 0] = 1.0  # after what occurs at an end of the text only
     np.maximum(totals, 1, out=totals)
     rests /= totals
-    if is_kept is not None:
-        contexts, counts, discounts = contexts[is_kept], counts[is_kept], discounts[is_kept]
-    shares = np.subtract(counts, discounts, out=discounts)
-    shares /= totals[contexts]
-    return shares, rests
+    shares = [((own - given) / totals[contexts])[kept] for contexts, own, given, kept in slices()]
+    return np.concatenate(shares), rests
 
 
 def _discounts(counts: Ids) -> Probabilities:
     """What is subtracted from the counts of n-grams that occur 0, 1, 2, and 3 or more times."""
-    once, twice, three, four = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].tolist()
+    once, twice, three, four = (np.count_nonzero(counts == times) for times in (1, 2, 3, 4))
     discounts = FALLBACK_DISCOUNTS
     if once and twice and three:
         y = once / (once + 2 * twice)
@@ -189,7 +211,7 @@ class CountDecoder(Decoder):
             numbers_BS = _find(keys, numbers_BS, ids_BS, self.vocab_size)
             numbers.append(numbers_BS[:, -T:])
             numbers_BS = nn.functional.pad(numbers_BS[:, :-1], (1, 0), value=-1)
-        return torch.stack(numbers, -1).float()  # exact below 2^24, more than MAX_COUNTED_TOKENS
+        return torch.stack(numbers, -1).float()  # exact below _MOST_NUMBERS
 
     def target_probabilities(self, hidden_NC: Tensor, targets_N: Tensor) -> Tensor:
         """Compute the probability (N,) of one next token after each hidden state (N, C)."""
@@ -251,6 +273,7 @@ def count_decoder(
         )
     tables: list[tuple[NDArray[Any], ...]] = []
     places = np.zeros(1, np.int64)  # of the n-grams one shorter, among those that are kept
+    rare_length = RARE_LENGTH
     for n, (keys, counts, continuations) in enumerate(_tables(train, vocab_size, order), 1):
         used = counts if continuations is None else continuations
         if len(train) <= whole_tokens:
@@ -258,7 +281,9 @@ def count_decoder(
             places = np.zeros(len(keys), np.int8)  # only their number matters
         else:
             # What begins a kept n-gram is kept too: it occurs as often, or more often.
-            is_kept = (counts > 1) | (n < RARE_LENGTH)
+            if len(keys) > _MOST_NUMBERS:
+                rare_length = min(n, rare_length)
+            is_kept = (counts > 1) | (n < rare_length)
             shares, rests = _smoothed(keys, used, vocab_size, len(places), is_kept)
             keys, rests = keys[is_kept], rests[places >= 0]
             keys = places[keys // vocab_size] * vocab_size + keys % vocab_size

@@ -38,8 +38,7 @@ def parts_of(models: Sequence[LoadedModel]) -> Parts:
 
 def counts_of(model: LoadedModel, train: Stream, *, order: int, sha256: str) -> Parts:
     """Return a part with the counts of a model's training text, of up to `order` tokens."""
-    from pretrain.evaluate.baselines import MAX_COUNTED_TOKENS
-    from pretrain.model.counts import count_decoder
+    from pretrain.model.counts import MAX_COUNTED_TOKENS, count_decoder
 
     ids = train.read(0, min(train.n_tokens, MAX_COUNTED_TOKENS))
     size = model.tokenizer.vocab_size

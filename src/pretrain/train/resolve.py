@@ -253,8 +253,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     """Return about how many bytes of memory a run of one process takes on a CPU, within a tenth of
     what ten runs of 2 to 54 million parameters took: with torch, gradients, both moments, and the
     copy that a checkpoint is saved from. Of a table few rows have a gradient."""
-    from pretrain.evaluate.baselines import MAX_COUNTED_TOKENS
-    from pretrain.model.counts import WHOLE_TOKENS
+    from pretrain.model.counts import MAX_COUNTED_TOKENS, WHOLE_TOKENS
 
     model, train = config.model, config.train
     n_all = n_parameters(model, vocab_size=vocab_size)
@@ -267,7 +266,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     if (train.members or 1) > 1 or train.counts:
         needed += 4 * n_all + 30 * min(n_train_tokens, WHOLE_TOKENS)
     if train.counts:  # while they are counted the optimizer is gone
-        needed = max(needed, 4 * n_all + 110 * min(n_train_tokens, MAX_COUNTED_TOKENS))
+        needed = max(needed, 4 * n_all + 75 * min(n_train_tokens, MAX_COUNTED_TOKENS))
     return FIRST_BYTES + needed
 
 
