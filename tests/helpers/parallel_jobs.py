@@ -66,7 +66,11 @@ class Trainee:
             self.model.initialize(SEED)
         self.optimizer = build_optimizer(
             self.model.local_parameters(),
-            config=OptimizerConfig(name=optimizer, learning_rate=RATE),  # type: ignore[arg-type]
+            config=OptimizerConfig(
+                name=optimizer,  # type: ignore[arg-type]
+                learning_rate=RATE,
+                row_norm=family == "fast",
+            ),
             batch_tokens=8 * CONTEXT,
             orthogonalizer=self.model.orthogonalizer,
         )

@@ -41,6 +41,15 @@ def test_a_stack_equals_its_matrices_at_any_scale() -> None:
     assert bool(torch.isfinite(orthogonalize(torch.zeros(1, 4, 4))).all())
 
 
+def test_with_row_norm_rows_count_alike() -> None:
+    generator = torch.Generator().manual_seed(2)
+    stack, sizes = torch.randn(3, 8, 12, generator=generator), torch.rand(3, 8, 1) + 0.1
+    expected = orthogonalize(stack / stack.norm(dim=2, keepdim=True))
+    for scaled in (stack, stack * sizes):
+        torch.testing.assert_close(orthogonalize(scaled, row_norm=True), expected)
+    assert bool(torch.isfinite(orthogonalize(torch.zeros(1, 4, 4), row_norm=True)).all())
+
+
 def test_muon_updates_hidden_matrices_only() -> None:
     config = ModelConfig(d_model=32, n_heads=2, n_layers=1, context_length=8, ngram_rows=16)
     decoder = build(config, vocab_size=50, seed=1)

@@ -37,6 +37,9 @@ class OptimizerConfig(Checked):
     scaled by the root of the ratio; empty: never scaled"""
     momentum: Annotated[float, Range(0, lt=1)] = 0.95
     """muon's decay rate of the mean gradient"""
+    row_norm: bool = False
+    """with muon, give all rows of a mean gradient the same length before it is orthogonalized
+    ("MuonEq", Chang et al., 2026)"""
     weight_decay: Annotated[float, Range(0)] = 0.1
     """decoupled weight decay of matrices; norms and biases are never decayed"""
     beta1: Annotated[float, Range(0, lt=1)] = 0.9

@@ -5,7 +5,8 @@ shape (n, m) with gradient G, momentum M, learning rate lr and weight decay wd:
 
     M <- mu M + (1 - mu) G
     N  = mu M + (1 - mu) G                      (Nesterov's look-ahead)
-    O  = U V^T, for the singular value decomposition N = U S V^T
+    O  = U V^T, for the singular value decomposition N = U S V^T; with `row_norm` of N with rows of
+         one length
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(n, m)) O
 
 The factor 0.2 sqrt(max(n, m)) gives an update the root mean square of AdamW's, so that one learning
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # The coefficients of five steps of the polynomial iteration that converges fastest to O from
 # singular values in [1e-3, 1]: "The Polar Express" (Amsel et al., 2025), algorithm 1 with a safety
@@ -35,13 +37,15 @@ SAFETY = 1.02
 ADAMW_RMS = 0.2
 
 
-def orthogonalize(matrices_NMK: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(
+    matrices_NMK: Tensor, *, row_norm: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return about the nearest (semi-)orthogonal matrix to each of a stack of N matrices.
 
     Singular values become roughly 1. Each step is x <- a x + (b A + c A^2) x with A = x x^T, in
     `dtype`; bfloat16 is precise enough.
     """
-    x = matrices_NMK.to(dtype)
+    x = (F.normalize(matrices_NMK, dim=2) if row_norm else matrices_NMK).to(dtype)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
@@ -63,13 +67,18 @@ class Orthogonalizer:
         return parameter.shape
 
     def orthogonalize(
-        self, parameters: Sequence[nn.Parameter], updates: Sequence[Tensor], *, dtype: torch.dtype
+        self,
+        parameters: Sequence[nn.Parameter],
+        updates: Sequence[Tensor],
+        *,
+        row_norm: bool,
+        dtype: torch.dtype,
     ) -> Sequence[Tensor]:
         """Return this process's shard of each orthogonalized update.
 
         All matrices have one full shape; `updates` has a shard for each parameter.
         """
-        return orthogonalize(torch.stack(list(updates)), dtype=dtype).unbind()
+        return orthogonalize(torch.stack(list(updates)), row_norm=row_norm, dtype=dtype).unbind()
 
 
 @torch.no_grad()
@@ -81,13 +90,14 @@ def muon_update(
     lr: float,
     momentum: float,
     weight_decay: float,
+    row_norm: bool = False,
     dtype: torch.dtype = torch.float32,
     orthogonalizer: Orthogonalizer,
 ) -> None:
     """Update matrices of one full shape together, in place: a few large matmuls, not many small."""
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
     nesterov = torch._foreach_lerp(gradients, momenta, momentum)
-    directions = orthogonalizer.orthogonalize(parameters, nesterov, dtype=dtype)
+    directions = orthogonalizer.orthogonalize(parameters, nesterov, row_norm=row_norm, dtype=dtype)
 
     matrices: list[Tensor] = list(parameters)
     torch._foreach_mul_(matrices, 1 - lr * weight_decay)

@@ -50,7 +50,9 @@ class MixedOptimizer(torch.optim.AdamW):
                     by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
                     for parameter in parameters:
                         by_shape[self._orthogonalizer.full_shape(parameter)].append(parameter)
-                    options = {k: group[k] for k in ("lr", "momentum", "weight_decay", "dtype")}
+                    options = {
+                        k: group[k] for k in ("lr", "momentum", "weight_decay", "row_norm", "dtype")
+                    }
                     for same_shape in by_shape.values():
                         muon_update(
                             same_shape,
@@ -148,6 +150,7 @@ def build_optimizer(
             "lr_mult": batch_scale * width_scale,
             "rule": config.name,
             "momentum": config.momentum,
+            "row_norm": config.row_norm,
             "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
         },
         "embedding": {"lr_mult": batch_scale * embedding_lr_mult},

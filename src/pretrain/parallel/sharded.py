@@ -129,7 +129,12 @@ class ShardedOrthogonalizer(Orthogonalizer):
         return self._shapes[parameter]
 
     def orthogonalize(
-        self, parameters: Sequence[nn.Parameter], rows: Sequence[Tensor], *, dtype: torch.dtype
+        self,
+        parameters: Sequence[nn.Parameter],
+        rows: Sequence[Tensor],
+        *,
+        row_norm: bool,
+        dtype: torch.dtype,
     ) -> list[Tensor]:
         """Return this rank's slices of the orthogonalized matrices; `rows` are its slices of the
         matrices."""
@@ -153,7 +158,7 @@ class ShardedOrthogonalizer(Orthogonalizer):
         _copy_from_flat(flat_views, self._all_to_all(sent, n_sent, n_received))
 
         if owned:
-            full.copy_(orthogonalize(full, dtype=dtype))
+            full.copy_(orthogonalize(full, row_norm=row_norm, dtype=dtype))
 
         # The same way back.
         answer = torch.cat([view.reshape(-1) for view in flat_views]) if owned else sent[:0]

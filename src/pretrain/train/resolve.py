@@ -266,7 +266,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     if (train.members or 1) > 1 or train.counts:
         needed += 4 * n_all + 30 * min(n_train_tokens, WHOLE_TOKENS)
     if train.counts:  # while they are counted the optimizer is gone
-        needed = max(needed, 4 * n_all + 75 * min(n_train_tokens, MAX_COUNTED_TOKENS))
+        needed = max(needed, 4 * n_all + 92 * min(n_train_tokens, MAX_COUNTED_TOKENS))
     return FIRST_BYTES + needed
 
 
