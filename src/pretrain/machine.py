@@ -99,6 +99,16 @@ def memory_bytes() -> int | None:
     return min(limits, default=None)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc use freed memory again, instead of returning it to the system, which for each large
+    tensor of each step would fill new pages with zeros: a sixth of a step."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+        # Some versions take at most 1 << 25.
+        any(mallopt(m_mmap_threshold, n_bytes) for n_bytes in (1 << 30, 1 << 25))
+
+
 def free_memory() -> None:
     """Collect unused objects, and return their memory to the system, of which glibc keeps hundreds
     of megabytes."""
