@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
+
+# With fewer rows a matmul is memory-bound, and oneDNN has more overhead than MKL.
+MIN_ROWS = 64
 
 
 def cpu_capabilities() -> Mapping[str, Any]:
@@ -40,6 +44,39 @@ def onednn_linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None)
     """
     y_XF: Tensor = torch.ops.mkldnn._linear_pointwise(x_XD, weight_FD, bias_F, "none", [], "")
     return y_XF
+
+
+def is_eager_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def uses_onednn(x_XD: Tensor, weight_FD: Tensor) -> bool:
+    """Return whether x W^T is computed by `onednn_linear`, which is faster here than torch's own
+    choice."""
+    has_many_rows = x_XD.numel() >= MIN_ROWS * x_XD.shape[-1]
+    is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
+    is_faster = has_many_rows and is_float32 and is_eager_cpu(x_XD) and _prefers_onednn()
+    return is_faster and not torch.is_autocast_enabled("cpu")
+
+
+@lru_cache
+def _prefers_onednn() -> bool:
+    is_intel = str(cpu_capabilities().get("cpu_name", "")).startswith("Intel")
+    return has_onednn_linear() and not is_intel
+
+
+def batched_product(
+    a_NMK: Tensor, b_NPK: Tensor, plus: Tensor | None = None, *, alpha: float = 1, beta: float = 1
+) -> Tensor:
+    """Compute alpha a b^T + beta `plus` for each of N pairs of matrices."""
+    if uses_onednn(a_NMK[0], b_NPK):
+        pairs = zip(a_NMK.unbind(), b_NPK.unbind(), strict=True)
+        y_NMP = torch.stack([onednn_linear(a, b) for a, b in pairs])
+        y_NMP = y_NMP if alpha == 1 else y_NMP.mul_(alpha)
+        return y_NMP if plus is None else y_NMP.add_(plus, alpha=beta)
+    if plus is None:
+        return a_NMK @ b_NPK.mT
+    return torch.baddbmm(plus, a_NMK, b_NPK.mT, alpha=alpha, beta=beta)
 
 
 def matmul_and_attention_ops() -> list[Callable[..., Any]]:

@@ -7,21 +7,18 @@ use torch's own operators.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.compat import cpu_capabilities, has_onednn_linear, onednn_linear
+from pretrain.compat import batched_product, is_eager_cpu, onednn_linear, uses_onednn
 
-# With fewer rows a matmul is memory-bound, and oneDNN has more overhead than MKL.
-MIN_ROWS = 64
-
-
-def _is_eager_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+# Copies of this number of rows stay in the caches.
+COPIED_ROWS = 1024
+# Queries of a block of attention, and those of a context in which torch's kernel is not faster.
+QUERIES, MOST_QUERIES = 128, 512
 
 
 def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Tensor:
@@ -30,7 +27,7 @@ def rms_norm(x_XD: Tensor, weight_D: Tensor | None, epsilon: float | None) -> Te
     "Root Mean Square Layer Normalization" (Zhang and Sennrich, 2019). An epsilon of None is the
     dtype's own (at least float32's), as in torch.
     """
-    if not _is_eager_cpu(x_XD):
+    if not is_eager_cpu(x_XD):
         return F.rms_norm(x_XD, x_XD.shape[-1:], weight_D, epsilon)
     if torch.is_grad_enabled():
         y_XD: Tensor = _RMSNorm.apply(x_XD, epsilon)  # type: ignore[no-untyped-call]
@@ -66,7 +63,7 @@ def squared_relu(x: Tensor, slope: float = 0.0) -> Tensor:
     """Return max(x, 0)^2, "Primer" (So et al., 2021); with a slope max(x, slope x)^2, which has a
     gradient everywhere: the code of OpenAI's contest "Parameter Golf" (2026), with 0.5."""
     # x times max(x, slope^2 x), twice which is the gradient.
-    if not _is_eager_cpu(x):
+    if not is_eager_cpu(x):
         return x * F.leaky_relu(x, slope**2)
     y: Tensor = _SquaredReLU.apply(x, slope)  # type: ignore[no-untyped-call]
     return y
@@ -89,7 +86,7 @@ class _SquaredReLU(torch.autograd.Function):
 def apply_rope(x_XTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotate pair i of each vector, its elements i and i + E/2, by the angle whose cosine and sine
     are given at both elements."""
-    if not _is_eager_cpu(x_XTE):
+    if not is_eager_cpu(x_XTE):
         first, second = x_XTE.chunk(2, dim=-1)
         return x_XTE * cos_TE + torch.cat([-second, first], dim=-1) * sin_TE
     if not torch.is_grad_enabled():
@@ -122,25 +119,73 @@ class _ApplyRope(torch.autograd.Function):
         return _rotate(grads[0], cos_TE, -sin_TE).to(ctx.dtype), None, None
 
 
+def prefers_causal_attention(query_BHTE: Tensor) -> bool:
+    """Return whether `causal_attention` is faster than torch's kernel: in training on a CPU, for a
+    context whose weights (T, T) fit its caches."""
+    is_trained = torch.is_grad_enabled() and query_BHTE.requires_grad and is_eager_cpu(query_BHTE)
+    return is_trained and 1 < query_BHTE.shape[2] <= MOST_QUERIES
+
+
+def causal_attention(query_BHTE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor) -> Tensor:
+    """Compute causal attention (B, H, T, E) by products of blocks, and store its weights.
+
+    It is bound by matmuls, which are several times as fast for a batch of blocks as in torch's
+    kernel, and a quarter or more of which is left out.
+    """
+    qkv = [query_BHTE, key_BHTE, value_BHTE]
+    if torch.is_autocast_enabled("cpu"):
+        qkv = [each.to(torch.get_autocast_dtype("cpu")) for each in qkv]
+    y_BHTE: Tensor = _CausalAttention.apply(*qkv)  # type: ignore[no-untyped-call]
+    return y_BHTE
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *qkv_BHTE: Tensor) -> Tensor:
+        B, H, T, E = ctx.shape = qkv_BHTE[0].shape
+        q, k, v = (each.reshape(B * H, T, E) for each in qkv_BHTE)
+        y_BTHE, weights = q.new_empty(B, T, H, E), []
+        mask = q.new_full((QUERIES, T), float("-inf"))
+        for start in range(0, T, QUERIES):
+            stop = min(start + QUERIES, T)
+            mask_TS = mask[: stop - start, :stop].triu(start + 1)
+            scores = batched_product(q[:, start:stop], k[:, :stop], mask_TS, alpha=E**-0.5)
+            weights.append(scores.softmax(-1))
+            y = batched_product(weights[-1], v[:, :stop].mT)
+            y_BTHE[:, start:stop].transpose(1, 2).copy_(y.view(B, H, -1, E))
+        ctx.save_for_backward(q, k, v, *weights)
+        return y_BTHE.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        B, H, T, E = ctx.shape
+        grad = grads[0].reshape(B * H, T, E)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        d_q, d_k, d_v = torch.zeros(3, B, T, H, E, dtype=dtype).transpose(2, 3)
+        for n, p in enumerate(weights):
+            queries = slice(n * QUERIES, n * QUERIES + p.shape[1])
+            keys = slice(queries.stop)
+            d_p = batched_product(grad[:, queries], v[:, keys])
+            d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(E**-0.5)
+            d_q[:, :, queries] = batched_product(d_scores, k[:, keys].mT).view(B, H, -1, E)
+            d_k[:, :, keys] += batched_product(d_scores.mT, q[:, queries].mT).view(B, H, -1, E)
+            d_v[:, :, keys] += batched_product(p.mT, grad[:, queries].mT).view(B, H, -1, E)
+        return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype)
+
+
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """Compute x W^T + b.
 
     In float32 on a CPU that is not Intel's oneDNN is faster than MKL, which F.linear calls
     (docs/explanation/speed.md).
     """
-    has_many_rows = x_XD.numel() >= MIN_ROWS * x_XD.shape[-1]
-    is_float32 = x_XD.dtype == weight_FD.dtype == torch.float32
-    uses_onednn = has_many_rows and is_float32 and _is_eager_cpu(x_XD) and _prefers_onednn()
-    if not uses_onednn or torch.is_autocast_enabled("cpu"):
+    if not uses_onednn(x_XD, weight_FD):
         return F.linear(x_XD, weight_FD, bias_F)
+    if not torch.is_grad_enabled():
+        return onednn_linear(x_XD, weight_FD, bias_F)
     y_XF: Tensor = _Linear.apply(x_XD, weight_FD, bias_F)  # type: ignore[no-untyped-call]
     return y_XF
-
-
-@lru_cache
-def _prefers_onednn() -> bool:
-    is_intel = str(cpu_capabilities().get("cpu_name", "")).startswith("Intel")
-    return has_onednn_linear() and not is_intel
 
 
 class _Linear(torch.autograd.Function):
@@ -155,8 +200,20 @@ class _Linear(torch.autograd.Function):
         x_XD, weight_FD = ctx.saved_tensors
         grad_XF = grads[0]
         d_x = onednn_linear(grad_XF, weight_FD.T) if ctx.needs_input_grad[0] else None
-        # oneDNN would have to copy both factors into another layout, which costs what it gains.
         grad_NF = grad_XF.flatten(0, -2)
-        d_weight = grad_NF.T @ x_XD.flatten(0, -2)
+        d_weight = weight_gradient(grad_NF, x_XD.flatten(0, -2))
         d_bias = grad_NF.sum(0) if ctx.has_bias else None
         return d_x, d_weight, d_bias
+
+
+def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
+    """Compute y^T x, the gradient by the weight of a linear layer with inputs x."""
+    # oneDNN copies both factors into another layout, which costs what it gains without AVX-512.
+    if not uses_onednn(grad_NF, x_ND) or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return grad_NF.T @ x_ND
+    is_wide = grad_NF.shape[1] > x_ND.shape[1]  # the first factor takes longer to copy
+    product = grad_NF.new_zeros(grad_NF.shape[1], x_ND.shape[1])
+    parts = (torch.split(each, COPIED_ROWS) for each in (grad_NF, x_ND))
+    for grad, x in zip(*parts, strict=True):
+        product += onednn_linear(x.T, grad.T).T if is_wide else onednn_linear(grad.T, x.T)
+    return product

@@ -23,7 +23,14 @@ from pretrain.model.dropout import (
     dropout,
 )
 from pretrain.model.families import IS_GATED
-from pretrain.model.fused import apply_rope, linear, rms_norm, squared_relu
+from pretrain.model.fused import (
+    apply_rope,
+    causal_attention,
+    linear,
+    prefers_causal_attention,
+    rms_norm,
+    squared_relu,
+)
 
 # Cosine and sine (T, E) of the rotary angles.
 Rope = tuple[Tensor, Tensor]
@@ -200,6 +207,12 @@ def attention(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tenso
     """Compute causal attention (B, H, T, E) by torch's kernels; queries are at the last T of S
     positions."""
     T, S = query_BHTE.shape[2], key_BKSE.shape[2]
+    if T == S and prefers_causal_attention(query_BHTE):
+        n = query_BHTE.shape[1] // key_BKSE.shape[1]
+        keys_values = [key_BKSE, value_BKSE]
+        if n > 1:
+            keys_values = [each.repeat_interleave(n, 1) for each in keys_values]
+        return causal_attention(query_BHTE, *keys_values)
     # A single new query attends to every key, so it needs no mask.
     needs_mask = 1 < T < S
     return F.scaled_dot_product_attention(

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.compat import uses_onednn
 from pretrain.model.decoder import Decoder
 from pretrain.model.dropout import DropoutRng
+from pretrain.model.fused import linear, weight_gradient
 from pretrain.model.mixture import Mixture
 
 # Targets with this value are ignored: padding at the end of an evaluation.
@@ -177,7 +179,10 @@ def chunked_cross_entropy(
             hidden, targets = hidden_ND[chunk], targets_N[chunk]
             if in_blocks:
                 chunk_nats = torch.zeros((), dtype=sum_dtype, device=device)
-                logits_NV = torch.mm(hidden, weight.T, out=logits_buffer[: len(hidden)])
+                if uses_onednn(hidden, weight):
+                    logits_NV = linear(hidden, weight, None)
+                else:
+                    logits_NV = torch.mm(hidden, weight.T, out=logits_buffer[: len(hidden)])
                 for first in range(0, len(hidden), block_rows):
                     block = slice(first, first + block_rows)
                     block_nats, block_grad = nats_and_grad(
@@ -186,6 +191,7 @@ def chunked_cross_entropy(
                     chunk_nats += block_nats
                     logits_NV[block] = block_grad
                 grad_NV = logits_NV
+                del logits_NV
             else:
                 function = _compiled_nats_and_grad() if compiled else nats_and_grad
                 chunk_nats, grad_NV = function(hidden @ weight.T, targets, *options)
@@ -197,12 +203,9 @@ def chunked_cross_entropy(
                 # Ignored rows are set to 0 in the matrices of width D, which is less than V.
                 grad_NV = grad_NV.to(hidden.dtype)
                 is_valid_N1 = (targets != IGNORE_INDEX)[:, None]
-                torch.mul(grad_NV @ weight, is_valid_N1, out=d_hidden_ND[chunk])
+                torch.mul(linear(grad_NV, weight.T, None), is_valid_N1, out=d_hidden_ND[chunk])
                 valid_hidden = hidden * is_valid_N1
-                if hidden.dtype == d_weight_VD.dtype and grad_NV.shape[1] == V:
-                    d_weight_VD.addmm_(grad_NV.T, valid_hidden)
-                else:
-                    d_weight_VD += (grad_NV.T @ valid_hidden)[:V]
+                d_weight_VD += weight_gradient(grad_NV, valid_hidden)[:V]
             del grad_NV  # before the next chunk allocates its own
 
     if d_hidden_ND is None or d_weight_VD is None:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.compat import batched_product
+
 # The coefficients of five steps of the polynomial iteration that converges fastest to O from
 # singular values in [1e-3, 1]: "The Polar Express" (Amsel et al., 2025), algorithm 1 with a safety
 # factor of 1.02.
@@ -51,9 +53,9 @@ def orthogonalize(
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) * SAFETY + 1e-7)
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        gram = batched_product(x, x)
+        polynomial = batched_product(gram, gram, gram, alpha=c, beta=b)
+        x = batched_product(polynomial, x.mT, x, beta=a)
     if is_tall:
         x = x.mT
     return x.to(matrices_NMK.dtype)
