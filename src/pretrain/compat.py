@@ -79,6 +79,12 @@ def batched_product(
     return torch.baddbmm(plus, a_NMK, b_NPK.mT, alpha=alpha, beta=beta)
 
 
+def softmax_gradient(grad_XS: Tensor, p_XS: Tensor) -> Tensor:
+    """Compute the gradient by the inputs of a softmax p, in one pass; torch has it for its own
+    autograd only."""
+    return torch.ops.aten._softmax_backward_data(grad_XS, p_XS, -1, p_XS.dtype)  # type: ignore[no-any-return]
+
+
 def matmul_and_attention_ops() -> list[Callable[..., Any]]:
     """Return the operators whose results selective activation checkpointing saves.
 

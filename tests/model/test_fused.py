@@ -9,7 +9,7 @@ import torch
 
 from oracles import config_of
 from pretrain import compat
-from pretrain.model import fused
+from pretrain.model import fused, layers
 from pretrain.model.layers import attention, reference_attention, rope_cos_sin
 
 
@@ -94,7 +94,8 @@ def test_weight_gradients_by_onednn_equal_a_plain_product(
     is_there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     monkeypatch.setattr(compat, "_prefers_onednn", lambda: is_there)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(fused, "COPIED_ROWS", 64)  # the last part has fewer
+    monkeypatch.setattr(fused, "COPIED_NUMBERS", 64 * 40)
+    monkeypatch.setattr(fused, "MIN_COPIED_ROWS", 64)  # the last part has fewer
     generator = torch.Generator().manual_seed(0)
     x, grad = (
         torch.randn(150, 32, generator=generator),
@@ -105,7 +106,10 @@ def test_weight_gradients_by_onednn_equal_a_plain_product(
 
 @pytest.mark.parametrize("n_keys", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_attention_in_training_equals_a_plain_one(dtype: torch.dtype, n_keys: int) -> None:
+def test_attention_in_training_equals_a_plain_one(
+    dtype: torch.dtype, n_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "prefers_causal_attention", lambda query: torch.is_grad_enabled())
     generator = torch.Generator().manual_seed(0)
     T = 300  # two blocks and a part of one
     heads = (4, n_keys, n_keys)
@@ -138,7 +142,8 @@ def test_attention_in_training_equals_a_plain_one(dtype: torch.dtype, n_keys: in
         assert attention(*qkv).dtype == torch.bfloat16
 
 
-def test_attention_in_training_does_not_look_ahead() -> None:
+def test_attention_in_training_does_not_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_has_fast_copies", lambda *_: True)
     qkv = [torch.randn(1, 2, 260, 16).requires_grad_() for _ in range(3)]
     y = attention(*qkv)
     d_query, *d_others = torch.autograd.grad(y[:, :, 130].sum(), qkv)

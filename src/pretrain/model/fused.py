@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.compat import batched_product, is_eager_cpu, onednn_linear, uses_onednn
+from pretrain.compat import (
+    batched_product,
+    is_eager_cpu,
+    onednn_linear,
+    softmax_gradient,
+    uses_onednn,
+)
 
-# Copies of this number of rows stay in the caches.
-COPIED_ROWS = 1024
-# Queries of a block of attention, and those of a context in which torch's kernel is not faster.
+# oneDNN copies rows of at most this many numbers, 4 MB, at once, but no fewer than these rows.
+COPIED_NUMBERS, MIN_COPIED_ROWS = 1 << 20, 256
+# Queries of a block of attention, and those of the longest context that is computed by blocks.
 QUERIES, MOST_QUERIES = 128, 512
 
 
@@ -120,18 +126,23 @@ class _ApplyRope(torch.autograd.Function):
 
 
 def prefers_causal_attention(query_BHTE: Tensor) -> bool:
-    """Return whether `causal_attention` is faster than torch's kernel: in training on a CPU, for a
-    context whose weights (T, T) fit its caches."""
+    """Return whether `causal_attention` is faster than torch's kernel: in training on a CPU with
+    fast products, for a context whose weights (T, T) are not much memory."""
     is_trained = torch.is_grad_enabled() and query_BHTE.requires_grad and is_eager_cpu(query_BHTE)
-    return is_trained and 1 < query_BHTE.shape[2] <= MOST_QUERIES
+    if not is_trained or not 1 < query_BHTE.shape[2] <= MOST_QUERIES:
+        return False
+    is_bfloat16 = query_BHTE.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return is_bfloat16 or _has_fast_copies(query_BHTE, query_BHTE)
+
+
+def _has_fast_copies(x: Tensor, weight: Tensor) -> bool:
+    # oneDNN copies both factors into another layout, which costs what it gains without AVX-512.
+    return uses_onednn(x, weight) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def causal_attention(query_BHTE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor) -> Tensor:
-    """Compute causal attention (B, H, T, E) by products of blocks, and store its weights.
-
-    It is bound by matmuls, which are several times as fast for a batch of blocks as in torch's
-    kernel, and a quarter or more of which is left out.
-    """
+    """Compute causal attention (B, H, T, E) by products of blocks of queries and the keys before
+    them, which are several times as fast for all heads at once as in torch's kernel."""
     qkv = [query_BHTE, key_BHTE, value_BHTE]
     if torch.is_autocast_enabled("cpu"):
         qkv = [each.to(torch.get_autocast_dtype("cpu")) for each in qkv]
@@ -145,14 +156,12 @@ class _CausalAttention(torch.autograd.Function):
         B, H, T, E = ctx.shape = qkv_BHTE[0].shape
         q, k, v = (each.reshape(B * H, T, E) for each in qkv_BHTE)
         y_BTHE, weights = q.new_empty(B, T, H, E), []
-        mask = q.new_full((QUERIES, T), float("-inf"))
         for start in range(0, T, QUERIES):
-            stop = min(start + QUERIES, T)
-            mask_TS = mask[: stop - start, :stop].triu(start + 1)
-            scores = batched_product(q[:, start:stop], k[:, :stop], mask_TS, alpha=E**-0.5)
-            weights.append(scores.softmax(-1))
-            y = batched_product(weights[-1], v[:, :stop].mT)
-            y_BTHE[:, start:stop].transpose(1, 2).copy_(y.view(B, H, -1, E))
+            p = _block_weights(q, k, start)
+            y = batched_product(p, v[:, : p.shape[2]].mT)
+            y_BTHE[:, start : p.shape[2]].transpose(1, 2).copy_(y.view(B, H, -1, E))
+            if p.element_size() == 2:  # wider ones take too much memory
+                weights.append(p)
         ctx.save_for_backward(q, k, v, *weights)
         return y_BTHE.transpose(1, 2)
 
@@ -161,17 +170,31 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, *weights = ctx.saved_tensors
         B, H, T, E = ctx.shape
         grad = grads[0].reshape(B * H, T, E)
+        d_q = q.new_empty(B, T, H, E).transpose(1, 2)
+        # Sums over blocks of queries, of which the last has all keys.
         dtype = torch.promote_types(q.dtype, torch.float32)
-        d_q, d_k, d_v = torch.zeros(3, B, T, H, E, dtype=dtype).transpose(2, 3)
-        for n, p in enumerate(weights):
-            queries = slice(n * QUERIES, n * QUERIES + p.shape[1])
-            keys = slice(queries.stop)
-            d_p = batched_product(grad[:, queries], v[:, keys])
-            d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(E**-0.5)
-            d_q[:, :, queries] = batched_product(d_scores, k[:, keys].mT).view(B, H, -1, E)
-            d_k[:, :, keys] += batched_product(d_scores.mT, q[:, queries].mT).view(B, H, -1, E)
-            d_v[:, :, keys] += batched_product(p.mT, grad[:, queries].mT).view(B, H, -1, E)
-        return d_q.to(q.dtype), d_k.to(q.dtype), d_v.to(q.dtype)
+        d_k, d_v = q.new_empty(2, B, T, H, E, dtype=dtype).transpose(2, 3)
+        for start in reversed(range(0, T, QUERIES)):
+            p = weights[start // QUERIES] if weights else _block_weights(q, k, start)
+            stop = p.shape[2]
+            d_p = batched_product(grad[:, start:stop], v[:, :stop])
+            d_scores = softmax_gradient(d_p, p).mul_(E**-0.5)
+            d_q[:, :, start:stop] = batched_product(d_scores, k[:, :stop].mT).view(B, H, -1, E)
+            for total, a, b in ((d_k, d_scores, q), (d_v, p, grad)):
+                part = batched_product(a.mT, b[:, start:stop].mT).view(B, H, -1, E)
+                if stop == T:
+                    total.copy_(part)
+                else:
+                    total[:, :, :stop] += part
+        return d_q, d_k.to(q.dtype), d_v.to(q.dtype)
+
+
+def _block_weights(q_NTE: Tensor, k_NTE: Tensor, start: int) -> Tensor:
+    """Compute the attention weights of the block of queries from `start`, to keys up to its last
+    position."""
+    q, stop = q_NTE[:, start : start + QUERIES], min(start + QUERIES, q_NTE.shape[1])
+    mask = q.new_full((stop - start, stop), float("-inf")).triu_(start + 1)
+    return batched_product(q, k_NTE[:, :stop], mask, alpha=q.shape[2] ** -0.5).softmax(-1)
 
 
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -208,12 +231,12 @@ class _Linear(torch.autograd.Function):
 
 def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
     """Compute y^T x, the gradient by the weight of a linear layer with inputs x."""
-    # oneDNN copies both factors into another layout, which costs what it gains without AVX-512.
-    if not uses_onednn(grad_NF, x_ND) or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not _has_fast_copies(grad_NF, x_ND):
         return grad_NF.T @ x_ND
     is_wide = grad_NF.shape[1] > x_ND.shape[1]  # the first factor takes longer to copy
     product = grad_NF.new_zeros(grad_NF.shape[1], x_ND.shape[1])
-    parts = (torch.split(each, COPIED_ROWS) for each in (grad_NF, x_ND))
+    rows = max(MIN_COPIED_ROWS, COPIED_NUMBERS // max(product.shape))
+    parts = (torch.split(each, rows) for each in (grad_NF, x_ND))
     for grad, x in zip(*parts, strict=True):
         product += onednn_linear(x.T, grad.T).T if is_wide else onednn_linear(grad.T, x.T)
     return product
