@@ -65,20 +65,6 @@ def _prefers_onednn() -> bool:
     return has_onednn_linear() and not is_intel
 
 
-def batched_product(
-    a_NMK: Tensor, b_NPK: Tensor, plus: Tensor | None = None, *, alpha: float = 1, beta: float = 1
-) -> Tensor:
-    """Compute alpha a b^T + beta `plus` for each of N pairs of matrices."""
-    if uses_onednn(a_NMK[0], b_NPK):
-        pairs = zip(a_NMK.unbind(), b_NPK.unbind(), strict=True)
-        y_NMP = torch.stack([onednn_linear(a, b) for a, b in pairs])
-        y_NMP = y_NMP if alpha == 1 else y_NMP.mul_(alpha)
-        return y_NMP if plus is None else y_NMP.add_(plus, alpha=beta)
-    if plus is None:
-        return a_NMK @ b_NPK.mT
-    return torch.baddbmm(plus, a_NMK, b_NPK.mT, alpha=alpha, beta=beta)
-
-
 def softmax_gradient(grad_XS: Tensor, p_XS: Tensor) -> Tensor:
     """Compute the gradient by the inputs of a softmax p, in one pass; torch has it for its own
     autograd only."""

@@ -39,6 +39,13 @@ def test_onednn_linear_equals_torchs() -> None:
     assert torch.allclose(compat.onednn_linear(x, weight, bias), expected, atol=1e-5), CHANGED
 
 
+def test_softmax_gradient_equals_autograds() -> None:
+    x, grad = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    p = x.softmax(-1)
+    (expected,) = torch.autograd.grad(p, x, grad)
+    assert torch.equal(compat.softmax_gradient(grad, p.detach()), expected), CHANGED
+
+
 def test_matmul_and_attention_have_operators() -> None:
     names = {str(op) for op in compat.matmul_and_attention_ops()}
     assert "aten.mm.default" in names, CHANGED

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.compat import (
-    batched_product,
-    is_eager_cpu,
-    onednn_linear,
-    softmax_gradient,
-    uses_onednn,
-)
+from pretrain.compat import is_eager_cpu, onednn_linear, softmax_gradient, uses_onednn
 
 # oneDNN copies rows of at most this many numbers, 4 MB, at once, but no fewer than these rows.
 COPIED_NUMBERS, MIN_COPIED_ROWS = 1 << 20, 256
@@ -126,18 +120,11 @@ class _ApplyRope(torch.autograd.Function):
 
 
 def prefers_causal_attention(query_BHTE: Tensor) -> bool:
-    """Return whether `causal_attention` is faster than torch's kernel: in training on a CPU with
-    fast products, for a context whose weights (T, T) are not much memory."""
+    """Return whether `causal_attention` is faster than torch's kernel: in bfloat16, in training on
+    a CPU, for a context whose weights (T, T) are not much memory."""
     is_trained = torch.is_grad_enabled() and query_BHTE.requires_grad and is_eager_cpu(query_BHTE)
-    if not is_trained or not 1 < query_BHTE.shape[2] <= MOST_QUERIES:
-        return False
     is_bfloat16 = query_BHTE.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    return is_bfloat16 or _has_fast_copies(query_BHTE, query_BHTE)
-
-
-def _has_fast_copies(x: Tensor, weight: Tensor) -> bool:
-    # oneDNN copies both factors into another layout, which costs what it gains without AVX-512.
-    return uses_onednn(x, weight) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return is_trained and is_bfloat16 and 1 < query_BHTE.shape[2] <= MOST_QUERIES
 
 
 def causal_attention(query_BHTE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor) -> Tensor:
@@ -157,11 +144,12 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v = (each.reshape(B * H, T, E) for each in qkv_BHTE)
         y_BTHE, weights = q.new_empty(B, T, H, E), []
         for start in range(0, T, QUERIES):
-            p = _block_weights(q, k, start)
-            y = batched_product(p, v[:, : p.shape[2]].mT)
-            y_BTHE[:, start : p.shape[2]].transpose(1, 2).copy_(y.view(B, H, -1, E))
-            if p.element_size() == 2:  # wider ones take too much memory
-                weights.append(p)
+            stop = min(start + QUERIES, T)
+            mask = q.new_full((stop - start, stop), float("-inf")).triu_(start + 1)
+            scores = torch.baddbmm(mask, q[:, start:stop], k[:, :stop].mT, alpha=E**-0.5)
+            weights.append(scores.softmax(-1))
+            y = weights[-1] @ v[:, :stop]
+            y_BTHE[:, start:stop].transpose(1, 2).copy_(y.view(B, H, -1, E))
         ctx.save_for_backward(q, k, v, *weights)
         return y_BTHE.transpose(1, 2)
 
@@ -174,27 +162,18 @@ class _CausalAttention(torch.autograd.Function):
         # Sums over blocks of queries, of which the last has all keys.
         dtype = torch.promote_types(q.dtype, torch.float32)
         d_k, d_v = q.new_empty(2, B, T, H, E, dtype=dtype).transpose(2, 3)
-        for start in reversed(range(0, T, QUERIES)):
-            p = weights[start // QUERIES] if weights else _block_weights(q, k, start)
-            stop = p.shape[2]
-            d_p = batched_product(grad[:, start:stop], v[:, :stop])
+        for p in reversed(weights):
+            start, stop = p.shape[2] - p.shape[1], p.shape[2]
+            d_p = grad[:, start:stop] @ v[:, :stop].mT
             d_scores = softmax_gradient(d_p, p).mul_(E**-0.5)
-            d_q[:, :, start:stop] = batched_product(d_scores, k[:, :stop].mT).view(B, H, -1, E)
+            d_q[:, :, start:stop] = (d_scores @ k[:, :stop]).view(B, H, -1, E)
             for total, a, b in ((d_k, d_scores, q), (d_v, p, grad)):
-                part = batched_product(a.mT, b[:, start:stop].mT).view(B, H, -1, E)
+                part = (a.mT @ b[:, start:stop]).view(B, H, -1, E)
                 if stop == T:
                     total.copy_(part)
                 else:
                     total[:, :, :stop] += part
         return d_q, d_k.to(q.dtype), d_v.to(q.dtype)
-
-
-def _block_weights(q_NTE: Tensor, k_NTE: Tensor, start: int) -> Tensor:
-    """Compute the attention weights of the block of queries from `start`, to keys up to its last
-    position."""
-    q, stop = q_NTE[:, start : start + QUERIES], min(start + QUERIES, q_NTE.shape[1])
-    mask = q.new_full((stop - start, stop), float("-inf")).triu_(start + 1)
-    return batched_product(q, k_NTE[:, :stop], mask, alpha=q.shape[2] ** -0.5).softmax(-1)
 
 
 def linear(x_XD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -231,7 +210,8 @@ class _Linear(torch.autograd.Function):
 
 def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
     """Compute y^T x, the gradient by the weight of a linear layer with inputs x."""
-    if not _has_fast_copies(grad_NF, x_ND):
+    # oneDNN copies both factors into another layout, which costs what it gains without AVX-512.
+    if not uses_onednn(grad_NF, x_ND) or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return grad_NF.T @ x_ND
     is_wide = grad_NF.shape[1] > x_ND.shape[1]  # the first factor takes longer to copy
     product = grad_NF.new_zeros(grad_NF.shape[1], x_ND.shape[1])

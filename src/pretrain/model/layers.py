@@ -209,10 +209,8 @@ def attention(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tenso
     T, S = query_BHTE.shape[2], key_BKSE.shape[2]
     if T == S and prefers_causal_attention(query_BHTE):
         n = query_BHTE.shape[1] // key_BKSE.shape[1]
-        keys_values = [key_BKSE, value_BKSE]
-        if n > 1:
-            keys_values = [each.repeat_interleave(n, 1) for each in keys_values]
-        return causal_attention(query_BHTE, *keys_values)
+        expanded = (each[:, :, None].expand(-1, -1, n, -1, -1) for each in (key_BKSE, value_BKSE))
+        return causal_attention(query_BHTE, *(each.flatten(1, 2) for each in expanded))
     # A single new query attends to every key, so it needs no mask.
     needs_mask = 1 < T < S
     return F.scaled_dot_product_attention(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.compat import batched_product
+from pretrain.compat import onednn_linear, uses_onednn
 
 # The coefficients of five steps of the polynomial iteration that converges fastest to O from
 # singular values in [1e-3, 1]: "The Polar Express" (Amsel et al., 2025), algorithm 1 with a safety
@@ -53,12 +53,22 @@ def orthogonalize(
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) * SAFETY + 1e-7)
     for a, b, c in POLAR_EXPRESS:
-        gram = batched_product(x, x)
-        polynomial = batched_product(gram, gram, gram, alpha=c, beta=b)
-        x = batched_product(polynomial, x.mT, x, beta=a)
+        if uses_onednn(x[0], x):
+            gram = _product(x, x)
+            polynomial = _product(gram, gram).mul_(c).add_(gram, alpha=b)
+            x = _product(polynomial, x.mT).add_(x, alpha=a)
+            continue
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     if is_tall:
         x = x.mT
     return x.to(matrices_NMK.dtype)
+
+
+def _product(a_NMK: Tensor, b_NPK: Tensor) -> Tensor:
+    """Compute a b^T of each pair of matrices by oneDNN."""
+    return torch.stack([onednn_linear(a, b) for a, b in zip(a_NMK, b_NPK, strict=True)])
 
 
 class Orthogonalizer:

@@ -127,6 +127,8 @@ def _category(event: Any) -> str:
             return "data"
         if ancestor.name.startswith(_OPTIMIZER):
             return "optimizer"
+        if "CausalAttention" in ancestor.name:
+            return "attention"
         ancestor = ancestor.cpu_parent
     if "scaled_dot_product" in event.name or "_attention_" in event.name:
         return "attention"
