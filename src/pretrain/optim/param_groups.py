@@ -106,11 +106,7 @@ def adagrad_update(table_RD: Tensor, squares_R: Tensor, gradient: Tensor, *, lr:
     squares_N = squares_R[rows_N] + grad_ND.square().mean(1)
     squares_R.index_copy_(0, rows_N, squares_N)
     scale_N1 = (squares_N.sqrt() + ADAGRAD_EPSILON)[:, None]
-    update_ND = (grad_ND / scale_N1).mul_(-lr)
-    if gradient.is_sparse:  # index_add_ takes three times as long
-        table_RD.scatter_add_(0, rows_N[:, None].expand_as(update_ND), update_ND)
-    else:
-        table_RD += update_ND
+    table_RD.index_add_(0, rows_N, grad_ND / scale_N1, alpha=-lr)
 
 
 def role_of(name: str, parameter: nn.Parameter) -> str:
