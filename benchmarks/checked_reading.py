@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 from pretrain.config import compose, read_file
 from pretrain.data.batches import micro_batch_at
+from pretrain.distributed import open_world
 from pretrain.runner.request import recipes
 from pretrain.runner.text import prepared_text
+from pretrain.train.config import filled
+from pretrain.train.resolve import resolve
 
 
 def main() -> None:
@@ -24,8 +28,11 @@ def main() -> None:
     options = parser.parse_args()
     steps, context = options.steps, options.context
     config = compose([read_file(recipes()["english"])])
-    rows = (config.train.batch_tokens or 0) // context
     warm, data = prepared_text(config), prepared_text(config)
+    # That its steps are given makes a calibration unnecessary.
+    config = replace(config, train=replace(config.train, steps=steps, minutes=None))
+    resolved = resolve(config, data, open_world("cpu", threads=None))
+    rows = filled(resolved.train.batch_tokens) // context
     order = data.order(context_length=context, seed=config.train.seed)
     passes = []
     for opened in (warm, data, data):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from line_process import LineProcess
+from quiet import quiet_rounds
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
@@ -117,7 +118,8 @@ def measure(
 ) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = corpora(folder or Path(temporary))
-        found = [one_round(folders, threads or usable_cores()) for _ in range(rounds)]
+        each_has = threads or usable_cores()
+        found, others = quiet_rounds(lambda _: one_round(folders, each_has), rounds=rounds)
     least = MEGABYTES[0]
     for size in MEGABYTES:
         speeds, *shares, peaks = zip(*(each[size] for each in found), strict=True)
@@ -129,6 +131,7 @@ def measure(
             who=OURS,
             unit="tokens/s",
             values=speeds,
+            others=others,
             memory=max(peaks),
             note=f"{over}reading is {reading:.2%} of a step; opened in {1000 * opening:.0f} ms",
         )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from quiet import quiet_rounds
 from rows import OURS, Row, rows_of, table
 
 TOKENS, CONTEXT, TEXTS = 500, 512, 16
@@ -84,14 +85,18 @@ def measure(*, nanogpt: str | None, rounds: int) -> Iterator[Row]:
     everybody = {OURS: ours(1), many: ours(TEXTS), "transformers": transformers()}
     if nanogpt:
         everybody["nanoGPT"] = by_nanogpt(nanogpt)
-    seconds: dict[str, list[float]] = {name: [] for name in everybody}
-    for _ in range(rounds):
+
+    def one_round(_: int) -> dict[str, float]:
+        seconds = {}
         for name, generate in everybody.items():
             began = time.perf_counter()
             made, expected = generate(), TOKENS * (TEXTS if name == many else 1)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name] = time.perf_counter() - began
             assert made == expected, f"{name} made {made} tokens of {expected}"
-    yield from rows_of(f"generating {TOKENS} tokens", "s", seconds)
+        return seconds
+
+    seconds, others = quiet_rounds(one_round, rounds=rounds)
+    yield from rows_of(f"generating {TOKENS} tokens", "s", seconds, others=others)
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from own_text_tables import PPMD, Ran, cells_of, more_minutes, table
+from quiet import Watch
 from rows import OURS
 
 from pretrain.data.stages import Split
@@ -73,6 +74,10 @@ import pathlib, pyppmd, sys
 texts = [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]
 sizes = [len(pyppmd.compress(t, max_order=6, mem_size=(1 << 20) + 16 * len(t))) for t in texts]
 print(8 * (sizes[1] - sizes[0]) / (len(texts[1]) - len(texts[0])))
+"""
+ASK_AUTOCAST = """
+import text_settings
+print(text_settings.autocast(bf16=text_settings.has_bf16()), end="")
 """
 
 
@@ -199,7 +204,8 @@ class Contest:
             return known
         for folder in (self.run_folder, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
-        ran = Ran(**key, **make())
+        watch = Watch()
+        ran = Ran(**key, **make(), others=watch.others())
         self.ran[ran.key] = ran
         with open(self.records, "a") as file:
             file.write(json.dumps(asdict(ran)) + "\n")
@@ -299,11 +305,12 @@ class Contest:
             f"--max_iters={n_steps} --lr_decay_iters={n_steps} --warmup_iters={every} "
         )
         given = dict(flag.split("=") for flag in (flags + setting).split())
+        variables = {"AUTOCAST": given.pop("AUTOCAST", "")}
         given["--min_lr"] = str(float(given["--learning_rate"]) / 10)
         n_val_ids = (ids / "val.bin").stat().st_size // 2
         given["--block_size"] = str(min(int(given["--block_size"]), n_val_ids // 2))
         words = [PEERS, NANOGPT, ids, self.run_folder, seed, *map("=".join, given.items())]
-        done = run_python(words, cwd=self.scratch / NANOGPT)
+        done = run_python(words, cwd=self.scratch / NANOGPT, **variables)
         return done, [float(ms) / 1000 for ms in re.findall(r"time ([\d.]+)ms", done.output)]
 
 
@@ -322,6 +329,8 @@ def measure(contest: Contest, args: argparse.Namespace) -> Iterator[Ran]:
     if with_nanogpt:
         without = shutil.ignore_patterns(".git")
         shutil.copytree(args.peers / NANOGPT, contest.scratch / NANOGPT, ignore=without)
+        # bfloat16 where ours has it in a run of minutes. In a process of its own, as PPMd.
+        autocast = run_python(["-c", ASK_AUTOCAST], cwd=PEERS.parent).output
     for path in args.texts:
         for size in args.sizes:
             if path.stat().st_size < (bytes_of(size) or 0):
@@ -330,7 +339,8 @@ def measure(contest: Contest, args: argparse.Namespace) -> Iterator[Ran]:
             text = Text(path, size, contest.out)
             yield contest.ppmd(text)
             for minutes in args.minutes:
-                settings = SETTINGS[: args.tries] if with_nanogpt else ()
+                tries = SETTINGS[: args.tries] if with_nanogpt else ()
+                settings = tuple(autocast + each for each in tries)
                 for seed in range(1, args.seeds + 1):
                     how = {"minutes": minutes, "seed": seed}
                     for who, arm in ours.items():

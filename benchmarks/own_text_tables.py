@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from quiet import percent
+
 PPMD, KNESER_NEY = "PPMd, order 6", "Kneser-Ney"
 
 
@@ -33,6 +35,8 @@ class Ran:
     """of the run directory, in bytes"""
     kneser_ney: float | None = None
     """bits/byte of the better of the run's own two tables: over its tokens, and over bytes"""
+    others: float | None = None
+    """share of the processors that others used while it was measured"""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -66,29 +70,32 @@ def counting(cells: Cells, text: str, size: str) -> dict[str, float]:
 
 
 def table(cells: Cells) -> Iterator[str]:
-    """Lines of a table in Markdown. Seconds are means, memory and disk the most of all seeds."""
+    """Lines of a table in Markdown. Seconds are means; memory, disk and what others used are the
+    most of all seeds."""
     yield (
         "| text | size | minutes | who | bits/byte | next to the best of counting | memory "
-        "| disk | seconds used / given | process | |"
+        "| disk | seconds used / given | process | others used of the processors | |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for text, size in dict.fromkeys(cell[:2] for cell in cells):
         counted = counting(cells, text, size)
         least = min(counted.values())
         for who, bits in counted.items():
-            yield f"| {text} | {size} | | {who} | {bits:.3f} | {bits / least - 1:+.1%} | | | | | |"
+            next_to = f"{bits / least - 1:+.1%}"
+            yield f"| {text} | {size} | | {who} | {bits:.3f} | {next_to} | | | | | | |"
         for (*where, minutes, who), runs in cells.items():
             if where != [text, size] or who == PPMD:
                 continue
             values = [run.bits_per_byte for run in runs]
             memory, disk = max(run.memory for run in runs), max(run.disk for run in runs)
+            others = max((run.others for run in runs if run.others is not None), default=None)
             used = statistics.mean(run.seconds for run in runs)
             whole = statistics.mean(run.process_seconds for run in runs)
             yield (
                 f"| {text} | {size} | {minutes:g} | {who} | {with_error(values)} "
                 f"| {statistics.mean(values) / least - 1:+.1%} | {memory / 1e6:,.0f} MB "
                 f"| {disk / 1e6:,.0f} MB | {used:.1f} / {60 * minutes:g} s | {whole:.0f} s "
-                f"| {runs[0].setting} |"
+                f"| {percent(others)} | {runs[0].setting} |"
             )
 
 

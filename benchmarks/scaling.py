@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from quiet import quiet_rounds
 from rows import OURS, Row, spread, table
 
 from pretrain.config import compose
@@ -112,7 +113,9 @@ def ask(recipe: str, steps: int, kind: str) -> dict[str, float]:
 
 def measure(*, rounds: int, recipe: str, steps: int) -> Iterator[Row]:
     kinds = (ALONE, APART, TOGETHER, AFTERWARDS)
-    turns = [{kind: ask(recipe, steps, kind) for kind in kinds} for _ in range(rounds)]
+    turns, others = quiet_rounds(
+        lambda _: {kind: ask(recipe, steps, kind) for kind in kinds}, rounds=rounds
+    )
     for kind in kinds:
         ratios = [t[kind]["tokens_per_second"] / t[ALONE]["tokens_per_second"] for t in turns]
         last = turns[-1][kind]
@@ -127,6 +130,7 @@ def measure(*, rounds: int, recipe: str, steps: int) -> Iterator[Row]:
             who=f"{OURS}, {kind}",
             unit="tokens/s",
             values=tuple(turn[kind]["tokens_per_second"] for turn in turns),
+            others=others,
             memory=int(last["memory"]),
             note=note,
         )

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from quiet import quiet_rounds
 from rows import OURS, Row, rows_of, table
 
 
@@ -130,23 +131,24 @@ def measure(*, nanogpt: Path, text: Path, rounds: int, far: bool = False) -> Ite
 
 
 def _run(race: Race, peer: Path, text: Path, *, rounds: int) -> Iterator[Row]:
-    found: dict[str, list[Figures]] = {OURS: [], "nanoGPT": []}
-    estimates = []
-    for seed in range(1, rounds + 1):
+    def one_round(number: int) -> tuple[dict[str, Figures], float]:
         figures, estimate = by_nanogpt(peer, race.nanogpt)
-        found["nanoGPT"].append(figures)
-        estimates.append(estimate)
         with tempfile.TemporaryDirectory() as name:
-            found[OURS].append(by_ours(text, Path(name) / "run", steps=race.steps, seed=seed))
-    losses = {who: [loss for *_, loss in figures] for who, figures in found.items()}
+            ours = by_ours(text, Path(name) / "run", steps=race.steps, seed=number + 1)
+        return {OURS: ours, "nanoGPT": figures}, estimate
+
+    measured, others = quiet_rounds(one_round, rounds=rounds)
+    found, estimates = zip(*measured, strict=True)
+    losses = {who: [each[who][-1] for each in found] for who in found[0]}
     assert all(math.isfinite(loss) for each in losses.values() for loss in each)
     spans = {who: f"{min(each):.3f} to {max(each):.3f} nats" for who, each in losses.items()}
     if race.published:
         own = f"{min(estimates):.2f} to {max(estimates):.2f}"
         spans["nanoGPT"] += f"; by its own estimate {own}, its README says {race.published}"
     for place, what in enumerate(("whole process", "steps alone")):
-        seconds = {who: [figure[place] for figure in figures] for who, figures in found.items()}
-        yield from rows_of(f"tinyshakespeare to {race.to}, {what}", "s", seconds, notes=spans)
+        seconds = [{who: figures[place] for who, figures in each.items()} for each in found]
+        what = f"tinyshakespeare to {race.to}, {what}"
+        yield from rows_of(what, "s", seconds, others=others, notes=spans)
 
 
 def main() -> None:

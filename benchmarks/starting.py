@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from quiet import quiet_rounds
 from rows import OURS, Row, rows_of, table
 
 COMMAND = [sys.executable, "-m", "pretrain"]
@@ -52,9 +53,14 @@ def measure(*, rounds: int) -> Iterator[Row]:
         "`pretrain --help`": seconds_to_help,
         "`pretrain train`, to its first step": seconds_to_first_step,
     }
-    for what, seconds in measures.items():
-        seconds()  # caches of the disk, and the prepared text
-        yield from rows_of(what, "s", {OURS: [seconds() for _ in range(rounds)]})
+
+    def one_round(_: int) -> dict[str, float]:
+        return {what: seconds() for what, seconds in measures.items()}
+
+    one_round(0)  # caches of the disk, and the prepared text
+    found, others = quiet_rounds(one_round, rounds=rounds)
+    for what in measures:
+        yield from rows_of(what, "s", [{OURS: each[what]} for each in found], others=others)
 
 
 def main() -> None:

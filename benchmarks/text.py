@@ -8,7 +8,8 @@ models the held-out documents best: --minutes for each seed, by turns, with all 
 clock runs from a process' start until its weights are on the disk. Everybody makes as many steps as
 fit, from earlier runs; peers train by their own scripts. Scoring is
 outside the clock for all: every held-out token once, in windows of the contestant's own context.
-What was measured is in FOLDER/results.jsonl, and is not measured again.
+What was measured is in FOLDER/results.jsonl, with the share of the processors that other programs
+used meanwhile, and is not measured again.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from quiet import Watch, percent
 from rows import OURS
-from text_settings import PROBE, SETTINGS, compiles, words_of
+from text_settings import PROBE, compiles, has_bf16, settings_of, words_of
 
 from pretrain.data.format import open_prepared
 
@@ -57,6 +59,8 @@ class Ran:
     """of the process; ours also scores itself, and count tables and xz"""
     bits_per_byte: float
     """of the held-out documents; NaN for a probe of a peer"""
+    others: float | None = None
+    """share of the processors that others used meanwhile"""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -129,6 +133,7 @@ class Contest:
         folder = self.out / "run"
         shutil.rmtree(folder, ignore_errors=True)
         variables, words = words_of(who, setting, steps)
+        watch = Watch()
         by = self._ours if who == OURS else self._peer
         step_seconds, seconds, whole, bits = by(who, variables, words, seed, kind in ("try", "run"))
         ran = Ran(
@@ -142,6 +147,7 @@ class Contest:
             seconds=seconds,
             whole_seconds=whole,
             bits_per_byte=bits,
+            others=watch.others(),
         )
         shutil.rmtree(folder)
         self.ran.append(ran)
@@ -193,14 +199,16 @@ class Contest:
         steps = [float(ms) for ms in re.findall(r"(?:time|dt:) ([\d.]+)ms", output)]
         bits = math.nan
         if scored:
-            nats = float(timed(command, cwd=self.out / who, variables={})[1].split()[-1])
+            variables = {"NANOCHAT_DTYPE": "float32"}
+            output = timed(command, cwd=self.out / who, variables=variables)[1]
+            nats = float(output.split()[-1])
             bits = nats / math.log(2) / self.text.n_bytes
         return statistics.median(steps) / 1000, seconds, seconds, bits
 
     def tried(self, who: str, *, tries: int, minutes: float) -> list[Ran]:
         """The best first."""
         found = []
-        for setting in SETTINGS[who][:tries]:
+        for setting in settings_of(who, bf16=has_bf16())[:tries]:
             if compiles(who, setting):
                 self.run(who, setting, kind="compiling", minutes=0)
             self.run(who, setting, kind="probe", minutes=0)
@@ -219,19 +227,24 @@ def table(tried: dict[str, list[Ran]], final: dict[str, list[Ran]]) -> Iterator[
     middle = {
         who: statistics.median(ran.bits_per_byte for ran in runs) for who, runs in final.items()
     }
-    yield "| who | bits/byte, median (lowest to highest) | seconds to weights | whole process | |"
-    yield "|---|---|---|---|---|"
+    yield (
+        "| who | bits/byte, median (lowest to highest) | seconds to weights | whole process "
+        "| others used of the processors | |"
+    )
+    yield "|---|---|---|---|---|---|"
     for who, runs in final.items():
         bits = spread([ran.bits_per_byte for ran in runs], 4)
         seconds = spread([ran.seconds for ran in runs], 0)
         whole = spread([ran.whole_seconds for ran in runs], 0)
-        yield f"| {who} | {bits} | {seconds} | {whole} | {runs[0].setting} |"
+        used = ", ".join(percent(ran.others) for ran in runs)
+        yield f"| {who} | {bits} | {seconds} | {whole} | {used} | {runs[0].setting} |"
     for who, tries in tried.items():
         variables, words = words_of(who, tries[0].setting, final[who][-1].steps)
         before = [f"{name}={value}" for name, value in variables.items()]
         yield f"\n{who}: {' '.join([*before, *words])}"
         for ran in tries:
-            yield f"  {ran.bits_per_byte:.4f} in {ran.seconds:.0f} s by {ran.setting}"
+            used = f"others used {percent(ran.others)}"
+            yield f"  {ran.bits_per_byte:.4f} in {ran.seconds:.0f} s by {ran.setting}, {used}"
     if others := {who: bits for who, bits in middle.items() if who != OURS}:
         best = min(others, key=lambda who: others[who])
         share = middle[OURS] / others[best] - 1

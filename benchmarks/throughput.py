@@ -22,6 +22,7 @@ from typing import Any
 
 from contestants import Shape
 from line_process import LineProcess
+from quiet import quiet_rounds
 from rows import OURS, Row, rows_of, table
 
 from pretrain.distributed import open_world
@@ -61,20 +62,21 @@ def compare(
     everybody = {name: contestant(name, shape, path) for name, path in paths.items()}
     for each in everybody.values():
         each.ask("3")  # caches, memory, compilers
-    per_second: dict[str, list[float]] = {name: [] for name in everybody}
-    ceilings = []
-    for _ in range(rounds):
-        ceilings.append(ceiling_flops(model, train, world))
-        for name, each in everybody.items():
-            per_second[name].append(steps * shape.batch_tokens / each.ask(str(steps)))
+
+    def one_round(_: int) -> tuple[float, dict[str, float]]:
+        ceiling, tokens = ceiling_flops(model, train, world), steps * shape.batch_tokens
+        return ceiling, {name: tokens / each.ask(str(steps)) for name, each in everybody.items()}
+
+    found, others = quiet_rounds(one_round, rounds=rounds)
     peaks = {name: each.ask() for name, each in everybody.items()}
-    ours = per_second[OURS]
+    ceilings, speeds = zip(*found, strict=True)
     per_token = training_flops(model, vocab_size=shape.vocab_size)
-    shares = [speed * per_token / most for speed, most in zip(ours, ceilings, strict=True)]
+    shares = [each[OURS] * per_token / most for most, each in found]
     used = f"{statistics.median(shares):.0%} of {statistics.median(ceilings) / 1e9:,.0f} GFLOP/s"
     how = "compiled" if shape.compiled else "eager"
     what = f"training, vocabulary {shape.vocab_size:,}, {how}"
-    yield from rows_of(what, "tokens/s", per_second, memory=peaks, notes={OURS: used})
+    notes = {OURS: used}
+    yield from rows_of(what, "tokens/s", speeds, others=others, memory=peaks, notes=notes)
 
 
 def measure(
@@ -86,7 +88,7 @@ def measure(
     compiled: bool = False,
     device: str = "cpu",
 ) -> Iterator[Row]:
-    paths = {OURS: None, "transformers": None}
+    paths: dict[str, str | None] = {OURS: None, "transformers": None}
     paths |= {"nanoGPT": nanogpt} if nanogpt else {}
     paths |= {"litgpt": litgpt} if litgpt else {}
     shapes = [Shape(compiled=compiled, vocab_size=vocab_size) for vocab_size in (4096, 50_257)]

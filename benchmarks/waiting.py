@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from line_process import LineProcess
+from quiet import quiet_rounds
 from rows import OURS, Row, rows_of, table
 
 from pretrain.data.preparation import prepare
@@ -39,14 +40,15 @@ def measure(*, rounds: int) -> Iterator[Row]:
             process.ask()
         for busy in (False, True):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-            speeds: dict[str, list[float]] = {who: [] for who in everybody}
-            for _ in range(rounds):
-                for who, process in everybody.items():
-                    speeds[who].append(process.ask()[0])
+            speeds, others = quiet_rounds(
+                lambda _: {who: process.ask()[0] for who, process in everybody.items()},
+                rounds=rounds,
+            )
             if other:
                 other.kill()
+                other.wait()
             what = "next to a busy program" if busy else "alone"
-            yield from rows_of(f"threads that wait, {what}", "tokens/s", speeds)
+            yield from rows_of(f"threads that wait, {what}", "tokens/s", speeds, others=others)
         for process in everybody.values():
             process.stop()
 
