@@ -43,7 +43,7 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, Iterator[Row]]]:
         litgpt = f"{litgpt}{os.pathsep}{(args.peers / 'site').resolve()}"
     yield "starting", starting.measure(rounds=args.rounds)
     for compiled in (False, True) if args.long else (False,):
-        how = {"rounds": args.rounds + 3, "steps": 1, "compiled": compiled}
+        how = {"rounds": args.rounds + 2, "steps": 1, "compiled": compiled}
         yield "throughput", throughput.measure(nanogpt=nanogpt, litgpt=litgpt, **how)
     yield "waiting", waiting.measure(rounds=4 * args.rounds)
     yield "generating", generating.measure(nanogpt=nanogpt, rounds=args.rounds)
@@ -101,7 +101,7 @@ def write_page(rows: list[Row], *, command: str, minutes: float) -> None:
         left_out = "\n".join(list(table(rows))[2:])
         raise SystemExit(f"{PAGE.name} keeps its figures, since the machine is busy:\n{left_out}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    figures = [f"`{command}` on {machine}, {minutes:.0f} minutes:", ""]
+    figures = [f"`{command}` on {machine}, in {minutes:.0f} minutes:", ""]
     if bars := [row for row in quiet if row.times_as_fast and not row.who.startswith(OURS)]:
         PICTURE.write_text(picture(bars))
         figures += [f"![how many times as fast]({PICTURE.name})", ""]
