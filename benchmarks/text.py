@@ -6,8 +6,9 @@ The text is prepared once, and everybody gets the same ids; one document in a hu
 Each contestant first tries --tries settings for --try-minutes each, and continues with the one that
 models the held-out documents best: --minutes for each seed, by turns, with all cores to itself. The
 clock runs from a process' start until its weights are on the disk. Everybody makes as many steps as
-fit, from earlier runs; peers train by their own scripts. Scoring is
-outside the clock for all: every held-out token once, in windows of the contestant's own context.
+fit, from earlier runs; peers train by their own scripts, and ours is the mean of a network and the
+counts of the text, as a run that is given minutes makes it. Scoring is outside the clock for all:
+every held-out token once, in windows of the contestant's own context.
 What was measured is in FOLDER/results.jsonl, with the share of the processors that other programs
 used meanwhile, and is not measured again.
 """
@@ -61,6 +62,8 @@ class Ran:
     """of the held-out documents; NaN for a probe of a peer"""
     others: float | None = None
     """share of the processors that others used meanwhile"""
+    alone: float = math.nan
+    """bits per byte of the network of ours"""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -120,7 +123,7 @@ class Contest:
         self.records = out / "results.jsonl"
         lines = self.records.read_text().splitlines() if self.records.exists() else []
         self.ran = [Ran(**json.loads(line)) for line in lines]
-        self.names = [OURS, *checkouts]
+        self.names, self.alone = [OURS, *checkouts], math.nan
         for who, checkout in checkouts.items():
             if not (out / who).exists():
                 shutil.copytree(checkout, out / who, ignore=shutil.ignore_patterns(".git"))
@@ -147,6 +150,7 @@ class Contest:
             seconds=seconds,
             whole_seconds=whole,
             bits_per_byte=bits,
+            alone=self.alone if who == OURS else math.nan,
             others=watch.others(),
         )
         shutil.rmtree(folder)
@@ -185,7 +189,10 @@ class Contest:
         assert counts == (self.text.n_targets, self.text.n_bytes), counts
         kept = [each.stat().st_mtime for each in folder.glob("checkpoints/*/manifest.json")]
         step_seconds = summary["train_seconds"] / summary["steps"]
-        return step_seconds, max(kept) - began, whole, summary["val_bits_per_byte"]
+        # Held-out text and count tables are scored between the network and its mean with counts.
+        seconds = max(kept) - began + summary["seconds"]["the mean"]
+        self.alone = summary["mix"][0]["bits_per_byte"]
+        return step_seconds, seconds, whole, summary["val_bits_per_byte"]
 
     def _peer(
         self, who: str, variables: dict[str, str], words: list[str], seed: int, scored: bool
@@ -238,6 +245,9 @@ def table(tried: dict[str, list[Ran]], final: dict[str, list[Ran]]) -> Iterator[
         whole = spread([ran.whole_seconds for ran in runs], 0)
         used = ", ".join(percent(ran.others) for ran in runs)
         yield f"| {who} | {bits} | {seconds} | {whole} | {used} | {runs[0].setting} |"
+        if who == OURS:
+            alone = spread([ran.alone for ran in runs], 4)
+            yield f"| {who}, its network without counts | {alone} | | | | |"
     for who, tries in tried.items():
         variables, words = words_of(who, tries[0].setting, final[who][-1].steps)
         before = [f"{name}={value}" for name, value in variables.items()]

@@ -57,9 +57,9 @@ def settings_of(who: str, *, bf16: bool) -> tuple[str, ...]:
     # and the width; 0.02 is its own, and twice that comes with twice the others.
     chat = f"NANOCHAT_DTYPE={'bfloat16' if bf16 else 'float32'}"
     return (
-        f"{chat} --depth=3 --matrix-lr=0.02",
-        f"{chat} --depth=3 --matrix-lr=0.02 {_SMALL_BATCH}",
         f"{chat} --depth=3 {_TWICE}",
+        f"{chat} --depth=3 --matrix-lr=0.02 {_SMALL_BATCH}",
+        f"{chat} --depth=3 --matrix-lr=0.02",
         f"{chat} --depth=4 --matrix-lr=0.02",
         f"{chat} --depth=2 --aspect-ratio=96 --matrix-lr=0.02",
         f"{chat} --depth=3 {_TWICE} {_SMALL_BATCH}",
@@ -67,7 +67,7 @@ def settings_of(who: str, *, bf16: bool) -> tuple[str, ...]:
 
 
 # Steps of a short run that tells how long the others may be.
-PROBE = {OURS: 40, "nanoGPT": 20, "nanochat": 20}
+PROBE = {OURS: 100, "nanoGPT": 20, "nanochat": 20}
 
 
 def compiles(who: str, setting: str) -> bool:
@@ -85,7 +85,7 @@ def words_of(who: str, setting: str, steps: int) -> tuple[dict[str, str], list[s
         # run during a calibration do not change.
         precision = "bf16" if has_bf16() else "fp32"
         fixed = f"train english --train.device cpu --train.precision {precision} "
-        fixed += f"--train.steps {steps}"
+        fixed += f"--train.steps {steps} --train.counts 5"
     elif who == "nanoGPT":
         # Its checkpoint is written at an evaluation: at the last step, which is the only one.
         fixed = (
