@@ -1,5 +1,5 @@
 """How long until the characters of tinyshakespeare are learned: to the loss of nanoGPT's README on
-a CPU, and to 1.55 nats, which no table of counts reaches.
+a CPU, and to 1.55 nats, by a network alone; counts of up to seven characters reach 1.543.
 
 python benchmarks/shakespeare.py --nanogpt CHECKOUT --text tinyshakespeare.txt [--rounds 3]
 
