@@ -131,6 +131,14 @@ def test_what_is_rare_in_a_large_text_goes_to_shorter_n_grams() -> None:
     torch.testing.assert_close(*last)
 
 
+def test_ids_of_a_full_dtype_are_counted() -> None:
+    train = np.array([65_535, 7, 65_535, 7, 65_535], np.uint16)
+    found = kneser_ney(train, train, vocab_size=65_536, order=3)
+    expected = kneser_ney(train.astype(np.int64), train, vocab_size=65_536, order=3)
+    np.testing.assert_array_equal(found, expected)
+    assert found[-1][-1] > 0.5
+
+
 def test_ngrams_longer_than_63_bits_are_rejected() -> None:
     sizes = {2: 16, 65: 10, 257: 7, 4096: 5, 6207: 5, 6208: 4, 50_257: 4, 128_256: 3}
     assert {size: longest_counted(size) for size in sizes} == sizes

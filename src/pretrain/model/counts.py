@@ -71,11 +71,11 @@ def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids,
     """
     order = min(order, len(train), longest_counted(vocab_size))
     end, radix = vocab_size, vocab_size + 1  # what comes after the text is an id of its own
-    padded = np.append(train, np.full(order - 1, end, train.dtype))
     codes, counts = np.zeros(len(train), np.int64), np.ones(len(train), np.int32)
     for first in range(order):
         codes *= radix
-        codes += padded[first : first + len(train)]
+        codes[: len(train) - first] += train[first:]
+        codes[len(train) - first :] += end
     codes.sort()
     levels = []
     for _ in range(order):
