@@ -1,7 +1,7 @@
 """What pays in the family `fast`: arms compared with the recipe `english`, at equal wall clock.
 
 python benchmarks/ablations.py --out ablations [--seconds 60 180] [--together 2]
-python benchmarks/ablations.py --out ablations --steps 600 --only "leaky squares" XSA --source TEXT
+python benchmarks/ablations.py --out ablations --steps 600 --only "squared ReLU" XSA --source TEXT
 
 Successive halving: what adds something to `fast` gets a short run of one thread at d 128; the best
 fifth of it, and all that takes something away, get a longer one at d 192 with three seeds, of which
@@ -42,6 +42,8 @@ WITHOUT = {
     "branches start scaled, not at 0": "--model.initialization scaled",
     "GELU": "--model.feed_forward gelu",
     "SwiGLU": "--model.feed_forward swiglu",
+    "squared ReLU": "--model.feed_forward relu2",
+    "rows of any length": "--optimizer.row_norm false",
     "head tied to the embedding": "--model.tied_head true",
     "AdamW for all": "--optimizer.name adamw --optimizer.learning_rate 6e-3",
 }
@@ -66,13 +68,11 @@ WITH = {
     "NorMuon": "normuon",
     "cautious decay": "cautious_decay",
     "SOAP": "soap",
-    "leaky squares": "leaky_squares",
     "signs": "signs",
     "query gain 1.5": "query_gain_1.5",
     "query gain 2.5": "query_gain_2.5",
     "XSA": "xsa",
     "head gates": "head_gates",
-    "even rows": "even_rows",
     "heads apart": "heads_apart",
     "power fall 1.3": "power_fall_1.3",
     "power fall 1.7": "power_fall_1.7",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.model import decoder as decoders
-from pretrain.model import layers, ngrams
 from pretrain.model import loss as losses
+from pretrain.model import ngrams
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import Attention, Linear, rope_cos_sin
 from pretrain.model.loss import LMLoss
@@ -177,6 +177,7 @@ def soap() -> None:
         lr: float,
         momentum: float,
         weight_decay: float,
+        row_norm: bool = False,
         dtype: torch.dtype = torch.float32,
         orthogonalizer: muon.Orthogonalizer,
     ) -> None:
@@ -208,15 +209,6 @@ def soap() -> None:
     param_groups.muon_update = muon_update  # type: ignore[attr-defined]
 
 
-def leaky_squares() -> None:
-    """Squares of max(x, x / 2), so that no unit is without gradient: openai/parameter-golf."""
-
-    def forward(x: Tensor) -> Tensor:
-        return F.leaky_relu(x, 0.5).square()
-
-    layers.squared_relu = forward
-
-
 def signs() -> None:
     """Each n-gram multiplies the rows that it shares by signs of its own: modded-nanogpt."""
 
@@ -231,8 +223,8 @@ def signs() -> None:
             bits = own[..., None] >> torch.arange(rows.shape[-1]).clamp(max=61)
             total = total + (rows * (1 - 2 * (bits & 1)).to(rows.dtype)).flatten(2)
         for n, table in self.recalled.items():
-            followed = ngrams.induction_ids(ids_BS, int(n))[:, -T:]
-            total = total + F.embedding(followed, table.weight, sparse=True)
+            next_ids = ngrams.induction_ids(ids_BS, int(n))[:, -T:]
+            total = total + F.embedding(next_ids, table.weight, sparse=True)
         return total
 
     NgramEmbedding.forward = forward  # type: ignore[method-assign]
@@ -294,27 +286,17 @@ def head_gates() -> None:
     _attention_by(attention, lambda config: (config.n_heads * config.d_model,))
 
 
-def even_rows() -> None:
-    """Rows of an update have one length before it is orthogonalized: "MuonEq-R", slowrun."""
-    plain = muon.orthogonalize
-
-    def orthogonalize(matrices_NMK: Tensor, **named: Any) -> Tensor:
-        return plain(F.normalize(matrices_NMK, dim=2), **named)
-
-    muon.orthogonalize = orthogonalize  # type: ignore[assignment]
-
-
 def heads_apart() -> None:
     """The update of each head's query and key is orthogonalized alone."""
     plain = muon.Orthogonalizer.orthogonalize
 
-    def orthogonalize(self: Any, parameters: Any, updates: Any, *, dtype: torch.dtype) -> Any:
-        done = list(plain(self, parameters, updates, dtype=dtype))
+    def orthogonalize(self: Any, parameters: Any, updates: Any, **named: Any) -> Any:
+        done = list(plain(self, parameters, updates, **named))
         for i, parameter in enumerate(parameters):
             if getattr(parameter, "is_query_or_key", False):
                 heads = updates[i].view(-1, 64, updates[i].shape[1])
                 # As large as an update of the whole matrix is.
-                done[i] = muon.orthogonalize(heads, dtype=dtype).reshape(updates[i].shape)
+                done[i] = muon.orthogonalize(heads, **named).reshape(updates[i].shape)
         return done
 
     role = param_groups.role_of
@@ -412,11 +394,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
         normuon,
         cautious_decay,
         soap,
-        leaky_squares,
         signs,
         xsa,
         head_gates,
-        even_rows,
         heads_apart,
         value_tables,
     )

@@ -252,7 +252,7 @@ def test_count_models_of_a_tiny_text_equal_the_textbook(n: int) -> None:
     assert found[1:].tolist() == pytest.approx(expected)
 
 
-def test_the_last_ids_of_the_largest_vocabulary_are_told_apart() -> None:
+def test_the_last_ids_of_the_largest_vocabulary_are_distinct() -> None:
     v = 6207  # five ids of 6,208, one of which is the end of the text, fit 63 bits
     chain = [v - 1 - id_ for id_ in chain_with_memory(300)]
     *_, found = kneser_ney(np.array(chain[:250]), np.array(chain[250:]), vocab_size=v, order=5)

@@ -46,10 +46,10 @@ def test_fused_functions_and_their_gradients_equal_torchs(
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.5])
-def test_squared_relu_is_the_square_of_the_larger_part(slope: float) -> None:
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def test_squared_relu_is_the_square_of_the_larger_part(leak: float) -> None:
     x = torch.linspace(-3, 3, 10, dtype=torch.float64, requires_grad=True)
-    found, expected = fused.squared_relu(x, slope), torch.maximum(x, slope * x).square()
+    found, expected = fused.squared_relu(x, leak), torch.maximum(x, leak * x).square()
     torch.testing.assert_close(found, expected)
     grads = [torch.autograd.grad(y.sum(), x)[0] for y in (found, expected)]
     torch.testing.assert_close(*grads)

@@ -41,7 +41,7 @@ def test_a_stack_equals_its_matrices_at_any_scale() -> None:
     assert bool(torch.isfinite(orthogonalize(torch.zeros(1, 4, 4))).all())
 
 
-def test_with_row_norm_rows_count_alike() -> None:
+def test_row_norm_ignores_the_length_of_rows() -> None:
     generator = torch.Generator().manual_seed(2)
     stack, sizes = torch.randn(3, 8, 12, generator=generator), torch.rand(3, 8, 1) + 0.1
     expected = orthogonalize(stack / stack.norm(dim=2, keepdim=True))

@@ -59,26 +59,11 @@ def start_on_two_hosts(cut: Path, *args: str) -> subprocess.Popen[str]:
     )
 
 
-def finish_on_two_hosts(cut: Path, *args: str) -> str:
-    """Run `pretrain ARGS` on both hosts and return the output.
-
-    Once in some hundred times the two torchruns of torch 2.13 meet and then start no process of
-    ours; they get a second chance.
-    """
-    try:
-        return finish(start_on_two_hosts(cut, *args))
-    except subprocess.TimeoutExpired as error:
-        if "WORLD_SIZE is 2" in str(error.output):
-            raise
-        print(error.output)
-        return finish(start_on_two_hosts(cut, *args))
-
-
 def test_two_hosts_train_what_one_trains(corpus: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start_training(corpus, one, "--parallel.processes", "2"))
     args = ["train", str(corpus), "--run", str(two), *SETTINGS]
-    output = finish_on_two_hosts(tmp_path / "cut", *args)
+    output = finish(start_on_two_hosts(tmp_path / "cut", *args))
     assert output.count("held-out text: ") == 3  # only rank 0 prints
     assert losses(two) == losses(one)
     assert saved_tensors(two) == saved_tensors(one)
@@ -86,7 +71,7 @@ def test_two_hosts_train_what_one_trains(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_doctor_checks_two_hosts(tmp_path: Path) -> None:
-    output = finish_on_two_hosts(tmp_path / "cut", "doctor", "--json", "--device", "cpu")
+    output = finish(start_on_two_hosts(tmp_path / "cut", "doctor", "--json", "--device", "cpu"))
     report = json.loads(output[output.index("{") :])
     assert report["wrong"] == []
     assert report["checks"]["meeting"]["found"].startswith("2 processes on first, second")

@@ -52,12 +52,12 @@ def test_this_torch_has_all_settings_of_its_launcher_that_are_used() -> None:
     assert NEW_LAUNCH_SETTINGS.keys() <= {field.name for field in fields(LaunchConfig)}
 
 
-def test_a_launch_works_in_any_thread_and_leaves_no_handlers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "environ", {**os.environ})
+def test_a_launch_works_in_any_thread_and_leaves_no_handlers_or_variables() -> None:
     before = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+    environment = {**os.environ}
     assert launch(["-c", "pass"], 1, program=()) == 0
+    # Else the processes of a later torchrun would wait for each other at this one's file.
+    assert {**os.environ} == environment
     assert [signal.getsignal(number) for number in range(1, signal.NSIG)] == before
     with ThreadPoolExecutor() as threads:
         assert threads.submit(launch, ["-c", "pass"], 1, program=()).result() == 0

@@ -25,7 +25,7 @@ V, T = 50, 16
 @pytest.mark.parametrize("family", ["gpt2", "llama", "fast"])
 def test_flops_equal_torch_flop_counter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Torch's counter does not know oneDNN's product, nor addmm_ in place.
-    monkeypatch.setattr("pretrain.model.fused._prefers_onednn", lambda: False)
+    monkeypatch.setattr("pretrain.compat._prefers_onednn", lambda: False)
     monkeypatch.setattr(
         "pretrain.model.loss.chunked_cross_entropy",
         lambda *given, **named: reference_cross_entropy(*given),

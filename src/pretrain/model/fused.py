@@ -59,20 +59,20 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grads[0], y_XD, along_X1, value=-1).mul_(scale_X1), None
 
 
-def squared_relu(x: Tensor, slope: float = 0.0) -> Tensor:
-    """Return max(x, 0)^2, "Primer" (So et al., 2021); with a slope max(x, slope x)^2, which has a
+def squared_relu(x: Tensor, leak: float = 0.0) -> Tensor:
+    """Return max(x, 0)^2, "Primer" (So et al., 2021); with a leak max(x, leak x)^2, which has a
     gradient everywhere: the code of OpenAI's contest "Parameter Golf" (2026), with 0.5."""
-    # x times max(x, slope^2 x), twice which is the gradient.
+    # x times max(x, leak^2 x), twice which is the gradient.
     if not is_eager_cpu(x):
-        return x * F.leaky_relu(x, slope**2)
-    y: Tensor = _SquaredReLU.apply(x, slope)  # type: ignore[no-untyped-call]
+        return x * F.leaky_relu(x, leak**2)
+    y: Tensor = _SquaredReLU.apply(x, leak)  # type: ignore[no-untyped-call]
     return y
 
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
-        leaky = F.leaky_relu(x, slope**2)
+    def forward(ctx: Any, x: Tensor, leak: float) -> Tensor:
+        leaky = F.leaky_relu(x, leak**2)
         ctx.save_for_backward(leaky)
         return x * leaky
 

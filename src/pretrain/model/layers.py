@@ -283,7 +283,7 @@ class FeedForward(nn.Module):
             case "relu2":
                 hidden_BTF = squared_relu(up_BTF)
             case "leaky_relu2":
-                hidden_BTF = squared_relu(up_BTF, slope=0.5)
+                hidden_BTF = squared_relu(up_BTF, leak=0.5)
             case _:
                 assert_never(self.kind)
         return self.down(hidden_BTF)  # type: ignore[no-any-return]

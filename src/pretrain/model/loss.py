@@ -179,10 +179,7 @@ def chunked_cross_entropy(
             hidden, targets = hidden_ND[chunk], targets_N[chunk]
             if in_blocks:
                 chunk_nats = torch.zeros((), dtype=sum_dtype, device=device)
-                if uses_onednn(hidden, weight):
-                    logits_NV = linear(hidden, weight, None)
-                else:
-                    logits_NV = torch.mm(hidden, weight.T, out=logits_buffer[: len(hidden)])
+                logits_NV = _logits(hidden, weight, logits_buffer)
                 for first in range(0, len(hidden), block_rows):
                     block = slice(first, first + block_rows)
                     block_nats, block_grad = nats_and_grad(
@@ -211,6 +208,12 @@ def chunked_cross_entropy(
     if d_hidden_ND is None or d_weight_VD is None:
         return nats
     return attach_grad(hidden_ND, weight_VD, nats, d_hidden_ND, d_weight_VD)
+
+
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, buffer_NV: Tensor) -> Tensor:
+    if uses_onednn(hidden_ND, weight_VD):
+        return linear(hidden_ND, weight_VD, None)
+    return torch.mm(hidden_ND, weight_VD.T, out=buffer_NV[: len(hidden_ND)])
 
 
 def nats_and_grad(

@@ -75,12 +75,7 @@ def launch(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pret
         logging.getLogger(name).setLevel(logging.CRITICAL)
     known = {field.name for field in fields(LaunchConfig)}
     new_settings = {name: v for name, v in NEW_LAUNCH_SETTINGS.items() if name in known}
-    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
-        # No socket of this run is open to the network: agent and processes meet through files.
-        os.environ[RENDEZVOUS_FILE] = f"{folder}/meeting"
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder, _environment(folder):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -116,6 +111,23 @@ def launch(args: Sequence[str], n: int, *, program: Sequence[str] = ("-m", "pret
             for number, handler in previous.items():
                 signal.signal(number, handler or signal.SIG_DFL)
     return 0
+
+
+@contextmanager
+def _environment(folder: str) -> Iterator[None]:
+    """Set the variables of processes that are started; what this one starts later has its own."""
+    # No socket of this run is open to the network: agent and processes meet through files.
+    own = {RENDEZVOUS_FILE: f"{folder}/meeting", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if sys.platform == "linux":
+        own["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    before = {**os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:  # torch's launcher sets some too
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _failure_of(exit_codes: Mapping[int, int], first_rank: int, folder: Path) -> ProcessFailed:

@@ -414,8 +414,8 @@ def least_epochs(n_train_tokens: int) -> float:
 
 
 def fit_counts(data: PreparedData) -> int:
-    """The length of the n-grams that are counted: 7 for a vocabulary of bytes, else 5, if so many
-    ids can be."""
+    """The length of the n-grams that are counted: 7 for a vocabulary of bytes, else 5, or the
+    longest that can be counted."""
     from pretrain.model.counts import longest_counted
 
     vocab_size = data.manifest.vocab_size
