@@ -221,8 +221,6 @@ def open_world(
     # was used before.
     torch.set_flush_denormal(True)
     end_idle_threads()
-    if device == "cpu":
-        machine.keep_freed_memory()
 
     own_device = torch.device(device)
     if size == 1:

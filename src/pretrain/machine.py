@@ -99,14 +99,14 @@ def memory_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Let glibc use freed memory again, instead of returning it to the system, which for each large
-    tensor of each step would fill new pages with zeros: a sixth of a step."""
+    tensor of each step would fill new pages with zeros: a sixth of a step. Or no longer."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt(m_trim_threshold, (1 << 31) - 1 if keep else 1 << 17)
         # Some versions take at most 1 << 25.
-        any(mallopt(m_mmap_threshold, n_bytes) for n_bytes in (1 << 30, 1 << 25))
+        any(mallopt(m_mmap_threshold, n) for n in ((1 << 30, 1 << 25) if keep else (1 << 17,)))
 
 
 def free_memory() -> None:

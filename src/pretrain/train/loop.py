@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pretrain.checkpoint.load import Checkpoint, checkpoint_name
 from pretrain.data.order import Tracer
 from pretrain.evaluate.baselines import measure_baselines
-from pretrain.machine import free_memory
+from pretrain.machine import free_memory, keep_freed_memory
 from pretrain.model.config import n_parameters
 from pretrain.optim.param_groups import set_learning_rate, update_averages
 from pretrain.parallel.model import StepReport
@@ -46,6 +46,7 @@ Action = Literal["update", "skip", "roll back"]
 def train(run: Run) -> int:
     """Train until the last step, a signal or early stopping; returns the exit code."""
     config = run.config.train
+    keep_freed_memory()
     progress = run.console.progress(steps=run.n_steps, step=run.step)
     with StopSignals(immediate=True) as stop, progress:
         if config.init_from is not None and run.step == 0:
@@ -246,6 +247,7 @@ def log_step(run: Run, report: StepReport, anomaly: Anomaly | None, *, seconds: 
 def finish(run: Run) -> None:
     """Score the best checkpoint on the full held-out split and write summary.json, the end of a
     run."""
+    keep_freed_memory(False)  # counting would leave much of it
     free_memory()
     checkpoint = run.checkpoints / checkpoint_name(run.step)
     best = run.checkpoints / checkpoint_name(run.best.step or run.step)

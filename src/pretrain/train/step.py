@@ -14,6 +14,7 @@ import torch
 
 from pretrain.data.batches import MicroBatch
 from pretrain.distributed import World
+from pretrain.machine import keep_freed_memory
 from pretrain.model.loss import LMLoss
 from pretrain.optim.param_groups import set_learning_rate
 from pretrain.parallel.model import ParallelModel, StepReport
@@ -39,6 +40,7 @@ def training_steps(
     if isinstance(model, LMLoss):
         model = ParallelModel(model, world)
     model.lm_loss.train()
+    keep_freed_memory()
     for step in range(steps):
         report = model.compute_gradients(batch_at(step), clip=clip, precision=precision)
         if report.is_usable:
