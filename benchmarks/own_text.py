@@ -254,7 +254,7 @@ class Contest:
             tables = [
                 row["bits_per_byte"]
                 for row in summary["baselines"]
-                if row["name"] in ("five-gram", "byte six-gram") and is_comparable
+                if row["name"] in ("four-gram", "five-gram", "byte six-gram") and is_comparable
             ]
             used = 60 * summary["minutes"] if "minutes" in summary else summary["train_seconds"]
             return {

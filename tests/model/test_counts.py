@@ -139,6 +139,14 @@ def test_ids_of_a_full_dtype_are_counted() -> None:
     assert found[-1][-1] > 0.5
 
 
+def test_a_text_whose_long_n_grams_are_all_rare_is_counted() -> None:
+    train = np.random.default_rng(0).integers(0, 256, 400)
+    decoder = count_decoder(train, CONFIG, vocab_size=256, order=6, whole_tokens=10)
+    assert len(decoder.keys) == 3
+    log_p = decoder.logits(decoder(torch.from_numpy(train[:9])[None]))
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(1, 9))
+
+
 def test_ngrams_longer_than_63_bits_are_rejected() -> None:
     sizes = {2: 16, 65: 10, 257: 7, 4096: 5, 6207: 5, 6208: 4, 50_257: 4, 128_256: 3}
     assert {size: longest_counted(size) for size in sizes} == sizes

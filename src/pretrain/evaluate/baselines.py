@@ -66,7 +66,7 @@ def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> di
     rows = [
         row(name, by_order[order - 1][1:], note + limit)
         for name, order, note in TOKEN_MODELS
-        if order in (1, 2, 3, longest)
+        if order in (1, 2, 3, longest) and order <= longest
     ]
     if int(lengths[train_ids].sum()) <= MAX_COUNTED_BYTES:
         train_bytes, val_bytes = (_ids_of_bytes(ids, token_bytes) for ids in (train_ids, val_ids))

@@ -70,6 +70,8 @@ def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids,
     vocab_size, plus its last id. All come from one sort: of `order` ids at each place, as a number.
     """
     order = min(order, len(train), longest_counted(vocab_size))
+    if not order:
+        return
     end, radix = vocab_size, vocab_size + 1  # what comes after the text is an id of its own
     codes, counts = np.zeros(len(train), np.int64), np.ones(len(train), np.int32)
     for first in range(order):
@@ -288,6 +290,8 @@ def count_decoder(
             keys, rests = keys[is_kept], rests[places >= 0]
             keys = places[keys // vocab_size] * vocab_size + keys % vocab_size
             places = np.where(is_kept, np.cumsum(is_kept) - 1, -1)
+        if not len(keys):  # all are rare
+            break
         tables.append((keys, shares.astype(np.float32), rests.astype(np.float32)))
         del keys, counts, continuations, used, shares, rests
     sizes = [len(keys) for keys, *_ in tables]

@@ -57,7 +57,7 @@ class TrainConfig(Checked):
     counts: Annotated[int | None, Range(0, 16)] = None
     """length of the n-grams of tokens whose counts in the text are averaged with the networks
     (Kneser-Ney), of its first 33.5 million tokens; 0: none; empty: 5, of bytes 7, of a vocabulary
-    above 6,207 4, for a run of minutes with n-gram tables or a larger text, in one process"""
+    above 6,207 4 or 3, for a run of minutes with n-gram tables or a larger text, in one process"""
     seed: Annotated[int, Range(0, lt=1 << 63)] = 1
     """seed of initial weights, data order and dropout"""
     device: Device = "auto"
