@@ -11,7 +11,14 @@ import torch
 from model_variants import V as V_DECODER
 from model_variants import batch_of, random_variant, small_config
 from pretrain.generate.sampling import Sampling, generate_ids
-from pretrain.model.counts import CountDecoder, count_decoder, kneser_ney, longest_counted
+from pretrain.model import counts as counting
+from pretrain.model.counts import (
+    CountDecoder,
+    check_counts,
+    count_decoder,
+    kneser_ney,
+    longest_counted,
+)
 from pretrain.model.layers import KeyValueCache
 from pretrain.model.mixture import Mixture, fit_weights, target_probabilities
 
@@ -150,5 +157,14 @@ def test_a_text_whose_long_n_grams_are_all_rare_is_counted() -> None:
 def test_ngrams_longer_than_63_bits_are_rejected() -> None:
     sizes = {2: 16, 65: 10, 257: 7, 4096: 5, 6207: 5, 6208: 4, 50_257: 4, 128_256: 3}
     assert {size: longest_counted(size) for size in sizes} == sizes
-    with pytest.raises(ValueError, match=r"counts of 5 tokens in a row: there must be at most 4, "):
-        count_decoder(some_ids(50, 1), CONFIG, vocab_size=6208, order=5)
+    with pytest.raises(ValueError, match=r"--counts is 5; it must be at most 4: .* of 6,208 "):
+        check_counts("--counts", 5, 6208)
+    # A run of before may have been given more than can be counted.
+    assert len(count_decoder(some_ids(50, 1), CONFIG, vocab_size=6208, order=5).keys) == 4
+
+
+def test_counting_takes_a_third_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "memory_bytes", lambda: 3 * counting.BYTES_PER_TOKEN * 1000)
+    assert [counting.n_counted(n) for n in (999, 1001, 10**12)] == [999, 1000, 1000]
+    monkeypatch.setattr(counting, "memory_bytes", lambda: None)
+    assert counting.n_counted(10**12) == counting.MAX_COUNTED_TOKENS

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,3 +193,20 @@ def test_native_bfloat16_is_what_the_processor_reports(
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
     assert open_world("cpu", threads=1).has_native_bf16() == bool(units)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_used_again_or_returned(keep: bool) -> None:
+    program = (
+        "import resource, torch; from pretrain.machine import keep_freed_memory\n"
+        f"keep_freed_memory(); keep_freed_memory({keep})\n"
+        "def fault():\n"
+        "    torch.ones(1 << 22); return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "faults = [fault() for _ in range(40)]\n"
+        "print(faults[-1] - faults[-11])"  # the first ones find other free places
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Ten times 4,096 pages, fewer where the system gives large ones.
+    assert (int(done.stdout) < 20) == keep

@@ -183,6 +183,15 @@ def test_counts_need_the_text_of_the_first_model(
     assert not (tmp_path / "mix").exists()
 
 
+def test_counts_that_are_too_long_are_rejected(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["mix", str(finished_run), "--counts", "16", "--out", str(tmp_path / "mix")]
+    assert main(words) == 2
+    assert "--counts is 16; it must be at most " in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "mix").exists()
+
+
 def test_weights_are_fitted_on_any_file_that_is_read_as_text(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def test_category_of_an_operation() -> None:
     assert _category(event("aten::bmm", event("aten::matmul", step))) == "optimizer"
     assert _category(step) == "optimizer"
     assert _category(event("aten::_scaled_dot_product_flash_attention_for_cpu")) == "attention"
+    assert _category(event("aten::bmm", event("_CausalAttentionBackward"))) == "attention"
     assert _category(event("aten::copy_", event("data"))) == "data"
     assert _category(event("aten::gelu")) == "the rest"
 

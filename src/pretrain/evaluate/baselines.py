@@ -20,7 +20,7 @@ from pretrain.model.counts import Ids, Probabilities, kneser_ney, longest_counte
 from pretrain.tokenizer.tokenizer import Tokenizer
 
 # More training tokens would take long; the note reports it.
-MAX_COUNTED_TOKENS = 10_000_000
+MAX_BASELINE_TOKENS = 10_000_000
 # Of more text, bytes are counted for longer than tokens, and know less.
 MAX_COUNTED_BYTES = 1_000_000
 # The window of xz at its default level is 8 MiB, so more training text cannot help it.
@@ -40,7 +40,7 @@ BYTE_ORDER = 6
 
 def measure_baselines(train: Stream, val: Stream, *, tokenizer: Tokenizer) -> dict[str, object]:
     """The content of a run's baselines.json: the loss of each baseline on the validation stream."""
-    train_ids = train.read(0, min(train.n_tokens, MAX_COUNTED_TOKENS))
+    train_ids = train.read(0, min(train.n_tokens, MAX_BASELINE_TOKENS))
     val_ids = val.read(0, val.n_tokens)
     lengths = tokenizer.byte_lengths
     # The targets are those of a model: every id but the first.

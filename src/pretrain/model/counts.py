@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pretrain.machine import memory_bytes
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import Decoder
 from pretrain.model.layers import KeyValueCache
@@ -23,8 +24,9 @@ from pretrain.model.layers import KeyValueCache
 Ids = NDArray[np.integer[Any]]
 Probabilities = NDArray[np.float64]
 
-# The first tokens of a text that are counted; counting takes 75 bytes of memory for each.
-MAX_COUNTED_TOKENS = 1 << 25
+# The first tokens of a text that are counted, and the memory that one takes meanwhile: 62 to 92
+# bytes of Wikipedia, 116 of a text without any order.
+MAX_COUNTED_TOKENS, BYTES_PER_TOKEN = 1 << 25, 92
 # Of a text of more tokens, n-grams of 4 tokens or more that occur once are left out: two thirds of
 # the memory. Of 20 million tokens of Wikipedia the mean with a network lost 0.008 bits per byte of
 # the 0.056 that counts had taken off.
@@ -57,9 +59,24 @@ def kneser_ney(train: Ids, held_out: Ids, *, vocab_size: int, order: int) -> lis
     return by_order + by_order[-1:] * (order - len(by_order))  # of a text shorter than `order`
 
 
+def n_counted(n_tokens: int) -> int:
+    """Return how many of a text's tokens are counted: in a third of this machine's memory."""
+    most = (memory_bytes() or 1 << 40) // (3 * BYTES_PER_TOKEN)
+    return min(n_tokens, MAX_COUNTED_TOKENS, most)
+
+
 def longest_counted(vocab_size: int) -> int:
     """Return the length of the longest n-grams that can be counted: as numbers of 63 bits."""
     return next(n for n in range(16, 0, -1) if (vocab_size + 1) ** n < 1 << 63)
+
+
+def check_counts(name: str, counts: int, vocab_size: int) -> None:
+    """ValueError for n-grams that are longer than `longest_counted`."""
+    if counts > (most := longest_counted(vocab_size)):
+        raise ValueError(
+            f"{name} is {counts}; it must be at most {most}: of a vocabulary of {vocab_size:,} no "
+            "more tokens in a row can be counted"
+        )
 
 
 def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids, Ids | None]]:
@@ -265,14 +282,9 @@ def count_decoder(
     order: int,
     whole_tokens: int = WHOLE_TOKENS,
 ) -> CountDecoder:
-    """Count the n-grams of a text, of up to `order` ids: see `kneser_ney`. Of more than
-    `whole_tokens` ids rare ones are left out, and their probability goes to the shorter n-grams.
-    ValueError for an order above `longest_counted`."""
-    if order > (most := longest_counted(vocab_size)):
-        raise ValueError(
-            f"counts of {order} tokens in a row: there must be at most {most}, for a vocabulary of "
-            f"{vocab_size:,}"
-        )
+    """Count the n-grams of a text, of up to `order` ids or `longest_counted`: see `kneser_ney`. Of
+    more than `whole_tokens` ids rare ones are left out, and their probability goes to the shorter
+    n-grams."""
     tables: list[tuple[NDArray[Any], ...]] = []
     places = np.zeros(1, np.int64)  # of the n-grams one shorter, among those that are kept
     rare_length = RARE_LENGTH

@@ -208,15 +208,17 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, d_bias
 
 
-def weight_gradient(grad_NF: Tensor, x_ND: Tensor) -> Tensor:
-    """Compute y^T x, the gradient by the weight of a linear layer with inputs x."""
+def weight_gradient(grad_NF: Tensor, x_ND: Tensor, total_FD: Tensor | None = None) -> Tensor:
+    """Compute y^T x, the gradient by the weight of a linear layer with inputs x, or add it to a
+    total in place."""
     # oneDNN copies both factors into another layout, which costs what it gains without AVX-512.
     if not uses_onednn(grad_NF, x_ND) or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return grad_NF.T @ x_ND
+        return grad_NF.T @ x_ND if total_FD is None else total_FD.addmm_(grad_NF.T, x_ND)
     is_wide = grad_NF.shape[1] > x_ND.shape[1]  # the first factor takes longer to copy
-    product = grad_NF.new_zeros(grad_NF.shape[1], x_ND.shape[1])
-    rows = max(MIN_COPIED_ROWS, COPIED_NUMBERS // max(product.shape))
+    if total_FD is None:
+        total_FD = grad_NF.new_zeros(grad_NF.shape[1], x_ND.shape[1])
+    rows = max(MIN_COPIED_ROWS, COPIED_NUMBERS // max(total_FD.shape))
     parts = (torch.split(each, rows) for each in (grad_NF, x_ND))
     for grad, x in zip(*parts, strict=True):
-        product += onednn_linear(x.T, grad.T).T if is_wide else onednn_linear(grad.T, x.T)
-    return product
+        total_FD += onednn_linear(x.T, grad.T).T if is_wide else onednn_linear(grad.T, x.T)
+    return total_FD

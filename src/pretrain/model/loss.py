@@ -202,7 +202,10 @@ def chunked_cross_entropy(
                 is_valid_N1 = (targets != IGNORE_INDEX)[:, None]
                 torch.mul(linear(grad_NV, weight.T, None), is_valid_N1, out=d_hidden_ND[chunk])
                 valid_hidden = hidden * is_valid_N1
-                d_weight_VD += weight_gradient(grad_NV, valid_hidden)[:V]
+                if hidden.dtype == d_weight_VD.dtype and grad_NV.shape[1] == V:
+                    weight_gradient(grad_NV, valid_hidden, d_weight_VD)
+                else:
+                    d_weight_VD += (grad_NV.T @ valid_hidden)[:V]
             del grad_NV  # before the next chunk allocates its own
 
     if d_hidden_ND is None or d_weight_VD is None:

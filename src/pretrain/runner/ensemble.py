@@ -198,7 +198,6 @@ def _open_parts(
 ) -> tuple[list[LoadedModel], Parts, list[str], TokenStream, Tensor]:
     """Open the networks whose checkpoints are there, and count the text: models, all parts, their
     names, the held-out text, and the probability (N, P) of each of its targets by each part."""
-    from pretrain.model.counts import longest_counted
     from pretrain.runner.mix import counts_of, parts_of, probabilities_of
 
     paths = [run / read_summary(run)["checkpoint"] for run in runs]
@@ -208,9 +207,7 @@ def _open_parts(
     data = text_of_run(first, lambda line: None)
     if config.train.counts:
         train = data.split("train")
-        # A run of before may have been given more than can be counted.
-        order = min(config.train.counts, longest_counted(first.tokenizer.vocab_size))
-        parts += counts_of(first, train, order=order, sha256=train.sha256)
+        parts += counts_of(first, train, order=config.train.counts, sha256=train.sha256)
         names.append("counts")
     val = data.split("val")
     with first.world.autocast(first.precision):

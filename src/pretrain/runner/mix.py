@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config import to_dict
 from pretrain.fileio import write_json
-from pretrain.machine import memory_bytes
 from pretrain.run.directory import MIX
 from pretrain.run.identity import TEXTS
 from pretrain.runner.open import LoadedModel, write_model
@@ -39,11 +38,9 @@ def parts_of(models: Sequence[LoadedModel]) -> Parts:
 
 def counts_of(model: LoadedModel, train: Stream, *, order: int, sha256: str) -> Parts:
     """Return a part with the counts of a model's training text, of up to `order` tokens."""
-    from pretrain.model.counts import MAX_COUNTED_TOKENS, count_decoder
+    from pretrain.model.counts import count_decoder, n_counted
 
-    # A token takes up to 100 bytes while it is counted: at most a third of the memory in all.
-    most = min(MAX_COUNTED_TOKENS, (memory_bytes() or 1 << 40) // 300)
-    ids = train.read(0, min(train.n_tokens, most))
+    ids = train.read(0, n_counted(train.n_tokens))
     size = model.tokenizer.vocab_size
     decoder = count_decoder(ids, model.config.model, vocab_size=size, order=order)
     origin = {

@@ -253,7 +253,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     """Return about how many bytes of memory a run of one process takes on a CPU, within a tenth of
     what ten runs of 2 to 54 million parameters took: with torch, gradients, both moments, and the
     copy that a checkpoint is saved from. Of a table few rows have a gradient."""
-    from pretrain.model.counts import MAX_COUNTED_TOKENS, WHOLE_TOKENS
+    from pretrain.model.counts import BYTES_PER_TOKEN, WHOLE_TOKENS, n_counted
 
     model, train = config.model, config.train
     n_all = n_parameters(model, vocab_size=vocab_size)
@@ -266,7 +266,7 @@ def expected_memory(config: RunConfig, vocab_size: int, n_train_tokens: int) -> 
     if (train.members or 1) > 1 or train.counts:
         needed += 4 * n_all + 30 * min(n_train_tokens, WHOLE_TOKENS)
     if train.counts:  # while they are counted the optimizer is gone
-        needed = max(needed, 4 * n_all + 92 * min(n_train_tokens, MAX_COUNTED_TOKENS))
+        needed = max(needed, 4 * n_all + BYTES_PER_TOKEN * n_counted(n_train_tokens))
     return FIRST_BYTES + needed
 
 
@@ -296,6 +296,8 @@ def resolve_precision(train: TrainConfig, world: World) -> Precision:
 def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunConfig:
     """Fill the number of steps, for train.minutes from a measured pace, and what depends on it:
     intervals and warm-up."""
+    from pretrain.model.counts import check_counts
+
     train, schedule, evaluate = config.train, config.schedule, config.evaluate
     check_members(train, config.parallel.processes)
     n_evaluations = EVALUATIONS
@@ -321,7 +323,7 @@ def fit_steps(config: RunConfig, data: PreparedData, pace: Pace | None) -> RunCo
         has_epochs = most is not None or isinstance(data, StandingData)
         if train.counts is None and has_epochs and config.parallel.processes == 1:
             train = replace(train, counts=fit_counts(data))
-    check_counts(train, data.manifest.vocab_size)
+    check_counts("train.counts", train.counts or 0, data.manifest.vocab_size)
 
     steps = filled(train.steps)
     every = train.evaluate_every or max(1, ceil_div(steps, n_evaluations))
@@ -341,17 +343,6 @@ def check_members(train: TrainConfig, n_processes: int) -> None:
             f"train.members is {train.members} and train.counts {train.counts}; in {n_processes} "
             "processes they must be 1 and 0; average runs afterwards: pretrain mix RUN RUN "
             "--counts 5 --out DIR"
-        )
-
-
-def check_counts(train: TrainConfig, vocab_size: int) -> None:
-    """ValueError for n-grams that are too long to be counted."""
-    from pretrain.model.counts import longest_counted
-
-    if (train.counts or 0) > (most := longest_counted(vocab_size)):
-        raise ValueError(
-            f"train.counts is {train.counts}; it must be at most {most}: of a vocabulary of "
-            f"{vocab_size:,} no more tokens in a row can be counted"
         )
 
 

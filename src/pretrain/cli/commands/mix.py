@@ -84,10 +84,12 @@ def run(args: argparse.Namespace, output: Output) -> None:
 
     from pretrain.evaluate.loss import Ids
     from pretrain.evaluate.task_files import read_whole
+    from pretrain.model.counts import check_counts
     from pretrain.model.mixture import fit_weights
 
     parts = parts_of(models)
     if args.counts:
+        check_counts("--counts", args.counts, tokenizer.vocab_size)
         train = text_of_run(models[0], output.log).split("train")
         parts += counts_of(models[0], train, order=args.counts, sha256=train.sha256)
     if args.fit:
