@@ -293,6 +293,23 @@ def test_of_bytes_as_tokens_both_count_models_say_the_same(
     assert 2 < bits[-1] < 3.2
 
 
+@pytest.mark.parametrize(
+    ("longest", "names"),
+    [
+        (9, ["unigram", "bigram", "trigram", "five-gram"]),
+        (4, ["unigram", "bigram", "trigram", "four-gram"]),
+        (2, ["unigram", "bigram"]),
+    ],
+)
+def test_the_longest_counts_are_named_by_their_length(
+    longest: int, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.evaluate.baselines.longest_counted", lambda size: longest)
+    tokenizer, (train, val) = byte_tokenizer_and_ids(b"the cat and the dog " * 9, b"and the cat")
+    rows: Any = measure_baselines(train, val, tokenizer=tokenizer)["baselines"]
+    assert [row["name"] for row in rows][: len(names) + 1] == [*names, "byte six-gram"]
+
+
 def test_without_its_package_ppmd_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, (train, val) = byte_tokenizer_and_ids(b"the cat and the dog " * 9, b"and the cat")
     found: Any = measure_baselines(train, val, tokenizer=tokenizer)["baselines"]

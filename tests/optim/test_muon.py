@@ -41,6 +41,18 @@ def test_a_stack_equals_its_matrices_at_any_scale() -> None:
     assert bool(torch.isfinite(orthogonalize(torch.zeros(1, 4, 4))).all())
 
 
+@pytest.mark.parametrize("shape", [(80, 96), (96, 80)])
+def test_onednn_orthogonalizes_as_torch(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
+    found = []
+    for is_preferred in (False, torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+        monkeypatch.setattr("pretrain.compat._prefers_onednn", lambda now=is_preferred: now)
+        found.append(orthogonalize(stack))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_row_norm_ignores_the_length_of_rows() -> None:
     generator = torch.Generator().manual_seed(2)
     stack, sizes = torch.randn(3, 8, 12, generator=generator), torch.rand(3, 8, 1) + 0.1

@@ -52,7 +52,10 @@ def test_this_torch_has_all_settings_of_its_launcher_that_are_used() -> None:
     assert NEW_LAUNCH_SETTINGS.keys() <= {field.name for field in fields(LaunchConfig)}
 
 
-def test_a_launch_works_in_any_thread_and_leaves_no_handlers_or_variables() -> None:
+def test_a_launch_works_in_any_thread_and_leaves_no_handlers_or_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")
     before = [signal.getsignal(number) for number in range(1, signal.NSIG)]
     environment = {**os.environ}
     assert launch(["-c", "pass"], 1, program=()) == 0
