@@ -17,8 +17,8 @@ MOST_LINES_OF_A_FUNCTION = 80
 # Of all of src, blank lines and comments included. It only falls, except by the budget that an
 # issue brings for a new capability. Readers of the files that people have, and guards, took 1,538
 # lines where 700 were granted, and small texts 1,939 where 900 were: 1,877 of these are owed, so
-# that the next number is lower. Speed and the loss have 300, of which 299 are used.
-MOST_LINES = 28_614
+# that the next number is lower. Speed and the loss have 300, of which 300 are used.
+MOST_LINES = 28_615
 
 BANNED_WORDS = frozenset({"utils", "helpers", "common", "misc", "manager", "wrapper", "handle"})
 # At the beginning of a name they say nothing: process_batch, BaseModel. Elsewhere they are terms:

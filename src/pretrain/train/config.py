@@ -56,8 +56,9 @@ class TrainConfig(Checked):
     without tables that read the text many times; one where other parts are held out too"""
     counts: Annotated[int | None, Range(0, 16)] = None
     """length of the n-grams of tokens whose counts in the text are averaged with the networks
-    (Kneser-Ney), of its first 33.5 million tokens; 0: none; empty: 5, of bytes 7, of a vocabulary
-    above 6,207 4 or 3, for a run of minutes with n-gram tables or a larger text, in one process"""
+    (Kneser-Ney), of its first 33.5 million tokens, fewer where they take a third of the memory; 0:
+    none; empty: 5, of bytes 7, of a vocabulary above 6,207 4 or 3, for a run of minutes with n-gram
+    tables or a larger text, in one process"""
     seed: Annotated[int, Range(0, lt=1 << 63)] = 1
     """seed of initial weights, data order and dropout"""
     device: Device = "auto"
