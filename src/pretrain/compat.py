@@ -66,8 +66,7 @@ def _prefers_onednn() -> bool:
 
 
 def softmax_gradient(grad_XS: Tensor, p_XS: Tensor) -> Tensor:
-    """Compute the gradient by the inputs of a softmax p, in one pass; torch has it for its own
-    autograd only."""
+    """Compute the gradient by the inputs of a softmax p, in one pass, as torch's autograd does."""
     return torch.ops.aten._softmax_backward_data(grad_XS, p_XS, -1, p_XS.dtype)  # type: ignore[no-any-return]
 
 

@@ -87,8 +87,6 @@ def _tables(train: Ids, vocab_size: int, order: int) -> Iterator[tuple[Ids, Ids,
     vocab_size, plus its last id. All come from one sort: of `order` ids at each place, as a number.
     """
     order = min(order, len(train), longest_counted(vocab_size))
-    if not order:
-        return
     end, radix = vocab_size, vocab_size + 1  # what comes after the text is an id of its own
     codes, counts = np.zeros(len(train), np.int64), np.ones(len(train), np.int32)
     for first in range(order):

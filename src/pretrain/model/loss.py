@@ -201,11 +201,7 @@ def chunked_cross_entropy(
                 grad_NV = grad_NV.to(hidden.dtype)
                 is_valid_N1 = (targets != IGNORE_INDEX)[:, None]
                 torch.mul(linear(grad_NV, weight.T, None), is_valid_N1, out=d_hidden_ND[chunk])
-                valid_hidden = hidden * is_valid_N1
-                if hidden.dtype == d_weight_VD.dtype and grad_NV.shape[1] == V:
-                    weight_gradient(grad_NV, valid_hidden, d_weight_VD)
-                else:
-                    d_weight_VD += (grad_NV.T @ valid_hidden)[:V]
+                _add_weight_gradient(d_weight_VD, grad_NV, hidden * is_valid_N1)
             del grad_NV  # before the next chunk allocates its own
 
     if d_hidden_ND is None or d_weight_VD is None:
@@ -217,6 +213,13 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor, buffer_NV: Tensor) -> Tensor:
     if uses_onednn(hidden_ND, weight_VD):
         return linear(hidden_ND, weight_VD, None)
     return torch.mm(hidden_ND, weight_VD.T, out=buffer_NV[: len(hidden_ND)])
+
+
+def _add_weight_gradient(total_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
+    if hidden_ND.dtype == total_VD.dtype and grad_NV.shape[1] == len(total_VD):
+        weight_gradient(grad_NV, hidden_ND, total_VD)
+    else:  # of another dtype, or with columns of padding
+        total_VD += (grad_NV.T @ hidden_ND)[: len(total_VD)]
 
 
 def nats_and_grad(
